@@ -1,0 +1,32 @@
+# make quickstart: the whole story on this machine, in minutes.   make test: every check.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: install quickstart test check clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.txt pyproject.toml
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || { \
+	  echo "pal_ds needs a C++ compiler: DeepSpeed builds its CPU communication at first use. Install g++ (Debian: apt-get install g++) and run make again." >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "pal_ds needs Python 3.11 to 3.13; $$($(PYTHON) --version) was found. Name another: make PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -r requirements.txt
+	$(BIN)/pip install --quiet --no-deps --editable .
+	touch $@
+
+quickstart: install
+	$(BIN)/python tools/quickstart.py
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: check
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,1 @@
+"""Personalised reward models, trained at scale with DeepSpeed."""

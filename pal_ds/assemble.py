@@ -1,0 +1,139 @@
+"""From a recipe to its parts: which texts are read how, the backbone, the head, the collator.
+
+Everything that depends on what meets what (encoder and weighting, head and prompt, vectors and backbone) is decided
+and refused here, once, before any engine starts.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from pal_ds.backbones.config import BackboneConfig
+from pal_ds.backbones.given import GivenStates
+from pal_ds.config import RunConfig
+from pal_ds.data.batch import Collator
+from pal_ds.data.tables import PreparedData
+from pal_ds.errors import UserError
+from pal_ds.heads.base import Head
+from pal_ds.run_dir import RunDirectory
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What one run is made of, before weights are loaded."""
+
+    head: Head
+    collator: Collator
+    backbone: BackboneConfig | None
+    """None for vector data; `path` is always set otherwise."""
+    pool_mean: bool
+    prompt_tokens: bool
+
+    @property
+    def needs_users(self) -> bool:
+        return "logits" in self.head.needs
+
+    @property
+    def needs_store(self) -> bool:
+        """Whether each distinct text is encoded once, ahead of training."""
+        return self.backbone is not None and self.backbone.tuning == "frozen"
+
+
+def head_seed(seed: int) -> int:
+    """The head's own stream, so that a backbone's random initialisation does not shift it."""
+    return seed + 1
+
+
+def assemble(config: RunConfig, data: PreparedData, run: RunDirectory) -> Parts:
+    """Checks how data, backbone, head and loss fit together and builds the head (fp32, seeded).
+
+    Raises:
+        UserError: two keys contradict each other, or the data lack what the head reads.
+    """
+    encoder = False
+    backbone = None
+    if data.info["kind"] == "vectors":
+        hidden_size = int(data.info["vector_size"])
+    else:
+        from pal_ds.backbones.transformer import hidden_size_of, is_encoder, read_model_config
+
+        backbone = resolve_backbone_path(config.backbone, run)
+        model_config = read_model_config(backbone)
+        hidden_size, encoder = hidden_size_of(model_config), is_encoder(model_config)
+        _check_vocabulary(model_config, data)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(head_seed(config.train.seed))
+        head = config.head(hidden_size)
+    with_prompt = "prompt" in head.needs
+    encoding = _encoding(config.backbone.encoding, encoder, with_prompt)
+    weighting = config.loss.token_weighting
+    if weighting != "last" and (encoder or backbone is None):
+        raise UserError(
+            f"loss.token_weighting: {weighting} needs a score per response token; "
+            f"{'an encoder is mean-pooled' if encoder else 'vector data have one vector per response'}. "
+            "Set it to last."
+        )
+    _check_prompt(data, with_prompt)
+    collator = Collator(
+        data,
+        scored_positions="last" if weighting == "last" else "all",
+        encoding=encoding,
+        with_prompt=with_prompt,
+        pad_token_id=0 if backbone is None else int(data.info["tokens"]["pad_token_id"]),
+    )
+    return Parts(head, collator, backbone, pool_mean=encoder, prompt_tokens="prompt_tokens" in head.needs)
+
+
+def resolve_backbone_path(config: BackboneConfig, run: RunDirectory) -> BackboneConfig:
+    """`path` as given, or the run's base folder for a backbone built from `architecture`."""
+    if (config.path is None) == (config.architecture is None):
+        raise UserError("backbone: give exactly one of path (weights to load) and architecture (random weights).")
+    return config if config.path is not None else replace(config, path=str(run.base))
+
+
+def _encoding(wanted: str, encoder: bool, with_prompt: bool) -> Literal["joint", "separate"]:
+    if wanted == "auto":
+        return "separate" if encoder and with_prompt else "joint"
+    if wanted == "joint" and encoder and with_prompt:
+        raise UserError(
+            "backbone.encoding: joint with an encoder mean-pools prompt and response together, and this head reads "
+            "the prompt by itself. Set it to separate (or auto)."
+        )
+    return "separate" if wanted == "separate" else "joint"
+
+
+def _check_prompt(data: PreparedData, with_prompt: bool) -> None:
+    if not with_prompt:
+        return
+    if data.info["kind"] == "vectors":
+        if data.prompt_vectors is None:
+            raise UserError("head: it reads the prompt, and these vector records carry no prompt_features.")
+    elif data.info["tokens"]["marker_ids"] is None:
+        raise UserError(
+            f"head: it reads the prompt, and data.separator {data.info['tokens']['separator']!r} leaves no token of "
+            "its own, so an exported model could not find where the prompt ends. Prepare with a separator that does, "
+            "such as ' [SEP] ' for BERT-like tokenizers or '\\n\\n### Response:\\n'."
+        )
+
+
+def _check_vocabulary(model_config: Any, data: PreparedData) -> None:
+    vocab_size, needed = getattr(model_config, "vocab_size", None), int(data.info["tokens"]["vocab_size"])
+    if vocab_size is not None and vocab_size < needed:
+        raise UserError(
+            f"backbone.path: its vocabulary has {vocab_size} entries, the data's tokenizer has {needed}. "
+            "Prepare the data with the backbone's own tokenizer (data.tokenizer)."
+        )
+
+
+def load_backbone(parts: Parts, config: RunConfig, *, gpu: bool) -> nn.Module:
+    """Given states for vector data, else a transformers model loaded for its tuning."""
+    if parts.backbone is None:
+        return GivenStates()
+    from pal_ds.backbones.transformer import TransformerBackbone, load_transformer
+
+    model = load_transformer(
+        parts.backbone, precision=config.train.precision, seed=config.train.seed, gpu=gpu
+    )
+    return TransformerBackbone(model, pool_mean=parts.pool_mean, prompt_tokens=parts.prompt_tokens)

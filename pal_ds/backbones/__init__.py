@@ -1,0 +1,1 @@
+"""Texts in, hidden states out: transformers models, stored states and given vectors behind one forward."""

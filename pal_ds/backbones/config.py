@@ -1,0 +1,38 @@
+"""Which backbone a run uses and which of its weights move."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraOptions:
+    """Low-rank adapters (peft); read with `tuning: lora` only."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: list[str] | None = None
+    """Module names to adapt; null adapts every linear layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """A transformers decoder or encoder; vector data ignores it."""
+
+    path: str | None = None
+    """Local folder or hub id."""
+    architecture: dict[str, Any] | None = None
+    """In place of `path`: a transformers config with its model_type, built with random weights and the data's
+    vocabulary, e.g. {model_type: llama, hidden_size: 64, num_hidden_layers: 2, ...}."""
+    tuning: Literal["full", "lora", "frozen"] = "full"
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
+    """auto: flash-attn where it is installed and the run is bf16 on a GPU, else torch's SDPA."""
+    gradient_checkpointing: bool = False
+    encoding: Literal["auto", "joint", "separate"] = "auto"
+    """joint: the response after its prompt in one pass; separate: each alone. auto: joint, except where an encoder
+    meets a head that reads the prompt."""
+    trust_remote_code: bool = False
+    """Allow code from the model's folder or hub page to run."""
+    encode_batch_texts: int = 32
+    """Texts per forward when a frozen backbone encodes each distinct text once."""

@@ -1,0 +1,102 @@
+"""The recipe: every key of a run, in one tree, grouped by what it may change.
+
+Defaults < YAML < command line; unknown keys are errors. The resolved tree is written to the run directory and is
+enough to run again.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pal_ds.backbones.config import BackboneConfig
+from pal_ds.data.prepare import DataConfig
+from pal_ds.heads.base import Head
+from pal_ds.losses import PreferenceLoss
+from pal_ds.users import UsersConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW on everything but the users, whose rows have their own (see `users`)."""
+
+    learning_rate: float = 1e-4
+    """Head projectors, and whatever has no rate of its own below."""
+    backbone_learning_rate: float | None = None
+    prototype_learning_rate: float | None = None
+    scale_learning_rate: float | None = None
+    """The learnt temperature of cosine rewards."""
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_fraction: float = 0.05
+    """Share of all updates over which every rate, the users' too, rises linearly from 0."""
+    final_fraction: float = 0.1
+    """Where the cosine ends, as a share of the full rate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What an update is, how long to train, how it is executed and what is kept."""
+
+    epochs: int = 1
+    batch_pairs: int = 64
+    """Comparisons per update, over all ranks."""
+    shuffle_unit: Literal["comparison", "item"] = "comparison"
+    """item: all annotations of one prompt stay adjacent, so each text is encoded once for all of them."""
+    micro_batch_pairs: int = 16
+    """Most comparisons per rank in one forward; execution only."""
+    gradient_clipping: float = 1.0
+    """Global norm bound of the engine's gradients; 0 is off. User rows are outside it."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    ds_config: str = "zero3"
+    """A DeepSpeed JSON, or the name of one in ds_configs/."""
+    seed: int = 0
+    eval_every: int = 0
+    """Updates between evaluations on dev; 0: at the end of each epoch."""
+    save_every: int = 0
+    """Updates between checkpoints; 0: at the end of each epoch."""
+    log_every: int = 10
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep beside the best one; at least 2."""
+    stop_after: int | None = None
+    """Save and stop after this update, leaving schedules as they are: a later start resumes."""
+    timeout_minutes: int = 30
+    """How long a rank waits for the others before it gives up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """Off unless a project is named; metrics.jsonl is always written."""
+
+    project: str | None = None
+    name: str | None = None
+    mode: Literal["online", "offline"] = "online"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything `train` needs."""
+
+    data: DataConfig
+    head: Callable[[int], Head]
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    loss: PreferenceLoss = field(default_factory=PreferenceLoss)
+    users: UsersConfig = field(default_factory=UsersConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+KEYS_THAT_DO_NOT_ALTER_RESULTS = (
+    "data.path",
+    "wandb.",
+    "train.eval_every",
+    "train.save_every",
+    "train.log_every",
+    "train.keep_checkpoints",
+    "train.stop_after",
+    "train.timeout_minutes",
+    "backbone.encode_batch_texts",
+)
+"""A resumed run may change these freely; any other change is refused by name."""

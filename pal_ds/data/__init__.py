@@ -1,0 +1,1 @@
+"""From raw preference data to batches: sources, preparation, prepared tables."""

@@ -1,0 +1,248 @@
+"""From row numbers to tensors: a batch holds every distinct sequence once, plus index tensors.
+
+It reads prepared tables only; it knows nothing of heads or losses beyond which positions and prompts are asked for.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pal_ds.data.plan import gumbel_noise
+from pal_ds.data.tables import PreparedData
+from pal_ds.heads.shapes import Float, Int
+
+ScoredPositions = Literal["last", "all"]
+
+
+class Batch(NamedTuple):
+    """One micro-batch. Axes: N sequences, S tokens, R distinct responses, T scored positions, P prompts, B comparisons.
+
+    A named tuple for the reason given in `heads/base.py`. Either token ids or stored states are present.
+    """
+
+    input_ids: Int[Tensor, "N S"] | None
+    """Right-padded; in joint encoding one row per response, in separate encoding responses then prompts."""
+    attention_mask: Int[Tensor, "N S"] | None
+    response_positions: Int[Tensor, "R T"] | None
+    """Column of each scored position in the response's row; past the end it repeats the last one."""
+    prompt_rows: Int[Tensor, "P"] | None
+    """Row of input_ids that holds each prompt slot."""
+    prompt_length: Int[Tensor, "P"] | None
+    response_states: Float[Tensor, "R T H"] | None
+    prompt_states: Float[Tensor, "P C H"] | None
+    response_index: Int[Tensor, "B r"]
+    prompt_index: Int[Tensor, "B r"] | None
+    window_start: Int[Tensor, "B"]
+    window_end: Int[Tensor, "B"]
+    label: Int[Tensor, "B"]
+    required_margin: Float[Tensor, "B"]
+    weight: Float[Tensor, "B"]
+    """1, or 0 for the stand-in of an empty run: it keeps the collectives of all ranks in step and adds nothing."""
+    user_row: Int[Tensor, "B"]
+    position: Int[Tensor, "B"]
+    """Global position in the update; -1 for a stand-in."""
+    gumbel: Float[Tensor, "B K"] | None
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(
+            *(None if field is None else field.to(device, non_blocking=True) for field in self)
+        )
+
+
+@dataclass(frozen=True)
+class FeatureStore:
+    """Hidden states computed once per distinct text: ragged rows of `values`, fp32 or bf16."""
+
+    values: Float[Tensor, "n H"]
+    offsets: np.ndarray
+
+    def gather(self, rows: np.ndarray, num_positions: int) -> Float[Tensor, "R T H"]:
+        lengths = self.offsets[rows + 1] - self.offsets[rows]
+        columns = np.minimum(np.arange(num_positions)[None, :], lengths[:, None] - 1)
+        return self.values[torch.from_numpy(self.offsets[rows][:, None] + columns)]
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Builds batches from prepared data for one run."""
+
+    data: PreparedData
+    scored_positions: ScoredPositions = "last"
+    """last: the end token of each response; all: every response token (`mean` and `cumulative` weightings)."""
+    encoding: Literal["joint", "separate"] = "joint"
+    with_prompt: bool = False
+    pad_token_id: int = 0
+    response_store: FeatureStore | None = None
+    prompt_store: FeatureStore | None = None
+    """Keyed by response in joint encoding (a truncated prompt differs between responses), else by prompt."""
+    table_rows: np.ndarray | None = None
+    """User table row of each user of the data, -1 for one the table does not hold; None: the same rows."""
+
+    def __call__(
+        self, rows: np.ndarray, positions: np.ndarray, noise: tuple[int, int, int] | None = None
+    ) -> Batch:
+        """`rows` of the comparisons table at global `positions`; `noise` = (seed, update, K) asks for Gumbel noise."""
+        weight = np.ones(max(len(rows), 1), np.float32)
+        if len(rows) == 0:
+            rows, positions, weight = (
+                np.zeros(1, np.int64),
+                np.full(1, -1, np.int64),
+                np.zeros(1, np.float32),
+            )
+        table = self.data.comparisons[rows]
+        pairs = np.stack([table["a"], table["b"]], axis=1)
+        responses, response_index = np.unique(pairs, return_inverse=True)
+        response_index = response_index.reshape(pairs.shape)
+        start, end = self._windows(responses, response_index)
+        inputs = self._inputs(responses, response_index)
+        return Batch(
+            **inputs,
+            response_index=torch.from_numpy(response_index),
+            window_start=torch.from_numpy(start),
+            window_end=torch.from_numpy(end),
+            label=torch.from_numpy(table["label"].astype(np.int64)),
+            required_margin=torch.from_numpy(table["margin"].astype(np.float32)),
+            weight=torch.from_numpy(weight),
+            user_row=torch.from_numpy(self.user_rows(rows)),
+            position=torch.from_numpy(positions.astype(np.int64)),
+            gumbel=None
+            if noise is None
+            else torch.from_numpy(gumbel_noise(noise[0], noise[1], positions, noise[2])),
+        )
+
+    def user_rows(self, rows: np.ndarray) -> np.ndarray:
+        """User table row of each comparison, int64; -1 for users the table does not hold."""
+        users = self.data.comparisons["user"][rows].astype(np.int64)
+        return users if self.table_rows is None else self.table_rows[users]
+
+    def _windows(
+        self, responses: np.ndarray, response_index: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scored window [start, end) of each pair: from the first differing token to the end of the longer one."""
+        num_pairs = len(response_index)
+        if self.scored_positions == "last" or self.data.response_vectors is not None:
+            return np.zeros(num_pairs, np.int64), np.ones(num_pairs, np.int64)
+        lengths = self.data.responses.lengths_of(responses)
+        padded = np.full((len(responses), int(lengths.max()) + 1), -1, np.int64)
+        for row, response in enumerate(responses):
+            padded[row, : lengths[row]] = self.data.responses[response]
+        first, second = padded[response_index[:, 0]], padded[response_index[:, 1]]
+        start = np.argmax(first != second, axis=1)
+        return start, lengths[response_index].max(axis=1)
+
+    def _inputs(
+        self, responses: np.ndarray, response_index: np.ndarray
+    ) -> dict[str, Tensor | None]:
+        prompts, prompt_of_response = responses, np.arange(len(responses))
+        if self.encoding == "separate" or self.data.response_vectors is not None:
+            prompts, prompt_of_response = np.unique(
+                self.data.response_prompt[responses], return_inverse=True
+            )
+        prompt_index = (
+            torch.from_numpy(prompt_of_response[response_index]) if self.with_prompt else None
+        )
+        if self.response_store is not None or self.data.response_vectors is not None:
+            return {**self._stored(responses, prompts), "prompt_index": prompt_index}
+        return {**self.tokens(responses, prompts), "prompt_index": prompt_index}
+
+    def _stored(self, responses: np.ndarray, prompts: np.ndarray) -> dict[str, Tensor | None]:
+        prompt_states = prompt_length = None
+        if self.response_store is None:
+            response_states = torch.from_numpy(np.asarray(self.data.response_vectors[responses]))[
+                :, None
+            ]
+            if self.with_prompt:
+                prompt_states = torch.from_numpy(np.asarray(self.data.prompt_vectors[prompts]))[
+                    :, None
+                ]
+                prompt_length = torch.ones(len(prompts), dtype=torch.int64)
+        else:
+            store = self.response_store
+            num_positions = int((store.offsets[responses + 1] - store.offsets[responses]).max())
+            response_states = store.gather(responses, num_positions)
+            if self.with_prompt:
+                assert self.prompt_store is not None, (
+                    "a head that needs the prompt got no stored prompt states"
+                )
+                lengths = (
+                    self.prompt_store.offsets[prompts + 1] - self.prompt_store.offsets[prompts]
+                )
+                prompt_states = self.prompt_store.gather(prompts, int(lengths.max()))
+                prompt_length = torch.from_numpy(lengths)
+        return {
+            **dict.fromkeys(("input_ids", "attention_mask", "response_positions", "prompt_rows")),
+            "response_states": response_states,
+            "prompt_states": prompt_states,
+            "prompt_length": prompt_length,
+        }
+
+    def tokens(self, responses: np.ndarray, prompts: np.ndarray) -> dict[str, Tensor | None]:
+        """Token fields of a batch of these response rows (and, in separate encoding, these prompt rows)."""
+        sequences, starts = [], []
+        for response in responses:
+            head, tail = self.sequence(int(response))
+            sequences.append(np.concatenate([head, tail]))
+            starts.append(len(head))
+        prompt_rows = prompt_length = None
+        if self.with_prompt and self.encoding == "joint":
+            prompt_rows, prompt_length = np.arange(len(responses)), np.asarray(starts)
+        elif self.with_prompt:
+            prompt_rows = np.arange(len(responses), len(responses) + len(prompts))
+            sequences += [self.prompt_sequence(int(prompt)) for prompt in prompts]
+            prompt_length = np.asarray([len(sequence) for sequence in sequences[len(responses) :]])
+        ids, mask = pad_right(sequences, self.pad_token_id)
+        lengths = self.data.responses.lengths_of(responses)
+        num_positions = 1 if self.scored_positions == "last" else int(lengths.max())
+        columns = (
+            lengths[:, None] - 1
+            if self.scored_positions == "last"
+            else np.arange(num_positions)[None, :]
+        )
+        positions = np.asarray(starts)[:, None] + np.minimum(columns, lengths[:, None] - 1)
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "response_positions": torch.from_numpy(positions),
+            "prompt_rows": None if prompt_rows is None else torch.from_numpy(prompt_rows),
+            "prompt_length": None if prompt_length is None else torch.from_numpy(prompt_length),
+            "response_states": None,
+            "prompt_states": None,
+        }
+
+    def sequence(self, response: int) -> tuple[np.ndarray, np.ndarray]:
+        """(what precedes the response, the response) as token ids; the prompt is truncated first, from the left."""
+        tokens = self.data.info["tokens"]
+        num_prefix, tail = len(tokens["prefix_ids"]), self.data.responses[response]
+        head = self.data.prompts[int(self.data.response_prompt[response])]
+        if self.encoding == "separate":
+            return head[:num_prefix], tail
+        return _truncate_left(head, num_prefix, tokens["max_length"] - len(tail)), tail
+
+    def prompt_sequence(self, prompt: int) -> np.ndarray:
+        """The prompt alone, with its marker, as separate encoding reads it."""
+        tokens = self.data.info["tokens"]
+        return _truncate_left(
+            self.data.prompts[prompt], len(tokens["prefix_ids"]), tokens["max_length"]
+        )
+
+
+def _truncate_left(ids: np.ndarray, num_prefix: int, budget: int) -> np.ndarray:
+    """Keeps the special tokens in front and the last ids, `budget` in all."""
+    if len(ids) <= budget:
+        return ids
+    kept = budget - num_prefix
+    return np.concatenate([ids[:num_prefix], ids[len(ids) - kept :] if kept else ids[:0]])
+
+
+def pad_right(
+    sequences: list[np.ndarray], pad_token_id: int
+) -> tuple[Int[Tensor, "N S"], Int[Tensor, "N S"]]:
+    """Ids and attention mask, int64, of the sequences padded to the longest."""
+    lengths = np.asarray([len(sequence) for sequence in sequences])
+    mask = np.arange(lengths.max())[None, :] < lengths[:, None]
+    ids = np.full(mask.shape, pad_token_id, np.int64)
+    ids[mask] = np.concatenate(sequences)
+    return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))

@@ -1,0 +1,229 @@
+"""Write prepared tables: collect, drop what cannot be trained on, renumber, publish the folder."""
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from pal_ds.data.collect import Collector
+from pal_ds.data.ragged import Ragged
+from pal_ds.data.records import Record
+from pal_ds.data.splits import NUM_BASE_SPLITS, SPLITS, SplitOptions
+from pal_ds.data.stores import CODE, REASONS, TokenTables
+from pal_ds.data.tables import FORMAT_VERSION, INFO_NAME, PreparedData
+from pal_ds.data.tokenise import TextEncoder
+from pal_ds.errors import UserError
+
+
+def build_tables(
+    records: Iterable[Record],
+    directory: str | Path,
+    encoder: TextEncoder | None,
+    options: SplitOptions | None = None,
+    *,
+    check_marker: bool = True,
+    source_dropped: Mapping[str, int] | None = None,
+    extra_info: Mapping[str, object] | None = None,
+) -> PreparedData:
+    """Tables of `records` in `directory`, which must not exist yet or be empty.
+
+    Ad-hoc files (evaluate --data, adapt --pairs) pass the run's encoder and `check_marker=False`:
+    their boundaries are known from the text, so no row is dropped for its marker. `encoder` is None
+    for vector records. `source_dropped` is read after the last record. `extra_info` goes to
+    dataset.json as it is (source, licence, settings).
+    """
+    options = options or SplitOptions()
+    collector = Collector(encoder, options)
+    with publish_folder(directory) as folder:
+        for record in records:
+            collector.add(record)
+        if not collector.num_records:
+            raise UserError("the source yields no record; there is nothing to prepare")
+        extra = dict(extra_info or {})
+        info = _write(collector, folder, check_marker, source_dropped or {}, extra)
+        (folder / INFO_NAME).write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
+    return PreparedData.open(directory)
+
+
+@contextmanager
+def publish_folder(directory: str | Path) -> Iterator[Path]:
+    """A folder beside `directory` that takes its name when the block ends well, else disappears."""
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory}: already exists and is not empty; delete it or name another")
+    folder = directory.with_name(f"{directory.name}.tmp-{os.getpid()}")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        os.replace(folder, directory)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _write(
+    collector: Collector, folder: Path, check_marker: bool, source_dropped: Mapping, extra: dict
+) -> dict:
+    table, content_prompt = collector.comparisons()
+    users, seen = list(collector.members.users), collector.members.seen()
+    split = collector.members.prompt_splits()[content_prompt]
+    table["split"] = split + NUM_BASE_SPLITS * ~seen[table["user"]]
+
+    if collector.store.kind == "tokens":
+        tables = collector.store.finish(check_marker)
+        reason = token_reasons(table, tables)
+    else:
+        vectors = collector.store.finish()
+        reason = np.where(table["a"] == table["b"], CODE["identical"], 0)
+    dropped = Counter({REASONS[code]: int((reason == code).sum()) for code in set(reason.tolist())})
+    dropped.pop("kept", None)
+    table = table[reason == 0]
+    if not len(table):
+        listed = ", ".join(f"{name} {count}" for name, count in dropped.items())
+        raise UserError(f"every comparison was dropped ({listed}); nothing is left to train on")
+
+    kept_users = np.unique(table["user"])
+    kept = np.unique(np.concatenate([table["a"], table["b"]]))
+    split_of_row = dict(zip(table["a"].tolist(), table["split"].tolist(), strict=True))
+    split_of_row |= dict(zip(table["b"].tolist(), table["split"].tolist(), strict=True))
+    table["user"] = np.searchsorted(kept_users, table["user"])
+    for side in ("a", "b"):
+        table[side] = np.searchsorted(kept, table[side])
+    if collector.store.kind == "tokens":
+        details = _write_tokens(folder, collector, tables, kept, split_of_row)
+    else:
+        details = _write_vectors(folder, vectors, kept)
+    np.save(folder / "comparisons.npy", table)
+    groups = list(collector.groups)
+    group = [collector.user_group[row] for row in kept_users]
+    names = [groups[code] if code >= 0 else None for code in group]
+    _write_users(folder, [users[row] for row in kept_users], seen[kept_users], names)
+    return {
+        "format_version": FORMAT_VERSION,
+        "kind": collector.store.kind,
+        "hash": hash_tables(folder),
+        "source": None,
+        "licence": None,
+        **extra,
+        "counts": _counts(table, seen[kept_users], details.pop("num_prompts"), len(kept)),
+        "dropped": dict(Counter(source_dropped) + dropped),
+        "groups": groups,
+        **details,
+        **_bayes(table),
+    }
+
+
+def token_reasons(table: np.ndarray, tables: TokenTables) -> np.ndarray:
+    """Per comparison, the code of the reason to drop it (0: keep)."""
+    first, second = tables.status[table["a"]], tables.status[table["b"]]
+    reason = np.where(first != 0, first, second).astype(np.int64)
+    prompt = tables.response_prompt
+    reason[(reason == 0) & (prompt[table["a"]] != prompt[table["b"]])] = CODE["prompt_differs"]
+    lengths = tables.responses.lengths
+    alike = (reason == 0) & (lengths[table["a"]] == lengths[table["b"]])
+    for row in np.flatnonzero(alike):
+        a, b = table["a"][row], table["b"][row]
+        if a == b or np.array_equal(tables.responses[a], tables.responses[b]):
+            reason[row] = CODE["identical"]
+    return reason
+
+
+def hash_tables(folder: Path) -> str:
+    """xxh3_128 over the names and bytes of all table files."""
+    digest = xxhash.xxh3_128()
+    for path in sorted([*folder.glob("*.npy"), folder / "users.arrow"]):
+        digest.update(path.name.encode())
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_tokens(
+    folder: Path,
+    collector: Collector,
+    tables: TokenTables,
+    kept: np.ndarray,
+    split_of_row: dict[int, int],
+) -> dict:
+    kept_prompts, response_prompt = np.unique(tables.response_prompt[kept], return_inverse=True)
+    prompts, responses = tables.prompts.take(kept_prompts), tables.responses.take(kept)
+    _save_ragged(folder, "prompt", prompts)
+    _save_ragged(folder, "response", responses)
+    np.save(folder / "response_prompt.npy", response_prompt.astype(np.int64))
+    np.save(folder / "response_num_chars.npy", tables.num_chars[kept].astype(np.int32))
+    encoder = collector.encoder
+    encoder.tokenizer.save_pretrained(folder / "tokenizer")
+    with open(folder / "samples.jsonl", "w", encoding="utf-8") as file:
+        for sample in collector.samples.choose(split_of_row):
+            file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+    whole = prompts.lengths[response_prompt] + responses.lengths
+    tokens = encoder.describe(tables.marker_ids, tables.user_marker_ids)
+    return {
+        "tokens": {**tokens, "marker_kept": tables.marker_kept},
+        "truncated_prompts": int((whole > encoder.max_length).sum()),
+        "vector_size": None,
+        "num_prompts": len(kept_prompts),
+    }
+
+
+def _write_vectors(folder: Path, vectors: tuple, kept: np.ndarray) -> dict:
+    responses, prompts, response_prompt = vectors
+    kept_prompts, response_prompt = np.unique(response_prompt[kept], return_inverse=True)
+    np.save(folder / "response_vectors.npy", responses[kept])
+    np.save(folder / "response_prompt.npy", response_prompt.astype(np.int64))
+    if prompts is not None:
+        np.save(folder / "prompt_vectors.npy", prompts[kept_prompts])
+    size = responses.shape[1]
+    return {"tokens": None, "vector_size": size, "num_prompts": len(kept_prompts)}
+
+
+def _save_ragged(folder: Path, name: str, table: Ragged) -> None:
+    np.save(folder / f"{name}_tokens.npy", table.tokens.astype(np.int32))
+    np.save(folder / f"{name}_offsets.npy", table.offsets)
+
+
+def _write_users(folder: Path, ids: list[str], seen: np.ndarray, groups: list) -> None:
+    table = pa.table(
+        {
+            "id": pa.array(ids, pa.string()),
+            "row": pa.array(range(len(ids)), pa.int64()),
+            "seen": pa.array(seen.tolist(), pa.bool_()),
+            "group": pa.array(groups, pa.string()),
+        }
+    )
+    with pa.ipc.new_file(str(folder / "users.arrow"), table.schema) as writer:
+        writer.write_table(table)
+
+
+def _counts(table: np.ndarray, seen: np.ndarray, num_prompts: int, num_responses: int) -> dict:
+    by_split = np.bincount(table["split"], minlength=len(SPLITS)).tolist()
+    return {
+        "comparisons": len(table),
+        "prompts": num_prompts,
+        "responses": num_responses,
+        "users": len(seen),
+        "seen_users": int(seen.sum()),
+        "unseen_users": int((~seen).sum()),
+        "splits": dict(zip(SPLITS, by_split, strict=True)),
+    }
+
+
+def _bayes(table: np.ndarray) -> dict:
+    """Best possible accuracy per split, where the choice probabilities are known."""
+    known = ~np.isnan(table["probability"])
+    best = np.maximum(table["probability"], 1 - table["probability"]).astype(np.float64)
+    found = {
+        name: float(best[known & (table["split"] == code)].mean())
+        for code, name in enumerate(SPLITS)
+        if (known & (table["split"] == code)).any()
+    }
+    return {"bayes_accuracy": found} if found else {}

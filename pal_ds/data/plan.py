@@ -1,0 +1,89 @@
+"""Which comparisons form which update: a pure function of (seed, epoch, dataset hash), never of the launch.
+
+How an update is cut into micro-batches over ranks is execution only (`split_update`): it moves no comparison to
+another update, so the order of data is the same on one GPU and on a thousand.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+def keyed_generator(*key: object) -> np.random.Generator:
+    """A counter-based generator keyed by the given values; the same key gives the same stream on every machine."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))
+
+
+def gumbel_noise(seed: int, update: int, positions: np.ndarray, num_prototypes: int) -> np.ndarray:
+    """Standard Gumbel noise [B, K] (fp32), keyed by (seed, update, position in the update) per comparison.
+
+    A counter hash rather than one stream, so that a comparison keeps its noise however the update is split.
+    """
+    key = keyed_generator("gumbel", seed, update).integers(0, 2**64, dtype=np.uint64)
+    counter = positions.astype(np.uint64)[:, None] * np.uint64(num_prototypes) + np.arange(
+        num_prototypes, dtype=np.uint64
+    )
+    uniform = (_splitmix64(counter ^ key) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return (-np.log(-np.log(np.clip(uniform, 1e-12, 1 - 1e-12)))).astype(np.float32)
+
+
+def _splitmix64(value: np.ndarray) -> np.ndarray:
+    """Sebastiano Vigna's splitmix64 finaliser, vectorised; wraps modulo 2**64 by design."""
+    with np.errstate(over="ignore"):
+        value = value + np.uint64(0x9E3779B97F4A7C15)
+        value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return value ^ (value >> np.uint64(31))
+
+
+@dataclass
+class UpdatePlan:
+    """Cuts each epoch's permutation of `comparisons` into updates of `batch_pairs`; a short last one is kept.
+
+    With `shuffle_unit: item` whole items (all annotations of one prompt) are permuted and stay adjacent, so that
+    an update encodes each text once for all its annotators; an item may straddle one update boundary.
+    """
+
+    comparisons: np.ndarray
+    """Row numbers of the comparisons to train on, int64 [n]."""
+    items: np.ndarray
+    """Item (prompt row) of each of them, int64 [n]."""
+    batch_pairs: int
+    seed: int
+    dataset_hash: str
+    shuffle_unit: str = "comparison"
+    _epoch: int = field(default=-1, init=False)
+    _order: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64), init=False)
+
+    @property
+    def updates_per_epoch(self) -> int:
+        return -(-len(self.comparisons) // self.batch_pairs)
+
+    def update(self, epoch: int, index: int) -> np.ndarray:
+        """Row numbers of the comparisons of update `index` of `epoch`, in their global order, int64 [<= batch_pairs]."""
+        assert 0 <= index < self.updates_per_epoch, f"update {index} is outside the epoch"
+        if epoch != self._epoch:
+            self._order, self._epoch = self.comparisons[self._permutation(epoch)], epoch
+        return self._order[index * self.batch_pairs : (index + 1) * self.batch_pairs]
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        generator = keyed_generator("order", self.seed, epoch, self.dataset_hash)
+        if self.shuffle_unit == "comparison":
+            return generator.permutation(len(self.comparisons))
+        unique_items, item_of_row = np.unique(self.items, return_inverse=True)
+        rank_of_item = generator.permutation(len(unique_items))
+        within_item = generator.permutation(len(self.comparisons))
+        return np.lexsort((within_item, rank_of_item[item_of_row]))
+
+
+def split_update(num_pairs: int, world_size: int, micro_batch_pairs: int) -> list[list[np.ndarray]]:
+    """Cuts positions 0..num_pairs-1 of an update into [micro-step][rank] runs of at most `micro_batch_pairs`.
+
+    Every rank gets the same number of micro-steps (a missing one would hang the others); sizes differ by at most
+    one, and a run may be empty when an update is smaller than the world.
+    """
+    num_micro_steps = -(-num_pairs // (world_size * micro_batch_pairs))
+    runs = np.array_split(np.arange(num_pairs), num_micro_steps * world_size)
+    return [runs[step * world_size : (step + 1) * world_size] for step in range(num_micro_steps)]

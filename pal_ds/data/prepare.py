@@ -1,0 +1,224 @@
+"""`prepare`: raw preference data -> tables in `DATA/`, with a summary of what was kept and dropped.
+
+Runs in one process, before any process group exists.
+"""
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import xxhash
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from pal_ds.data.bpe import train_tokenizer
+from pal_ds.data.build import build_tables
+from pal_ds.data.chat import render_plain
+from pal_ds.data.membership import Membership, content_digest, prompt_digest
+from pal_ds.data.records import Record
+from pal_ds.data.sources.base import Source
+from pal_ds.data.splits import SplitOptions
+from pal_ds.data.tables import INFO_NAME, PreparedData, read_info
+from pal_ds.data.tokenise import DEFAULT_SEPARATOR, TextEncoder, load_tokenizer
+from pal_ds.errors import UserError
+
+PROGRESS_EVERY = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the prepared data lies and, if it is to be made, from what and how."""
+
+    path: str
+    """Folder of the prepared tables (`DATA/`)."""
+    source: Source | None = None
+    """Raw data; null opens what is prepared at `path`."""
+    tokenizer: str | None = None
+    """Folder or hub id, usually the backbone's; null trains a byte-level BPE on the train split."""
+    trust_remote_code: bool = False
+    """Run Python code that a tokenizer's repository brings."""
+    vocab_size: int = 2048
+    """Of a tokenizer trained here."""
+    max_length: int = 1024
+    """Tokens of prompt + response; prompts are truncated first, from the left."""
+    separator: str = DEFAULT_SEPARATOR
+    """Between prompt and response where there is no chat template. It marks where the response
+    starts, so choose one that no text contains and that ends in a newline."""
+    chat_template: Literal["auto", "never"] = "auto"
+    """auto: the tokenizer's template where it has one."""
+    special_tokens: bool = True
+    """Prefix (BOS, CLS) and end tokens around each text; false: neither."""
+    split: Literal["hash", "ordinal", "field"] = "hash"
+    """By prompt: its hash, its order of first appearance, or the records' own `split`."""
+    dev_fraction: float = 0.05
+    test_fraction: float = 0.1
+    unseen_user_fraction: float = 0.0
+    """Share of users held out whole, among those whose records do not say."""
+    seed: int = 0
+    """Of the hashes that decide splits and unseen users."""
+
+    def split_options(self) -> SplitOptions:
+        """The keys that decide who and what is held out."""
+        return SplitOptions(
+            split=self.split,
+            dev_fraction=self.dev_fraction,
+            test_fraction=self.test_fraction,
+            unseen_user_fraction=self.unseen_user_fraction,
+            seed=self.seed,
+        )
+
+
+def prepare(config: DataConfig, *, quiet: bool = False) -> PreparedData:
+    """Make the tables, or open those that the same settings made before; print a summary."""
+    path = Path(config.path)
+    if config.source is None:
+        return PreparedData.open(path)
+    settings = settings_of(config)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        data = _reuse(path, settings)
+        if not quiet:
+            Console(stderr=True).print(f"{path}: prepared before with these settings; reusing it")
+        return data
+    source, options = config.source, config.split_options()
+    encoder = _encoder(config, quiet)
+    extra = {
+        "source": source.describe(),
+        "licence": source.licence,
+        "settings": settings,
+        "fingerprint": _fingerprint(settings),
+    }
+    records = _tracked(source.records(), source.num_records(), "preparing", quiet)
+    data = build_tables(
+        records, path, encoder, options, source_dropped=source.dropped, extra_info=extra
+    )
+    if not quiet:
+        print_summary(data)
+    return data
+
+
+def settings_of(config: DataConfig) -> dict:
+    """Everything that decides what the tables hold, as plain JSON values; the path does not."""
+    own = {key: value for key, value in vars(config).items() if key not in ("path", "source")}
+    source = config.source
+    described = {
+        "class": type(source).__name__,
+        "init": {k: v for k, v in vars(source).items() if not k.startswith("_") and k != "dropped"},
+        "data": source.describe(),
+    }
+    return json.loads(json.dumps({**own, "source": described}, default=str, sort_keys=True))
+
+
+def print_summary(data: PreparedData) -> None:
+    """A table of counts by split, users and dropped rows."""
+    info = data.info
+    table = Table(title=f"Prepared data: {data.path}")
+    table.add_column("what")
+    table.add_column("count", justify="right")
+    for name, count in info["counts"]["splits"].items():
+        if count:
+            bayes = info.get("bayes_accuracy", {}).get(name)
+            note = f" (best possible accuracy {bayes:.3f})" if bayes else ""
+            table.add_row(f"comparisons, {name}{note}", f"{count:,}")
+    for name in ("prompts", "responses", "seen_users", "unseen_users"):
+        table.add_row(name.replace("_", " "), f"{info['counts'][name]:,}")
+    if info.get("truncated_prompts"):
+        table.add_row("responses whose prompt will be truncated", f"{info['truncated_prompts']:,}")
+    for reason, count in sorted(info["dropped"].items()):
+        table.add_row(f"dropped: {reason}", f"{count:,}")
+    Console().print(table)
+
+
+def _reuse(path: Path, settings: dict) -> PreparedData:
+    if not (path / INFO_NAME).exists():
+        raise UserError(
+            f"data.path: {path} exists, is not empty and holds no {INFO_NAME}; it is not ours to "
+            "overwrite. Name another folder"
+        )
+    made_with = read_info(path).get("settings") or {}
+    changed = sorted(_changed_keys(made_with, settings))
+    if changed:
+        raise UserError(
+            f"data.path: {path} was prepared with other settings "
+            f"({', '.join('data.' + key for key in changed)}); delete it to prepare again, or name "
+            "another folder"
+        )
+    return PreparedData.open(path)
+
+
+def _changed_keys(old: dict, new: dict, prefix: str = "") -> Iterator[str]:
+    for key in {*old, *new}:
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from _changed_keys(before, after, f"{prefix}{key}.")
+        elif before != after or (key in old) != (key in new):
+            yield prefix + key
+
+
+def _fingerprint(settings: dict) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(settings, sort_keys=True).encode())
+
+
+def _encoder(config: DataConfig, quiet: bool) -> TextEncoder | None:
+    """The tokenizer of the config, or one trained on the train split; None for vector records."""
+    first = next(iter(config.source.records()), None)
+    if first is not None and first.response_features is not None:
+        return None
+    if config.tokenizer is not None:
+        tokenizer = load_tokenizer(config.tokenizer, config.trust_remote_code)
+    else:
+        tokenizer = train_tokenizer(_train_texts(config, quiet), config.vocab_size)
+    return TextEncoder(
+        tokenizer,
+        max_length=config.max_length,
+        separator=config.separator,
+        chat_template=config.chat_template,
+        special_tokens=config.special_tokens,
+        name=config.tokenizer or "trained",
+    )
+
+
+def _train_texts(config: DataConfig, quiet: bool) -> Iterator[str]:
+    """Each distinct text that seen users judged in the train split, and the separator."""
+    source, options = config.source, config.split_options()
+    plan = Membership(options)
+    for record in _tracked(source.records(), source.num_records(), "reading", quiet):
+        plan.add_user(record)
+        plan.add_prompt(record)
+    codes = plan.prompt_splits()
+    seen = dict(zip(plan.users, plan.seen(), strict=True))
+    done: set[bytes] = set()
+    for record in source.records():
+        if not seen[record.user_id] or codes[plan.prompts[prompt_digest(record)]] != 0:
+            continue
+        for text in (record.prompt, *record.responses):
+            digest = content_digest(text)
+            if text is not None and digest not in done:
+                done.add(digest)
+                yield render_plain(text)
+        yield config.separator
+
+
+def _tracked(
+    records: Iterable[Record], total: int | None, label: str, quiet: bool
+) -> Iterator[Record]:
+    """The records, with a progress bar of throughput and time left on a terminal."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:,.0f} {task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    hidden = quiet or not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+        task = progress.add_task(label, total=total, rate="")
+        start = time.monotonic()
+        for number, record in enumerate(records, start=1):
+            yield record
+            if number % PROGRESS_EVERY == 0:
+                rate = number / max(time.monotonic() - start, 1e-9)
+                progress.update(task, completed=number, rate=f"{rate:,.0f} records/s")

@@ -1,0 +1,70 @@
+"""Domain-specific preference (DSP): five writers answer each query, each prefers its own answer."""
+
+from collections.abc import Iterator
+from typing import final
+
+from pal_ds.data.records import Record
+from pal_ds.data.sources.base import (
+    Source,
+    check_files,
+    describe_files,
+    read_json_list,
+    stable_fraction,
+)
+from pal_ds.errors import UserError
+
+
+@final
+class Dsp(Source):
+    """One user per domain; user u prefers u's own answer to each of the others.
+
+    Every unordered pair is judged both ways by two users, so one ranking for all is right half of
+    the time. Which answer comes first is settled by a hash, so position tells nothing. The published
+    file has an empty answer: its comparisons are dropped and counted (`empty_response`).
+
+    Args:
+        path: the raw JSON list of {"query", "responses": {domain: text}}.
+    """
+
+    licence = "CC BY-NC 4.0 (Linear95/DSP)"
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def records(self) -> Iterator[Record]:
+        """Queries x domains x (domains - 1) comparisons, query by query."""
+        self.dropped.clear()
+        for where, item in read_json_list(check_files(self.path)[0]):
+            query, responses = self._check(where, item)
+            for user, own in responses.items():
+                for other, text in responses.items():
+                    if other == user:
+                        continue
+                    if not own.strip() or not text.strip():
+                        self.dropped["empty_response"] += 1
+                        continue
+                    own_first = stable_fraction(query, user, other) < 0.5
+                    yield Record(
+                        user_id=user,
+                        label=-1 if own_first else 1,
+                        prompt=query,
+                        responses=(own, text) if own_first else (text, own),
+                        group=user,
+                    )
+
+    def describe(self) -> dict:
+        """The file with its content hash."""
+        return {"class": "Dsp", "files": describe_files(check_files(self.path))}
+
+    @staticmethod
+    def _check(where: str, item: object) -> tuple[str, dict[str, str]]:
+        for key, kind in (("query", str), ("responses", dict)):
+            if not isinstance(item, dict) or not isinstance(item.get(key), kind):
+                raise UserError(
+                    f"{where}: '{key}' is missing or is no {'text' if kind is str else 'object'}; "
+                    'an entry is {"query": text, "responses": {domain: text}}'
+                )
+        for domain, text in item["responses"].items():
+            if not isinstance(text, str):
+                raise UserError(f"{where}: the response of '{domain}' is {text!r}; it must be text")
+        return item["query"], item["responses"]

@@ -1,0 +1,134 @@
+"""Anything `datasets.load_dataset` opens: a hub id, or parquet, csv and json files."""
+
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, final
+
+from pal_ds.data.parse import KNOWN_KEYS, nearest, parse_record
+from pal_ds.data.records import Record
+from pal_ds.data.sources.base import Source, check_files, describe_files
+from pal_ds.errors import UserError
+
+BUILDERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+BATCH_ROWS = 1000
+
+
+@final
+class HuggingFace(Source):
+    """One split of a dataset; chosen and rejected may be message lists that share a prompt.
+
+    Args:
+        path: hub id, folder, or one parquet, csv or json file.
+        split: which split to read.
+        name: configuration of a hub dataset.
+        columns: our key -> their column, for example {prompt: instruction, chosen: best}. A key that
+            is not named here is read from the column of its own name, if there is one; all other
+            columns are ignored.
+        data_files: files inside `path`, or for the builder `path` (parquet, csv, json).
+        revision: commit or tag of a hub dataset.
+        licence: recorded in dataset.json.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        split: str = "train",
+        name: str | None = None,
+        columns: dict[str, str] | None = None,
+        data_files: str | list[str] | dict[str, str] | None = None,
+        revision: str | None = None,
+        licence: str | None = None,
+    ) -> None:
+        self.path = path
+        self.split = split
+        self.name = name
+        self.columns = columns or {}
+        self.data_files = data_files
+        self.revision = revision
+        self.licence = licence
+        for key in self.columns:
+            if key not in KNOWN_KEYS:
+                raise UserError(
+                    f"columns: unknown key '{key}'{nearest(key, KNOWN_KEYS)}; the keys are "
+                    f"{', '.join(KNOWN_KEYS)}, the values are names of the dataset's columns"
+                )
+
+    def records(self) -> Iterator[Record]:
+        """Yield every row of the split; an error names the row."""
+        keys = self._keys()
+        number = 0
+        for batch in self._dataset.select_columns([*keys.values()]).iter(batch_size=BATCH_ROWS):
+            for values in zip(*(batch[column] for column in keys.values()), strict=True):
+                fields = {k: v for k, v in zip(keys, values, strict=True) if v is not None}
+                yield parse_record(fields, f"{self.path}, split {self.split}, row {number}")
+                number += 1
+
+    def describe(self) -> dict:
+        """What was opened and how many rows it had; content hashes where it is local files."""
+        described = {
+            "class": "HuggingFace",
+            "path": self.path,
+            "name": self.name,
+            "split": self.split,
+            "revision": self.revision,
+            "columns": self.columns,
+            "rows": len(self._dataset),
+        }
+        files = self._local_files()
+        return {**described, "files": describe_files(files)} if files else described
+
+    def num_records(self) -> int:
+        """Number of rows."""
+        return len(self._dataset)
+
+    def _keys(self) -> dict[str, str]:
+        found = self._dataset.column_names
+        for key, column in self.columns.items():
+            if column not in found:
+                raise UserError(
+                    f"{self.path}, split {self.split}: no column '{column}' (columns: {key})"
+                    f"{nearest(column, found)}; it has {', '.join(found)}"
+                )
+        own = {key: key for key in KNOWN_KEYS if key in found and key not in self.columns}
+        keys = {**own, **self.columns}
+        if not keys:
+            raise UserError(
+                f"{self.path}, split {self.split}: none of its columns ({', '.join(found)}) is one "
+                "of ours; map them with columns, for example {chosen: better, rejected: worse}"
+            )
+        return keys
+
+    def _local_files(self) -> list[Path]:
+        files = self.data_files
+        if files is None:
+            return [Path(self.path)] if Path(self.path).is_file() else []
+        names = [files] if isinstance(files, str) else [*files] if isinstance(files, list) else []
+        names = [*files.values()] if isinstance(files, dict) else names
+        return [Path(name) for name in names if Path(name).is_file()]
+
+    @cached_property
+    def _dataset(self):
+        import datasets
+
+        path, data_files = self.path, self.data_files
+        builder: str | Literal[None] = BUILDERS.get(Path(path).suffix)
+        if builder and data_files is None:
+            check_files(path)
+            path, data_files = builder, {self.split: self.path}
+        datasets.disable_progress_bars()
+        try:
+            return datasets.load_dataset(
+                path,
+                name=self.name,
+                data_files=data_files,
+                split=self.split,
+                revision=self.revision,
+            )
+        except Exception as error:
+            # datasets raises a dozen unrelated classes here: all mean "cannot be opened".
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"{self.path}: datasets cannot open split '{self.split}' ({reason}); check path, "
+                "name, split and data_files, and that this machine can reach the hub"
+            ) from error

@@ -1,0 +1,62 @@
+"""Preference records in JSON Lines files: `{"user_id", "prompt", "chosen", "rejected"}` and kin."""
+
+from collections.abc import Iterator
+from typing import Literal, final
+
+from pal_ds.data.parse import parse_record
+from pal_ds.data.records import Record
+from pal_ds.data.sources.base import Source, check_files, describe_files, read_lines
+from pal_ds.errors import UserError
+
+
+@final
+class Jsonl(Source):
+    """Records of design section 5, one JSON object a line; texts, chat messages or vectors.
+
+    Args:
+        path: one file or several, read in the order given.
+        extra_keys: `error` refuses keys that no record has; `ignore` skips them.
+        licence: recorded in dataset.json.
+    """
+
+    def __init__(
+        self,
+        path: str | list[str],
+        extra_keys: Literal["error", "ignore"] = "error",
+        licence: str | None = None,
+    ) -> None:
+        self.path = path
+        self.extra_keys = extra_keys
+        self.licence = licence
+
+    def records(self) -> Iterator[Record]:
+        """Yield the records of every file; an error names file and line."""
+        vector_size = None
+        for path in check_files(self.path):
+            num_in_file = 0
+            for where, fields in read_lines(path):
+                record = parse_record(fields, where, self.extra_keys)
+                num_in_file += 1
+                if record.response_features is not None:
+                    size = len(record.response_features[0])
+                    vector_size = vector_size or size
+                    if size != vector_size:
+                        raise UserError(
+                            f"{where}: vectors of size {size}, but the first record's have "
+                            f"{vector_size}; all vectors of a dataset must have one size"
+                        )
+                yield record
+            if not num_in_file:
+                raise UserError(f"{path}: holds no record, only blank lines")
+
+    def describe(self) -> dict:
+        """Files with their content hashes."""
+        return {"class": "Jsonl", "files": describe_files(check_files(self.path))}
+
+    def num_records(self) -> int:
+        """Number of lines, which is the number of records unless some are blank."""
+        total = 0
+        for path in check_files(self.path):
+            with open(path, "rb") as file:
+                total += sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+        return max(total, 1)

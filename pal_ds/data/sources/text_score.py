@@ -1,0 +1,91 @@
+"""DSP's other format: `{"text": [..], "score": [..]}`, two or more scored texts an entry."""
+
+from collections.abc import Iterator
+from itertools import combinations
+from typing import final
+
+from pal_ds.data.records import POPULATION_USER, Record
+from pal_ds.data.sources.base import Source, check_files, describe_files, read_json_list
+from pal_ds.errors import UserError
+
+
+@final
+class TextScore(Source):
+    """Every pair of an entry's texts with different scores; the higher score is preferred.
+
+    A text holds prompt and response. It is cut at the last `response_marker`: what precedes it,
+    without blank space around it, is the prompt, what follows is the response (HH-like text:
+    "\\n\\nHuman: ...\\n\\nAssistant: ..."). Dropped and counted: `tie` (pairs of equal score),
+    `no_response_marker` and `prompt_differs` (pairs whose texts do not allow that cut),
+    `empty_response` (published files hold a few).
+
+    Args:
+        path: a JSON list, or JSON Lines.
+        response_marker: null takes whole texts as responses without a prompt.
+        user_id: whose scores these are.
+        licence: recorded in dataset.json.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        response_marker: str | None = "\n\nAssistant:",
+        user_id: str = POPULATION_USER,
+        licence: str | None = None,
+    ) -> None:
+        if response_marker == "":
+            raise UserError("response_marker is empty; give a text, or null for texts without prompt")
+        self.path = path
+        self.response_marker = response_marker
+        self.user_id = user_id
+        self.licence = licence
+
+    def records(self) -> Iterator[Record]:
+        """Pairs (i, j), i < j, in the order of the file."""
+        self.dropped.clear()
+        for where, item in read_json_list(check_files(self.path)[0]):
+            texts, scores = self._check(where, item)
+            parts = [self._cut(text) for text in texts]
+            for i, j in combinations(range(len(texts)), 2):
+                if scores[i] == scores[j]:
+                    self.dropped["tie"] += 1
+                elif parts[i] is None or parts[j] is None:
+                    self.dropped["no_response_marker"] += 1
+                elif parts[i][0] != parts[j][0]:
+                    self.dropped["prompt_differs"] += 1
+                elif not parts[i][1].strip() or not parts[j][1].strip():
+                    self.dropped["empty_response"] += 1
+                else:
+                    yield Record(
+                        user_id=self.user_id,
+                        label=-1 if scores[i] > scores[j] else 1,
+                        prompt=parts[i][0],
+                        responses=(parts[i][1], parts[j][1]),
+                    )
+
+    def describe(self) -> dict:
+        """The file with its content hash."""
+        return {"class": "TextScore", "files": describe_files(check_files(self.path))}
+
+    def _cut(self, text: str) -> tuple[str | None, str] | None:
+        if self.response_marker is None:
+            return None, text
+        prompt, marker, response = text.rpartition(self.response_marker)
+        return (prompt.strip(), response.strip()) if marker else None
+
+    @staticmethod
+    def _check(where: str, item: object) -> tuple[list[str], list[float]]:
+        texts, scores = (item.get("text"), item.get("score")) if isinstance(item, dict) else (0, 0)
+        form = 'an entry is {"text": [two or more texts], "score": [a number for each]}'
+        if not isinstance(texts, list) or not isinstance(scores, list):
+            raise UserError(f"{where}: 'text' or 'score' is missing or is no list; {form}")
+        if len(texts) < 2 or len(texts) != len(scores):
+            raise UserError(f"{where}: {len(texts)} texts and {len(scores)} scores; {form}")
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(f"{where}: 'text' holds something that is no text; {form}")
+        # A score that is not equal to itself is NaN: it is neither better nor worse than any other.
+        if not all(
+            isinstance(s, int | float) and not isinstance(s, bool) and s == s for s in scores
+        ):
+            raise UserError(f"{where}: 'score' holds something that is no number; {form}")
+        return texts, scores

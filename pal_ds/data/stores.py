@@ -1,0 +1,212 @@
+"""Where the texts or vectors of a dataset collect while its records stream by."""
+
+from array import array
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+
+from pal_ds.data.chat import render_plain
+from pal_ds.data.markers import MIN_KEPT, common_marker, count_across, count_in_rows
+from pal_ds.data.ragged import Ragged
+from pal_ds.data.records import Record, Text
+from pal_ds.data.samples import SampleKeeper
+from pal_ds.data.tokenise import Encoded, TextEncoder
+from pal_ds.errors import UserError
+
+BATCH_TEXTS = 2048
+REASONS = (
+    "kept",
+    "template",
+    "boundary",
+    "marker_missing",
+    "marker_in_prompt",
+    "marker_in_response",
+    "too_long",
+    "identical",
+    "prompt_differs",
+)
+"""Why a comparison was dropped; the code of a reason is its place here.
+
+template: the chat template rewrites what precedes the response. boundary: no token starts where the
+response does. prompt_differs: the prompt's tokens depend on the response.
+"""
+CODE = {reason: code for code, reason in enumerate(REASONS)}
+
+
+class _Pending(NamedTuple):
+    prompt_row: int
+    prompt: Text | None
+    response: Text
+
+
+class TokenStore:
+    """Distinct (prompt, response) texts as token ids; each full text is tokenised once."""
+
+    kind = "tokens"
+
+    def __init__(self, encoder: TextEncoder, samples: SampleKeeper) -> None:
+        self.encoder = encoder
+        self.samples = samples
+        self.prompt_tokens, self.prompt_offsets = array("i"), array("q", [0])
+        self.response_tokens, self.response_offsets = array("i"), array("q", [0])
+        self.response_prompt, self.num_chars = array("q"), array("i")
+        self.status, self.variant, self.has_prompt = array("b"), array("i"), array("b")
+        self._variants: dict[tuple[int, ...], int] = {}
+        self._prompt_rows: dict[tuple[int, int], int] = {}
+        self._pending: list[_Pending] = []
+
+    def add(self, prompt_row: int, record: Record, index: int) -> None:
+        """Queue response `index` of a record; its row is the number of responses added before."""
+        self._pending.append(_Pending(prompt_row, record.prompt, record.responses[index]))
+        if len(self._pending) >= BATCH_TEXTS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Tokenise what is queued."""
+        rendered = [self.encoder.render(item.prompt, item.response) for item in self._pending]
+        good = [item for item in rendered if item is not None]
+        encoded = iter(self.encoder.encode(good) if good else [])
+        for item, text in zip(self._pending, rendered, strict=True):
+            result = None if text is None else next(encoded)
+            if result is not None:
+                self.samples.offer(
+                    len(self.status), *item, text.text, num_prompt_tokens=len(result.prompt_ids)
+                )
+            self._append(item, result, "template" if text is None else "boundary")
+        self._pending.clear()
+
+    def _append(self, item: _Pending, encoded: Encoded | None, failure: str) -> None:
+        self.has_prompt.append(item.prompt is not None)
+        self.num_chars.append(len(render_plain(item.response)))
+        if encoded is None:
+            encoded = Encoded([], [], ())
+            self.status.append(CODE[failure])
+        else:
+            num_least = len(self.encoder.prefix_ids) + len(encoded.response_ids)
+            self.status.append(CODE["too_long"] if num_least > self.encoder.max_length else 0)
+        self.variant.append(self._variants.setdefault(encoded.marker_ids, len(self._variants)))
+        self.response_prompt.append(self._prompt(item.prompt_row, encoded.prompt_ids))
+        self.response_tokens.extend(encoded.response_ids)
+        self.response_offsets.append(len(self.response_tokens))
+
+    def _prompt(self, prompt_row: int, ids: list[int]) -> int:
+        tokens = array("i", ids)
+        key = (prompt_row, xxhash.xxh3_64_intdigest(tokens))
+        row = self._prompt_rows.setdefault(key, len(self._prompt_rows))
+        if row == len(self.prompt_offsets) - 1:
+            self.prompt_tokens.extend(tokens)
+            self.prompt_offsets.append(len(self.prompt_tokens))
+        return row
+
+    def finish(self, check_marker: bool) -> "TokenTables":
+        """Everything as arrays, with the marker settled and every response's status."""
+        self.flush()
+        tables = TokenTables(
+            prompts=Ragged(_view(self.prompt_tokens), _view(self.prompt_offsets)),
+            responses=Ragged(_view(self.response_tokens), _view(self.response_offsets)),
+            response_prompt=_view(self.response_prompt),
+            num_chars=_view(self.num_chars),
+            status=_view(self.status).copy(),
+            marker_ids=None,
+            user_marker_ids=None,
+            marker_kept=None,
+        )
+        if not check_marker or not any(self.has_prompt):
+            return tables
+        variants, asked = list(self._variants), _view(self.has_prompt).astype(bool)
+        return self._settle_marker(tables, variants, _view(self.variant), asked)
+
+    def _settle_marker(
+        self, tables: "TokenTables", variants: list, variant: np.ndarray, asked: np.ndarray
+    ) -> "TokenTables":
+        """Find the marker, mark the rows that do not keep it, refuse one that too few keep."""
+        unmarked = CODE["template"], CODE["boundary"]
+        has_tokens = asked & ~np.isin(tables.status, unmarked)
+        counts = np.bincount(variant[has_tokens], minlength=len(variants))
+        marker = common_marker(variants, counts.tolist())
+        if marker is None:
+            if self.encoder.uses_template and has_tokens.sum() < asked.sum() * MIN_KEPT:
+                self._refuse(0, int(asked.sum()), tables.status[asked], None)
+            return tables
+        missing = np.array([list(v[-len(marker) :]) != marker for v in variants])[variant]
+        problem = np.where(has_tokens & missing, CODE["marker_missing"], 0)
+        user_marker = self.encoder.user_marker_ids
+        found = _misplaced(tables, marker, user_marker)
+        if user_marker and _share(found == 0, has_tokens & ~missing) < MIN_KEPT:
+            single = _misplaced(tables, marker, None)
+            if _share(single == 0, has_tokens & ~missing) >= MIN_KEPT:
+                user_marker, found = None, single
+        problem = np.where(has_tokens & (problem == 0), found, problem)
+        failed = np.isin(tables.status, unmarked) | (problem > 0)
+        status = np.where((problem > 0) & has_tokens, problem, tables.status).astype(np.int8)
+        num_kept, num_asked = int((asked & ~failed).sum()), int(asked.sum())
+        if num_kept < MIN_KEPT * num_asked:
+            self._refuse(num_kept, num_asked, status[asked], marker)
+        return tables._replace(
+            status=status,
+            marker_ids=marker,
+            user_marker_ids=user_marker,
+            marker_kept=num_kept / num_asked,
+        )
+
+    def _refuse(
+        self, num_kept: int, num_asked: int, status: np.ndarray, marker: list[int] | None
+    ) -> None:
+        encoder = self.encoder
+        key = "the chat template's assistant header" if encoder.uses_template else "data.separator"
+        text = encoder.header if encoder.uses_template else encoder.separator
+        reasons = Counter(REASONS[code] for code in status.tolist() if code)
+        listed = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
+        tokens = "" if marker is None else f" (tokens {encoder.tokenizer.decode(marker)!r})"
+        remedy = (
+            "set data.chat_template: never"
+            if encoder.uses_template
+            else "choose a separator that no text contains and that ends in a newline"
+        )
+        raise UserError(
+            f"{key} {text!r}{tokens} marks the start of the response in only {num_kept} of "
+            f"{num_asked} texts ({listed}); at least 99.9% must keep it, or no one can tell the "
+            f"prompt from the response. Strip blank space from the responses, or {remedy}"
+        )
+
+
+class TokenTables(NamedTuple):
+    """What a TokenStore holds in the end: one row per prompt and per response that was ever added."""
+
+    prompts: Ragged
+    responses: Ragged
+    response_prompt: np.ndarray
+    num_chars: np.ndarray
+    status: np.ndarray
+    marker_ids: list[int] | None
+    user_marker_ids: list[int] | None
+    marker_kept: float | None
+
+
+def _misplaced(
+    tables: TokenTables, marker: list[int], user_marker: list[int] | None
+) -> np.ndarray:
+    """Per response, the code of a marker that `find_prompt_length` would trip over, else 0."""
+    prompts, responses, row = tables.prompts, tables.responses, tables.response_prompt
+
+    def after_prompt(ids: list[int]) -> np.ndarray:
+        left, right = (prompts.tokens, prompts.offsets), (responses.tokens, responses.offsets)
+        return count_in_rows(*right, ids) + count_across(left, right, row, ids)
+
+    in_prompt = count_in_rows(prompts.tokens, prompts.offsets, marker)[row]
+    expected, in_response = 1, after_prompt(marker)
+    if user_marker:
+        expected = count_in_rows(prompts.tokens, prompts.offsets, user_marker)[row]
+        in_response = in_response + after_prompt(user_marker)
+    codes = np.where(in_prompt != expected, CODE["marker_in_prompt"], 0)
+    return np.where(in_response > 0, CODE["marker_in_response"], codes)
+
+
+def _share(good: np.ndarray, of: np.ndarray) -> float:
+    return float(good[of].mean()) if of.any() else 1.0
+
+
+def _view(values: array) -> np.ndarray:
+    return np.frombuffer(values, dtype=values.typecode) if len(values) else np.zeros(0, values.typecode)

@@ -1,0 +1,174 @@
+"""Checkpoints that cannot lie: written aside, hashed, fsynced, renamed, then pointed at; verified before use.
+
+Frozen base weights are never in a step: the run names where they lie. Nothing random needs saving, because order,
+noise and dropout are functions of (seed, update); see `data/plan.py` and `engine/step.py`.
+"""
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+import xxhash
+
+from pal_ds.engine.dist import World
+from pal_ds.errors import UserError
+from pal_ds.run_dir import RunDirectory, write_json
+from pal_ds.users import UserTable
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+ENGINE_TAG = "engine"
+
+
+def save_checkpoint(
+    engine: Any, users: UserTable, run: RunDirectory, step: int, world: World, facts: dict[str, Any]
+) -> Path:
+    """Writes `step_N/` with engine shards, user rows and a manifest, and publishes it in latest.json."""
+    final = run.checkpoint(step)
+    temporary = final.with_name(final.name + ".tmp")
+
+    def start() -> None:
+        for stale in (temporary, final):
+            # A directory of this step without a manifest is what an interrupted save left; never retry into it.
+            shutil.rmtree(stale, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    world.from_rank_zero(start)
+    engine.save_checkpoint(str(temporary), tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=True)
+    if world.is_rank_zero:
+        users.save(temporary)
+        # DeepSpeed drops its recovery scripts beside the tag; tools/consolidate.py is ours.
+        for script in temporary.glob("zero_to_*.py"):
+            script.unlink()
+    world.barrier()
+    files = _hash_files(temporary, world)
+    world.from_rank_zero(lambda: _publish(run, step, temporary, final, {**facts, "files": files}, world))
+    return final
+
+
+def _publish(
+    run: RunDirectory, step: int, temporary: Path, final: Path, manifest: dict[str, Any], world: World
+) -> None:
+    facts = {"format_version": FORMAT_VERSION, "step": step, "world_size": world.world_size}
+    write_json(temporary / "manifest.json", {**facts, "num_threads": torch.get_num_threads(), **manifest})
+    _fsync_directory(temporary)
+    os.replace(temporary, final)
+    _fsync_directory(final.parent)
+    write_json(run.path / "latest.json", {"step": step, "path": str(final.relative_to(run.path))})
+
+
+def _fsync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _hash_files(directory: Path, world: World) -> dict[str, dict[str, Any]]:
+    """Size and hash of every file; ranks share the reading."""
+    names = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+    mine = {}
+    for name in names[world.rank :: world.world_size]:
+        with open(directory / name, "rb") as stream:
+            os.fsync(stream.fileno())
+        mine[name] = {"size": (directory / name).stat().st_size, "xxh3_128": hash_file(directory / name)}
+    parts: list[Any] = [None] * world.world_size
+    if world.world_size > 1:
+        torch_dist.all_gather_object(parts, mine)
+    else:
+        parts = [mine]
+    return dict(sorted((name, entry) for part in parts for name, entry in part.items()))
+
+
+def hash_file(path: Path) -> str:
+    """xxh3, 128 bits, in hexadecimal: fast enough for shards of many gigabytes."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def verify_checkpoint(path: Path, *, trust: bool = False) -> dict[str, Any]:
+    """The manifest of `path` after checking owner, version, and size and hash of every file it names.
+
+    Raises:
+        UserError: what is wrong with which file. Engine shards are pickles, which run code when they are read:
+            hence no reading before this check, and no directory of another owner without `trust`.
+    """
+    manifest_file = path / "manifest.json"
+    if not manifest_file.is_file():
+        raise UserError(f"{path}: no manifest.json, so this is no complete checkpoint of pal_ds.")
+    if path.stat().st_uid != os.getuid() and not trust:
+        raise UserError(
+            f"{path}: belongs to another user, and engine shards are pickles that run code when read. "
+            "Pass --trust_checkpoint if you trust whoever wrote it."
+        )
+    manifest = json.loads(manifest_file.read_text())
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise UserError(f"{manifest_file}: format {manifest.get('format_version')}, this version reads {FORMAT_VERSION}.")
+    for name, entry in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise UserError(f"{file}: named in the manifest but missing.")
+        if file.stat().st_size != entry["size"]:
+            raise UserError(f"{file}: {file.stat().st_size} bytes, the manifest says {entry['size']}.")
+        if hash_file(file) != entry["xxh3_128"]:
+            raise UserError(f"{file}: its content does not match the hash in the manifest.")
+    return manifest
+
+
+def newest_intact(run: RunDirectory, *, trust: bool = False) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that verifies, with its manifest; damaged ones are named and skipped.
+
+    Raises:
+        UserError: there are checkpoints and none is intact.
+    """
+    steps = run.complete_steps()
+    for step in reversed(steps):
+        try:
+            return run.checkpoint(step), verify_checkpoint(run.checkpoint(step), trust=trust)
+        except UserError as error:
+            logger.warning("skipping a damaged checkpoint: %s", error)
+    if steps:
+        raise UserError(f"{run.checkpoints}: none of the steps {steps} is intact. Start again with --fresh elsewhere.")
+    return None
+
+
+def load_checkpoint(engine: Any, users: UserTable, path: Path, manifest: dict[str, Any], world: World) -> None:
+    """Restores weights, optimizer moments and user rows into a freshly built engine.
+
+    Raises:
+        UserError: the checkpoint was written by another world size.
+    """
+    if manifest["world_size"] != world.world_size:
+        raise UserError(
+            f"{path}: written by {manifest['world_size']} ranks, this run has {world.world_size}. "
+            f"Launch with {manifest['world_size']} ranks."
+        )
+    if manifest["num_threads"] != torch.get_num_threads():
+        logger.warning(
+            "resuming with %d threads per rank, the checkpoint had %d: results may differ in the last bits",
+            torch.get_num_threads(),
+            manifest["num_threads"],
+        )
+    loaded, _ = engine.load_checkpoint(str(path), tag=ENGINE_TAG, load_module_strict=False)
+    # DeepSpeed answers None, with a warning, where it finds nothing: that must not become a fresh start.
+    assert loaded is not None, f"DeepSpeed loaded nothing from {path}"
+    users.load_state_dict(UserTable.load(path).state_dict())
+
+
+def retain(run: RunDirectory, num_keep: int, best_step: int | None) -> None:
+    """Deletes all but the newest `num_keep` complete checkpoints and the best; leftovers of interrupted saves go too."""
+    keep = set(run.complete_steps()[-num_keep:]) | {best_step}
+    for path in run.checkpoints.glob("step_*"):
+        name = path.name.removeprefix("step_")
+        if not name.isdigit() or int(name) not in keep:
+            shutil.rmtree(path)

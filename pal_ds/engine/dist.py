@@ -1,0 +1,109 @@
+"""The process group: who am I, what do all ranks share, and a clean way out.
+
+Every decision that ranks must share is taken on rank 0 and broadcast (`World.from_rank_zero`), then acted on by all.
+"""
+
+import contextlib
+import datetime
+import os
+import socket
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+from pal_ds.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the ranks; `device` is where its tensors live."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_rank_zero(self) -> bool:
+        return self.rank == 0
+
+    def from_rank_zero(self, decide: Callable[[], T]) -> T:
+        """The value of `decide()` on rank 0, on every rank; a UserError raised there is raised everywhere."""
+        outcome: list[object] = [None, None]
+        if self.is_rank_zero:
+            try:
+                outcome = [decide(), None]
+            except UserError as error:
+                outcome = [None, str(error)]
+        if self.world_size > 1:
+            torch_dist.broadcast_object_list(outcome, src=0, device=self.device)
+        if outcome[1] is not None:
+            raise UserError(str(outcome[1]))
+        return outcome[0]  # type: ignore[return-value]
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            torch_dist.barrier()
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Stacks equally shaped tensors of all ranks: [world, ...]."""
+        if self.world_size == 1:
+            return tensor[None]
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        torch_dist.all_gather(parts, tensor.contiguous())
+        return torch.stack(parts)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks in rank order: the same bits on every rank and every run."""
+        return self.all_gather(tensor).sum(0)
+
+
+def _fill_rank_variables() -> None:
+    """A plain `python -m pal_ds` is a world of one; launchers set these variables themselves."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(
+        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+
+
+@contextlib.contextmanager
+def distributed(timeout_minutes: int = 30) -> Iterator[World]:
+    """Starts DeepSpeed's process group and tears it down; without the teardown a finished gloo run may abort."""
+    _fill_rank_variables()
+    # deepspeed calls collectives under names that newer torch deprecates: nothing a user could mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # Imported here: deepspeed takes seconds, and `--help` should not pay for it.
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("WARNING")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        # Under per-task GPU binding each process sees one device, whatever its local rank.
+        device = torch.device("cuda", 0 if torch.cuda.device_count() == 1 else local_rank)
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        timeout=datetime.timedelta(minutes=timeout_minutes),
+        verbose=False,
+    )
+    world = World(torch_dist.get_rank(), torch_dist.get_world_size(), device)
+    try:
+        yield world
+        world.barrier()
+    finally:
+        if torch_dist.is_initialized():
+            torch_dist.destroy_process_group()

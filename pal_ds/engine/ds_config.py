@@ -1,0 +1,129 @@
+"""Loads a DeepSpeed JSON, fills what the recipe owns, and refuses contradictions before anything is queued."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from pal_ds.errors import UserError
+
+SHIPPED_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+
+OWNED_BY_RECIPE = {
+    "train_batch_size": "train.batch_pairs",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_pairs",
+    "gradient_accumulation_steps": "train.micro_batch_pairs",
+    "gradient_clipping": "train.gradient_clipping",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+}
+REMOVED_KEYS = {
+    "nebula": "delete it",
+    "compression_training": "delete it",
+    "amp": "delete it and set train.precision: bf16",
+    "quantize_training": "delete it",
+    "sparse_gradients": "delete it (user rows are already updated row by row)",
+    "eigenvalue": "delete it",
+    "sparse_attention": "delete it",
+    "elasticity": "delete it",
+    "graph_harvesting": "delete it",
+    "curriculum_learning": "delete it",
+    "progressive_layer_drop": "delete it",
+}
+REMOVED_ZERO_KEYS = {
+    "mics_shard_size": "use zero_hpz_partition_size",
+    "mics_hierarchical_params_gather": "delete it",
+    "zeropp_loco_param": "delete it",
+}
+
+
+def load_ds_config(name_or_path: str) -> tuple[dict[str, Any], str]:
+    """The JSON of a shipped name (`zero3`) or of a file, and where it came from.
+
+    Raises:
+        UserError: the file is missing, is no JSON object, or holds keys that DeepSpeed removed.
+    """
+    path = Path(name_or_path)
+    if not path.suffix and not path.exists():
+        path = SHIPPED_CONFIGS / f"{name_or_path}.json"
+    if not path.is_file():
+        shipped = ", ".join(sorted(file.stem for file in SHIPPED_CONFIGS.glob("*.json")))
+        raise UserError(
+            f"train.ds_config: no file {path}. Give a path to a DeepSpeed JSON or one of: {shipped}."
+        )
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}:{error.lineno}: not valid JSON ({error.msg}). Mend the file."
+        ) from None
+    if not isinstance(config, dict):
+        raise UserError(
+            f"{path}: a DeepSpeed config is a JSON object, found {type(config).__name__}."
+        )
+    zero = config.get("zero_optimization", {})
+    for section, removed, found in (
+        ("", REMOVED_KEYS, config),
+        ("zero_optimization.", REMOVED_ZERO_KEYS, zero),
+    ):
+        for key in removed.keys() & found.keys():
+            raise UserError(f"{path}: DeepSpeed removed the key {section}{key}; {removed[key]}.")
+    return config, str(path)
+
+
+def resolve_ds_config(
+    name_or_path: str,
+    *,
+    world_size: int,
+    micro_batch_pairs: int,
+    gradient_clipping: float,
+    precision: str,
+) -> dict[str, Any]:
+    """The complete config for `deepspeed.initialize`: no "auto", clipping always written out.
+
+    DeepSpeed clips at 1.0 when the key is absent, hence the explicit 0.0 for "off". Its batch sizes are nominal
+    here: the update plan decides which comparisons form an update, the step closes the accumulation itself.
+
+    Raises:
+        UserError: a key that the recipe owns has another value in the JSON.
+    """
+    config, origin = load_ds_config(name_or_path)
+    config = copy.deepcopy(config)
+    filled = {
+        "train_micro_batch_size_per_gpu": micro_batch_pairs,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": micro_batch_pairs * world_size,
+        "gradient_clipping": float(gradient_clipping),
+    }
+    for key, recipe_key in OWNED_BY_RECIPE.items():
+        given = config.pop(key, "auto")
+        if given != "auto" and (key not in filled or float(given) != float(filled[key])):
+            raise UserError(
+                f"{origin}: {key} = {json.dumps(given)} contradicts the recipe, which owns it as {recipe_key}. "
+                f'Delete {key} from the JSON (or set it to "auto") and set {recipe_key}.'
+            )
+    for half in ("bf16", "fp16"):
+        wanted = precision == half
+        given = config.pop(half, {}).get("enabled", "auto")
+        if given not in ("auto", wanted):
+            raise UserError(
+                f"{origin}: {half}.enabled = {json.dumps(given)} contradicts train.precision: {precision}. "
+                f"Delete {half} from the JSON and set train.precision (fp32 or bf16)."
+            )
+    config.setdefault("zero_optimization", {"stage": 0})
+    return {
+        **config,
+        **filled,
+        "bf16": {"enabled": precision == "bf16"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+    }
+
+
+def zero_stage(config: dict[str, Any]) -> int:
+    return int(config["zero_optimization"].get("stage", 0))
+
+
+def offloads_optimizer(config: dict[str, Any]) -> bool:
+    return config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"

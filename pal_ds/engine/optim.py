@@ -1,0 +1,76 @@
+"""Parameter groups with their own learning rates, the schedule all of them share, and the optimizer."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from pal_ds.config import OptimConfig
+from pal_ds.errors import UserError
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Trainable parameters by name: backbone, prototypes, scale, projectors. Empty groups are dropped.
+
+    A head opts into a group by a parameter's last name, `prototypes` or `log_scale` (heads/README.md).
+    """
+    rates = {
+        "backbone": config.backbone_learning_rate,
+        "prototypes": config.prototype_learning_rate,
+        "scale": config.scale_learning_rate,
+        "projectors": None,
+    }
+    members: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            members[_group_of(name)].append(parameter)
+    return [
+        {
+            "name": name,
+            "params": members[name],
+            "lr": config.learning_rate if rate is None else rate,
+            "full_lr": config.learning_rate if rate is None else rate,
+            "weight_decay": 0.0 if name == "scale" else config.weight_decay,
+        }
+        for name, rate in rates.items()
+        if members[name]
+    ]
+
+
+def _group_of(name: str) -> str:
+    if name.startswith("backbone."):
+        return "backbone"
+    return {"prototypes": "prototypes", "log_scale": "scale"}.get(
+        name.rsplit(".", 1)[-1], "projectors"
+    )
+
+
+def build_optimizer(
+    groups: list[dict[str, Any]], config: OptimConfig, *, offload: bool
+) -> torch.optim.Optimizer:
+    """AdamW; DeepSpeed's CPU version where the optimizer state is offloaded."""
+    if not groups:
+        raise UserError("Nothing to train: the backbone is frozen and the head has no parameters.")
+    options = {"lr": config.learning_rate, "betas": config.betas, "eps": config.epsilon}
+    if offload:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+    return torch.optim.AdamW(groups, **options)
+
+
+def schedule_factor(config: OptimConfig, update: int, num_updates: int) -> float:
+    """Share of the full learning rate at `update` (0-based): linear warm-up, then cosine or constant.
+
+    A pure function of the update, so that a resumed run needs no scheduler state.
+    """
+    num_warmup = math.ceil(config.warmup_fraction * num_updates)
+    if update < num_warmup:
+        return (update + 1) / num_warmup
+    if config.schedule == "constant":
+        return 1.0
+    progress = (update - num_warmup) / max(1, num_updates - num_warmup)
+    return config.final_fraction + (1 - config.final_fraction) * 0.5 * (
+        1 + math.cos(math.pi * progress)
+    )

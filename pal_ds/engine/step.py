@@ -1,0 +1,135 @@
+"""One update: forward and backward over its micro-batches, the engine's step, then the user rows.
+
+The loss is the mean over the update's comparisons, whatever the split. The step knows no head and no data source.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pal_ds.config import OptimConfig
+from pal_ds.data.batch import Batch
+from pal_ds.data.plan import keyed_generator
+from pal_ds.engine.dist import World
+from pal_ds.engine.optim import schedule_factor
+from pal_ds.heads.base import UserState
+from pal_ds.heads.shapes import Float
+from pal_ds.losses import PreferenceLoss, decision_margin
+from pal_ds.users import UserTable
+
+
+@dataclass(frozen=True)
+class UpdateStats:
+    """Sums over this rank's comparisons, still on the device: reading them is the caller's one host sync."""
+
+    loss_sum: Float[Tensor, ""]
+    correct: Float[Tensor, ""]
+    num_pairs: int
+    """Of the whole update, over all ranks."""
+    learning_rate: float
+    applied: bool
+    """False where DeepSpeed skipped the update because a gradient was not finite; the users were skipped too."""
+    grad_norm: float | Tensor | None = None
+
+
+@dataclass
+class Stepper:
+    """Runs updates on a DeepSpeed engine and a user table."""
+
+    engine: Any
+    users: UserTable
+    loss: PreferenceLoss
+    optim: OptimConfig
+    users_learning_rate: float
+    world: World
+    num_updates: int
+    seed: int
+    needs_users: bool
+
+    def run(
+        self, update: int, batches: list[Batch], runs: list[list[np.ndarray]], user_rows: np.ndarray
+    ) -> UpdateStats:
+        """`batches`: this rank's micro-batches; `runs` [micro-step][rank] positions; `user_rows` of the whole update."""
+        factor = schedule_factor(self.optim, update, self.num_updates)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = group["full_lr"] * factor
+        self.engine.train()
+        num_pairs = len(user_rows)
+        loss_sum, correct, leaves = 0.0, 0.0, []
+        for index, batch in enumerate(batches):
+            self._seed_dropout(update, index)
+            self.engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
+            leaf = self.users.leaf(batch.user_row) if self.needs_users else None
+            output = self.engine(batch, UserState(leaf, batch.gumbel))
+            per_pair = self.loss(
+                output.margin,
+                batch.label,
+                batch.window_start,
+                batch.window_end,
+                batch.required_margin,
+            )
+            total = ((per_pair + output.penalty) * batch.weight).sum()
+            # ZeRO averages gradients over ranks, hence the factor world size.
+            self.engine.backward(total * (self.world.world_size / num_pairs), scale_wrt_gas=False)
+            leaves.append(leaf)
+            with torch.no_grad():
+                decision = decision_margin(output.margin, batch.window_end) * batch.label
+                correct = (
+                    correct
+                    + (
+                        ((decision > 0).float() + 0.5 * (decision == 0).float()) * batch.weight
+                    ).sum()
+                )
+                loss_sum = loss_sum + total.detach()
+        grad_norm = self._grad_norm_at_stage_zero()
+        self.engine.step()
+        applied = self.engine.was_step_applied()
+        if applied and self.needs_users:
+            gradients = self.user_gradients(leaves, runs)
+            self.users.apply(
+                torch.from_numpy(user_rows),
+                gradients,
+                torch.arange(num_pairs),
+                self.users_learning_rate * factor,
+            )
+        grad_norm = self.engine.get_global_grad_norm() if grad_norm is None else grad_norm
+        return UpdateStats(
+            loss_sum, correct, num_pairs, self.optim.learning_rate * factor, applied, grad_norm
+        )
+
+    def user_gradients(
+        self, leaves: list[Tensor], runs: list[list[np.ndarray]]
+    ) -> Float[Tensor, "n K"]:
+        """Gradients of the update's loss for each comparison's user row, in global order, equal on every rank.
+
+        Every rank knows the split, so only the gradients travel: padded to the longest rank, then put in order.
+        """
+        world_size = self.world.world_size
+        sizes = np.array([[max(len(run), 1) for run in step] for step in runs])
+        longest = int(sizes.sum(0).max())
+        local = torch.cat([leaf.grad for leaf in leaves])
+        padded = local.new_zeros(longest, local.shape[1])
+        padded[: len(local)] = local
+        gathered = self.world.all_gather(padded).flatten(0, 1)
+        source = np.empty(sum(len(run) for step in runs for run in step), np.int64)
+        for rank in range(world_size):
+            column = rank * longest
+            for step, step_runs in enumerate(runs):
+                source[step_runs[rank]] = column + np.arange(len(step_runs[rank]))
+                column += sizes[step, rank]
+        return gathered[torch.from_numpy(source).to(gathered.device)] / world_size
+
+    def _seed_dropout(self, update: int, micro_step: int) -> None:
+        """Dropout is a function of (seed, update, micro-step, rank): a resumed run needs no saved generator state."""
+        key = keyed_generator("dropout", self.seed, update, micro_step, self.world.rank)
+        torch.manual_seed(int(key.integers(0, 2**63)))
+
+    def _grad_norm_at_stage_zero(self) -> Tensor | None:
+        """Plain data parallelism in fp32 keeps no norm of its own; elsewhere the engine reports it after its step."""
+        if self.engine.zero_optimization() or self.engine.bfloat16_enabled():
+            return None
+        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)

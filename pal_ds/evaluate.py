@@ -1,0 +1,106 @@
+"""Exact evaluation at any world size: every pair is scored once, figures come from the gathered margins."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pal_ds.data.batch import Batch, Collator
+from pal_ds.data.tables import PreparedData
+from pal_ds.engine.dist import World
+from pal_ds.heads.base import Head, HeadOutput, UserState
+from pal_ds.heads.shapes import Float
+from pal_ds.losses import decision_margin
+from pal_ds.metrics import evaluation_figures, fit_temperature
+from pal_ds.progress import progress_bar
+from pal_ds.users import UserTable
+
+Forward = Callable[[Batch, UserState], HeadOutput]
+
+
+def user_mixtures(head: Head, users: UserTable) -> Float[Tensor, "U+1 K"]:
+    """Each user's mixture as the head uses it in evaluation, and the population's (their mean) as the last row."""
+    head.eval()
+    with torch.no_grad():
+        mixtures = head.mixture_weights(UserState(users.logits))
+    return torch.cat([mixtures, population_mixture(mixtures)])
+
+
+def population_mixture(mixtures: Float[Tensor, "U K"]) -> Float[Tensor, "1 K"]:
+    """Mean of s_u over the users of a table; the simplex's centre where there are none."""
+    num_users, num_prototypes = mixtures.shape
+    if num_users == 0:
+        return mixtures.new_full((1, num_prototypes), 1.0 / num_prototypes)
+    return mixtures.mean(0, keepdim=True)
+
+
+def predict(
+    forward: Forward,
+    collator: Collator,
+    rows: np.ndarray,
+    mixtures: Float[Tensor, "U+1 K"],
+    micro_batch_pairs: int,
+    world: World,
+    label: str | None = None,
+) -> np.ndarray:
+    """Margins (> 0 prefers response_2) of the comparisons `rows`, in their order, fp64 [n], on every rank.
+
+    Pair i of a forward is the same at every world size up to which pairs share it, so margins agree to rounding.
+    A user the table does not hold (row -1) gets the last mixture, the population's.
+    """
+    run_size = micro_batch_pairs * world.world_size
+    num_steps = -(-len(rows) // run_size)
+    margins = []
+    with torch.no_grad(), progress_bar(label or "", num_steps, shown=world.is_rank_zero and label is not None, unit="pairs") as advance:
+        for step in range(num_steps):
+            begin = step * run_size + world.rank * micro_batch_pairs
+            share = rows[begin : min(begin + micro_batch_pairs, len(rows))]
+            batch = collator(share, np.arange(len(share))).to(world.device)
+            output = forward(batch, UserState(None, None, mixtures[batch.user_row]))
+            padded = torch.full((micro_batch_pairs,), torch.nan, device=world.device)
+            padded[: len(share)] = decision_margin(output.margin, batch.window_end)[: len(share)]
+            margins.append(world.all_gather(padded).flatten())
+            advance(run_size)
+    if not margins:
+        return np.empty(0)
+    return torch.cat(margins)[: len(rows)].double().cpu().numpy()
+
+
+def figures_of(data: PreparedData, rows: np.ndarray, margins: np.ndarray, temperature: float = 1.0) -> dict[str, Any]:
+    """The figures of `eval/NAME.json` for comparisons of prepared data."""
+    table = data.comparisons[rows]
+    length_margins = None
+    if data.response_num_chars is not None:
+        chars = data.response_num_chars
+        length_margins = chars[table["b"]].astype(float) - chars[table["a"]]
+    return evaluation_figures(
+        margins,
+        table["label"].astype(float),
+        np.asarray(data.users, dtype=object)[table["user"]].astype(str),
+        data.response_prompt[table["a"]],
+        temperature=temperature,
+        length_margins=length_margins,
+        probabilities=table["probability"].astype(float),
+    )
+
+
+def report_on(
+    data: PreparedData, rows: np.ndarray, margins: np.ndarray, table_rows: np.ndarray, temperature: float = 1.0
+) -> dict[str, Any]:
+    """Figures over the users the table holds, with those it does not apart under "unknown_users"."""
+    known = table_rows >= 0
+    figures = figures_of(data, rows[known], margins[known], temperature)
+    unknown = figures_of(data, rows[~known], margins[~known], temperature)
+    return {**figures, "unknown_users": unknown}
+
+
+def dev_temperature(margins: np.ndarray, labels: np.ndarray, loss_kind: str) -> float:
+    """1 under the logistic loss, whose margins are log-odds; else fitted on these held-out pairs."""
+    if loss_kind == "logistic" or len(margins) == 0:
+        return 1.0
+    return fit_temperature(margins, labels)
+
+
+__all__ = ["Forward", "dev_temperature", "figures_of", "population_mixture", "predict", "report_on", "user_mixtures"]

@@ -1,0 +1,82 @@
+"""The contract of a head: features and a user's state in, one reward per response and scored position out.
+
+Needs torch alone and imports only its siblings, so that an exported folder can carry these very files.
+It knows nothing of backbones, batches, losses, engines or how users are stored.
+
+Axes: B comparisons, r responses per comparison, R distinct responses, P distinct prompts, T scored positions of
+a response, C positions of a prompt, H hidden size, d reward space, K prototypes.
+
+Named tuples, not dataclasses: the hooks of ZeRO-3 find the tensors of a module's inputs and outputs in tuples, and
+miss them elsewhere (a parameter is then not gathered for backward). Pass them positionally for the same reason.
+"""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from .shapes import Float, Int
+
+
+class Features(NamedTuple):
+    """What a backbone says about the distinct texts of a batch, and which comparison looks at which of them."""
+
+    response: Float[Tensor, "R T H"]
+    """Hidden states at the scored positions of each distinct response; positions past its end are padding."""
+    response_index: Int[Tensor, "B r"]
+    prompt: Float[Tensor, "P C H"] | None = None
+    """Hidden states of each distinct prompt: its last token (C = 1), or all of them for `aligned`."""
+    prompt_index: Int[Tensor, "B r"] | None = None
+    prompt_length: Int[Tensor, "P"] | None = None
+    """Valid positions of each prompt, at least 1."""
+
+
+class UserState(NamedTuple):
+    """What a head may know about the user of each comparison; a head names what it reads in `Head.needs`."""
+
+    logits: Float[Tensor, "B K"] | None = None
+    """w_u, fp32."""
+    gumbel: Float[Tensor, "B K"] | None = None
+    """Standard Gumbel noise, keyed by (seed, update, comparison); given in training only."""
+    mixture: Float[Tensor, "B K"] | None = None
+    """A point of the simplex that replaces softmax(w_u / tau): scoring and export."""
+
+
+class HeadOutput(NamedTuple):
+    """What training and evaluation read from a head."""
+
+    reward: Float[Tensor, "B r T"]
+    margin: Float[Tensor, "B T"]
+    """Log-odds (under the logistic loss) that response_2 is preferred to response_1."""
+    penalty: Float[Tensor, "B"]
+    """Regulariser per comparison, added to its loss; zeros where a head has none."""
+
+
+class Head(nn.Module, ABC):
+    """Maps features and user state to rewards. Concrete heads are final; share by composition, not by subclassing."""
+
+    needs: ClassVar[frozenset[str]]
+    """Subset of {"prompt", "logits"}: what Features and UserState must carry."""
+    num_prototypes: int
+    """K, the width of a user's logits; 1 for a head without users."""
+
+    @abstractmethod
+    def reward(self, features: Features, user: UserState) -> Float[Tensor, "B r T"]:
+        """Reward of each response of each comparison for its user, fp32."""
+
+    def compare(self, reward: Float[Tensor, "B r T"]) -> Float[Tensor, "B T"]:
+        """Margin of response_2 over response_1: the difference of rewards."""
+        return reward[:, 1] - reward[:, 0]
+
+    def mixture_weights(self, user: UserState) -> Float[Tensor, "B K"]:
+        """The simplex point s_u this head uses for each user; all ones for a head without users."""
+        raise NotImplementedError(f"{type(self).__name__} has no user mixture")
+
+    def penalty(self, user: UserState, reward: Float[Tensor, "B r T"]) -> Float[Tensor, "B"]:
+        """Regulariser per comparison; zeros unless the head overrides it."""
+        return reward.new_zeros(reward.shape[0])
+
+    def forward(self, features: Features, user: UserState) -> HeadOutput:
+        """The only way in under ZeRO-3: parameters are gathered for the length of this call."""
+        reward = self.reward(features, user)
+        return HeadOutput(reward, self.compare(reward), self.penalty(user, reward))

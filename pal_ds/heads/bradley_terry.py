@@ -1,0 +1,37 @@
+"""Bradley-Terry: one reward for everyone, <v, h(x)>; the baseline of every personalised head."""
+
+import math
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from .base import Features, Head, UserState
+from .checks import check_positive
+from .geometry import take
+from .shapes import Float
+
+
+@final
+class BradleyTerry(Head):
+    """<v, h(x)> without bias (a bias cancels in every margin). Reads nothing of the user."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, hidden_size: int):
+        """v starts as N(0, 1/H) per coordinate: rewards of unit scale on normed hidden states."""
+        super().__init__()
+        check_positive("hidden_size", hidden_size)
+        self.num_prototypes = 1
+        self.direction = nn.Parameter(torch.randn(hidden_size) / math.sqrt(hidden_size))
+
+    def mixture_weights(self, user: UserState) -> Float[Tensor, "B 1"]:
+        """Ones, one row per given user, or a single row where the state is empty."""
+        given = user.mixture if user.mixture is not None else user.logits
+        num_rows = 1 if given is None else given.shape[0]
+        return torch.ones(num_rows, 1, device=self.direction.device)
+
+    def reward(self, features: Features, user: UserState) -> Float[Tensor, "B r T"]:
+        """Each distinct response is scored once; fp32."""
+        score = features.response.float() @ self.direction.float()
+        return take(score, features.response_index)

@@ -1,0 +1,118 @@
+"""From margins to one loss per comparison: three loss shapes, three ways to weigh token positions.
+
+margin = reward of response_2 - reward of response_1, in log-odds; label +1 means response_2 is
+preferred, -1 response_1. Knows nothing of heads, users or batches. Axes: B comparisons, T
+positions.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pal_ds.errors import UserError
+from pal_ds.heads.shapes import Float, Int
+
+LossKind = Literal["logistic", "hinge", "smooth_hinge"]
+TokenWeighting = Literal["last", "mean", "cumulative"]
+
+
+def logistic(m: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """-log sigmoid(m)."""
+    return -F.logsigmoid(m)
+
+
+def hinge(m: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """max(0, 1 - m)."""
+    return F.relu(1 - m)
+
+
+def smooth_hinge(m: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """1/2 - m up to 0, (1 - m)^2 / 2 up to 1, then 0 (Rennie and Srebro 2005)."""
+    short = F.relu(1 - m)
+    return torch.where(short < 1, short.square() / 2, short - 0.5)
+
+
+_LOSSES = {"logistic": logistic, "hinge": hinge, "smooth_hinge": smooth_hinge}
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """The loss of a comparison: weighted over positions, not yet averaged over comparisons."""
+
+    kind: LossKind = "logistic"
+    """Shape in the signed margin. Only `logistic` makes margins log-odds."""
+    token_weighting: TokenWeighting = "last"
+    """Which positions of the window count, see `token_weights`."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError for an unknown choice."""
+        _choose("kind", self.kind, _LOSSES)
+        _choose("token_weighting", self.token_weighting, _WEIGHTS)
+
+    def __call__(
+        self,
+        margin: Float[Tensor, "B T"],
+        label: Int[Tensor, "B"],
+        start: Int[Tensor, "B"],
+        end: Int[Tensor, "B"],
+        required_margin: Float[Tensor, "B"] | None = None,
+    ) -> Float[Tensor, "B"]:
+        """sum_t weight_t * loss(label * margin_t - required_margin), fp32.
+
+        label is -1 or +1; the window is [start, end). required_margin is how far apart the
+        preferred response must be to satisfy the annotation (0 where unset). Positions outside the
+        window reach neither value nor gradient, whatever they hold.
+        """
+        weight = token_weights(self.token_weighting, start, end, margin.shape[1])
+        signed = label.unsqueeze(-1) * margin.float().masked_fill(weight == 0, 0.0)
+        if required_margin is not None:
+            signed = signed - required_margin.float().unsqueeze(-1)
+        return (weight * _LOSSES[self.kind](signed)).sum(-1)
+
+
+def token_weights(
+    weighting: TokenWeighting,
+    start: Int[Tensor, "B"],
+    end: Int[Tensor, "B"],
+    num_positions: int,
+) -> Float[Tensor, "B T"]:
+    """Weight of each position, fp32, zero outside [start, end), one in sum (zero for an empty
+    window).
+
+    With n = end - start and t counted from start: `last` 1 at t = n - 1; `mean` 1 / n; `cumulative`
+    (t + 1) / (n (n + 1) / 2), the closed form of the reference's running sum.
+    """
+    position = torch.arange(num_positions, device=start.device).unsqueeze(0)
+    step = position - start.unsqueeze(-1)
+    length = (end - start).unsqueeze(-1)
+    inside = (step >= 0) & (step < length)
+    return torch.where(inside, _WEIGHTS[weighting](step, length), 0.0)
+
+
+def decision_margin(margin: Float[Tensor, "B T"], end: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
+    """The margin that decides a comparison in evaluation: the last position of its window, fp32.
+
+    An exported model scores a response at its last token, so accuracy is read there whatever the
+    token weighting of the loss; a positive value prefers response_2.
+    """
+    last = (end - 1).clamp(min=0).unsqueeze(-1)
+    return margin.float().gather(1, last).squeeze(1)
+
+
+# Counts stay int64 until the division: n (n + 1) leaves int32 at 46,341 tokens and exact fp32 at
+# 4,096.
+_WEIGHTS = {
+    "last": lambda step, length: (step == length - 1).float(),
+    "mean": lambda step, length: 1 / length.clamp(min=1).float().expand_as(step),
+    "cumulative": lambda step, length: (
+        (step + 1).float() / (length * (length + 1) // 2).clamp(min=1).float()
+    ),
+}
+
+
+def _choose(name: str, value: str, table: dict) -> None:
+    if value not in table:
+        raise UserError(f"loss.{name} is {value!r}; it must be one of {', '.join(table)}.")

@@ -1,0 +1,18 @@
+"""The one module the engine shards: a backbone and a head, reached through a single forward."""
+
+from torch import nn
+
+from pal_ds.data.batch import Batch
+from pal_ds.heads.base import Head, HeadOutput, UserState
+
+
+class RewardModel(nn.Module):
+    """`forward` is the only way in: under ZeRO-3 parameters are gathered for the length of that call alone."""
+
+    def __init__(self, backbone: nn.Module, head: Head) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, batch: Batch, user: UserState) -> HeadOutput:
+        return self.head(self.backbone(batch), user)

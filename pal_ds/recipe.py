@@ -1,0 +1,71 @@
+"""Reads and writes recipes as YAML, and tells which keys two of them differ in."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from pal_ds.config import KEYS_THAT_DO_NOT_ALTER_RESULTS, RunConfig
+from pal_ds.errors import UserError
+
+
+def add_recipe_arguments(parser: ArgumentParser) -> None:
+    """--config and every key of a recipe."""
+    import pal_ds.data.sources
+    import pal_ds.heads  # noqa: F401  short class names resolve once their modules are imported
+
+    parser.add_argument("--config", action="config", help="YAML recipe; repeat to layer, later wins")
+    parser.add_class_arguments(RunConfig, nested_key=None)
+
+
+def as_recipe(options: Namespace) -> RunConfig:
+    """The recipe among the instantiated options of a command."""
+    return RunConfig(**{name: options[name] for name in RunConfig.__dataclass_fields__})
+
+
+def _recipe_parser() -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    add_recipe_arguments(parser)
+    return parser
+
+
+def dump_recipe(options: Namespace) -> str:
+    """The resolved recipe as YAML; `--config` on it gives the same run again."""
+    chosen = Namespace(**{name: options[name] for name in RunConfig.__dataclass_fields__})
+    return _recipe_parser().dump(chosen, skip_validation=True)
+
+
+def load_recipe(path: Path) -> RunConfig:
+    """The recipe of a run's config.yaml."""
+    parser = _recipe_parser()
+    return as_recipe(parser.instantiate(parser.parse_args([f"--config={path}"])))
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict) or not tree:
+        return {prefix.rstrip("."): tree}
+    merged: dict[str, Any] = {}
+    for key, value in tree.items():
+        merged |= _flat(value, f"{prefix}{key}.")
+    return merged
+
+
+def changed_keys(old: str, new: str) -> list[str]:
+    """Dotted keys that differ between two recipes (YAML text) and may alter the result."""
+    before, after = _flat(yaml.safe_load(old)), _flat(yaml.safe_load(new))
+    differing = (key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    return sorted(key for key in differing if not key.startswith(KEYS_THAT_DO_NOT_ALTER_RESULTS))
+
+
+def refuse_changes(run_config_file: Path, new: str, allowed: list[str]) -> None:
+    """Raises UserError, naming the keys, where a resumed run would not be the run that was started."""
+    old = run_config_file.read_text()
+    refused = [key for key in changed_keys(old, new) if key not in allowed]
+    if refused:
+        before, after = _flat(yaml.safe_load(old)), _flat(yaml.safe_load(new))
+        listing = "; ".join(f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in refused)
+        raise UserError(
+            f"{run_config_file}: this run was started with other values: {listing}. Restore them, pass "
+            f"--allow_change '[{', '.join(refused)}]', or start in another --run_dir."
+        )

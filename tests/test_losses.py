@@ -1,0 +1,123 @@
+"""Losses and token weights against loops written from the definitions."""
+
+import math
+
+import pytest
+import torch
+from jaxtyping import TypeCheckError
+
+from pal_ds.errors import UserError
+from pal_ds.losses import (
+    PreferenceLoss,
+    decision_margin,
+    hinge,
+    logistic,
+    smooth_hinge,
+    token_weights,
+)
+
+START = torch.tensor([0, 2, 3, 4])
+END = torch.tensor([5, 3, 5, 4])
+LABEL = torch.tensor([1, -1, -1, 1])
+T = 5
+
+
+def _scalar(kind: str, m: float) -> float:
+    if kind == "logistic":
+        return math.log1p(math.exp(-m))
+    if kind == "hinge":
+        return max(0.0, 1 - m)
+    if m <= 0:
+        return 0.5 - m
+    return (1 - m) ** 2 / 2 if m < 1 else 0.0
+
+
+def _weight(weighting: str, step: int, length: int) -> float:
+    return {
+        "last": float(step == length - 1),
+        "mean": 1 / length,
+        "cumulative": 2 * (step + 1) / (length * (length + 1)),
+    }[weighting]
+
+
+@pytest.mark.parametrize("kind", ["logistic", "hinge", "smooth_hinge"])
+@pytest.mark.parametrize("weighting", ["last", "mean", "cumulative"])
+@pytest.mark.parametrize("required", [False, True])
+def test_matches_the_loop(kind: str, weighting: str, required: bool) -> None:
+    margin = 2 * torch.randn(4, T, generator=torch.Generator().manual_seed(0))
+    needed = torch.tensor([0.0, 0.5, 1.0, 2.0]) if required else None
+    ours = PreferenceLoss(kind, weighting)(margin, LABEL, START, END, needed)
+    for b in range(4):
+        length = int(END[b] - START[b])
+        total = 0.0
+        for step in range(length):
+            m = int(LABEL[b]) * float(margin[b, START[b] + step])
+            m -= float(needed[b]) if needed is not None else 0.0
+            total += _weight(weighting, step, length) * _scalar(kind, m)
+        assert float(ours[b]) == pytest.approx(total, rel=1e-5, abs=1e-7)
+    assert ours.dtype == torch.float32
+
+
+@pytest.mark.parametrize("weighting", ["last", "mean", "cumulative"])
+def test_weights_sum_to_one_inside_the_window_only(weighting: str) -> None:
+    weight = token_weights(weighting, START, END, T)
+    assert torch.allclose(weight.sum(-1), torch.tensor([1.0, 1.0, 1.0, 0.0]))
+    position = torch.arange(T)
+    outside = (position < START[:, None]) | (position >= END[:, None])
+    assert (weight[outside] == 0).all()
+
+
+def test_cumulative_counts_do_not_overflow() -> None:
+    n = 100_000
+    weight = token_weights("cumulative", torch.tensor([0]), torch.tensor([n]), n)
+    assert float(weight.double().sum()) == pytest.approx(1.0, rel=1e-6)
+    assert float(weight[0, -1]) == pytest.approx(2 / (n + 1), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["logistic", "hinge", "smooth_hinge"])
+def test_padding_reaches_neither_value_nor_gradient(kind: str) -> None:
+    margin = torch.zeros(1, 4)
+    margin[0, 3] = float("nan")
+    margin[0, 0] = float("inf")
+    margin.requires_grad_()
+    window = (torch.tensor([1]), torch.tensor([3]))
+    loss = PreferenceLoss(kind, "mean")(margin, torch.tensor([1]), *window)
+    loss.sum().backward()
+    assert torch.isfinite(loss).all()
+    assert margin.grad[0, 0] == 0 and margin.grad[0, 3] == 0
+    assert (margin.grad[0, 1:3] < 0).all()
+
+
+@pytest.mark.parametrize("shape", [logistic, hinge, smooth_hinge])
+def test_extreme_margins_stay_finite(shape) -> None:
+    m = torch.tensor([-1e4, -1.0, 0.0, 1.0, 1e4], requires_grad=True)
+    value = shape(m)
+    value.sum().backward()
+    assert torch.isfinite(value).all() and torch.isfinite(m.grad).all()
+    assert (value[:-1] >= value[1:]).all()
+    assert m.grad[-1] == 0
+
+
+def test_smooth_hinge_is_smooth_at_its_seams() -> None:
+    m = torch.tensor([-1e-4, 1e-4, 1 - 1e-4, 1 + 1e-4], requires_grad=True)
+    smooth_hinge(m).sum().backward()
+    assert torch.allclose(m.grad, torch.tensor([-1.0, -1.0, 0.0, 0.0]), atol=2e-4)
+
+
+def test_bf16_margins_are_lifted_before_the_loss() -> None:
+    margin = torch.tensor([[0.0078125]], dtype=torch.bfloat16)
+    window = (torch.tensor([0]), torch.tensor([1]))
+    loss = PreferenceLoss("logistic")(margin, torch.tensor([1]), *window)
+    assert float(loss) == pytest.approx(_scalar("logistic", 0.0078125), rel=1e-6)
+
+
+def test_decision_margin_is_the_last_position_of_the_window() -> None:
+    margin = torch.arange(20.0).view(4, 5)
+    assert decision_margin(margin, END).tolist() == [4.0, 7.0, 14.0, 18.0]
+
+
+@pytest.mark.parametrize("choice", [{"kind": "square"}, {"token_weighting": "all"}])
+def test_unknown_choices_are_refused_by_name(choice: dict) -> None:
+    # Where the suite runs with type checks, an unknown choice already stops at the signature.
+    with pytest.raises((UserError, TypeCheckError), match=next(iter(choice))):
+        PreferenceLoss(**choice)
