@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from pal_ds.errors import UserError
 from pal_ds.heads.shapes import Float, Int
@@ -21,17 +20,17 @@ TokenWeighting = Literal["last", "mean", "cumulative"]
 
 def logistic(m: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
     """-log sigmoid(m)."""
-    return -F.logsigmoid(m)
+    return -nn.functional.logsigmoid(m)
 
 
 def hinge(m: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
     """max(0, 1 - m)."""
-    return F.relu(1 - m)
+    return nn.functional.relu(1 - m)
 
 
 def smooth_hinge(m: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
     """1/2 - m up to 0, (1 - m)^2 / 2 up to 1, then 0 (Rennie and Srebro 2005)."""
-    short = F.relu(1 - m)
+    short = nn.functional.relu(1 - m)
     return torch.where(short < 1, short.square() / 2, short - 0.5)
 
 
@@ -79,8 +78,7 @@ def token_weights(
     end: Int[Tensor, "B"],
     num_positions: int,
 ) -> Float[Tensor, "B T"]:
-    """Weight of each position, fp32, zero outside [start, end), one in sum (zero for an empty
-    window).
+    """Weight of each position, fp32: sums to 1 in [start, end), 0 outside and in empty windows.
 
     With n = end - start and t counted from start: `last` 1 at t = n - 1; `mean` 1 / n; `cumulative`
     (t + 1) / (n (n + 1) / 2), the closed form of the reference's running sum.

@@ -79,6 +79,7 @@ class RunDirectory:
         return int(step)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
         with open(self.metrics_file, "a") as stream:
             stream.write(json.dumps(row) + "\n")
 

@@ -6,7 +6,7 @@ PAD_TOKEN, END_TOKEN = "<pad>", "</s>"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int):
-    """The same texts in the same order give the same tokenizer; <pad> is 0 and </s> is 1, no BOS."""
+    """The same texts give the same tokenizer; <pad> is 0, </s> is 1, there is no BOS."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from pal_ds.data.collect import Collector
 from pal_ds.data.ragged import Ragged
 from pal_ds.data.records import Record
 from pal_ds.data.splits import NUM_BASE_SPLITS, SPLITS, SplitOptions
-from pal_ds.data.stores import CODE, REASONS, TokenTables
+from pal_ds.data.stores import CODE, REASONS, TokenStore, TokenTables
 from pal_ds.data.tables import FORMAT_VERSION, INFO_NAME, PreparedData
 from pal_ds.data.tokenise import TextEncoder
 from pal_ds.errors import UserError
@@ -77,30 +78,27 @@ def _write(
     split = collector.members.prompt_splits()[content_prompt]
     table["split"] = split + NUM_BASE_SPLITS * ~seen[table["user"]]
 
-    if collector.store.kind == "tokens":
-        tables = collector.store.finish(check_marker)
+    store = collector.store
+    assert store is not None, "at least one record was added"
+    if isinstance(store, TokenStore):
+        tables = store.finish(check_marker)
         reason = token_reasons(table, tables)
+        write_rows = partial(_write_tokens, folder, store, tables)
     else:
-        vectors = collector.store.finish()
         reason = np.where(table["a"] == table["b"], CODE["identical"], 0)
-    dropped = Counter({REASONS[code]: int((reason == code).sum()) for code in set(reason.tolist())})
-    dropped.pop("kept", None)
-    table = table[reason == 0]
-    if not len(table):
-        listed = ", ".join(f"{name} {count}" for name, count in dropped.items())
-        raise UserError(f"every comparison was dropped ({listed}); nothing is left to train on")
-
+        write_rows = partial(_write_vectors, folder, *store.finish())
+    table, dropped = _drop(table, reason)
     kept_users = np.unique(table["user"])
     kept = np.unique(np.concatenate([table["a"], table["b"]]))
-    split_of_row = dict(zip(table["a"].tolist(), table["split"].tolist(), strict=True))
-    split_of_row |= dict(zip(table["b"].tolist(), table["split"].tolist(), strict=True))
+    split_of_row = {
+        row: code
+        for side in ("a", "b")
+        for row, code in zip(table[side].tolist(), table["split"].tolist(), strict=True)
+    }
     table["user"] = np.searchsorted(kept_users, table["user"])
     for side in ("a", "b"):
         table[side] = np.searchsorted(kept, table[side])
-    if collector.store.kind == "tokens":
-        details = _write_tokens(folder, collector, tables, kept, split_of_row)
-    else:
-        details = _write_vectors(folder, vectors, kept)
+    details = write_rows(kept, split_of_row)
     np.save(folder / "comparisons.npy", table)
     groups = list(collector.groups)
     group = [collector.user_group[row] for row in kept_users]
@@ -108,7 +106,7 @@ def _write(
     _write_users(folder, [users[row] for row in kept_users], seen[kept_users], names)
     return {
         "format_version": FORMAT_VERSION,
-        "kind": collector.store.kind,
+        "kind": store.kind,
         "hash": hash_tables(folder),
         "source": None,
         "licence": None,
@@ -119,6 +117,16 @@ def _write(
         **details,
         **_bayes(table),
     }
+
+
+def _drop(table: np.ndarray, reason: np.ndarray) -> tuple[np.ndarray, Counter[str]]:
+    """The rows to keep, and how many were dropped for each reason."""
+    counts = np.bincount(reason, minlength=len(REASONS)).tolist()
+    dropped = Counter({REASONS[code]: n for code, n in enumerate(counts) if code and n})
+    if not (reason == 0).any():
+        listed = ", ".join(f"{name} {count}" for name, count in dropped.items())
+        raise UserError(f"every comparison was dropped ({listed}); nothing is left to train on")
+    return table[reason == 0], dropped
 
 
 def token_reasons(table: np.ndarray, tables: TokenTables) -> np.ndarray:
@@ -149,7 +157,7 @@ def hash_tables(folder: Path) -> str:
 
 def _write_tokens(
     folder: Path,
-    collector: Collector,
+    store: TokenStore,
     tables: TokenTables,
     kept: np.ndarray,
     split_of_row: dict[int, int],
@@ -160,10 +168,10 @@ def _write_tokens(
     _save_ragged(folder, "response", responses)
     np.save(folder / "response_prompt.npy", response_prompt.astype(np.int64))
     np.save(folder / "response_num_chars.npy", tables.num_chars[kept].astype(np.int32))
-    encoder = collector.encoder
+    encoder = store.encoder
     encoder.tokenizer.save_pretrained(folder / "tokenizer")
     with open(folder / "samples.jsonl", "w", encoding="utf-8") as file:
-        for sample in collector.samples.choose(split_of_row):
+        for sample in store.samples.choose(split_of_row):
             file.write(json.dumps(sample, ensure_ascii=False) + "\n")
     whole = prompts.lengths[response_prompt] + responses.lengths
     tokens = encoder.describe(tables.marker_ids, tables.user_marker_ids)
@@ -175,8 +183,14 @@ def _write_tokens(
     }
 
 
-def _write_vectors(folder: Path, vectors: tuple, kept: np.ndarray) -> dict:
-    responses, prompts, response_prompt = vectors
+def _write_vectors(
+    folder: Path,
+    responses: np.ndarray,
+    prompts: np.ndarray | None,
+    response_prompt: np.ndarray,
+    kept: np.ndarray,
+    _split_of_row: dict[int, int],
+) -> dict:
     kept_prompts, response_prompt = np.unique(response_prompt[kept], return_inverse=True)
     np.save(folder / "response_vectors.npy", responses[kept])
     np.save(folder / "response_prompt.npy", response_prompt.astype(np.int64))

@@ -1,4 +1,4 @@
-"""Chat messages: what a valid one is, how to render without a template, where a prompt is implicit."""
+"""Chat messages: checking them, rendering without a template, finding an implicit prompt."""
 
 from pal_ds.data.records import Text
 from pal_ds.errors import UserError

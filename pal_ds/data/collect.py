@@ -6,7 +6,7 @@ import numpy as np
 import xxhash
 
 from pal_ds.data.chat import is_empty
-from pal_ds.data.membership import Membership, content_digest
+from pal_ds.data.membership import Membership, compared, content_digest
 from pal_ds.data.records import Record
 from pal_ds.data.samples import SampleKeeper
 from pal_ds.data.splits import SplitOptions
@@ -24,7 +24,6 @@ class Collector:
         self.encoder = encoder
         self.members = Membership(options)
         self.store: TokenStore | VectorStore | None = None
-        self.samples: SampleKeeper | None = None
         self.groups: dict[str, int] = {}
         self.user_group = array("i")
         self.num_records = self._num_stored = 0
@@ -37,8 +36,8 @@ class Collector:
         self.num_records += 1
         where = f"record {self.num_records} (user '{record.user_id}')"
         if self.store is None:
-            self._open_store(record, where)
-        self._check(record, where)
+            self.store = self._open_store(record, where)
+        self._check(record, where, self.store.kind == "tokens")
         group = -1
         if record.group is not None:
             group = self.groups.setdefault(record.group, len(self.groups))
@@ -49,8 +48,8 @@ class Collector:
         for column, value in zip(self._ints.values(), values, strict=True):
             column.append(value)
         self._floats["margin"].append(record.margin)
-        known = record.probability is not None
-        self._floats["probability"].append(record.probability if known else np.nan)
+        probability = record.probability
+        self._floats["probability"].append(np.nan if probability is None else probability)
 
     def comparisons(self) -> tuple[np.ndarray, np.ndarray]:
         """(table in COMPARISON_DTYPE, all in train so far; row of each comparison's prompt)."""
@@ -60,32 +59,32 @@ class Collector:
                 table[name] = np.frombuffer(column, column.typecode)
         return table, np.frombuffer(self._ints["prompt"], np.int64)
 
-    def _open_store(self, record: Record, where: str) -> None:
+    def _open_store(self, record: Record, where: str) -> TokenStore | VectorStore:
         if record.response_features is not None:
-            self.store = VectorStore()
-            return
+            return VectorStore()
         if self.encoder is None:
             raise UserError(
                 f"{where}: holds text, but there is no tokenizer: this run was made from vectors. "
                 "Give records with response_features"
             )
         members = self.members
-        self.samples = SampleKeeper(
+        samples = SampleKeeper(
             lambda row: members.prompt_fraction[row], lambda row: members.prompt_field[row] > 0
         )
-        self.store = TokenStore(self.encoder, self.samples)
+        return TokenStore(self.encoder, samples)
 
-    def _check(self, record: Record, where: str) -> None:
+    @staticmethod
+    def _check(record: Record, where: str, wants_text: bool) -> None:
         is_text = record.response_features is None
-        if is_text != (self.store.kind == "tokens"):
+        if is_text != wants_text:
             raise UserError(
-                f"{where}: some records hold text and some vectors; a dataset holds one or the other"
+                f"{where}: some records hold text, some vectors; a dataset holds one of them"
             )
         if record.label not in (-1, 1):
             raise UserError(f"{where}: label is {record.label!r}; it must be -1 or 1")
-        if is_text and any(is_empty(response) for response in record.responses):
+        if is_text and any(map(is_empty, compared(record))):
             raise UserError(
-                f"{where}: a response is empty; every response needs text. Remove the row or mend it"
+                f"{where}: a response is empty; every response needs text. Remove or mend the row"
             )
 
     def _add_user(self, record: Record, group: int) -> int:
@@ -99,10 +98,13 @@ class Collector:
     def _add_response(
         self, prompt_key: bytes, prompt: int, record: Record, index: int, where: str
     ) -> int:
-        responses = record.responses if record.responses is not None else record.response_features
-        key = xxhash.xxh3_128_digest(prompt_key + content_digest(responses[index], where))
+        response = compared(record)[index]
+        key = xxhash.xxh3_128_digest(prompt_key + content_digest(response, where))
         row = self._responses.setdefault(key, len(self._responses))
         if row == self._num_stored:
             self._num_stored += 1
-            self.store.add(prompt, record, index)
+            if isinstance(self.store, TokenStore):
+                self.store.add(prompt, record.prompt, response)
+            elif self.store is not None:
+                self.store.add(prompt, record.prompt_features, response)
         return row

@@ -42,10 +42,12 @@ def run_starts(tokens: np.ndarray, marker: Sequence[int]) -> np.ndarray:
     return hits
 
 
-def count_in_rows(tokens: np.ndarray, offsets: np.ndarray, marker: Sequence[int]) -> np.ndarray:
-    """How often the marker lies wholly inside each row of a ragged table."""
+def count_in_rows(
+    tokens: np.ndarray, offsets: np.ndarray, marker: Sequence[int], skip_end: bool = False
+) -> np.ndarray:
+    """How often the marker lies wholly inside each row; `skip_end` ignores one at the very end."""
     hits = np.concatenate([[0], np.cumsum(run_starts(tokens, marker))])
-    last_start = np.maximum(offsets[1:] - len(marker) + 1, offsets[:-1])
+    last_start = np.maximum(offsets[1:] - len(marker) + 1 - skip_end, offsets[:-1])
     return hits[last_start] - hits[offsets[:-1]]
 
 

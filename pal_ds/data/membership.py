@@ -25,13 +25,19 @@ def content_digest(value: Text | tuple[float, ...] | None, where: str = "record"
     return xxhash.xxh3_128_digest(data)
 
 
+def compared(record: Record) -> tuple:
+    """The two things a record compares: texts or vectors."""
+    pair = record.responses if record.responses is not None else record.response_features
+    assert pair is not None, "a record holds responses or response_features"
+    return pair
+
+
 def prompt_digest(record: Record, where: str = "record") -> bytes:
     """What decides the split: the prompt, or where there is none the two responses in any order."""
     prompt = record.prompt if record.responses is not None else record.prompt_features
     if prompt is not None:
         return content_digest(prompt, where)
-    responses = record.responses if record.responses is not None else record.response_features
-    both = sorted(content_digest(response, where) for response in responses)
+    both = sorted(content_digest(response, where) for response in compared(record))
     return xxhash.xxh3_128_digest(b"pair" + b"".join(both))
 
 
@@ -64,8 +70,8 @@ class Membership:
         elif self.prompt_field[row] != code:
             raise UserError(
                 f"{where}: its prompt is in split '{record.split}' here and in "
-                f"'{SPLIT_FIELD_NAMES[self.prompt_field[row]]}' before; all comparisons of a prompt "
-                "belong to one split"
+                f"'{SPLIT_FIELD_NAMES[self.prompt_field[row]]}' before; all comparisons of a "
+                "prompt belong to one split"
             )
         return row, key
 

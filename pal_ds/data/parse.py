@@ -1,8 +1,9 @@
-"""One JSON object or table row -> Record, with errors that say where, what, the rule and the remedy."""
+"""One JSON object or table row -> Record; an error says where, what, the rule and the remedy."""
 
 import difflib
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from pal_ds.data.chat import check_messages, is_empty, split_conversations
 from pal_ds.data.records import POPULATION_USER, Record, Text
@@ -26,7 +27,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f" (did you mean '{matches[0]}'?)" if matches else ""
 
 
-def parse_record(fields: Mapping[str, object], where: str, extra_keys: str = "error") -> Record:
+def parse_record(fields: Any, where: str, extra_keys: str = "error") -> Record:
     """Check one object of either record form (design section 5) or the vector form."""
     if not isinstance(fields, Mapping):
         raise UserError(f"{where}: expected an object, found {type(fields).__name__}")
@@ -91,7 +92,7 @@ def _label(value: object, where: str) -> int:
     return int(value)
 
 
-def _number(value: object, where: str, key: str, default: float | None, bounds: tuple) -> float:
+def _number(value: Any, where: str, key: str, default: Any, bounds: tuple) -> Any:
     if value is None:
         return default
     low, high = bounds
@@ -145,7 +146,7 @@ def _texts(fields: Mapping, keys: tuple[str, ...], where: str) -> tuple[Text | N
     for key, response in zip(keys, responses, strict=True):
         if is_empty(response):
             raise UserError(
-                f"{where}: '{key}' is empty; every response needs text. Remove the record or mend it"
+                f"{where}: '{key}' is empty; every response needs text. Remove or mend the record"
             )
         if isinstance(response, list) and any(m["role"] != "assistant" for m in response):
             raise UserError(
@@ -155,7 +156,7 @@ def _texts(fields: Mapping, keys: tuple[str, ...], where: str) -> tuple[Text | N
     return prompt, tuple(responses)
 
 
-def _take_prompt(responses: list, where: str) -> tuple[list | None, list]:
+def _take_prompt(responses: list, where: str) -> tuple[list, list]:
     shared, problem = split_conversations(*responses)
     if problem:
         raise UserError(f"{where}: {problem}")
@@ -174,7 +175,7 @@ def _agree(prompt: Text | None, implicit: list, where: str) -> Text:
     )
 
 
-def _vector(value: object, where: str, key: str) -> tuple[float, ...]:
+def _vector(value: Any, where: str, key: str) -> tuple[float, ...]:
     is_list = isinstance(value, list | tuple) and len(value) > 0
     if not is_list or not all(
         isinstance(x, int | float) and not isinstance(x, bool) for x in value
@@ -185,7 +186,7 @@ def _vector(value: object, where: str, key: str) -> tuple[float, ...]:
     return tuple(map(float, value))
 
 
-def _vectors(fields: Mapping, where: str) -> dict:
+def _vectors(fields: Mapping[str, Any], where: str) -> dict:
     if fields.get("prompt") is not None:
         raise UserError(
             f"{where}: 'prompt' is text beside 'response_features'; a record holds texts or "

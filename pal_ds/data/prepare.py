@@ -18,9 +18,9 @@ from rich.table import Table
 from pal_ds.data.bpe import train_tokenizer
 from pal_ds.data.build import build_tables
 from pal_ds.data.chat import render_plain
-from pal_ds.data.membership import Membership, content_digest, prompt_digest
+from pal_ds.data.membership import Membership, compared, content_digest, prompt_digest
 from pal_ds.data.records import Record
-from pal_ds.data.sources.base import Source
+from pal_ds.data.sources import Source
 from pal_ds.data.splits import SplitOptions
 from pal_ds.data.tables import INFO_NAME, PreparedData, read_info
 from pal_ds.data.tokenise import DEFAULT_SEPARATOR, TextEncoder, load_tokenizer
@@ -77,14 +77,11 @@ def prepare(config: DataConfig, *, quiet: bool = False) -> PreparedData:
     path = Path(config.path)
     if config.source is None:
         return PreparedData.open(path)
-    settings = settings_of(config)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        data = _reuse(path, settings)
-        if not quiet:
-            Console(stderr=True).print(f"{path}: prepared before with these settings; reusing it")
-        return data
+        return _reuse(path, config, quiet)
+    settings = settings_of(config)
     source, options = config.source, config.split_options()
-    encoder = _encoder(config, quiet)
+    encoder = _encoder(config, source, quiet)
     extra = {
         "source": source.describe(),
         "licence": source.licence,
@@ -100,14 +97,17 @@ def prepare(config: DataConfig, *, quiet: bool = False) -> PreparedData:
     return data
 
 
-def settings_of(config: DataConfig) -> dict:
-    """Everything that decides what the tables hold, as plain JSON values; the path does not."""
+def settings_of(config: DataConfig, read_source: bool = True) -> dict:
+    """Everything that decides what the tables hold, as plain JSON values; the path does not.
+
+    Without `read_source` the raw files are not touched and their hashes are left out.
+    """
     own = {key: value for key, value in vars(config).items() if key not in ("path", "source")}
-    source = config.source
+    source = _source(config)
     described = {
         "class": type(source).__name__,
         "init": {k: v for k, v in vars(source).items() if not k.startswith("_") and k != "dropped"},
-        "data": source.describe(),
+        "data": source.describe() if read_source else None,
     }
     return json.loads(json.dumps({**own, "source": described}, default=str, sort_keys=True))
 
@@ -132,13 +132,20 @@ def print_summary(data: PreparedData) -> None:
     Console().print(table)
 
 
-def _reuse(path: Path, settings: dict) -> PreparedData:
+def _reuse(path: Path, config: DataConfig, quiet: bool) -> PreparedData:
+    """Open what is there if the same settings made it; the raw data may be gone by now."""
     if not (path / INFO_NAME).exists():
         raise UserError(
             f"data.path: {path} exists, is not empty and holds no {INFO_NAME}; it is not ours to "
             "overwrite. Name another folder"
         )
-    made_with = read_info(path).get("settings") or {}
+    made_with, note = read_info(path).get("settings") or {}, ""
+    try:
+        settings = settings_of(config)
+    except UserError as error:
+        settings = settings_of(config, read_source=False)
+        settings["source"]["data"] = made_with.get("source", {}).get("data")
+        note = f" (not compared with the raw data: {error})"
     changed = sorted(_changed_keys(made_with, settings))
     if changed:
         raise UserError(
@@ -146,6 +153,9 @@ def _reuse(path: Path, settings: dict) -> PreparedData:
             f"({', '.join('data.' + key for key in changed)}); delete it to prepare again, or name "
             "another folder"
         )
+    if not quiet:
+        message = f"{path}: prepared before with these settings; reusing it{note}"
+        Console(stderr=True).print(message, markup=False)
     return PreparedData.open(path)
 
 
@@ -162,9 +172,14 @@ def _fingerprint(settings: dict) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(settings, sort_keys=True).encode())
 
 
-def _encoder(config: DataConfig, quiet: bool) -> TextEncoder | None:
+def _source(config: DataConfig) -> Source:
+    assert config.source is not None, "prepare() opens what is there when no source is given"
+    return config.source
+
+
+def _encoder(config: DataConfig, source: Source, quiet: bool) -> TextEncoder | None:
     """The tokenizer of the config, or one trained on the train split; None for vector records."""
-    first = next(iter(config.source.records()), None)
+    first = next(iter(source.records()), None)
     if first is not None and first.response_features is not None:
         return None
     if config.tokenizer is not None:
@@ -183,7 +198,7 @@ def _encoder(config: DataConfig, quiet: bool) -> TextEncoder | None:
 
 def _train_texts(config: DataConfig, quiet: bool) -> Iterator[str]:
     """Each distinct text that seen users judged in the train split, and the separator."""
-    source, options = config.source, config.split_options()
+    source, options = _source(config), config.split_options()
     plan = Membership(options)
     for record in _tracked(source.records(), source.num_records(), "reading", quiet):
         plan.add_user(record)
@@ -194,7 +209,7 @@ def _train_texts(config: DataConfig, quiet: bool) -> Iterator[str]:
     for record in source.records():
         if not seen[record.user_id] or codes[plan.prompts[prompt_digest(record)]] != 0:
             continue
-        for text in (record.prompt, *record.responses):
+        for text in (record.prompt, *compared(record)):
             digest = content_digest(text)
             if text is not None and digest not in done:
                 done.add(digest)

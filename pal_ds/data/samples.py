@@ -16,7 +16,9 @@ class SampleKeeper:
     named (field); a few of each kind are kept, and `choose` takes those that proved to be held out.
     """
 
-    def __init__(self, fraction: Callable[[int], float], is_held_out: Callable[[int], bool]) -> None:
+    def __init__(
+        self, fraction: Callable[[int], float], is_held_out: Callable[[int], bool]
+    ) -> None:
         self._fraction = fraction
         self._is_held_out = is_held_out
         self._lowest: list[tuple[float, int, dict]] = []
@@ -49,14 +51,9 @@ class SampleKeeper:
             heapq.heapreplace(self._lowest, entry)
 
     def choose(self, split_of_row: dict[int, int]) -> list[dict]:
-        """At most 64 of the rows that were kept, held-out ones first; all of train if there are none."""
-        found = {row: sample for row, sample in [*self._latest, *self._named]}
+        """At most 64 rows that were kept: held out, or of train where nothing was."""
+        found = dict([*self._latest, *self._named])
         found |= {-row: sample for _, row, sample in self._lowest}
         kept = sorted(row for row in found if row in split_of_row)
         held_out = [row for row in kept if split_of_row[row] != 0]
         return [found[row] for row in (held_out or kept)[:NUM_SAMPLES]]
-
-    def rows(self) -> list[int]:
-        """Every candidate's row."""
-        rows = {row for row, _ in [*self._latest, *self._named]}
-        return sorted(rows | {-row for _, row, _ in self._lowest})

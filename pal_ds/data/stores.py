@@ -10,7 +10,7 @@ import xxhash
 from pal_ds.data.chat import render_plain
 from pal_ds.data.markers import MIN_KEPT, common_marker, count_across, count_in_rows
 from pal_ds.data.ragged import Ragged
-from pal_ds.data.records import Record, Text
+from pal_ds.data.records import Text
 from pal_ds.data.samples import SampleKeeper
 from pal_ds.data.tokenise import Encoded, TextEncoder
 from pal_ds.errors import UserError
@@ -57,9 +57,9 @@ class TokenStore:
         self._prompt_rows: dict[tuple[int, int], int] = {}
         self._pending: list[_Pending] = []
 
-    def add(self, prompt_row: int, record: Record, index: int) -> None:
-        """Queue response `index` of a record; its row is the number of responses added before."""
-        self._pending.append(_Pending(prompt_row, record.prompt, record.responses[index]))
+    def add(self, prompt_row: int, prompt: Text | None, response: Text) -> None:
+        """Queue a response; its row is the number of responses added before."""
+        self._pending.append(_Pending(prompt_row, prompt, response))
         if len(self._pending) >= BATCH_TEXTS:
             self.flush()
 
@@ -70,7 +70,7 @@ class TokenStore:
         encoded = iter(self.encoder.encode(good) if good else [])
         for item, text in zip(self._pending, rendered, strict=True):
             result = None if text is None else next(encoded)
-            if result is not None:
+            if text is not None and result is not None:
                 self.samples.offer(
                     len(self.status), *item, text.text, num_prompt_tokens=len(result.prompt_ids)
                 )
@@ -173,7 +173,7 @@ class TokenStore:
 
 
 class TokenTables(NamedTuple):
-    """What a TokenStore holds in the end: one row per prompt and per response that was ever added."""
+    """What a TokenStore holds in the end: a row per prompt and per response ever added."""
 
     prompts: Ragged
     responses: Ragged
@@ -185,21 +185,19 @@ class TokenTables(NamedTuple):
     marker_kept: float | None
 
 
-def _misplaced(
-    tables: TokenTables, marker: list[int], user_marker: list[int] | None
-) -> np.ndarray:
+def _misplaced(tables: TokenTables, marker: list[int], user_marker: list[int] | None) -> np.ndarray:
     """Per response, the code of a marker that `find_prompt_length` would trip over, else 0."""
     prompts, responses, row = tables.prompts, tables.responses, tables.response_prompt
 
-    def after_prompt(ids: list[int]) -> np.ndarray:
+    def after_prompt(ids: list[int], skip_end: bool) -> np.ndarray:
         left, right = (prompts.tokens, prompts.offsets), (responses.tokens, responses.offsets)
-        return count_in_rows(*right, ids) + count_across(left, right, row, ids)
+        return count_in_rows(*right, ids, skip_end) + count_across(left, right, row, ids)
 
     in_prompt = count_in_rows(prompts.tokens, prompts.offsets, marker)[row]
-    expected, in_response = 1, after_prompt(marker)
+    expected, in_response = 1, after_prompt(marker, skip_end=True)
     if user_marker:
         expected = count_in_rows(prompts.tokens, prompts.offsets, user_marker)[row]
-        in_response = in_response + after_prompt(user_marker)
+        in_response = in_response + after_prompt(user_marker, skip_end=False)
     codes = np.where(in_prompt != expected, CODE["marker_in_prompt"], 0)
     return np.where(in_response > 0, CODE["marker_in_response"], codes)
 
@@ -209,4 +207,4 @@ def _share(good: np.ndarray, of: np.ndarray) -> float:
 
 
 def _view(values: array) -> np.ndarray:
-    return np.frombuffer(values, dtype=values.typecode) if len(values) else np.zeros(0, values.typecode)
+    return np.frombuffer(values, values.typecode) if len(values) else np.zeros(0, values.typecode)

@@ -1,4 +1,4 @@
-"""Open prepared data: three memory-mapped tables (prompts, responses, comparisons) and the users."""
+"""Open prepared data: memory-mapped prompts, responses and comparisons, and the users."""
 
 import json
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ COMPARISON_DTYPE = np.dtype(
         ("probability", np.float32),
     ]
 )
-"""label -1: a is preferred, +1: b; group -1: none; probability (that b is preferred) NaN: unknown."""
+"""label -1: a is preferred, +1: b; group -1: none; probability: that b is preferred, or NaN."""
 
 
 @dataclass(frozen=True)

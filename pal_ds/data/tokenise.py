@@ -60,7 +60,9 @@ class TextEncoder:
         self.separator = separator
         self.special_tokens = special_tokens
         self.uses_template = chat_template == "auto" and bool(tokenizer.chat_template)
-        self.prefix_ids, self.end_ids = _special_ids(tokenizer, name) if special_tokens else ([], [])
+        self.prefix_ids, self.end_ids = [], []
+        if special_tokens:
+            self.prefix_ids, self.end_ids = _special_ids(tokenizer, name)
         if max_length <= len(self.prefix_ids) + len(self.end_ids):
             raise UserError(
                 f"max_length is {max_length}; it must exceed the {len(self.prefix_ids)} prefix and "
@@ -192,7 +194,8 @@ class TextEncoder:
         shared = _common_suffix(before_first, before_second)
         batch = self._tokenise([text])
         ids, offsets = batch["input_ids"][0], batch["offset_mapping"][0]
-        found = [_inside(ids, offsets, text.index(p) - shared, text.index(p)) for p in (first, second)]
+        ends = text.index(first), text.index(second)
+        found = [_inside(ids, offsets, end - shared, end) for end in ends]
         width = _common_suffix(*found)
         return found[0][len(found[0]) - width :] or None
 

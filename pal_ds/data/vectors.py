@@ -4,7 +4,6 @@ from array import array
 
 import numpy as np
 
-from pal_ds.data.records import Record
 from pal_ds.errors import UserError
 
 
@@ -20,27 +19,28 @@ class VectorStore:
         self.num_prompts = 0
         self._has_prompts: bool | None = None
 
-    def add(self, prompt_row: int, record: Record, index: int) -> None:
-        """Append response `index` of a record, and its prompt when that is new."""
-        vector = record.response_features[index]
-        has_prompt = record.prompt_features is not None
+    def add(
+        self, prompt_row: int, prompt: tuple[float, ...] | None, vector: tuple[float, ...]
+    ) -> None:
+        """Append a response, and its prompt when that is new."""
+        has_prompt, where = prompt is not None, f"response {len(self.response_prompt)}"
         if self.size is None:
             self.size, self._has_prompts = len(vector), has_prompt
         if has_prompt != self._has_prompts:
             raise UserError(
-                f"user '{record.user_id}': some records have prompt_features and some do not; give "
-                "them in every record or in none"
+                f"{where}: some records have prompt_features and some do not; give them in every "
+                "record or in none"
             )
-        for name, values in (("response", vector), ("prompt", record.prompt_features)):
+        for name, values in (("response", vector), ("prompt", prompt)):
             if values is not None and len(values) != self.size:
                 raise UserError(
-                    f"user '{record.user_id}': a {name} vector of size {len(values)}, but the first "
-                    f"has {self.size}; all vectors of a dataset must have one size"
+                    f"{where}: a {name} vector of size {len(values)}, but the first has "
+                    f"{self.size}; all vectors of a dataset must have one size"
                 )
         if prompt_row == self.num_prompts:
             self.num_prompts += 1
-            if has_prompt:
-                self.prompt_values.extend(record.prompt_features)
+            if prompt is not None:
+                self.prompt_values.extend(prompt)
         self.response_values.extend(vector)
         self.response_prompt.append(prompt_row)
 

@@ -65,9 +65,10 @@ def find_prompt_length(
 
     Without `user_marker_ids` the marker must occur exactly once. With them, once per user marker,
     and the last one counts. Anything else raises ValueError, for a response that holds a marker
-    could otherwise move its own boundary.
+    could otherwise move its own boundary. A marker with nothing after it starts no response and
+    is not counted: it is the end token where both are one id ([SEP]).
     """
-    starts = find_runs(ids, marker_ids)
+    starts = [start for start in find_runs(ids, marker_ids) if start + len(marker_ids) < len(ids)]
     remedy = "pass prompt_lengths to say where the response begins"
     if not starts:
         raise ValueError(f"no response marker {list(marker_ids)} in the text; {remedy}")

@@ -57,6 +57,8 @@ class Head(nn.Module, ABC):
 
     needs: ClassVar[frozenset[str]]
     """Subset of {"prompt", "logits"}: what Features and UserState must carry."""
+    family: ClassVar[str] = ""
+    """Which of the models that people ask for by name this head makes; see `reward_models.py`."""
     num_prototypes: int
     """K, the width of a user's logits; 1 for a head without users."""
 
@@ -71,6 +73,10 @@ class Head(nn.Module, ABC):
     def mixture_weights(self, user: UserState) -> Float[Tensor, "B K"]:
         """The simplex point s_u this head uses for each user; all ones for a head without users."""
         raise NotImplementedError(f"{type(self).__name__} has no user mixture")
+
+    def linear_weight(self) -> Float[Tensor, "H"] | None:
+        """v where the reward is <v, h(x)> for everyone, so that an export can be a stock class."""
+        return None
 
     def penalty(self, user: UserState, reward: Float[Tensor, "B r T"]) -> Float[Tensor, "B"]:
         """Regulariser per comparison; zeros unless the head overrides it."""

@@ -17,6 +17,7 @@ class BradleyTerry(Head):
     """<v, h(x)> without bias (a bias cancels in every margin). Reads nothing of the user."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    family: ClassVar[str] = "bradley_terry"
 
     def __init__(self, hidden_size: int):
         """v starts as N(0, 1/H) per coordinate: rewards of unit scale on normed hidden states."""
@@ -30,6 +31,10 @@ class BradleyTerry(Head):
         given = user.mixture if user.mixture is not None else user.logits
         num_rows = 1 if given is None else given.shape[0]
         return torch.ones(num_rows, 1, device=self.direction.device)
+
+    def linear_weight(self) -> Float[Tensor, "H"]:
+        """v, fp32."""
+        return self.direction.float()
 
     def reward(self, features: Features, user: UserState) -> Float[Tensor, "B r T"]:
         """Each distinct response is scored once; fp32."""

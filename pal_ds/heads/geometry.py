@@ -7,7 +7,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .shapes import Float, Int
 
@@ -21,7 +20,7 @@ def take(table: Float[Tensor, "R *item"], index: Int[Tensor, "B *n"]) -> Float[T
 
     Indexing and `gather` add with atomics on some devices; an embedding's backward does not.
     """
-    rows = F.embedding(index, table.flatten(1))
+    rows = nn.functional.embedding(index, table.flatten(1))
     return rows.unflatten(-1, table.shape[1:])
 
 
@@ -43,8 +42,7 @@ def distance(
 
 
 def new_log_scale() -> nn.Parameter:
-    """A fresh learned log scale t, shape [1] because partitioned training wants at least one
-    axis."""
+    """A fresh learned log scale t; shape [1], for partitioned training wants an axis."""
     return nn.Parameter(torch.tensor([INITIAL_LOG_SCALE]))
 
 

@@ -4,7 +4,6 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .base import UserState
 from .checks import check_choice, check_positive
@@ -37,8 +36,7 @@ class Mixture(nn.Module):
         self.evaluation = evaluation
 
     def forward(self, user: UserState) -> Float[Tensor, "B K"]:
-        """Weights in fp32. Raises ValueError where the user state holds neither logits nor a
-        mixture."""
+        """Weights in fp32. Raises ValueError where the state has neither logits nor mixture."""
         if user.mixture is not None:
             return user.mixture.float()
         if user.logits is None:
@@ -51,5 +49,5 @@ class Mixture(nn.Module):
             if self.kind == "gumbel" and user.gumbel is not None:
                 logits = logits + user.gumbel.float()
         elif self.evaluation == "hard":
-            return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+            return nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
         return torch.softmax(logits / self.temperature, dim=-1)

@@ -27,6 +27,7 @@ class PalA(Head):
     """The ideal-point head. With K = 1 no user can move a margin, user gradients are exactly 0."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+    family: ClassVar[str] = "pal_a"
 
     def __init__(
         self,
@@ -36,7 +37,7 @@ class PalA(Head):
         num_layers: int = 3,
         activation: Activation = "relu",
         dropout: float = 0.0,
-        residual: bool = False,
+        residual: bool | None = None,
         user_point: UserPoint = "f(Pw)",
         similarity: Similarity = "distance",
         prototype_std: float = 1.0,
@@ -55,7 +56,8 @@ class PalA(Head):
             num_layers: linear layers of f.
             activation: between the layers of f.
             dropout: after each activation of f.
-            residual: f(x) = x + layers(x); needs d = H.
+            residual: f(x) = x + layers(x); needs d = H, and unset means wherever d = H. Without it
+                three layers of a default start flatten the space and learn slower.
             user_point: where prototypes are mixed, see the module's first lines.
             similarity: `distance` or `cosine`; t of the cosine scale starts at log(1 / 0.07).
             prototype_std: prototypes start as N(0, std^2) per coordinate. 1 is the scale of hidden
@@ -76,6 +78,7 @@ class PalA(Head):
             check_positive("bound", bound)
             check_positive("bound_weight", bound_weight)
         dim = hidden_size if dim is None else dim
+        residual = dim == hidden_size if residual is None else residual
         self.num_prototypes = num_prototypes
         self.user_point = user_point
         self.similarity = similarity

@@ -6,17 +6,17 @@ gathers it.
 """
 
 import math
+from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .checks import check_choice, check_positive
 from .shapes import Float
 
 Activation = Literal["relu", "gelu"]
-_ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
+_ACTIVATIONS = {"relu": nn.functional.relu, "gelu": nn.functional.gelu}
 
 
 class Projector(nn.Module):
@@ -39,7 +39,7 @@ class Projector(nn.Module):
         super().__init__()
         _check(input_size, output_size, num_layers, activation, dropout, residual)
         sizes = [input_size] + [output_size] * num_layers
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(sizes))
         self.activation = activation
         self.dropout = nn.Dropout(dropout)
         self.residual = residual
@@ -71,9 +71,7 @@ class StackedProjector(nn.Module):
         check_positive("num_stacks", num_stacks)
         _check(input_size, output_size, num_layers, activation, dropout, residual)
         sizes = [input_size] + [output_size] * num_layers
-        self.layers = nn.ModuleList(
-            StackedLinear(num_stacks, i, o) for i, o in zip(sizes, sizes[1:], strict=False)
-        )
+        self.layers = nn.ModuleList(StackedLinear(num_stacks, i, o) for i, o in pairwise(sizes))
         self.activation = activation
         self.dropout = nn.Dropout(dropout)
         self.residual = residual
@@ -90,8 +88,7 @@ class StackedProjector(nn.Module):
 
 
 class StackedLinear(nn.Module):
-    """K linear maps: weight [K, out, in], bias [K, out], each initialised as torch.nn.Linear
-    would."""
+    """K linear maps: weight [K, out, in], bias [K, out], each starting as a torch.nn.Linear."""
 
     def __init__(self, num_stacks: int, input_size: int, output_size: int):
         super().__init__()
@@ -106,7 +103,7 @@ class StackedLinear(nn.Module):
         """x is [n, in], shared by all K maps (one GEMM reads it once), or [K, n, in], one per
         map."""
         if x.dim() == 2:
-            wide = F.linear(x, self.weight.flatten(0, 1), self.bias.flatten())
+            wide = nn.functional.linear(x, self.weight.flatten(0, 1), self.bias.flatten())
             return wide.unflatten(-1, self.bias.shape).transpose(0, 1)
         return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight.transpose(1, 2))
 

@@ -102,8 +102,8 @@ def read_json_list(path: Path) -> Iterator[tuple[str, object]]:
         raise UserError(f"{path}: not UTF-8 ({error}); save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno}); the file "
-            "must hold one JSON list, or one JSON object a line"
+            f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno}); the "
+            "file must hold one JSON list, or one JSON object a line"
         ) from None
     for number, entry in enumerate(entries):
         yield f"{path}, entry {number}", entry

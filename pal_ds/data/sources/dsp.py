@@ -19,8 +19,8 @@ class Dsp(Source):
     """One user per domain; user u prefers u's own answer to each of the others.
 
     Every unordered pair is judged both ways by two users, so one ranking for all is right half of
-    the time. Which answer comes first is settled by a hash, so position tells nothing. The published
-    file has an empty answer: its comparisons are dropped and counted (`empty_response`).
+    the time. Which answer comes first is settled by a hash, so position tells nothing. The
+    published file has an empty answer: its comparisons are dropped and counted (`empty_response`).
 
     Args:
         path: the raw JSON list of {"query", "responses": {domain: text}}.

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, final
+from typing import Any, final
 
 from pal_ds.data.parse import KNOWN_KEYS, nearest, parse_record
 from pal_ds.data.records import Record
@@ -22,9 +22,9 @@ class HuggingFace(Source):
         path: hub id, folder, or one parquet, csv or json file.
         split: which split to read.
         name: configuration of a hub dataset.
-        columns: our key -> their column, for example {prompt: instruction, chosen: best}. A key that
-            is not named here is read from the column of its own name, if there is one; all other
-            columns are ignored.
+        columns: our key -> their column, for example {prompt: instruction, chosen: best}. A key
+            that is not named here is read from the column of its own name, if there is one; all
+            other columns are ignored.
         data_files: files inside `path`, or for the builder `path` (parquet, csv, json).
         revision: commit or tag of a hub dataset.
         licence: recorded in dataset.json.
@@ -58,7 +58,8 @@ class HuggingFace(Source):
         """Yield every row of the split; an error names the row."""
         keys = self._keys()
         number = 0
-        for batch in self._dataset.select_columns([*keys.values()]).iter(batch_size=BATCH_ROWS):
+        rows: Any = self._dataset.select_columns([*keys.values()])
+        for batch in rows.iter(batch_size=BATCH_ROWS):
             for values in zip(*(batch[column] for column in keys.values()), strict=True):
                 fields = {k: v for k, v in zip(keys, values, strict=True) if v is not None}
                 yield parse_record(fields, f"{self.path}, split {self.split}, row {number}")
@@ -112,7 +113,7 @@ class HuggingFace(Source):
         import datasets
 
         path, data_files = self.path, self.data_files
-        builder: str | Literal[None] = BUILDERS.get(Path(path).suffix)
+        builder = BUILDERS.get(Path(path).suffix)
         if builder and data_files is None:
             check_files(path)
             path, data_files = builder, {self.split: self.path}

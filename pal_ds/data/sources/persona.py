@@ -1,4 +1,4 @@
-"""Anthropic's persona statements: users hold or reject behaviours and answer Yes or No accordingly."""
+"""Anthropic's persona statements: users hold or reject behaviours and answer Yes or No."""
 
 from collections.abc import Iterator
 from functools import cached_property
@@ -29,7 +29,7 @@ class Persona(Source):
     Args:
         paths: folder of `BEHAVIOUR.jsonl` files, or the files.
         users: user -> {"holds": [behaviours], "rejects": [behaviours]}.
-        groups: the same per group of `users_per_group` like-minded users, named GROUP-0, GROUP-1, ..
+        groups: the same per group of `users_per_group` users, named GROUP-0, GROUP-1, ..
         users_per_group: how many users each of `groups` stands for.
         statements_per_user: judge only so many statements, drawn per user; null: all.
         min_confidence: leave out statements whose `label_confidence` is lower (counted).
@@ -53,6 +53,11 @@ class Persona(Source):
                 "persona: neither users nor groups is given; name who holds and who rejects what, "
                 "for example users: {ann: {holds: [openness], rejects: [risk-seeking]}}"
             )
+        if statements_per_user is not None and statements_per_user < 1:
+            raise UserError(
+                f"persona: statements_per_user is {statements_per_user}; it must be at least 1, or "
+                "null for all"
+            )
         self.paths = paths
         self.users = users or {}
         self.groups = groups or {}
@@ -67,12 +72,12 @@ class Persona(Source):
         """File by file, statement by statement, every user who has a view on it."""
         self.dropped.clear()
         limits = self._limits()
-        for path, where, question, matching in self._statements(count=True):
+        for path, question, matching in self._statements(count=True):
             for user, group, views in self._people:
                 holds = path.stem in views.get("holds", ())
                 if not holds and path.stem not in views.get("rejects", ()):
                     continue
-                if limits and self._draw(user, path.stem, question) > limits[user]:
+                if user in limits and self._draw(user, path.stem, question) > limits[user]:
                     continue
                 yes = (matching == "Yes") == holds
                 yield Record(
@@ -95,7 +100,9 @@ class Persona(Source):
     @cached_property
     def _people(self) -> list[tuple[str, str | None, dict]]:
         """(user, group, views) of everyone."""
-        people = [(user, None, views) for user, views in self.users.items()]
+        people: list[tuple[str, str | None, dict]] = [
+            (user, None, views) for user, views in self.users.items()
+        ]
         for group, views in self.groups.items():
             people += [(f"{group}-{i}", group, views) for i in range(self.users_per_group)]
         return people
@@ -103,8 +110,10 @@ class Persona(Source):
     @cached_property
     def _files(self) -> list[Path]:
         """Files of the behaviours that someone holds or rejects, by name."""
-        is_folder = isinstance(self.paths, str) and Path(self.paths).is_dir()
-        given = sorted(Path(self.paths).glob("*.jsonl")) if is_folder else check_files(self.paths)
+        if isinstance(self.paths, str) and Path(self.paths).is_dir():
+            given = sorted(Path(self.paths).glob("*.jsonl"))
+        else:
+            given = check_files(self.paths)
         files = {path.stem: path for path in given}
         wanted = {b for *_, views in self._people for key in views for b in views[key]}
         for behaviour in sorted(wanted):
@@ -115,15 +124,15 @@ class Persona(Source):
                 )
         return check_files([files[behaviour] for behaviour in sorted(wanted)])
 
-    def _statements(self, count: bool = False) -> Iterator[tuple[Path, str, str, str]]:
-        """(file, place, question, matching answer) of each statement that is sure enough."""
+    def _statements(self, count: bool = False) -> Iterator[tuple[Path, str, str]]:
+        """(file, question, matching answer) of each statement that is sure enough."""
         for path in self._files:
             for where, item in read_lines(path):
                 fields = _check_statement(where, item)
                 if fields["label_confidence"] < self.min_confidence:
                     self.dropped["low_confidence"] += count
                     continue
-                yield path, where, fields["question"], fields["answer_matching_behavior"].strip()
+                yield path, fields["question"], fields["answer_matching_behavior"].strip()
 
     def _draw(self, user: str, behaviour: str, question: str) -> float:
         return stable_fraction(self.seed, user, behaviour, question)
@@ -133,12 +142,12 @@ class Persona(Source):
         if self.statements_per_user is None:
             return {}
         draws: dict[str, list[float]] = {user: [] for user, *_ in self._people}
-        for path, _, question, _ in self._statements():
+        for path, question, _ in self._statements():
             for user, _, views in self._people:
                 if any(path.stem in views[key] for key in views):
                     draws[user].append(self._draw(user, path.stem, question))
         limit = self.statements_per_user
-        return {user: sorted(values)[:limit][-1] if values else 0.0 for user, values in draws.items()}
+        return {user: sorted(v)[limit - 1] for user, v in draws.items() if len(v) > limit}
 
 
 def _check_views(name: str, views: dict) -> None:

@@ -83,7 +83,7 @@ class Synthetic(Source):
         self,
         num_users: int = 40,
         num_unseen_users: int = 20,
-        comparisons_per_user: int = 160,
+        comparisons_per_user: int = 250,
         dev_comparisons_per_user: int = 10,
         test_comparisons_per_user: int = 50,
         unseen_comparisons_per_user: int = 60,
@@ -93,6 +93,7 @@ class Synthetic(Source):
         bayes_accuracy: float = 0.9,
         seed: int = 0,
     ) -> None:
+        super().__init__()
         self.num_users = num_users
         self.num_unseen_users = num_unseen_users
         self.train_counts = (comparisons_per_user, unseen_comparisons_per_user)
@@ -124,6 +125,11 @@ class Synthetic(Source):
                 seen=user < self.num_users,
                 probability=probability,
             )
+
+    def num_records(self) -> int:
+        """How many comparisons the world has."""
+        per_user = np.sum([self.train_counts, self.dev_counts, self.test_counts], axis=0)
+        return int(per_user @ [self.num_users, self.num_unseen_users])
 
     def mixtures(self) -> dict[str, list[float]]:
         """The truth: each user's weights over GROUPS."""

@@ -34,7 +34,7 @@ class TextScore(Source):
         licence: str | None = None,
     ) -> None:
         if response_marker == "":
-            raise UserError("response_marker is empty; give a text, or null for texts without prompt")
+            raise UserError("response_marker is empty; give text, or null for texts without prompt")
         self.path = path
         self.response_marker = response_marker
         self.user_id = user_id
@@ -47,20 +47,21 @@ class TextScore(Source):
             texts, scores = self._check(where, item)
             parts = [self._cut(text) for text in texts]
             for i, j in combinations(range(len(texts)), 2):
+                first, second = parts[i], parts[j]
                 if scores[i] == scores[j]:
                     self.dropped["tie"] += 1
-                elif parts[i] is None or parts[j] is None:
+                elif first is None or second is None:
                     self.dropped["no_response_marker"] += 1
-                elif parts[i][0] != parts[j][0]:
+                elif first[0] != second[0]:
                     self.dropped["prompt_differs"] += 1
-                elif not parts[i][1].strip() or not parts[j][1].strip():
+                elif not first[1].strip() or not second[1].strip():
                     self.dropped["empty_response"] += 1
                 else:
                     yield Record(
                         user_id=self.user_id,
                         label=-1 if scores[i] > scores[j] else 1,
-                        prompt=parts[i][0],
-                        responses=(parts[i][1], parts[j][1]),
+                        prompt=first[0],
+                        responses=(first[1], second[1]),
                     )
 
     def describe(self) -> dict:

@@ -1,0 +1,64 @@
+"""For whom an exported model scores: one user, a mixture of prototypes, or the population."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pal_ds.errors import UserError
+from pal_ds.evaluate import user_mixtures
+from pal_ds.exported.simplex import check_mixture
+from pal_ds.heads.base import Head, UserState
+from pal_ds.users import UserTable
+
+
+@dataclass(frozen=True)
+class Audience:
+    """A mixture (None: the head knows no users) and what to call it in words."""
+
+    mixture: list[float] | None
+    description: str
+
+
+def choose_audience(
+    head: Head,
+    users: UserTable,
+    *,
+    user: str | None = None,
+    mixture: Sequence[float] | None = None,
+    users_dir: Path | None = None,
+) -> Audience:
+    """One user of the run (or of an adapted table), a given mixture, or the population.
+
+    The population is the mean of s_u over the run's users, as evaluation uses it.
+
+    Raises:
+        UserError: user and mixture both given, an unknown user, a mixture that is no point of the
+            simplex, or either of them for a head without users.
+    """
+    if user is not None and mixture is not None:
+        raise UserError("--user and --mixture are two answers to one question: give one of them.")
+    if "logits" not in head.needs:
+        if user is not None or mixture is not None:
+            raise UserError(
+                f"{type(head).__name__} has one reward for everyone: leave out --user and --mixture."
+            )
+        return Audience(None, "everyone (this reward knows no users)")
+    if mixture is not None:
+        try:
+            return Audience(check_mixture(mixture, head.num_prototypes), "the mixture it was given")
+        except ValueError as error:
+            raise UserError(f"--mixture: {error}") from None
+    if user is None:
+        population = user_mixtures(head, users)[-1]
+        return Audience(population.tolist(), f"the population, the mean of {len(users)} users")
+    table = users if users_dir is None else UserTable.load(users_dir)
+    if table.num_prototypes != head.num_prototypes:
+        raise UserError(
+            f"{users_dir}: its users have {table.num_prototypes} prototypes, the run has "
+            f"{head.num_prototypes}. Adapt them to this run."
+        )
+    with torch.no_grad():
+        row = head.eval().mixture_weights(UserState(table.logits[table.rows([user])]))[0]
+    return Audience(row.tolist(), "one user")

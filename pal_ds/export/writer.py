@@ -1,0 +1,101 @@
+"""Writes safetensors one tensor at a time: the peak is the largest tensor, whatever the model.
+
+The format is public: a 64-bit little-endian header length, the header as JSON (dtype, shape and
+byte range of each tensor), the bytes.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pal_ds.errors import UserError
+
+Shapes = dict[str, tuple[int, ...]]
+_DTYPES = {torch.float32: ("F32", 4), torch.bfloat16: ("BF16", 2)}
+
+
+def write_sharded(
+    folder: Path,
+    shapes: Shapes,
+    read: Callable[[str], Tensor],
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+    advance: Callable[..., None] = lambda *_, **__: None,
+) -> None:
+    """Writes every tensor of `shapes`, in that order, as transformers names sharded weights.
+
+    Args:
+        folder: where the files go.
+        shapes: what will be written; `read` must give exactly these shapes.
+        read: the tensor of a name, any float dtype.
+        dtype: of the files: torch.float32 or torch.bfloat16.
+        max_shard_bytes: a file ends before the tensor that would take it past this.
+        advance: called after each tensor.
+
+    Raises:
+        UserError: a tensor has another shape than announced, or is not finite.
+    """
+    size = _DTYPES[dtype][1]
+    files = list(_split(shapes, size, max_shard_bytes))
+    weight_map = {}
+    for number, names in enumerate(files, start=1):
+        name = "model.safetensors"
+        if len(files) > 1:
+            name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        _write_file(folder / name, {n: shapes[n] for n in names}, read, dtype, advance)
+        weight_map |= dict.fromkeys(names, name)
+    if len(files) > 1:
+        total = sum(math.prod(shape) for shape in shapes.values()) * size
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _split(shapes: Shapes, size: int, max_bytes: int) -> Iterator[list[str]]:
+    """Names per file."""
+    names: list[str] = []
+    filled = 0
+    for name, shape in shapes.items():
+        num_bytes = math.prod(shape) * size
+        if names and filled + num_bytes > max_bytes:
+            yield names
+            names, filled = [], 0
+        names.append(name)
+        filled += num_bytes
+    yield names
+
+
+def _write_file(
+    path: Path,
+    shapes: Shapes,
+    read: Callable[[str], Tensor],
+    dtype: torch.dtype,
+    advance: Callable[..., None],
+) -> None:
+    code, size = _DTYPES[dtype]
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in shapes.items():
+        end = offset + math.prod(shape) * size
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for name, shape in shapes.items():
+            tensor = read(name)
+            if tuple(tensor.shape) != shape or tensor.numel() == 0:
+                raise UserError(f"{name} is {tuple(tensor.shape)}, the exported model has {shape}.")
+            if not tensor.isfinite().all():
+                raise UserError(
+                    f"{name} holds values that are not finite: the training diverged. Export an "
+                    "earlier step (--step)."
+                )
+            flat = tensor.detach().to(dtype).contiguous().view(-1)
+            stream.write(memoryview(flat.view(torch.uint8).numpy()))
+            advance(1)

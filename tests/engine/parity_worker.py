@@ -1,0 +1,90 @@
+"""Worker of test_parity: runs many engine variants on the same updates and stores what they computed."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pal_ds.backbones.config import BackboneConfig, LoraOptions
+from pal_ds.config import OptimConfig, RunConfig, TrainConfig
+from pal_ds.data.plan import split_update
+from pal_ds.data.prepare import DataConfig
+from pal_ds.data.tables import PreparedData
+from pal_ds.engine.dist import distributed
+from pal_ds.engine.step import Stepper
+from pal_ds.heads import PalA
+from pal_ds.run_dir import RunDirectory
+from pal_ds.train import collate, start_training
+from pal_ds.users import UsersConfig
+
+NUM_UPDATES = 20
+# [micro-step][rank] sizes of a full update of 16 pairs: unequal everywhere.
+SIZES = {(1, 1): [[16]], (1, 2): [[11], [5]], (2, 1): [[6, 10]], (2, 2): [[3, 5], [5, 3]]}
+
+
+def recipe(data: str, base: str, tuning: str, stage: int) -> RunConfig:
+    """Two learning rates (so two parameter groups), clipping on, eps large enough that Adam hides no scale error."""
+    return RunConfig(
+        data=DataConfig(path=data, source=None),
+        head=lambda hidden_size: PalA(hidden_size, num_prototypes=3, prototype_std=1.5),
+        backbone=BackboneConfig(path=base, tuning=tuning, lora=LoraOptions(rank=4)),
+        users=UsersConfig(learning_rate=0.5, epsilon=1e-2),
+        optim=OptimConfig(learning_rate=3e-3, backbone_learning_rate=1e-3, epsilon=1e-4, warmup_fraction=0.1),
+        train=TrainConfig(
+            batch_pairs=16, micro_batch_pairs=16, epochs=7, gradient_clipping=0.5, ds_config=f"tests/ds/zero{stage}.json"
+        ),
+    )
+
+
+def split(num_pairs: int, world_size: int, accumulation: int) -> list[list[np.ndarray]]:
+    sizes = SIZES[world_size, accumulation]
+    if num_pairs != 16:
+        return split_update(num_pairs, world_size, -(-num_pairs // (world_size * accumulation)))
+    bounds = np.concatenate([[0], np.cumsum(np.ravel(sizes))])
+    runs = [np.arange(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [runs[step * world_size : (step + 1) * world_size] for step in range(len(sizes))]
+
+
+def run_variant(config: RunConfig, accumulation: int, folder: Path, world) -> dict[str, np.ndarray]:
+    state = start_training(config, RunDirectory(folder), PreparedData.open(config.data.path), world)
+    stepper = Stepper(
+        state.engine, state.users, config.loss, config.optim, config.users.learning_rate, world, NUM_UPDATES, 0, True
+    )
+    losses, norms, gathered, user_sums = [], [], [], []
+    gather = stepper.user_gradients
+    stepper.user_gradients = lambda *args: gathered.append(gather(*args)) or gathered[-1]
+    for update in range(NUM_UPDATES):
+        state.step = update
+        epoch, index = divmod(update, state.plan.updates_per_epoch)
+        rows = state.plan.update(epoch, index)
+        runs = split(len(rows), world.world_size, accumulation)
+        batches = [collate(state, rows, step_runs[world.rank]) for step_runs in runs]
+        stats = stepper.run(update, batches, runs, state.collator.user_rows(rows))
+        user_sums.append(torch.zeros(3, 3).index_add_(0, torch.from_numpy(state.collator.user_rows(rows)), gathered[-1]))
+        losses.append(world.sum(stats.loss_sum).item() / stats.num_pairs)
+        norms.append(float(stats.grad_norm))
+    state.engine.destroy()
+    return {
+        "loss": np.array(losses),
+        "norm": np.array(norms),
+        "users": state.users.logits.numpy(),
+        "user_gradients": torch.stack(user_sums).numpy(),
+    }
+
+
+def main(data: str, base: str, out: str) -> None:
+    with distributed() as world:
+        for tuning in ("full", "lora", "frozen"):
+            for stage in range(4):
+                for accumulation in (1, 2):
+                    config = recipe(data, base, tuning, stage)
+                    result = run_variant(config, accumulation, Path(out) / "run", world)
+                    name = f"{tuning}_zero{stage}_world{world.world_size}_accumulation{accumulation}.npz"
+                    if world.is_rank_zero:
+                        np.savez(Path(out) / name, **result)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

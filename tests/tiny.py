@@ -1,0 +1,34 @@
+"""Tiny data, backbones and recipes that several tests share."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TOPICS = ("tea", "music", "walking", "chess", "rivers", "bread", "trains", "gardens")
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 256,
+}
+
+
+def write_pairs(path: Path, num_pairs: int, *, num_users: int = 3, num_prompts: int = 12, seed: int = 0) -> Path:
+    """A JSONL of short readable pairs; users repeat inside every few lines, and some share prompt and responses."""
+    generator = np.random.default_rng(seed)
+    with open(path, "w") as stream:
+        for index in range(num_pairs):
+            prompt = int(generator.integers(num_prompts))
+            topic = TOPICS[prompt % len(TOPICS)]
+            short = f"{topic.capitalize()} is fine {generator.integers(30)}."
+            long = f"Well, {topic} is something one could talk about for hours, friend {generator.integers(30)}."
+            chosen, rejected = (short, long) if generator.random() < 0.5 else (long, short)
+            row: dict[str, Any] = {"user_id": f"u{index % num_users}", "prompt": f"Tell me about {topic}, part {prompt}."}
+            stream.write(json.dumps({**row, "chosen": chosen, "rejected": rejected}) + "\n")
+    return path
