@@ -83,13 +83,17 @@ def assemble(config: RunConfig, data: PreparedData, run: RunDirectory) -> Parts:
         with_prompt=with_prompt,
         pad_token_id=0 if backbone is None else int(data.info["tokens"]["pad_token_id"]),
     )
-    return Parts(head, collator, backbone, pool_mean=encoder, prompt_tokens="prompt_tokens" in head.needs)
+    return Parts(
+        head, collator, backbone, pool_mean=encoder, prompt_tokens="prompt_tokens" in head.needs
+    )
 
 
 def resolve_backbone_path(config: BackboneConfig, run: RunDirectory) -> BackboneConfig:
     """`path` as given, or the run's base folder for a backbone built from `architecture`."""
     if (config.path is None) == (config.architecture is None):
-        raise UserError("backbone: give exactly one of path (weights to load) and architecture (random weights).")
+        raise UserError(
+            "backbone: give exactly one of path (weights to load) and architecture (random weights)."
+        )
     return config if config.path is not None else replace(config, path=str(run.base))
 
 
@@ -109,7 +113,9 @@ def _check_prompt(data: PreparedData, with_prompt: bool) -> None:
         return
     if data.info["kind"] == "vectors":
         if data.prompt_vectors is None:
-            raise UserError("head: it reads the prompt, and these vector records carry no prompt_features.")
+            raise UserError(
+                "head: it reads the prompt, and these vector records carry no prompt_features."
+            )
     elif data.info["tokens"]["marker_ids"] is None:
         raise UserError(
             f"head: it reads the prompt, and data.separator {data.info['tokens']['separator']!r} leaves no token of "
@@ -119,7 +125,10 @@ def _check_prompt(data: PreparedData, with_prompt: bool) -> None:
 
 
 def _check_vocabulary(model_config: Any, data: PreparedData) -> None:
-    vocab_size, needed = getattr(model_config, "vocab_size", None), int(data.info["tokens"]["vocab_size"])
+    vocab_size, needed = (
+        getattr(model_config, "vocab_size", None),
+        int(data.info["tokens"]["vocab_size"]),
+    )
     if vocab_size is not None and vocab_size < needed:
         raise UserError(
             f"backbone.path: its vocabulary has {vocab_size} entries, the data's tokenizer has {needed}. "

@@ -19,7 +19,9 @@ class Parser(ArgumentParser):
         super().__init__(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        print(f"pal-ds: error: {message}{_suggestion(message, _option_names(self))}", file=sys.stderr)
+        print(
+            f"pal-ds: error: {message}{_suggestion(message, _option_names(self))}", file=sys.stderr
+        )
         sys.exit(2)
 
 
@@ -33,8 +35,12 @@ def _option_names(parser: ArgumentParser) -> list[str]:
 
 
 def _suggestion(message: str, names: list[str]) -> str:
-    """" Did you mean ...?" for the unknown option that a message of jsonargparse names."""
-    if "nrecognized arguments" not in message and "does not accept" not in message and "not accepted" not in message:
+    """ " Did you mean ...?" for the unknown option that a message of jsonargparse names."""
+    if (
+        "nrecognized arguments" not in message
+        and "does not accept" not in message
+        and "not accepted" not in message
+    ):
         return ""
     for word in message.replace("'", " ").replace('"', " ").replace("=", " ").split():
         near = difflib.get_close_matches(word.lstrip("-").rstrip(".,:"), names, n=1, cutoff=0.75)
@@ -46,7 +52,9 @@ def _suggestion(message: str, names: list[str]) -> str:
 def build_parser() -> Parser:
     from pal_ds import commands
 
-    parser = Parser(prog="pal-ds", description="Personalised reward models, trained with DeepSpeed.")
+    parser = Parser(
+        prog="pal-ds", description="Personalised reward models, trained with DeepSpeed."
+    )
     subcommands = parser.add_subcommands(dest="command")
     for name, command in commands.COMMANDS.items():
         sub = Parser(description=command.__doc__)
@@ -61,7 +69,9 @@ def main(arguments: list[str] | None = None) -> None:
     # The deepspeed launcher puts this before the command; LOCAL_RANK is in the environment anyway.
     given = [argument for argument in given if not argument.startswith("--local_rank")]
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("pal_ds").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    logging.getLogger("pal_ds").setLevel(
+        logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
+    )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     parser = build_parser()
     from pal_ds import commands
@@ -70,9 +80,13 @@ def main(arguments: list[str] | None = None) -> None:
     name = options["command"]
     if name is None:
         parser.error(f"a command is required: {', '.join(commands.COMMANDS)}")
+    code = 0
     try:
         commands.COMMANDS[name].run(parser.instantiate(options)[name], options[name])
     except UserError as error:
+        code = 2
         if os.environ.get("RANK", "0") == "0":
             print(f"pal-ds: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    if "pal_ds.engine.dist" in sys.modules:
+        sys.modules["pal_ds.engine.dist"].leave(code)
+    sys.exit(code)

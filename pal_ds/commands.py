@@ -1,11 +1,15 @@
 """What each command takes and does: the seam between the command line and the library."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from pal_ds.errors import UserError
 from pal_ds.recipe import add_recipe_arguments, as_recipe, dump_recipe
+from pal_ds.run_dir import RunDirectory
+from pal_ds.score_command import Score
 
 
 class Prepare:
@@ -29,9 +33,15 @@ class Train:
     def add_arguments(parser: ArgumentParser) -> None:
         add_recipe_arguments(parser)
         parser.add_argument("--run_dir", type=str, required=True, help="directory of the run")
-        parser.add_argument("--fresh", action="store_true", help="refuse a directory that is not empty")
-        parser.add_argument("--allow_change", type=list[str], default=[], help="keys that may differ on resume")
-        parser.add_argument("--trust_checkpoint", action="store_true", help="read checkpoints of another owner")
+        parser.add_argument(
+            "--fresh", action="store_true", help="refuse a directory that is not empty"
+        )
+        parser.add_argument(
+            "--allow_change", type=list[str], default=[], help="keys that may differ on resume"
+        )
+        parser.add_argument(
+            "--trust_checkpoint", action="store_true", help="read checkpoints of another owner"
+        )
 
     @staticmethod
     def run(options: Namespace, unresolved: Namespace) -> None:
@@ -47,4 +57,127 @@ class Train:
         )
 
 
-COMMANDS: dict[str, Any] = {"prepare": Prepare, "train": Train}
+class Evaluate:
+    """Accuracy per user of a run on a split or a file; exact at any world size."""
+
+    @staticmethod
+    def add_arguments(parser: ArgumentParser) -> None:
+        add_run_arguments(parser)
+        parser.add_argument("--split", type=str, default="test", help="split of the run's data")
+        parser.add_argument("--data", type=str, help="JSONL of pairs in place of a split")
+        parser.add_argument("--name", type=str, help="result goes to eval/NAME.json")
+        parser.add_argument("--users", type=str, help="users that `adapt` fitted")
+
+    @staticmethod
+    def run(options: Namespace, _: Namespace) -> None:
+        from pal_ds.engine.dist import joined_or_alone
+        from pal_ds.evaluate_run import evaluate_run, summary_line
+
+        with joined_or_alone() as world:
+            figures = evaluate_run(
+                RunDirectory(options.run_dir),
+                world,
+                split=options.split,
+                file=as_path(options.data),
+                name=options.name,
+                users=as_path(options.users),
+                step=options.step,
+                trust_checkpoint=options.trust_checkpoint,
+            )
+            if world.is_rank_zero:
+                print(summary_line(options.name or options.data or options.split, figures))
+
+
+class Adapt:
+    """Fit new users to a trained run from a few comparisons each; the model stays as it is."""
+
+    @staticmethod
+    def add_arguments(parser: ArgumentParser) -> None:
+        add_run_arguments(parser)
+        parser.add_argument("--pairs", type=str, help="JSONL of the new users' comparisons")
+        parser.add_argument(
+            "--split",
+            type=str,
+            default="unseen_train",
+            help="split of the run's data, without --pairs",
+        )
+        parser.add_argument(
+            "--num_pairs", type=int, help="comparisons to keep per user; unset keeps all"
+        )
+        parser.add_argument("--seed", type=int, default=0, help="of the draw of comparisons")
+        parser.add_argument(
+            "--out", type=str, required=True, help="directory for the user table and its report"
+        )
+
+    @staticmethod
+    def run(options: Namespace, _: Namespace) -> None:
+        from pal_ds.adapt_run import adapt_run
+
+        report = adapt_run(
+            RunDirectory(options.run_dir),
+            Path(options.out),
+            pairs=as_path(options.pairs),
+            split=options.split,
+            num_pairs=options.num_pairs,
+            step=options.step,
+            seed=options.seed,
+            trust_checkpoint=options.trust_checkpoint,
+        )
+        print(f"{len(report['users'])} users from {report['pairs']} pairs -> {options.out}")
+
+
+class Users:
+    """List the users of a run, or make it forget one."""
+
+    @staticmethod
+    def add_arguments(parser: ArgumentParser) -> None:
+        parser.add_argument(
+            "--run_dir", type=str, required=True, help="directory that `train` wrote"
+        )
+        parser.add_argument(
+            "--list", action="store_true", help="print user ids and mixtures as JSONL"
+        )
+        parser.add_argument("--remove", type=str, help="user id to forget")
+
+    @staticmethod
+    def run(options: Namespace, _: Namespace) -> None:
+        from pal_ds.forget import forget_user, list_users
+
+        run = RunDirectory(options.run_dir)
+        if options.list == (options.remove is not None):
+            raise UserError("users: give exactly one of --list and --remove ID.")
+        if options.list:
+            for user_id, mixture in list_users(run):
+                print(json.dumps({"user_id": user_id, "mixture": mixture}))
+            return
+        done = forget_user(run, options.remove)
+        print(
+            f"forgot {options.remove}: checkpoints {done['steps']}, evaluations {done['evaluations']}."
+        )
+        print(
+            "The raw and prepared data, and models exported before, are not this run's: delete the user there too."
+        )
+
+
+def add_run_arguments(parser: ArgumentParser) -> None:
+    """Which checkpoint of which run."""
+    parser.add_argument("--run_dir", type=str, required=True, help="directory that `train` wrote")
+    parser.add_argument("--step", type=str, default="latest", help="a number, latest or best")
+    parser.add_argument(
+        "--trust_checkpoint", action="store_true", help="read checkpoints of another owner"
+    )
+
+
+def as_path(text: str | None) -> Path | None:
+    """None stays None."""
+    return None if text is None else Path(text)
+
+
+COMMANDS: dict[str, Any] = {
+    "prepare": Prepare,
+    "train": Train,
+    "evaluate": Evaluate,
+    "adapt": Adapt,
+    "users": Users,
+    "score": Score,
+}

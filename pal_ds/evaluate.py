@@ -53,7 +53,12 @@ def predict(
     run_size = micro_batch_pairs * world.world_size
     num_steps = -(-len(rows) // run_size)
     margins = []
-    with torch.no_grad(), progress_bar(label or "", num_steps, shown=world.is_rank_zero and label is not None, unit="pairs") as advance:
+    with (
+        torch.no_grad(),
+        progress_bar(
+            label or "", num_steps, shown=world.is_rank_zero and label is not None, unit="pairs"
+        ) as advance,
+    ):
         for step in range(num_steps):
             begin = step * run_size + world.rank * micro_batch_pairs
             share = rows[begin : min(begin + micro_batch_pairs, len(rows))]
@@ -68,7 +73,9 @@ def predict(
     return torch.cat(margins)[: len(rows)].double().cpu().numpy()
 
 
-def figures_of(data: PreparedData, rows: np.ndarray, margins: np.ndarray, temperature: float = 1.0) -> dict[str, Any]:
+def figures_of(
+    data: PreparedData, rows: np.ndarray, margins: np.ndarray, temperature: float = 1.0
+) -> dict[str, Any]:
     """The figures of `eval/NAME.json` for comparisons of prepared data."""
     table = data.comparisons[rows]
     length_margins = None
@@ -87,7 +94,11 @@ def figures_of(data: PreparedData, rows: np.ndarray, margins: np.ndarray, temper
 
 
 def report_on(
-    data: PreparedData, rows: np.ndarray, margins: np.ndarray, table_rows: np.ndarray, temperature: float = 1.0
+    data: PreparedData,
+    rows: np.ndarray,
+    margins: np.ndarray,
+    table_rows: np.ndarray,
+    temperature: float = 1.0,
 ) -> dict[str, Any]:
     """Figures over the users the table holds, with those it does not apart under "unknown_users"."""
     known = table_rows >= 0
@@ -103,4 +114,12 @@ def dev_temperature(margins: np.ndarray, labels: np.ndarray, loss_kind: str) -> 
     return fit_temperature(margins, labels)
 
 
-__all__ = ["Forward", "dev_temperature", "figures_of", "population_mixture", "predict", "report_on", "user_mixtures"]
+__all__ = [
+    "Forward",
+    "dev_temperature",
+    "figures_of",
+    "population_mixture",
+    "predict",
+    "report_on",
+    "user_mixtures",
+]

@@ -31,7 +31,9 @@ def clustered_interval(values: np.ndarray, clusters: np.ndarray) -> tuple[float,
 def fit_temperature(margins: np.ndarray, labels: np.ndarray) -> float:
     """T > 0 that makes margin / T the best log-odds on held-out pairs: hinge margins are no log-odds by themselves."""
     signed = margins * labels
-    best = minimize_scalar(lambda t: -log_expit(signed * np.exp(-t)).mean(), bounds=(-7.0, 7.0), method="bounded")
+    best = minimize_scalar(
+        lambda t: -log_expit(signed * np.exp(-t)).mean(), bounds=(-7.0, 7.0), method="bounded"
+    )
     return float(np.exp(best.x))
 
 
@@ -39,7 +41,9 @@ def expected_calibration_error(margins: np.ndarray, labels: np.ndarray) -> float
     """Mean gap between stated confidence and accuracy over equal bins of confidence in [1/2, 1]."""
     confidence = expit(np.abs(margins))
     right = correctness(margins, labels)
-    bins = np.minimum(((confidence - 0.5) * 2 * NUM_CALIBRATION_BINS).astype(int), NUM_CALIBRATION_BINS - 1)
+    bins = np.minimum(
+        ((confidence - 0.5) * 2 * NUM_CALIBRATION_BINS).astype(int), NUM_CALIBRATION_BINS - 1
+    )
     gaps = np.bincount(bins, weights=right - confidence, minlength=NUM_CALIBRATION_BINS)
     return float(np.abs(gaps).sum() / len(margins))
 
@@ -88,5 +92,7 @@ def evaluation_figures(
         figures["length_baseline_accuracy"] = float(correctness(length_margins, labels).mean())
     if probabilities is not None and np.isfinite(probabilities).all():
         figures["bayes_accuracy"] = float(np.maximum(probabilities, 1 - probabilities).mean())
-        figures["probability_mae"] = float(np.abs(expit(margins / temperature) - probabilities).mean())
+        figures["probability_mae"] = float(
+            np.abs(expit(margins / temperature) - probabilities).mean()
+        )
     return {**figures, "users": users}

@@ -8,7 +8,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 @contextlib.contextmanager
-def progress_bar(label: str, total: int, *, shown: bool, unit: str = "texts") -> Iterator[Callable[..., None]]:
+def progress_bar(
+    label: str, total: int, *, shown: bool, unit: str = "texts"
+) -> Iterator[Callable[..., None]]:
     """Yields `advance(num_units, **facts)`: one step of `total`, `num_units` for the throughput, facts to display."""
     if not shown:
         yield lambda num_units=0, **facts: None

@@ -15,7 +15,9 @@ def add_recipe_arguments(parser: ArgumentParser) -> None:
     import pal_ds.data.sources
     import pal_ds.heads  # noqa: F401  short class names resolve once their modules are imported
 
-    parser.add_argument("--config", action="config", help="YAML recipe; repeat to layer, later wins")
+    parser.add_argument(
+        "--config", action="config", help="YAML recipe; repeat to layer, later wins"
+    )
     parser.add_class_arguments(RunConfig, nested_key=None)
 
 

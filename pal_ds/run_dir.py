@@ -1,6 +1,6 @@
 """The run directory: resolved config, metrics, pointers, base weights. Rank 0 writes, everyone reads.
 
-    D/config.yaml  D/metrics.jsonl  D/checkpoints/step_N/  D/latest.json  D/best.json  D/base/  D/eval/NAME.json
+D/config.yaml  D/metrics.jsonl  D/checkpoints/step_N/  D/latest.json  D/best.json  D/base/  D/eval/NAME.json
 """
 
 import json
@@ -40,7 +40,9 @@ class RunDirectory:
     def require_run(self) -> None:
         """Raises UserError where no run lies here."""
         if not self.config_file.is_file():
-            raise UserError(f"{self.path}: no config.yaml here. --run_dir names a directory that `train` wrote.")
+            raise UserError(
+                f"{self.path}: no config.yaml here. --run_dir names a directory that `train` wrote."
+            )
 
     def has_checkpoints(self) -> bool:
         return self.checkpoints.is_dir() and any(self.checkpoints.glob("step_*"))
@@ -50,8 +52,14 @@ class RunDirectory:
 
     def complete_steps(self) -> list[int]:
         """Steps with a manifest, ascending. A directory that still ends in .tmp was interrupted."""
-        found = (path for path in self.checkpoints.glob("step_*") if (path / "manifest.json").is_file())
-        return sorted(int(path.name.removeprefix("step_")) for path in found if path.name.removeprefix("step_").isdigit())
+        found = (
+            path for path in self.checkpoints.glob("step_*") if (path / "manifest.json").is_file()
+        )
+        return sorted(
+            int(path.name.removeprefix("step_"))
+            for path in found
+            if path.name.removeprefix("step_").isdigit()
+        )
 
     def pointer(self, name: str) -> dict[str, Any] | None:
         """The content of latest.json or best.json."""
@@ -66,16 +74,22 @@ class RunDirectory:
         """
         steps = self.complete_steps()
         if not steps:
-            raise UserError(f"{self.checkpoints}: no complete checkpoint. Train first, or check --run_dir.")
+            raise UserError(
+                f"{self.checkpoints}: no complete checkpoint. Train first, or check --run_dir."
+            )
         if step == "latest":
             return steps[-1]
         if step == "best":
             best = self.pointer("best")
             if best is None:
-                raise UserError(f"{self.path}: no best.json, the run has not evaluated on dev yet. Use --step latest.")
+                raise UserError(
+                    f"{self.path}: no best.json, the run has not evaluated on dev yet. Use --step latest."
+                )
             return int(best["step"])
         if not step.isdigit() or int(step) not in steps:
-            raise UserError(f"--step {step}: not among the checkpoints of {self.path}: {steps}, latest or best.")
+            raise UserError(
+                f"--step {step}: not among the checkpoints of {self.path}: {steps}, latest or best."
+            )
         return int(step)
 
     def append_metrics(self, row: dict[str, Any]) -> None:

@@ -19,7 +19,9 @@ class Tracker:
         self._pending: list[UpdateStats] = []
         self._since = time.monotonic()
         self.last_loss = ""
-        self._wandb = _start_wandb(run, config) if world.is_rank_zero and config.wandb.project else None
+        self._wandb = (
+            _start_wandb(run, config) if world.is_rank_zero and config.wandb.project else None
+        )
 
     def add(self, stats: UpdateStats) -> None:
         self._pending.append(stats)
@@ -46,7 +48,14 @@ class Tracker:
         self._write(row)
 
     def log_dev(self, step: int, figures: dict[str, Any]) -> None:
-        names = ("pairs", "accuracy", "user_accuracy_mean", "worst_decile_user_accuracy", "ece", "temperature")
+        names = (
+            "pairs",
+            "accuracy",
+            "user_accuracy_mean",
+            "worst_decile_user_accuracy",
+            "ece",
+            "temperature",
+        )
         self._write({"step": step, **{f"dev_{name}": figures[name] for name in names}})
         # The time of an evaluation is not the training's.
         self._since = time.monotonic()
@@ -67,4 +76,6 @@ def _start_wandb(run: RunDirectory, config: RunConfig) -> Any:
 
     settings = config.wandb
     # The key comes from wandb's own environment or netrc and never passes through our config.
-    return wandb.init(project=settings.project, name=settings.name, mode=settings.mode, dir=str(run.path))
+    return wandb.init(
+        project=settings.project, name=settings.name, mode=settings.mode, dir=str(run.path)
+    )

@@ -18,7 +18,11 @@ from pal_ds.engine.checkpoint import load_checkpoint, newest_intact, retain, sav
 from pal_ds.engine.dist import World
 from pal_ds.engine.ds_config import resolve_ds_config
 from pal_ds.engine.frozen import encode_once
-from pal_ds.engine.sharding import partitioned_loading, start_inference_engine, start_training_engine
+from pal_ds.engine.sharding import (
+    partitioned_loading,
+    start_inference_engine,
+    start_training_engine,
+)
 from pal_ds.engine.step import Stepper, UpdateStats
 from pal_ds.errors import UserError
 from pal_ds.evaluate import dev_temperature, figures_of, predict, user_mixtures
@@ -54,10 +58,19 @@ class Training:
 
     def due(self, every: int) -> bool:
         """Whether the update just made closes an interval of `every` updates; 0 means an epoch."""
-        return self.step % (every or self.plan.updates_per_epoch) == 0 or self.step == self.num_updates
+        return (
+            self.step % (every or self.plan.updates_per_epoch) == 0 or self.step == self.num_updates
+        )
 
 
-def train(config: RunConfig, run: RunDirectory, data: PreparedData, world: World, *, trust_checkpoint: bool = False) -> None:
+def train(
+    config: RunConfig,
+    run: RunDirectory,
+    data: PreparedData,
+    world: World,
+    *,
+    trust_checkpoint: bool = False,
+) -> None:
     """Trains until the last update (or `train.stop_after`), resuming from the newest intact checkpoint."""
     state = start_training(config, run, data, world, trust_checkpoint=trust_checkpoint)
     try:
@@ -76,7 +89,9 @@ def run_updates(state: Training) -> None:
     )  # fmt: skip
     last = min(config.stop_after or state.num_updates, state.num_updates)
     tracker = Tracker(state.run, state.config, world)
-    with progress_bar("training", state.num_updates, shown=world.is_rank_zero, unit="pairs") as advance:
+    with progress_bar(
+        "training", state.num_updates, shown=world.is_rank_zero, unit="pairs"
+    ) as advance:
         for _ in range(state.step):
             advance(0)
         while state.step < last:
@@ -105,7 +120,9 @@ def run_update(state: Training, stepper: Stepper) -> UpdateStats:
 def collate(state: Training, rows: np.ndarray, positions: np.ndarray) -> Batch:
     """The micro-batch of these positions of an update."""
     noise = (state.config.train.seed, state.step, state.parts.head.num_prototypes)
-    return state.collator(rows[positions], positions, noise if state.parts.needs_users else None).to(state.world.device)
+    return state.collator(
+        rows[positions], positions, noise if state.parts.needs_users else None
+    ).to(state.world.device)
 
 
 def evaluate_on_dev(state: Training, tracker: Tracker) -> bool:
@@ -115,14 +132,27 @@ def evaluate_on_dev(state: Training, tracker: Tracker) -> bool:
         return False
     state.engine.eval()
     mixtures = user_mixtures(state.parts.head, state.users).to(state.world.device)
-    margins = predict(state.engine, state.collator, rows, mixtures, state.config.train.micro_batch_pairs, state.world)
-    temperature = dev_temperature(margins, state.data.comparisons["label"][rows].astype(float), state.config.loss.kind)
+    margins = predict(
+        state.engine,
+        state.collator,
+        rows,
+        mixtures,
+        state.config.train.micro_batch_pairs,
+        state.world,
+    )
+    temperature = dev_temperature(
+        margins, state.data.comparisons["label"][rows].astype(float), state.config.loss.kind
+    )
     figures = figures_of(state.data, rows, margins, temperature)
     tracker.log_dev(state.step, figures)
     # Every rank holds the same margins, so every rank takes the same decision.
     improved = state.best is None or figures["accuracy"] > state.best["dev_accuracy"]
     if improved:
-        state.best = {"step": state.step, "dev_accuracy": figures["accuracy"], "temperature": temperature}
+        state.best = {
+            "step": state.step,
+            "dev_accuracy": figures["accuracy"],
+            "temperature": temperature,
+        }
     return improved
 
 
@@ -134,20 +164,31 @@ def save(state: Training) -> None:
     def publish() -> None:
         if state.best is not None and state.best["step"] == state.step:
             write_json(state.run.path / "best.json", state.best)
-        retain(state.run, max(2, state.config.train.keep_checkpoints), state.best and state.best["step"])
+        retain(
+            state.run,
+            max(2, state.config.train.keep_checkpoints),
+            state.best and state.best["step"],
+        )
 
     state.world.from_rank_zero(publish)
 
 
 def start_training(
-    config: RunConfig, run: RunDirectory, data: PreparedData, world: World, *, trust_checkpoint: bool = False
+    config: RunConfig,
+    run: RunDirectory,
+    data: PreparedData,
+    world: World,
+    *,
+    trust_checkpoint: bool = False,
 ) -> Training:
     """Loads and shards everything and restores the newest intact checkpoint, if any."""
     started = time.monotonic()
     parts = assemble(config, data, run)
     train_rows = data.rows("train")
     if len(train_rows) == 0:
-        raise UserError(f"{data.path}: its train split is empty. Prepare with smaller dev and test fractions.")
+        raise UserError(
+            f"{data.path}: its train split is empty. Prepare with smaller dev and test fractions."
+        )
     ds_config = resolve_ds_config(
         config.train.ds_config,
         world_size=world.world_size,
@@ -167,10 +208,17 @@ def start_training(
     engine = start_training_engine(RewardModel(backbone, parts.head), config.optim, ds_config)
     items = data.response_prompt[data.comparisons["a"][train_rows]]
     settings = config.train
-    plan = UpdatePlan(train_rows, items, settings.batch_pairs, settings.seed, data.hash, settings.shuffle_unit)
+    plan = UpdatePlan(
+        train_rows, items, settings.batch_pairs, settings.seed, data.hash, settings.shuffle_unit
+    )
     state = Training(config, run, world, data, parts, collator, engine, users, plan)
     resume(state, trust=trust_checkpoint)
-    logger.info("ready at update %d of %d after %.1f s", state.step, state.num_updates, time.monotonic() - started)
+    logger.info(
+        "ready at update %d of %d after %.1f s",
+        state.step,
+        state.num_updates,
+        time.monotonic() - started,
+    )
     return state
 
 

@@ -19,7 +19,9 @@ LLAMA = {
 }
 
 
-def write_pairs(path: Path, num_pairs: int, *, num_users: int = 3, num_prompts: int = 12, seed: int = 0) -> Path:
+def write_pairs(
+    path: Path, num_pairs: int, *, num_users: int = 3, num_prompts: int = 12, seed: int = 0
+) -> Path:
     """A JSONL of short readable pairs; users repeat inside every few lines, and some share prompt and responses."""
     generator = np.random.default_rng(seed)
     with open(path, "w") as stream:
@@ -29,6 +31,9 @@ def write_pairs(path: Path, num_pairs: int, *, num_users: int = 3, num_prompts: 
             short = f"{topic.capitalize()} is fine {generator.integers(30)}."
             long = f"Well, {topic} is something one could talk about for hours, friend {generator.integers(30)}."
             chosen, rejected = (short, long) if generator.random() < 0.5 else (long, short)
-            row: dict[str, Any] = {"user_id": f"u{index % num_users}", "prompt": f"Tell me about {topic}, part {prompt}."}
+            row: dict[str, Any] = {
+                "user_id": f"u{index % num_users}",
+                "prompt": f"Tell me about {topic}, part {prompt}.",
+            }
             stream.write(json.dumps({**row, "chosen": chosen, "rejected": rejected}) + "\n")
     return path

@@ -40,7 +40,9 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
 
     world.from_rank_zero(start)
-    engine.save_checkpoint(str(temporary), tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=True)
+    engine.save_checkpoint(
+        str(temporary), tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=True
+    )
     if world.is_rank_zero:
         users.save(temporary)
         # DeepSpeed drops its recovery scripts beside the tag; tools/consolidate.py is ours.
@@ -48,15 +50,24 @@ def save_checkpoint(
             script.unlink()
     world.barrier()
     files = _hash_files(temporary, world)
-    world.from_rank_zero(lambda: _publish(run, step, temporary, final, {**facts, "files": files}, world))
+    world.from_rank_zero(
+        lambda: _publish(run, step, temporary, final, {**facts, "files": files}, world)
+    )
     return final
 
 
 def _publish(
-    run: RunDirectory, step: int, temporary: Path, final: Path, manifest: dict[str, Any], world: World
+    run: RunDirectory,
+    step: int,
+    temporary: Path,
+    final: Path,
+    manifest: dict[str, Any],
+    world: World,
 ) -> None:
     facts = {"format_version": FORMAT_VERSION, "step": step, "world_size": world.world_size}
-    write_json(temporary / "manifest.json", {**facts, "num_threads": torch.get_num_threads(), **manifest})
+    write_json(
+        temporary / "manifest.json", {**facts, "num_threads": torch.get_num_threads(), **manifest}
+    )
     _fsync_directory(temporary)
     os.replace(temporary, final)
     _fsync_directory(final.parent)
@@ -73,12 +84,17 @@ def _fsync_directory(path: Path) -> None:
 
 def _hash_files(directory: Path, world: World) -> dict[str, dict[str, Any]]:
     """Size and hash of every file; ranks share the reading."""
-    names = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+    names = sorted(
+        str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()
+    )
     mine = {}
     for name in names[world.rank :: world.world_size]:
         with open(directory / name, "rb") as stream:
             os.fsync(stream.fileno())
-        mine[name] = {"size": (directory / name).stat().st_size, "xxh3_128": hash_file(directory / name)}
+        mine[name] = {
+            "size": (directory / name).stat().st_size,
+            "xxh3_128": hash_file(directory / name),
+        }
     parts: list[Any] = [None] * world.world_size
     if world.world_size > 1:
         torch_dist.all_gather_object(parts, mine)
@@ -113,13 +129,17 @@ def verify_checkpoint(path: Path, *, trust: bool = False) -> dict[str, Any]:
         )
     manifest = json.loads(manifest_file.read_text())
     if manifest.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{manifest_file}: format {manifest.get('format_version')}, this version reads {FORMAT_VERSION}.")
+        raise UserError(
+            f"{manifest_file}: format {manifest.get('format_version')}, this version reads {FORMAT_VERSION}."
+        )
     for name, entry in manifest["files"].items():
         file = path / name
         if not file.is_file():
             raise UserError(f"{file}: named in the manifest but missing.")
         if file.stat().st_size != entry["size"]:
-            raise UserError(f"{file}: {file.stat().st_size} bytes, the manifest says {entry['size']}.")
+            raise UserError(
+                f"{file}: {file.stat().st_size} bytes, the manifest says {entry['size']}."
+            )
         if hash_file(file) != entry["xxh3_128"]:
             raise UserError(f"{file}: its content does not match the hash in the manifest.")
     return manifest
@@ -138,11 +158,15 @@ def newest_intact(run: RunDirectory, *, trust: bool = False) -> tuple[Path, dict
         except UserError as error:
             logger.warning("skipping a damaged checkpoint: %s", error)
     if steps:
-        raise UserError(f"{run.checkpoints}: none of the steps {steps} is intact. Start again with --fresh elsewhere.")
+        raise UserError(
+            f"{run.checkpoints}: none of the steps {steps} is intact. Start again with --fresh elsewhere."
+        )
     return None
 
 
-def load_checkpoint(engine: Any, users: UserTable, path: Path, manifest: dict[str, Any], world: World) -> None:
+def load_checkpoint(
+    engine: Any, users: UserTable, path: Path, manifest: dict[str, Any], world: World
+) -> None:
     """Restores weights, optimizer moments and user rows into a freshly built engine.
 
     Raises:

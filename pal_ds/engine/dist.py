@@ -5,12 +5,14 @@ Every decision that ranks must share is taken on rank 0 and broadcast (`World.fr
 
 import contextlib
 import datetime
+import logging
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as torch_dist
@@ -78,7 +80,7 @@ def _fill_rank_variables() -> None:
 
 @contextlib.contextmanager
 def distributed(timeout_minutes: int = 30) -> Iterator[World]:
-    """Starts DeepSpeed's process group and tears it down; without the teardown a finished gloo run may abort."""
+    """Starts DeepSpeed's process group and takes it down at the end; finish the process with `leave`."""
     _fill_rank_variables()
     # deepspeed calls collectives under names that newer torch deprecates: nothing a user could mend.
     warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed")
@@ -107,3 +109,25 @@ def distributed(timeout_minutes: int = 30) -> Iterator[World]:
     finally:
         if torch_dist.is_initialized():
             torch_dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def joined_or_alone(timeout_minutes: int = 30) -> Iterator[World]:
+    """The launcher's process group where there is one, else a world of one that needs no DeepSpeed."""
+    if "RANK" in os.environ:
+        with distributed(timeout_minutes) as world:
+            yield world
+        return
+    yield World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def leave(code: int) -> NoReturn:
+    """Ends a process that had joined a group, without tearing the interpreter down.
+
+    A gloo thread may still be dropping the tensors of a finished collective; if it needs the interpreter lock while
+    the interpreter is going, it is forced to exit and aborts the process (rc 134) after all work was done.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -12,7 +12,9 @@ from pal_ds.engine.dist import World
 from pal_ds.progress import progress_bar
 
 
-def encode_once(backbone: nn.Module, collator: Collator, batch_texts: int, world: World) -> Collator:
+def encode_once(
+    backbone: nn.Module, collator: Collator, batch_texts: int, world: World
+) -> Collator:
     """A collator with the states of every response (and prompt, where one is read) of its data.
 
     `backbone(batch)` returns Features. Ranks take contiguous shares and run the same number of forwards, because
@@ -20,7 +22,9 @@ def encode_once(backbone: nn.Module, collator: Collator, batch_texts: int, world
     """
     responses = np.arange(len(collator.data.responses.lengths))
     nothing = np.empty(0, np.int64)
-    response_store, prompt_store = _encode(backbone, collator, responses, nothing, batch_texts, world)
+    response_store, prompt_store = _encode(
+        backbone, collator, responses, nothing, batch_texts, world
+    )
     if collator.with_prompt and collator.encoding == "separate":
         prompts = np.arange(len(collator.data.prompts.lengths))
         _, prompt_store = _encode(backbone, collator, nothing, prompts, batch_texts, world)
@@ -28,7 +32,12 @@ def encode_once(backbone: nn.Module, collator: Collator, batch_texts: int, world
 
 
 def _encode(
-    backbone: nn.Module, collator: Collator, responses: np.ndarray, prompts: np.ndarray, batch_texts: int, world: World
+    backbone: nn.Module,
+    collator: Collator,
+    responses: np.ndarray,
+    prompts: np.ndarray,
+    batch_texts: int,
+    world: World,
 ) -> tuple[FeatureStore | None, FeatureStore | None]:
     of_prompts = len(responses) == 0
     shares = np.array_split(prompts if of_prompts else responses, world.world_size)
@@ -45,7 +54,9 @@ def _encode(
             batch = _text_batch(collator, rows, of_prompts).to(world.device)
             states = backbone(batch)
             if num_rows and not of_prompts:
-                lengths = np.minimum(collator.data.responses.lengths[rows], states.response.shape[1])
+                lengths = np.minimum(
+                    collator.data.responses.lengths[rows], states.response.shape[1]
+                )
                 response_states += _valid(states.response, torch.from_numpy(lengths))
             if num_rows and states.prompt is not None:
                 prompt_states += _valid(states.prompt, states.prompt_length)

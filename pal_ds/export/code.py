@@ -1,4 +1,4 @@
-"""The Python files of an exported folder: ours, flat beside each other, as transformers wants them."""
+"""The Python files of an exported folder: flat beside each other, as transformers wants them."""
 
 import ast
 import inspect

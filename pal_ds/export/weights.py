@@ -44,7 +44,7 @@ def weights_of(opened: OpenRun) -> Weights:
 
 
 def plain_backbone(model: RewardModel) -> torch.nn.Module:
-    """The transformers model inside a reward model, its adapters merged (in place) if it has any."""
+    """The transformers model inside a reward model, adapters merged (in place) if it has any."""
     inner = model.backbone.model
     return inner.merge_and_unload() if hasattr(inner, "merge_and_unload") else inner
 

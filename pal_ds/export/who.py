@@ -42,7 +42,8 @@ def choose_audience(
     if "logits" not in head.needs:
         if user is not None or mixture is not None:
             raise UserError(
-                f"{type(head).__name__} has one reward for everyone: leave out --user and --mixture."
+                f"{type(head).__name__} has one reward for everyone: leave out --user and "
+                "--mixture."
             )
         return Audience(None, "everyone (this reward knows no users)")
     if mixture is not None:
@@ -53,12 +54,15 @@ def choose_audience(
     if user is None:
         population = user_mixtures(head, users)[-1]
         return Audience(population.tolist(), f"the population, the mean of {len(users)} users")
-    table = users if users_dir is None else UserTable.load(users_dir)
-    if table.num_prototypes != head.num_prototypes:
-        raise UserError(
-            f"{users_dir}: its users have {table.num_prototypes} prototypes, the run has "
-            f"{head.num_prototypes}. Adapt them to this run."
-        )
+    table = users
+    if users_dir is not None:
+        adapted = UserTable.load(users_dir)
+        if adapted.num_prototypes != head.num_prototypes:
+            raise UserError(
+                f"{users_dir}: its users have {adapted.num_prototypes} prototypes, the run has "
+                f"{head.num_prototypes}. Adapt them to this run."
+            )
+        table = adapted if user in adapted or user not in users else users
     with torch.no_grad():
         row = head.eval().mixture_weights(UserState(table.logits[table.rows([user])]))[0]
     return Audience(row.tolist(), "one user")

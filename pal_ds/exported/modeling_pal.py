@@ -153,7 +153,10 @@ class PalForSequenceClassification(PreTrainedModel):
         if prompt_lengths is None:
             if not config.marker_ids:
                 raise ValueError("this model has no response marker: pass prompt_lengths.")
-            return [find_prompt_length(r, config.marker_ids, config.user_marker_ids) for r in rows]
+            # Without the end, which may be the marker's own token (BERT's [SEP]).
+            bodies = [row[: len(row) - len(config.end_ids)] for row in rows]
+            markers = config.marker_ids, config.user_marker_ids
+            return [find_prompt_length(body, *markers) for body in bodies]
         lengths = torch.as_tensor(prompt_lengths).tolist()
         if len(lengths) != len(rows):
             raise ValueError(f"prompt_lengths has {len(lengths)} entries for {len(rows)} rows.")
@@ -256,5 +259,8 @@ def _spread(rewards: Tensor, places: list[list[int]], mask: Tensor) -> Tensor:
         scores[row, mask[row].to(rewards.device)] = values
     return scores
 
+
+# So that AutoTokenizer, which opens config.json first, does not ask about code once more.
+AutoConfig.register(PalRewardConfig.model_type, PalRewardConfig, exist_ok=True)
 
 __all__ = ["PalForSequenceClassification", "PalRewardConfig"]

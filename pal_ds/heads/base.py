@@ -55,8 +55,9 @@ class HeadOutput(NamedTuple):
 class Head(nn.Module, ABC):
     """Maps features and user state to rewards. Concrete heads are final; share by composition, not by subclassing."""
 
-    needs: ClassVar[frozenset[str]]
-    """Subset of {"prompt", "logits"}: what Features and UserState must carry."""
+    needs: frozenset[str]
+    """Subset of {"prompt", "prompt_tokens", "logits"}: what Features and UserState must carry. `prompt_tokens`
+    asks for every position of the prompt instead of its last."""
     family: ClassVar[str] = ""
     """Which of the models that people ask for by name this head makes; see `reward_models.py`."""
     num_prototypes: int

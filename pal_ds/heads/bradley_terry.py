@@ -16,7 +16,7 @@ from .shapes import Float
 class BradleyTerry(Head):
     """<v, h(x)> without bias (a bias cancels in every margin). Reads nothing of the user."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: frozenset[str] = frozenset()
     family: ClassVar[str] = "bradley_terry"
 
     def __init__(self, hidden_size: int):

@@ -26,7 +26,7 @@ Similarity = Literal["distance", "cosine"]
 class PalA(Head):
     """The ideal-point head. With K = 1 no user can move a margin, user gradients are exactly 0."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+    needs: frozenset[str] = frozenset({"logits"})
     family: ClassVar[str] = "pal_a"
 
     def __init__(

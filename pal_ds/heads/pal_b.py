@@ -23,7 +23,7 @@ PromptPosition = Literal["last", "aligned"]
 class PalB(Head):
     """The prompt-conditioned head. With K = 1 no user can move a margin, user gradients are 0."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"prompt", "logits"})
+    needs: frozenset[str] = frozenset({"prompt", "logits"})
     family: ClassVar[str] = "pal_b"
 
     def __init__(

@@ -1,7 +1,6 @@
 """Worker of test_parity: runs many engine variants on the same updates and stores what they computed."""
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from pal_ds.config import OptimConfig, RunConfig, TrainConfig
 from pal_ds.data.plan import split_update
 from pal_ds.data.prepare import DataConfig
 from pal_ds.data.tables import PreparedData
-from pal_ds.engine.dist import distributed
+from pal_ds.engine.dist import distributed, leave
 from pal_ds.engine.step import Stepper
 from pal_ds.heads import PalA
 from pal_ds.run_dir import RunDirectory
@@ -31,9 +30,15 @@ def recipe(data: str, base: str, tuning: str, stage: int) -> RunConfig:
         head=lambda hidden_size: PalA(hidden_size, num_prototypes=3, prototype_std=1.5),
         backbone=BackboneConfig(path=base, tuning=tuning, lora=LoraOptions(rank=4)),
         users=UsersConfig(learning_rate=0.5, epsilon=1e-2),
-        optim=OptimConfig(learning_rate=3e-3, backbone_learning_rate=1e-3, epsilon=1e-4, warmup_fraction=0.1),
+        optim=OptimConfig(
+            learning_rate=3e-3, backbone_learning_rate=1e-3, epsilon=1e-4, warmup_fraction=0.1
+        ),
         train=TrainConfig(
-            batch_pairs=16, micro_batch_pairs=16, epochs=7, gradient_clipping=0.5, ds_config=f"tests/ds/zero{stage}.json"
+            batch_pairs=16,
+            micro_batch_pairs=16,
+            epochs=7,
+            gradient_clipping=0.5,
+            ds_config=f"tests/ds/zero{stage}.json",
         ),
     )
 
@@ -50,7 +55,15 @@ def split(num_pairs: int, world_size: int, accumulation: int) -> list[list[np.nd
 def run_variant(config: RunConfig, accumulation: int, folder: Path, world) -> dict[str, np.ndarray]:
     state = start_training(config, RunDirectory(folder), PreparedData.open(config.data.path), world)
     stepper = Stepper(
-        state.engine, state.users, config.loss, config.optim, config.users.learning_rate, world, NUM_UPDATES, 0, True
+        state.engine,
+        state.users,
+        config.loss,
+        config.optim,
+        config.users.learning_rate,
+        world,
+        NUM_UPDATES,
+        0,
+        True,
     )
     losses, norms, gathered, user_sums = [], [], [], []
     gather = stepper.user_gradients
@@ -62,7 +75,11 @@ def run_variant(config: RunConfig, accumulation: int, folder: Path, world) -> di
         runs = split(len(rows), world.world_size, accumulation)
         batches = [collate(state, rows, step_runs[world.rank]) for step_runs in runs]
         stats = stepper.run(update, batches, runs, state.collator.user_rows(rows))
-        user_sums.append(torch.zeros(3, 3).index_add_(0, torch.from_numpy(state.collator.user_rows(rows)), gathered[-1]))
+        user_sums.append(
+            torch.zeros(3, 3).index_add_(
+                0, torch.from_numpy(state.collator.user_rows(rows)), gathered[-1]
+            )
+        )
         losses.append(world.sum(stats.loss_sum).item() / stats.num_pairs)
         norms.append(float(stats.grad_norm))
     state.engine.destroy()
@@ -88,3 +105,4 @@ def main(data: str, base: str, out: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave(0)

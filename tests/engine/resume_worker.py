@@ -9,7 +9,7 @@ from pal_ds.backbones.config import BackboneConfig, LoraOptions
 from pal_ds.config import OptimConfig, RunConfig, TrainConfig
 from pal_ds.data.prepare import DataConfig
 from pal_ds.data.tables import PreparedData
-from pal_ds.engine.dist import distributed
+from pal_ds.engine.dist import distributed, leave
 from pal_ds.heads import PalA
 from pal_ds.run_dir import RunDirectory
 from pal_ds.train import train
@@ -27,7 +27,12 @@ def recipe(data: str, base: str, tuning: str) -> RunConfig:
         backbone=BackboneConfig(path=base, tuning=tuning, lora=LoraOptions(rank=4, dropout=0.1)),
         optim=OptimConfig(learning_rate=3e-3, backbone_learning_rate=1e-3),
         train=TrainConfig(
-            epochs=2, batch_pairs=16, micro_batch_pairs=4, ds_config="tests/ds/zero3.json", log_every=1, save_every=3
+            epochs=2,
+            batch_pairs=16,
+            micro_batch_pairs=4,
+            ds_config="tests/ds/zero3.json",
+            log_every=1,
+            save_every=3,
         ),
     )
 
@@ -48,7 +53,11 @@ def main(data_path: str, base: str, out: str) -> None:
                 world.barrier()
                 if world.is_rank_zero and stop == 6:
                     # The newest checkpoint is damaged: the run must go on from the one before.
-                    shard = next((folder / "checkpoints" / "step_00000006" / "engine").glob("*optim_states.pt"))
+                    shard = next(
+                        (folder / "checkpoints" / "step_00000006" / "engine").glob(
+                            "*optim_states.pt"
+                        )
+                    )
                     shutil.copy(shard, folder / "intact.pt")
                     content = bytearray(shard.read_bytes())
                     content[len(content) // 2] ^= 1
@@ -59,3 +68,4 @@ def main(data_path: str, base: str, out: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave(0)

@@ -34,7 +34,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = Jsonl(str(write_pairs(folder / "pairs.jsonl", 49)))
     data = prepare(
         DataConfig(
-            path=str(folder / "data"), source=source, max_length=64, vocab_size=400, dev_fraction=0, test_fraction=0
+            path=str(folder / "data"),
+            source=source,
+            max_length=64,
+            vocab_size=400,
+            dev_fraction=0,
+            test_fraction=0,
         )
     )
     backbone = BackboneConfig(architecture=LLAMA)
@@ -54,7 +59,11 @@ def plain_torch_run(folder: Path) -> dict[str, np.ndarray]:
     model = RewardModel(load_backbone(parts, config, gpu=False), parts.head)
     users, _ = seen_users(config, data, 3, World(0, 1, torch.device("cpu")))
     logits = users.logits.clone()
-    moments, squares, steps = torch.zeros_like(logits), torch.zeros_like(logits), torch.zeros(len(logits), 1)
+    moments, squares, steps = (
+        torch.zeros_like(logits),
+        torch.zeros_like(logits),
+        torch.zeros(len(logits), 1),
+    )
     groups = parameter_groups(model, config.optim)
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, eps=config.optim.epsilon)
     from pal_ds.data.plan import UpdatePlan
@@ -70,7 +79,11 @@ def plain_torch_run(folder: Path) -> dict[str, np.ndarray]:
         loss = torch.nn.functional.softplus(-batch.label * output.margin[:, 0]).mean()
         optimizer.zero_grad()
         loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.gradient_clipping)))
+        norms.append(
+            float(
+                torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.gradient_clipping)
+            )
+        )
         factor = schedule_factor(config.optim, update, NUM_UPDATES)
         for group in optimizer.param_groups:
             group["lr"] = group["full_lr"] * factor
@@ -81,7 +94,9 @@ def plain_torch_run(folder: Path) -> dict[str, np.ndarray]:
         moments[touched] = 0.9 * moments[touched] + 0.1 * total[touched]
         squares[touched] = 0.999 * squares[touched] + 0.001 * total[touched] ** 2
         size = (squares / (1 - 0.999**steps)).sqrt() + config.users.epsilon
-        logits[touched] -= (config.users.learning_rate * factor * moments / (1 - 0.9**steps) / size)[touched]
+        logits[touched] -= (
+            config.users.learning_rate * factor * moments / (1 - 0.9**steps) / size
+        )[touched]
         losses.append(loss.item())
         sums.append(total)
     figures = {"loss": np.array(losses), "norm": np.array(norms), "users": logits.numpy()}
@@ -109,4 +124,6 @@ def test_engine_agrees_with_plain_torch(results: Path) -> None:
     wanted = plain_torch_run(results)
     # Clipping at 0.5 must be at work, or DeepSpeed's silent default of 1.0 would go unnoticed.
     assert (wanted["norm"] > 1.0).any()
-    assert_same(dict(np.load(results / "full_zero3_world2_accumulation2.npz")), wanted, "plain torch")
+    assert_same(
+        dict(np.load(results / "full_zero3_world2_accumulation2.npz")), wanted, "plain torch"
+    )

@@ -29,7 +29,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = Jsonl(str(write_pairs(folder / "pairs.jsonl", 64)))
     data = prepare(
         DataConfig(
-            path=str(folder / "data"), source=source, max_length=64, vocab_size=400, dev_fraction=0.2, test_fraction=0
+            path=str(folder / "data"),
+            source=source,
+            max_length=64,
+            vocab_size=400,
+            dev_fraction=0.2,
+            test_fraction=0,
         )
     )
     backbone = BackboneConfig(architecture=GPT2)
@@ -44,7 +49,9 @@ def figures(run: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if key != "pairs_per_second"} for row in rows]
 
 
-@pytest.mark.parametrize(("tuning", "stop"), [(tuning, stop) for tuning, stops in STOPS.items() for stop in stops])
+@pytest.mark.parametrize(
+    ("tuning", "stop"), [(tuning, stop) for tuning, stops in STOPS.items() for stop in stops]
+)
 def test_stopped_run_equals_whole_run(runs: Path, tuning: str, stop: int) -> None:
     whole, stopped = runs / f"{tuning}_whole", runs / f"{tuning}_stopped_{stop}"
     last = f"checkpoints/step_{NUM_UPDATES:08d}"
@@ -56,7 +63,9 @@ def test_stopped_run_equals_whole_run(runs: Path, tuning: str, stop: int) -> Non
         if name.endswith("optim_states.pt"):
             pairs = list(leaves(load(whole / last / name), load(stopped / last / name)))
             num_tensors += sum(isinstance(a, torch.Tensor) for a, _ in pairs)
-            assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs), name
+            assert all(
+                torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs
+            ), name
     # fp32 weights, two moments and a step count per parameter group, on both ranks.
     assert num_tensors >= 8
     for key, rows in load_file(whole / last / "users.safetensors").items():
@@ -93,7 +102,10 @@ def test_retention_keeps_the_newest_and_the_best(runs: Path) -> None:
     best = run.pointer("best")
     assert best is not None
     assert set(run.complete_steps()) == {NUM_UPDATES, best["step"], *run.complete_steps()[-2:]}
-    assert run.pointer("latest") == {"step": NUM_UPDATES, "path": f"checkpoints/step_{NUM_UPDATES:08d}"}
+    assert run.pointer("latest") == {
+        "step": NUM_UPDATES,
+        "path": f"checkpoints/step_{NUM_UPDATES:08d}",
+    }
 
 
 def test_damage_is_named(runs: Path, tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from pal_ds.data.sources.dsp import Dsp
 from pal_ds.data.sources.hugging_face import HuggingFace
 from pal_ds.data.sources.jsonl import Jsonl
 from pal_ds.data.sources.persona import Persona
+from pal_ds.data.sources.synthetic import Synthetic
 from pal_ds.data.sources.text_score import TextScore
+from pal_ds.data.sources.vector_world import VectorWorld
 
 SOURCES: dict[str, type[Source]] = {
     "jsonl": Jsonl,
@@ -13,5 +15,7 @@ SOURCES: dict[str, type[Source]] = {
     "dsp": Dsp,
     "text_score": TextScore,
     "persona": Persona,
+    "synthetic": Synthetic,
+    "vector_world": VectorWorld,
 }
 """Short names, as the README uses them; recipes name the class (class_path: Jsonl)."""

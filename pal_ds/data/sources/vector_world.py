@@ -16,6 +16,10 @@ from pal_ds.errors import UserError
 
 _SPLITS = ("train", "dev", "test")
 
+# Standard deviation of every feature. A model has to find a projector that is the scale of choices
+# times an isometry; with 2 that scale is near 2, so little of the training goes into growing it.
+_SPREAD = 2.0
+
 
 class VectorWorld(Source):
     """`num_users` users, each a point in the simplex over `num_prototypes` planted prototypes.
@@ -34,7 +38,7 @@ class VectorWorld(Source):
         num_users: int = 60,
         num_prototypes: int = 3,
         feature_size: int = 8,
-        comparisons_per_user: int = 600,
+        comparisons_per_user: int = 800,
         dev_comparisons_per_user: int = 20,
         test_comparisons_per_user: int = 100,
         pure_fraction: float = 0.5,
@@ -100,7 +104,7 @@ class VectorWorld(Source):
         size = self.feature_size
         if self.kind == "pal_b":
             return rng.standard_normal((self.num_prototypes, size, size)) / np.sqrt(size)
-        return 1.5 * rng.standard_normal((self.num_prototypes, size))
+        return 1.5 * _SPREAD * rng.standard_normal((self.num_prototypes, size))
 
     def describe(self) -> dict[str, Any]:
         """Settings and truth: prototypes, mixtures and the scale of choices."""
@@ -159,7 +163,7 @@ class VectorWorld(Source):
         users = np.concatenate([rng.permutation(np.repeat(rows, count)) for count in self.counts])
         # Stored as float32 by prepare: rounding here keeps the probabilities those of the stored data.
         shape = (len(users), 2, self.feature_size)
-        features = rng.standard_normal(shape).astype(np.float32).astype(np.float64)
+        features = (_SPREAD * rng.standard_normal(shape)).astype(np.float32).astype(np.float64)
         if self.kind == "pal_a":
             return users, features, None
         prompts = rng.standard_normal((len(users), self.feature_size)).astype(np.float32)

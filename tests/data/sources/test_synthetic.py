@@ -143,7 +143,9 @@ def test_a_bag_of_words_for_all_is_no_short_cut(records):
     weights = torch.zeros(len(columns), requires_grad=True)
     adam = torch.optim.Adam([weights], lr=0.05)
     for _ in range(100):
-        loss = functional.softplus(-labels * (inputs @ weights)).mean() + 1e-3 * weights.square().sum()
+        loss = (
+            functional.softplus(-labels * (inputs @ weights)).mean() + 1e-3 * weights.square().sum()
+        )
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -153,13 +155,17 @@ def test_a_bag_of_words_for_all_is_no_short_cut(records):
 
 def test_the_same_words_tell_one_group_apart(records):
     """The cues are in the words: for the users of one group alone the bag of words does well."""
-    train, test = ([r for r in _select(records, s) if r.group == "careful"] for s in ("train", "test"))
+    train, test = (
+        [r for r in _select(records, s) if r.group == "careful"] for s in ("train", "test")
+    )
     columns: dict[str, int] = {}
     inputs, labels = _bags(train, columns, grow=True)
     weights = torch.zeros(len(columns), requires_grad=True)
     adam = torch.optim.Adam([weights], lr=0.05)
     for _ in range(100):
-        loss = functional.softplus(-labels * (inputs @ weights)).mean() + 1e-3 * weights.square().sum()
+        loss = (
+            functional.softplus(-labels * (inputs @ weights)).mean() + 1e-3 * weights.square().sum()
+        )
         adam.zero_grad()
         loss.backward()
         adam.step()

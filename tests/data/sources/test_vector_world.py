@@ -1,6 +1,5 @@
 """The vector world keeps its promises: counts, known probabilities, pure users, realisable choices."""
 
-import dataclasses
 
 import numpy as np
 import pytest

@@ -1,0 +1,128 @@
+"""`adapt`: few-shot logits for the users of a file or a split, written as a user table with a report."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pal_ds.adapt import LogitPrior, fit_users
+from pal_ds.data.plan import keyed_generator
+from pal_ds.engine.dist import World
+from pal_ds.errors import UserError
+from pal_ds.evaluate import predict, user_mixtures
+from pal_ds.evaluate_run import collator_for, known_users, opened_pairs
+from pal_ds.metrics import correctness
+from pal_ds.restore import restore
+from pal_ds.run_dir import RunDirectory, write_json
+from pal_ds.users import UserTable
+
+
+def adapt_run(
+    run: RunDirectory,
+    out: Path,
+    *,
+    pairs: Path | None = None,
+    split: str = "unseen_train",
+    num_pairs: int | None = None,
+    step: str = "latest",
+    seed: int = 0,
+    trust_checkpoint: bool = False,
+    device: torch.device | None = None,
+) -> dict[str, Any]:
+    """Fits every user of `pairs` (a JSONL file) or of a split of the run's data; returns the report.
+
+    `num_pairs` keeps that many comparisons per user, drawn by (seed, user).
+
+    Raises:
+        UserError: a head without users, no such file or split, or no pairs in it.
+    """
+    world = World(0, 1, device or torch.device("cpu"))
+    restored = restore(run, step, world.device, trust=trust_checkpoint)
+    if not restored.parts.needs_users:
+        raise UserError(
+            f"{run.path}: its head has no users to adapt; every user gets the same scores."
+        )
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"--out {out}: not empty. Name an empty or new directory.")
+    known = known_users(restored, None)
+    with opened_pairs(restored, pairs, world) as data:
+        rows = data.rows(split) if pairs is None else np.arange(len(data.comparisons))
+        if num_pairs is not None:
+            rows = _few_per_user(rows, data.comparisons["user"][rows], num_pairs, seed)
+        if len(rows) == 0:
+            raise UserError(f"{pairs or f'--split {split}'}: no pairs to adapt to.")
+        owners, user_index = np.unique(data.comparisons["user"][rows], return_inverse=True)
+        collator = collator_for(restored, data, known, world)
+        fitted = fit_users(
+            restored.model,
+            restored.config.loss,
+            collator,
+            rows,
+            user_index,
+            len(owners),
+            LogitPrior.of(restored.users),
+            world.device,
+            shown=True,
+        )
+        table = UserTable(
+            restored.users.num_prototypes,
+            [data.users[owner] for owner in owners],
+            restored.config.users,
+        )
+        table.logits.copy_(fitted)
+        table.seen.fill_(True)
+        report = _report(restored, collator, rows, user_index, table, world)
+    table.save(out)
+    write_json(out / "report.json", report)
+    return report
+
+
+def _few_per_user(rows: np.ndarray, users: np.ndarray, num_pairs: int, seed: int) -> np.ndarray:
+    """At most `num_pairs` rows of each user, drawn by (seed, user) so that other users do not matter."""
+    kept = [
+        keyed_generator("few", seed, int(user)).permutation(rows[users == user])[:num_pairs]
+        for user in np.unique(users)
+    ]
+    return np.sort(np.concatenate(kept)) if kept else rows
+
+
+def _report(
+    restored: Any,
+    collator: Any,
+    rows: np.ndarray,
+    user_index: np.ndarray,
+    table: UserTable,
+    world: World,
+) -> dict[str, Any]:
+    mixtures = user_mixtures(restored.model.head, table)
+    table_rows = np.full(len(collator.data.users), -1, np.int64)
+    table_rows[collator.data.comparisons["user"][rows]] = user_index
+    collator = replace(collator, table_rows=table_rows)
+    margins = predict(
+        restored.model,
+        collator,
+        rows,
+        mixtures.to(world.device),
+        restored.config.train.micro_batch_pairs,
+        world,
+    )
+    right = correctness(margins, collator.data.comparisons["label"][rows].astype(float))
+    counts = np.bincount(user_index)
+    accuracy = np.bincount(user_index, weights=right) / counts
+    return {
+        "step": restored.step,
+        "pairs": len(rows),
+        "accuracy_on_these_pairs": float(right.mean()),
+        "users": {
+            user: {
+                "pairs": int(counts[row]),
+                "accuracy_on_these_pairs": float(accuracy[row]),
+                "mixture": mixture,
+            }
+            for row, (user, mixture) in enumerate(
+                zip(table.ids, mixtures[:-1].tolist(), strict=True)
+            )
+        },
+    }

@@ -1,0 +1,16 @@
+"""Values that several commands read from the command line."""
+
+import argparse
+
+
+def mixture(text: str | list[float]) -> list[float]:
+    """Weights separated by commas, `0.2,0.8`; whether they fit a head is checked where one is."""
+    if not isinstance(text, str):
+        # jsonargparse runs the type once more over what it gave.
+        return text
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no list of numbers separated by commas, as in 0.2,0.8"
+        ) from None

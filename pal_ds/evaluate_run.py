@@ -1,0 +1,196 @@
+"""Evaluates a finished run on a split or a file of pairs, alone or over ranks, and writes D/eval/NAME.json."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pal_ds.data.batch import Collator
+from pal_ds.data.build import build_tables
+from pal_ds.data.sources import Jsonl
+from pal_ds.data.tables import PreparedData
+from pal_ds.data.tokenise import TextEncoder
+from pal_ds.engine.dist import World
+from pal_ds.engine.frozen import encode_once
+from pal_ds.errors import UserError
+from pal_ds.evaluate import dev_temperature, predict, report_on, user_mixtures
+from pal_ds.heads.shapes import Float
+from pal_ds.restore import Restored, restore
+from pal_ds.run_dir import RunDirectory, write_json
+from pal_ds.users import UserTable
+
+USERS_IN_PARQUET_ABOVE = 10_000
+
+
+@dataclass(frozen=True)
+class KnownUsers:
+    """Whom a run can score: its own users and, if given, adapted ones; an adapted user hides a trained one."""
+
+    rows: dict[str, int]
+    mixtures: Float[torch.Tensor, "U+1 K"]
+    """Mixtures by row; the last is the population of the run's own users."""
+
+    def table_rows(self, data: PreparedData) -> np.ndarray:
+        """Row of each user of `data`, -1 for strangers."""
+        return np.asarray([self.rows.get(user, -1) for user in data.users], np.int64)
+
+
+def known_users(restored: Restored, adapted: Path | None) -> KnownUsers:
+    """The users of a run and of an adapted table. Raises UserError where the tables do not fit together."""
+    head = restored.model.head
+    mixtures = user_mixtures(head, restored.users)
+    rows = {user: row for row, user in enumerate(restored.users.ids)}
+    if adapted is None:
+        return KnownUsers(rows, mixtures)
+    table = UserTable.load(adapted)
+    if table.num_prototypes != restored.users.num_prototypes:
+        raise UserError(
+            f"--users {adapted}: {table.num_prototypes} prototypes, the run has {restored.users.num_prototypes}. "
+            "Adapt the users to this run."
+        )
+    own = len(restored.users)
+    rows |= {user: own + row for row, user in enumerate(table.ids)}
+    return KnownUsers(
+        rows, torch.cat([mixtures[:-1], user_mixtures(head, table)[:-1], mixtures[-1:]])
+    )
+
+
+@contextlib.contextmanager
+def opened_pairs(restored: Restored, file: Path | None, world: World) -> Iterator[PreparedData]:
+    """The run's data, or tables of `file` made with the run's tokenizer and template, deleted afterwards."""
+    if file is None:
+        yield restored.data
+        return
+    folder = restored.run.path / f"pairs-of-{file.stem}.tables"
+
+    def build() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        tokens = restored.data.info["tokens"]
+        encoder = None
+        if tokens is not None:
+            encoder = TextEncoder.from_info(tokens, restored.data.tokenizer_path)
+        build_tables(Jsonl(str(file)).records(), folder, encoder, check_marker=False)
+
+    world.from_rank_zero(build)
+    try:
+        yield PreparedData.open(folder)
+    finally:
+        world.barrier()
+        if world.is_rank_zero:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def collator_for(
+    restored: Restored, data: PreparedData, known: KnownUsers, world: World
+) -> Collator:
+    """Reads `data` as the run read its own; a frozen backbone encodes each distinct text once."""
+    parts = restored.parts
+    collator = replace(parts.collator, data=data, table_rows=known.table_rows(data))
+    if parts.needs_store:
+        collator = encode_once(
+            restored.model.backbone, collator, restored.config.backbone.encode_batch_texts, world
+        )
+    return collator
+
+
+def evaluate_run(
+    run: RunDirectory,
+    world: World,
+    *,
+    split: str = "test",
+    file: Path | None = None,
+    name: str | None = None,
+    users: Path | None = None,
+    step: str = "latest",
+    trust_checkpoint: bool = False,
+) -> dict[str, Any]:
+    """The figures of `eval/NAME.json`, written by rank 0 and returned on every rank.
+
+    Raises:
+        UserError: no such run, step, split or file; an empty split.
+    """
+    restored = restore(run, step, world.device, trust=trust_checkpoint)
+    known = known_users(restored, users)
+    mixtures = known.mixtures.to(world.device)
+    with opened_pairs(restored, file, world) as data:
+        collator = collator_for(restored, data, known, world)
+        rows = data.rows(split) if file is None else np.arange(len(data.comparisons))
+        if len(rows) == 0:
+            raise UserError(
+                f"--split {split}: {data.path} has no pairs in it; it has {data.info['counts']['splits']}."
+            )
+        micro = restored.config.train.micro_batch_pairs
+        margins = predict(restored.model, collator, rows, mixtures, micro, world, label="scoring")
+        temperature = _temperature(restored, collator, data, mixtures, micro, world)
+        figures = report_on(data, rows, margins, collator.user_rows(rows), temperature)
+        if file is not None:
+            figures["dropped"] = data.info["dropped"]
+            figures["prompts_seen_in_training"] = _num_seen_prompts(restored.data, data)
+    figures["step"] = restored.step
+    world.from_rank_zero(
+        lambda: _write(run, name or (split if file is None else file.stem), figures)
+    )
+    return figures
+
+
+def _temperature(
+    restored: Restored,
+    collator: Collator,
+    data: PreparedData,
+    mixtures: torch.Tensor,
+    micro: int,
+    world: World,
+) -> float:
+    """From the run's own dev pairs, where the loss's margins are no log-odds."""
+    kind = restored.config.loss.kind
+    if kind == "logistic":
+        return 1.0
+    if data is not restored.data:
+        best = restored.run.pointer("best")
+        return float(best["temperature"]) if best else 1.0
+    rows = data.rows("dev")
+    margins = predict(restored.model, collator, rows, mixtures, micro, world)
+    return dev_temperature(margins, data.comparisons["label"][rows].astype(float), kind)
+
+
+def _num_seen_prompts(trained_on: PreparedData, data: PreparedData) -> int:
+    responses = trained_on.comparisons["a"][trained_on.rows("train")]
+    seen = trained_on.prompt_hashes()[np.unique(trained_on.response_prompt[responses])]
+    return int(np.isin(data.prompt_hashes(), seen).sum())
+
+
+def _write(run: RunDirectory, name: str, figures: dict[str, Any]) -> None:
+    run.eval.mkdir(parents=True, exist_ok=True)
+    path = run.eval / f"{name}.json"
+    if len(figures["users"]) > USERS_IN_PARQUET_ABOVE:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        rows = [{"user_id": user, **entry} for user, entry in figures["users"].items()]
+        pq.write_table(pa.Table.from_pylist(rows), path.with_suffix(".parquet"))
+        figures = {**figures, "users": path.with_suffix(".parquet").name}
+    write_json(path, figures)
+
+
+def summary_line(name: str, figures: dict[str, Any]) -> str:
+    """One line for people."""
+    parts = [f"{name}: {figures['pairs']} pairs"]
+    if figures["pairs"]:
+        low, high = figures["accuracy_ci95"]
+        parts.append(f"accuracy {figures['accuracy']:.4f} [{low:.4f}, {high:.4f}]")
+        parts.append(f"mean over {len(figures['users'])} users {figures['user_accuracy_mean']:.4f}")
+        parts.append(f"ECE {figures['ece']:.4f}")
+    unknown = figures["unknown_users"]
+    if unknown["pairs"]:
+        parts.append(
+            f"users not in the run: {unknown['pairs']} pairs, accuracy {unknown['accuracy']:.4f}"
+        )
+    return "; ".join(parts)
+
+
+__all__ = ["collator_for", "evaluate_run", "known_users", "opened_pairs", "summary_line"]

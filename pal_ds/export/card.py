@@ -1,0 +1,139 @@
+"""What stands beside the weights of an exported model: a model card and facts for programs."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pal_ds.export.who import Audience
+from pal_ds.restore import OpenRun
+
+FACTS_NAME = "export.json"
+FORMAT_VERSION = 1
+
+
+def describe(
+    opened: OpenRun, audience: Audience, *, dtype: str, stock: str | None
+) -> dict[str, Any]:
+    """Facts of an export, without user ids."""
+    data, parts = opened.data.info, opened.parts
+    backbone = opened.config.backbone
+    return {
+        "format_version": FORMAT_VERSION,
+        "head": type(parts.head).__name__,
+        "family": parts.head.family,
+        "stock_class": stock,
+        "audience": audience.description,
+        "mixture": audience.mixture,
+        "step": opened.step,
+        "dataset_hash": data["hash"],
+        "licence": data.get("licence"),
+        "backbone": backbone.path or "random weights of the run",
+        "tuning": backbone.tuning,
+        "dtype": dtype,
+        "tokens": data["tokens"],
+    }
+
+
+def write_card(folder: Path, facts: dict[str, Any]) -> None:
+    """README.md."""
+    (folder / "README.md").write_text(
+        _HEADER.format(licence=facts["licence"] or "unknown") + _body(facts)
+    )
+
+
+_HEADER = """---
+library_name: transformers
+pipeline_tag: text-classification
+license: other
+license_name: {licence}
+tags: [reward-model, pal]
+---
+# Reward model
+"""
+
+
+def _body(facts: dict[str, Any]) -> str:
+    rows = {
+        "Head": facts["head"],
+        "Scores for": facts["audience"],
+        "Mixture": facts["mixture"] or "none",
+        "Step of the run": facts["step"],
+        "Data": f"hash {facts['dataset_hash']}, licence {facts['licence'] or 'not stated'}",
+        "Backbone": f"{facts['backbone']} ({facts['tuning']})",
+        "Weights": facts["dtype"],
+        "Largest difference to the trainer": (
+            f"{facts['max_difference']:.2e} on {facts['num_samples']} texts whose scores reach "
+            f"{facts['scale']:.3g} in size"
+        ),
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return f"| | |\n|---|---|\n{table}\n\n## Use\n{_usage(facts)}"
+
+
+def _usage(facts: dict[str, Any]) -> str:
+    remote = "" if facts["stock_class"] else ", trust_remote_code=True"
+    load = f'from_pretrained("THIS FOLDER"{remote})'
+    text = f"""```python
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model = AutoModelForSequenceClassification.{load}
+tokenizer = AutoTokenizer.{load}
+batch = tokenizer(["prompt and response as one text"], padding=True, return_tensors="pt")
+scores = model(**batch).logits[:, 0]
+```
+Higher is better. Only differences between responses to the same prompt mean something.
+{_text_form(facts["tokens"])}
+"""
+    if facts["stock_class"]:
+        return text + _stock_notes(facts)
+    text += """Special tokens and padding may be given or not, on either side: the model brings
+every row to the form it was trained on.
+"""
+    if facts["mixture"]:
+        text += """`from_pretrained(..., mixture=[...])` scores for another user from the same
+files. `model(..., return_token_scores=True)` gives [batch, length] scores for guided decoding
+(decoders).
+"""
+    if facts["reads_prompt"]:
+        text += """The model finds the response by its marker; `prompt_lengths` (tokens before the
+response in each row as passed) goes first, and a text without exactly the expected markers is
+refused.
+"""
+    return text
+
+
+def _text_form(tokens: dict[str, Any]) -> str:
+    if tokens["chat_template"]:
+        return "A text is the conversation, response last, in the tokenizer's chat template."
+    return f"A text is the prompt, then {tokens['separator']!r}, then the response."
+
+
+def _stock_notes(facts: dict[str, Any]) -> str:
+    if facts["tokenizer_exact"]:
+        text = """The tokenizer writes the special tokens itself, whatever `add_special_tokens`
+says, so the stock class scores as the trainer did.
+"""
+    else:
+        text = """**The stock class alone does not score as the trainer did**: this tokenizer cannot
+be made to write its special tokens by itself. Load with `trust_remote_code=True`: the folder's own
+class brings every row to the trainer's form.
+"""
+    return (
+        text
+        + """Pad on the right (the tokenizer does): some stock classes count positions from the
+row's start. With `trust_remote_code=True` padding and special tokens do not matter.
+"""
+    )
+
+
+def write_facts(folder: Path, facts: dict[str, Any]) -> None:
+    """export.json: the facts and the sha256 of every other file."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    hashes = {str(path.relative_to(folder)): _sha256(path) for path in files}
+    (folder / FACTS_NAME).write_text(json.dumps({**facts, "sha256": hashes}, indent=1) + "\n")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

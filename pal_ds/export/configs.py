@@ -1,0 +1,95 @@
+"""The transformers config and class of an exported model."""
+
+from typing import Any
+
+import yaml
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from pal_ds.errors import UserError
+from pal_ds.exported.canonical_rows import CanonicalRows
+from pal_ds.exported.modeling_pal import PalRewardConfig
+from pal_ds.restore import OpenRun
+
+PAL_AUTO_MAP = {
+    "AutoConfig": "modeling_pal.PalRewardConfig",
+    "AutoModelForSequenceClassification": "modeling_pal.PalForSequenceClassification",
+}
+
+
+def backbone_config(opened: OpenRun) -> PretrainedConfig:
+    """The backbone's own config, without traces of this machine."""
+    backbone = opened.parts.backbone
+    if backbone is None:
+        raise UserError(
+            f"{opened.run.path}: was trained on vector records; there is no text model to export. "
+            "Score vectors with `evaluate`."
+        )
+    if backbone.trust_remote_code:
+        raise UserError(
+            f"{opened.run.path}: its backbone brings code of its own (backbone.trust_remote_code), "
+            "which an exported folder cannot carry. Score with `score --run_dir` instead."
+        )
+    config = AutoConfig.from_pretrained(backbone.path)
+    config._name_or_path = ""
+    config.use_cache = False
+    return config
+
+
+def pal_config(opened: OpenRun, mixture: list[float] | None) -> PalRewardConfig:
+    """The config of PalForSequenceClassification for a run.
+
+    Raises:
+        UserError: vector data, a backbone with code of its own, or a head that scores pairs of
+            positions (`aligned`), for which a single text has no score.
+    """
+    if opened.parts.prompt_tokens:
+        raise UserError(
+            "head.prompt_position: aligned compares positions of a pair, so one text has no score "
+            "of its own. Train with prompt_position: last to export."
+        )
+    tokens, parts = opened.data.info["tokens"], opened.parts
+    return PalRewardConfig(
+        text_config=backbone_config(opened),
+        head={"name": type(parts.head).__name__, "init": head_arguments(opened)},
+        mixture=mixture,
+        encoding=parts.collator.encoding,
+        pool_mean=parts.pool_mean,
+        prefix_ids=tokens["prefix_ids"],
+        end_ids=tokens["end_ids"],
+        marker_ids=tokens["marker_ids"],
+        user_marker_ids=tokens["user_marker_ids"],
+        max_tokens=tokens["max_length"],
+        pad_token_id=tokens["pad_token_id"],
+    )
+
+
+def head_arguments(opened: OpenRun) -> dict[str, Any]:
+    """The head's constructor arguments as the run's config.yaml has them."""
+    recipe = yaml.safe_load(opened.run.config_file.read_text())
+    head = recipe["head"]
+    return dict(head.get("init_args") or {}) if isinstance(head, dict) else {}
+
+
+def stock_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """transformers' own sequence classifier for a decoder, if it is one linear map on top."""
+    import torch
+
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return None
+    stock = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    config.num_labels = 1
+    with torch.device("meta"):
+        model = stock(config)
+    prefix = f"{stock.base_model_prefix}."
+    others = [name for name in model.state_dict() if not name.startswith(prefix)]
+    return stock if others == ["score.weight"] else None
+
+
+def canonical_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The stock class with rows brought to the trainer's form first."""
+    return type(f"Canonical{stock.__name__}", (CanonicalRows, stock), {"__module__": __name__})

@@ -1,0 +1,263 @@
+"""Makes the exported folder: weights, config, code, tokenizer, card, and the check against the run.
+
+Everything is written beside the final name and renamed at the end, so a folder of that name is
+complete and checked.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from pal_ds.errors import UserError
+from pal_ds.evaluate import user_mixtures
+from pal_ds.export import card, code, tokenizer
+from pal_ds.export.check import exported_scores, read_samples, trainer_scores
+from pal_ds.export.configs import (
+    PAL_AUTO_MAP,
+    backbone_config,
+    canonical_class,
+    pal_config,
+    stock_class,
+)
+from pal_ds.export.weights import Weights, exported_tensors, weights_of
+from pal_ds.export.who import Audience, choose_audience
+from pal_ds.export.writer import write_sharded
+from pal_ds.exported.encoding import drop_unused_modules
+from pal_ds.exported.modeling_pal import PalForSequenceClassification
+from pal_ds.progress import progress_bar
+from pal_ds.restore import OpenRun, load_model, open_run
+from pal_ds.run_dir import RunDirectory
+
+logger = logging.getLogger(__name__)
+
+LARGEST_DIFFERENCE = 1e-4
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What to export and for whom; the default is the population at the latest step."""
+
+    step: str = "latest"
+    user: str | None = None
+    mixture: Sequence[float] | None = None
+    users_dir: Path | None = None
+    """Users fitted by `adapt`, among whom `user` is looked up first."""
+    with_users: bool = False
+    """Also write users.jsonl: the id and mixture of every user of the run."""
+    dtype: str = "fp32"
+    max_shard_size: str = "4GB"
+    data_path: Path | None = None
+    """Where the prepared data lies now, if not where the recipe says."""
+    trust_checkpoint: bool = False
+    reward_mean: float | None = None
+    reward_std: float | None = None
+    quiet: bool = False
+
+
+def export(run: RunDirectory, out: Path, options: ExportOptions | None = None) -> dict[str, Any]:
+    """Writes the exported folder `out` and returns its facts (export.json).
+
+    Raises:
+        UserError: `out` holds something, the run cannot be opened, options contradict each other,
+            a tensor is missing or misshapen, or the exported model does not score as the run does.
+    """
+    options = options or ExportOptions()
+    max_shard_bytes = _parse_size(options.max_shard_size)
+    if options.dtype not in _DTYPES:
+        raise UserError(f"--dtype {options.dtype}: must be one of {', '.join(_DTYPES)}.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists and is not empty. Name another folder, or remove it first.")
+    opened = open_run(
+        run, options.step, trust=options.trust_checkpoint, data_path=options.data_path
+    )
+    backbone_config(opened)
+    temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        facts = _fill(temporary, opened, options, max_shard_bytes)
+        if out.exists():
+            out.rmdir()
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return facts
+
+
+def _fill(
+    folder: Path, opened: OpenRun, options: ExportOptions, max_shard_bytes: int
+) -> dict[str, Any]:
+    weights = weights_of(opened)
+    head = weights.head
+    audience = choose_audience(
+        head,
+        opened.users,
+        user=options.user,
+        mixture=options.mixture,
+        users_dir=options.users_dir,
+    )
+    linear = head.linear_weight()
+    stock = None
+    if (
+        linear is not None
+        and not opened.parts.pool_mean
+        and opened.parts.collator.encoding == "joint"
+    ):
+        stock = stock_class(backbone_config(opened))
+    facts = card.describe(
+        opened, audience, dtype=options.dtype, stock=stock.__name__ if stock else None
+    )
+    facts["reads_prompt"] = opened.parts.collator.with_prompt
+    if stock is None:
+        layout = _pal_layout(folder, opened, weights, audience, options)
+    else:
+        layout = _stock_layout(folder, opened, weights, stock, linear)
+    target, source, prefix, head_tensors = layout
+    shapes, read = exported_tensors(target, source, prefix, head_tensors)
+    with progress_bar("exporting", len(shapes), shown=not options.quiet, unit="tensors") as advance:
+        write_sharded(folder, shapes, read, _DTYPES[options.dtype], max_shard_bytes, advance)
+    del weights, layout, source, head_tensors, read
+    facts |= _check(folder, opened, audience, target, options.dtype)
+    if options.with_users and "logits" in head.needs:
+        _write_users(folder, opened, head)
+    card.write_card(folder, facts)
+    card.write_facts(folder, facts)
+    return facts
+
+
+def _pal_layout(
+    folder: Path, opened: OpenRun, weights: Weights, audience: Audience, options: ExportOptions
+) -> tuple[PreTrainedModel, Weights, str, dict[str, Tensor]]:
+    """Config, code and tokenizer of our own class; what its tensors are called."""
+    config = pal_config(opened, audience.mixture)
+    config.reward_mean, config.reward_std = options.reward_mean, options.reward_std
+    tokenizer.copy_tokenizer(opened.data.tokenizer_path, folder)
+    code.write_pal_code(folder, weights.head)
+    target = _on_meta(PalForSequenceClassification, config)
+    _write_config(folder, config, PalForSequenceClassification.__name__, PAL_AUTO_MAP)
+    head_tensors = {f"head.{name}": t for name, t in weights.head.state_dict().items()}
+    return target, weights, "backbone.", head_tensors
+
+
+def _stock_layout(
+    folder: Path,
+    opened: OpenRun,
+    weights: Weights,
+    stock: type[PreTrainedModel],
+    linear: Tensor,
+) -> tuple[PreTrainedModel, Weights, str, dict[str, Tensor]]:
+    """The same for transformers' own class, with a subclass of it for who wants exactness."""
+    config = backbone_config(opened)
+    tokens = opened.data.info["tokens"]
+    pad = tokenizer.write_canonical_tokenizer(
+        opened.data.tokenizer_path, folder, tokens, config.vocab_size
+    )
+    if pad == config.vocab_size:
+        weights = _with_one_more_row(weights, config.vocab_size)
+        config.vocab_size += 1
+    config.num_labels = 1
+    config.pad_token_id = pad
+    config.canonical = {
+        "prefix_ids": tokens["prefix_ids"],
+        "end_ids": tokens["end_ids"],
+        "max_tokens": tokens["max_length"],
+    }
+    name = code.write_stock_code(folder, stock.__name__)
+    auto_map = {"AutoModelForSequenceClassification": f"modeling_canonical.{name}"}
+    _write_config(folder, config, stock.__name__, auto_map)
+    target = _on_meta(stock, config)
+    return target, weights, f"{stock.base_model_prefix}.", {"score.weight": linear[None]}
+
+
+def _on_meta(cls: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """The class without storage: names and shapes of its tensors."""
+    with torch.device("meta"):
+        model = cls(config)
+    for module in model.children():
+        drop_unused_modules(module)
+    return model
+
+
+def _with_one_more_row(weights: Weights, vocab_size: int) -> Weights:
+    """A zero row at the end of the token embedding, for a pad token that is never read."""
+    tables = [
+        n for n, shape in weights.shapes.items() if shape[0] == vocab_size and len(shape) == 2
+    ]
+    if len(tables) != 1:
+        raise UserError(f"cannot tell the token embedding among {tables} to add a pad token.")
+    name, rows = tables[0], weights.shapes[tables[0]]
+
+    def read(wanted: str) -> Tensor:
+        tensor = weights.read(wanted)
+        return nn.functional.pad(tensor, (0, 0, 0, 1)) if wanted == name else tensor
+
+    return Weights({**weights.shapes, name: (rows[0] + 1, rows[1])}, read, weights.head)
+
+
+def _write_config(
+    folder: Path, config: PretrainedConfig, architecture: str, auto_map: dict[str, str]
+) -> None:
+    config.architectures = [architecture]
+    config.auto_map = auto_map
+    config.save_pretrained(folder)
+
+
+def _check(
+    folder: Path, opened: OpenRun, audience: Audience, target: PreTrainedModel, dtype: str
+) -> dict[str, Any]:
+    """Scores samples by both paths; one model is in memory at a time.
+
+    Raises:
+        UserError: the fp32 export differs from the run by more than LARGEST_DIFFERENCE.
+    """
+    texts, encoded = read_samples(opened)
+    model = load_model(opened)
+    expected = trainer_scores(model, opened.parts.collator, encoded, audience.mixture)
+    del model
+    facts: dict[str, Any] = {}
+    classes: list[type[PreTrainedModel]] = [type(target)]
+    if not isinstance(target, PalForSequenceClassification):
+        facts["tokenizer_exact"] = tokenizer.is_exact(folder, texts, encoded)
+        plain = classes if facts["tokenizer_exact"] else []
+        classes = [*plain, canonical_class(type(target))]
+    got = []
+    for cls in classes:
+        model = cls.from_pretrained(folder, local_files_only=True).eval()
+        got.append(exported_scores(model, folder, texts))
+        del model
+    difference = float(np.abs(np.concatenate(got) - expected).max())
+    scale = float(np.abs(expected).max())
+    logger.info("exported scores differ from the trainer's by at most %.2e", difference)
+    if dtype == "fp32" and not difference <= LARGEST_DIFFERENCE * max(1.0, scale):
+        raise UserError(
+            f"the exported model's scores differ from the run's by {difference:.2e} on "
+            f"{len(texts)} texts of scale {scale:.3g}: nothing was written. Please report this."
+        )
+    return {**facts, "max_difference": difference, "scale": scale, "num_samples": len(texts)}
+
+
+def _write_users(folder: Path, opened: OpenRun, head: nn.Module) -> None:
+    mixtures = user_mixtures(head, opened.users)[:-1].tolist()
+    with open(folder / "users.jsonl", "w", encoding="utf-8") as stream:
+        for user_id, mixture in zip(opened.users.ids, mixtures, strict=True):
+            stream.write(json.dumps({"user_id": user_id, "mixture": mixture}) + "\n")
+
+
+def _parse_size(text: str) -> int:
+    found = re.fullmatch(r"(\d+)\s*(KB|MB|GB)", text)
+    if found is None or int(found[1]) == 0:
+        raise UserError(f"--max_shard_size {text}: must be a number and KB, MB or GB, as in 4GB.")
+    return int(found[1]) * _UNITS[found[2]]

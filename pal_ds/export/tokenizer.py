@@ -1,0 +1,115 @@
+"""The tokenizer of an exported folder.
+
+Our own model class brings any ids to the trainer's form. A stock class cannot, so for it the
+tokenizer itself writes the special tokens: into the text, by its normaliser, which runs whether or
+not a caller asks for special tokens (TRL does not).
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers
+
+from pal_ds.data.tokenise import Encoded, load_tokenizer
+
+_NEW_PAD = "<|pal_pad|>"
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """The tokenizer as the data were made with it; without a pad token, its end token pads."""
+    tokenizer = load_tokenizer(str(source))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(folder)
+
+
+def write_canonical_tokenizer(source: Path, folder: Path, tokens: dict, vocab_size: int) -> int:
+    """A tokenizer whose every text carries its prefix and end tokens exactly once.
+
+    Args:
+        source: the data's tokenizer.
+        folder: where the files go.
+        tokens: the `tokens` entry of dataset.json.
+        vocab_size: rows of the model's embedding.
+
+    Returns:
+        The pad id, which never ends a text. It may be `vocab_size`: then the embedding needs one
+        more row, which is never read.
+    """
+    tokenizer = load_tokenizer(str(source))
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    pad = _pad_token(tokenizer, tokens["end_ids"])
+    if pad is None:
+        pad = _NEW_PAD
+        backend.add_special_tokens([AddedToken(pad, special=True)])
+    prefix, end = (
+        [backend.id_to_token(token) for token in tokens[key]] for key in ("prefix_ids", "end_ids")
+    )
+    tokenizer.save_pretrained(folder)
+    _with_specials(backend, "".join(prefix), "".join(end)).save(str(folder / "tokenizer.json"))
+    _rewrite_config(folder / "tokenizer_config.json", pad, tokens["max_length"])
+    pad_id = backend.token_to_id(pad)
+    assert pad_id <= vocab_size, f"pad token {pad} has id {pad_id} beyond {vocab_size} rows"
+    return pad_id
+
+
+def _pad_token(tokenizer: Any, end_ids: list[int]) -> str | None:
+    """The tokenizer's own pad token, or BOS, unless it may end a text."""
+    for token in (tokenizer.pad_token, tokenizer.bos_token):
+        if token is not None and tokenizer.convert_tokens_to_ids(token) not in end_ids:
+            return token
+    return None
+
+
+def _with_specials(backend: Tokenizer, prefix: str, end: str) -> Tokenizer:
+    """Puts prefix and end into every text unless they are there already.
+
+    Special tokens are found after the normaliser has run (`normalized`), else each piece of text
+    between two of them would get a prefix and an end. The library runs the normaliser over the
+    special tokens themselves too, hence the exceptions for a text that is one of them.
+    """
+    state = json.loads(backend.to_str())
+    names = [re.escape(token["content"]) for token in state["added_tokens"]]
+    steps = [] if backend.normalizer is None else [backend.normalizer]
+    if prefix:
+        pattern = rf"\A(?!{re.escape(prefix)})(?!(?:{'|'.join(names)})\z)"
+        steps.append(normalizers.Replace(Regex(pattern), prefix))
+    if end:
+        not_alone = "".join(rf"(?<!\A{name})" for name in names)
+        steps.append(normalizers.Replace(Regex(rf"(?<!{re.escape(end)}){not_alone}\z"), end))
+    backend.normalizer = normalizers.Sequence(steps)
+    state = json.loads(backend.to_str())
+    for token in state["added_tokens"]:
+        token["normalized"] = True
+    # The template would add the same specials again where a caller asks for them.
+    state["post_processor"] = None
+    return Tokenizer.from_str(json.dumps(state))
+
+
+def _rewrite_config(path: Path, pad: str, max_length: int) -> None:
+    """Names the class that takes tokenizer.json as it is; padding right, cutting left."""
+    config = json.loads(path.read_text())
+    for key in ("added_tokens_decoder", "add_bos_token", "add_eos_token", "add_prefix_space"):
+        config.pop(key, None)
+    config |= {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": pad,
+        "padding_side": "right",
+        "truncation_side": "left",
+        "model_max_length": max_length,
+    }
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def is_exact(folder: Path, texts: list[str], encoded: list[Encoded]) -> bool:
+    """Whether the folder's tokenizer gives the trainer's ids with and without special tokens."""
+    tokenizer = load_tokenizer(str(folder))
+    return all(
+        ids == [*item.prompt_ids, *item.response_ids]
+        for special in (True, False)
+        for ids, item in zip(
+            tokenizer(texts, add_special_tokens=special)["input_ids"], encoded, strict=True
+        )
+    )

@@ -1,0 +1,94 @@
+"""The `score` command: which model, for whom, from where to where."""
+
+import os
+import sys
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from pal_ds.arguments import mixture
+from pal_ds.errors import UserError
+
+
+class Score:
+    """Scalar scores for texts in a JSONL file, from an exported model or a run."""
+
+    @staticmethod
+    def add_arguments(parser: ArgumentParser) -> None:
+        parser.add_argument("--model", type=str, help="folder that tools/consolidate.py wrote")
+        parser.add_argument("--run_dir", type=str, help="directory that `train` wrote")
+        parser.add_argument("--input", type=str, required=True, help="JSONL of prompt and response")
+        parser.add_argument("--output", type=str, default="-", help="JSONL with scores; - prints")
+        parser.add_argument("--mixture", type=mixture, help="w1,..,wK in place of a user")
+        parser.add_argument("--user", type=str, help="user id of the run, or of --users")
+        parser.add_argument("--users", type=str, help="users that `adapt` fitted")
+        parser.add_argument("--step", type=str, default="latest", help="a number, latest or best")
+        parser.add_argument("--batch_texts", type=int, default=16, help="texts per forward")
+        parser.add_argument(
+            "--trust_checkpoint", action="store_true", help="read checkpoints of another owner"
+        )
+
+    @staticmethod
+    def run(options: Namespace, _: Namespace) -> None:
+        from pal_ds.score import read_rows, write_scores
+
+        if (options.model is None) == (options.run_dir is None):
+            raise UserError("score: give exactly one of --model and --run_dir.")
+        if options.batch_texts < 1:
+            raise UserError(f"--batch_texts is {options.batch_texts}; it must be at least 1.")
+        rows = read_rows(Path(options.input))
+        scorer = _from_run(options) if options.model is None else _from_model(options)
+        if options.output == "-":
+            write_scores(scorer, rows, sys.stdout, options.batch_texts)
+            return
+        output = Path(options.output)
+        temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+        try:
+            with open(temporary, "w", encoding="utf-8") as stream:
+                write_scores(scorer, rows, stream, options.batch_texts)
+            temporary.rename(output)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _from_run(options: Namespace):
+    from pal_ds.data.tokenise import TextEncoder
+    from pal_ds.export.who import choose_audience
+    from pal_ds.restore import open_run
+    from pal_ds.reward_models import model_of_run
+    from pal_ds.run_dir import RunDirectory
+    from pal_ds.score import Scorer
+
+    opened = open_run(RunDirectory(options.run_dir), options.step, trust=options.trust_checkpoint)
+    model = model_of_run(opened)
+    audience = choose_audience(
+        model.head,
+        opened.users,
+        user=options.user,
+        mixture=options.mixture,
+        users_dir=Path(options.users) if options.users else None,
+    )
+    model.config.mixture = audience.mixture
+    encoder = TextEncoder.from_info(opened.data.info["tokens"], opened.data.tokenizer_path)
+    return Scorer(model, encoder)
+
+
+def _from_model(options: Namespace):
+    from pal_ds.data.tokenise import TextEncoder
+    from pal_ds.reward_models import load_reward_model, read_facts
+    from pal_ds.score import Scorer
+
+    folder = Path(options.model)
+    if options.user is not None or options.users is not None:
+        raise UserError(
+            "score: an exported model knows no user ids. Score with --run_dir, or give --mixture."
+        )
+    if not (folder / "export.json").is_file():
+        raise UserError(f"--model {folder}: no export.json here; make it by tools/consolidate.py.")
+    facts = read_facts(folder)
+    tokens = facts["tokens"]
+    if facts["stock_class"]:
+        # Its tokenizer writes the special tokens into every text by itself.
+        tokens = {**tokens, "special_tokens": False}
+    encoder = TextEncoder.from_info(tokens, folder)
+    return Scorer(load_reward_model(folder, options.mixture), encoder)

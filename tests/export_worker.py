@@ -1,0 +1,27 @@
+"""Worker of the export tests: two updates of every case, so that there are real checkpoints to read."""
+
+import sys
+from pathlib import Path
+
+from pal_ds.data.tables import PreparedData
+from pal_ds.engine.dist import distributed, leave
+from pal_ds.launch import write_base_weights
+from pal_ds.recipe import load_recipe
+from pal_ds.run_dir import RunDirectory
+from pal_ds.train import train
+from tests.export_cases import CASES
+
+
+def main(root: Path) -> None:
+    with distributed() as world:
+        for case in CASES:
+            run = RunDirectory(root / case.name)
+            config = load_recipe(run.config_file)
+            data = PreparedData.open(config.data.path)
+            world.from_rank_zero(lambda: write_base_weights(config, data, run))  # noqa: B023
+            train(config, run, data, world)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    leave(0)

@@ -1,0 +1,80 @@
+"""Sharded checkpoint -> scalar reward model that transformers opens by itself.
+
+python tools/consolidate.py RUN OUT [--step N|latest|best] [--user ID | --mixture w1,..,wK |
+    --population] [--users U] [--with_users] [--dtype fp32|bf16]
+
+One process, no DeepSpeed, no GPU; a backbone that was trained whole streams tensor by tensor.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from pal_ds.arguments import mixture
+from pal_ds.errors import UserError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Sharded checkpoint -> scalar reward model.", allow_abbrev=False
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="directory that `train` wrote")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+    parser.add_argument("--step", default="latest", help="a number, latest or best")
+    whom = parser.add_mutually_exclusive_group()
+    whom.add_argument("--user", metavar="ID", help="score for this user")
+    whom.add_argument("--mixture", type=mixture, metavar="w1,..,wK")
+    whom.add_argument("--population", action="store_true", help="mean of seen users (default)")
+    parser.add_argument("--users", type=Path, metavar="U", help="users that `adapt` fitted")
+    parser.add_argument("--with_users", action="store_true", help="also write ids and mixtures")
+    parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--max_shard_size", default="4GB", help="of a weight file, as in 500MB")
+    parser.add_argument("--data", type=Path, help="prepared data, if they were moved")
+    parser.add_argument("--reward_mean", type=float, help="stored in config.json, not applied")
+    parser.add_argument("--reward_std", type=float, help="stored in config.json, not applied")
+    parser.add_argument(
+        "--trust_checkpoint", action="store_true", help="read checkpoints of another owner"
+    )
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = build_parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("pal_ds").setLevel(logging.INFO)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Imported here: torch takes seconds, and `--help` should not pay for it.
+    from pal_ds.export import ExportOptions, export
+    from pal_ds.run_dir import RunDirectory
+
+    try:
+        facts = export(
+            RunDirectory(options.run),
+            options.out,
+            ExportOptions(
+                step=options.step,
+                user=options.user,
+                mixture=options.mixture,
+                users_dir=options.users,
+                with_users=options.with_users,
+                dtype=options.dtype,
+                max_shard_size=options.max_shard_size,
+                data_path=options.data,
+                trust_checkpoint=options.trust_checkpoint,
+                reward_mean=options.reward_mean,
+                reward_std=options.reward_std,
+            ),
+        )
+    except UserError as error:
+        print(f"consolidate: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(
+        f"{options.out}: step {facts['step']}, scores for {facts['audience']}; largest difference "
+        f"to the trainer {facts['max_difference']:.2e}"
+    )
+
+
+if __name__ == "__main__":
+    main()
