@@ -21,7 +21,7 @@ from pal_ds.model import RewardModel
 from pal_ds.progress import progress_bar
 from pal_ds.users import UserTable
 
-NUM_STEPS = 150
+NUM_STEPS = 100
 LEARNING_RATE = 0.1
 VERTEX_LOGIT = 2.0
 """How far a start leans towards its prototype."""
@@ -131,20 +131,22 @@ def _fit_chunk(
     logits = (prior.mean + starts[:, None, :]).repeat(1, num_users, 1).requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=LEARNING_RATE)
 
+    # One call for all starts: the responses are projected once, however many user points look at them.
+    num_starts, num_pairs = len(starts), len(owner)
+    repeated = features._replace(
+        response_index=features.response_index.repeat(num_starts, 1),
+        prompt_index=None if features.prompt_index is None else features.prompt_index.repeat(num_starts, 1),
+    )
+    label, begin, end, required = (
+        field.repeat(num_starts)
+        for field in (batch.label, batch.window_start, batch.window_end, batch.required_margin)
+    )
+
     def objective() -> Float[Tensor, "starts U"]:
-        values = []
-        for start in logits:
-            output = head(features, UserState(start[owner]))
-            per_pair = loss(
-                output.margin,
-                batch.label,
-                batch.window_start,
-                batch.window_end,
-                batch.required_margin,
-            )
-            total = torch.zeros(num_users, device=device).index_add(0, owner, per_pair)
-            values.append(total + prior.penalty(start))
-        return torch.stack(values)
+        output = head(repeated, UserState(logits[:, owner].flatten(0, 1)))
+        per_pair = loss(output.margin, label, begin, end, required).view(num_starts, num_pairs)
+        likelihood = torch.zeros(num_starts, num_users, device=device).index_add(1, owner, per_pair)
+        return likelihood + prior.penalty(logits.flatten(0, 1)).view(num_starts, num_users)
 
     for step in range(NUM_STEPS):
         for group in optimizer.param_groups:

@@ -1,6 +1,5 @@
 """`adapt`: few-shot logits for the users of a file or a split, written as a user table with a report."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ from pal_ds.data.plan import keyed_generator
 from pal_ds.engine.dist import World
 from pal_ds.errors import UserError
 from pal_ds.evaluate import predict, user_mixtures
-from pal_ds.evaluate_run import collator_for, known_users, opened_pairs
+from pal_ds.evaluate_run import Reader, opened_pairs, reader_of
 from pal_ds.metrics import correctness
-from pal_ds.restore import restore
+from pal_ds.restore import Restored, restore
 from pal_ds.run_dir import RunDirectory, write_json
 from pal_ds.users import UserTable
 
@@ -46,26 +45,21 @@ def adapt_run(
         )
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out}: not empty. Name an empty or new directory.")
-    known = known_users(restored, None)
     with opened_pairs(restored, pairs, world) as data:
         rows = data.rows(split) if pairs is None else np.arange(len(data.comparisons))
         if num_pairs is not None:
-            rows = _few_per_user(rows, data.comparisons["user"][rows], num_pairs, seed)
+            rows = few_per_user(rows, data.comparisons["user"][rows], num_pairs, seed)
         if len(rows) == 0:
             raise UserError(f"{pairs or f'--split {split}'}: no pairs to adapt to.")
         owners, user_index = np.unique(data.comparisons["user"][rows], return_inverse=True)
-        collator = collator_for(restored, data, known, world)
+        table_rows = np.full(len(data.users), -1, np.int64)
+        table_rows[owners] = np.arange(len(owners))
+        reader = reader_of(restored, data, rows, table_rows, world)
+        prior = LogitPrior.of(restored.users)
         fitted = fit_users(
-            restored.model,
-            restored.config.loss,
-            collator,
-            rows,
-            user_index,
-            len(owners),
-            LogitPrior.of(restored.users),
-            world.device,
-            shown=True,
-        )
+            reader.model, restored.config.loss, reader.collator, rows, user_index, len(owners), prior,
+            world.device, shown=True,
+        )  # fmt: skip
         table = UserTable(
             restored.users.num_prototypes,
             [data.users[owner] for owner in owners],
@@ -73,13 +67,13 @@ def adapt_run(
         )
         table.logits.copy_(fitted)
         table.seen.fill_(True)
-        report = _report(restored, collator, rows, user_index, table, world)
+        report = _report(restored, reader, rows, user_index, table, world)
     table.save(out)
     write_json(out / "report.json", report)
     return report
 
 
-def _few_per_user(rows: np.ndarray, users: np.ndarray, num_pairs: int, seed: int) -> np.ndarray:
+def few_per_user(rows: np.ndarray, users: np.ndarray, num_pairs: int, seed: int) -> np.ndarray:
     """At most `num_pairs` rows of each user, drawn by (seed, user) so that other users do not matter."""
     kept = [
         keyed_generator("few", seed, int(user)).permutation(rows[users == user])[:num_pairs]
@@ -89,40 +83,31 @@ def _few_per_user(rows: np.ndarray, users: np.ndarray, num_pairs: int, seed: int
 
 
 def _report(
-    restored: Any,
-    collator: Any,
+    restored: Restored,
+    reader: Reader,
     rows: np.ndarray,
     user_index: np.ndarray,
     table: UserTable,
     world: World,
 ) -> dict[str, Any]:
-    mixtures = user_mixtures(restored.model.head, table)
-    table_rows = np.full(len(collator.data.users), -1, np.int64)
-    table_rows[collator.data.comparisons["user"][rows]] = user_index
-    collator = replace(collator, table_rows=table_rows)
-    margins = predict(
-        restored.model,
-        collator,
-        rows,
-        mixtures.to(world.device),
-        restored.config.train.micro_batch_pairs,
-        world,
-    )
-    right = correctness(margins, collator.data.comparisons["label"][rows].astype(float))
+    """Who was fitted from how much, and how well the fit explains it (an optimistic figure, named as such)."""
+    mixtures = user_mixtures(restored.model.head, table).to(world.device)
+    micro = restored.config.train.micro_batch_pairs
+    margins = predict(reader.model, reader.collator, rows, mixtures, micro, world)
+    right = correctness(margins, reader.collator.data.comparisons["label"][rows].astype(float))
     counts = np.bincount(user_index)
     accuracy = np.bincount(user_index, weights=right) / counts
-    return {
+    users = {
+        user: {
+            "pairs": int(counts[row]),
+            "accuracy_on_these_pairs": float(accuracy[row]),
+            "mixture": mixture,
+        }
+        for row, (user, mixture) in enumerate(zip(table.ids, mixtures[:-1].tolist(), strict=True))
+    }
+    figures = {
         "step": restored.step,
         "pairs": len(rows),
         "accuracy_on_these_pairs": float(right.mean()),
-        "users": {
-            user: {
-                "pairs": int(counts[row]),
-                "accuracy_on_these_pairs": float(accuracy[row]),
-                "mixture": mixture,
-            }
-            for row, (user, mixture) in enumerate(
-                zip(table.ids, mixtures[:-1].tolist(), strict=True)
-            )
-        },
     }
+    return {**figures, "users": users}

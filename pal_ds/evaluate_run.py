@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pal_ds.backbones.given import GivenStates
 from pal_ds.data.batch import Collator
 from pal_ds.data.build import build_tables
 from pal_ds.data.sources import Jsonl
@@ -20,6 +21,7 @@ from pal_ds.engine.frozen import encode_once
 from pal_ds.errors import UserError
 from pal_ds.evaluate import dev_temperature, predict, report_on, user_mixtures
 from pal_ds.heads.shapes import Float
+from pal_ds.model import RewardModel
 from pal_ds.restore import Restored, restore
 from pal_ds.run_dir import RunDirectory, write_json
 from pal_ds.users import UserTable
@@ -85,17 +87,35 @@ def opened_pairs(restored: Restored, file: Path | None, world: World) -> Iterato
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def collator_for(
-    restored: Restored, data: PreparedData, known: KnownUsers, world: World
-) -> Collator:
-    """Reads `data` as the run read its own; a frozen backbone encodes each distinct text once."""
+@dataclass(frozen=True)
+class Reader:
+    """How a run scores comparisons of some data: its collator, and the module that takes the batches."""
+
+    collator: Collator
+    model: RewardModel
+
+
+def reader_of(
+    restored: Restored,
+    data: PreparedData,
+    rows: np.ndarray,
+    table_rows: np.ndarray,
+    world: World,
+    *,
+    encode_ahead: bool = False,
+) -> Reader:
+    """Reads comparisons `rows` of `data` as the run read its own.
+
+    `table_rows` maps users of the data to user table rows. Each distinct text is encoded once, ahead, where the
+    backbone is frozen or the caller is going to score the same texts many times.
+    """
     parts = restored.parts
-    collator = replace(parts.collator, data=data, table_rows=known.table_rows(data))
-    if parts.needs_store:
-        collator = encode_once(
-            restored.model.backbone, collator, restored.config.backbone.encode_batch_texts, world
-        )
-    return collator
+    collator = replace(parts.collator, data=data, table_rows=table_rows)
+    if parts.backbone is None or not (parts.needs_store or encode_ahead):
+        return Reader(collator, restored.model)
+    batch_texts = restored.config.backbone.encode_batch_texts
+    collator = encode_once(restored.model.backbone, collator, rows, batch_texts, world)
+    return Reader(collator, RewardModel(GivenStates(), restored.model.head))
 
 
 def evaluate_run(
@@ -118,16 +138,21 @@ def evaluate_run(
     known = known_users(restored, users)
     mixtures = known.mixtures.to(world.device)
     with opened_pairs(restored, file, world) as data:
-        collator = collator_for(restored, data, known, world)
         rows = data.rows(split) if file is None else np.arange(len(data.comparisons))
         if len(rows) == 0:
             raise UserError(
                 f"--split {split}: {data.path} has no pairs in it; it has {data.info['counts']['splits']}."
             )
         micro = restored.config.train.micro_batch_pairs
-        margins = predict(restored.model, collator, rows, mixtures, micro, world, label="scoring")
-        temperature = _temperature(restored, collator, data, mixtures, micro, world)
-        figures = report_on(data, rows, margins, collator.user_rows(rows), temperature)
+        # Margins of the logistic loss are log-odds already; other losses are calibrated on dev.
+        calibration = rows[:0] if restored.config.loss.kind == "logistic" else data.rows("dev")
+        read = np.union1d(rows, calibration)
+        reader = reader_of(restored, data, read, known.table_rows(data), world)
+        margins = predict(
+            reader.model, reader.collator, rows, mixtures, micro, world, label="scoring"
+        )
+        temperature = _temperature(restored, reader, data, mixtures, micro, world)
+        figures = report_on(data, rows, margins, reader.collator.user_rows(rows), temperature)
         if file is not None:
             figures["dropped"] = data.info["dropped"]
             figures["prompts_seen_in_training"] = _num_seen_prompts(restored.data, data)
@@ -140,22 +165,21 @@ def evaluate_run(
 
 def _temperature(
     restored: Restored,
-    collator: Collator,
+    reader: Reader,
     data: PreparedData,
     mixtures: torch.Tensor,
     micro: int,
     world: World,
 ) -> float:
     """From the run's own dev pairs, where the loss's margins are no log-odds."""
-    kind = restored.config.loss.kind
-    if kind == "logistic":
-        return 1.0
-    if data is not restored.data:
+    if data is not restored.data and restored.config.loss.kind != "logistic":
         best = restored.run.pointer("best")
         return float(best["temperature"]) if best else 1.0
-    rows = data.rows("dev")
-    margins = predict(restored.model, collator, rows, mixtures, micro, world)
-    return dev_temperature(margins, data.comparisons["label"][rows].astype(float), kind)
+    rows = data.rows("dev") if restored.config.loss.kind != "logistic" else np.empty(0, np.int64)
+    margins = predict(reader.model, reader.collator, rows, mixtures, micro, world)
+    return dev_temperature(
+        margins, data.comparisons["label"][rows].astype(float), restored.config.loss.kind
+    )
 
 
 def _num_seen_prompts(trained_on: PreparedData, data: PreparedData) -> int:
@@ -193,4 +217,4 @@ def summary_line(name: str, figures: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-__all__ = ["collator_for", "evaluate_run", "known_users", "opened_pairs", "summary_line"]
+__all__ = ["Reader", "evaluate_run", "known_users", "opened_pairs", "reader_of", "summary_line"]

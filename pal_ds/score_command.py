@@ -75,6 +75,7 @@ def _from_run(options: Namespace):
 
 def _from_model(options: Namespace):
     from pal_ds.data.tokenise import TextEncoder
+    from pal_ds.export.tokenizer import open_tokenizer
     from pal_ds.reward_models import load_reward_model, read_facts
     from pal_ds.score import Scorer
 
@@ -87,8 +88,12 @@ def _from_model(options: Namespace):
         raise UserError(f"--model {folder}: no export.json here; make it by tools/consolidate.py.")
     facts = read_facts(folder)
     tokens = facts["tokens"]
-    if facts["stock_class"]:
-        # Its tokenizer writes the special tokens into every text by itself.
-        tokens = {**tokens, "special_tokens": False}
-    encoder = TextEncoder.from_info(tokens, folder)
+    encoder = TextEncoder(
+        open_tokenizer(folder),
+        max_length=tokens["max_length"],
+        separator=tokens["separator"] or "",
+        chat_template="auto" if tokens["chat_template"] else "never",
+        # The tokenizer of a stock export writes them into every text by itself.
+        special_tokens=tokens["special_tokens"] and not facts["stock_class"],
+    )
     return Scorer(load_reward_model(folder, options.mixture), encoder)

@@ -202,7 +202,8 @@ def start_training(
         backbone = load_backbone(parts, config, gpu=world.device.type == "cuda")
     if parts.needs_store:
         encoder = start_inference_engine(backbone, ds_config)
-        collator = encode_once(encoder, collator, config.backbone.encode_batch_texts, world)
+        judged = np.concatenate([train_rows, data.rows("dev")])
+        collator = encode_once(encoder, collator, judged, config.backbone.encode_batch_texts, world)
         del encoder
         backbone = GivenStates()
     engine = start_training_engine(RewardModel(backbone, parts.head), config.optim, ds_config)

@@ -6,7 +6,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from tests.spawn import ROOT
@@ -41,7 +49,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
 }
 SEPARATORS = {"bert": " [SEP] "}
-MAX_LENGTH = 48
+MAX_LENGTH = 96
 
 
 class Case(NamedTuple):
@@ -81,12 +89,16 @@ def make_tokenizer(backbone: str) -> PreTrainedTokenizerFast:
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
         trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=special)
-        backend.train_from_iterator([text for _, texts in texts_of_rows() for text in texts], trainer)
+        backend.train_from_iterator(
+            [text for _, texts in texts_of_rows() for text in texts], trainer
+        )
         pair = [("[CLS]", 2), ("[SEP]", 3)]
         backend.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]", special_tokens=pair
         )
-        names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token"), special, strict=True))
+        names = dict(
+            zip(("pad_token", "unk_token", "cls_token", "sep_token"), special, strict=True)
+        )
         return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -117,9 +129,11 @@ def texts_of_rows(num_rows: int = 24) -> list[tuple[str, tuple[str, str]]]:
     rows = []
     for index in range(num_rows):
         topic = topics[index % 4]
-        filler = " please" * (60 if index % 6 == 0 else index % 3)
+        filler = " please" * (120 if index % 6 == 0 else index % 3)
         short = f"{topic} is fine {generator.integers(30)}."
-        long = f"Well, {topic} is something to talk about for hours, friend {generator.integers(30)}"
+        long = (
+            f"Well, {topic} is something to talk about for hours, friend {generator.integers(30)}"
+        )
         rows.append((f"Tell me about {topic}, part {index}{filler}?", (short, long)))
     return rows
 

@@ -13,34 +13,38 @@ from pal_ds.progress import progress_bar
 
 
 def encode_once(
-    backbone: nn.Module, collator: Collator, batch_texts: int, world: World
+    backbone: nn.Module, collator: Collator, comparisons: np.ndarray, batch_texts: int, world: World
 ) -> Collator:
-    """A collator with the states of every response (and prompt, where one is read) of its data.
+    """A collator with the states of every response (and prompt, where one is read) of these comparisons.
 
     `backbone(batch)` returns Features. Ranks take contiguous shares and run the same number of forwards, because
     under ZeRO-3 each forward gathers weights from all of them.
     """
-    responses = np.arange(len(collator.data.responses.lengths))
-    nothing = np.empty(0, np.int64)
-    response_store, prompt_store = _encode(
-        backbone, collator, responses, nothing, batch_texts, world
-    )
+    data = collator.data
+    table = data.comparisons[comparisons]
+    responses = np.unique(np.concatenate([table["a"], table["b"]]))
+    states, prompt_states = _encode(backbone, collator, responses, False, batch_texts, world)
+    num_responses = len(data.responses)
+    prompt_store = _store(prompt_states, responses, num_responses)
     if collator.with_prompt and collator.encoding == "separate":
-        prompts = np.arange(len(collator.data.prompts.lengths))
-        _, prompt_store = _encode(backbone, collator, nothing, prompts, batch_texts, world)
-    return replace(collator, response_store=response_store, prompt_store=prompt_store)
+        prompts = np.unique(data.response_prompt[responses])
+        _, prompt_states = _encode(backbone, collator, prompts, True, batch_texts, world)
+        prompt_store = _store(prompt_states, prompts, len(data.prompts))
+    return replace(
+        collator, response_store=_store(states, responses, num_responses), prompt_store=prompt_store
+    )
 
 
 def _encode(
     backbone: nn.Module,
     collator: Collator,
-    responses: np.ndarray,
-    prompts: np.ndarray,
+    texts: np.ndarray,
+    of_prompts: bool,
     batch_texts: int,
     world: World,
-) -> tuple[FeatureStore | None, FeatureStore | None]:
-    of_prompts = len(responses) == 0
-    shares = np.array_split(prompts if of_prompts else responses, world.world_size)
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(response states, prompt states) [n_i, H] of every text, in order, on every rank."""
+    shares = np.array_split(texts, world.world_size)
     num_batches = -(-len(shares[0]) // batch_texts)
     response_states: list[Tensor] = []
     prompt_states: list[Tensor] = []
@@ -50,18 +54,17 @@ def _encode(
             rows = shares[world.rank][index * batch_texts : (index + 1) * batch_texts]
             num_rows = len(rows)
             # A share that ran out still takes part in the collectives, with a text whose states are dropped.
-            rows = rows if num_rows else (prompts if of_prompts else responses)[:1]
-            batch = _text_batch(collator, rows, of_prompts).to(world.device)
-            states = backbone(batch)
+            rows = rows if num_rows else texts[:1]
+            states = backbone(_text_batch(collator, rows, of_prompts).to(world.device))
             if num_rows and not of_prompts:
                 lengths = np.minimum(
-                    collator.data.responses.lengths[rows], states.response.shape[1]
+                    collator.data.responses.lengths_of(rows), states.response.shape[1]
                 )
                 response_states += _valid(states.response, torch.from_numpy(lengths))
             if num_rows and states.prompt is not None:
                 prompt_states += _valid(states.prompt, states.prompt_length)
             advance(num_rows * world.world_size)
-    return _gather_store(response_states, world), _gather_store(prompt_states, world)
+    return _gathered(response_states, world), _gathered(prompt_states, world)
 
 
 def _text_batch(collator: Collator, rows: np.ndarray, of_prompts: bool) -> Batch:
@@ -78,14 +81,19 @@ def _valid(states: Tensor, lengths: Tensor) -> list[Tensor]:
     return [row[:length].cpu() for row, length in zip(states, lengths.tolist(), strict=True)]
 
 
-def _gather_store(states: list[Tensor], world: World) -> FeatureStore | None:
-    """All ranks' states in rank order, on every rank; None where there are none."""
-    parts: list[list[Tensor] | None] = [states]
-    if world.world_size > 1:
-        parts = [None] * world.world_size
-        torch_dist.all_gather_object(parts, states)
-    rows = [row for part in parts for row in part or []]
-    if not rows:
+def _gathered(states: list[Tensor], world: World) -> list[Tensor]:
+    """All ranks' states in rank order, on every rank."""
+    if world.world_size == 1:
+        return states
+    parts: list[list[Tensor]] = [[] for _ in range(world.world_size)]
+    torch_dist.all_gather_object(parts, states)
+    return [row for part in parts for row in part]
+
+
+def _store(states: list[Tensor], texts: np.ndarray, num_texts: int) -> FeatureStore | None:
+    """Ragged storage by table row; rows of texts that were not asked for are empty. None without states."""
+    if not states:
         return None
-    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
-    return FeatureStore(torch.cat(rows), offsets)
+    lengths = np.zeros(num_texts, np.int64)
+    lengths[texts] = [len(state) for state in states]
+    return FeatureStore(torch.cat(states), np.concatenate([[0], np.cumsum(lengths)]))

@@ -68,7 +68,8 @@ class ShardedCheckpoint:
         elif flats and "single_partition_of_fp32_groups" in flats[0]:
             self._read_stage12(models[0], flats)
         else:
-            self._whole |= models[0]["module"]
+            module = models[0]["module"]
+            self._whole |= {name: t for name, t in module.items() if t.is_floating_point}
         self._add_buffers(models[0])
         self._add_tied(models[0])
 
@@ -160,7 +161,7 @@ class ShardedCheckpoint:
     def _add_buffers(self, model: dict[str, Any]) -> None:
         for name in model.get("buffer_names") or ():
             value = model["module"].get(name)
-            if value is not None and value.storage.dtype.is_floating_point:
+            if value is not None and value.is_floating_point:
                 self._whole[name] = value
 
     def _add_tied(self, model: dict[str, Any]) -> None:

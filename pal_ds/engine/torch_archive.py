@@ -60,6 +60,10 @@ class StoredTensor(NamedTuple):
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def is_floating_point(self) -> bool:
+        return self.storage.dtype.is_floating_point
+
     def read(self) -> Tensor:
         """The tensor, in the dtype it was stored in."""
         if self.stride == _contiguous_stride(self.shape):

@@ -121,8 +121,10 @@ class brings every row to the trainer's form.
 """
     return (
         text
-        + """Pad on the right (the tokenizer does): some stock classes count positions from the
-row's start. With `trust_remote_code=True` padding and special tokens do not matter.
+        + f"""Pad on the right (the tokenizer does): some stock classes count positions from the
+row's start. Texts of more than {facts["tokens"]["max_length"]} tokens lost their beginning in
+training; the stock class reads them whole. With `trust_remote_code=True` padding, special tokens
+and length are as in training.
 """
     )
 

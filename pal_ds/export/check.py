@@ -7,13 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 
 from pal_ds.data.batch import Collator
 from pal_ds.data.ragged import Ragged
 from pal_ds.data.tables import COMPARISON_DTYPE, PreparedData
 from pal_ds.data.tokenise import Encoded, TextEncoder
 from pal_ds.errors import UserError
+from pal_ds.export.tokenizer import open_tokenizer
+from pal_ds.exported.canonical_rows import CanonicalRows
+from pal_ds.exported.modeling_pal import PalForSequenceClassification
 from pal_ds.heads.base import UserState
 from pal_ds.losses import decision_margin
 from pal_ds.model import RewardModel
@@ -76,9 +78,9 @@ def exported_scores(model: torch.nn.Module, folder: Path, texts: list[str]) -> n
 
     A stock class reads positions from the row's start, so it is fed right-padded rows both times.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    stock = not hasattr(model, "backbone") and not hasattr(model.config, "canonical")
-    ways = (("right", True), ("right" if stock else "left", False))
+    tokenizer = open_tokenizer(folder)
+    ours = isinstance(model, (PalForSequenceClassification, CanonicalRows))
+    ways = (("right", True), ("left" if ours else "right", False))
     return np.stack([_score(model, tokenizer, texts, side, special) for side, special in ways])
 
 
@@ -95,9 +97,10 @@ def _score(
                 add_special_tokens=special,
                 return_token_type_ids=False,
                 return_tensors="pt",
+                verbose=False,
             )
             scores.append(model(**batch).logits[:, 0].float())
-    return torch.cat(scores).double().numpy()
+    return torch.cat(scores).double().numpy() if scores else np.empty(0)
 
 
 def _batches(total: int) -> Iterator[np.ndarray]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers
+from transformers import AutoTokenizer, PretrainedConfig
 
 from pal_ds.data.tokenise import Encoded, load_tokenizer
 
@@ -103,13 +104,20 @@ def _rewrite_config(path: Path, pad: str, max_length: int) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
+def open_tokenizer(folder: Path) -> Any:
+    """An exported folder's tokenizer; AutoTokenizer by itself would ask about the model's code."""
+    return AutoTokenizer.from_pretrained(folder, config=PretrainedConfig())
+
+
 def is_exact(folder: Path, texts: list[str], encoded: list[Encoded]) -> bool:
     """Whether the folder's tokenizer gives the trainer's ids with and without special tokens."""
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = open_tokenizer(folder)
     return all(
         ids == [*item.prompt_ids, *item.response_ids]
         for special in (True, False)
         for ids, item in zip(
-            tokenizer(texts, add_special_tokens=special)["input_ids"], encoded, strict=True
+            tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"],
+            encoded,
+            strict=True,
         )
     )

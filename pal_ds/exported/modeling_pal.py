@@ -260,7 +260,6 @@ def _spread(rewards: Tensor, places: list[list[int]], mask: Tensor) -> Tensor:
     return scores
 
 
-# So that AutoTokenizer, which opens config.json first, does not ask about code once more.
-AutoConfig.register(PalRewardConfig.model_type, PalRewardConfig, exist_ok=True)
-
+# The classes are not registered with AutoConfig: a second folder, of another head, would then be
+# opened with the code of the first.
 __all__ = ["PalForSequenceClassification", "PalRewardConfig"]

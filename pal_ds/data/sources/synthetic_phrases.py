@@ -1,7 +1,7 @@
-"""The grammar of the synthetic world: topics, traits, phrase tables, and how a text is put together.
+"""The grammar of the synthetic world: topics, traits, phrase tables, how a text is put together.
 
-Every trait shows in several distinct phrases. Texts differ between splits by recombination and topic
-slots, while each single phrase also occurs in training: a model can generalise from words alone.
+Every trait shows in several distinct phrases. Texts differ between splits by recombination and
+topic slots, while each single phrase also occurs in training: words are enough to generalise from.
 """
 
 import numpy as np
@@ -134,15 +134,8 @@ _ELABORATION = (
     "Beyond that, some further remarks belong here",
 )
 _REGISTER = (
-    ("you gotta", "just go", "yeah, wanna try to", "hey, simply", "folks kinda", "dude, better"),
-    (
-        "it is advisable to",
-        "one ought to",
-        "kindly proceed to",
-        "it is recommended to",
-        "the reader is requested to",
-        "one is obliged to",
-    ),
+    ("you gotta", "yeah, wanna try to", "hey, simply", "folks kinda"),
+    ("it is advisable to", "one ought to", "kindly proceed to", "the reader is requested to"),
 )
 _RISK = (
     (
@@ -150,34 +143,26 @@ _RISK = (
         "Be fearless here",
         "Take the big leap",
         "Dare to gamble",
-        "Fortune favours the brave",
-        "Never hesitate",
     ),
     (
         "Test it gently beforehand",
-        "Stay on the safe side",
         "Beware of hidden risks",
         "Double check for mistakes",
         "Be careful throughout",
-        "Keep a backup ready",
     ),
 )
 _DETAIL = (
     (
         "because balance is the essence",
         "as harmony guides the whole",
-        "in the spirit of patience",
         "for principle outweighs method",
         "since meaning comes from purpose",
-        "as a matter of philosophy",
     ),
     (
         "for example ten minutes",
         "say two cups on Monday",
         "at exactly seven o'clock",
-        "using a blue bucket",
         "about five metres apart",
-        "with forty coins in hand",
     ),
 )
 _WARMTH = (
@@ -185,20 +170,16 @@ _WARMTH = (
         "Answer follows.",
         "Noted.",
         "Request received.",
-        "Information below.",
-        "Processing the question.",
         "Result:",
     ),
     (
         "What a lovely idea, friend!",
         "I am so happy for you!",
-        "Sending you a big hug!",
         "You will do great, dear!",
         "Thank you for sharing this joy!",
-        "I believe in you!",
     ),
 )
-_FLOWING = ("and then", "and from there", "while you also", "and along the way", "and gradually")
+_FLOWING = ("and then", "and from there", "while you also", "and gradually")
 _MARKERS = (
     ("1.", "2.", "3."),
     ("(a)", "(b)", "(c)"),
@@ -210,7 +191,7 @@ NUM_PROMPTS_PER_TOPIC = len(_SITUATIONS) * len(_QUESTIONS) * 4 * 8
 
 
 def prompt_text(topic: str, number: int) -> str:
-    """Prompt `number` (0 .. NUM_PROMPTS_PER_TOPIC - 1) of a topic; distinct numbers, distinct texts."""
+    """Prompt `number` (below NUM_PROMPTS_PER_TOPIC) of a topic; each number has its own text."""
     number, situation = divmod(number, len(_SITUATIONS))
     number, question = divmod(number, len(_QUESTIONS))
     task, subject = divmod(number, len(_SUBJECTS[topic]))
@@ -242,7 +223,7 @@ def _join(actions: np.ndarray, structured: int, rng: np.random.Generator) -> str
     """The steps as a list with markers, or as one flowing clause."""
     if structured:
         markers = _MARKERS[int(rng.integers(len(_MARKERS)))]
-        return "; ".join(f"{marker} {action}" for marker, action in zip(markers, actions))
+        return "; ".join(f"{markers[position]} {action}" for position, action in enumerate(actions))
     text = str(actions[0])
     for action in actions[1:]:
         text += f" {_pick(_FLOWING, rng)} {action}"
