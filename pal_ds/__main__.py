@@ -1,6 +1,6 @@
 """`python -m pal_ds COMMAND`."""
 
-from pal_ds.cli import main
+from pal_ds.cli import console
 
 if __name__ == "__main__":
-    main()
+    console()

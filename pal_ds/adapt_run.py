@@ -37,14 +37,16 @@ def adapt_run(
     Raises:
         UserError: a head without users, no such file or split, or no pairs in it.
     """
+    if num_pairs is not None and num_pairs < 1:
+        raise UserError(f"--num_pairs is {num_pairs}; it must be at least 1, or unset for all.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out}: not empty. Name an empty or new directory.")
     world = World(0, 1, device or torch.device("cpu"))
     restored = restore(run, step, world.device, trust=trust_checkpoint)
     if not restored.parts.needs_users:
         raise UserError(
             f"{run.path}: its head has no users to adapt; every user gets the same scores."
         )
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"--out {out}: not empty. Name an empty or new directory.")
     with opened_pairs(restored, pairs, world) as data:
         rows = data.rows(split) if pairs is None else np.arange(len(data.comparisons))
         if num_pairs is not None:

@@ -3,6 +3,13 @@
 import argparse
 
 
+def keys(text: str | list[str]) -> list[str]:
+    """Names separated by commas, in brackets or not."""
+    if not isinstance(text, str):
+        return text
+    return [name.strip() for name in text.strip("[] ").split(",") if name.strip()]
+
+
 def mixture(text: str | list[float]) -> list[float]:
     """Weights separated by commas, `0.2,0.8`; whether they fit a head is checked where one is."""
     if not isinstance(text, str):

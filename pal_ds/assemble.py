@@ -57,15 +57,26 @@ def assemble(config: RunConfig, data: PreparedData, run: RunDirectory) -> Parts:
     if data.info["kind"] == "vectors":
         hidden_size = int(data.info["vector_size"])
     else:
-        from pal_ds.backbones.transformer import hidden_size_of, is_encoder, read_model_config
+        from pal_ds.backbones.transformer import (
+            architecture_config,
+            hidden_size_of,
+            is_encoder,
+            read_model_config,
+        )
 
         backbone = resolve_backbone_path(config.backbone, run)
-        model_config = read_model_config(backbone)
+        if config.backbone.architecture is None:
+            model_config = read_model_config(backbone)
+        else:
+            model_config = architecture_config(backbone, int(data.info["tokens"]["vocab_size"]))
         hidden_size, encoder = hidden_size_of(model_config), is_encoder(model_config)
         _check_vocabulary(model_config, data)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(head_seed(config.train.seed))
-        head = config.head(hidden_size)
+        try:
+            head = config.head(hidden_size)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"head: {error}") from None
     with_prompt = "prompt" in head.needs
     encoding = _encoding(config.backbone.encoding, encoder, with_prompt)
     weighting = config.loss.token_weighting

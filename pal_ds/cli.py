@@ -3,9 +3,12 @@
 import difflib
 import logging
 import os
+import re
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import ArgumentParser
 
 from pal_ds.errors import UserError
@@ -19,6 +22,7 @@ class Parser(ArgumentParser):
         super().__init__(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        message = _without_noise(message)
         print(
             f"pal-ds: error: {message}{_suggestion(message, _option_names(self))}", file=sys.stderr
         )
@@ -35,21 +39,59 @@ def _option_names(parser: ArgumentParser) -> list[str]:
 
 
 def _suggestion(message: str, names: list[str]) -> str:
-    """ " Did you mean ...?" for the unknown option that a message of jsonargparse names."""
-    if (
-        "nrecognized arguments" not in message
-        and "does not accept" not in message
-        and "not accepted" not in message
-    ):
+    """What to do about the unknown option that a message of jsonargparse names."""
+    if not any(part in message for part in ("nrecognized arguments", "not accept")):
         return ""
     for word in message.replace("'", " ").replace('"', " ").replace("=", " ").split():
         near = difflib.get_close_matches(word.lstrip("-").rstrip(".,:"), names, n=1, cutoff=0.75)
         if near and near[0] != word.lstrip("-"):
-            return f" Did you mean {near[0]}?"
-    return ""
+            return f". Did you mean {near[0]}?"
+    return ". `pal-ds COMMAND --help` lists what there is."
+
+
+def _without_noise(message: str) -> str:
+    """Says plainly what jsonargparse says of Python types: an unknown class, or a choice that is none."""
+    name = re.search(r"Expected a dot import path string: (\S+)", message)
+    key = re.search(r'Parser key "([\w.]+)"', message)
+    if name is None or key is None:
+        message = re.sub(r"Expected a typing.Literal\[(.*?)\]", r"it must be one of \1", message)
+        message = re.sub(r"Expected an? <class '(\w+)'>", r"it must be of type \1", message)
+        return re.sub(r'Parser key "([\w.]+)":\s*', r"\1: ", message)
+    from pal_ds.data.sources import SOURCES
+    from pal_ds.heads import HEADS
+
+    known = {"head": list(HEADS), "data.source": [cls.__name__ for cls in SOURCES.values()]}
+    classes = known.get(key[1].rpartition("train.")[2], [])
+    near = difflib.get_close_matches(name[1], classes, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return (
+        f"{key[1]}: there is no class {name[1]}.{hint} Known are {', '.join(classes)}; a class of "
+        "your own goes by its import path, package.module.Class."
+    )
+
+
+def check_config_files(arguments: list[str]) -> None:
+    """Raises UserError, with file and line, for a `--config` that is missing or no YAML mapping."""
+    for position, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if option != "--config":
+            continue
+        path = Path(value if equals else "".join(arguments[position + 1 : position + 2]))
+        if not path.is_file():
+            raise UserError(f"--config {path}: no such file (looked from {Path.cwd()}).")
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else 1
+            raise UserError(f"{path}:{line}: not valid YAML ({error.problem}). Mend it.") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not valid YAML ({error}). Mend it.") from None
+        if not isinstance(content, dict):
+            raise UserError(f"{path}: holds no keys; a recipe is a YAML mapping such as data: ...")
 
 
 def build_parser() -> Parser:
+    """The parser of all commands."""
     from pal_ds import commands
 
     parser = Parser(
@@ -64,7 +106,7 @@ def build_parser() -> Parser:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of `pal-ds` and `python -m pal_ds`."""
+    """Runs one command in this process and returns; SystemExit with code 2 for a mistake a person can mend."""
     given = sys.argv[1:] if arguments is None else arguments
     # The deepspeed launcher puts this before the command; LOCAL_RANK is in the environment anyway.
     given = [argument for argument in given if not argument.startswith("--local_rank")]
@@ -76,17 +118,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser = build_parser()
     from pal_ds import commands
 
-    options = parser.parse_args(given)
-    name = options["command"]
-    if name is None:
-        parser.error(f"a command is required: {', '.join(commands.COMMANDS)}")
-    code = 0
     try:
+        check_config_files(given)
+        options = parser.parse_args(given)
+        name = options["command"]
         commands.COMMANDS[name].run(parser.instantiate(options)[name], options[name])
     except UserError as error:
-        code = 2
         if os.environ.get("RANK", "0") == "0":
             print(f"pal-ds: error: {error}", file=sys.stderr)
-    if "pal_ds.engine.dist" in sys.modules:
-        sys.modules["pal_ds.engine.dist"].leave(code)
+        sys.exit(2)
+
+
+def console() -> NoReturn:
+    """Entry point of `pal-ds` and `python -m pal_ds`: `main`, then the end of the process."""
+    code: str | int | None = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code
+    if "pal_ds.engine.dist" in sys.modules and not isinstance(code, str):
+        sys.modules["pal_ds.engine.dist"].leave(code or 0)
     sys.exit(code)

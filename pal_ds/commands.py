@@ -6,6 +6,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from pal_ds.arguments import keys
 from pal_ds.errors import UserError
 from pal_ds.recipe import add_recipe_arguments, as_recipe, dump_recipe
 from pal_ds.run_dir import RunDirectory
@@ -37,7 +38,7 @@ class Train:
             "--fresh", action="store_true", help="refuse a directory that is not empty"
         )
         parser.add_argument(
-            "--allow_change", type=list[str], default=[], help="keys that may differ on resume"
+            "--allow_change", type=keys, default=[], help="KEY,.. that may differ on resume"
         )
         parser.add_argument(
             "--trust_checkpoint", action="store_true", help="read checkpoints of another owner"
@@ -159,6 +160,56 @@ class Users:
         )
 
 
+class FewShot:
+    """Accuracy of held-out users after k comparisons, for several k; result goes to eval/few_shot.json."""
+
+    @staticmethod
+    def add_arguments(parser: ArgumentParser) -> None:
+        add_run_arguments(parser)
+        parser.add_argument(
+            "--num_comparisons", type=list[int], default=[0, 1, 2, 4, 8, 16, 32], help="values of k"
+        )
+        parser.add_argument(
+            "--num_draws", type=int, default=3, help="random draws of the k comparisons"
+        )
+
+    @staticmethod
+    def run(options: Namespace, _: Namespace) -> None:
+        from pal_ds.few_shot import evaluate_few_shot
+
+        rows = evaluate_few_shot(
+            RunDirectory(options.run_dir),
+            options.num_comparisons,
+            options.num_draws,
+            step=options.step,
+            trust_checkpoint=options.trust_checkpoint,
+        )
+        for row in rows:
+            print(f"{row['num_comparisons']:4d} comparisons: accuracy {row['accuracy']:.4f}")
+
+
+class Report:
+    """Pictures and a page for one run, or several side by side."""
+
+    @staticmethod
+    def add_arguments(parser: ArgumentParser) -> None:
+        parser.add_argument(
+            "--run_dirs", type=list[str], required=True, help="directories that `train` wrote"
+        )
+        parser.add_argument(
+            "--out", type=str, required=True, help="directory for report.md and its pictures"
+        )
+
+    @staticmethod
+    def run(options: Namespace, _: Namespace) -> None:
+        from pal_ds.report import write_report
+
+        runs = {Path(path).name: RunDirectory(path) for path in options.run_dirs}
+        for run in runs.values():
+            run.require_run()
+        print(write_report(runs, Path(options.out)))
+
+
 def add_run_arguments(parser: ArgumentParser) -> None:
     """Which checkpoint of which run."""
     parser.add_argument("--run_dir", type=str, required=True, help="directory that `train` wrote")
@@ -178,6 +229,8 @@ COMMANDS: dict[str, Any] = {
     "train": Train,
     "evaluate": Evaluate,
     "adapt": Adapt,
+    "few_shot": FewShot,
     "users": Users,
     "score": Score,
+    "report": Report,
 }

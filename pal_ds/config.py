@@ -10,6 +10,7 @@ from typing import Literal
 
 from pal_ds.backbones.config import BackboneConfig
 from pal_ds.data.prepare import DataConfig
+from pal_ds.errors import UserError
 from pal_ds.heads.base import Head
 from pal_ds.losses import PreferenceLoss
 from pal_ds.users import UsersConfig
@@ -33,6 +34,19 @@ class OptimConfig:
     """Share of all updates over which every rate, the users' too, rises linearly from 0."""
     final_fraction: float = 0.1
     """Where the cosine ends, as a share of the full rate."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a value out of range."""
+        parts = ("", "backbone_", "prototype_", "scale_")
+        for name in (*(f"{part}learning_rate" for part in parts), "weight_decay"):
+            value = getattr(self, name)
+            check_range(f"optim.{name}", value, value is None or value >= 0, "0 or more")
+        check_range("optim.epsilon", self.epsilon, self.epsilon > 0, "above 0")
+        in_range = all(0 <= beta < 1 for beta in self.betas)
+        check_range("optim.betas", self.betas, in_range, "at least 0 and below 1, both")
+        for name in ("warmup_fraction", "final_fraction"):
+            value = getattr(self, name)
+            check_range(f"optim.{name}", value, 0 <= value <= 1, "between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +77,22 @@ class TrainConfig:
     """Save and stop after this update, leaving schedules as they are: a later start resumes."""
     timeout_minutes: int = 30
     """How long a rank waits for the others before it gives up."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a value out of range."""
+        counts = ("epochs", "batch_pairs", "micro_batch_pairs", "log_every", "timeout_minutes")
+        for name in (*counts, "stop_after"):
+            value = getattr(self, name)
+            check_range(f"train.{name}", value, value is None or value >= 1, "at least 1")
+        for name in ("eval_every", "save_every", "gradient_clipping"):
+            value = getattr(self, name)
+            check_range(f"train.{name}", value, value >= 0, "0 or more")
+
+
+def check_range(key: str, value: object, in_range: bool, rule: str) -> None:
+    """Raises UserError unless `in_range`."""
+    if not in_range:
+        raise UserError(f"{key} is {value}; it must be {rule}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -134,6 +134,8 @@ def evaluate_run(
     Raises:
         UserError: no such run, step, split or file; an empty split.
     """
+    if name is not None and (not name or Path(name).name != name):
+        raise UserError(f"--name {name}: must be a plain name, the result goes to eval/NAME.json.")
     restored = restore(run, step, world.device, trust=trust_checkpoint)
     known = known_users(restored, users)
     mixtures = known.mixtures.to(world.device)

@@ -13,7 +13,25 @@ from pal_ds.errors import UserError
 from pal_ds.evaluate import figures_of, population_mixture, predict, user_mixtures
 from pal_ds.evaluate_run import reader_of
 from pal_ds.heads.base import UserState
-from pal_ds.restore import Restored
+from pal_ds.restore import Restored, restore
+from pal_ds.run_dir import RunDirectory, write_json
+
+
+def evaluate_few_shot(
+    run: RunDirectory,
+    num_comparisons: list[int],
+    num_draws: int,
+    *,
+    step: str = "latest",
+    trust_checkpoint: bool = False,
+) -> list[dict[str, Any]]:
+    """`few_shot_curve` of a run, also written to eval/few_shot.json."""
+    world = World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    restored = restore(run, step, world.device, trust=trust_checkpoint)
+    curve = few_shot_curve(restored, num_comparisons, world, seeds=tuple(range(num_draws)))
+    run.eval.mkdir(parents=True, exist_ok=True)
+    write_json(run.eval / "few_shot.json", {"step": restored.step, "curve": curve})
+    return curve
 
 
 def few_shot_curve(
@@ -48,7 +66,14 @@ def few_shot_curve(
     mixtures = population.repeat(len(draws) * len(owners), 1)
     if restored.parts.needs_users and len(rows):
         logits = fit_users(
-            reader.model, restored.config.loss, reader.collator, rows, owner, len(mixtures), prior, world.device
+            reader.model,
+            restored.config.loss,
+            reader.collator,
+            rows,
+            owner,
+            len(mixtures),
+            prior,
+            world.device,
         )
         fitted = np.unique(owner)
         restored.model.head.eval()
@@ -62,7 +87,12 @@ def few_shot_curve(
         accuracies.setdefault(count, []).append(figures["accuracy"])
     truth = {name: figures[name] for name in ("bayes_accuracy",) if name in figures}
     return [
-        {"num_comparisons": count, "accuracy": float(np.mean(by_seed)), "accuracy_by_seed": by_seed, **truth}
+        {
+            "num_comparisons": count,
+            "accuracy": float(np.mean(by_seed)),
+            "accuracy_by_seed": by_seed,
+            **truth,
+        }
         for count, by_seed in accuracies.items()
     ]
 

@@ -1,15 +1,20 @@
 """What happens around a training: data prepared, run directory checked, processes joined and left."""
 
+import contextlib
 import os
+import shutil
 from pathlib import Path
 
+from pal_ds.assemble import assemble
 from pal_ds.config import RunConfig
 from pal_ds.data.prepare import prepare
 from pal_ds.data.tables import PreparedData
+from pal_ds.engine.checkpoint import read_manifest, refuse_other_launch
 from pal_ds.engine.dist import distributed
+from pal_ds.engine.ds_config import check_zero_section, ds_config_of
 from pal_ds.errors import UserError
 from pal_ds.recipe import refuse_changes
-from pal_ds.run_dir import RunDirectory, write_atomically
+from pal_ds.run_dir import RunDirectory
 
 
 def launch_training(
@@ -23,60 +28,107 @@ def launch_training(
 ) -> None:
     """`train`: prepares data on a single node, then trains; `recipe` is the resolved YAML."""
     run = RunDirectory(run_dir)
-    prepare_before_processes_meet(config)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    # What needs no data is refused before an hour of tokenising, by every rank alike.
+    ds_config = ds_config_of(config.train, world_size)
+    failure = prepare_before_processes_meet(config)
+    if failure is not None and world_size == 1:
+        raise failure
     with distributed(config.train.timeout_minutes) as world:
         from pal_ds.train import train
 
+        check_zero_section(ds_config, config.train.ds_config)
+        data = world.on_every_rank(lambda: open_data(config, failure))
         world.from_rank_zero(
-            lambda: claim_run_directory(run, recipe, fresh=fresh, allow_change=allow_change or [])
+            lambda: check_run_directory(
+                run, recipe, data, world.world_size, fresh=fresh, allow_change=allow_change or []
+            )
         )
-        data = PreparedData.open(config.data.path)
+        world.on_every_rank(lambda: assemble(config, data, run))
         if config.backbone.architecture is not None and data.info["kind"] == "tokens":
             world.from_rank_zero(lambda: write_base_weights(config, data, run))
-        train(config, run, data, world, trust_checkpoint=trust_checkpoint)
+        try:
+            train(config, run, data, world, trust_checkpoint=trust_checkpoint, recipe=recipe)
+        except UserError:
+            if world.is_rank_zero and not run.config_file.is_file():
+                leave_no_trace(run)
+            raise
 
 
-def prepare_before_processes_meet(config: RunConfig) -> None:
-    """Rank 0 of a single node prepares while the others wait to join: tokenising inside a process group times out."""
-    if Path(config.data.path, "dataset.json").is_file() and config.data.source is None:
-        return
+def prepare_before_processes_meet(config: RunConfig) -> UserError | None:
+    """Rank 0 of a single node prepares while the others wait to join: tokenising inside a process group times out.
+
+    What goes wrong is returned, not raised, so that the others learn of it once they have met.
+    """
     world_size, local = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if os.environ.get("RANK", "0") != "0":
-        return
+        return None
     if (
         world_size != os.environ.get("LOCAL_WORLD_SIZE", world_size)
         and not Path(config.data.path, "dataset.json").is_file()
     ):
-        raise UserError(
+        return UserError(
             f"{config.data.path}: not prepared, and this launch spans nodes ({world_size} ranks, {local} here). "
             "Run `pal-ds prepare --config RECIPE` once first."
         )
-    prepare(config.data)
+    try:
+        prepare(config.data)
+    except UserError as error:
+        return error
+    return None
 
 
-def claim_run_directory(
-    run: RunDirectory, recipe: str, *, fresh: bool, allow_change: list[str]
+def open_data(config: RunConfig, failure: UserError | None) -> PreparedData:
+    """The prepared tables. Raises the failure of preparing them, if there was one."""
+    if failure is not None:
+        raise failure
+    return PreparedData.open(config.data.path)
+
+
+def check_run_directory(
+    run: RunDirectory,
+    recipe: str,
+    data: PreparedData,
+    world_size: int,
+    *,
+    fresh: bool,
+    allow_change: list[str],
 ) -> None:
-    """Writes config.yaml into a new run, or checks that a resumed one is the same run.
+    """Writes nothing: whether a run may start here, or is the one that is to be resumed.
 
     Raises:
-        UserError: `fresh` meets a directory that is not empty, or a key that alters the result has changed.
+        UserError: `fresh` meets a directory that is not empty; a resumed run would have other data, another number
+            of ranks, or another value of a key that alters the result.
     """
+    if run.path.exists() and not run.path.is_dir():
+        raise UserError(f"--run_dir {run.path}: is a file. Name a directory, new or of this run.")
     if fresh and run.path.exists() and any(run.path.iterdir()):
         raise UserError(
             f"{run.path}: --fresh needs an empty directory. Name another --run_dir or empty this one."
         )
     if run.config_file.is_file() and run.has_checkpoints():
         refuse_changes(run.config_file, recipe, allow_change)
-    run.checkpoints.mkdir(parents=True, exist_ok=True)
-    write_atomically(run.config_file, recipe)
+    for step in run.complete_steps()[-1:]:
+        path = run.checkpoint(step)
+        try:
+            manifest = read_manifest(path)
+        except UserError:
+            continue  # resuming passes it over, by name, and asks again of the one that it takes
+        refuse_other_launch(path, manifest, data.hash, data.path, world_size)
+
+
+def leave_no_trace(run: RunDirectory) -> None:
+    """Takes away what a launch wrote that never came to its first update."""
+    shutil.rmtree(run.base, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        run.path.rmdir()  # only where nothing else lies in it
 
 
 def write_base_weights(config: RunConfig, data: PreparedData, run: RunDirectory) -> None:
-    """Writes the random weights of `backbone.architecture` into the run, once."""
+    """Writes the random weights of `backbone.architecture`, anew until a checkpoint stands on them."""
     from pal_ds.backbones.transformer import materialise_architecture
 
-    if not (run.base / "config.json").is_file():
+    if not run.has_checkpoints() or not (run.base / "config.json").is_file():
         materialise_architecture(
             config.backbone, data.info["tokens"]["vocab_size"], config.train.seed, run.base
         )

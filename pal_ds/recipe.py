@@ -1,5 +1,6 @@
 """Reads and writes recipes as YAML, and tells which keys two of them differ in."""
 
+from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,22 @@ def dump_recipe(options: Namespace) -> str:
     return _recipe_parser().dump(chosen, skip_validation=True)
 
 
+def recipe_from_arguments(arguments: list[str]) -> RunConfig:
+    """The recipe that these command-line arguments describe (--config and dotted keys).
+
+    Raises:
+        UserError: a key or value that no recipe has.
+    """
+    parser = _recipe_parser()
+    try:
+        return as_recipe(parser.instantiate(parser.parse_args(arguments)))
+    except ArgumentError as error:
+        raise UserError(f"{' '.join(arguments)}: {error}") from None
+
+
 def load_recipe(path: Path) -> RunConfig:
     """The recipe of a run's config.yaml."""
-    parser = _recipe_parser()
-    return as_recipe(parser.instantiate(parser.parse_args([f"--config={path}"])))
+    return recipe_from_arguments([f"--config={path}"])
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -63,11 +76,18 @@ def changed_keys(old: str, new: str) -> list[str]:
 def refuse_changes(run_config_file: Path, new: str, allowed: list[str]) -> None:
     """Raises UserError, naming the keys, where a resumed run would not be the run that was started."""
     old = run_config_file.read_text()
+    try:
+        yaml.safe_load(old)
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"{run_config_file}: not valid YAML ({' '.join(str(error).split())}). Restore it, or start in another "
+            "--run_dir."
+        ) from None
     refused = [key for key in changed_keys(old, new) if key not in allowed]
     if refused:
         before, after = _flat(yaml.safe_load(old)), _flat(yaml.safe_load(new))
         listing = "; ".join(f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in refused)
         raise UserError(
             f"{run_config_file}: this run was started with other values: {listing}. Restore them, pass "
-            f"--allow_change '[{', '.join(refused)}]', or start in another --run_dir."
+            f"--allow_change {','.join(refused)}, or start in another --run_dir."
         )

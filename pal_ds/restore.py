@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pal_ds.assemble import Parts, assemble, load_backbone
+from pal_ds.backbones.transformer import TransformerBackbone, empty_transformer
 from pal_ds.config import RunConfig
 from pal_ds.data.tables import PreparedData
 from pal_ds.engine.checkpoint import verify_checkpoint
@@ -119,7 +120,15 @@ def restore(
 def load_model(opened: OpenRun, precision: Literal["fp32", "bf16"] = "fp32") -> RewardModel:
     """The RewardModel of an open run with its trained weights, on the CPU."""
     config = replace(opened.config, train=replace(opened.config.train, precision=precision))
-    backbone = load_backbone(opened.parts, config, gpu=False)
+    parts = opened.parts
+    if parts.backbone is not None and parts.backbone.tuning == "full":
+        # Every weight comes from the checkpoint: no need to read those that training began with.
+        empty = empty_transformer(parts.backbone, precision)
+        backbone: nn.Module = TransformerBackbone(
+            empty, pool_mean=parts.pool_mean, prompt_tokens=parts.prompt_tokens
+        )
+    else:
+        backbone = load_backbone(parts, config, gpu=False)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = RewardModel(backbone, opened.parts.head.to(dtype))
     _load_weights(model, opened.checkpoint)

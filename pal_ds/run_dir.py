@@ -37,6 +37,11 @@ class RunDirectory:
         """Weights of a backbone built from `backbone.architecture`, written once."""
         self.eval = self.path / "eval"
 
+    def write_config(self, recipe: str) -> None:
+        """The resolved recipe (YAML) as config.yaml."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.config_file, recipe)
+
     def require_run(self) -> None:
         """Raises UserError where no run lies here."""
         if not self.config_file.is_file():
@@ -64,7 +69,12 @@ class RunDirectory:
     def pointer(self, name: str) -> dict[str, Any] | None:
         """The content of latest.json or best.json."""
         path = self.path / f"{name}.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        try:
+            return json.loads(path.read_text()) if path.is_file() else None
+        except ValueError as error:
+            raise UserError(
+                f"{path}: not valid JSON ({error}). Delete it; --step takes a number, too."
+            ) from None
 
     def resolve_step(self, step: str) -> int:
         """Step number of "latest", "best" or a number.

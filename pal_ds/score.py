@@ -101,7 +101,10 @@ def read_rows(path: Path) -> list[Row]:
     """
     if not path.is_file():
         raise UserError(f"--input {path}: no such file.")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"--input {path}: not UTF-8 ({error}). Save the file as UTF-8.") from None
     rows = [_read_row(line, f"{path}:{n}") for n, line in enumerate(lines, start=1) if line.strip()]
     if not rows:
         raise UserError(f"--input {path}: is empty; give one JSON object per line.")

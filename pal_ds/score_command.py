@@ -36,12 +36,14 @@ class Score:
             raise UserError("score: give exactly one of --model and --run_dir.")
         if options.batch_texts < 1:
             raise UserError(f"--batch_texts is {options.batch_texts}; it must be at least 1.")
+        output = Path(options.output)
+        if options.output != "-" and (output.is_dir() or not output.parent.is_dir()):
+            raise UserError(f"--output {output}: must be a file in a folder that exists.")
         rows = read_rows(Path(options.input))
         scorer = _from_run(options) if options.model is None else _from_model(options)
         if options.output == "-":
             write_scores(scorer, rows, sys.stdout, options.batch_texts)
             return
-        output = Path(options.output)
         temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
         try:
             with open(temporary, "w", encoding="utf-8") as stream:

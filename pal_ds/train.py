@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from pal_ds.assemble import Parts, assemble, load_backbone
 from pal_ds.backbones.given import GivenStates
@@ -14,9 +15,15 @@ from pal_ds.config import RunConfig
 from pal_ds.data.batch import Batch, Collator
 from pal_ds.data.plan import UpdatePlan, split_update
 from pal_ds.data.tables import PreparedData
-from pal_ds.engine.checkpoint import load_checkpoint, newest_intact, retain, save_checkpoint
+from pal_ds.engine.checkpoint import (
+    load_checkpoint,
+    newest_intact,
+    refuse_other_launch,
+    retain,
+    save_checkpoint,
+)
 from pal_ds.engine.dist import World
-from pal_ds.engine.ds_config import resolve_ds_config
+from pal_ds.engine.ds_config import ds_config_of
 from pal_ds.engine.frozen import encode_once
 from pal_ds.engine.sharding import (
     partitioned_loading,
@@ -69,15 +76,24 @@ def train(
     data: PreparedData,
     world: World,
     *,
+    encoded: Collator | None = None,
     trust_checkpoint: bool = False,
-) -> None:
-    """Trains until the last update (or `train.stop_after`), resuming from the newest intact checkpoint."""
-    state = start_training(config, run, data, world, trust_checkpoint=trust_checkpoint)
+    recipe: str | None = None,
+) -> Collator:
+    """Trains until the last update (or `train.stop_after`), resuming from the newest intact checkpoint.
+
+    Returns the collator, which a sweep over heads and seeds on one frozen backbone passes on as `encoded`.
+    `recipe` (YAML) becomes the run's config.yaml once all is loaded, so that a start that fails changes nothing.
+    """
+    state = start_training(config, run, data, world, encoded=encoded, trust_checkpoint=trust_checkpoint)
     try:
+        if recipe is not None:
+            world.from_rank_zero(lambda: run.write_config(recipe))
         run_updates(state)
     finally:
         # Without this a finished process may abort in DeepSpeed's background threads.
         state.engine.destroy()
+    return state.collator
 
 
 def run_updates(state: Training) -> None:
@@ -179,6 +195,7 @@ def start_training(
     data: PreparedData,
     world: World,
     *,
+    encoded: Collator | None = None,
     trust_checkpoint: bool = False,
 ) -> Training:
     """Loads and shards everything and restores the newest intact checkpoint, if any."""
@@ -189,22 +206,22 @@ def start_training(
         raise UserError(
             f"{data.path}: its train split is empty. Prepare with smaller dev and test fractions."
         )
-    ds_config = resolve_ds_config(
-        config.train.ds_config,
-        world_size=world.world_size,
-        micro_batch_pairs=config.train.micro_batch_pairs,
-        gradient_clipping=config.train.gradient_clipping,
-        precision=config.train.precision,
-    )
+    ds_config = ds_config_of(config.train, world.world_size)
     users, table_rows = seen_users(config, data, parts.head.num_prototypes, world)
     collator = replace(parts.collator, table_rows=table_rows)
-    with partitioned_loading(ds_config):
-        backbone = load_backbone(parts, config, gpu=world.device.type == "cuda")
+    backbone: nn.Module = GivenStates()
+    if encoded is None:
+        with partitioned_loading(ds_config):
+            backbone = load_backbone(parts, config, gpu=world.device.type == "cuda")
     if parts.needs_store:
-        encoder = start_inference_engine(backbone, ds_config)
-        judged = np.concatenate([train_rows, data.rows("dev")])
-        collator = encode_once(encoder, collator, judged, config.backbone.encode_batch_texts, world)
-        del encoder
+        if encoded is None:
+            judged = np.concatenate([train_rows, data.rows("dev")])
+            encoder = start_inference_engine(backbone, ds_config)
+            encoded = encode_once(
+                encoder, collator, judged, config.backbone.encode_batch_texts, world
+            )
+            del encoder
+        collator = replace(encoded, table_rows=table_rows)
         backbone = GivenStates()
     engine = start_training_engine(RewardModel(backbone, parts.head), config.optim, ds_config)
     items = data.response_prompt[data.comparisons["a"][train_rows]]
@@ -243,11 +260,7 @@ def resume(state: Training, *, trust: bool) -> None:
             run.drop_metrics_after(0)
             return None
         path, manifest = found
-        if manifest["dataset_hash"] != state.data.hash:
-            raise UserError(
-                f"{path}: trained on data with hash {manifest['dataset_hash']}, {state.data.path} has {state.data.hash}. "
-                "Resume with the data it was trained on, or start in another --run_dir."
-            )
+        refuse_other_launch(path, manifest, state.data.hash, state.data.path, world.world_size)
         run.drop_metrics_after(manifest["step"])
         best = run.pointer("best")
         return str(path), manifest, best if best and best["step"] <= manifest["step"] else None

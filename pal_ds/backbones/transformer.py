@@ -3,14 +3,17 @@
 It knows nothing of heads, users or losses: token ids and positions in, hidden states out.
 """
 
+import difflib
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from pal_ds.backbones.config import BackboneConfig
 from pal_ds.data.batch import Batch
@@ -67,6 +70,38 @@ def read_model_config(config: BackboneConfig) -> Any:
         ) from None
 
 
+def architecture_config(config: BackboneConfig, vocab_size: int) -> Any:
+    """The transformers config of `config.architecture`.
+
+    Raises:
+        UserError: transformers knows no such model, or refuses one of its options.
+    """
+    options = dict(config.architecture or {})
+    model_type = str(options.pop("model_type", None))
+    if model_type not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING.keys()), n=3)
+        raise UserError(
+            f"backbone.architecture: model_type is {model_type}, which transformers does not know. "
+            f"Give one that it does, such as {', '.join(near or ('llama', 'qwen3', 'bert'))}."
+        )
+    # transformers takes any name and forgets it: a misspelt size would be the default one.
+    known = AutoConfig.for_model(model_type)
+    for key in options:
+        if not hasattr(known, key):
+            near = difflib.get_close_matches(key, list(vars(known)), n=1)
+            raise UserError(
+                f"backbone.architecture: {model_type} has no option {key}."
+                + (f" Did you mean {near[0]}?" if near else "")
+            )
+    try:
+        return AutoConfig.for_model(model_type, **options, vocab_size=vocab_size)
+    except (KeyError, ValueError, TypeError, StrictDataclassError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(
+            f"backbone.architecture: transformers refuses {options} for {model_type} ({reason})."
+        ) from None
+
+
 def materialise_architecture(
     config: BackboneConfig, vocab_size: int, seed: int, folder: Path
 ) -> None:
@@ -75,14 +110,7 @@ def materialise_architecture(
     Random weights are written once and then loaded like any other, so that they are the same on every world size
     and ZeRO stage, and a run's folder names what it started from.
     """
-    options = dict(config.architecture or {})
-    try:
-        model_config = AutoConfig.for_model(**options, vocab_size=vocab_size)
-    except (KeyError, ValueError, TypeError) as error:
-        raise UserError(
-            f"backbone.architecture: transformers refuses {options} ({error}). "
-            "It needs a known model_type and that model's own options."
-        ) from None
+    model_config = architecture_config(config, vocab_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModel.from_config(model_config, dtype=torch.float32)
@@ -114,6 +142,19 @@ def load_transformer(
     return model
 
 
+def empty_transformer(config: BackboneConfig, precision: str) -> PreTrainedModel | Any:
+    """The model of `config.path` without its weights, which the caller fills in; for the CPU."""
+    with no_init_weights():
+        model = AutoModel.from_config(
+            read_model_config(config),
+            dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+            attn_implementation=choose_attention(config.attention, precision, gpu=False)[0],
+            trust_remote_code=config.trust_remote_code,
+        )
+    drop_unused_modules(model)
+    return model
+
+
 def _add_adapters(model: PreTrainedModel, config: BackboneConfig, seed: int) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
@@ -127,7 +168,12 @@ def _add_adapters(model: PreTrainedModel, config: BackboneConfig, seed: int) -> 
         model.enable_input_require_grads()
     torch.manual_seed(seed)
     # One dtype per engine: fp32 adapters beside a bf16 base break ZeRO-3's coalesced gathers.
-    return get_peft_model(model, options, autocast_adapter_dtype=False)
+    try:
+        return get_peft_model(model, options, autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise UserError(
+            f"backbone.lora: {error} Name modules of {config.path}, or null for all linear layers."
+        ) from None
 
 
 def choose_attention(wanted: str, precision: str, gpu: bool) -> tuple[str, str]:
@@ -145,6 +191,7 @@ def choose_attention(wanted: str, precision: str, gpu: bool) -> tuple[str, str]:
 
 __all__ = [
     "TransformerBackbone",
+    "architecture_config",
     "choose_attention",
     "hidden_size_of",
     "is_encoder",

@@ -119,19 +119,14 @@ def verify_checkpoint(path: Path, *, trust: bool = False) -> dict[str, Any]:
         UserError: what is wrong with which file. Engine shards are pickles, which run code when they are read:
             hence no reading before this check, and no directory of another owner without `trust`.
     """
-    manifest_file = path / "manifest.json"
-    if not manifest_file.is_file():
+    if not (path / "manifest.json").is_file():
         raise UserError(f"{path}: no manifest.json, so this is no complete checkpoint of pal_ds.")
     if path.stat().st_uid != os.getuid() and not trust:
         raise UserError(
             f"{path}: belongs to another user, and engine shards are pickles that run code when read. "
             "Pass --trust_checkpoint if you trust whoever wrote it."
         )
-    manifest = json.loads(manifest_file.read_text())
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{manifest_file}: format {manifest.get('format_version')}, this version reads {FORMAT_VERSION}."
-        )
+    manifest = read_manifest(path)
     for name, entry in manifest["files"].items():
         file = path / name
         if not file.is_file():
@@ -142,6 +137,19 @@ def verify_checkpoint(path: Path, *, trust: bool = False) -> dict[str, Any]:
             )
         if hash_file(file) != entry["xxh3_128"]:
             raise UserError(f"{file}: its content does not match the hash in the manifest.")
+    return manifest
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """manifest.json of a checkpoint, nothing of which is verified but its format; UserError where it is unreadable."""
+    file = path / "manifest.json"
+    try:
+        manifest = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error}); the checkpoint is damaged.") from None
+    found = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if found != FORMAT_VERSION:
+        raise UserError(f"{file}: format {found}, this version reads {FORMAT_VERSION}.")
     return manifest
 
 
@@ -164,29 +172,42 @@ def newest_intact(run: RunDirectory, *, trust: bool = False) -> tuple[Path, dict
     return None
 
 
+def refuse_other_launch(
+    path: Path, manifest: dict[str, Any], dataset_hash: str, data_path: Path, world_size: int
+) -> None:
+    """Raises UserError where a checkpoint was made from other data or by another number of ranks than this launch."""
+    if manifest["dataset_hash"] != dataset_hash:
+        raise UserError(
+            f"{path}: trained on data with hash {manifest['dataset_hash']}, {data_path} has {dataset_hash}. "
+            "Resume with the data it was trained on, or start in another --run_dir."
+        )
+    if manifest["world_size"] != world_size:
+        raise UserError(
+            f"{path}: written by {manifest['world_size']} ranks, this run has {world_size}. "
+            f"Launch with {manifest['world_size']} ranks."
+        )
+
+
 def load_checkpoint(
     engine: Any, users: UserTable, path: Path, manifest: dict[str, Any], world: World
 ) -> None:
-    """Restores weights, optimizer moments and user rows into a freshly built engine.
-
-    Raises:
-        UserError: the checkpoint was written by another world size.
-    """
-    if manifest["world_size"] != world.world_size:
-        raise UserError(
-            f"{path}: written by {manifest['world_size']} ranks, this run has {world.world_size}. "
-            f"Launch with {manifest['world_size']} ranks."
-        )
+    """Restores weights, optimizer moments and user rows into a freshly built engine."""
     if manifest["num_threads"] != torch.get_num_threads():
         logger.warning(
             "resuming with %d threads per rank, the checkpoint had %d: results may differ in the last bits",
             torch.get_num_threads(),
             manifest["num_threads"],
         )
-    loaded, _ = engine.load_checkpoint(str(path), tag=ENGINE_TAG, load_module_strict=False)
+    try:
+        users.load_state_dict(UserTable.load(path).state_dict())
+        loaded, _ = engine.load_checkpoint(str(path), tag=ENGINE_TAG, load_module_strict=False)
+    except (RuntimeError, UserError) as error:
+        raise UserError(
+            f"{path}: does not fit the model of this recipe ({' '.join(str(error).split())[:300]}). "
+            "A key that changes sizes cannot change on resume: restore it, or start in another --run_dir."
+        ) from None
     # DeepSpeed answers None, with a warning, where it finds nothing: that must not become a fresh start.
     assert loaded is not None, f"DeepSpeed loaded nothing from {path}"
-    users.load_state_dict(UserTable.load(path).state_dict())
 
 
 def retain(run: RunDirectory, num_keep: int, best_step: int | None) -> None:

@@ -49,6 +49,21 @@ class World:
             raise UserError(str(outcome[1]))
         return outcome[0]  # type: ignore[return-value]
 
+    def on_every_rank(self, make: Callable[[], T]) -> T:
+        """`make()` of each rank; a UserError raised on any of them is raised on all, instead of a wait without end."""
+        made, problem = None, None
+        try:
+            made = make()
+        except UserError as error:
+            problem = str(error)
+        problems: list[str | None] = [problem] * self.world_size
+        if self.world_size > 1:
+            torch_dist.all_gather_object(problems, problem)
+        for rank, text in enumerate(problems):
+            if text is not None:
+                raise UserError(text if rank == 0 else f"rank {rank}: {text}")
+        return made  # type: ignore[return-value]
+
     def barrier(self) -> None:
         if self.world_size > 1:
             torch_dist.barrier()

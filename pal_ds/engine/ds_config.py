@@ -1,10 +1,12 @@
 """Loads a DeepSpeed JSON, fills what the recipe owns, and refuses contradictions before anything is queued."""
 
 import copy
+import difflib
 import json
 from pathlib import Path
 from typing import Any
 
+from pal_ds.config import TrainConfig
 from pal_ds.errors import UserError
 
 SHIPPED_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -17,6 +19,26 @@ OWNED_BY_RECIPE = {
     "optimizer": "optim",
     "scheduler": "optim.schedule",
 }
+COMMON_KEYS = (
+    *OWNED_BY_RECIPE,
+    "zero_optimization",
+    "bf16",
+    "fp16",
+    "activation_checkpointing",
+    "communication_data_type",
+    "wall_clock_breakdown",
+    "comms_logger",
+    "flops_profiler",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "steps_per_print",
+    "dump_state",
+    "checkpoint",
+    "data_types",
+    "aio",
+)
 REMOVED_KEYS = {
     "nebula": "delete it",
     "compression_training": "delete it",
@@ -61,6 +83,7 @@ def load_ds_config(name_or_path: str) -> tuple[dict[str, Any], str]:
         raise UserError(
             f"{path}: a DeepSpeed config is a JSON object, found {type(config).__name__}."
         )
+    _check_shape(config, path)
     zero = config.get("zero_optimization", {})
     for section, removed, found in (
         ("", REMOVED_KEYS, config),
@@ -69,6 +92,42 @@ def load_ds_config(name_or_path: str) -> tuple[dict[str, Any], str]:
         for key in removed.keys() & found.keys():
             raise UserError(f"{path}: DeepSpeed removed the key {section}{key}; {removed[key]}.")
     return config, str(path)
+
+
+def _check_shape(config: dict[str, Any], path: Path) -> None:
+    """Raises UserError for a section that is no object, a stage that is none, a key that is nearly another.
+
+    DeepSpeed ignores a top-level key that it does not know, so a misspelt one would change nothing, silently.
+    """
+    for section in ("zero_optimization", "bf16", "fp16"):
+        if not isinstance(config.get(section, {}), dict):
+            raise UserError(
+                f"{path}: {section} must be an object, found {json.dumps(config[section])}."
+            )
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
+        raise UserError(
+            f"{path}: zero_optimization.stage is {json.dumps(stage)}; it must be 0, 1, 2 or 3."
+        )
+    for key in config:
+        near = difflib.get_close_matches(key, COMMON_KEYS, n=1, cutoff=0.8)
+        if near and near[0] != key and key not in COMMON_KEYS:
+            raise UserError(f"{path}: DeepSpeed knows no key {key}. Did you mean {near[0]}?")
+
+
+def check_zero_section(config: dict[str, Any], name_or_path: str) -> None:
+    """Raises UserError where DeepSpeed refuses a key or value of `zero_optimization`; imports deepspeed."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**config["zero_optimization"])
+    except ValueError as error:
+        problems = getattr(error, "errors", list)()
+        listed = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in problems)
+        raise UserError(
+            f"train.ds_config {name_or_path}: DeepSpeed refuses zero_optimization ({listed or error}). "
+            "Mend the JSON."
+        ) from None
 
 
 def resolve_ds_config(
@@ -97,7 +156,7 @@ def resolve_ds_config(
     }
     for key, recipe_key in OWNED_BY_RECIPE.items():
         given = config.pop(key, "auto")
-        if given != "auto" and (key not in filled or float(given) != float(filled[key])):
+        if given != "auto" and (key not in filled or given != filled[key]):
             raise UserError(
                 f"{origin}: {key} = {json.dumps(given)} contradicts the recipe, which owns it as {recipe_key}. "
                 f'Delete {key} from the JSON (or set it to "auto") and set {recipe_key}.'
@@ -119,6 +178,17 @@ def resolve_ds_config(
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
     }
+
+
+def ds_config_of(settings: TrainConfig, world_size: int) -> dict[str, Any]:
+    """The complete config of a recipe's `train` keys; UserError as `resolve_ds_config`."""
+    return resolve_ds_config(
+        settings.ds_config,
+        world_size=world_size,
+        micro_batch_pairs=settings.micro_batch_pairs,
+        gradient_clipping=settings.gradient_clipping,
+        precision=settings.precision,
+    )
 
 
 def zero_stage(config: dict[str, Any]) -> int:

@@ -43,8 +43,11 @@ def _encode(
     batch_texts: int,
     world: World,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """(response states, prompt states) [n_i, H] of every text, in order, on every rank."""
-    shares = np.array_split(texts, world.world_size)
+    """(response states, prompt states) [n_i, H] of every text (sorted row numbers), in order, on every rank."""
+    # By length, so that a batch pads little; dealt out in turn, so that ranks get equal work.
+    table = collator.data.prompts if of_prompts else collator.data.responses
+    by_length = texts[np.argsort(-table.lengths_of(texts), kind="stable")]
+    shares = [by_length[rank :: world.world_size] for rank in range(world.world_size)]
     num_batches = -(-len(shares[0]) // batch_texts)
     response_states: list[Tensor] = []
     prompt_states: list[Tensor] = []
@@ -64,7 +67,9 @@ def _encode(
             if num_rows and states.prompt is not None:
                 prompt_states += _valid(states.prompt, states.prompt_length)
             advance(num_rows * world.world_size)
-    return _gathered(response_states, world), _gathered(prompt_states, world)
+    place = np.empty(len(texts), np.int64)
+    place[np.searchsorted(texts, np.concatenate(shares))] = np.arange(len(texts))
+    return _gathered(response_states, place, world), _gathered(prompt_states, place, world)
 
 
 def _text_batch(collator: Collator, rows: np.ndarray, of_prompts: bool) -> Batch:
@@ -81,13 +86,14 @@ def _valid(states: Tensor, lengths: Tensor) -> list[Tensor]:
     return [row[:length].cpu() for row, length in zip(states, lengths.tolist(), strict=True)]
 
 
-def _gathered(states: list[Tensor], world: World) -> list[Tensor]:
-    """All ranks' states in rank order, on every rank."""
-    if world.world_size == 1:
-        return states
-    parts: list[list[Tensor]] = [[] for _ in range(world.world_size)]
-    torch_dist.all_gather_object(parts, states)
-    return [row for part in parts for row in part]
+def _gathered(states: list[Tensor], place: np.ndarray, world: World) -> list[Tensor]:
+    """All ranks' states on every rank; the state of text i lies at `place[i]` of the shares in rank order."""
+    parts: list[list[Tensor]] = [states]
+    if world.world_size > 1:
+        parts = [[] for _ in range(world.world_size)]
+        torch_dist.all_gather_object(parts, states)
+    rows = [row for part in parts for row in part]
+    return [rows[index] for index in place] if rows else []
 
 
 def _store(states: list[Tensor], texts: np.ndarray, num_texts: int) -> FeatureStore | None:

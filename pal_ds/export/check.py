@@ -22,6 +22,8 @@ from pal_ds.model import RewardModel
 from pal_ds.restore import OpenRun
 
 BATCH_TEXTS = 8
+NUM_TEXTS = 16
+"""Enough to tell a wrong export from a right one, few enough for a large model on a CPU."""
 
 
 def read_samples(opened: OpenRun) -> tuple[list[str], list[Encoded]]:
@@ -36,6 +38,7 @@ def read_samples(opened: OpenRun) -> tuple[list[str], list[Encoded]]:
     samples = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     if "prompt" in opened.parts.head.needs:
         samples = [sample for sample in samples if sample["prompt"] is not None]
+    samples = samples[:: -(-len(samples) // NUM_TEXTS)] if samples else samples
     encoder = TextEncoder.from_info(opened.data.info["tokens"], opened.data.tokenizer_path)
     rendered = [encoder.render(sample["prompt"], sample["response"]) for sample in samples]
     if not samples or None in rendered:

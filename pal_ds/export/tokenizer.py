@@ -26,14 +26,20 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def write_canonical_tokenizer(source: Path, folder: Path, tokens: dict, vocab_size: int) -> int:
+def write_canonical_tokenizer(
+    source: Path, folder: Path, tokens: dict, vocab_size: int, *, in_text: bool = True
+) -> int:
     """A tokenizer whose every text carries its prefix and end tokens exactly once.
+
+    Not every tokenizer can: one that prepends a character to each text cannot find specials again
+    (see `is_exact`). `in_text=False` writes it as it was, but for a pad token that ends no text.
 
     Args:
         source: the data's tokenizer.
         folder: where the files go.
         tokens: the `tokens` entry of dataset.json.
         vocab_size: rows of the model's embedding.
+        in_text: whether the normaliser writes the special tokens.
 
     Returns:
         The pad id, which never ends a text. It may be `vocab_size`: then the embedding needs one
@@ -45,11 +51,14 @@ def write_canonical_tokenizer(source: Path, folder: Path, tokens: dict, vocab_si
     if pad is None:
         pad = _NEW_PAD
         backend.add_special_tokens([AddedToken(pad, special=True)])
-    prefix, end = (
-        [backend.id_to_token(token) for token in tokens[key]] for key in ("prefix_ids", "end_ids")
-    )
     tokenizer.save_pretrained(folder)
-    _with_specials(backend, "".join(prefix), "".join(end)).save(str(folder / "tokenizer.json"))
+    if in_text:
+        prefix, end = (
+            "".join(backend.id_to_token(token) for token in tokens[key])
+            for key in ("prefix_ids", "end_ids")
+        )
+        backend = _with_specials(backend, prefix, end)
+    backend.save(str(folder / "tokenizer.json"))
     _rewrite_config(folder / "tokenizer_config.json", pad, tokens["max_length"])
     pad_id = backend.token_to_id(pad)
     assert pad_id <= vocab_size, f"pad token {pad} has id {pad_id} beyond {vocab_size} rows"

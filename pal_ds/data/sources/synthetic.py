@@ -16,24 +16,17 @@ import numpy as np
 from pal_ds.data.records import Record
 from pal_ds.data.sources.base import Source
 from pal_ds.data.sources.synthetic_phrases import (
+    GROUPS,
     NUM_PROMPTS_PER_TOPIC,
     TOPICS,
     TRAITS,
+    group_weights,
     prompt_text,
     response_text,
 )
 from pal_ds.errors import UserError
 
-GROUPS = ("careful", "breezy", "storyteller", "minimalist")
 PURE_WEIGHT = 0.8
-
-# Order of TRAITS. breezy and minimalist are the negatives of careful and storyteller.
-_CAREFUL = np.array([0.0, 1.0, 1.0, 0.0, 0.0, 1.0])
-_STORYTELLER = np.array([1.0, 0.0, 0.0, 1.0, 1.0, 0.0])
-# What depends on the topic: careful people want warmth in cooking and gardening, not in travel and
-# money; storytellers want formality in cooking and travel only. Over topics this averages to zero.
-_CAREFUL_WARM = {"cooking": 0.5, "gardening": 0.5, "travel": -0.5, "money": -0.5}
-_STORYTELLER_FORMAL = {"cooking": 0.5, "gardening": -0.5, "travel": 0.5, "money": -0.5}
 
 # Rows: which group plays (main, opposite, side, other side). A Latin square that keeps opposites
 # opposite: four users with the same mixture in four roles cancel exactly.
@@ -42,14 +35,6 @@ _ROLES = np.array([[0, 1, 2, 3], [1, 0, 3, 2], [2, 3, 0, 1], [3, 2, 1, 0]])
 # Both axes of taste must move at least this much between the two responses of an item, so that
 # every group has an opinion on it.
 _MIN_OPINION = 1.0
-
-
-def group_weights(topic: str) -> np.ndarray:
-    """[groups, traits] weights in the order of GROUPS and TRAITS, as they are for this topic."""
-    careful, storyteller = _CAREFUL.copy(), _STORYTELLER.copy()
-    careful[TRAITS.index("warm")] += _CAREFUL_WARM[topic]
-    storyteller[TRAITS.index("formal")] += _STORYTELLER_FORMAL[topic]
-    return np.stack([careful, -careful, storyteller, -storyteller])
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +57,7 @@ class Synthetic(Source):
     """`num_users` seen and `num_unseen_users` unseen users judge text about four topics.
 
     A seen user judges `comparisons_per_user` pairs of the train split and the `dev_` and `test_`
-    numbers of the others; an unseen user judges `unseen_comparisons_per_user` pairs on train prompts
+    numbers of the others; an unseen user `unseen_comparisons_per_user` pairs on train prompts
     (to be adapted on) and as many test pairs as a seen one. No prompt and no response is in two
     splits: use `split: field`. Each item is judged by `annotators_per_item` users. `pure_fraction`
     of the users belong to one group by at least 0.8. `bayes_accuracy` is that of the true model.
@@ -173,7 +158,7 @@ class Synthetic(Source):
             if value < low or (high is not None and value > high):
                 rule = f"at least {low}" if high is None else f"from {low} to {high}"
                 raise UserError(
-                    f"synthetic: {name} is {value}; it must be {rule}. Set it in the recipe's source."
+                    f"synthetic: {name} is {value}; it must be {rule}. Correct it in the recipe."
                 )
 
     @cached_property

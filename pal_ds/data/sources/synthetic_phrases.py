@@ -1,4 +1,4 @@
-"""The grammar of the synthetic world: topics, traits, phrase tables, how a text is put together.
+"""What the synthetic world is made of: topics, traits, tastes of groups, the grammar of its texts.
 
 Every trait shows in several distinct phrases. Texts differ between splits by recombination and
 topic slots, while each single phrase also occurs in training: words are enough to generalise from.
@@ -8,6 +8,15 @@ import numpy as np
 
 TRAITS = ("long", "formal", "cautious", "concrete", "warm", "structured")
 TOPICS = ("cooking", "gardening", "travel", "money")
+GROUPS = ("careful", "breezy", "storyteller", "minimalist")
+
+# Order of TRAITS. breezy and minimalist are the negatives of careful and storyteller.
+_CAREFUL = np.array([0.0, 1.0, 1.0, 0.0, 0.0, 1.0])
+_STORYTELLER = np.array([1.0, 0.0, 0.0, 1.0, 1.0, 0.0])
+# What depends on the topic: careful people want warmth in cooking and gardening, not in travel and
+# money; storytellers want formality in cooking and travel only. Over topics this averages to zero.
+_CAREFUL_WARM = {"cooking": 0.5, "gardening": 0.5, "travel": -0.5, "money": -0.5}
+_STORYTELLER_FORMAL = {"cooking": 0.5, "gardening": -0.5, "travel": 0.5, "money": -0.5}
 
 _SITUATIONS = (
     "I have only one free weekend",
@@ -160,9 +169,9 @@ _DETAIL = (
     ),
     (
         "for example ten minutes",
-        "say two cups on Monday",
+        "say half an hour on Monday",
         "at exactly seven o'clock",
-        "about five metres apart",
+        "with exactly three of each",
     ),
 )
 _WARMTH = (
@@ -188,6 +197,14 @@ _MARKERS = (
 )
 
 NUM_PROMPTS_PER_TOPIC = len(_SITUATIONS) * len(_QUESTIONS) * 4 * 8
+
+
+def group_weights(topic: str) -> np.ndarray:
+    """[groups, traits] weights in the order of GROUPS and TRAITS, as they are for this topic."""
+    careful, storyteller = _CAREFUL.copy(), _STORYTELLER.copy()
+    careful[TRAITS.index("warm")] += _CAREFUL_WARM[topic]
+    storyteller[TRAITS.index("formal")] += _STORYTELLER_FORMAL[topic]
+    return np.stack([careful, -careful, storyteller, -storyteller])
 
 
 def prompt_text(topic: str, number: int) -> str:

@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pal_ds.data.sources.synthetic import GROUPS, Synthetic, group_weights
+from pal_ds.data.sources.synthetic import Synthetic
 from pal_ds.data.sources.synthetic_phrases import (
+    GROUPS,
     NUM_PROMPTS_PER_TOPIC,
     TOPICS,
     TRAITS,
+    group_weights,
     prompt_text,
     response_text,
 )

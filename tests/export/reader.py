@@ -1,6 +1,6 @@
 """Scores texts with exported folders as a stranger would: transformers alone, no pal_ds, no DeepSpeed.
 
-Run as `python -I export_reader.py JOBS.json RESULTS.json`, from anywhere.
+Run as `python -I reader.py JOBS.json RESULTS.json`, from anywhere.
 """
 
 import json

@@ -48,8 +48,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 128,
     },
 }
+ARCHITECTURES["mistral"] = {**ARCHITECTURES["llama"], "model_type": "mistral"}
+"""With a tokenizer that prepends a character to every text, so that no stock export can be exact."""
 SEPARATORS = {"bert": " [SEP] "}
 MAX_LENGTH = 96
+MIXTURE = [0.7, 0.1, 0.2]
 
 
 class Case(NamedTuple):
@@ -64,7 +67,7 @@ class Case(NamedTuple):
 
     @property
     def is_stock(self) -> bool:
-        return self.head == "bt" and self.backbone != "bert"
+        return self.head == "bt" and self.backbone not in ("bert", "mistral")
 
 
 def _matrix() -> list[Case]:
@@ -75,10 +78,18 @@ def _matrix() -> list[Case]:
         for tuning in ("full", "lora", "frozen")
     ]
     cases += [("gpt2", "pal_a_cosine", "full"), ("gpt2", "pal_b", "lora"), ("gpt2", "bt", "full")]
+    cases += [("mistral", "bt", "full")]
     return [Case(*case, stage=index % 4) for index, case in enumerate(cases)]
 
 
 CASES = _matrix()
+
+
+def audience_of(case: Case) -> dict[str, Any]:
+    """One user, a mixture or the population, in turn over the cases."""
+    if case.head == "bt":
+        return {}
+    return ({"user": "u1"}, {"mixture": MIXTURE}, {})[CASES.index(case) % 3]
 
 
 def make_tokenizer(backbone: str) -> PreTrainedTokenizerFast:
@@ -101,6 +112,9 @@ def make_tokenizer(backbone: str) -> PreTrainedTokenizerFast:
         )
         return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     backend = Tokenizer(models.BPE())
+    if backbone == "mistral":
+        steps = normalizers.Prepend("_"), normalizers.Replace(" ", "_")
+        backend.normalizer = normalizers.Sequence(list(steps))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     special = ["<|end|>"] if backbone == "gpt2" else ["<pad>", "<s>", "</s>"]

@@ -9,7 +9,7 @@ from pal_ds.launch import write_base_weights
 from pal_ds.recipe import load_recipe
 from pal_ds.run_dir import RunDirectory
 from pal_ds.train import train
-from tests.export_cases import CASES
+from tests.export.cases import CASES
 
 
 def main(root: Path) -> None:

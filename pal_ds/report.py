@@ -1,0 +1,170 @@
+"""Pictures and a page for one run or several side by side: learning, users in the simplex, accuracy per user, new users.
+
+Reads what training and evaluation left in the run directories (metrics.jsonl, eval/test.json, eval/few_shot.json) and
+leaves out the pictures whose data are not there.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from pal_ds.run_dir import RunDirectory, write_atomically
+from pal_ds.users import UserTable
+
+PICTURES = {
+    "learning": "Learning curve",
+    "simplex": "Users in the simplex",
+    "users": "Accuracy per user",
+    "new_users": "New users against number of comparisons",
+}
+
+
+def write_report(
+    runs: dict[str, RunDirectory], out: Path, groups: dict[str, str | None] | None = None
+) -> Path:
+    """Writes OUT/report.md and its PNGs; `groups` colours users by a known group. Returns the page's path."""
+    out.mkdir(parents=True, exist_ok=True)
+    drawn = {
+        "learning": _draw(out / "learning.png", runs, _learning_curve),
+        "simplex": _draw(
+            out / "simplex.png", runs, lambda axes, run: _simplex(axes, run, groups or {})
+        ),
+        "users": _draw(out / "users.png", runs, _accuracy_per_user),
+        "new_users": _new_users(out / "new_users.png", runs),
+    }
+    lines = ["# Report", "", *_table(runs), ""]
+    for name, title in PICTURES.items():
+        if drawn[name]:
+            lines += [f"## {title}", "", f"![{title}]({name}.png)", ""]
+    write_atomically(out / "report.md", "\n".join(lines))
+    return out / "report.md"
+
+
+def _evaluation(run: RunDirectory, name: str) -> Any:
+    path = run.eval / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _table(runs: dict[str, RunDirectory]) -> list[str]:
+    lines = [
+        "| run | test pairs | accuracy (95% interval) | Bayes | worst tenth of users | ECE |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, run in runs.items():
+        figures = _evaluation(run, "test")
+        if figures and figures["pairs"]:
+            low, high = figures["accuracy_ci95"]
+            bayes = figures.get("bayes_accuracy")
+            lines.append(
+                f"| {name} | {figures['pairs']} | {figures['accuracy']:.3f} ({low:.3f}-{high:.3f}) | "
+                f"{'' if bayes is None else f'{bayes:.3f}'} | {figures['worst_decile_user_accuracy']:.3f} | {figures['ece']:.3f} |"
+            )
+    return lines
+
+
+def _draw(path: Path, runs: dict[str, RunDirectory], draw: Any) -> bool:
+    """One panel per run; whether any run had something to show."""
+    figure, panels = plt.subplots(1, len(runs), figsize=(4.6 * len(runs), 3.6), squeeze=False)
+    shown = False
+    for axes, (name, run) in zip(panels[0], runs.items(), strict=True):
+        has_content = draw(axes, run)
+        axes.set_title(name)
+        axes.set_axis_on() if has_content else axes.set_axis_off()
+        shown = shown or has_content
+    _save(figure, path, shown)
+    return shown
+
+
+def _save(figure: Any, path: Path, shown: bool) -> None:
+    figure.tight_layout()
+    if shown:
+        figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _learning_curve(axes: Axes, run: RunDirectory) -> bool:
+    rows = run.read_metrics()
+    train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    dev = [(row["step"], row["dev_accuracy"]) for row in rows if "dev_accuracy" in row]
+    if not train:
+        return False
+    axes.plot(*zip(*train, strict=True), color="tab:blue", linewidth=1)
+    axes.set_xlabel("update")
+    axes.set_ylabel("training loss", color="tab:blue")
+    if dev:
+        right = axes.twinx()
+        right.plot(*zip(*dev, strict=True), color="tab:orange", marker="o", markersize=3)
+        right.set_ylabel("dev accuracy", color="tab:orange")
+    return True
+
+
+def _simplex(axes: Axes, run: RunDirectory, groups: dict[str, str | None]) -> bool:
+    """Users at the weighted mean of the corners of a regular K-gon: exact for K = 3, a projection beyond."""
+    steps = run.complete_steps()
+    if not steps:
+        return False
+    table = UserTable.load(run.checkpoint(steps[-1]))
+    num_prototypes = table.num_prototypes
+    if num_prototypes < 2:
+        return False
+    angles = np.pi / 2 + 2 * np.pi * np.arange(num_prototypes) / num_prototypes
+    corners = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    places = table.mixtures().numpy() @ corners
+    outline = np.concatenate([corners, corners[:1]])
+    axes.plot(outline[:, 0], outline[:, 1], color="0.7", linewidth=1)
+    for index, (x, y) in enumerate(corners):
+        axes.annotate(f"{index + 1}", (1.12 * x, 1.12 * y), ha="center", va="center", color="0.4")
+    names = np.asarray([groups.get(user) or "mixed" for user in table.ids])
+    for group in sorted(set(names), key=lambda name: (name == "mixed", name)):
+        chosen = places[names == group]
+        colour = {"color": "0.6"} if group == "mixed" else {}
+        axes.scatter(chosen[:, 0], chosen[:, 1], s=18, label=group, alpha=0.8, **colour)
+    if set(names) != {"mixed"}:
+        axes.legend(fontsize=7, loc="lower right")
+    axes.set_aspect("equal")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    return True
+
+
+def _accuracy_per_user(axes: Axes, run: RunDirectory) -> bool:
+    figures = _evaluation(run, "test")
+    if not figures or not isinstance(figures["users"], dict) or not figures["users"]:
+        return False
+    accuracies = np.sort([user["accuracy"] for user in figures["users"].values()])
+    axes.bar(np.arange(len(accuracies)), accuracies, width=1.0, color="tab:blue", alpha=0.7)
+    axes.axhline(0.5, color="0.5", linewidth=1, linestyle=":")
+    if "bayes_accuracy" in figures:
+        axes.axhline(
+            figures["bayes_accuracy"], color="black", linewidth=1, linestyle="--", label="Bayes"
+        )
+        axes.legend(fontsize=7, loc="lower right")
+    axes.set_xlabel("users, worst first")
+    axes.set_ylabel("test accuracy")
+    axes.set_ylim(0, 1)
+    return True
+
+
+def _new_users(path: Path, runs: dict[str, RunDirectory]) -> bool:
+    """All runs in one picture; few-shot accuracy at 0, 1, 2, 4, ... comparisons on evenly spaced ticks."""
+    curves = {name: _evaluation(run, "few_shot") for name, run in runs.items()}
+    curves = {name: curve["curve"] for name, curve in curves.items() if curve}
+    figure, axes = plt.subplots(figsize=(5.5, 3.8))
+    for name, curve in curves.items():
+        axes.plot(range(len(curve)), [row["accuracy"] for row in curve], marker="o", label=name)
+        axes.set_xticks(range(len(curve)), [str(row["num_comparisons"]) for row in curve])
+        if "bayes_accuracy" in curve[-1]:
+            axes.axhline(curve[-1]["bayes_accuracy"], color="black", linewidth=1, linestyle="--")
+    axes.set_xlabel("comparisons per new user")
+    axes.set_ylabel("accuracy on their test pairs")
+    if curves:
+        axes.legend(fontsize=8)
+    _save(figure, path, bool(curves))
+    return bool(curves)
