@@ -114,6 +114,8 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("pal_ds").setLevel(
         logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
     )
+    # Retries and their tracebacks; what comes of them is said in one message.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     parser = build_parser()
     from pal_ds import commands

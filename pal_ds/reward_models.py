@@ -56,7 +56,9 @@ def load_pal_rm_b(path: str | Path, mixture: Sequence[float] | None = None) -> P
     return _of_family("pal_b", path, mixture)
 
 
-def model_of_run(opened: OpenRun, mixture: Sequence[float] | None = None) -> PreTrainedModel:
+def model_of_run(
+    opened: OpenRun, mixture: Sequence[float] | None = None
+) -> PalForSequenceClassification:
     """An open run's model as the exported class, in fp32, without writing anything."""
     model = load_model(opened)
     audience = choose_audience(model.head, opened.users, mixture=mixture)
@@ -88,7 +90,8 @@ def _from_folder(folder: Path, mixture: Sequence[float] | None) -> PreTrainedMod
     cls: type[PreTrainedModel] = PalForSequenceClassification
     if facts["stock_class"]:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        cls = canonical_class(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)])
+        stock: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+        cls = canonical_class(stock)
     try:
         return cls.from_pretrained(folder, local_files_only=True, **options).eval()
     except ValueError as error:

@@ -55,3 +55,19 @@ def run_ranks(num_ranks: int, *command: object, timeout: int = 300) -> str:
         f"{command} failed with {done.returncode}\n{blame or done.stderr[-6000:]}"
     )
     return done.stdout + done.stderr
+
+
+def run_command(
+    *words: object, timeout: int = 300, launcher: tuple[str, ...] = ("-m", "pal_ds")
+) -> str:
+    """`python -m pal_ds WORDS...` as one process, asserting success; returns what was printed."""
+    done = subprocess.run(
+        [sys.executable, *launcher, *map(str, words)],
+        env=environment(),
+        text=True,
+        capture_output=True,
+        timeout=timeout,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, f"{words} failed with {done.returncode}\n{done.stderr[-6000:]}"
+    return done.stdout + done.stderr

@@ -61,6 +61,8 @@ def read_model_config(config: BackboneConfig) -> Any:
         UserError: nothing that transformers can open lies there.
     """
     assert config.path is not None, "materialise `backbone.architecture` first"
+    if config.path.startswith(("/", ".", "~")) and not Path(config.path).is_dir():
+        raise UserError(f"backbone.path: no folder {config.path} (looked from {Path.cwd()}).")
     try:
         return AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:

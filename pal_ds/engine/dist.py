@@ -81,22 +81,23 @@ class World:
         return self.all_gather(tensor).sum(0)
 
 
-def _fill_rank_variables() -> None:
-    """A plain `python -m pal_ds` is a world of one; launchers set these variables themselves."""
+def _fill_rank_variables() -> list[str]:
+    """A plain `python -m pal_ds` is a world of one; launchers set these variables themselves. Names those it set."""
     if "RANK" in os.environ:
-        return
+        return []
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    os.environ.update(
-        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(alone)
+    return list(alone)
 
 
 @contextlib.contextmanager
 def distributed(timeout_minutes: int = 30) -> Iterator[World]:
     """Starts DeepSpeed's process group and takes it down at the end; finish the process with `leave`."""
-    _fill_rank_variables()
+    filled = _fill_rank_variables()
     # deepspeed calls collectives under names that newer torch deprecates: nothing a user could mend.
     warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed")
     if not torch.cuda.is_available():
@@ -124,6 +125,8 @@ def distributed(timeout_minutes: int = 30) -> Iterator[World]:
     finally:
         if torch_dist.is_initialized():
             torch_dist.destroy_process_group()
+        for name in filled:
+            os.environ.pop(name, None)
 
 
 @contextlib.contextmanager

@@ -27,11 +27,11 @@ ENGINE_FOLDER = "engine"
 
 
 class _Segment(NamedTuple):
-    """Elements [start, start + count) of a flat stored tensor."""
+    """Elements [start, start + num_values) of a flat stored tensor."""
 
     source: StoredTensor
     start: int
-    count: int
+    num_values: int
 
 
 class _Layout(NamedTuple):

@@ -77,7 +77,7 @@ class StoredTensor(NamedTuple):
         if count:
             with open(self.storage.path, "rb", buffering=0) as stream:
                 stream.seek(self.storage.begin + (self.offset + start) * values.element_size())
-                _fill(stream, memoryview(values.view(torch.uint8).numpy()), self.storage.path)
+                _fill(stream, values.view(torch.uint8).numpy().data, self.storage.path)
         return values
 
 

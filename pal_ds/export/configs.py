@@ -34,7 +34,7 @@ def backbone_config(opened: OpenRun) -> PretrainedConfig:
             f"{opened.run.path}: its backbone brings code of its own (backbone.trust_remote_code), "
             "which an exported folder cannot carry. Score with `score --run_dir` instead."
         )
-    config = AutoConfig.from_pretrained(backbone.path)
+    config = AutoConfig.from_pretrained(str(backbone.path))
     config._name_or_path = ""
     config.use_cache = False
     return config
@@ -81,7 +81,7 @@ def stock_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
 
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         return None
-    stock = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    stock: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
     config.num_labels = 1
     with torch.device("meta"):
         model = stock(config)

@@ -36,6 +36,7 @@ from pal_ds.export.who import Audience, choose_audience
 from pal_ds.export.writer import write_sharded
 from pal_ds.exported.encoding import drop_unused_modules
 from pal_ds.exported.modeling_pal import PalForSequenceClassification
+from pal_ds.heads.base import Head
 from pal_ds.progress import progress_bar
 from pal_ds.restore import OpenRun, load_model, open_run
 from pal_ds.run_dir import RunDirectory
@@ -122,7 +123,7 @@ def _fill(
         opened, audience, dtype=options.dtype, stock=stock.__name__ if stock else None
     )
     facts["reads_prompt"] = opened.parts.collator.with_prompt
-    if stock is None:
+    if stock is None or linear is None:
         layout = _pal_layout(folder, opened, weights, audience, options)
     else:
         layout = _stock_layout(folder, opened, weights, stock, linear)
@@ -261,7 +262,7 @@ def _check(
     return {**facts, "max_difference": difference, "scale": scale, "num_samples": len(texts)}
 
 
-def _write_users(folder: Path, opened: OpenRun, head: nn.Module) -> None:
+def _write_users(folder: Path, opened: OpenRun, head: Head) -> None:
     mixtures = user_mixtures(head, opened.users)[:-1].tolist()
     with open(folder / "users.jsonl", "w", encoding="utf-8") as stream:
         for user_id, mixture in zip(opened.users.ids, mixtures, strict=True):

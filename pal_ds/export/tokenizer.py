@@ -31,15 +31,15 @@ def write_canonical_tokenizer(
 ) -> int:
     """A tokenizer whose every text carries its prefix and end tokens exactly once.
 
-    Not every tokenizer can: one that prepends a character to each text cannot find specials again
-    (see `is_exact`). `in_text=False` writes it as it was, but for a pad token that ends no text.
+    Not every tokenizer can: one that prepends a character to each text cannot find specials again.
+    It is then written as it was, but for a pad token that ends no text; `is_exact` tells.
 
     Args:
         source: the data's tokenizer.
         folder: where the files go.
         tokens: the `tokens` entry of dataset.json.
         vocab_size: rows of the model's embedding.
-        in_text: whether the normaliser writes the special tokens.
+        in_text: False keeps the normaliser from writing special tokens even where it could.
 
     Returns:
         The pad id, which never ends a text. It may be `vocab_size`: then the embedding needs one
@@ -52,16 +52,18 @@ def write_canonical_tokenizer(
         pad = _NEW_PAD
         backend.add_special_tokens([AddedToken(pad, special=True)])
     tokenizer.save_pretrained(folder)
-    if in_text:
+    if in_text and _keeps_specials(backend):
         prefix, end = (
-            "".join(backend.id_to_token(token) for token in tokens[key])
+            "".join(str(backend.id_to_token(token)) for token in tokens[key])
             for key in ("prefix_ids", "end_ids")
         )
         backend = _with_specials(backend, prefix, end)
     backend.save(str(folder / "tokenizer.json"))
     _rewrite_config(folder / "tokenizer_config.json", pad, tokens["max_length"])
     pad_id = backend.token_to_id(pad)
-    assert pad_id <= vocab_size, f"pad token {pad} has id {pad_id} beyond {vocab_size} rows"
+    assert pad_id is not None and pad_id <= vocab_size, (
+        f"pad token {pad} has id {pad_id} beyond {vocab_size} rows"
+    )
     return pad_id
 
 
@@ -71,6 +73,13 @@ def _pad_token(tokenizer: Any, end_ids: list[int]) -> str | None:
         if token is not None and tokenizer.convert_tokens_to_ids(token) not in end_ids:
             return token
     return None
+
+
+def _keeps_specials(backend: Tokenizer) -> bool:
+    """Whether the normaliser leaves special tokens as they are, so that they are found after it."""
+    names = [token["content"] for token in json.loads(backend.to_str())["added_tokens"]]
+    normalizer = backend.normalizer
+    return normalizer is None or all(normalizer.normalize_str(name) == name for name in names)
 
 
 def _with_specials(backend: Tokenizer, prefix: str, end: str) -> Tokenizer:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,8 @@ def weights_of(opened: OpenRun) -> Weights:
 
 def plain_backbone(model: RewardModel) -> torch.nn.Module:
     """The transformers model inside a reward model, adapters merged (in place) if it has any."""
-    inner = model.backbone.model
+    backbone: Any = model.backbone
+    inner = backbone.model
     return inner.merge_and_unload() if hasattr(inner, "merge_and_unload") else inner
 
 

@@ -97,5 +97,5 @@ def _write_file(
                     "earlier step (--step)."
                 )
             flat = tensor.detach().to(dtype).contiguous().view(-1)
-            stream.write(memoryview(flat.view(torch.uint8).numpy()))
+            stream.write(flat.view(torch.uint8).numpy().data)
             advance(1)

@@ -23,7 +23,8 @@ class PalRewardConfig(PretrainedConfig):
     """What the exported model is made of and how its texts were prepared."""
 
     model_type = "pal_reward"
-    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012  transformers reads it from the class
+    # transformers reads it from the class.
+    sub_configs = {"text_config": AutoConfig}  # type: ignore  # noqa: RUF012
 
     def __init__(
         self,
@@ -82,6 +83,8 @@ class PalForSequenceClassification(PreTrainedModel):
     `from_pretrained(FOLDER, mixture=[...])` is another user from the same files.
     """
 
+    backbone: Any
+    head: Any
     config_class = PalRewardConfig
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
@@ -95,7 +98,7 @@ class PalForSequenceClassification(PreTrainedModel):
         super().__init__(config)
         self.backbone = AutoModel.from_config(config.text_config)
         drop_unused_modules(self.backbone)
-        head = config.head
+        head: dict = config.head or {}
         self.head = build_head(head["name"], hidden_size_of(config.text_config), head["init"])
         self.reads_prompt = "prompt" in self.head.needs
         if "logits" in self.head.needs:
@@ -179,11 +182,11 @@ class PalForSequenceClassification(PreTrainedModel):
             start = num_prefix if starts is None else starts[index]
             if self.config.encoding == "separate":
                 ids = self._cut(row[:num_prefix] + row[start:])
-                texts.append(_Text(ids, len(row) - len(ids), self._cut(row[:start]), None))
+                texts.append(_Text(ids, len(row) - len(ids), self._cut(row[:start]), 0))
             else:
                 ids = self._cut(row)
                 num_cut = len(row) - len(ids)
-                texts.append(_Text(ids, num_cut, None, max(start - num_cut, num_prefix, 1)))
+                texts.append(_Text(ids, num_cut, [], max(start - num_cut, num_prefix, 1)))
         return texts
 
     def _cut(self, row: list[int]) -> list[int]:
@@ -244,9 +247,9 @@ class _Text(NamedTuple):
     """The row that holds the response."""
     num_cut: int
     """Ids of the canonical row that are missing between the prefix and the rest of `ids`."""
-    prompt: list[int] | None
+    prompt: list[int]
     """The prompt's own row (separate encoding)."""
-    prompt_length: int | None
+    prompt_length: int
     """The prompt's length within `ids` (joint encoding)."""
 
 

@@ -1,0 +1,181 @@
+"""Recipes that say something impossible: unknown keys and classes, values out of range, parts that do not fit."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pal_ds.engine.ds_config import load_ds_config
+from tests.bad_input.conftest import Place, Refused
+
+BERT = {
+    "model_type": "bert",
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--train.batch_pair=3"], "--train.batch_pair=3. Did you mean train.batch_pairs?"),
+        (["--optim.lerning_rate=1"], "Did you mean optim.learning_rate?"),
+        (["--head.num_prototype=3"], "'num_prototype' is not accepted. Did you mean num_prototype"),
+        (["--fre"], "--fre. Did you mean fresh?"),
+        (["--qqqq=1"], "--qqqq=1. `pal-ds COMMAND --help` lists what there is."),
+        (["--head=PalC"], "head: there is no class PalC. Did you mean PalB? Known are PalA, PalB,"),
+        (["--data.source=Jason"], "data.source: there is no class Jason. Did you mean Jsonl?"),
+        (["--head.similarity=cos"], "similarity: it must be one of 'distance', 'cosine'. Got v"),
+        (["--train.epochs=two"], "train.epochs: it must be of type int. Got value: two"),
+        (["--train.batch_pairs=0"], "train.batch_pairs is 0; it must be at least 1."),
+        (["--train.log_every=0"], "train.log_every is 0; it must be at least 1."),
+        (["--train.gradient_clipping=-1"], "train.gradient_clipping is -1.0; it must be 0 or m"),
+        (["--optim.learning_rate=-1"], "optim.learning_rate is -1.0; it must be 0 or more."),
+        (["--optim.warmup_fraction=2"], "optim.warmup_fraction is 2.0; it must be between 0"),
+        (["--users.learning_rate=0"], "users.learning_rate is 0.0; it must be above 0."),
+        (["--loss.kind=hing"], "loss.kind: it must be one of 'logistic', 'hinge'"),
+        (["--data.max_length=0"], "data.max_length)"),
+        (["--train.ds_config=zero9"], "zero9.json. Give a path to a DeepSpeed JSON or one of: z"),
+    ],
+)
+def test_options(place: Place, refused: Refused, tmp_path: Path, options: list, message: str):
+    assert message in refused(*place.train(*options, run=tmp_path / "new"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {batch_pears: 3}", "option 'train.batch_pears'. Did you mean train.batch_pairs?"),
+        ("trian: {epochs: 3}", "option 'trian.epochs'. Did you mean train.epochs?"),
+        ("head: {class_path: PalC}", "head: there is no class PalC."),
+        ("train:\n  epochs: [\n", "extra.yaml:3: not valid YAML"),
+        ("- train", "extra.yaml: holds no keys; a recipe is a YAML mapping"),
+        ("", "extra.yaml: holds no keys"),
+    ],
+)
+def test_recipe_files(place: Place, refused: Refused, tmp_path: Path, text: str, message: str):
+    extra = tmp_path / "extra.yaml"
+    extra.write_text(text)
+    assert message in refused(*place.train(f"--config={extra}", run=tmp_path / "new"))
+
+
+def test_what_is_missing(place: Place, refused: Refused, tmp_path: Path):
+    assert "nope.yaml: no such file" in refused(*place.train("--config", tmp_path / "nope.yaml"))
+    assert "train.run_dir" in refused("train", f"--config={place.recipe}")
+    assert "train.head" in refused("train", "--data.path=x", f"--run_dir={tmp_path / 'new'}")
+    assert "invalid choice: 'trian'" in refused("trian")
+    assert '"command" to be one of' in refused()
+    assert "is a file. Name a directory" in refused(*place.train(run=place.pairs))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--backbone.path=x"], "backbone: give exactly one of path (weights to load) and archi"),
+        (
+            ["--backbone.architecture=null", "--backbone.path=tests"],
+            "backbone.path: transformers cannot open 'tests'",
+        ),
+        (["--backbone.architecture=null"], "backbone: give exactly one of path"),
+        (
+            ["--backbone.architecture=null", "--backbone.path=./nowhere"],
+            "backbone.path: no folder ./nowhere (looked from ",
+        ),
+        (
+            ['--backbone.architecture={"model_type": "lama"}'],
+            "model_type is lama, which transformers does not know. Give one that it does, such as",
+        ),
+        (
+            ["--backbone.architecture.num_hidden_layer=1"],
+            "llama has no option num_hidden_layer. Did you mean num_hidden_layers?",
+        ),
+        (
+            ["--backbone.architecture.num_attention_heads=5"],
+            "(32) is not a multiple of the number of attention heads (5)",
+        ),
+        (
+            ["--backbone.tuning=lora", "--backbone.lora.target_modules=[nope]"],
+            "backbone.lora: Target modules {'nope'} not found",
+        ),
+        (["--head.num_prototypes=0"], "head: num_prototypes is 0; it must be above 0."),
+        (
+            [f"--backbone.architecture={json.dumps(BERT)}", "--loss.token_weighting=cumulative"],
+            "loss.token_weighting: cumulative needs a score per response token; an encoder is mea",
+        ),
+        (
+            [
+                f"--backbone.architecture={json.dumps(BERT)}",
+                "--backbone.encoding=joint",
+                "--head=PalB",
+            ],
+            "backbone.encoding: joint with an encoder mean-pools",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit(
+    place: Place, refused: Refused, tmp_path: Path, options: list, message: str
+):
+    assert message in refused(*place.train(*options, run=tmp_path / "new"))
+
+
+def test_head_that_reads_the_prompt_needs_a_marker(place: Place, refused: Refused, tmp_path: Path):
+    data = tmp_path / "data"
+    data.symlink_to(place.data)
+    info = json.loads((place.data / "dataset.json").read_text())
+    info["tokens"]["marker_ids"], info["tokens"]["separator"] = None, " "
+    data.unlink()
+    data.mkdir()
+    for path in place.data.iterdir():
+        (data / path.name).symlink_to(path)
+    (data / "dataset.json").unlink()
+    (data / "dataset.json").write_text(json.dumps(info))
+    options = ["--head=PalB", f"--data.path={data}", "--data.source=null"]
+    message = refused(*place.train(*options, run=tmp_path / "new"))
+    assert "head: it reads the prompt, and data.separator ' ' leaves no token" in message
+    assert "Prepare with a separator that does" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"train_batch_size": 99}, "train_batch_size = 99 contradicts the recipe, which owns it as"),
+        ({"train_batch_size": "many"}, 'train_batch_size = "many" contradicts the recipe'),
+        ({"gradient_clipping": 3.0}, "gradient_clipping = 3.0 contradicts the recipe"),
+        ({"optimizer": {"type": "Adam"}}, "contradicts the recipe, which owns it as optim. Delete"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled = true contradicts train.precision: fp32"),
+        ({"bf16": True}, "bf16 must be an object, found true"),
+        ({"nebula": {}}, "DeepSpeed removed the key nebula; delete it."),
+        ({"elasticity": {}}, "DeepSpeed removed the key elasticity; delete it."),
+        (
+            {"zero_optimization": {"stage": 3, "mics_shard_size": 2}},
+            "removed the key zero_optimization.mics_shard_size; use zero_hpz_partition_size",
+        ),
+        ({"zero_optimization": {"stage": 7}}, "zero_optimization.stage is 7; it must be 0, 1, 2"),
+        ({"zero_optimization": []}, "zero_optimization must be an object, found []"),
+        ({"zero_optimisation": {}}, "no key zero_optimisation. Did you mean zero_optimization?"),
+        ({"zero_optimization": {"stagee": 3}}, "DeepSpeed refuses zero_optimization (stagee: Ext"),
+        ([], "a DeepSpeed config is a JSON object, found list"),
+    ],
+)
+def test_deepspeed_json(place: Place, refused: Refused, tmp_path: Path, content, message: str):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(content))
+    said = refused(*place.train(f"--train.ds_config={path}", run=tmp_path / "new"))
+    assert message in said
+    assert str(path) in said
+
+
+def test_deepspeed_json_that_is_none(place: Place, refused: Refused, tmp_path: Path):
+    path = tmp_path / "ds.json"
+    path.write_text('{\n "bf16": \n')
+    said = refused(*place.train(f"--train.ds_config={path}", run=tmp_path / "new"))
+    assert f"{path}:3: not valid JSON" in said
+
+
+def test_shipped_deepspeed_configs_pass():
+    names = [path.stem for path in Path("ds_configs").glob("*.json")]
+    assert "zero3" in names
+    for name in names:
+        load_ds_config(name)
