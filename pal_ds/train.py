@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from pal_ds.assemble import Parts, assemble, load_backbone
@@ -26,6 +27,7 @@ from pal_ds.engine.dist import World
 from pal_ds.engine.ds_config import ds_config_of
 from pal_ds.engine.frozen import encode_once
 from pal_ds.engine.sharding import (
+    parameter_bytes_on_this_rank,
     partitioned_loading,
     start_inference_engine,
     start_training_engine,
@@ -85,7 +87,9 @@ def train(
     Returns the collator, which a sweep over heads and seeds on one frozen backbone passes on as `encoded`.
     `recipe` (YAML) becomes the run's config.yaml once all is loaded, so that a start that fails changes nothing.
     """
-    state = start_training(config, run, data, world, encoded=encoded, trust_checkpoint=trust_checkpoint)
+    state = start_training(
+        config, run, data, world, encoded=encoded, trust_checkpoint=trust_checkpoint
+    )
     try:
         if recipe is not None:
             world.from_rank_zero(lambda: run.write_config(recipe))
@@ -223,6 +227,9 @@ def start_training(
             del encoder
         collator = replace(encoded, table_rows=table_rows)
         backbone = GivenStates()
+    if config.train.precision == "bf16":
+        # ZeRO-3 packs all weights into one buffer, so the head shares the backbone's dtype; masters stay fp32.
+        parts.head.to(torch.bfloat16)
     engine = start_training_engine(RewardModel(backbone, parts.head), config.optim, ds_config)
     items = data.response_prompt[data.comparisons["a"][train_rows]]
     settings = config.train
@@ -231,11 +238,12 @@ def start_training(
     )
     state = Training(config, run, world, data, parts, collator, engine, users, plan)
     resume(state, trust=trust_checkpoint)
+    held, whole = parameter_bytes_on_this_rank(engine.module)
+    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     logger.info(
-        "ready at update %d of %d after %.1f s",
-        state.step,
-        state.num_updates,
-        time.monotonic() - started,
+        "ready at update %d of %d after %.1f s: %s parameters, %.3f of their bytes on this rank",
+        *(state.step, state.num_updates, time.monotonic() - started),
+        *(f"{num_parameters:,}", held / max(whole, 1)),
     )
     return state
 

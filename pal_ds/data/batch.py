@@ -188,7 +188,8 @@ class Collator:
             starts.append(len(head))
         prompt_rows = prompt_length = None
         if self.with_prompt and self.encoding == "joint":
-            prompt_rows, prompt_length = np.arange(len(responses)), np.asarray(starts)
+            # An answer that fills max_length leaves no prompt; its first token then stands in, as in the export.
+            prompt_rows, prompt_length = np.arange(len(responses)), np.maximum(starts, 1)
         elif self.with_prompt:
             prompt_rows = np.arange(len(responses), len(responses) + len(prompts))
             sequences += [self.prompt_sequence(int(prompt)) for prompt in prompts]
