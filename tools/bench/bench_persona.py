@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tools.bench.environment import describe_environment
+from tools.bench.environment import describe_environment  # noqa: E402
 
 RECIPE = ROOT / "pal_ds" / "recipes" / "persona_groups.yaml"
 GROUPS = 4
