@@ -85,6 +85,11 @@ def few_shot_curve(
         margins = predict(reader.model, reader.collator, test_rows, of_draw, micro, world)
         figures = figures_of(data, test_rows, margins)
         accuracies.setdefault(count, []).append(figures["accuracy"])
+    return _rows(accuracies, figures)
+
+
+def _rows(accuracies: dict[int, list[float]], figures: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row per k; the best possible accuracy where the data know it."""
     truth = {name: figures[name] for name in ("bayes_accuracy",) if name in figures}
     return [
         {

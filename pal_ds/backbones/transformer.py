@@ -5,6 +5,7 @@ It knows nothing of heads, users or losses: token ids and positions in, hidden s
 
 import difflib
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 

