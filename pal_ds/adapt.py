@@ -135,7 +135,9 @@ def _fit_chunk(
     num_starts, num_pairs = len(starts), len(owner)
     repeated = features._replace(
         response_index=features.response_index.repeat(num_starts, 1),
-        prompt_index=None if features.prompt_index is None else features.prompt_index.repeat(num_starts, 1),
+        prompt_index=None
+        if features.prompt_index is None
+        else features.prompt_index.repeat(num_starts, 1),
     )
     label, begin, end, required = (
         field.repeat(num_starts)

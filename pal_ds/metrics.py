@@ -15,16 +15,21 @@ def correctness(margins: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return (signed > 0) + 0.5 * (signed == 0)
 
 
-def clustered_interval(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float]:
-    """95% interval of the mean when values share clusters (all pairs of a prompt stand or fall together).
+def clustered_standard_error(values: np.ndarray, clusters: np.ndarray) -> float:
+    """Standard error of the mean when values share clusters (all pairs of a prompt stand or fall together).
 
-    Normal approximation with the cluster-robust variance of a mean: sum over clusters of (sum of residuals)^2 / n^2.
+    Cluster-robust variance of a mean: sum over clusters of (sum of residuals)^2 / n^2, with C / (C - 1).
     """
-    mean = values.mean()
-    residuals = np.bincount(np.unique(clusters, return_inverse=True)[1], weights=values - mean)
+    index = np.unique(clusters, return_inverse=True)[1]
+    residuals = np.bincount(index, weights=values - values.mean())
     num_clusters = len(residuals)
     correction = num_clusters / (num_clusters - 1) if num_clusters > 1 else 1.0
-    half = 1.96 * np.sqrt(correction * (residuals**2).sum()) / len(values)
+    return float(np.sqrt(correction * (residuals**2).sum()) / len(values))
+
+
+def clustered_interval(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float]:
+    """95% interval (normal approximation) of a mean of values in [0, 1] that share clusters."""
+    mean, half = values.mean(), 1.96 * clustered_standard_error(values, clusters)
     return float(max(0.0, mean - half)), float(min(1.0, mean + half))
 
 

@@ -39,17 +39,23 @@ def dump_recipe(options: Namespace) -> str:
     return _recipe_parser().dump(chosen, skip_validation=True)
 
 
-def recipe_from_arguments(arguments: list[str]) -> RunConfig:
-    """The recipe that these command-line arguments describe (--config and dotted keys).
+def read_recipe(arguments: list[str]) -> tuple[RunConfig, str]:
+    """The recipe that these command-line arguments (--config and dotted keys) describe, and its YAML.
 
     Raises:
         UserError: a key or value that no recipe has.
     """
     parser = _recipe_parser()
     try:
-        return as_recipe(parser.instantiate(parser.parse_args(arguments)))
+        options = parser.parse_args(arguments)
+        return as_recipe(parser.instantiate(options)), dump_recipe(options)
     except ArgumentError as error:
         raise UserError(f"{' '.join(arguments)}: {error}") from None
+
+
+def recipe_from_arguments(arguments: list[str]) -> RunConfig:
+    """As `read_recipe`, without the YAML."""
+    return read_recipe(arguments)[0]
 
 
 def load_recipe(path: Path) -> RunConfig:

@@ -1,4 +1,4 @@
-"""Pictures and a page for one run or several side by side: learning, users in the simplex, accuracy per user, new users.
+"""Pictures and a page for one run, or several side by side.
 
 Reads what training and evaluation left in the run directories (metrics.jsonl, eval/test.json, eval/few_shot.json) and
 leaves out the pictures whose data are not there.
@@ -61,11 +61,16 @@ def _table(runs: dict[str, RunDirectory]) -> list[str]:
         figures = _evaluation(run, "test")
         if figures and figures["pairs"]:
             low, high = figures["accuracy_ci95"]
-            bayes = figures.get("bayes_accuracy")
-            lines.append(
-                f"| {name} | {figures['pairs']} | {figures['accuracy']:.3f} ({low:.3f}-{high:.3f}) | "
-                f"{'' if bayes is None else f'{bayes:.3f}'} | {figures['worst_decile_user_accuracy']:.3f} | {figures['ece']:.3f} |"
+            bayes = "" if "bayes_accuracy" not in figures else f"{figures['bayes_accuracy']:.3f}"
+            cells = (
+                name,
+                figures["pairs"],
+                f"{figures['accuracy']:.3f} ({low:.3f}-{high:.3f})",
+                bayes,
+                f"{figures['worst_decile_user_accuracy']:.3f}",
+                f"{figures['ece']:.3f}",
             )
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines
 
 
@@ -124,10 +129,10 @@ def _simplex(axes: Axes, run: RunDirectory, groups: dict[str, str | None]) -> bo
     names = np.asarray([groups.get(user) or "mixed" for user in table.ids])
     for group in sorted(set(names), key=lambda name: (name == "mixed", name)):
         chosen = places[names == group]
-        colour = {"color": "0.6"} if group == "mixed" else {}
-        axes.scatter(chosen[:, 0], chosen[:, 1], s=18, label=group, alpha=0.8, **colour)
+        colour = "0.6" if group == "mixed" else None
+        axes.scatter(chosen[:, 0], chosen[:, 1], s=18, label=group, alpha=0.8, color=colour)
     if set(names) != {"mixed"}:
-        axes.legend(fontsize=7, loc="lower right")
+        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     axes.set_aspect("equal")
     axes.set_xticks([])
     axes.set_yticks([])

@@ -22,6 +22,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """`write_atomically` of an indented JSON."""
     write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Training figures: summed on the device, read once per interval, written to metrics.jsonl and, if configured, wandb."""
+"""Training figures: summed on the device, read once per interval, written to metrics.jsonl and, if set up, wandb."""
 
 import time
 from typing import Any

@@ -187,7 +187,7 @@ def save(state: Training) -> None:
         retain(
             state.run,
             max(2, state.config.train.keep_checkpoints),
-            state.best and state.best["step"],
+            None if state.best is None else state.best["step"],
         )
 
     state.world.from_rank_zero(publish)

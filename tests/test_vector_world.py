@@ -1,6 +1,5 @@
 """The vector world end to end: planted prototypes and mixtures come back out of a run made by the command line."""
 
-
 import numpy as np
 import pytest
 import torch

@@ -10,6 +10,7 @@ class GivenStates(nn.Module):
     """Passes stored states on as features; it has no parameters."""
 
     def forward(self, batch: Batch) -> Features:
+        assert batch.response_states is not None, "this batch carries token ids, not states"
         return Features(
             batch.response_states,
             batch.response_index,

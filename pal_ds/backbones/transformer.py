@@ -5,7 +5,6 @@ It knows nothing of heads, users or losses: token ids and positions in, hidden s
 
 import difflib
 import logging
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ class TransformerBackbone(nn.Module):
     """Hidden states [R, T, H] of the scored positions, and of the prompts [P, C, H] where a head reads them."""
 
     def __init__(self, model: nn.Module, *, pool_mean: bool, prompt_tokens: bool) -> None:
-        """`pool_mean`: one mean over each row's tokens (encoders); `prompt_tokens`: all prompt positions, not the last."""
+        """`pool_mean`: one mean per row (encoders); `prompt_tokens`: every prompt position, not the last."""
         super().__init__()
         self.model = model
         self.pool_mean, self.prompt_tokens = pool_mean, prompt_tokens
@@ -43,6 +42,8 @@ class TransformerBackbone(nn.Module):
 
     def states(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(responses [R, T, H], prompts [P, C, H], valid positions of each prompt [P])."""
+        assert batch.input_ids is not None and batch.attention_mask is not None
+        assert batch.response_positions is not None, "this batch carries states, not token ids"
         return encode_tokens(
             self.model,
             batch.input_ids,
@@ -127,6 +128,7 @@ def load_transformer(
 
     Call it inside the engine's loading context: under ZeRO-3 the weights are then partitioned as they are read.
     """
+    assert config.path is not None, "materialise `backbone.architecture` first"
     attention, reason = choose_attention(config.attention, precision, gpu)
     logger.info("attention: %s (%s)", attention, reason)
     model = AutoModel.from_pretrained(
@@ -163,7 +165,7 @@ def _add_adapters(model: PreTrainedModel, config: BackboneConfig, seed: int) -> 
 
     options = LoraConfig(
         r=config.lora.rank,
-        lora_alpha=config.lora.alpha,
+        lora_alpha=config.lora.alpha,  # pyright: ignore[reportArgumentType]  peft takes any number
         lora_dropout=config.lora.dropout,
         target_modules=config.lora.target_modules or "all-linear",
     )

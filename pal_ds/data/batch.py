@@ -4,13 +4,14 @@ It reads prepared tables only; it knows nothing of heads or losses beyond which 
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pal_ds.data.plan import gumbel_noise
+from pal_ds.data.ragged import Ragged
 from pal_ds.data.tables import PreparedData
 from pal_ds.heads.shapes import Float, Int
 
@@ -47,9 +48,10 @@ class Batch(NamedTuple):
     gumbel: Float[Tensor, "B K"] | None
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(
-            *(None if field is None else field.to(device, non_blocking=True) for field in self)
-        )
+        moved: list[Any] = [
+            None if part is None else part.to(device, non_blocking=True) for part in self
+        ]
+        return Batch(*moved)
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,18 @@ class Collator:
             else torch.from_numpy(gumbel_noise(noise[0], noise[1], positions, noise[2])),
         )
 
+    @property
+    def responses(self) -> Ragged:
+        """Token ids of the responses."""
+        assert self.data.responses is not None, "vector records have no token ids"
+        return self.data.responses
+
+    @property
+    def prompts(self) -> Ragged:
+        """Token ids of the prompts."""
+        assert self.data.prompts is not None, "vector records have no token ids"
+        return self.data.prompts
+
     def user_rows(self, rows: np.ndarray) -> np.ndarray:
         """User table row of each comparison, int64; -1 for users the table does not hold."""
         users = self.data.comparisons["user"][rows].astype(np.int64)
@@ -125,10 +139,10 @@ class Collator:
         num_pairs = len(response_index)
         if self.scored_positions == "last" or self.data.response_vectors is not None:
             return np.zeros(num_pairs, np.int64), np.ones(num_pairs, np.int64)
-        lengths = self.data.responses.lengths_of(responses)
+        lengths = self.responses.lengths_of(responses)
         padded = np.full((len(responses), int(lengths.max()) + 1), -1, np.int64)
         for row, response in enumerate(responses):
-            padded[row, : lengths[row]] = self.data.responses[response]
+            padded[row, : lengths[row]] = self.responses[response]
         first, second = padded[response_index[:, 0]], padded[response_index[:, 1]]
         start = np.argmax(first != second, axis=1)
         return start, lengths[response_index].max(axis=1)
@@ -151,13 +165,11 @@ class Collator:
     def _stored(self, responses: np.ndarray, prompts: np.ndarray) -> dict[str, Tensor | None]:
         prompt_states = prompt_length = None
         if self.response_store is None:
-            response_states = torch.from_numpy(np.asarray(self.data.response_vectors[responses]))[
-                :, None
-            ]
+            assert self.data.response_vectors is not None, "neither stored states nor vectors"
+            response_states = _vectors(self.data.response_vectors, responses)
             if self.with_prompt:
-                prompt_states = torch.from_numpy(np.asarray(self.data.prompt_vectors[prompts]))[
-                    :, None
-                ]
+                assert self.data.prompt_vectors is not None, "a head that needs the prompt got none"
+                prompt_states = _vectors(self.data.prompt_vectors, prompts)
                 prompt_length = torch.ones(len(prompts), dtype=torch.int64)
         else:
             store = self.response_store
@@ -195,7 +207,7 @@ class Collator:
             sequences += [self.prompt_sequence(int(prompt)) for prompt in prompts]
             prompt_length = np.asarray([len(sequence) for sequence in sequences[len(responses) :]])
         ids, mask = pad_right(sequences, self.pad_token_id)
-        lengths = self.data.responses.lengths_of(responses)
+        lengths = self.responses.lengths_of(responses)
         num_positions = 1 if self.scored_positions == "last" else int(lengths.max())
         columns = (
             lengths[:, None] - 1
@@ -216,8 +228,8 @@ class Collator:
     def sequence(self, response: int) -> tuple[np.ndarray, np.ndarray]:
         """(what precedes the response, the response) as token ids; the prompt is truncated first, from the left."""
         tokens = self.data.info["tokens"]
-        num_prefix, tail = len(tokens["prefix_ids"]), self.data.responses[response]
-        head = self.data.prompts[int(self.data.response_prompt[response])]
+        num_prefix, tail = len(tokens["prefix_ids"]), self.responses[response]
+        head = self.prompts[int(self.data.response_prompt[response])]
         if self.encoding == "separate":
             return head[:num_prefix], tail
         return _truncate_left(head, num_prefix, tokens["max_length"] - len(tail)), tail
@@ -225,9 +237,12 @@ class Collator:
     def prompt_sequence(self, prompt: int) -> np.ndarray:
         """The prompt alone, with its marker, as separate encoding reads it."""
         tokens = self.data.info["tokens"]
-        return _truncate_left(
-            self.data.prompts[prompt], len(tokens["prefix_ids"]), tokens["max_length"]
-        )
+        return _truncate_left(self.prompts[prompt], len(tokens["prefix_ids"]), tokens["max_length"])
+
+
+def _vectors(table: np.ndarray, rows: np.ndarray) -> Float[Tensor, "n one H"]:
+    """Rows of a memory-mapped table as states of one position."""
+    return torch.from_numpy(np.asarray(table[rows]))[:, None]
 
 
 def _truncate_left(ids: np.ndarray, num_prefix: int, budget: int) -> np.ndarray:

@@ -62,7 +62,7 @@ class UpdatePlan:
         return -(-len(self.comparisons) // self.batch_pairs)
 
     def update(self, epoch: int, index: int) -> np.ndarray:
-        """Row numbers of the comparisons of update `index` of `epoch`, in their global order, int64 [<= batch_pairs]."""
+        """Rows of the comparisons of update `index` of `epoch`, in their global order, int64 [<= batch_pairs]."""
         assert 0 <= index < self.updates_per_epoch, f"update {index} is outside the epoch"
         if epoch != self._epoch:
             self._order, self._epoch = self.comparisons[self._permutation(epoch)], epoch

@@ -211,7 +211,7 @@ def load_checkpoint(
 
 
 def retain(run: RunDirectory, num_keep: int, best_step: int | None) -> None:
-    """Deletes all but the newest `num_keep` complete checkpoints and the best; leftovers of interrupted saves go too."""
+    """Deletes all but the newest `num_keep` complete checkpoints and the best, and what interrupted saves left."""
     keep = set(run.complete_steps()[-num_keep:]) | {best_step}
     for path in run.checkpoints.glob("step_*"):
         name = path.name.removeprefix("step_")

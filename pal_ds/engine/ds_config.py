@@ -192,8 +192,10 @@ def ds_config_of(settings: TrainConfig, world_size: int) -> dict[str, Any]:
 
 
 def zero_stage(config: dict[str, Any]) -> int:
+    """0 to 3."""
     return int(config["zero_optimization"].get("stage", 0))
 
 
 def offloads_optimizer(config: dict[str, Any]) -> bool:
+    """Whether optimizer state lives in host memory or on disk."""
     return config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"

@@ -24,12 +24,12 @@ def encode_once(
     table = data.comparisons[comparisons]
     responses = np.unique(np.concatenate([table["a"], table["b"]]))
     states, prompt_states = _encode(backbone, collator, responses, False, batch_texts, world)
-    num_responses = len(data.responses)
+    num_responses = len(collator.responses)
     prompt_store = _store(prompt_states, responses, num_responses)
     if collator.with_prompt and collator.encoding == "separate":
         prompts = np.unique(data.response_prompt[responses])
         _, prompt_states = _encode(backbone, collator, prompts, True, batch_texts, world)
-        prompt_store = _store(prompt_states, prompts, len(data.prompts))
+        prompt_store = _store(prompt_states, prompts, len(collator.prompts))
     return replace(
         collator, response_store=_store(states, responses, num_responses), prompt_store=prompt_store
     )
@@ -45,7 +45,7 @@ def _encode(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """(response states, prompt states) [n_i, H] of every text (sorted row numbers), in order, on every rank."""
     # By length, so that a batch pads little; dealt out in turn, so that ranks get equal work.
-    table = collator.data.prompts if of_prompts else collator.data.responses
+    table = collator.prompts if of_prompts else collator.responses
     by_length = texts[np.argsort(-table.lengths_of(texts), kind="stable")]
     shares = [by_length[rank :: world.world_size] for rank in range(world.world_size)]
     num_batches = -(-len(shares[0]) // batch_texts)
@@ -60,9 +60,7 @@ def _encode(
             rows = rows if num_rows else texts[:1]
             states = backbone(_text_batch(collator, rows, of_prompts).to(world.device))
             if num_rows and not of_prompts:
-                lengths = np.minimum(
-                    collator.data.responses.lengths_of(rows), states.response.shape[1]
-                )
+                lengths = np.minimum(collator.responses.lengths_of(rows), states.response.shape[1])
                 response_states += _valid(states.response, torch.from_numpy(lengths))
             if num_rows and states.prompt is not None:
                 prompt_states += _valid(states.prompt, states.prompt_length)

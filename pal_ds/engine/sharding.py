@@ -61,7 +61,7 @@ def parameter_bytes_on_this_rank(model: nn.Module) -> tuple[int, int]:
     held = whole = 0
     for parameter in model.parameters():
         partition = getattr(parameter, "ds_tensor", None)
-        numel = parameter.numel() if partition is None else int(parameter.ds_numel)
+        numel = parameter.numel() if partition is None else int(getattr(parameter, "ds_numel"))  # noqa: B009
         held += (
             parameter.numel() if partition is None else partition.numel()
         ) * parameter.element_size()

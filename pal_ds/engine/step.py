@@ -52,13 +52,17 @@ class Stepper:
     def run(
         self, update: int, batches: list[Batch], runs: list[list[np.ndarray]], user_rows: np.ndarray
     ) -> UpdateStats:
-        """`batches`: this rank's micro-batches; `runs` [micro-step][rank] positions; `user_rows` of the whole update."""
+        """`batches` are this rank's; `runs` [micro-step][rank] the positions; `user_rows` those of the whole update."""
         factor = schedule_factor(self.optim, update, self.num_updates)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = group["full_lr"] * factor
         self.engine.train()
         num_pairs = len(user_rows)
-        loss_sum, correct, leaves = 0.0, 0.0, []
+        loss_sum, correct = (
+            torch.zeros((), device=self.world.device),
+            torch.zeros((), device=self.world.device),
+        )
+        leaves: list[Tensor] = []
         for index, batch in enumerate(batches):
             self._seed_dropout(update, index)
             self.engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
@@ -74,7 +78,8 @@ class Stepper:
             total = ((per_pair + output.penalty) * batch.weight).sum()
             # ZeRO averages gradients over ranks, hence the factor world size.
             self.engine.backward(total * (self.world.world_size / num_pairs), scale_wrt_gas=False)
-            leaves.append(leaf)
+            if leaf is not None:
+                leaves.append(leaf)
             with torch.no_grad():
                 decision = decision_margin(output.margin, batch.window_end) * batch.label
                 correct = (
@@ -110,7 +115,7 @@ class Stepper:
         world_size = self.world.world_size
         sizes = np.array([[max(len(run), 1) for run in step] for step in runs])
         longest = int(sizes.sum(0).max())
-        local = torch.cat([leaf.grad for leaf in leaves])
+        local = torch.cat([leaf.grad for leaf in leaves if leaf.grad is not None])
         padded = local.new_zeros(longest, local.shape[1])
         padded[: len(local)] = local
         gathered = self.world.all_gather(padded).flatten(0, 1)

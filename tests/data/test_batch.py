@@ -1,7 +1,6 @@
 """Batches against an independent reading of the tables: every distinct text once, windows, truncation, stand-ins."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest

@@ -1,5 +1,6 @@
 """Worker of test_parity: runs many engine variants on the same updates and stores what they computed."""
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def split(num_pairs: int, world_size: int, accumulation: int) -> list[list[np.nd
     if num_pairs != 16:
         return split_update(num_pairs, world_size, -(-num_pairs // (world_size * accumulation)))
     bounds = np.concatenate([[0], np.cumsum(np.ravel(sizes))])
-    runs = [np.arange(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    runs = [np.arange(a, b) for a, b in itertools.pairwise(bounds)]
     return [runs[step * world_size : (step + 1) * world_size] for step in range(len(sizes))]
 
 

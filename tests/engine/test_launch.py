@@ -73,7 +73,10 @@ def distance(a: Path, b: Path) -> float:
 
 
 def test_plain_python(recipe: Path, variants: Path) -> None:
-    run_command("train", f"--config={recipe}", f"--run_dir={recipe.parent / 'python'}")
+    run_dir = recipe.parent / "python"
+    tracking = ["--wandb.project=test", "--wandb.mode=offline"]
+    run_command("train", f"--config={recipe}", f"--run_dir={run_dir}", *tracking)
+    assert list(run_dir.glob("wandb/offline-run-*"))
     assert distance(recipe.parent / "python", variants / "plain") <= 2e-6
 
 

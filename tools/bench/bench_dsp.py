@@ -1,14 +1,14 @@
 """DSP as five users in conflict: PAL-A, PAL-B and Bradley-Terry over seeds on frozen or trained sentence features.
 
-    python tools/bench/bench_dsp.py --raw domain_specific_preference.json --backbone DIR [--tuning frozen|full]
+    python tools/bench/bench_dsp.py --raw domain_specific_preference.json --backbone DIR [--seeds 3]
 
-Trains by the product's own `train` in one process per encoding and prints dev accuracy per seed.
+Frozen encoder; the texts are encoded once for all heads that read them alike. Prints dev accuracy per head and seed.
+The encoder trained too is recipes/dsp_full.yaml; compare_runs.py holds the two against each other.
 """
 
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -53,7 +53,7 @@ def run_all(options: argparse.Namespace) -> dict[str, list[float]]:
     """Dev accuracy after the last epoch, per head and seed; each encoding of the texts is computed once."""
     from pal_ds.data.prepare import prepare
     from pal_ds.engine.dist import distributed
-    from pal_ds.recipe import recipe_from_arguments
+    from pal_ds.recipe import read_recipe
     from pal_ds.run_dir import RunDirectory
     from pal_ds.train import train
 
@@ -61,8 +61,8 @@ def run_all(options: argparse.Namespace) -> dict[str, list[float]]:
     with distributed() as world:
         for name, head in HEADS.items():
             for seed in range(options.seeds):
-                run = RunDirectory(out / f"{name}_{seed}_{time.time_ns()}")
-                config = recipe_from_arguments(
+                run = RunDirectory(out / f"{name}_{seed}")
+                config, recipe = read_recipe(
                     [
                         f"--config={RECIPE}",
                         f"--data.source.path={options.raw}",
@@ -73,6 +73,8 @@ def run_all(options: argparse.Namespace) -> dict[str, list[float]]:
                         *head,
                     ]
                 )
+                run.path.mkdir(parents=True)
+                run.config_file.write_text(recipe)
                 data = prepare(config.data, quiet=True)
                 reads_prompt = "PalB" in head[0]
                 encoded[reads_prompt] = train(

@@ -1,6 +1,6 @@
 """The quickstart over several seeds: shares of Bayes accuracy, distance of Bradley-Terry, new users after 16 pairs.
 
-    python tools/bench/bench_quickstart.py [--seeds 3] [--out runs/bench_quickstart]
+python tools/bench/bench_quickstart.py [--seeds 3] [--out runs/bench_quickstart]
 """
 
 import argparse
@@ -22,13 +22,22 @@ def main() -> None:
     rows, minutes = [], []
     for seed in range(options.seeds):
         out, started = options.out / f"seed{seed}", time.monotonic()
-        command = [sys.executable, str(ROOT / "tools" / "quickstart.py"), f"--seed={seed}", f"--out={out}"]
+        command = [
+            sys.executable,
+            str(ROOT / "tools" / "quickstart.py"),
+            f"--seed={seed}",
+            f"--out={out}",
+        ]
         subprocess.run(command, check=True)
         minutes.append((time.monotonic() - started) / 60)
         rows.append(json.loads((out / "summary.json").read_text()))
     from tools.bench.environment import describe_environment
 
-    print(json.dumps({"environment": describe_environment(), "minutes": minutes, "summaries": rows}, indent=1))
+    print(
+        json.dumps(
+            {"environment": describe_environment(), "minutes": minutes, "summaries": rows}, indent=1
+        )
+    )
     for name, line in figures(rows).items():
         print(f"{name:14s} {line}")
 
