@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test check clean
+.PHONY: install quickstart test check types clean
 
 install: $(VENV)/.installed
 
@@ -24,6 +24,10 @@ quickstart: install
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# pyright fetches Node.js at its first run, so it is no part of `make test`.
+types: install
+	$(BIN)/pyright
 
 test: check
 	$(BIN)/python -m pytest

@@ -8,6 +8,7 @@ import torch
 
 from pal_ds.adapt import LogitPrior, fit_users
 from pal_ds.data.plan import keyed_generator
+from pal_ds.data.tables import PreparedData
 from pal_ds.engine.dist import World
 from pal_ds.errors import UserError
 from pal_ds.evaluate import predict, user_mixtures
@@ -50,7 +51,7 @@ def adapt_run(
     with opened_pairs(restored, pairs, world) as data:
         rows = data.rows(split) if pairs is None else np.arange(len(data.comparisons))
         if num_pairs is not None:
-            rows = few_per_user(rows, data.comparisons["user"][rows], num_pairs, seed)
+            rows = few_per_user(data, rows, num_pairs, seed)
         if len(rows) == 0:
             raise UserError(f"{pairs or f'--split {split}'}: no pairs to adapt to.")
         owners, user_index = np.unique(data.comparisons["user"][rows], return_inverse=True)
@@ -75,13 +76,18 @@ def adapt_run(
     return report
 
 
-def few_per_user(rows: np.ndarray, users: np.ndarray, num_pairs: int, seed: int) -> np.ndarray:
-    """At most `num_pairs` rows of each user, drawn by (seed, user) so that other users do not matter."""
+def few_per_user(data: PreparedData, rows: np.ndarray, num_pairs: int, seed: int) -> np.ndarray:
+    """At most `num_pairs` of the comparisons `rows` per user, drawn by (seed, user id): other users do not matter."""
+    if len(rows) == 0:
+        return rows
+    users = data.comparisons["user"][rows]
+    by_user = np.argsort(users, kind="stable")
+    owners, first = np.unique(users[by_user], return_index=True)
     kept = [
-        keyed_generator("few", seed, int(user)).permutation(rows[users == user])[:num_pairs]
-        for user in np.unique(users)
+        keyed_generator("few", seed, data.users[owner]).permutation(own)[:num_pairs]
+        for owner, own in zip(owners, np.split(rows[by_user], first[1:]), strict=True)
     ]
-    return np.sort(np.concatenate(kept)) if kept else rows
+    return np.sort(np.concatenate(kept))
 
 
 def _report(

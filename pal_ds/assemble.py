@@ -71,6 +71,7 @@ def assemble(config: RunConfig, data: PreparedData, run: RunDirectory) -> Parts:
             model_config = architecture_config(backbone, int(data.info["tokens"]["vocab_size"]))
         hidden_size, encoder = hidden_size_of(model_config), is_encoder(model_config)
         _check_vocabulary(model_config, data)
+        _check_positions(model_config, data)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(head_seed(config.train.seed))
         try:
@@ -145,6 +146,32 @@ def _check_vocabulary(model_config: Any, data: PreparedData) -> None:
             f"backbone.path: its vocabulary has {vocab_size} entries, the data's tokenizer has {needed}. "
             "Prepare the data with the backbone's own tokenizer (data.tokenizer)."
         )
+
+
+def _check_positions(model_config: Any, data: PreparedData) -> None:
+    positions = getattr(model_config, "max_position_embeddings", None)
+    if positions is None:
+        return
+    if model_config.model_type in ("roberta", "xlm-roberta"):
+        # Their positions start behind the pad id's own.
+        positions -= model_config.pad_token_id + 1
+    if data.info["tokens"]["max_length"] > positions:
+        raise UserError(
+            f"data.max_length: {data.info['tokens']['max_length']}, and the backbone has {positions} positions. "
+            f"Prepare with data.max_length: {positions} or less."
+        )
+
+
+def base_weights_of(parts: Parts) -> str | None:
+    """Fingerprint of the weights that training leaves as they are; None where there are none."""
+    if parts.backbone is None or parts.backbone.tuning == "full":
+        return None
+    from pal_ds.backbones.fingerprint import weights_fingerprint
+    from pal_ds.backbones.transformer import read_model_config
+
+    assert parts.backbone.path is not None, "materialise `backbone.architecture` first"
+    revision = getattr(read_model_config(parts.backbone), "_commit_hash", None)
+    return weights_fingerprint(parts.backbone.path, revision)
 
 
 def load_backbone(parts: Parts, config: RunConfig, *, gpu: bool) -> nn.Module:

@@ -62,7 +62,7 @@ def predict(
         for step in range(num_steps):
             begin = step * run_size + world.rank * micro_batch_pairs
             share = rows[begin : min(begin + micro_batch_pairs, len(rows))]
-            batch = collator(share, np.arange(len(share))).to(world.device)
+            batch = collator(share, np.arange(len(share)), stand_in=int(rows[0])).to(world.device)
             output = forward(batch, UserState(None, None, mixtures[batch.user_row]))
             padded = torch.full((micro_batch_pairs,), torch.nan, device=world.device)
             padded[: len(share)] = decision_margin(output.margin, batch.window_end)[: len(share)]

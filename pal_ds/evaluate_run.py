@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,17 +69,23 @@ def opened_pairs(restored: Restored, file: Path | None, world: World) -> Iterato
     if file is None:
         yield restored.data
         return
-    folder = restored.run.path / f"pairs-of-{file.stem}.tables"
 
-    def build() -> None:
-        shutil.rmtree(folder, ignore_errors=True)
+    def build() -> Path:
+        # A name of its own: others may be evaluating a file of this name on this run right now.
+        name = {"prefix": f"pairs-of-{file.stem}-", "suffix": ".tables"}
+        folder = Path(tempfile.mkdtemp(**name, dir=restored.run.path))
         tokens = restored.data.info["tokens"]
-        encoder = None
-        if tokens is not None:
-            encoder = TextEncoder.from_info(tokens, restored.data.tokenizer_path)
-        build_tables(Jsonl(str(file)).records(), folder, encoder, check_marker=False)
+        try:
+            encoder = None
+            if tokens is not None:
+                encoder = TextEncoder.from_info(tokens, restored.data.tokenizer_path)
+            build_tables(Jsonl(str(file)).records(), folder, encoder, check_marker=False)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return folder
 
-    world.from_rank_zero(build)
+    folder = world.from_rank_zero(build)
     try:
         yield PreparedData.open(folder)
     finally:
@@ -146,14 +153,11 @@ def evaluate_run(
                 f"--split {split}: {data.path} has no pairs in it; it has {data.info['counts']['splits']}."
             )
         micro = restored.config.train.micro_batch_pairs
-        # Margins of the logistic loss are log-odds already; other losses are calibrated on dev.
-        calibration = rows[:0] if restored.config.loss.kind == "logistic" else data.rows("dev")
-        read = np.union1d(rows, calibration)
-        reader = reader_of(restored, data, read, known.table_rows(data), world)
+        temperature = _temperature(restored, micro, world)
+        reader = reader_of(restored, data, rows, known.table_rows(data), world)
         margins = predict(
             reader.model, reader.collator, rows, mixtures, micro, world, label="scoring"
         )
-        temperature = _temperature(restored, reader, data, mixtures, micro, world)
         figures = report_on(data, rows, margins, reader.collator.user_rows(rows), temperature)
         if file is not None:
             figures["dropped"] = data.info["dropped"]
@@ -165,23 +169,20 @@ def evaluate_run(
     return figures
 
 
-def _temperature(
-    restored: Restored,
-    reader: Reader,
-    data: PreparedData,
-    mixtures: torch.Tensor,
-    micro: int,
-    world: World,
-) -> float:
-    """From the run's own dev pairs, where the loss's margins are no log-odds."""
-    if data is not restored.data and restored.config.loss.kind != "logistic":
-        best = restored.run.pointer("best")
-        return float(best["temperature"]) if best else 1.0
-    rows = data.rows("dev") if restored.config.loss.kind != "logistic" else np.empty(0, np.int64)
+def _temperature(restored: Restored, micro: int, world: World) -> float:
+    """At the restored step, from the run's own users and dev pairs, whichever pairs and users are evaluated.
+
+    Margins of the logistic loss are log-odds already: nothing is read or scored for it.
+    """
+    data, kind = restored.data, restored.config.loss.kind
+    rows = data.rows("dev")
+    if kind == "logistic" or len(rows) == 0:
+        return 1.0
+    own = known_users(restored, None)
+    reader = reader_of(restored, data, rows, own.table_rows(data), world)
+    mixtures = own.mixtures.to(world.device)
     margins = predict(reader.model, reader.collator, rows, mixtures, micro, world)
-    return dev_temperature(
-        margins, data.comparisons["label"][rows].astype(float), restored.config.loss.kind
-    )
+    return dev_temperature(margins, data.comparisons["label"][rows].astype(float), kind)
 
 
 def _num_seen_prompts(trained_on: PreparedData, data: PreparedData) -> int:

@@ -43,13 +43,18 @@ def few_shot_curve(
     {"num_comparisons", "accuracy", "accuracy_by_seed", "bayes_accuracy"?}; each seed is one draw of the k pairs.
 
     Raises:
-        UserError: the data hold no unseen users.
+        UserError: no unseen user of the data can be fitted and tested.
     """
     data = restored.data
     fit_rows, test_rows = data.rows("unseen_train"), data.rows("unseen_test")
-    if len(fit_rows) == 0 or len(test_rows) == 0:
-        raise UserError(f"{data.path}: no unseen users with pairs in unseen_train and unseen_test.")
-    owners = np.unique(data.comparisons["user"][test_rows])
+    user_of = data.comparisons["user"]
+    owners = np.unique(user_of[test_rows])
+    # Who has no pair to be tested on is not fitted either: the curve is about the users of `unseen_test`.
+    fit_rows = fit_rows[np.isin(user_of[fit_rows], owners)]
+    if len(fit_rows) == 0:
+        raise UserError(
+            f"{data.path}: no unseen user has pairs in both unseen_train and unseen_test."
+        )
     table_rows = np.full(len(data.users), -1, np.int64)
     table_rows[owners] = np.arange(len(owners))
     everything = np.union1d(fit_rows, test_rows)
@@ -61,7 +66,7 @@ def few_shot_curve(
     # Each (k, seed, user) is fitted as a user of its own, all of them in one go.
     rows = np.concatenate(drawn)
     owner = np.concatenate([
-        draw * len(owners) + table_rows[data.comparisons["user"][part]] for draw, part in enumerate(drawn)
+        draw * len(owners) + table_rows[user_of[part]] for draw, part in enumerate(drawn)
     ])  # fmt: skip
     mixtures = population.repeat(len(draws) * len(owners), 1)
     if restored.parts.needs_users and len(rows):
@@ -104,4 +109,4 @@ def _rows(accuracies: dict[int, list[float]], figures: dict[str, Any]) -> list[d
 
 def _draw(data: PreparedData, rows: np.ndarray, count: int, seed: int) -> np.ndarray:
     """At most `count` comparisons of each user among `rows`."""
-    return few_per_user(rows, data.comparisons["user"][rows], count, seed) if count else rows[:0]
+    return few_per_user(data, rows, count, seed) if count else rows[:0]

@@ -1,4 +1,8 @@
-"""A person asks to be forgotten: the user's row leaves every checkpoint of a run and every evaluation of it."""
+"""A person asks to be forgotten: the user's row leaves every checkpoint of a run and every evaluation of it.
+
+At every moment each step is whole under its own name or under one of two names that training and its clean-up do
+not look at; `recover` gives an interrupted step its name back.
+"""
 
 import json
 import os
@@ -8,26 +12,40 @@ from typing import Any
 
 from pal_ds.engine.checkpoint import hash_file, verify_checkpoint
 from pal_ds.errors import UserError
+from pal_ds.evaluate import user_mixtures
+from pal_ds.restore import open_run
 from pal_ds.run_dir import RunDirectory, write_json
 from pal_ds.users import UserTable
 
+USER_FILES = ("users.safetensors", "users.arrow")
+EDITED, OLD = "edited-", "old-"
+"""Prefixes of a step while it is exchanged; not `step_*`, of which retention deletes what is no complete step."""
+
 
 def list_users(run: RunDirectory, step: str = "latest") -> list[tuple[str, list[float]]]:
-    """(user id, mixture softmax(w_u)) of every user of a checkpoint."""
+    """(user id, mixture as the run's head uses it in evaluation) of every user of a checkpoint.
+
+    Raises:
+        UserError: the run or its data cannot be opened.
+    """
     run.require_run()
-    table = UserTable.load(run.checkpoint(run.resolve_step(step)))
-    return list(zip(table.ids, table.mixtures().tolist(), strict=True))
+    recover(run)
+    # No weights are read here, and opening a run unpickles nothing that could run code.
+    opened = open_run(run, step, trust=True)
+    mixtures = user_mixtures(opened.parts.head, opened.users)[:-1]
+    return list(zip(opened.users.ids, mixtures.tolist(), strict=True))
 
 
 def forget_user(run: RunDirectory, user_id: str) -> dict[str, Any]:
     """Removes a user from all checkpoints and evaluation files; says what was changed.
 
-    The raw and prepared data are not this run's to change: the report says so.
+    The raw and prepared data are not this run's to change: the caller says so.
 
     Raises:
-        UserError: no checkpoint of the run holds this user.
+        UserError: no checkpoint of the run holds this user, or one that does is damaged; nothing was changed.
     """
     run.require_run()
+    recover(run)
     steps = [
         step for step in run.complete_steps() if user_id in UserTable.load(run.checkpoint(step))
     ]
@@ -35,37 +53,104 @@ def forget_user(run: RunDirectory, user_id: str) -> dict[str, Any]:
         raise UserError(
             f"--remove {user_id}: no checkpoint of {run.path} holds this user; --list shows who is there."
         )
-    for step in steps:
-        _rewrite_checkpoint(run.checkpoint(step), user_id)
-    changed = [
-        path.name for path in sorted(run.eval.glob("*.json")) if _rewrite_evaluation(path, user_id)
-    ]
+    manifests = {step: verify_checkpoint(run.checkpoint(step)) for step in steps}
+    # Checkpoints last: as long as one holds the user, an interrupted removal can be asked for again.
+    changed = _forget_in_evaluations(run, user_id)
+    for leftover in run.path.glob("pairs-of-*.tables*"):
+        # What an evaluation that was killed left of a file of pairs, all its users included.
+        shutil.rmtree(leftover)
+    for step, manifest in manifests.items():
+        _rewrite_checkpoint(run.checkpoint(step), manifest, user_id)
     return {"user_id": user_id, "steps": steps, "evaluations": changed}
 
 
-def _rewrite_checkpoint(path: Path, user_id: str) -> None:
-    """A new directory takes the old one's name, so that an interruption leaves one of the two whole."""
-    manifest = verify_checkpoint(path)
+def recover(run: RunDirectory) -> None:
+    """Finishes the exchange of steps that `forget_user` was interrupted in; does nothing where none was.
+
+    Raises:
+        UserError: a step has lost its name and neither copy of it is intact; nothing was deleted.
+    """
+    aside = [path for stage in (EDITED, OLD) for path in run.checkpoints.glob(f"{stage}step_*")]
+    for name in sorted({path.name.removeprefix(EDITED).removeprefix(OLD) for path in aside}):
+        path = run.checkpoints / name
+        edited, old = _aside(path)
+        if not path.exists() and edited.exists():
+            if _is_intact(edited):
+                edited.rename(path)
+            elif old.exists():
+                verify_checkpoint(old)
+                old.rename(path)
+        # An old copy without an edited one was replaced before: it must not come back, the user is in it.
+        for leftover in (edited, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        _sync(run.checkpoints)
+
+
+def _aside(path: Path) -> tuple[Path, Path]:
+    """Where the edited and the old copy of a step lie while one takes the other's place."""
+    return path.with_name(EDITED + path.name), path.with_name(OLD + path.name)
+
+
+def _is_intact(path: Path) -> bool:
+    try:
+        verify_checkpoint(path)
+    except UserError:
+        return False
+    return True
+
+
+def _rewrite_checkpoint(path: Path, manifest: dict[str, Any], user_id: str) -> None:
+    """A complete edited copy takes the step's place; `recover` finishes this wherever it is interrupted."""
     table = UserTable.load(path)
     table.remove(user_id)
-    edited, old = path.with_name(path.name + ".edited.tmp"), path.with_name(path.name + ".old.tmp")
-    for leftover in (edited, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    names = ("users.safetensors", "users.arrow")
-    shutil.copytree(
-        path, edited, copy_function=os.link, ignore=shutil.ignore_patterns(*names, "manifest.json")
-    )
+    edited, old = _aside(path)
+    left_out = shutil.ignore_patterns(*USER_FILES, "manifest.json")
+    shutil.copytree(path, edited, copy_function=_link, ignore=left_out)
     table.save(edited)
-    for name in names:
-        file = edited / name
-        manifest["files"][name] = {"size": file.stat().st_size, "xxh3_128": hash_file(file)}
-    write_json(edited / "manifest.json", manifest)
+    files = dict(manifest["files"])
+    for name in USER_FILES:
+        _sync(edited / name)
+        files[name] = {
+            "size": (edited / name).stat().st_size,
+            "xxh3_128": hash_file(edited / name),
+        }
+    write_json(edited / "manifest.json", {**manifest, "files": files})
+    _sync(edited)
+    _sync(path.parent)
     path.rename(old)
     edited.rename(path)
+    _sync(path.parent)
     shutil.rmtree(old)
 
 
-def _rewrite_evaluation(path: Path, user_id: str) -> bool:
+def _link(source: str, target: str) -> None:
+    """Shards are large and never written again, so both copies may share them where the file system can."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+        _sync(Path(target))
+
+
+def _sync(path: Path) -> None:
+    """A file's or folder's content is on the disk, not only in its cache."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _forget_in_evaluations(run: RunDirectory, user_id: str) -> list[str]:
+    """Names of the files that held the user."""
+    changed = [
+        path.name for path in sorted(run.eval.glob("*.json")) if _rewrite_figures(path, user_id)
+    ]
+    tables = sorted(run.eval.glob("*.parquet"))
+    return changed + [path.name for path in tables if _rewrite_rows(path, user_id)]
+
+
+def _rewrite_figures(path: Path, user_id: str) -> bool:
     figures = json.loads(path.read_text())
     found = False
     for section in (figures, figures.get("unknown_users", {})):
@@ -75,3 +160,19 @@ def _rewrite_evaluation(path: Path, user_id: str) -> bool:
     if found:
         write_json(path, figures)
     return found
+
+
+def _rewrite_rows(path: Path, user_id: str) -> bool:
+    """As `_rewrite_figures`, of a table with one row per user."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
+    kept = table.filter(pc.field("user_id") != user_id)
+    if len(kept) == len(table):
+        return False
+    edited = path.with_name(path.name + ".tmp")
+    pq.write_table(kept, edited)
+    _sync(edited)
+    os.replace(edited, path)
+    return True

@@ -14,7 +14,10 @@ from pal_ds.engine.dist import distributed
 from pal_ds.engine.ds_config import check_zero_section, ds_config_of
 from pal_ds.errors import UserError
 from pal_ds.recipe import refuse_changes
-from pal_ds.run_dir import RunDirectory
+from pal_ds.run_dir import RunDirectory, write_json
+
+OUR_BASE = "random_weights.json"
+"""Marks a base folder as random weights of ours, which may be written again."""
 
 
 def launch_training(
@@ -45,12 +48,13 @@ def launch_training(
             )
         )
         world.on_every_rank(lambda: assemble(config, data, run))
+        made_base = False
         if config.backbone.architecture is not None and data.info["kind"] == "tokens":
-            world.from_rank_zero(lambda: write_base_weights(config, data, run))
+            made_base = world.from_rank_zero(lambda: write_base_weights(config, data, run))
         try:
             train(config, run, data, world, trust_checkpoint=trust_checkpoint, recipe=recipe)
         except UserError:
-            if world.is_rank_zero and not run.config_file.is_file():
+            if world.is_rank_zero and made_base and not run.config_file.is_file():
                 leave_no_trace(run)
             raise
 
@@ -60,13 +64,12 @@ def prepare_before_processes_meet(config: RunConfig) -> UserError | None:
 
     What goes wrong is returned, not raised, so that the others learn of it once they have met.
     """
-    world_size, local = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    # torchrun sets the first, the deepspeed launcher the second; a plain launch sets neither.
+    local = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size))
     if os.environ.get("RANK", "0") != "0":
         return None
-    if (
-        world_size != os.environ.get("LOCAL_WORLD_SIZE", world_size)
-        and not Path(config.data.path, "dataset.json").is_file()
-    ):
+    if world_size != local and not Path(config.data.path, "dataset.json").is_file():
         return UserError(
             f"{config.data.path}: not prepared, and this launch spans nodes ({world_size} ranks, {local} here). "
             "Run `pal-ds prepare --config RECIPE` once first."
@@ -118,17 +121,30 @@ def check_run_directory(
 
 
 def leave_no_trace(run: RunDirectory) -> None:
-    """Takes away what a launch wrote that never came to its first update."""
+    """Takes away the base weights that this launch wrote, after a start that never came to its first update."""
     shutil.rmtree(run.base, ignore_errors=True)
     with contextlib.suppress(OSError):
         run.path.rmdir()  # only where nothing else lies in it
 
 
-def write_base_weights(config: RunConfig, data: PreparedData, run: RunDirectory) -> None:
-    """Writes the random weights of `backbone.architecture`, anew until a checkpoint stands on them."""
+def write_base_weights(config: RunConfig, data: PreparedData, run: RunDirectory) -> bool:
+    """Writes the random weights of `backbone.architecture`, anew until a checkpoint stands on them; whether it did.
+
+    Raises:
+        UserError: a folder of that name holds something that we did not write.
+    """
     from pal_ds.backbones.transformer import materialise_architecture
 
-    if not run.has_checkpoints() or not (run.base / "config.json").is_file():
-        materialise_architecture(
-            config.backbone, data.info["tokens"]["vocab_size"], config.train.seed, run.base
+    ours = run.base / OUR_BASE
+    if run.base.exists() and not ours.is_file():
+        raise UserError(
+            f"{run.base}: holds something that pal_ds did not write, and random weights of backbone.architecture "
+            "would go there. Name another --run_dir, or set backbone.path to use these weights."
         )
+    if run.has_checkpoints() and ours.is_file():
+        return False
+    materialise_architecture(
+        config.backbone, data.info["tokens"]["vocab_size"], config.train.seed, run.base
+    )
+    write_json(ours, {"architecture": config.backbone.architecture, "seed": config.train.seed})
+    return True

@@ -7,6 +7,18 @@ from scipy.optimize import minimize_scalar
 from scipy.special import expit, log_expit
 
 NUM_CALIBRATION_BINS = 15
+FIGURES = (
+    "accuracy",
+    "accuracy_ci95",
+    "user_accuracy_mean",
+    "worst_decile_user_accuracy",
+    "ece",
+    "temperature",
+    "length_baseline_accuracy",
+    "bayes_accuracy",
+    "probability_mae",
+)
+"""What `evaluation_figures` may say beside "pairs" and "users"; all of it null for an empty set."""
 
 
 def correctness(margins: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -76,10 +88,11 @@ def evaluation_figures(
     """The figures of `eval/NAME.json` for one set of pairs.
 
     `margins` > 0 prefer response_2; `length_margins` = how much longer response_2 is; `probabilities` = known truth
-    that response_2 is preferred, NaN where unknown. Returns zeros and nulls for an empty set.
+    that response_2 is preferred, NaN where unknown: the figures that need it are then left out. An empty set has every
+    key, null.
     """
     if len(margins) == 0:
-        return {"pairs": 0, "accuracy": None, "users": {}}
+        return {"pairs": 0, **dict.fromkeys(FIGURES), "users": {}}
     right = correctness(margins, labels)
     users = user_accuracies(right, user_ids)
     accuracies = np.sort([user["accuracy"] for user in users.values()])

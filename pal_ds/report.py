@@ -15,8 +15,9 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from pal_ds.evaluate import user_mixtures
+from pal_ds.restore import open_run
 from pal_ds.run_dir import RunDirectory, write_atomically
-from pal_ds.users import UserTable
 
 PICTURES = {
     "learning": "Learning curve",
@@ -112,27 +113,32 @@ def _learning_curve(axes: Axes, run: RunDirectory) -> bool:
 
 def _simplex(axes: Axes, run: RunDirectory, groups: dict[str, str | None]) -> bool:
     """Users at the weighted mean of the corners of a regular K-gon: exact for K = 3, a projection beyond."""
-    steps = run.complete_steps()
-    if not steps:
+    if not run.complete_steps():
         return False
-    table = UserTable.load(run.checkpoint(steps[-1]))
-    num_prototypes = table.num_prototypes
+    # No weights are read here, and opening a run unpickles nothing that could run code.
+    opened = open_run(run, trust=True)
+    num_prototypes = opened.users.num_prototypes
     if num_prototypes < 2:
         return False
     angles = np.pi / 2 + 2 * np.pi * np.arange(num_prototypes) / num_prototypes
     corners = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    places = table.mixtures().numpy() @ corners
+    places = user_mixtures(opened.parts.head, opened.users)[:-1].cpu().numpy() @ corners
     outline = np.concatenate([corners, corners[:1]])
     axes.plot(outline[:, 0], outline[:, 1], color="0.7", linewidth=1)
     for index, (x, y) in enumerate(corners):
-        axes.annotate(f"{index + 1}", (1.12 * x, 1.12 * y), ha="center", va="center", color="0.4")
-    names = np.asarray([groups.get(user) or "mixed" for user in table.ids])
+        axes.annotate(f"{index + 1}", (1.14 * x, 1.14 * y), ha="center", va="center", color="0.4")
+    names = np.asarray([groups.get(user) or "mixed" for user in opened.users.ids])
     for group in sorted(set(names), key=lambda name: (name == "mixed", name)):
         chosen = places[names == group]
         colour = "0.6" if group == "mixed" else None
         axes.scatter(chosen[:, 0], chosen[:, 1], s=18, label=group, alpha=0.8, color=colour)
     if set(names) != {"mixed"}:
-        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+        # Below the panel: inside, it would hide the users of some corner.
+        axes.legend(
+            fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=3, frameon=False
+        )
+    axes.set_xlim(-1.3, 1.3)
+    axes.set_ylim(-1.3, 1.3)
     axes.set_aspect("equal")
     axes.set_xticks([])
     axes.set_yticks([])
@@ -162,9 +168,11 @@ def _new_users(path: Path, runs: dict[str, RunDirectory]) -> bool:
     curves = {name: _evaluation(run, "few_shot") for name, run in runs.items()}
     curves = {name: curve["curve"] for name, curve in curves.items() if curve}
     figure, axes = plt.subplots(figsize=(5.5, 3.8))
+    counts = sorted({row["num_comparisons"] for curve in curves.values() for row in curve})
+    axes.set_xticks(range(len(counts)), [str(count) for count in counts])
     for name, curve in curves.items():
-        axes.plot(range(len(curve)), [row["accuracy"] for row in curve], marker="o", label=name)
-        axes.set_xticks(range(len(curve)), [str(row["num_comparisons"]) for row in curve])
+        places = [counts.index(row["num_comparisons"]) for row in curve]
+        axes.plot(places, [row["accuracy"] for row in curve], marker="o", label=name)
         if "bayes_accuracy" in curve[-1]:
             axes.axhline(curve[-1]["bayes_accuracy"], color="black", linewidth=1, linestyle="--")
     axes.set_xlabel("comparisons per new user")

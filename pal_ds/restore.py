@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pal_ds.assemble import Parts, assemble, load_backbone
+from pal_ds.assemble import Parts, assemble, base_weights_of, load_backbone
 from pal_ds.backbones.transformer import TransformerBackbone, empty_transformer
 from pal_ds.config import RunConfig
 from pal_ds.data.tables import PreparedData
-from pal_ds.engine.checkpoint import verify_checkpoint
+from pal_ds.engine.checkpoint import refuse_other_base, verify_checkpoint
 from pal_ds.engine.shards import ShardedCheckpoint
 from pal_ds.errors import UserError
 from pal_ds.model import RewardModel
@@ -85,6 +85,7 @@ def open_run(
             f"{data.hash}. Point data.path at the data it was trained on."
         )
     parts = assemble(config, data, run)
+    refuse_other_base(path, manifest, base_weights_of(parts))
     users = UserTable.load(path, config.users)
     return OpenRun(run, config, data, parts, users, number, manifest, ShardedCheckpoint(path))
 
@@ -121,6 +122,9 @@ def load_model(opened: OpenRun, precision: Literal["fp32", "bf16"] = "fp32") -> 
     """The RewardModel of an open run with its trained weights, on the CPU."""
     config = replace(opened.config, train=replace(opened.config.train, precision=precision))
     parts = opened.parts
+    if parts.backbone is not None:
+        # An attention asked for in training may need the training's GPU and dtype.
+        parts = replace(parts, backbone=replace(parts.backbone, attention="auto"))
     if parts.backbone is not None and parts.backbone.tuning == "full":
         # Every weight comes from the checkpoint: no need to read those that training began with.
         empty = empty_transformer(parts.backbone, precision)

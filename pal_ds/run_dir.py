@@ -111,7 +111,9 @@ class RunDirectory:
     def read_metrics(self) -> list[dict[str, Any]]:
         if not self.metrics_file.is_file():
             return []
-        return [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
+        # A line without its newline was torn by a kill; the step it tells of is made again.
+        lines = self.metrics_file.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def drop_metrics_after(self, step: int) -> None:
         """A resumed run writes the steps after its checkpoint again; the lines of the abandoned ones go."""

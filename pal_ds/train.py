@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pal_ds.assemble import Parts, assemble, load_backbone
+from pal_ds.assemble import Parts, assemble, base_weights_of, load_backbone
 from pal_ds.backbones.given import GivenStates
 from pal_ds.config import RunConfig
 from pal_ds.data.batch import Batch, Collator
@@ -19,6 +19,7 @@ from pal_ds.data.tables import PreparedData
 from pal_ds.engine.checkpoint import (
     load_checkpoint,
     newest_intact,
+    refuse_other_base,
     refuse_other_launch,
     retain,
     save_checkpoint,
@@ -26,6 +27,7 @@ from pal_ds.engine.checkpoint import (
 from pal_ds.engine.dist import World
 from pal_ds.engine.ds_config import ds_config_of
 from pal_ds.engine.frozen import encode_once
+from pal_ds.engine.optim import apply_settings
 from pal_ds.engine.sharding import (
     parameter_bytes_on_this_rank,
     partitioned_loading,
@@ -60,6 +62,8 @@ class Training:
     step: int = 0
     best: dict[str, Any] | None = None
     """Step and accuracy of the best dev evaluation so far."""
+    base_weights: str | None = None
+    """What the frozen weights are that no checkpoint holds; None where all weights are trained."""
 
     @property
     def num_updates(self) -> int:
@@ -140,9 +144,8 @@ def run_update(state: Training, stepper: Stepper) -> UpdateStats:
 def collate(state: Training, rows: np.ndarray, positions: np.ndarray) -> Batch:
     """The micro-batch of these positions of an update."""
     noise = (state.config.train.seed, state.step, state.parts.head.num_prototypes)
-    return state.collator(
-        rows[positions], positions, noise if state.parts.needs_users else None
-    ).to(state.world.device)
+    noise = noise if state.parts.needs_users else None
+    return state.collator(rows[positions], positions, noise, int(rows[0])).to(state.world.device)
 
 
 def evaluate_on_dev(state: Training, tracker: Tracker) -> bool:
@@ -165,8 +168,10 @@ def evaluate_on_dev(state: Training, tracker: Tracker) -> bool:
     )
     figures = figures_of(state.data, rows, margins, temperature)
     tracker.log_dev(state.step, figures)
-    # Every rank holds the same margins, so every rank takes the same decision.
-    improved = state.best is None or figures["accuracy"] > state.best["dev_accuracy"]
+    best = state.best
+    improved = state.world.from_rank_zero(
+        lambda: best is None or figures["accuracy"] > best["dev_accuracy"]
+    )
     if improved:
         state.best = {
             "step": state.step,
@@ -178,11 +183,16 @@ def evaluate_on_dev(state: Training, tracker: Tracker) -> bool:
 
 def save(state: Training) -> None:
     """One checkpoint, then the best pointer, then the deletion of old ones: never the other way round."""
-    facts = {"dataset_hash": state.data.hash, "num_updates": state.num_updates}
+    facts = {
+        "dataset_hash": state.data.hash,
+        "num_updates": state.num_updates,
+        "best": state.best,
+        "base_weights": state.base_weights,
+    }
     save_checkpoint(state.engine, state.users, state.run, state.step, state.world, facts)
 
     def publish() -> None:
-        if state.best is not None and state.best["step"] == state.step:
+        if state.best is not None:
             write_json(state.run.path / "best.json", state.best)
         retain(
             state.run,
@@ -237,6 +247,7 @@ def start_training(
         train_rows, items, settings.batch_pairs, settings.seed, data.hash, settings.shuffle_unit
     )
     state = Training(config, run, world, data, parts, collator, engine, users, plan)
+    state.base_weights = world.from_rank_zero(lambda: base_weights_of(parts))
     resume(state, trust=trust_checkpoint)
     held, whole = parameter_bytes_on_this_rank(engine.module)
     num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
@@ -269,15 +280,18 @@ def resume(state: Training, *, trust: bool) -> None:
             return None
         path, manifest = found
         refuse_other_launch(path, manifest, state.data.hash, state.data.path, world.world_size)
+        refuse_other_base(path, manifest, state.base_weights)
         run.drop_metrics_after(manifest["step"])
-        best = run.pointer("best")
-        return str(path), manifest, best if best and best["step"] <= manifest["step"] else None
+        # As the checkpoint knew it: best.json may be of a step that is damaged or was never published.
+        best = manifest.get("best")
+        return str(path), manifest, best if best and best["step"] in run.complete_steps() else None
 
     found = world.from_rank_zero(choose)
     if found is None:
         return
     path, manifest, state.best = found
     load_checkpoint(state.engine, state.users, Path(path), manifest, world)
+    apply_settings(state.engine.optimizer.param_groups, state.config.optim)
     state.step = int(manifest["step"])
     if world.is_rank_zero:
         logger.warning("resuming from %s at update %d of %d", path, state.step, state.num_updates)

@@ -20,7 +20,14 @@ def environment(**extra: str) -> dict[str, str]:
         if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     }
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**keep, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, **extra}
+    return {
+        **keep,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": path,
+        **extra,
+    }
 
 
 def torchrun(

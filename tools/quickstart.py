@@ -8,6 +8,7 @@ Every step is a command that works the same on real data; each is printed before
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -31,15 +32,27 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    started = time.monotonic()
-    summary = {name: run_head(name, options.out, options.seed) for name in HEADS}
-    (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    exported = options.out / "exported_pal_a"
-    call([sys.executable, "tools/consolidate.py", options.out / "pal_a", exported])
+    if num_gpus() < 2:
+        # Two ranks cannot share one GPU; the quickstart is meant for two CPU cores anyway.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    out, started = options.out.resolve(), time.monotonic()
+    summary = {name: run_head(name, out, options.seed) for name in HEADS}
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    exported = out / "exported_pal_a"
+    if not exported.exists():
+        call([sys.executable, "tools/consolidate.py", out / "pal_a", exported])
     print_table(summary)
-    print(f"report: {report(options.out)}")
+    print(f"report: {report(out)}")
     print(f"a scalar reward model of PAL-A for the average user: {exported}")
     print(f"done in {(time.monotonic() - started) / 60:.1f} minutes")
+
+
+def num_gpus() -> int:
+    """GPUs that nvidia-smi lists: asked before torch is imported, which would pin the answer."""
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    return done.stdout.count("GPU ")
 
 
 def call(command: list[Any]) -> None:
@@ -53,13 +66,13 @@ def call(command: list[Any]) -> None:
 
 def run_head(name: str, out: Path, seed: int) -> dict[str, float]:
     """Trains and evaluates one head; the figures of summary.json."""
-    run_dir = (out / name).resolve()
+    run_dir = out / name
     recipe = [
         f"--config={RECIPES / 'quickstart.yaml'}",
         f"--config={RECIPES / RECIPE_OF[name]}.yaml",
     ]
     overrides = [
-        f"--data.path={out.resolve() / 'data'}",
+        f"--data.path={out / 'data'}",
         f"--data.source.seed={seed}",
         f"--train.seed={seed}",
     ]

@@ -84,13 +84,20 @@ class Collator:
     """User table row of each user of the data, -1 for one the table does not hold; None: the same rows."""
 
     def __call__(
-        self, rows: np.ndarray, positions: np.ndarray, noise: tuple[int, int, int] | None = None
+        self,
+        rows: np.ndarray,
+        positions: np.ndarray,
+        noise: tuple[int, int, int] | None = None,
+        stand_in: int = 0,
     ) -> Batch:
-        """`rows` of the comparisons table at global `positions`; `noise` = (seed, update, K) asks for Gumbel noise."""
+        """`rows` of the comparisons table at global `positions`; `noise` = (seed, update, K) asks for Gumbel noise.
+
+        An empty run becomes the comparison `stand_in` at weight 0, so that its rank takes part in the collectives.
+        """
         weight = np.ones(max(len(rows), 1), np.float32)
         if len(rows) == 0:
             rows, positions, weight = (
-                np.zeros(1, np.int64),
+                np.full(1, stand_in, np.int64),
                 np.full(1, -1, np.int64),
                 np.zeros(1, np.float32),
             )
@@ -205,16 +212,15 @@ class Collator:
         elif self.with_prompt:
             prompt_rows = np.arange(len(responses), len(responses) + len(prompts))
             sequences += [self.prompt_sequence(int(prompt)) for prompt in prompts]
-            prompt_length = np.asarray([len(sequence) for sequence in sequences[len(responses) :]])
+            prompt_length = np.asarray(
+                [len(part) for part in sequences[len(responses) :]], np.int64
+            )
         ids, mask = pad_right(sequences, self.pad_token_id)
         lengths = self.responses.lengths_of(responses)
-        num_positions = 1 if self.scored_positions == "last" else int(lengths.max())
-        columns = (
-            lengths[:, None] - 1
-            if self.scored_positions == "last"
-            else np.arange(num_positions)[None, :]
-        )
-        positions = np.asarray(starts)[:, None] + np.minimum(columns, lengths[:, None] - 1)
+        columns = lengths[:, None] - 1
+        if self.scored_positions == "all":
+            columns = np.minimum(np.arange(lengths.max(initial=0))[None, :], columns)
+        positions = np.asarray(starts, np.int64)[:, None] + columns
         return {
             "input_ids": ids,
             "attention_mask": mask,

@@ -26,6 +26,10 @@ FORMAT_VERSION = 1
 ENGINE_TAG = "engine"
 
 
+class UntrustedCheckpointError(UserError):
+    """A checkpoint of another owner; not damaged, so no reason to fall back to an older one."""
+
+
 def save_checkpoint(
     engine: Any, users: UserTable, run: RunDirectory, step: int, world: World, facts: dict[str, Any]
 ) -> Path:
@@ -43,12 +47,15 @@ def save_checkpoint(
     engine.save_checkpoint(
         str(temporary), tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=True
     )
-    if world.is_rank_zero:
+
+    def add_users() -> None:
         users.save(temporary)
         # DeepSpeed drops its recovery scripts beside the tag; tools/consolidate.py is ours.
         for script in temporary.glob("zero_to_*.py"):
             script.unlink()
+
     world.barrier()
+    world.from_rank_zero(add_users)
     files = _hash_files(temporary, world)
     world.from_rank_zero(
         lambda: _publish(run, step, temporary, final, {**facts, "files": files}, world)
@@ -68,7 +75,8 @@ def _publish(
     write_json(
         temporary / "manifest.json", {**facts, "num_threads": torch.get_num_threads(), **manifest}
     )
-    _fsync_directory(temporary)
+    for folder in (temporary / ENGINE_TAG, temporary):
+        _fsync_directory(folder)
     os.replace(temporary, final)
     _fsync_directory(final.parent)
     write_json(run.path / "latest.json", {"step": step, "path": str(final.relative_to(run.path))})
@@ -122,7 +130,7 @@ def verify_checkpoint(path: Path, *, trust: bool = False) -> dict[str, Any]:
     if not (path / "manifest.json").is_file():
         raise UserError(f"{path}: no manifest.json, so this is no complete checkpoint of pal_ds.")
     if path.stat().st_uid != os.getuid() and not trust:
-        raise UserError(
+        raise UntrustedCheckpointError(
             f"{path}: belongs to another user, and engine shards are pickles that run code when read. "
             "Pass --trust_checkpoint if you trust whoever wrote it."
         )
@@ -163,6 +171,8 @@ def newest_intact(run: RunDirectory, *, trust: bool = False) -> tuple[Path, dict
     for step in reversed(steps):
         try:
             return run.checkpoint(step), verify_checkpoint(run.checkpoint(step), trust=trust)
+        except UntrustedCheckpointError:
+            raise
         except UserError as error:
             logger.warning("skipping a damaged checkpoint: %s", error)
     if steps:
@@ -188,6 +198,15 @@ def refuse_other_launch(
         )
 
 
+def refuse_other_base(path: Path, manifest: dict[str, Any], base_weights: str | None) -> None:
+    """Raises UserError where the frozen weights that a checkpoint stands on are not those at hand."""
+    if manifest.get("base_weights") != base_weights:
+        raise UserError(
+            f"{path}: trained on frozen weights {manifest.get('base_weights')}, backbone.path now holds "
+            f"{base_weights}. Bring back the weights it was trained on."
+        )
+
+
 def load_checkpoint(
     engine: Any, users: UserTable, path: Path, manifest: dict[str, Any], world: World
 ) -> None:
@@ -198,8 +217,14 @@ def load_checkpoint(
             torch.get_num_threads(),
             manifest["num_threads"],
         )
+    stored = UserTable.load(path)
+    if gone := sorted(set(users.ids) - set(stored.ids)):
+        raise UserError(
+            f"{path}: user {gone[0]!r} was removed from this run, and the data still hold their comparisons "
+            f"({len(gone)} such users). Prepare the data without them and start in another --run_dir."
+        )
     try:
-        users.load_state_dict(UserTable.load(path).state_dict())
+        users.load_state_dict(stored.state_dict())
         loaded, _ = engine.load_checkpoint(str(path), tag=ENGINE_TAG, load_module_strict=False)
     except (RuntimeError, UserError) as error:
         raise UserError(

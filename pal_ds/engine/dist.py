@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import torch
@@ -36,17 +37,22 @@ class World:
         return self.rank == 0
 
     def from_rank_zero(self, decide: Callable[[], T]) -> T:
-        """The value of `decide()` on rank 0, on every rank; a UserError raised there is raised everywhere."""
-        outcome: list[object] = [None, None]
+        """The value of `decide()` on rank 0, on every rank; what fails there fails everywhere."""
+        outcome: list[object] = [None, None, False]
+        failure: Exception | None = None
         if self.is_rank_zero:
             try:
-                outcome = [decide(), None]
-            except UserError as error:
-                outcome = [None, str(error)]
+                outcome = [decide(), None, False]
+            # Whatever it is (a full disk, say), the others must hear of it instead of waiting.
+            except Exception as error:
+                failure = error
+                outcome = [None, str(error), isinstance(error, UserError)]
         if self.world_size > 1:
             torch_dist.broadcast_object_list(outcome, src=0, device=self.device)
+        if failure is not None:
+            raise failure
         if outcome[1] is not None:
-            raise UserError(str(outcome[1]))
+            raise (UserError if outcome[2] else RuntimeError)(str(outcome[1]))
         return outcome[0]  # type: ignore[return-value]
 
     def on_every_rank(self, make: Callable[[], T]) -> T:
@@ -102,6 +108,10 @@ def distributed(timeout_minutes: int = 30) -> Iterator[World]:
     warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # torch builds DeepSpeed's CPU operators with ninja, which pip put beside this interpreter.
+    os.environ["PATH"] = os.pathsep.join(
+        [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+    )
     # Imported here: deepspeed takes seconds, and `--help` should not pay for it.
     import deepspeed
     from deepspeed.utils import logger
@@ -110,6 +120,12 @@ def distributed(timeout_minutes: int = 30) -> Iterator[World]:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
+        num_local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+        num_gpus = torch.cuda.device_count()
+        if 1 < num_gpus < num_local:
+            raise UserError(
+                f"{num_local} ranks on this node and {num_gpus} GPUs: launch one rank per GPU."
+            )
         # Under per-task GPU binding each process sees one device, whatever its local rank.
         device = torch.device("cuda", 0 if torch.cuda.device_count() == 1 else local_rank)
         torch.cuda.set_device(device)

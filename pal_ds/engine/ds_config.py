@@ -3,13 +3,18 @@
 import copy
 import difflib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from pal_ds.config import TrainConfig
 from pal_ds.errors import UserError
 
-SHIPPED_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+_CHECKOUT, _INSTALLED = (
+    Path(__file__).resolve().parents[2] / "ds_configs",
+    Path(sys.prefix) / "share" / "pal_ds" / "ds_configs",
+)
+SHIPPED_CONFIGS = _CHECKOUT if _CHECKOUT.is_dir() else _INSTALLED
 
 OWNED_BY_RECIPE = {
     "train_batch_size": "train.batch_pairs",

@@ -9,33 +9,42 @@ from torch import nn
 from pal_ds.config import OptimConfig
 from pal_ds.errors import UserError
 
+GROUPS = ("backbone", "prototypes", "scale", "projectors")
+
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     """Trainable parameters by name: backbone, prototypes, scale, projectors. Empty groups are dropped.
 
     A head opts into a group by a parameter's last name, `prototypes` or `log_scale` (heads/README.md).
     """
-    rates = {
-        "backbone": config.backbone_learning_rate,
-        "prototypes": config.prototype_learning_rate,
-        "scale": config.scale_learning_rate,
-        "projectors": None,
-    }
-    members: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
+    members: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             members[_group_of(name)].append(parameter)
     return [
-        {
-            "name": name,
-            "params": members[name],
-            "lr": config.learning_rate if rate is None else rate,
-            "full_lr": config.learning_rate if rate is None else rate,
-            "weight_decay": 0.0 if name == "scale" else config.weight_decay,
-        }
-        for name, rate in rates.items()
+        {"name": name, "params": members[name], **_settings_of(name, config)}
+        for name in GROUPS
         if members[name]
     ]
+
+
+def apply_settings(param_groups: list[dict[str, Any]], config: OptimConfig) -> None:
+    """Sets rates and Adam's constants of named groups from the recipe: a checkpoint brings those it was saved with."""
+    for group in param_groups:
+        group.update(_settings_of(group["name"], config), betas=config.betas, eps=config.epsilon)
+
+
+def _settings_of(name: str, config: OptimConfig) -> dict[str, Any]:
+    rates = {
+        "backbone": config.backbone_learning_rate,
+        "prototypes": config.prototype_learning_rate,
+        "scale": config.scale_learning_rate,
+    }
+    rate = rates.get(name)
+    rate = config.learning_rate if rate is None else rate
+    # A learnt temperature has no reason to shrink.
+    weight_decay = 0.0 if name == "scale" else config.weight_decay
+    return {"lr": rate, "full_lr": rate, "weight_decay": weight_decay}
 
 
 def _group_of(name: str) -> str:

@@ -116,3 +116,26 @@ def test_stored_states_are_gathered_by_row(data: PreparedData) -> None:
         first, length = offsets[row[column]], lengths[row[column]]
         assert states[:length].tolist() == list(range(first, first + length))
         assert set(states[length:].tolist()) <= {float(first + length - 1)}
+
+
+def test_the_stand_in_is_a_row_at_hand(data: PreparedData) -> None:
+    """A frozen store holds only the rows in work: any other row would have no states."""
+    rows = np.array([7, 8])
+    needed = np.unique([data.comparisons[rows]["a"], data.comparisons[rows]["b"]])
+    lengths = np.zeros(len(data.responses), np.int64)
+    lengths[needed] = 1
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    store = FeatureStore(torch.ones(len(needed), 4), offsets)
+    nothing = np.empty(0, np.int64)
+    batch = Collator(data, response_store=store)(nothing, nothing, stand_in=7)
+    assert batch.response_states.shape[1:] == (1, 4)
+    assert batch.weight.tolist() == [0.0]
+
+
+def test_separate_prompts_alone_have_integer_positions(data: PreparedData) -> None:
+    """What a frozen backbone encodes: prompts without a single response, at either kind of scored position."""
+    for scored in ("last", "all"):
+        collator = Collator(data, scored_positions=scored, with_prompt=True, encoding="separate")
+        fields = collator.tokens(np.empty(0, np.int64), np.array([0, 1]))
+        assert fields["response_positions"].dtype == torch.int64
+        assert fields["prompt_length"].tolist() == [len(data.prompts[0]), len(data.prompts[1])]

@@ -1,0 +1,21 @@
+"""What frozen weights were: a hash that a checkpoint names them by, since it does not hold them."""
+
+from pathlib import Path
+
+import xxhash
+
+WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
+
+
+def weights_fingerprint(path: str, revision: str | None) -> str:
+    """xxh3_128 over the weight files of a local folder; the commit for a hub id, or the id where none is known."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return f"hub:{path}@{revision or 'unknown'}"
+    digest = xxhash.xxh3_128()
+    for file in sorted(file for pattern in WEIGHT_PATTERNS for file in folder.glob(pattern)):
+        digest.update(file.name.encode())
+        with open(file, "rb") as stream:
+            while chunk := stream.read(1 << 24):
+                digest.update(chunk)
+    return f"xxh3_128:{digest.hexdigest()}"
