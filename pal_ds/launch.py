@@ -38,9 +38,12 @@ def launch_training(
     if failure is not None and world_size == 1:
         raise failure
     with distributed(config.train.timeout_minutes) as world:
+        from pal_ds.forget import recover
         from pal_ds.train import train
 
         check_zero_section(ds_config, config.train.ds_config)
+        # A removal of a user that was cut off leaves a checkpoint under another name.
+        world.from_rank_zero(lambda: recover(run))
         data = world.on_every_rank(lambda: open_data(config, failure))
         world.from_rank_zero(
             lambda: check_run_directory(

@@ -1,79 +1,19 @@
 """The training loop. It knows no method: parts come from the recipe, figures go to the run directory."""
 
-import logging
-import time
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
-
 import numpy as np
-import torch
-from torch import nn
 
-from pal_ds.assemble import Parts, assemble, base_weights_of, load_backbone
-from pal_ds.backbones.given import GivenStates
 from pal_ds.config import RunConfig
 from pal_ds.data.batch import Batch, Collator
-from pal_ds.data.plan import UpdatePlan, split_update
+from pal_ds.data.plan import split_update
 from pal_ds.data.tables import PreparedData
-from pal_ds.engine.checkpoint import (
-    load_checkpoint,
-    newest_intact,
-    refuse_other_base,
-    refuse_other_launch,
-    retain,
-    save_checkpoint,
-)
+from pal_ds.engine.checkpoint import retain, save_checkpoint
 from pal_ds.engine.dist import World
-from pal_ds.engine.ds_config import ds_config_of
-from pal_ds.engine.frozen import encode_once
-from pal_ds.engine.optim import apply_settings
-from pal_ds.engine.sharding import (
-    parameter_bytes_on_this_rank,
-    partitioned_loading,
-    start_inference_engine,
-    start_training_engine,
-)
 from pal_ds.engine.step import Stepper, UpdateStats
-from pal_ds.errors import UserError
 from pal_ds.evaluate import dev_temperature, figures_of, predict, user_mixtures
-from pal_ds.model import RewardModel
 from pal_ds.progress import progress_bar
 from pal_ds.run_dir import RunDirectory, write_json
+from pal_ds.start import Training, start_training
 from pal_ds.tracking import Tracker
-from pal_ds.users import UserTable
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Training:
-    """A run in memory: what the loop drives."""
-
-    config: RunConfig
-    run: RunDirectory
-    world: World
-    data: PreparedData
-    parts: Parts
-    collator: Collator
-    engine: Any
-    users: UserTable
-    plan: UpdatePlan
-    step: int = 0
-    best: dict[str, Any] | None = None
-    """Step and accuracy of the best dev evaluation so far."""
-    base_weights: str | None = None
-    """What the frozen weights are that no checkpoint holds; None where all weights are trained."""
-
-    @property
-    def num_updates(self) -> int:
-        return self.config.train.epochs * self.plan.updates_per_epoch
-
-    def due(self, every: int) -> bool:
-        """Whether the update just made closes an interval of `every` updates; 0 means an epoch."""
-        return (
-            self.step % (every or self.plan.updates_per_epoch) == 0 or self.step == self.num_updates
-        )
 
 
 def train(
@@ -108,9 +48,16 @@ def run_updates(state: Training) -> None:
     """The loop: update, log, evaluate, save."""
     config, world = state.config.train, state.world
     stepper = Stepper(
-        state.engine, state.users, state.config.loss, state.config.optim, state.config.users.learning_rate,
-        world, state.num_updates, config.seed, state.parts.needs_users,
-    )  # fmt: skip
+        engine=state.engine,
+        users=state.users,
+        loss=state.config.loss,
+        optim=state.config.optim,
+        users_learning_rate=state.config.users.learning_rate,
+        world=world,
+        num_updates=state.num_updates,
+        seed=config.seed,
+        needs_users=state.parts.needs_users,
+    )
     last = min(config.stop_after or state.num_updates, state.num_updates)
     tracker = Tracker(state.run, state.config, world)
     with progress_bar(
@@ -201,97 +148,3 @@ def save(state: Training) -> None:
         )
 
     state.world.from_rank_zero(publish)
-
-
-def start_training(
-    config: RunConfig,
-    run: RunDirectory,
-    data: PreparedData,
-    world: World,
-    *,
-    encoded: Collator | None = None,
-    trust_checkpoint: bool = False,
-) -> Training:
-    """Loads and shards everything and restores the newest intact checkpoint, if any."""
-    started = time.monotonic()
-    parts = assemble(config, data, run)
-    train_rows = data.rows("train")
-    if len(train_rows) == 0:
-        raise UserError(
-            f"{data.path}: its train split is empty. Prepare with smaller dev and test fractions."
-        )
-    ds_config = ds_config_of(config.train, world.world_size)
-    users, table_rows = seen_users(config, data, parts.head.num_prototypes, world)
-    collator = replace(parts.collator, table_rows=table_rows)
-    backbone: nn.Module = GivenStates()
-    if encoded is None:
-        with partitioned_loading(ds_config):
-            backbone = load_backbone(parts, config, gpu=world.device.type == "cuda")
-    if parts.needs_store:
-        if encoded is None:
-            judged = np.concatenate([train_rows, data.rows("dev")])
-            encoder = start_inference_engine(backbone, ds_config)
-            encoded = encode_once(
-                encoder, collator, judged, config.backbone.encode_batch_texts, world
-            )
-            del encoder
-        collator = replace(encoded, table_rows=table_rows)
-        backbone = GivenStates()
-    if config.train.precision == "bf16":
-        # ZeRO-3 packs all weights into one buffer, so the head shares the backbone's dtype; masters stay fp32.
-        parts.head.to(torch.bfloat16)
-    engine = start_training_engine(RewardModel(backbone, parts.head), config.optim, ds_config)
-    items = data.response_prompt[data.comparisons["a"][train_rows]]
-    settings = config.train
-    plan = UpdatePlan(
-        train_rows, items, settings.batch_pairs, settings.seed, data.hash, settings.shuffle_unit
-    )
-    state = Training(config, run, world, data, parts, collator, engine, users, plan)
-    state.base_weights = world.from_rank_zero(lambda: base_weights_of(parts))
-    resume(state, trust=trust_checkpoint)
-    held, whole = parameter_bytes_on_this_rank(engine.module)
-    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
-    logger.info(
-        "ready at update %d of %d after %.1f s: %s parameters, %.3f of their bytes on this rank",
-        *(state.step, state.num_updates, time.monotonic() - started),
-        *(f"{num_parameters:,}", held / max(whole, 1)),
-    )
-    return state
-
-
-def seen_users(
-    config: RunConfig, data: PreparedData, num_prototypes: int, world: World
-) -> tuple[UserTable, np.ndarray]:
-    """A fresh table of the users who may be trained on, and each data user's row in it (-1: held out)."""
-    ids = [user for user, seen in zip(data.users, data.user_seen, strict=True) if seen]
-    table = UserTable(num_prototypes, ids, config.users, config.train.seed, world.device)
-    table_rows = np.where(data.user_seen, np.cumsum(data.user_seen) - 1, -1)
-    return table, table_rows.astype(np.int64)
-
-
-def resume(state: Training, *, trust: bool) -> None:
-    """Restores the newest intact checkpoint; a directory without any starts at update 0."""
-    world, run = state.world, state.run
-
-    def choose() -> tuple[str, dict[str, Any], dict[str, Any] | None] | None:
-        found = newest_intact(run, trust=trust)
-        if found is None:
-            run.drop_metrics_after(0)
-            return None
-        path, manifest = found
-        refuse_other_launch(path, manifest, state.data.hash, state.data.path, world.world_size)
-        refuse_other_base(path, manifest, state.base_weights)
-        run.drop_metrics_after(manifest["step"])
-        # As the checkpoint knew it: best.json may be of a step that is damaged or was never published.
-        best = manifest.get("best")
-        return str(path), manifest, best if best and best["step"] in run.complete_steps() else None
-
-    found = world.from_rank_zero(choose)
-    if found is None:
-        return
-    path, manifest, state.best = found
-    load_checkpoint(state.engine, state.users, Path(path), manifest, world)
-    apply_settings(state.engine.optimizer.param_groups, state.config.optim)
-    state.step = int(manifest["step"])
-    if world.is_rank_zero:
-        logger.warning("resuming from %s at update %d of %d", path, state.step, state.num_updates)

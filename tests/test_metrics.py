@@ -40,11 +40,12 @@ def test_figures_by_hand() -> None:
 
 def test_empty_set() -> None:
     empty = np.empty(0)
-    assert evaluation_figures(empty, empty, empty, empty) == {
-        "pairs": 0,
-        "accuracy": None,
-        "users": {},
-    }
+    figures = evaluation_figures(empty, empty, empty, empty)
+    full = evaluation_figures(
+        np.ones(2), np.ones(2), np.array(["a", "b"]), np.arange(2), probabilities=np.ones(2)
+    )
+    assert list(figures) == list(full)
+    assert figures == {**dict.fromkeys(full), "pairs": 0, "users": {}}
 
 
 def test_interval_grows_with_clusters() -> None:

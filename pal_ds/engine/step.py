@@ -35,7 +35,7 @@ class UpdateStats:
     grad_norm: float | Tensor | None = None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Stepper:
     """Runs updates on a DeepSpeed engine and a user table."""
 

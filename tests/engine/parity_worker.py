@@ -16,7 +16,8 @@ from pal_ds.engine.dist import distributed, leave
 from pal_ds.engine.step import Stepper
 from pal_ds.heads import PalA
 from pal_ds.run_dir import RunDirectory
-from pal_ds.train import collate, start_training
+from pal_ds.start import start_training
+from pal_ds.train import collate
 from pal_ds.users import UsersConfig
 
 NUM_UPDATES = 20
@@ -56,15 +57,15 @@ def split(num_pairs: int, world_size: int, accumulation: int) -> list[list[np.nd
 def run_variant(config: RunConfig, accumulation: int, folder: Path, world) -> dict[str, np.ndarray]:
     state = start_training(config, RunDirectory(folder), PreparedData.open(config.data.path), world)
     stepper = Stepper(
-        state.engine,
-        state.users,
-        config.loss,
-        config.optim,
-        config.users.learning_rate,
-        world,
-        NUM_UPDATES,
-        0,
-        True,
+        engine=state.engine,
+        users=state.users,
+        loss=config.loss,
+        optim=config.optim,
+        users_learning_rate=config.users.learning_rate,
+        world=world,
+        num_updates=NUM_UPDATES,
+        seed=0,
+        needs_users=True,
     )
     losses, norms, gathered, user_sums = [], [], [], []
     gather = stepper.user_gradients

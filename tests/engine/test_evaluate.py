@@ -1,15 +1,29 @@
-"""Evaluation is exact: nine pairs give the same figures on one, two and three ranks; strangers are reported apart."""
+"""Evaluation is exact: nine pairs give the same figures on one, two and three ranks; strangers are reported apart.
+
+One of the two runs weighs every token, the other has a hinge loss, whose margins are calibrated on its dev pairs.
+"""
 
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from pal_ds import evaluate_run as evaluating
+from pal_ds.engine.dist import World
+from pal_ds.errors import UserError
+from pal_ds.evaluate_run import evaluate_run, opened_pairs
+from pal_ds.restore import restore
+from pal_ds.run_dir import RunDirectory
 from tests.spawn import run_command, run_ranks
 from tests.tiny import LLAMA, write_pairs
 
-TUNINGS = ("full", "frozen")
+ALONE = World(0, 1, torch.device("cpu"))
+TUNINGS = {
+    "full": ["--loss.token_weighting=cumulative", "--train.shuffle_unit=item"],
+    "frozen": ["--loss.kind=hinge"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +37,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"--data.source.path={pairs}",
         "--data.vocab_size=400",
         "--data.max_length=64",
+        "--data.dev_fraction=0.2",
         f"--backbone.architecture={json.dumps(LLAMA)}",
         "--head=PalA",
         "--head.num_prototypes=3",
@@ -30,9 +45,13 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--optim.learning_rate=3e-3",
         "--train.ds_config=zero0",
     ]
-    for tuning in TUNINGS:
+    for tuning, more in TUNINGS.items():
         run_command(
-            "train", *options, f"--backbone.tuning={tuning}", f"--run_dir={folder / tuning}"
+            "train",
+            *options,
+            *more,
+            f"--backbone.tuning={tuning}",
+            f"--run_dir={folder / tuning}",
         )
         (folder / f"{tuning}_out").mkdir()
         for num_ranks in (1, 2, 3):
@@ -81,3 +100,59 @@ def test_accuracy_is_that_of_the_margins(evaluated: Path) -> None:
     known = np.asarray([row["user_id"] != "u3" for row in rows])
     assert figures["accuracy"] == pytest.approx(right[known].mean())
     assert figures["unknown_users"]["accuracy"] == pytest.approx(right[~known].mean())
+
+
+@pytest.fixture
+def hinge_run(evaluated: Path) -> RunDirectory:
+    return RunDirectory(evaluated / "frozen")
+
+
+def test_temperature_is_that_of_the_step(evaluated: Path, hinge_run: RunDirectory) -> None:
+    """Whatever is evaluated, and although best.json may be about another step."""
+    best = hinge_run.path / "best.json"
+    said = best.read_text()
+    best.unlink()
+    try:
+        split = evaluate_run(hinge_run, ALONE, split="dev")["temperature"]
+        file = evaluate_run(hinge_run, ALONE, file=evaluated / "nine.jsonl", name="t")
+    finally:
+        best.write_text(said)
+    assert split != 1.0
+    assert file["temperature"] == split
+    # This run has one step, at which training fitted it, too.
+    assert split == pytest.approx(json.loads(said)["temperature"], rel=1e-3)
+
+
+def test_temperature_of_the_logistic_loss_is_one(evaluated: Path) -> None:
+    figures = json.loads((evaluated / "full_out" / "figures1.json").read_text())
+    assert figures["temperature"] == 1.0
+
+
+def test_files_of_one_name_do_not_meet(evaluated: Path, hinge_run: RunDirectory) -> None:
+    """Two evaluations of files called alike at the same time; nothing is left of either."""
+    restored = restore(hinge_run)
+    (evaluated / "other").mkdir()
+    alike = write_pairs(evaluated / "other" / "nine.jsonl", 5, num_users=2, seed=3)
+    with opened_pairs(restored, evaluated / "nine.jsonl", ALONE) as nine:
+        with opened_pairs(restored, alike, ALONE) as five:
+            assert nine.path != five.path
+            assert (len(nine.comparisons), len(five.comparisons)) == (9, 5)
+        assert nine.path.is_dir()
+    assert not list(hinge_run.path.glob("pairs-of-*"))
+
+
+def test_nothing_is_left_of_a_file_that_is_refused(
+    evaluated: Path, hinge_run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = evaluated / "bad.jsonl"
+    bad.write_text("{}\n")
+    with pytest.raises(UserError, match=r"bad\.jsonl:1"):
+        evaluate_run(hinge_run, ALONE, file=bad)
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(evaluating, "predict", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        evaluate_run(hinge_run, ALONE, file=evaluated / "nine.jsonl")
+    assert not list(hinge_run.path.glob("pairs-of-*"))

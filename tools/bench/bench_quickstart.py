@@ -22,6 +22,9 @@ def main() -> None:
     rows, minutes = [], []
     for seed in range(options.seeds):
         out, started = options.out / f"seed{seed}", time.monotonic()
+        if (out / "summary.json").is_file():
+            rows.append(json.loads((out / "summary.json").read_text()))
+            continue
         command = [
             sys.executable,
             str(ROOT / "tools" / "quickstart.py"),

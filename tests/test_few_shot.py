@@ -1,0 +1,186 @@
+"""The few-shot curve of small runs: who is fitted from what, what is written, and heads that have nobody to fit."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pal_ds import few_shot
+from pal_ds.adapt_run import adapt_run, few_per_user
+from pal_ds.data.tables import PreparedData
+from pal_ds.engine.dist import World
+from pal_ds.errors import UserError
+from pal_ds.evaluate_run import evaluate_run, summary_line
+from pal_ds.few_shot import evaluate_few_shot, few_shot_curve
+from pal_ds.restore import Restored, restore
+from pal_ds.run_dir import RunDirectory
+from tests.spawn import run_command
+from tests.tiny import LLAMA, write_pairs
+
+ALONE = World(0, 1, torch.device("cpu"))
+RECIPES = {
+    # One score per position, all of them weighed, and batches of whole prompts.
+    "PalA": [
+        "--head.num_prototypes=3",
+        "--loss.token_weighting=cumulative",
+        "--train.shuffle_unit=item",
+    ],
+    "BradleyTerry": [],
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDirectory]:
+    folder = tmp_path_factory.mktemp("few_shot")
+    pairs = write_pairs(folder / "pairs.jsonl", 144, num_users=24)
+    for head, options in RECIPES.items():
+        run_command(
+            "train",
+            f"--data.path={folder / 'data'}",
+            "--data.source=Jsonl",
+            f"--data.source.path={pairs}",
+            "--data.vocab_size=400",
+            "--data.max_length=64",
+            "--data.dev_fraction=0",
+            "--data.test_fraction=0.2",
+            "--data.unseen_user_fraction=0.5",
+            f"--backbone.architecture={json.dumps(LLAMA)}",
+            f"--head={head}",
+            "--train.batch_pairs=16",
+            "--optim.learning_rate=3e-3",
+            "--train.ds_config=zero0",
+            *options,
+            f"--run_dir={folder / head}",
+        )
+    return {head: RunDirectory(folder / head) for head in RECIPES}
+
+
+@pytest.fixture(scope="module")
+def restored(runs: dict[str, RunDirectory]) -> Restored:
+    return restore(runs["PalA"])
+
+
+def users_of(data: PreparedData, split: str) -> np.ndarray:
+    return np.unique(data.comparisons["user"][data.rows(split)])
+
+
+def strays(data: PreparedData) -> np.ndarray:
+    """Users with pairs in unseen_train and none in unseen_test."""
+    return np.setdiff1d(users_of(data, "unseen_train"), users_of(data, "unseen_test"))
+
+
+def test_everyone_is_fitted_from_their_own_pairs(
+    restored: Restored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = restored.data
+    owners = users_of(data, "unseen_test")
+    assert len(strays(data)) >= 1 and len(owners) >= 3
+    fit, calls = few_shot.fit_users, []
+
+    def recording(*arguments: Any) -> torch.Tensor:
+        calls.append(arguments)
+        return fit(*arguments)
+
+    monkeypatch.setattr(few_shot, "fit_users", recording)
+    few_shot_curve(restored, [0, 1, 100], ALONE, seeds=(0, 1))
+    ((_, _, _, rows, owner, num_users, *_),) = calls
+    assert num_users == 3 * 2 * len(owners)
+    assert np.array_equal(owners[owner % len(owners)], data.comparisons["user"][rows])
+    # With room for all pairs, each pair of theirs is used once per draw.
+    theirs = data.rows("unseen_train")
+    theirs = theirs[np.isin(data.comparisons["user"][theirs], owners)]
+    everything = rows[owner >= 4 * len(owners)]
+    assert np.array_equal(np.sort(everything), np.repeat(theirs, 2))
+
+
+def test_users_without_test_pairs_change_nothing(restored: Restored) -> None:
+    table = np.array(restored.data.comparisons)
+    stray = np.isin(table["user"], strays(restored.data))
+    without = replace(restored, data=replace(restored.data, comparisons=table[~stray]))
+    curve = few_shot_curve(restored, [0, 2], ALONE, seeds=(0, 1))
+    assert few_shot_curve(without, [0, 2], ALONE, seeds=(0, 1)) == curve
+
+
+def test_no_user_to_fit_and_test_is_refused(restored: Restored) -> None:
+    table = np.array(restored.data.comparisons)
+    kept = np.isin(table["user"], strays(restored.data))
+    with pytest.raises(UserError, match="no unseen user has pairs in both"):
+        few_shot_curve(
+            replace(restored, data=replace(restored.data, comparisons=table[kept])), [1], ALONE
+        )
+
+
+def test_curve_is_written(runs: dict[str, RunDirectory]) -> None:
+    run = runs["PalA"]
+    curve = evaluate_few_shot(run, [0, 2, 8], 2)
+    assert [row["num_comparisons"] for row in curve] == [0, 2, 8]
+    for row in curve:
+        assert row["accuracy"] == pytest.approx(np.mean(row["accuracy_by_seed"]))
+        assert len(row["accuracy_by_seed"]) == 2
+    written = json.loads((run.eval / "few_shot.json").read_text())
+    assert written == {"step": run.complete_steps()[-1], "curve": curve}
+
+
+def test_a_head_without_users_is_the_same_at_every_k(runs: dict[str, RunDirectory]) -> None:
+    run = runs["BradleyTerry"]
+    curve = evaluate_few_shot(run, [0, 1, 4], 2)
+    accuracies = {accuracy for row in curve for accuracy in row["accuracy_by_seed"]}
+    assert len(accuracies) == 1
+    figures = evaluate_run(run, ALONE, split="unseen_test")
+    assert accuracies == {figures["unknown_users"]["accuracy"]}
+
+
+def test_split_of_strangers_has_every_key(runs: dict[str, RunDirectory]) -> None:
+    """All users of unseen_test are unknown to the run: the top level is an empty set."""
+    run = runs["PalA"]
+    figures = evaluate_run(run, ALONE, split="unseen_test")
+    unknown = figures["unknown_users"]
+    assert unknown["pairs"] > 0
+    assert unknown.keys() <= figures.keys()
+    assert (figures["pairs"], figures["users"]) == (0, {})
+    assert figures["accuracy"] is None and figures["accuracy_ci95"] is None
+    assert "unseen_test: 0 pairs; users not in the run" in summary_line("unseen_test", figures)
+    seen = evaluate_run(run, ALONE, split="test")
+    assert seen["pairs"] > 0
+    assert seen["unknown_users"]["pairs"] == 0
+    assert seen["unknown_users"]["ece"] is None
+    assert seen.keys() == {key for key in figures if key in seen}
+
+
+def test_draw_does_not_depend_on_other_users(restored: Restored) -> None:
+    """The same user in another row of other data draws the same of their comparisons."""
+    data = restored.data
+    rows = np.arange(len(data.comparisons))
+    users = data.comparisons["user"]
+    num_users = len(data.users)
+    moved = np.array(data.comparisons)
+    moved["user"] = num_users - 1 - users
+    renumbered = replace(data, comparisons=moved, users=data.users[::-1])
+    drawn = few_per_user(data, rows, 2, seed=7)
+    assert np.array_equal(few_per_user(renumbered, rows, 2, seed=7), drawn)
+    own = rows[users == 5]
+    assert np.array_equal(few_per_user(data, own, 2, seed=7), drawn[users[drawn] == 5])
+    assert np.bincount(users[drawn], minlength=num_users).tolist() == [2] * num_users
+    assert not np.array_equal(few_per_user(data, rows, 2, seed=8), drawn)
+    # Two users of equally many comparisons draw different ones.
+    places = {tuple(np.searchsorted(rows[users == u], drawn[users[drawn] == u])) for u in range(24)}
+    assert len(places) > 1
+    assert len(few_per_user(data, rows[:0], 2, seed=7)) == 0
+
+
+def test_adapted_users_serve_their_own_test_pairs(
+    runs: dict[str, RunDirectory], tmp_path: Path
+) -> None:
+    run = runs["PalA"]
+    report = adapt_run(run, tmp_path / "users", num_pairs=3)
+    data = PreparedData.open(restore(run).data.path)
+    assert set(report["users"]) == {data.users[row] for row in users_of(data, "unseen_train")}
+    assert max(user["pairs"] for user in report["users"].values()) == 3
+    assert all(sum(user["mixture"]) == pytest.approx(1) for user in report["users"].values())
+    figures = evaluate_run(run, ALONE, split="unseen_test", users=tmp_path / "users", name="new")
+    both = np.intersect1d(users_of(data, "unseen_train"), users_of(data, "unseen_test"))
+    assert set(figures["users"]) == {data.users[row] for row in both}

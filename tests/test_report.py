@@ -1,0 +1,123 @@
+"""The report of a run: a page, four pictures, none without its data, and a simplex that no legend hides."""
+
+import json
+import shutil
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from pal_ds import report
+from pal_ds.engine.dist import World
+from pal_ds.errors import UserError
+from pal_ds.evaluate_run import evaluate_run
+from pal_ds.few_shot import evaluate_few_shot
+from pal_ds.report import PICTURES, write_report
+from pal_ds.restore import restore
+from pal_ds.run_dir import RunDirectory
+from tests.spawn import run_command
+from tests.tiny import LLAMA, write_pairs
+
+ALONE = World(0, 1, torch.device("cpu"))
+PNG = b"\x89PNG\r\n"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """With evaluation and few-shot results; the head takes the largest logit in evaluation."""
+    folder = tmp_path_factory.mktemp("report")
+    pairs = write_pairs(folder / "pairs.jsonl", 96, num_users=12)
+    run_command(
+        "train",
+        f"--data.path={folder / 'data'}",
+        "--data.source=Jsonl",
+        f"--data.source.path={pairs}",
+        "--data.vocab_size=400",
+        "--data.max_length=64",
+        "--data.dev_fraction=0.2",
+        "--data.test_fraction=0.3",
+        "--data.unseen_user_fraction=0.4",
+        f"--backbone.architecture={json.dumps(LLAMA)}",
+        "--head=PalA",
+        "--head.num_prototypes=3",
+        "--head.evaluation=hard",
+        "--train.batch_pairs=16",
+        "--train.ds_config=zero0",
+        "--train.log_every=1",
+        f"--run_dir={folder / 'run'}",
+    )
+    run = RunDirectory(folder / "run")
+    evaluate_run(run, ALONE)
+    evaluate_few_shot(run, [0, 1, 2], 1)
+    return run
+
+
+def test_page_and_pictures(trained: RunDirectory, tmp_path: Path) -> None:
+    page = write_report({"first": trained, "second": trained}, tmp_path / "out").read_text()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "report.md",
+        *(f"{name}.png" for name in PICTURES),
+    }
+    for name, title in PICTURES.items():
+        assert f"![{title}]({name}.png)" in page
+        assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(PNG)
+    figures = json.loads((trained.eval / "test.json").read_text())
+    assert f"| first | {figures['pairs']} | {figures['accuracy']:.3f} (" in page
+
+
+def test_pictures_without_data_are_left_out(trained: RunDirectory, tmp_path: Path) -> None:
+    left_out = shutil.ignore_patterns("eval", "metrics.jsonl")
+    run = RunDirectory(shutil.copytree(trained.path, tmp_path / "run", ignore=left_out))
+    page = write_report({"run": run}, tmp_path / "out").read_text()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "report.md",
+        "simplex.png",
+    ]
+    assert page.count("![") == 1
+    # An evaluation of strangers alone has no figure to show, nor anything to stumble over.
+    run.eval.mkdir()
+    strangers = evaluate_run(trained, ALONE, split="unseen_test")
+    (run.eval / "test.json").write_text(json.dumps(strangers))
+    assert write_report({"run": run}, tmp_path / "out").read_text() == page
+
+
+def test_users_lie_where_the_head_puts_them_and_the_legend_beside(trained: RunDirectory) -> None:
+    users = restore(trained).users
+    groups: dict[str, str | None] = {user: f"group {row % 4}" for row, user in enumerate(users.ids)}
+    groups[users.ids[0]] = None
+    figure, axes = plt.subplots(figsize=(4.6, 3.6))
+    assert report._simplex(axes, trained, groups)
+    figure.tight_layout()
+    figure.canvas.draw()
+    legend = axes.get_legend()
+    assert legend is not None
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+    assert figure.bbox.contains(*legend.get_window_extent().min)
+    outline = axes.lines[0].get_xydata()
+    assert isinstance(outline, np.ndarray)
+    assert all(axes.bbox.contains(*axes.transData.transform(corner)) for corner in outline)
+    labels = [text for text in axes.texts if text.get_text() in ("1", "2", "3")]
+    assert len(labels) == 3
+    for label in labels:
+        assert axes.viewLim.contains(*label.get_position()), (
+            "matplotlib draws no annotation outside the limits"
+        )
+    # Hard evaluation: everyone sits in a corner.
+    offsets = [points.get_offsets() for points in axes.collections]
+    places = np.concatenate([np.asarray(points) for points in offsets])
+    assert len(places) == len(users)
+    nearest = np.linalg.norm(places[:, None] - outline[None, :3], axis=-1).min(1)
+    assert nearest.max() < 1e-6
+    plt.close(figure)
+
+
+def test_a_run_that_cannot_be_opened_is_an_error(trained: RunDirectory, tmp_path: Path) -> None:
+    run = RunDirectory(shutil.copytree(trained.path, tmp_path / "run"))
+    (run.checkpoint(run.complete_steps()[-1]) / "users.arrow").write_bytes(b"")
+    with pytest.raises(UserError, match=r"users\.arrow: 0 bytes"):
+        write_report({"run": run}, tmp_path / "out")
