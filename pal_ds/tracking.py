@@ -1,5 +1,6 @@
 """Training figures: summed on the device, read once per interval, written to metrics.jsonl and, if set up, wandb."""
 
+import math
 import time
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from pal_ds.config import RunConfig
 from pal_ds.engine.dist import World
 from pal_ds.engine.step import UpdateStats
+from pal_ds.errors import UserError
 from pal_ds.run_dir import RunDirectory
 
 
@@ -44,8 +46,14 @@ class Tracker:
             "pairs_per_second": num_pairs / (now - self._since),
         }
         self._since = now
-        self.last_loss = f"{row['loss']:.4f}"
         self._write(row)
+        if not math.isfinite(loss_sum):
+            # Every rank holds the same sum, so all stop here; later checkpoints would push out the good ones.
+            raise UserError(
+                f"the loss is not finite at update {step}. Lower the learning rates or set train.gradient_clipping, "
+                "and start again: the run resumes from its newest checkpoint."
+            )
+        self.last_loss = f"{row['loss']:.4f}"
 
     def log_dev(self, step: int, figures: dict[str, Any]) -> None:
         names = (

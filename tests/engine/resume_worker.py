@@ -19,11 +19,15 @@ STOPS = {"full": (3, 4, 6), "lora": (5,), "frozen": (4,)}
 NUM_UPDATES = 8
 
 
-def recipe(data: str, base: str, tuning: str) -> RunConfig:
+def recipe(
+    data: str, base: str, tuning: str, *, dropout: float = 0.1, mixture: str = "gumbel"
+) -> RunConfig:
     """Dropout in backbone and head and Gumbel noise, so that a lost generator state would show."""
     return RunConfig(
         data=DataConfig(path=data, source=None),
-        head=lambda hidden_size: PalA(hidden_size, num_prototypes=3, dropout=0.1, mixture="gumbel"),
+        head=lambda hidden_size: PalA(
+            hidden_size, num_prototypes=3, dropout=dropout, mixture=mixture
+        ),
         backbone=BackboneConfig(path=base, tuning=tuning, lora=LoraOptions(rank=4, dropout=0.1)),
         optim=OptimConfig(learning_rate=3e-3, backbone_learning_rate=1e-3),
         train=TrainConfig(
@@ -44,6 +48,8 @@ def main(data_path: str, base: str, out: str) -> None:
         def run_once(config: RunConfig, folder: Path) -> None:
             train(config, RunDirectory(folder), data, world)
 
+        run_once(recipe(data_path, base, "full", dropout=0.0), Path(out) / "full_no_dropout")
+        run_once(recipe(data_path, base, "full", mixture="softmax"), Path(out) / "full_no_gumbel")
         for tuning, stops in STOPS.items():
             config = recipe(data_path, base, tuning)
             run_once(config, Path(out) / f"{tuning}_whole")
