@@ -5,6 +5,7 @@ It knows nothing of heads, users or losses: token ids and positions in, hidden s
 
 import difflib
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,11 @@ def _add_adapters(model: PreTrainedModel, config: BackboneConfig, seed: int) -> 
     torch.manual_seed(seed)
     # One dtype per engine: fp32 adapters beside a bf16 base break ZeRO-3's coalesced gathers.
     try:
-        return get_peft_model(model, options, autocast_adapter_dtype=False)
+        with warnings.catch_warnings():
+            # About GPT-2's transposed weights, which peft handles, and between peft and transformers.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
+            return get_peft_model(model, options, autocast_adapter_dtype=False)
     except ValueError as error:
         raise UserError(
             f"backbone.lora: {error} Name modules of {config.path}, or null for all linear layers."

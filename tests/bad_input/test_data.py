@@ -92,7 +92,7 @@ def test_everything_held_out(place: Place, refused: Refused, tmp_path: Path, cap
     """Preparing is a command of its own and may stand; the run directory is not begun."""
     from pal_ds.cli import main
 
-    options = [f"--data.path={tmp_path / 'data'}", "--data.dev_fraction=1", "--data.max_length=512"]
+    options = [f"--data.path={tmp_path / 'data'}", "--data.dev_fraction=1", "--data.max_length=200"]
     main(["prepare", f"--config={place.recipe}", *options])
     said = refused(*place.train(*options, run=tmp_path / "new"))
     assert "its train split is empty. Prepare with smaller dev and test fractions" in said
