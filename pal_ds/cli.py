@@ -138,6 +138,13 @@ def console() -> NoReturn:
         main()
     except SystemExit as end:
         code = end.code
+    except KeyboardInterrupt:
+        # Checkpoints are published whole, so there is nothing to tidy up.
+        print("pal-ds: interrupted; the same command resumes a training.", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        # Whoever read our output has had enough; what is left of it has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if "pal_ds.engine.dist" in sys.modules and not isinstance(code, str):
         sys.modules["pal_ds.engine.dist"].leave(code or 0)
     sys.exit(code)

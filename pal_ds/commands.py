@@ -204,7 +204,12 @@ class Report:
     def run(options: Namespace, _: Namespace) -> None:
         from pal_ds.report import write_report
 
-        runs = {Path(path).name: RunDirectory(path) for path in options.run_dirs}
+        names = [Path(path).name for path in options.run_dirs]
+        # Two runs may end in the same name; then the whole path tells them apart.
+        labels = names if len(set(names)) == len(names) else options.run_dirs
+        runs = {
+            label: RunDirectory(path) for label, path in zip(labels, options.run_dirs, strict=True)
+        }
         for run in runs.values():
             run.require_run()
         print(write_report(runs, Path(options.out)))

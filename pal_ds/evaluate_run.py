@@ -87,11 +87,34 @@ def opened_pairs(restored: Restored, file: Path | None, world: World) -> Iterato
 
     folder = world.from_rank_zero(build)
     try:
-        yield PreparedData.open(folder)
+        data = PreparedData.open(folder)
+        _refuse_other_kind(file, data, restored)
+        yield data
     finally:
         world.barrier()
         if world.is_rank_zero:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _refuse_other_kind(file: Path, data: PreparedData, restored: Restored) -> None:
+    """Raises UserError where the records are not of the kind and size that the run was trained on."""
+    own = restored.data
+    if data.info["kind"] != own.info["kind"]:
+        raise UserError(
+            f"{file}: holds {data.info['kind']}, and the run was trained on {own.info['kind']}."
+        )
+    if data.info["vector_size"] != own.info["vector_size"]:
+        raise UserError(
+            f"{file}: vectors of {data.info['vector_size']} numbers, the run was trained on {own.info['vector_size']}."
+        )
+    if (
+        data.info["kind"] == "vectors"
+        and restored.parts.collator.with_prompt
+        and data.prompt_vectors is None
+    ):
+        raise UserError(
+            f"{file}: the run's head reads the prompt, and these records carry no prompt_features."
+        )
 
 
 @dataclass(frozen=True)
@@ -186,6 +209,8 @@ def _temperature(restored: Restored, micro: int, world: World) -> float:
 
 
 def _num_seen_prompts(trained_on: PreparedData, data: PreparedData) -> int:
+    if data.prompts is None and (data.prompt_vectors is None or trained_on.prompt_vectors is None):
+        return 0  # vector records without prompts have none to meet again
     responses = trained_on.comparisons["a"][trained_on.rows("train")]
     seen = trained_on.prompt_hashes()[np.unique(trained_on.response_prompt[responses])]
     return int(np.isin(data.prompt_hashes(), seen).sum())

@@ -72,6 +72,8 @@ def _table(runs: dict[str, RunDirectory]) -> list[str]:
                 f"{figures['ece']:.3f}",
             )
             lines.append("| " + " | ".join(map(str, cells)) + " |")
+        else:
+            lines.append(f"| {name} | no eval/test.json: run `evaluate` first | | | | |")
     return lines
 
 

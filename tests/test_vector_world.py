@@ -1,5 +1,8 @@
 """The vector world end to end: planted prototypes and mixtures come back out of a run made by the command line."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,9 @@ from scipy.optimize import linear_sum_assignment
 from scipy.special import expit
 
 from pal_ds.engine.dist import World
+from pal_ds.errors import UserError
 from pal_ds.evaluate import figures_of, predict, user_mixtures
+from pal_ds.evaluate_run import evaluate_run
 from pal_ds.restore import Restored, restore
 from pal_ds.run_dir import RunDirectory
 from tests.spawn import ROOT, run_command
@@ -63,3 +68,23 @@ def test_accuracy_reaches_bayes(trained: Restored, test_margins: np.ndarray) -> 
     figures = figures_of(trained.data, trained.data.rows("test"), test_margins)
     assert figures["accuracy"] >= 0.98 * figures["bayes_accuracy"]
     assert 0.85 <= figures["bayes_accuracy"] <= 0.92
+
+
+def write_vectors(path: Path, size: int) -> Path:
+    rows = np.random.default_rng(0).normal(size=(6, 2, size)).round(3).tolist()
+    lines = [json.dumps({"user_id": "new", "response_features": row, "y": 1}) for row in rows]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_evaluates_a_file_of_vectors(trained: Restored, tmp_path: Path) -> None:
+    file = write_vectors(tmp_path / "new.jsonl", 8)
+    figures = evaluate_run(trained.run, ALONE, file=file)
+    assert figures["unknown_users"]["pairs"] == 6
+    assert figures["prompts_seen_in_training"] == 0
+
+
+def test_vectors_of_another_size_are_refused(trained: Restored, tmp_path: Path) -> None:
+    file = write_vectors(tmp_path / "new.jsonl", 5)
+    with pytest.raises(UserError, match="vectors of 5 numbers, the run was trained on 8"):
+        evaluate_run(trained.run, ALONE, file=file)

@@ -142,7 +142,12 @@ def load_transformer(
     if config.tuning == "frozen":
         return model.requires_grad_(False).eval()
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with warnings.catch_warnings():
+            # The name that newer transformers prefer is missing in the older ones we support.
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
     if config.tuning == "lora":
         model = _add_adapters(model, config, seed)
     return model

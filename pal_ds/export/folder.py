@@ -40,6 +40,7 @@ from pal_ds.heads.base import Head
 from pal_ds.progress import progress_bar
 from pal_ds.restore import OpenRun, load_model, open_run
 from pal_ds.run_dir import RunDirectory
+from pal_ds.users import UserTable
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +135,7 @@ def _fill(
     del weights, layout, source, head_tensors, read
     facts |= _check(folder, opened, audience, target, options.dtype)
     if options.with_users and "logits" in head.needs:
-        _write_users(folder, opened, head)
+        _write_users(folder, opened, head, options.users_dir)
     card.write_card(folder, facts)
     card.write_facts(folder, facts)
     return facts
@@ -262,10 +263,14 @@ def _check(
     return {**facts, "max_difference": difference, "scale": scale, "num_samples": len(texts)}
 
 
-def _write_users(folder: Path, opened: OpenRun, head: Head) -> None:
-    mixtures = user_mixtures(head, opened.users)[:-1].tolist()
+def _write_users(folder: Path, opened: OpenRun, head: Head, adapted: Path | None) -> None:
+    """users.jsonl: the run's users and those of an adapted table, which hide trained ones of the same id."""
+    tables = [opened.users, *([] if adapted is None else [UserTable.load(adapted)])]
+    mixtures: dict[str, list[float]] = {}
+    for table in tables:
+        mixtures |= dict(zip(table.ids, user_mixtures(head, table)[:-1].tolist(), strict=True))
     with open(folder / "users.jsonl", "w", encoding="utf-8") as stream:
-        for user_id, mixture in zip(opened.users.ids, mixtures, strict=True):
+        for user_id, mixture in mixtures.items():
             stream.write(json.dumps({"user_id": user_id, "mixture": mixture}) + "\n")
 
 

@@ -71,6 +71,15 @@ def test_pairs_file_with_a_bad_line(place: Place, refused: Refused, tmp_path: Pa
     assert f"{pairs}:2: missing key 'chosen'" in said
 
 
+@pytest.mark.parametrize("command", ["evaluate", "adapt"])
+def test_vectors_for_a_run_on_text(place: Place, refused: Refused, tmp_path: Path, command: str):
+    pairs = tmp_path / "new.jsonl"
+    pairs.write_text('{"user_id": "a", "response_features": [[0.1, 0.2], [0.3, 0.4]], "y": 1}\n')
+    option = {"evaluate": ["--data"], "adapt": ["--out", tmp_path / "U", "--pairs"]}[command]
+    said = refused(command, f"--run_dir={place.run}", *option, pairs)
+    assert f"{pairs}: holds vectors, and the run was trained on tokens" in said
+
+
 def test_adapt(place: Place, refused: Refused, tmp_path: Path):
     out = f"--out={tmp_path / 'U'}"
     run = f"--run_dir={place.run}"

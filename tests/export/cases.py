@@ -86,10 +86,12 @@ CASES = _matrix()
 
 
 def audience_of(case: Case) -> dict[str, Any]:
-    """One user, a mixture or the population, in turn over the cases."""
+    """One user, a mixture or the population: every tuning and every head meets each of them."""
     if case.head == "bt":
         return {}
-    return ({"user": "u1"}, {"mixture": MIXTURE}, {})[CASES.index(case) % 3]
+    place = ("llama", "bert", "gpt2").index(case.backbone)
+    place += ("full", "lora", "frozen").index(case.tuning) + int(case.head == "pal_b")
+    return ({"user": "u1"}, {"mixture": MIXTURE}, {})[place % 3]
 
 
 def make_tokenizer(backbone: str) -> PreTrainedTokenizerFast:

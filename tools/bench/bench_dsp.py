@@ -8,6 +8,7 @@ The encoder trained too is recipes/dsp_full.yaml; compare_runs.py holds the two 
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -73,6 +74,7 @@ def run_all(options: argparse.Namespace) -> dict[str, list[float]]:
                         *head,
                     ]
                 )
+                shutil.rmtree(run.path, ignore_errors=True)
                 run.path.mkdir(parents=True)
                 run.config_file.write_text(recipe)
                 data = prepare(config.data, quiet=True)

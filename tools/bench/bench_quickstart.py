@@ -23,6 +23,7 @@ def main() -> None:
     for seed in range(options.seeds):
         out, started = options.out / f"seed{seed}", time.monotonic()
         if (out / "summary.json").is_file():
+            print(f"seed {seed}: taken from {out}, not run now")
             rows.append(json.loads((out / "summary.json").read_text()))
             continue
         command = [
