@@ -22,6 +22,8 @@ class Parser(ArgumentParser):
         super().__init__(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        # jsonargparse names a command's own options with the command in front, which no one can type.
+        message = re.sub(r"(arguments are required: )\w+\.", r"\1--", message)
         message = _without_noise(message)
         print(
             f"pal-ds: error: {message}{_suggestion(message, _option_names(self))}", file=sys.stderr

@@ -18,7 +18,8 @@ class Prepare:
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
-        add_recipe_arguments(parser)
+        # Data can be prepared before anyone knows which head will read them.
+        add_recipe_arguments(parser, require_head=False)
 
     @staticmethod
     def run(options: Namespace, _: Namespace) -> None:

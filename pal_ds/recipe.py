@@ -1,6 +1,7 @@
 """Reads and writes recipes as YAML, and tells which keys two of them differ in."""
 
 from argparse import ArgumentError
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ from jsonargparse import ArgumentParser, Namespace
 
 from pal_ds.config import KEYS_THAT_DO_NOT_ALTER_RESULTS, RunConfig
 from pal_ds.errors import UserError
+from pal_ds.heads.base import Head
 
 
-def add_recipe_arguments(parser: ArgumentParser) -> None:
+def add_recipe_arguments(parser: ArgumentParser, *, require_head: bool = True) -> None:
     """--config and every key of a recipe."""
     import pal_ds.data.sources
     import pal_ds.heads  # noqa: F401  short class names resolve once their modules are imported
@@ -19,7 +21,9 @@ def add_recipe_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--config", action="config", help="YAML recipe; repeat to layer, later wins"
     )
-    parser.add_class_arguments(RunConfig, nested_key=None)
+    parser.add_class_arguments(RunConfig, nested_key=None, skip=set() if require_head else {"head"})
+    if not require_head:
+        parser.add_argument("--head", type=Callable[[int], Head] | None, default=None)
 
 
 def as_recipe(options: Namespace) -> RunConfig:
