@@ -65,7 +65,9 @@ def test_recipe_files(place: Place, refused: Refused, tmp_path: Path, text: str,
 def test_what_is_missing(place: Place, refused: Refused, tmp_path: Path):
     assert "nope.yaml: no such file" in refused(*place.train("--config", tmp_path / "nope.yaml"))
     assert "are required: --run_dir" in refused("train", f"--config={place.recipe}")
-    assert "are required: --head" in refused("train", "--data.path=x", f"--run_dir={tmp_path / 'new'}")
+    assert "are required: --head" in refused(
+        "train", "--data.path=x", f"--run_dir={tmp_path / 'new'}"
+    )
     assert "invalid choice: 'trian'" in refused("trian")
     assert '"command" to be one of' in refused()
     assert "is a file. Name a directory" in refused(*place.train(run=place.pairs))
