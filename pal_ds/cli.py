@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"pal-ds: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
 
 
 def console() -> NoReturn:

@@ -38,21 +38,21 @@ class World:
 
     def from_rank_zero(self, decide: Callable[[], T]) -> T:
         """The value of `decide()` on rank 0, on every rank; what fails there fails everywhere."""
-        outcome: list[object] = [None, None, False]
+        outcome: list[object] = [None, None]
         failure: Exception | None = None
         if self.is_rank_zero:
             try:
-                outcome = [decide(), None, False]
+                outcome = [decide(), None]
             # Whatever it is (a full disk, say), the others must hear of it instead of waiting.
             except Exception as error:
                 failure = error
-                outcome = [None, str(error), isinstance(error, UserError)]
+                outcome = [None, _as_told_to_others(error)]
         if self.world_size > 1:
             torch_dist.broadcast_object_list(outcome, src=0, device=self.device)
         if failure is not None:
             raise failure
-        if outcome[1] is not None:
-            raise (UserError if outcome[2] else RuntimeError)(str(outcome[1]))
+        if isinstance(outcome[1], Exception):
+            raise outcome[1]
         return outcome[0]  # type: ignore[return-value]
 
     def on_every_rank(self, make: Callable[[], T]) -> T:
@@ -61,13 +61,14 @@ class World:
         try:
             made = make()
         except UserError as error:
-            problem = str(error)
-        problems: list[str | None] = [problem] * self.world_size
+            problem = (type(error), str(error))
+        problems: list[tuple[type[UserError], str] | None] = [problem] * self.world_size
         if self.world_size > 1:
             torch_dist.all_gather_object(problems, problem)
-        for rank, text in enumerate(problems):
-            if text is not None:
-                raise UserError(text if rank == 0 else f"rank {rank}: {text}")
+        for rank, found in enumerate(problems):
+            if found is not None:
+                kind, text = found
+                raise kind(text if rank == 0 else f"rank {rank}: {text}")
         return made  # type: ignore[return-value]
 
     def barrier(self) -> None:
@@ -85,6 +86,11 @@ class World:
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks in rank order: the same bits on every rank and every run."""
         return self.all_gather(tensor).sum(0)
+
+
+def _as_told_to_others(error: Exception) -> Exception:
+    """A failure of rank 0 as the other ranks raise it: mistakes keep their class, the rest may not survive pickling."""
+    return error if isinstance(error, UserError) else RuntimeError(f"rank 0: {error}")
 
 
 def _fill_rank_variables() -> list[str]:
