@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser
 
+from pal_ds import phase  # noqa: F401  (first of ours: its clock tells how long this process has run)
 from pal_ds.errors import UserError
 
 

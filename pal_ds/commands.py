@@ -47,16 +47,21 @@ class Train:
 
     @staticmethod
     def run(options: Namespace, unresolved: Namespace) -> None:
-        from pal_ds.launch import launch_training
+        from pal_ds.engine.stop import listening
 
-        launch_training(
-            as_recipe(options),
-            dump_recipe(unresolved),
-            Path(options.run_dir),
-            fresh=options.fresh,
-            allow_change=options.allow_change,
-            trust_checkpoint=options.trust_checkpoint,
-        )
+        recipe = as_recipe(options)
+        # From here on a signal asks for a checkpoint first, even while modules are still being loaded.
+        with listening(recipe.train.stop_signals):
+            from pal_ds.launch import launch_training
+
+            launch_training(
+                recipe,
+                dump_recipe(unresolved),
+                Path(options.run_dir),
+                fresh=options.fresh,
+                allow_change=options.allow_change,
+                trust_checkpoint=options.trust_checkpoint,
+            )
 
 
 class Evaluate:

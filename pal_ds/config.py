@@ -4,6 +4,7 @@ Defaults < YAML < command line; unknown keys are errors. The resolved tree is wr
 enough to run again.
 """
 
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -60,6 +61,10 @@ class TrainConfig:
     """item: all annotations of one prompt stay adjacent, so each text is encoded once for all of them."""
     micro_batch_pairs: int = 16
     """Most comparisons per rank in one forward; execution only."""
+    micro_batch_tokens: int | None = None
+    """Most padded tokens of responses with their prompts per rank in one forward, for a backbone that is trained."""
+    num_workers: int = 0
+    """Processes per rank that build batches ahead of the updates; 0: the rank itself. Results do not depend on it."""
     gradient_clipping: float = 1.0
     """Global norm bound of the engine's gradients; 0 is off. User rows are outside it."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -75,18 +80,32 @@ class TrainConfig:
     """Newest checkpoints to keep beside the best one; at least 2."""
     stop_after: int | None = None
     """Save and stop after this update, leaving schedules as they are: a later start resumes."""
+    time_limit_minutes: float | None = None
+    """Save and stop early enough to end within this time from the start of the process; a later start resumes."""
+    stop_signals: tuple[str, ...] = ("USR2", "TERM")
+    """Signals on which the ranks agree on an update, save and stop. NCCL versions have used USR1 themselves."""
+    max_skips_in_a_row: int = 10
+    """End the run when so many updates in a row had loss or gradients that were not finite (or spikes)."""
+    skip_spikes_sigmas: float | None = None
+    """Also skip updates whose loss or gradient norm exceeds the mean of the last 128 by so many deviations."""
     timeout_minutes: int = 30
     """How long a rank waits for the others before it gives up."""
 
     def __post_init__(self) -> None:
         """Raises UserError for a value out of range."""
         counts = ("epochs", "batch_pairs", "micro_batch_pairs", "log_every", "timeout_minutes")
-        for name in (*counts, "stop_after"):
+        for name in (*counts, "stop_after", "micro_batch_tokens", "max_skips_in_a_row"):
             value = getattr(self, name)
             check_range(f"train.{name}", value, value is None or value >= 1, "at least 1")
-        for name in ("eval_every", "save_every", "gradient_clipping"):
+        for name in ("eval_every", "save_every", "gradient_clipping", "num_workers"):
             value = getattr(self, name)
             check_range(f"train.{name}", value, value >= 0, "0 or more")
+        for name in ("time_limit_minutes", "skip_spikes_sigmas"):
+            value = getattr(self, name)
+            check_range(f"train.{name}", value, value is None or value > 0, "above 0")
+        for name in self.stop_signals:
+            known = f"SIG{name}" in signal.Signals.__members__ and name not in ("KILL", "STOP")
+            check_range("train.stop_signals", name, known, "a signal's name such as USR2 or TERM")
 
 
 def check_range(key: str, value: object, in_range: bool, rule: str) -> None:
@@ -126,6 +145,10 @@ KEYS_THAT_DO_NOT_ALTER_RESULTS = (
     "train.log_every",
     "train.keep_checkpoints",
     "train.stop_after",
+    "train.time_limit_minutes",
+    "train.stop_signals",
+    "train.num_workers",
+    "train.max_skips_in_a_row",
     "train.timeout_minutes",
     "backbone.encode_batch_texts",
 )

@@ -11,7 +11,12 @@
 | 130 | interrupted from the keyboard | yes, resumes |
 """
 
+import contextlib
 import errno
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -41,3 +46,44 @@ class RankLostError(UserError):
 STORAGE_ERRNOS = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
 )
+"""What a file system answers that cannot take what it is given."""
+
+_REMEDIES = {
+    errno.ENOSPC: "Make room there",
+    errno.EDQUOT: "Make room there, or ask for more quota",
+    errno.EROFS: "It is mounted read-only: name another place",
+    errno.EACCES: "This user may not: mend the permissions, or name another place",
+    errno.EPERM: "This user may not: mend the permissions, or name another place",
+    errno.EIO: "The device or its network failed: see the system's log",
+    errno.EFBIG: "The file would be larger than allowed there: see `ulimit -f`",
+}
+
+
+def storage_error(error: BaseException, path: Path | str | None = None) -> StorageError | None:
+    """What to tell a person of a failed write, or None where `error` is of another kind.
+
+    `path` is what was being written; an OSError that names a file itself knows better.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and type(error).__name__ == "SafetensorError":
+        # safetensors raises a class of its own, which tells the number in its text alone.
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else None
+    if number not in STORAGE_ERRNOS:
+        return None
+    where = getattr(error, "filename", None) or path or "a file"
+    return StorageError(
+        f"{where}: cannot be written or read: {os.strerror(number)}. {_REMEDIES[number]}, and start again."
+    )
+
+
+@contextlib.contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Raises StorageError where a file inside the block cannot be written because of where it lies."""
+    try:
+        yield
+    except Exception as error:
+        told = storage_error(error, path)
+        if told is None:
+            raise
+        raise told from error

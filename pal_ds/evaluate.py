@@ -44,6 +44,7 @@ def predict(
     micro_batch_pairs: int,
     world: World,
     label: str | None = None,
+    between_steps: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
     """Margins (> 0 prefers response_2) of the comparisons `rows`, in their order, fp64 [n], on every rank.
 
@@ -60,6 +61,7 @@ def predict(
         ) as advance,
     ):
         for step in range(num_steps):
+            between_steps()
             begin = step * run_size + world.rank * micro_batch_pairs
             share = rows[begin : min(begin + micro_batch_pairs, len(rows))]
             batch = collator(share, np.arange(len(share)), stand_in=int(rows[0])).to(world.device)

@@ -3,22 +3,44 @@
 D/config.yaml  D/metrics.jsonl  D/checkpoints/step_N/  D/latest.json  D/best.json  D/base/  D/eval/NAME.json
 """
 
+import contextlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-from pal_ds.errors import UserError
+from pal_ds.errors import UserError, writing
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """The file holds the old text or the new one, never a part: write beside it, fsync, rename."""
+    """The file holds the old text or the new one, never a part: write beside it, fsync, rename.
+
+    Raises:
+        StorageError: there is no room or no permission; the old text is still there.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    with writing(path):
+        try:
+            with open(temporary, "w", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            # What did fit would take room for nothing.
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """What was created, renamed or deleted in a directory stays so when the machine loses power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -39,9 +61,15 @@ class RunDirectory:
         self.eval = self.path / "eval"
 
     def write_config(self, recipe: str) -> None:
-        """The resolved recipe (YAML) as config.yaml."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """The resolved recipe (YAML) as config.yaml. Raises StorageError where it cannot be written."""
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.config_file, recipe)
+
+    def write_status(self, facts: dict[str, Any]) -> None:
+        """status.json: state (running, stopped, finished, failed), step, num_updates and the reason."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / "status.json", facts)
 
     def require_run(self) -> None:
         """Raises UserError where no run lies here."""
@@ -57,25 +85,43 @@ class RunDirectory:
         return self.checkpoints / f"step_{step:08d}"
 
     def complete_steps(self) -> list[int]:
-        """Steps with a manifest, ascending. A directory that still ends in .tmp was interrupted."""
-        found = (
-            path for path in self.checkpoints.glob("step_*") if (path / "manifest.json").is_file()
-        )
-        return sorted(
-            int(path.name.removeprefix("step_"))
-            for path in found
-            if path.name.removeprefix("step_").isdigit()
-        )
+        """Steps with a manifest, ascending; whether it is true is not looked at."""
+        return [
+            step
+            for step in self.all_steps()
+            if (self.checkpoint(step) / "manifest.json").is_file()
+        ]
+
+    def all_steps(self) -> list[int]:
+        """Numbers of all directories that are named as a step, ascending."""
+        numbers = (self.step_of(path) for path in self.checkpoints.glob("step_*") if path.is_dir())
+        return sorted(number for number in numbers if number is not None)
+
+    def step_of(self, path: Path) -> int | None:
+        """The step whose directory this is; None for one that is being written or deleted, or not named by us."""
+        number = path.name.removeprefix("step_")
+        if not number.isdecimal() or self.checkpoint(int(number)).name != path.name:
+            return None
+        return int(number)
 
     def pointer(self, name: str) -> dict[str, Any] | None:
-        """The content of latest.json or best.json."""
+        """The content of latest.json or best.json, of which only the step is ever followed.
+
+        Raises:
+            UserError: it is no JSON with a step.
+        """
         path = self.path / f"{name}.json"
         try:
-            return json.loads(path.read_text()) if path.is_file() else None
+            content = json.loads(path.read_text()) if path.is_file() else None
         except ValueError as error:
             raise UserError(
                 f"{path}: not valid JSON ({error}). Delete it; --step takes a number, too."
             ) from None
+        if content is not None and not (
+            isinstance(content, dict) and type(content.get("step")) is int and content["step"] >= 0
+        ):
+            raise UserError(f"{path}: names no step. Delete it; --step takes a number, too.")
+        return content
 
     def resolve_step(self, step: str) -> int:
         """Step number of "latest", "best" or a number.
@@ -104,9 +150,11 @@ class RunDirectory:
         return int(step)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.metrics_file, "a") as stream:
-            stream.write(json.dumps(row) + "\n")
+        """Adds a line to metrics.jsonl. Raises StorageError where it cannot be written."""
+        with writing(self.metrics_file):
+            self.path.mkdir(parents=True, exist_ok=True)
+            with open(self.metrics_file, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps(row) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         if not self.metrics_file.is_file():
@@ -115,8 +163,16 @@ class RunDirectory:
         lines = self.metrics_file.read_text().splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
-    def drop_metrics_after(self, step: int) -> None:
-        """A resumed run writes the steps after its checkpoint again; the lines of the abandoned ones go."""
+    def drop_metrics_after(self, step: int, *, owes_evaluation: bool = False) -> None:
+        """A resumed run writes the steps after its checkpoint again; the lines of the abandoned ones go.
+
+        With `owes_evaluation` those of an evaluation at `step` go too, as it will be made again.
+        """
+
+        def stays(row: dict[str, Any]) -> bool:
+            again = owes_evaluation and row["step"] == step and "dev_accuracy" in row
+            return row["step"] <= step and not again
+
         if self.metrics_file.is_file():
-            kept = [json.dumps(row) for row in self.read_metrics() if row["step"] <= step]
+            kept = [json.dumps(row) for row in self.read_metrics() if stays(row)]
             write_atomically(self.metrics_file, "".join(line + "\n" for line in kept))

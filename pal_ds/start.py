@@ -14,6 +14,7 @@ from pal_ds.assemble import Parts, assemble, base_weights_of, load_backbone
 from pal_ds.backbones.given import GivenStates
 from pal_ds.config import RunConfig
 from pal_ds.data.batch import Collator
+from pal_ds.data.loader import UpdateSource
 from pal_ds.data.plan import UpdatePlan
 from pal_ds.data.tables import PreparedData
 from pal_ds.engine.checkpoint import (
@@ -25,6 +26,7 @@ from pal_ds.engine.checkpoint import (
 from pal_ds.engine.dist import World
 from pal_ds.engine.ds_config import ds_config_of
 from pal_ds.engine.frozen import encode_once
+from pal_ds.engine.guard import UpdateGuard
 from pal_ds.engine.optim import apply_settings
 from pal_ds.engine.sharding import (
     parameter_bytes_on_this_rank,
@@ -32,6 +34,8 @@ from pal_ds.engine.sharding import (
     start_inference_engine,
     start_training_engine,
 )
+from pal_ds.engine.step import Stepper
+from pal_ds.engine.stop import StopWatch
 from pal_ds.errors import UserError
 from pal_ds.model import RewardModel
 from pal_ds.run_dir import RunDirectory
@@ -53,20 +57,53 @@ class Training:
     engine: Any
     users: UserTable
     plan: UpdatePlan
+    guard: UpdateGuard
+    watch: StopWatch
     step: int = 0
     best: dict[str, Any] | None = None
     """Step and accuracy of the best dev evaluation so far."""
     base_weights: str | None = None
     """What the frozen weights are that no checkpoint holds; None where all weights are trained."""
+    owes_evaluation: bool = False
+    """Whether a stop on request left out an evaluation that was due at `step`."""
 
     @property
     def num_updates(self) -> int:
         return self.config.train.epochs * self.plan.updates_per_epoch
 
-    def due(self, every: int) -> bool:
-        """Whether the update just made closes an interval of `every` updates; 0 means an epoch."""
-        return (
-            self.step % (every or self.plan.updates_per_epoch) == 0 or self.step == self.num_updates
+    def due(self, every: int, step: int | None = None) -> bool:
+        """Whether `step` (the update just made) closes an interval of `every` updates; 0 means an epoch."""
+        step = self.step if step is None else step
+        return step % (every or self.plan.updates_per_epoch) == 0 or step == self.num_updates
+
+    @property
+    def inputs(self) -> UpdateSource:
+        """What this rank's updates are made from."""
+        settings, head = self.config.train, self.parts.head
+        return UpdateSource(
+            self.plan,
+            self.collator,
+            self.world.rank,
+            self.world.world_size,
+            settings.micro_batch_pairs,
+            settings.micro_batch_tokens,
+            (settings.seed, head.num_prototypes) if self.parts.needs_users else None,
+        )
+
+    @property
+    def stepper(self) -> Stepper:
+        """What makes an update from them."""
+        return Stepper(
+            engine=self.engine,
+            users=self.users,
+            loss=self.config.loss,
+            optim=self.config.optim,
+            users_learning_rate=self.config.users.learning_rate,
+            world=self.world,
+            num_updates=self.num_updates,
+            seed=self.config.train.seed,
+            needs_users=self.parts.needs_users,
+            guard=self.guard,
         )
 
 
@@ -82,6 +119,13 @@ def start_training(
     """Loads and shards everything and restores the newest intact checkpoint, if any."""
     started = time.monotonic()
     parts = assemble(config, data, run)
+    if config.train.micro_batch_tokens is not None and (
+        parts.needs_store or data.response_vectors is not None
+    ):
+        raise UserError(
+            "train.micro_batch_tokens: updates read no tokens here, as the backbone is frozen or the records are "
+            "vectors. Unset it; train.micro_batch_pairs bounds a micro-batch."
+        )
     train_rows = data.rows("train")
     if len(train_rows) == 0:
         raise UserError(
@@ -107,13 +151,17 @@ def start_training(
     if config.train.precision == "bf16":
         # ZeRO-3 packs all weights into one buffer, so the head shares the backbone's dtype; masters stay fp32.
         parts.head.to(torch.bfloat16)
-    engine = start_training_engine(RewardModel(backbone, parts.head), config.optim, ds_config)
+    guard = UpdateGuard(config.train, world)
+    engine = start_training_engine(
+        RewardModel(backbone, parts.head), config.optim, ds_config, guard
+    )
     items = data.response_prompt[data.comparisons["a"][train_rows]]
     settings = config.train
     plan = UpdatePlan(
         train_rows, items, settings.batch_pairs, settings.seed, data.hash, settings.shuffle_unit
     )
-    state = Training(config, run, world, data, parts, collator, engine, users, plan)
+    watch = StopWatch(settings.time_limit_minutes)
+    state = Training(config, run, world, data, parts, collator, engine, users, plan, guard, watch)
     state.base_weights = world.from_rank_zero(lambda: base_weights_of(parts))
     resume(state, trust=trust_checkpoint)
     held, whole = parameter_bytes_on_this_rank(engine.module)
@@ -148,7 +196,7 @@ def resume(state: Training, *, trust: bool) -> None:
         path, manifest = found
         refuse_other_launch(path, manifest, state.data.hash, state.data.path, world.world_size)
         refuse_other_base(path, manifest, state.base_weights)
-        run.drop_metrics_after(manifest["step"])
+        run.drop_metrics_after(manifest["step"], owes_evaluation=manifest["owes_evaluation"])
         # As the checkpoint knew it: best.json may be of a step that is damaged or was never published.
         best = manifest.get("best")
         return str(path), manifest, best if best and best["step"] in run.complete_steps() else None
@@ -160,5 +208,8 @@ def resume(state: Training, *, trust: bool) -> None:
     load_checkpoint(state.engine, state.users, Path(path), manifest, world)
     apply_settings(state.engine.optimizer.param_groups, state.config.optim)
     state.step = int(manifest["step"])
+    state.owes_evaluation = manifest["owes_evaluation"]
+    state.guard.load_state_dict(manifest["guard"])
+    state.watch.save_seconds = manifest["save_seconds"]
     if world.is_rank_zero:
         logger.warning("resuming from %s at update %d of %d", path, state.step, state.num_updates)

@@ -9,7 +9,6 @@ import torch
 from pal_ds.config import RunConfig
 from pal_ds.engine.dist import World
 from pal_ds.engine.step import UpdateStats
-from pal_ds.errors import UserError
 from pal_ds.run_dir import RunDirectory
 
 
@@ -34,26 +33,22 @@ class Tracker:
         sums = torch.stack([torch.stack([s.loss_sum, s.correct]) for s in stats]).sum(0)
         loss_sum, correct = self._world.sum(sums).tolist()
         num_pairs = sum(s.num_pairs for s in stats)
+        norm = stats[-1].grad_norm
         now = time.monotonic()
         row = {
             "step": step,
             "epoch": round(epoch, 6),
-            "loss": loss_sum / num_pairs,
-            "accuracy": correct / num_pairs,
-            "grad_norm": None if stats[-1].grad_norm is None else float(stats[-1].grad_norm),
+            # Of the updates that were made; null where all were skipped, as JSON has no NaN.
+            "loss": loss_sum / num_pairs if num_pairs else None,
+            "accuracy": correct / num_pairs if num_pairs else None,
+            "grad_norm": float(norm) if norm is not None and math.isfinite(norm) else None,
             "learning_rate": stats[-1].learning_rate,
             "skipped_updates": sum(not s.applied for s in stats),
             "pairs_per_second": num_pairs / (now - self._since),
         }
         self._since = now
         self._write(row)
-        if not math.isfinite(loss_sum):
-            # Every rank holds the same sum, so all stop here; later checkpoints would push out the good ones.
-            raise UserError(
-                f"the loss is not finite at update {step}. Lower the learning rates or set train.gradient_clipping, "
-                "and start again: the run resumes from its newest checkpoint."
-            )
-        self.last_loss = f"{row['loss']:.4f}"
+        self.last_loss = f"{row['loss']:.4f}" if num_pairs else "skipped"
 
     def log_dev(self, step: int, figures: dict[str, Any]) -> None:
         names = (

@@ -1,19 +1,25 @@
 """The training loop. It knows no method: parts come from the recipe, figures go to the run directory."""
 
-import numpy as np
+import logging
+from collections.abc import Iterator
 
+from pal_ds import phase
 from pal_ds.config import RunConfig
-from pal_ds.data.batch import Batch, Collator
-from pal_ds.data.plan import split_update
+from pal_ds.data.batch import Collator
+from pal_ds.data.loader import UpdateInputs, updates_from
 from pal_ds.data.tables import PreparedData
 from pal_ds.engine.checkpoint import retain, save_checkpoint
 from pal_ds.engine.dist import World
 from pal_ds.engine.step import Stepper, UpdateStats
+from pal_ds.engine.stop import StopAsked, ignore_stop_signals
+from pal_ds.errors import NumericError
 from pal_ds.evaluate import dev_temperature, figures_of, predict, user_mixtures
 from pal_ds.progress import progress_bar
 from pal_ds.run_dir import RunDirectory, write_json
 from pal_ds.start import Training, start_training
 from pal_ds.tracking import Tracker
+
+logger = logging.getLogger(__name__)
 
 
 def train(
@@ -38,6 +44,10 @@ def train(
         if recipe is not None:
             world.from_rank_zero(lambda: run.write_config(recipe))
         run_updates(state)
+    except Exception as error:
+        if world.is_rank_zero:
+            record_failure(state, error)
+        raise
     finally:
         # Without this a finished process may abort in DeepSpeed's background threads.
         state.engine.destroy()
@@ -45,71 +55,147 @@ def train(
 
 
 def run_updates(state: Training) -> None:
-    """The loop: update, log, evaluate, save."""
-    config, world = state.config.train, state.world
-    stepper = Stepper(
-        engine=state.engine,
-        users=state.users,
-        loss=state.config.loss,
-        optim=state.config.optim,
-        users_learning_rate=state.config.users.learning_rate,
-        world=world,
-        num_updates=state.num_updates,
-        seed=config.seed,
-        needs_users=state.parts.needs_users,
-    )
-    last = min(config.stop_after or state.num_updates, state.num_updates)
-    tracker = Tracker(state.run, state.config, world)
+    """The loop: make updates until the last one or until a stop is asked for."""
+    last = min(state.config.train.stop_after or state.num_updates, state.num_updates)
+    tracker, stepper = Tracker(state.run, state.config, state.world), state.stepper
+    write_status(state, "running")
     with progress_bar(
-        "training", state.num_updates, shown=world.is_rank_zero, unit="pairs"
+        "training", state.num_updates, shown=state.world.is_rank_zero, unit="pairs"
     ) as advance:
         for _ in range(state.step):
             advance(0)
-        while state.step < last:
-            stats = run_update(state, stepper)
-            state.step += 1
+        stop = make_owed_evaluation(state, tracker)
+        for inputs in inputs_until(state, state.step if stop else last):
+            with state.watch.timed("update"):
+                stats = make_update(state, stepper, inputs)
             tracker.add(stats)
-            if state.step % config.log_every == 0 or state.step == last:
-                tracker.log(state.step, state.step / state.plan.updates_per_epoch)
-            improved = state.due(config.eval_every) and evaluate_on_dev(state, tracker)
-            if improved or state.due(config.save_every) or state.step == last:
-                save(state)
+            stop = "stop_after" if state.step == last else agree_on_stop(state)
+            stop = log_evaluate_save(state, tracker, stop)
             advance(stats.num_pairs, loss=tracker.last_loss)
+            if stop:
+                break
     tracker.close()
+    if state.step == state.num_updates and not state.owes_evaluation:
+        write_status(state, "finished")
+    else:
+        write_status(state, "stopped", stop or "stop_after")
 
 
-def run_update(state: Training, stepper: Stepper) -> UpdateStats:
-    """Builds this rank's micro-batches of the next update and makes it."""
-    config, world = state.config.train, state.world
+def make_owed_evaluation(state: Training, tracker: Tracker) -> str | None:
+    """Makes the evaluation that an earlier stop left out; the reason to stop, where one comes up again."""
+    try:
+        if state.owes_evaluation and evaluate_on_dev(state, tracker):
+            publish_best(state)
+    except StopAsked as asked:
+        return str(asked)
+    return None
+
+
+def inputs_until(state: Training, last: int) -> Iterator[UpdateInputs]:
+    """Inputs of the updates from the one at hand to `last`, from worker processes where the recipe asks for them."""
+    settings = state.config.train
+    phase.enter("build batches", state.step)
+    return updates_from(
+        state.inputs,
+        state.step,
+        last,
+        settings.num_workers,
+        lambda: ignore_stop_signals(settings.stop_signals),
+    )
+
+
+def make_update(state: Training, stepper: Stepper, inputs: UpdateInputs) -> UpdateStats:
+    """Makes the next update, or skips it where the guard says so."""
+    batches = [batch.to(state.world.device) for batch in inputs.batches]
+    try:
+        stats = stepper.run(state.step, batches, inputs.runs, inputs.user_rows)
+    except NumericError as error:
+        raise NumericError(f"{error} {describe(state, inputs)}") from None
+    state.step += 1
+    phase.enter("build batches", state.step)
+    return stats
+
+
+def describe(state: Training, inputs: UpdateInputs) -> str:
+    """Names the comparisons of an update for a person who wants to look at them."""
+    rows = ", ".join(map(str, inputs.rows[:8])) + (", ..." if len(inputs.rows) > 8 else "")
     epoch, index = divmod(state.step, state.plan.updates_per_epoch)
-    rows = state.plan.update(epoch, index)
-    runs = split_update(len(rows), world.world_size, config.micro_batch_pairs)
-    batches = [collate(state, rows, step_runs[world.rank]) for step_runs in runs]
-    return stepper.run(state.step, batches, runs, state.collator.user_rows(rows))
+    return f"(Update {index} of epoch {epoch}: rows {rows} of {state.data.path}/comparisons.npy.)"
 
 
-def collate(state: Training, rows: np.ndarray, positions: np.ndarray) -> Batch:
-    """The micro-batch of these positions of an update."""
-    noise = (state.config.train.seed, state.step, state.parts.head.num_prototypes)
-    noise = noise if state.parts.needs_users else None
-    return state.collator(rows[positions], positions, noise, int(rows[0])).to(state.world.device)
+def agree_on_stop(state: Training) -> str | None:
+    """Why all ranks stop after this update, or None; a signal or the clock may have asked for it."""
+    phase.enter("agree")
+    next_step = state.step + 1
+    due = state.due(state.config.train.eval_every, next_step)
+    reason = state.watch.reason_to_stop(state.world, evaluation_due=due)
+    if reason and state.world.is_rank_zero:
+        logger.warning(
+            "stopping after update %d of %d (%s): saving; the same command resumes",
+            *(state.step, state.num_updates, reason),
+        )
+    return reason
+
+
+def log_evaluate_save(state: Training, tracker: Tracker, stop: str | None) -> str | None:
+    """What is due after an update; the reason to stop, which may come up on the way.
+
+    A stop on request leaves no time for an evaluation: the next start makes it.
+    """
+    config = state.config.train
+    if stop or state.step % config.log_every == 0:
+        tracker.log(state.step, state.step / state.plan.updates_per_epoch)
+    improved = False
+    state.owes_evaluation = state.due(config.eval_every)
+    if state.owes_evaluation and stop in (None, "stop_after"):
+        try:
+            improved = evaluate_on_dev(state, tracker)
+        except StopAsked as asked:
+            stop = str(asked)
+    if stop or improved or state.due(config.save_every):
+        save(state)
+    phase.enter("build batches")
+    return stop
+
+
+def record_failure(state: Training, error: Exception) -> None:
+    """status.json of a run that ends with an error; rank 0 alone, as the others may be gone."""
+    facts = {"state": "failed", "step": state.step, "num_updates": state.num_updates}
+    try:
+        state.run.write_status({**facts, "reason": str(error)})
+    except OSError as problem:
+        logger.warning("status.json could not be written: %s", problem)
+
+
+def write_status(state: Training, name: str, reason: str | None = None) -> None:
+    """status.json: what a batch script asks for before it queues the job again."""
+    facts = {"state": name, "step": state.step, "num_updates": state.num_updates, "reason": reason}
+    state.world.from_rank_zero(lambda: state.run.write_status(facts))
 
 
 def evaluate_on_dev(state: Training, tracker: Tracker) -> bool:
-    """Logs figures on the dev split (seen users); whether its accuracy is the best of the run so far."""
+    """Logs figures on the dev split (seen users); whether its accuracy is the best of the run so far.
+
+    Raises:
+        StopAsked: a stop was asked for before all was scored.
+    """
     rows = state.data.rows("dev")
     if len(rows) == 0:
+        state.owes_evaluation = False
         return False
+    phase.enter("evaluate")
     state.engine.eval()
-    mixtures = user_mixtures(state.parts.head, state.users).to(state.world.device)
-    margins = predict(
-        state.engine,
-        state.collator,
-        rows,
-        mixtures,
-        state.config.train.micro_batch_pairs,
-        state.world,
-    )
+    with state.watch.timed("evaluation"):
+        margins = predict(
+            state.engine,
+            state.collator,
+            rows,
+            user_mixtures(state.parts.head, state.users).to(state.world.device),
+            state.config.train.micro_batch_pairs,
+            state.world,
+            between_steps=lambda: state.watch.leave_if_asked(state.world),
+        )
+    state.owes_evaluation = False
     temperature = dev_temperature(
         margins, state.data.comparisons["label"][rows].astype(float), state.config.loss.kind
     )
@@ -135,8 +221,18 @@ def save(state: Training) -> None:
         "num_updates": state.num_updates,
         "best": state.best,
         "base_weights": state.base_weights,
+        "guard": state.guard.state_dict(),
+        "owes_evaluation": state.owes_evaluation,
+        "save_seconds": state.watch.save_seconds,
     }
-    save_checkpoint(state.engine, state.users, state.run, state.step, state.world, facts)
+    phase.enter("save")
+    with state.watch.timed("save"):
+        save_checkpoint(state.engine, state.users, state.run, state.step, state.world, facts)
+    publish_best(state)
+
+
+def publish_best(state: Training) -> None:
+    """best.json, then the deletion of what neither it nor `train.keep_checkpoints` wants."""
 
     def publish() -> None:
         if state.best is not None:

@@ -134,6 +134,17 @@ class Collator:
         assert self.data.prompts is not None, "vector records have no token ids"
         return self.data.prompts
 
+    def pair_lengths(self, rows: np.ndarray) -> np.ndarray:
+        """Tokens that each comparison costs when padded alone: twice its longer sequence, int64 [n]."""
+        tokens = self.data.info["tokens"]
+        responses = np.stack([self.data.comparisons[name][rows] for name in ("a", "b")], axis=1)
+        lengths = self.responses.lengths_of(responses)
+        if self.encoding == "joint":
+            lengths = lengths + self.prompts.lengths_of(self.data.response_prompt[responses])
+        else:
+            lengths = lengths + len(tokens["prefix_ids"])
+        return 2 * np.minimum(lengths, tokens["max_length"]).max(axis=1)
+
     def user_rows(self, rows: np.ndarray) -> np.ndarray:
         """User table row of each comparison, int64; -1 for users the table does not hold."""
         users = self.data.comparisons["user"][rows].astype(np.int64)

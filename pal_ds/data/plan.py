@@ -5,6 +5,7 @@ another update, so the order of data is the same on one GPU and on a thousand.
 """
 
 import hashlib
+import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -87,3 +88,45 @@ def split_update(num_pairs: int, world_size: int, micro_batch_pairs: int) -> lis
     num_micro_steps = -(-num_pairs // (world_size * micro_batch_pairs))
     runs = np.array_split(np.arange(num_pairs), num_micro_steps * world_size)
     return [runs[step * world_size : (step + 1) * world_size] for step in range(num_micro_steps)]
+
+
+def split_by_tokens(
+    lengths: np.ndarray, world_size: int, micro_batch_pairs: int, micro_batch_tokens: int
+) -> list[list[np.ndarray]]:
+    """As `split_update`, where the padded tokens of a run stay within a budget, too, and ranks share them evenly.
+
+    A run of n pairs costs n times its longest pair. Runs are consecutive; the fewest micro-steps that the budget
+    allows are taken, then the dearest run is made as cheap as these steps allow. A pair dearer than the budget makes
+    a run of its own: it cannot be cut.
+
+    Args:
+        lengths: tokens of each pair (both responses with their prompts) when padded alone, int64 [n].
+    """
+    bounds = _cut_greedily(lengths, micro_batch_pairs, micro_batch_tokens)
+    num_runs = -(-(len(bounds) - 1) // world_size) * world_size
+    low, high = int(lengths.max()), max(micro_batch_tokens, int(lengths.max()))
+    while low < high:
+        middle = (low + high) // 2
+        if len(_cut_greedily(lengths, micro_batch_pairs, middle)) - 1 <= num_runs:
+            high = middle
+        else:
+            low = middle + 1
+    bounds = _cut_greedily(lengths, micro_batch_pairs, high)
+    while len(bounds) - 1 < num_runs:
+        sizes = np.diff(bounds)
+        widest = int(np.argmax(sizes))
+        bounds.insert(widest + 1, bounds[widest] + int(sizes[widest]) // 2)
+    runs = [np.arange(begin, end) for begin, end in itertools.pairwise(bounds)]
+    return [runs[first : first + world_size] for first in range(0, num_runs, world_size)]
+
+
+def _cut_greedily(lengths: np.ndarray, most_pairs: int, most_tokens: int) -> list[int]:
+    """Bounds of consecutive runs, each as long as pairs and padded tokens allow, at least one pair."""
+    bounds, longest = [0], 0
+    for position, length in enumerate(lengths.tolist()):
+        num_pairs = position + 1 - bounds[-1]
+        longest = max(longest, length)
+        if num_pairs > 1 and (num_pairs > most_pairs or num_pairs * longest > most_tokens):
+            bounds.append(position)
+            longest = length
+    return [*bounds, len(lengths)]

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as torch_dist
@@ -31,6 +31,8 @@ class World:
     rank: int
     world_size: int
     device: torch.device
+    control: Any = None
+    """A gloo group for flags on the host: agreeing on them must not wait for the device."""
 
     @property
     def is_rank_zero(self) -> bool:
@@ -70,6 +72,14 @@ class World:
                 kind, text = found
                 raise kind(text if rank == 0 else f"rank {rank}: {text}")
         return made  # type: ignore[return-value]
+
+    def any_rank(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it is set on at least one rank; equal on all ranks."""
+        if self.world_size == 1:
+            return list(flags)
+        shared = torch.tensor(flags, dtype=torch.uint8)
+        torch_dist.all_reduce(shared, torch_dist.ReduceOp.MAX, group=self.control)
+        return [bool(flag) for flag in shared.tolist()]
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -140,7 +150,9 @@ def distributed(timeout_minutes: int = 30) -> Iterator[World]:
         timeout=datetime.timedelta(minutes=timeout_minutes),
         verbose=False,
     )
-    world = World(torch_dist.get_rank(), torch_dist.get_world_size(), device)
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    control = torch_dist.new_group(backend="gloo", timeout=timeout)
+    world = World(torch_dist.get_rank(), torch_dist.get_world_size(), device, control)
     try:
         yield world
         world.barrier()

@@ -9,6 +9,7 @@ from torch import nn
 
 from pal_ds.config import OptimConfig
 from pal_ds.engine.ds_config import offloads_optimizer, zero_stage
+from pal_ds.engine.guard import UpdateGuard
 from pal_ds.engine.optim import build_optimizer, parameter_groups
 
 
@@ -32,13 +33,16 @@ def partitioned_loading(ds_config: dict[str, Any]) -> Iterator[None]:
         del keep_alive
 
 
-def start_training_engine(model: nn.Module, config: OptimConfig, ds_config: dict[str, Any]) -> Any:
-    """DeepSpeed's engine around `model`; the learning rates are set before each update by the step."""
+def start_training_engine(
+    model: nn.Module, config: OptimConfig, ds_config: dict[str, Any], guard: UpdateGuard
+) -> Any:
+    """DeepSpeed's engine around `model`; the step sets the learning rates, the guard may skip an update."""
     import deepspeed
 
     optimizer = build_optimizer(
         parameter_groups(model, config), config, offload=offloads_optimizer(ds_config)
     )
+    guard.attach(optimizer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     return engine
 

@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pal_ds import phase
 from pal_ds.config import OptimConfig
 from pal_ds.data.batch import Batch
 from pal_ds.data.plan import keyed_generator
 from pal_ds.engine.dist import World
+from pal_ds.engine.guard import UpdateGuard
 from pal_ds.engine.optim import schedule_factor
 from pal_ds.heads.base import UserState
 from pal_ds.heads.shapes import Float
@@ -28,10 +30,10 @@ class UpdateStats:
     loss_sum: Float[Tensor, ""]
     correct: Float[Tensor, ""]
     num_pairs: int
-    """Of the whole update, over all ranks."""
+    """Of the whole update, over all ranks; 0 where it was skipped."""
     learning_rate: float
     applied: bool
-    """False where DeepSpeed skipped the update because a gradient was not finite; the users were skipped too."""
+    """False where the update was skipped (see `engine/guard.py`), for the users too; its sums are 0 then."""
     grad_norm: float | Tensor | None = None
 
 
@@ -48,6 +50,7 @@ class Stepper:
     num_updates: int
     seed: int
     needs_users: bool
+    guard: UpdateGuard
 
     def run(
         self, update: int, batches: list[Batch], runs: list[list[np.ndarray]], user_rows: np.ndarray
@@ -64,6 +67,7 @@ class Stepper:
         )
         leaves: list[Tensor] = []
         for index, batch in enumerate(batches):
+            phase.enter("forward", update)
             self._seed_dropout(update, index)
             self.engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
             leaf = self.users.leaf(batch.user_row) if self.needs_users else None
@@ -76,34 +80,57 @@ class Stepper:
                 batch.required_margin,
             )
             total = ((per_pair + output.penalty) * batch.weight).sum()
+            phase.enter("backward")
             # ZeRO averages gradients over ranks, hence the factor world size.
             self.engine.backward(total * (self.world.world_size / num_pairs), scale_wrt_gas=False)
             if leaf is not None:
                 leaves.append(leaf)
             with torch.no_grad():
                 decision = decision_margin(output.margin, batch.window_end) * batch.label
-                correct = (
-                    correct
-                    + (
-                        ((decision > 0).float() + 0.5 * (decision == 0).float()) * batch.weight
-                    ).sum()
-                )
+                right = (decision > 0).float() + 0.5 * (decision == 0).float()
+                correct = correct + (right * batch.weight).sum()
                 loss_sum = loss_sum + total.detach()
-        grad_norm = self._grad_norm_at_stage_zero()
-        self.engine.step()
-        applied = self.engine.was_step_applied()
-        if applied and self.needs_users:
-            gradients = self.user_gradients(leaves, runs)
-            self.users.apply(
-                torch.from_numpy(user_rows),
-                gradients,
-                torch.arange(num_pairs),
-                self.users_learning_rate * factor,
-            )
-        grad_norm = self.engine.get_global_grad_norm() if grad_norm is None else grad_norm
+        phase.enter("step")
+        rate = self.users_learning_rate * factor
+        applied, grad_norm = self._apply(update, loss_sum, leaves, runs, user_rows, rate)
+        if not applied:
+            loss_sum, correct = torch.zeros_like(loss_sum), torch.zeros_like(correct)
         return UpdateStats(
-            loss_sum, correct, num_pairs, self.optim.learning_rate * factor, applied, grad_norm
+            loss_sum,
+            correct,
+            num_pairs if applied else 0,
+            self.optim.learning_rate * factor,
+            applied,
+            grad_norm,
         )
+
+    def _apply(
+        self,
+        update: int,
+        loss_sum: Float[Tensor, ""],
+        leaves: list[Tensor],
+        runs: list[list[np.ndarray]],
+        user_rows: np.ndarray,
+        users_rate: float,
+    ) -> tuple[bool, float | Tensor | None]:
+        """The engine's step and the users', or neither: (whether they were made, gradient norm before clipping)."""
+        gradients = self.user_gradients(leaves, runs) if self.needs_users else None
+        losses = self.world.all_gather(loss_sum).cpu() / len(user_rows)
+        finite = gradients is None or bool(gradients.isfinite().all())
+        norm = self._grad_norm_at_stage_zero()
+        self.guard.open(
+            update,
+            losses,
+            finite,
+            lambda: self.engine.optimizer._global_grad_norm if norm is None else norm,
+        )
+        self.engine.step()
+        applied = self.guard.close(self.engine.was_step_applied())
+        if applied and gradients is not None:
+            self.users.apply(
+                torch.from_numpy(user_rows), gradients, torch.arange(len(user_rows)), users_rate
+            )
+        return applied, self.engine.get_global_grad_norm() if norm is None else norm
 
     def user_gradients(
         self, leaves: list[Tensor], runs: list[list[np.ndarray]]

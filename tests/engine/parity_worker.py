@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,9 @@ from pal_ds.data.plan import split_update
 from pal_ds.data.prepare import DataConfig
 from pal_ds.data.tables import PreparedData
 from pal_ds.engine.dist import distributed, leave
-from pal_ds.engine.step import Stepper
 from pal_ds.heads import PalA
 from pal_ds.run_dir import RunDirectory
 from pal_ds.start import start_training
-from pal_ds.train import collate
 from pal_ds.users import UsersConfig
 
 NUM_UPDATES = 20
@@ -56,17 +55,7 @@ def split(num_pairs: int, world_size: int, accumulation: int) -> list[list[np.nd
 
 def run_variant(config: RunConfig, accumulation: int, folder: Path, world) -> dict[str, np.ndarray]:
     state = start_training(config, RunDirectory(folder), PreparedData.open(config.data.path), world)
-    stepper = Stepper(
-        engine=state.engine,
-        users=state.users,
-        loss=config.loss,
-        optim=config.optim,
-        users_learning_rate=config.users.learning_rate,
-        world=world,
-        num_updates=NUM_UPDATES,
-        seed=0,
-        needs_users=True,
-    )
+    stepper = replace(state.stepper, num_updates=NUM_UPDATES, seed=0, needs_users=True)
     losses, norms, gathered, user_sums = [], [], [], []
     gather = stepper.user_gradients
     stepper.user_gradients = lambda *args: gathered.append(gather(*args)) or gathered[-1]
@@ -75,7 +64,7 @@ def run_variant(config: RunConfig, accumulation: int, folder: Path, world) -> di
         epoch, index = divmod(update, state.plan.updates_per_epoch)
         rows = state.plan.update(epoch, index)
         runs = split(len(rows), world.world_size, accumulation)
-        batches = [collate(state, rows, step_runs[world.rank]) for step_runs in runs]
+        batches = [state.inputs.batch(update, rows, step_runs[world.rank]) for step_runs in runs]
         stats = stepper.run(update, batches, runs, state.collator.user_rows(rows))
         user_sums.append(
             torch.zeros(3, 3).index_add_(
