@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pal_ds.engine.checkpoint import hash_file, verify_checkpoint
+from pal_ds.engine.manifest import entry_of, verify_checkpoint, write_manifest
 from pal_ds.errors import UserError
 from pal_ds.evaluate import user_mixtures
 from pal_ds.restore import open_run
@@ -109,12 +109,8 @@ def _rewrite_checkpoint(path: Path, manifest: dict[str, Any], user_id: str) -> N
     table.save(edited)
     files = dict(manifest["files"])
     for name in USER_FILES:
-        _sync(edited / name)
-        files[name] = {
-            "size": (edited / name).stat().st_size,
-            "xxh3_128": hash_file(edited / name),
-        }
-    write_json(edited / "manifest.json", {**manifest, "files": files})
+        files[name] = entry_of(edited / name)
+    write_manifest(edited, {**manifest, "files": files})
     _sync(edited)
     _sync(path.parent)
     path.rename(old)

@@ -9,10 +9,11 @@ from pal_ds.assemble import assemble
 from pal_ds.config import RunConfig
 from pal_ds.data.prepare import prepare
 from pal_ds.data.tables import PreparedData
-from pal_ds.engine.checkpoint import read_manifest, refuse_other_launch
+from pal_ds.engine.checkpoint import refuse_other_launch
 from pal_ds.engine.dist import distributed
 from pal_ds.engine.ds_config import check_zero_section, ds_config_of
-from pal_ds.errors import UserError
+from pal_ds.engine.manifest import read_manifest
+from pal_ds.errors import UserError, writing
 from pal_ds.recipe import refuse_changes
 from pal_ds.run_dir import RunDirectory, write_json
 
@@ -146,8 +147,18 @@ def write_base_weights(config: RunConfig, data: PreparedData, run: RunDirectory)
         )
     if run.has_checkpoints() and ours.is_file():
         return False
-    materialise_architecture(
-        config.backbone, data.info["tokens"]["vocab_size"], config.train.seed, run.base
-    )
-    write_json(ours, {"architecture": config.backbone.architecture, "seed": config.train.seed})
+    # Written aside and renamed: half a folder, or one without its mark, could not be told from somebody else's.
+    temporary = run.base.with_name(run.base.name + ".tmp")
+    with writing(temporary):
+        for stale in (temporary, run.base):
+            if stale.exists():
+                shutil.rmtree(stale)
+        try:
+            vocab_size = data.info["tokens"]["vocab_size"]
+            materialise_architecture(config.backbone, vocab_size, config.train.seed, temporary)
+            seeded = {"architecture": config.backbone.architecture, "seed": config.train.seed}
+            write_json(temporary / OUR_BASE, seeded)
+            os.replace(temporary, run.base)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return True

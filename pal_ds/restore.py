@@ -15,7 +15,8 @@ from pal_ds.assemble import Parts, assemble, base_weights_of, load_backbone
 from pal_ds.backbones.transformer import TransformerBackbone, empty_transformer
 from pal_ds.config import RunConfig
 from pal_ds.data.tables import PreparedData
-from pal_ds.engine.checkpoint import refuse_other_base, verify_checkpoint
+from pal_ds.engine.checkpoint import refuse_other_base
+from pal_ds.engine.manifest import verify_checkpoint
 from pal_ds.engine.shards import ShardedCheckpoint
 from pal_ds.errors import UserError
 from pal_ds.model import RewardModel

@@ -87,9 +87,7 @@ class RunDirectory:
     def complete_steps(self) -> list[int]:
         """Steps with a manifest, ascending; whether it is true is not looked at."""
         return [
-            step
-            for step in self.all_steps()
-            if (self.checkpoint(step) / "manifest.json").is_file()
+            step for step in self.all_steps() if (self.checkpoint(step) / "manifest.json").is_file()
         ]
 
     def all_steps(self) -> list[int]:

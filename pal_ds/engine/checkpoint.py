@@ -4,182 +4,155 @@ Frozen base weights are never in a step: the run names where they lie. Nothing r
 noise and dropout are functions of (seed, update); see `data/plan.py` and `engine/step.py`.
 """
 
-import json
 import logging
 import os
-import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as torch_dist
-import xxhash
 
 from pal_ds.engine.dist import World
-from pal_ds.errors import UserError
-from pal_ds.run_dir import RunDirectory, write_json
+from pal_ds.engine.faults import reached
+from pal_ds.engine.manifest import (  # noqa: F401 (asked for here by start.py)
+    ENGINE_TAG,
+    entry_of,
+    hash_file,
+    newest_intact,
+    read_manifest,
+    verify_checkpoint,
+    write_manifest,
+)
+from pal_ds.engine.retention import REPLACED, discard, discard_leftovers, retain  # noqa: F401
+from pal_ds.engine.shard_files import ShardFiles
+from pal_ds.engine.torch_archive import ForeignObjectError
+from pal_ds.errors import StorageError, UserError, writing
+from pal_ds.run_dir import RunDirectory, sync_directory, write_json
 from pal_ds.users import UserTable
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
-ENGINE_TAG = "engine"
-
-
-class UntrustedCheckpointError(UserError):
-    """A checkpoint of another owner; not damaged, so no reason to fall back to an older one."""
+SECONDS_TO_APPEAR = 60
+"""A network file system may show one node's files to another with this delay."""
 
 
 def save_checkpoint(
     engine: Any, users: UserTable, run: RunDirectory, step: int, world: World, facts: dict[str, Any]
 ) -> Path:
-    """Writes `step_N/` with engine shards, user rows and a manifest, and publishes it in latest.json."""
+    """Writes `step_N/` with engine shards, user rows and a manifest, and publishes it in latest.json.
+
+    Raises:
+        StorageError: on every rank, where any of them cannot write; what was there before is as it was.
+    """
     final = run.checkpoint(step)
     temporary = final.with_name(final.name + ".tmp")
 
     def start() -> None:
-        for stale in (temporary, final):
-            # A directory of this step without a manifest is what an interrupted save left; never retry into it.
-            shutil.rmtree(stale, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        with writing(temporary):
+            discard_leftovers(run)
+            (temporary / ENGINE_TAG).mkdir(parents=True)
 
-    world.from_rank_zero(start)
-    engine.save_checkpoint(
-        str(temporary), tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=True
-    )
+    def publish() -> None:
+        with writing(temporary):
+            _write_users(users, temporary)
+            _write_manifest(temporary, entries, {"step": step, **facts}, world)
+            _publish(run, step, temporary)
 
-    def add_users() -> None:
-        users.save(temporary)
-        # DeepSpeed drops its recovery scripts beside the tag; tools/consolidate.py is ours.
-        for script in temporary.glob("zero_to_*.py"):
-            script.unlink()
-
-    world.barrier()
-    world.from_rank_zero(add_users)
-    files = _hash_files(temporary, world)
-    world.from_rank_zero(
-        lambda: _publish(run, step, temporary, final, {**facts, "files": files}, world)
-    )
+    reached("save begins")
+    try:
+        world.from_rank_zero(start)
+        reached("directory made")
+        mine = _write_shards(engine, temporary, world)
+        reached("shards written")
+        entries = _gathered(mine, world)
+        world.from_rank_zero(publish)
+    except StorageError as error:
+        # The room it took may be what the next try, or another program, needs.
+        world.from_rank_zero(lambda: discard(temporary))
+        raise StorageError(f"{error} Checkpoints saved before are intact.") from None
     return final
 
 
-def _publish(
-    run: RunDirectory,
-    step: int,
-    temporary: Path,
-    final: Path,
-    manifest: dict[str, Any],
-    world: World,
-) -> None:
-    facts = {"format_version": FORMAT_VERSION, "step": step, "world_size": world.world_size}
-    write_json(
-        temporary / "manifest.json", {**facts, "num_threads": torch.get_num_threads(), **manifest}
+def _write_shards(engine: Any, temporary: Path, world: World) -> dict[str, dict[str, Any]]:
+    """Every rank's engine shards; returns size and hash of this rank's. Raises StorageError on every rank alike."""
+    shards = ShardFiles()
+    engine.checkpoint_engine = shards
+    # Scripts that DeepSpeed would copy beside the tag, on one rank and without a net; tools/consolidate.py is ours.
+    engine._copy_recovery_script = lambda _: None
+    engine.save_checkpoint(
+        str(temporary), tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=True
     )
-    for folder in (temporary / ENGINE_TAG, temporary):
-        _fsync_directory(folder)
-    os.replace(temporary, final)
-    _fsync_directory(final.parent)
-    write_json(run.path / "latest.json", {"step": step, "path": str(final.relative_to(run.path))})
+    return world.on_every_rank(lambda: shards.entries(temporary))
 
 
-def _fsync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _hash_files(directory: Path, world: World) -> dict[str, dict[str, Any]]:
-    """Size and hash of every file; ranks share the reading."""
-    names = sorted(
-        str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()
-    )
-    mine = {}
-    for name in names[world.rank :: world.world_size]:
-        with open(directory / name, "rb") as stream:
-            os.fsync(stream.fileno())
-        mine[name] = {
-            "size": (directory / name).stat().st_size,
-            "xxh3_128": hash_file(directory / name),
-        }
-    parts: list[Any] = [None] * world.world_size
+def _gathered(mine: dict[str, dict[str, Any]], world: World) -> dict[str, dict[str, Any]]:
+    """The entries of all ranks, on every rank."""
+    parts: list[Any] = [mine]
     if world.world_size > 1:
+        parts = [None] * world.world_size
         torch_dist.all_gather_object(parts, mine)
-    else:
-        parts = [mine]
-    return dict(sorted((name, entry) for part in parts for name, entry in part.items()))
+    return {name: entry for part in parts for name, entry in part.items()}
 
 
-def hash_file(path: Path) -> str:
-    """xxh3, 128 bits, in hexadecimal: fast enough for shards of many gigabytes."""
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as stream:
-        while chunk := stream.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _write_users(users: UserTable, temporary: Path) -> None:
+    users.save(temporary)
+    reached("users written")
 
 
-def verify_checkpoint(path: Path, *, trust: bool = False) -> dict[str, Any]:
-    """The manifest of `path` after checking owner, version, and size and hash of every file it names.
-
-    Raises:
-        UserError: what is wrong with which file. Engine shards are pickles, which run code when they are read:
-            hence no reading before this check, and no directory of another owner without `trust`.
-    """
-    if not (path / "manifest.json").is_file():
-        raise UserError(f"{path}: no manifest.json, so this is no complete checkpoint of pal_ds.")
-    if path.stat().st_uid != os.getuid() and not trust:
-        raise UntrustedCheckpointError(
-            f"{path}: belongs to another user, and engine shards are pickles that run code when read. "
-            "Pass --trust_checkpoint if you trust whoever wrote it."
-        )
-    manifest = read_manifest(path)
-    for name, entry in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise UserError(f"{file}: named in the manifest but missing.")
-        if file.stat().st_size != entry["size"]:
-            raise UserError(
-                f"{file}: {file.stat().st_size} bytes, the manifest says {entry['size']}."
-            )
-        if hash_file(file) != entry["xxh3_128"]:
-            raise UserError(f"{file}: its content does not match the hash in the manifest.")
-    return manifest
+def _write_manifest(
+    temporary: Path, entries: dict[str, dict[str, Any]], facts: dict[str, Any], world: World
+) -> None:
+    """The manifest of all files there are, and everything on the disk."""
+    _wait_for_files(temporary, entries)
+    files = dict(entries)
+    for path in temporary.rglob("*"):
+        name = path.relative_to(temporary).as_posix()
+        if path.is_file() and name not in files:
+            files[name] = entry_of(path)
+    reached("hashed")
+    measured = {"world_size": world.world_size, "num_threads": torch.get_num_threads()}
+    write_manifest(temporary, {**measured, **facts, "files": dict(sorted(files.items()))})
+    for path in (*temporary.rglob("*"), temporary):
+        if path.is_dir():
+            sync_directory(path)
+        # Whatever this process's umask allows, no stranger may change a checkpoint.
+        path.chmod(path.stat().st_mode & ~0o002)
+    reached("manifest written")
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """manifest.json of a checkpoint, nothing of which is verified but its format; UserError where it is unreadable."""
-    file = path / "manifest.json"
-    try:
-        manifest = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error}); the checkpoint is damaged.") from None
-    found = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if found != FORMAT_VERSION:
-        raise UserError(f"{file}: format {found}, this version reads {FORMAT_VERSION}.")
-    return manifest
-
-
-def newest_intact(run: RunDirectory, *, trust: bool = False) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that verifies, with its manifest; damaged ones are named and skipped.
+def _wait_for_files(temporary: Path, entries: dict[str, dict[str, Any]]) -> None:
+    """Until this node sees what the others wrote.
 
     Raises:
-        UserError: there are checkpoints and none is intact.
+        StorageError: it never does, as where every node has a disk of its own under this name.
     """
-    steps = run.complete_steps()
-    for step in reversed(steps):
-        try:
-            return run.checkpoint(step), verify_checkpoint(run.checkpoint(step), trust=trust)
-        except UntrustedCheckpointError:
-            raise
-        except UserError as error:
-            logger.warning("skipping a damaged checkpoint: %s", error)
-    if steps:
-        raise UserError(
-            f"{run.checkpoints}: none of the steps {steps} is intact. Start again with --fresh elsewhere."
-        )
-    return None
+    deadline = time.monotonic() + SECONDS_TO_APPEAR
+    for name, entry in entries.items():
+        path = temporary / name
+        while not (path.is_file() and path.stat().st_size == entry["size"]):
+            if time.monotonic() > deadline:
+                raise StorageError(
+                    f"{path}: another rank wrote it, and rank 0 does not see it whole. --run_dir must lie on a file "
+                    "system that all nodes share."
+                )
+            time.sleep(0.1)
+
+
+def _publish(run: RunDirectory, step: int, temporary: Path) -> None:
+    """The finished directory gets its name, and latest.json says so; a step of that name leaves only afterwards."""
+    final = run.checkpoint(step)
+    replaced = final.with_name(final.name + REPLACED)
+    if final.exists():
+        discard(replaced)
+        os.replace(final, replaced)
+        reached("old step set aside")
+    os.replace(temporary, final)
+    sync_directory(final.parent)
+    reached("renamed")
+    write_json(run.path / "latest.json", {"step": step, "path": str(final.relative_to(run.path))})
+    reached("latest.json written")
+    discard(replaced)
 
 
 def refuse_other_launch(
@@ -223,9 +196,12 @@ def load_checkpoint(
             f"{path}: user {gone[0]!r} was removed from this run, and the data still hold their comparisons "
             f"({len(gone)} such users). Prepare the data without them and start in another --run_dir."
         )
+    engine.checkpoint_engine = ShardFiles()
     try:
         users.load_state_dict(stored.state_dict())
         loaded, _ = engine.load_checkpoint(str(path), tag=ENGINE_TAG, load_module_strict=False)
+    except ForeignObjectError:
+        raise
     except (RuntimeError, UserError) as error:
         raise UserError(
             f"{path}: does not fit the model of this recipe ({' '.join(str(error).split())[:300]}). "
@@ -233,12 +209,3 @@ def load_checkpoint(
         ) from None
     # DeepSpeed answers None, with a warning, where it finds nothing: that must not become a fresh start.
     assert loaded is not None, f"DeepSpeed loaded nothing from {path}"
-
-
-def retain(run: RunDirectory, num_keep: int, best_step: int | None) -> None:
-    """Deletes all but the newest `num_keep` complete checkpoints and the best, and what interrupted saves left."""
-    keep = set(run.complete_steps()[-num_keep:]) | {best_step}
-    for path in run.checkpoints.glob("step_*"):
-        name = path.name.removeprefix("step_")
-        if not name.isdigit() or int(name) not in keep:
-            shutil.rmtree(path)

@@ -37,6 +37,18 @@ _STORAGES = {
 }
 
 
+class ForeignObjectError(UserError):
+    """A shard asks for an object that pal_ds never writes. That is no accident, so no older checkpoint takes over."""
+
+
+def foreign_object(path: Path | str, name: str) -> ForeignObjectError:
+    """The refusal of a shard that names something which reading it would run."""
+    return ForeignObjectError(
+        f"{path}: names {name}, which no checkpoint of pal_ds holds; reading it would run foreign "
+        "code, so it is not read. Find out who wrote it, and delete this step."
+    )
+
+
 class Storage(NamedTuple):
     """A run of elements in an uncompressed record of an archive."""
 
@@ -85,7 +97,8 @@ def load_archive(path: Path) -> Any:
     """The object that `torch.save` wrote to `path`, its tensors as `StoredTensor`.
 
     Raises:
-        UserError: no torch archive, damaged, or a pickle with names that no DeepSpeed shard uses.
+        ForeignObjectError: a pickle with names that no DeepSpeed shard uses.
+        UserError: no torch archive, or damaged.
     """
     try:
         with zipfile.ZipFile(path) as archive, open(path, "rb") as stream:
@@ -94,7 +107,10 @@ def load_archive(path: Path) -> Any:
             if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
                 raise UserError(f"{path}: written on a big-endian machine, which is not supported.")
             return _Unpickler(path, archive, stream, root).load()
-    except (zipfile.BadZipFile, StopIteration, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except (UserError, OSError, MemoryError):
+        raise
+    # A pickle is a program: a broken one may fail in any way.
+    except Exception as error:
         raise UserError(
             f"{path}: cannot be read as a torch archive ({error}). Take another checkpoint of the "
             "run (--step)."
@@ -128,10 +144,7 @@ class _Unpickler(pickle.Unpickler):
             return _CONTAINERS[name]
         if module.split(".")[0] in ("deepspeed", "numpy"):
             return Inert
-        raise UserError(
-            f"{self.path}: names {module}.{name}, which no checkpoint of pal_ds holds; reading it "
-            "would run foreign code. Use a checkpoint that `train` wrote."
-        )
+        raise foreign_object(self.path, f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> Storage:
         kind, dtype, key, _, num_elements = pid
