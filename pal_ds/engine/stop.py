@@ -43,6 +43,7 @@ def listening(names: Sequence[str]) -> Iterator[None]:
     finally:
         for number, handler in before:
             signal.signal(number, handler)
+        _noted.clear()
 
 
 def ignore_stop_signals(names: Sequence[str]) -> None:
