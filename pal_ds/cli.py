@@ -12,7 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from pal_ds import phase  # noqa: F401  (first of ours: its clock tells how long this process has run)
-from pal_ds.errors import UserError
+from pal_ds.errors import UserError, storage_error
 
 
 class Parser(ArgumentParser):
@@ -128,10 +128,13 @@ def main(arguments: list[str] | None = None) -> None:
         options = parser.parse_args(given)
         name = options["command"]
         commands.COMMANDS[name].run(parser.instantiate(options)[name], options[name])
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"pal-ds: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    except (UserError, OSError) as error:
+        told = error if isinstance(error, UserError) else storage_error(error)
+        if told is None:
+            raise
+        if os.environ.get("RANK", "0") == "0" and not getattr(told, "told", False):
+            print(f"pal-ds: error: {told}", file=sys.stderr)
+        sys.exit(told.exit_code)
 
 
 def console() -> NoReturn:

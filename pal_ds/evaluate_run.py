@@ -19,7 +19,7 @@ from pal_ds.data.tables import PreparedData
 from pal_ds.data.tokenise import TextEncoder
 from pal_ds.engine.dist import World
 from pal_ds.engine.frozen import encode_once
-from pal_ds.errors import UserError
+from pal_ds.errors import UserError, writing
 from pal_ds.evaluate import dev_temperature, predict, report_on, user_mixtures
 from pal_ds.heads.shapes import Float
 from pal_ds.model import RewardModel
@@ -164,7 +164,7 @@ def evaluate_run(
     Raises:
         UserError: no such run, step, split or file; an empty split.
     """
-    if name is not None and (not name or Path(name).name != name):
+    if name is not None and (Path(name).name != name or name.startswith(".")):
         raise UserError(f"--name {name}: must be a plain name, the result goes to eval/NAME.json.")
     restored = restore(run, step, world.device, trust=trust_checkpoint)
     known = known_users(restored, users)
@@ -217,14 +217,18 @@ def _num_seen_prompts(trained_on: PreparedData, data: PreparedData) -> int:
 
 
 def _write(run: RunDirectory, name: str, figures: dict[str, Any]) -> None:
-    run.eval.mkdir(parents=True, exist_ok=True)
+    with writing(run.eval):
+        run.eval.mkdir(parents=True, exist_ok=True)
     path = run.eval / f"{name}.json"
     if len(figures["users"]) > USERS_IN_PARQUET_ABOVE:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         rows = [{"user_id": user, **entry} for user, entry in figures["users"].items()]
-        pq.write_table(pa.Table.from_pylist(rows), path.with_suffix(".parquet"))
+        aside = path.with_suffix(".parquet.tmp")
+        with writing(aside):
+            pq.write_table(pa.Table.from_pylist(rows), aside)
+            aside.rename(path.with_suffix(".parquet"))
         figures = {**figures, "users": path.with_suffix(".parquet").name}
     write_json(path, figures)
 

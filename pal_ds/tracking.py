@@ -64,10 +64,10 @@ class Tracker:
         self._since = time.monotonic()
 
     def _write(self, row: dict[str, Any]) -> None:
-        if self._world.is_rank_zero:
-            self._run.append_metrics(row)
-            if self._wandb is not None:
-                self._wandb.log(row, step=row["step"])
+        # All ranks hear of a full disk: else they would wait for rank 0 in the next update.
+        self._world.from_rank_zero(lambda: self._run.append_metrics(row))
+        if self._wandb is not None:
+            self._wandb.log(row, step=row["step"])
 
     def close(self) -> None:
         if self._wandb is not None:

@@ -10,6 +10,7 @@ from pal_ds.data.loader import UpdateInputs, updates_from
 from pal_ds.data.tables import PreparedData
 from pal_ds.engine.checkpoint import retain, save_checkpoint
 from pal_ds.engine.dist import World
+from pal_ds.engine.faults import reached
 from pal_ds.engine.step import Stepper, UpdateStats
 from pal_ds.engine.stop import StopAsked, ignore_stop_signals
 from pal_ds.errors import NumericError
@@ -237,6 +238,7 @@ def publish_best(state: Training) -> None:
     def publish() -> None:
         if state.best is not None:
             write_json(state.run.path / "best.json", state.best)
+            reached("best.json written")
         retain(
             state.run,
             max(2, state.config.train.keep_checkpoints),

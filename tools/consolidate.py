@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
     except UserError as error:
         print(f"consolidate: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     print(
         f"{options.out}: step {facts['step']}, scores for {facts['audience']}; largest difference "
         f"to the trainer {facts['max_difference']:.2e}"

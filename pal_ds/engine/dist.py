@@ -19,7 +19,8 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from pal_ds.errors import UserError
+from pal_ds.engine.build_lock import remove_stale_build_locks
+from pal_ds.errors import UserError, storage_error
 
 T = TypeVar("T")
 
@@ -47,8 +48,8 @@ class World:
                 outcome = [decide(), None]
             # Whatever it is (a full disk, say), the others must hear of it instead of waiting.
             except Exception as error:
-                failure = error
-                outcome = [None, _as_told_to_others(error)]
+                failure = storage_error(error) or error
+                outcome = [None, _as_told_to_others(failure)]
         if self.world_size > 1:
             torch_dist.broadcast_object_list(outcome, src=0, device=self.device)
         if failure is not None:
@@ -58,12 +59,15 @@ class World:
         return outcome[0]  # type: ignore[return-value]
 
     def on_every_rank(self, make: Callable[[], T]) -> T:
-        """`make()` of each rank; a UserError raised on any of them is raised on all, instead of a wait without end."""
+        """`make()` of each rank; a UserError, or a failed write, on any of them is raised on all, instead of a wait."""
         made, problem = None, None
         try:
             made = make()
-        except UserError as error:
-            problem = (type(error), str(error))
+        except (UserError, OSError) as error:
+            told = error if isinstance(error, UserError) else storage_error(error)
+            if told is None:
+                raise
+            problem = (type(told), str(told))
         problems: list[tuple[type[UserError], str] | None] = [problem] * self.world_size
         if self.world_size > 1:
             torch_dist.all_gather_object(problems, problem)
@@ -145,6 +149,11 @@ def distributed(timeout_minutes: int = 30) -> Iterator[World]:
         # Under per-task GPU binding each process sees one device, whatever its local rank.
         device = torch.device("cuda", 0 if torch.cuda.device_count() == 1 else local_rank)
         torch.cuda.set_device(device)
+        # What NCCL's collectives were at, should one time out before the watchdog ends the run.
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+        os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
+    if local_rank == 0:
+        remove_stale_build_locks()
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo",
         timeout=datetime.timedelta(minutes=timeout_minutes),

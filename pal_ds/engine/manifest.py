@@ -14,6 +14,7 @@ from typing import Any
 
 import xxhash
 
+from pal_ds import phase
 from pal_ds.engine.shard_files import FileEntry
 from pal_ds.engine.torch_archive import ForeignObjectError, load_archive
 from pal_ds.errors import UserError
@@ -23,7 +24,6 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 """2 added the manifest's own checksum."""
-READABLE_VERSIONS = (1, 2)
 MANIFEST = "manifest.json"
 ENGINE_TAG = "engine"
 _FIELDS = {
@@ -87,14 +87,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{file}: not valid JSON ({error}); the checkpoint is damaged.") from None
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if version not in READABLE_VERSIONS:
-        readable = " and ".join(map(str, READABLE_VERSIONS))
-        raise UserError(f"{file}: format {version}, this version reads {readable}.")
-    checksum = manifest.get("checksum")
-    if version > 1 or checksum is not None:
-        blank = content.replace(str(checksum).encode(), _NO_CHECKSUM.encode(), 1)
-        if checksum != xxhash.xxh3_128(blank).hexdigest():
-            raise UserError(f"{file}: does not match its own checksum; the checkpoint is damaged.")
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{file}: format {version}, this version reads {FORMAT_VERSION}. Use the version of pal_ds that wrote it."
+        )
+    checksum = str(manifest.get("checksum"))
+    blank = content.replace(checksum.encode(), _NO_CHECKSUM.encode(), 1)
+    if checksum != xxhash.xxh3_128(blank).hexdigest():
+        raise UserError(f"{file}: does not match its own checksum; the checkpoint is damaged.")
     _check_fields(file, manifest)
     return manifest
 
@@ -148,6 +148,7 @@ def verify_checkpoint(path: Path, *, trust: bool = False) -> dict[str, Any]:
             f"{file}: is not named in the manifest, and DeepSpeed might read it. Take it out of the checkpoint."
         )
     for name, entry in files.items():
+        phase.enter("verify a checkpoint")
         file = path / name
         if not file.is_file():
             raise UserError(f"{file}: named in the manifest but missing.")

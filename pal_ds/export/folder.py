@@ -7,7 +7,6 @@ complete and checked.
 import gc
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from pal_ds.errors import UserError
+from pal_ds.errors import UserError, writing
 from pal_ds.evaluate import user_mixtures
 from pal_ds.export import card, code, tokenizer
 from pal_ds.export.check import exported_scores, read_samples, trainer_scores
@@ -31,6 +30,7 @@ from pal_ds.export.configs import (
     pal_config,
     stock_class,
 )
+from pal_ds.export.publish import folder_aside, publish
 from pal_ds.export.weights import Weights, exported_tensors, weights_of
 from pal_ds.export.who import Audience, choose_audience
 from pal_ds.export.writer import write_sharded
@@ -76,6 +76,7 @@ def export(run: RunDirectory, out: Path, options: ExportOptions | None = None) -
     Raises:
         UserError: `out` holds something, the run cannot be opened, options contradict each other,
             a tensor is missing or misshapen, or the exported model does not score as the run does.
+        StorageError: `out` cannot be written; no folder of that name was made.
     """
     options = options or ExportOptions()
     max_shard_bytes = _parse_size(options.max_shard_size)
@@ -87,16 +88,14 @@ def export(run: RunDirectory, out: Path, options: ExportOptions | None = None) -
         run, options.step, trust=options.trust_checkpoint, data_path=options.data_path
     )
     backbone_config(opened)
-    temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        facts = _fill(temporary, opened, options, max_shard_bytes)
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with writing(out):
+        temporary = folder_aside(out)
+        try:
+            facts = _fill(temporary, opened, options, max_shard_bytes)
+            publish(temporary, out)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
     return facts
 
 

@@ -1,0 +1,50 @@
+"""How an exported folder comes to its name: all at once, after all of it is on the disk."""
+
+import glob
+import logging
+import os
+import shutil
+import socket
+from pathlib import Path
+
+from pal_ds.engine.faults import reached
+from pal_ds.run_dir import sync_directory
+
+logger = logging.getLogger(__name__)
+
+
+def folder_aside(out: Path) -> Path:
+    """A new folder beside `out`, in place of those that exports on this machine left when they were killed."""
+    prefix = f"{out.name}.tmp-{socket.gethostname()}-"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for left in out.parent.glob(f"{glob.escape(prefix)}*"):
+        pid = left.name.removeprefix(prefix)
+        if pid.isdecimal() and not _is_running(int(pid)):
+            logger.info("%s: left by an export that was killed; deleted", left)
+            shutil.rmtree(left)
+    temporary = out.with_name(f"{prefix}{os.getpid()}")
+    temporary.mkdir()
+    return temporary
+
+
+def publish(temporary: Path, out: Path) -> None:
+    """The folder gets its name once all of it is on the disk; an empty folder of that name gives way."""
+    for path in temporary.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as stream:
+                os.fsync(stream.fileno())
+    sync_directory(temporary)
+    reached("export written")
+    os.replace(temporary, out)
+    sync_directory(out.parent)
+    reached("export renamed")
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # somebody else's
+    return True
