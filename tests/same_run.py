@@ -17,8 +17,10 @@ def figures(run: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key != "pairs_per_second"} for row in rows]
 
 
-def assert_same_step(one: Path, other: Path) -> int:
-    """Two `step_N` directories hold equal optimizer shards (fp32 weights, moments, step counts) and user rows.
+def assert_same_step(one: Path, other: Path, *, tensors_only: bool = False) -> int:
+    """Two `step_N` directories hold equal weights, moments, step counts, rates and user rows.
+
+    `tensors_only` leaves rates out, which two updates of one run do not share.
 
     Returns the number of tensors compared.
     """
@@ -26,14 +28,23 @@ def assert_same_step(one: Path, other: Path) -> int:
     assert found["files"].keys() == wanted["files"].keys()
     num_tensors = 0
     for name in wanted["files"]:
-        if name.endswith("optim_states.pt"):
-            for a, b in leaves(load(one / name), load(other / name)):
+        if name.endswith(("optim_states.pt", "model_states.pt")):
+            for a, b in leaves(trained(load(one / name)), trained(load(other / name))):
                 num_tensors += isinstance(a, torch.Tensor)
-                assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, name
+                if isinstance(a, torch.Tensor):
+                    assert torch.equal(a, b), name
+                else:
+                    assert tensors_only or a == b, name
     for key, rows in load_file(one / "users.safetensors").items():
         num_tensors += 1
         assert torch.equal(rows, load_file(other / "users.safetensors")[key]), key
     return num_tensors
+
+
+def trained(shard: dict[str, Any]) -> dict[str, Any]:
+    """What training changes of a shard: a model file also counts steps and names versions."""
+    kept = {key: shard[key] for key in ("module", "optimizer") if shard.get(key) is not None}
+    return kept if "module" in shard else shard
 
 
 def load(path: Path) -> Any:
