@@ -90,6 +90,8 @@ class TrainConfig:
     """Also skip updates whose loss or gradient norm exceeds the mean of the last 128 by so many deviations."""
     timeout_minutes: int = 30
     """How long a rank waits for the others before it gives up."""
+    hang_minutes: float = 20
+    """Minutes without progress of any rank after which the run ends with stacks dumped; 0: no watchdog at all."""
 
     def __post_init__(self) -> None:
         """Raises UserError for a value out of range."""
@@ -97,7 +99,7 @@ class TrainConfig:
         for name in (*counts, "stop_after", "micro_batch_tokens", "max_skips_in_a_row"):
             value = getattr(self, name)
             check_range(f"train.{name}", value, value is None or value >= 1, "at least 1")
-        for name in ("eval_every", "save_every", "gradient_clipping", "num_workers"):
+        for name in ("eval_every", "save_every", "gradient_clipping", "num_workers", "hang_minutes"):
             value = getattr(self, name)
             check_range(f"train.{name}", value, value >= 0, "0 or more")
         for name in ("time_limit_minutes", "skip_spikes_sigmas"):
@@ -150,6 +152,7 @@ KEYS_THAT_DO_NOT_ALTER_RESULTS = (
     "train.num_workers",
     "train.max_skips_in_a_row",
     "train.timeout_minutes",
+    "train.hang_minutes",
     "backbone.encode_batch_texts",
 )
 """A resumed run may change these freely; any other change is refused by name."""

@@ -41,6 +41,8 @@ class RankLostError(UserError):
     """Another rank died, hung or failed, so this one cannot go on."""
 
     exit_code = 5
+    told = False
+    """Whether the watchdog has printed the message already."""
 
 
 STORAGE_ERRNOS = frozenset(

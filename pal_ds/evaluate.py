@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pal_ds import phase
 from pal_ds.data.batch import Batch, Collator
 from pal_ds.data.tables import PreparedData
 from pal_ds.engine.dist import World
@@ -61,6 +62,7 @@ def predict(
         ) as advance,
     ):
         for step in range(num_steps):
+            phase.enter("evaluate")
             between_steps()
             begin = step * run_size + world.rank * micro_batch_pairs
             share = rows[begin : min(begin + micro_batch_pairs, len(rows))]

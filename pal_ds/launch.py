@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
+from pal_ds import phase
 from pal_ds.assemble import assemble
 from pal_ds.config import RunConfig
 from pal_ds.data.prepare import prepare
@@ -13,6 +14,7 @@ from pal_ds.engine.checkpoint import refuse_other_launch
 from pal_ds.engine.dist import distributed
 from pal_ds.engine.ds_config import check_zero_section, ds_config_of
 from pal_ds.engine.manifest import read_manifest
+from pal_ds.engine.watchdog import watch
 from pal_ds.errors import UserError, writing
 from pal_ds.recipe import refuse_changes
 from pal_ds.run_dir import RunDirectory, write_json
@@ -38,7 +40,11 @@ def launch_training(
     failure = prepare_before_processes_meet(config)
     if failure is not None and world_size == 1:
         raise failure
-    with distributed(config.train.timeout_minutes) as world:
+    minutes = config.train.hang_minutes
+    with (
+        distributed(config.train.timeout_minutes) as world,
+        watch(world, run.path / "stacks", minutes, lambda reason: record_loss(run, reason)),
+    ):
         from pal_ds.forget import recover
         from pal_ds.train import train
 
@@ -61,6 +67,14 @@ def launch_training(
             if world.is_rank_zero and made_base and not run.config_file.is_file():
                 leave_no_trace(run)
             raise
+
+
+def record_loss(run: RunDirectory, reason: str) -> None:
+    """status.json of a run that the watchdog ends; nothing where none had begun."""
+    facts = run.status()
+    if facts is not None:
+        facts |= {"state": "failed", "step": phase.current().step, "reason": reason}
+        run.write_status(facts)
 
 
 def prepare_before_processes_meet(config: RunConfig) -> UserError | None:

@@ -71,6 +71,11 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / "status.json", facts)
 
+    def status(self) -> dict[str, Any] | None:
+        """What status.json says, if there is one."""
+        path = self.path / "status.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
     def require_run(self) -> None:
         """Raises UserError where no run lies here."""
         if not self.config_file.is_file():

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from pal_ds import phase
 from pal_ds.assemble import Parts, assemble, base_weights_of, load_backbone
 from pal_ds.backbones.given import GivenStates
 from pal_ds.config import RunConfig
@@ -136,10 +137,12 @@ def start_training(
     collator = replace(parts.collator, table_rows=table_rows)
     backbone: nn.Module = GivenStates()
     if encoded is None:
+        phase.enter("load weights")
         with partitioned_loading(ds_config):
             backbone = load_backbone(parts, config, gpu=world.device.type == "cuda")
     if parts.needs_store:
         if encoded is None:
+            phase.enter("start the encoder")
             judged = np.concatenate([train_rows, data.rows("dev")])
             encoder = start_inference_engine(backbone, ds_config)
             encoded = encode_once(
@@ -152,6 +155,7 @@ def start_training(
         # ZeRO-3 packs all weights into one buffer, so the head shares the backbone's dtype; masters stay fp32.
         parts.head.to(torch.bfloat16)
     guard = UpdateGuard(config.train, world)
+    phase.enter("start the engine")
     engine = start_training_engine(
         RewardModel(backbone, parts.head), config.optim, ds_config, guard
     )
@@ -187,6 +191,7 @@ def seen_users(
 def resume(state: Training, *, trust: bool) -> None:
     """Restores the newest intact checkpoint; a directory without any starts at update 0."""
     world, run = state.world, state.run
+    phase.enter("resume")
 
     def choose() -> tuple[str, dict[str, Any], dict[str, Any] | None] | None:
         found = newest_intact(run, trust=trust)
@@ -205,6 +210,7 @@ def resume(state: Training, *, trust: bool) -> None:
     if found is None:
         return
     path, manifest, state.best = found
+    phase.enter("load the checkpoint", int(manifest["step"]))
     load_checkpoint(state.engine, state.users, Path(path), manifest, world)
     apply_settings(state.engine.optimizer.param_groups, state.config.optim)
     state.step = int(manifest["step"])

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 
+from pal_ds import phase
 from pal_ds.engine.dist import World
 from pal_ds.engine.faults import reached
 from pal_ds.engine.manifest import (  # noqa: F401 (asked for here by start.py)
@@ -63,9 +64,11 @@ def save_checkpoint(
     try:
         world.from_rank_zero(start)
         reached("directory made")
+        phase.enter("write shards")
         mine = _write_shards(engine, temporary, world)
         reached("shards written")
         entries = _gathered(mine, world)
+        phase.enter("publish the checkpoint")
         world.from_rank_zero(publish)
     except StorageError as error:
         # The room it took may be what the next try, or another program, needs.

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
 
+from pal_ds import phase
 from pal_ds.data.batch import Batch, Collator, FeatureStore
 from pal_ds.engine.dist import World
 from pal_ds.progress import progress_bar
@@ -54,6 +55,7 @@ def _encode(
     label = "encoding prompts" if of_prompts else "encoding responses"
     with torch.no_grad(), progress_bar(label, num_batches, shown=world.is_rank_zero) as advance:
         for index in range(num_batches):
+            phase.enter(label)
             rows = shares[world.rank][index * batch_texts : (index + 1) * batch_texts]
             num_rows = len(rows)
             # A share that ran out still takes part in the collectives, with a text whose states are dropped.

@@ -1,0 +1,202 @@
+"""What ranks say of themselves, and whom to blame when a job cannot go on. No threads and no network here.
+
+The caller passes the time, so that every rule can be tested without waiting.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+from pal_ds.errors import RankLostError
+
+RESUMES = "The same command resumes from the newest checkpoint."
+
+
+class Beat(NamedTuple):
+    """A sign of life of a rank."""
+
+    rank: int
+    host: str
+    phase: str
+    step: int
+    """Updates made so far."""
+    seconds: float
+    """In this phase, when it was said."""
+    num_entered: int
+    """Phases entered by this process: it grows wherever there is progress."""
+    num_in_step: int
+    """Of these, since the step last changed: with the step, how far this rank has come, comparable between ranks."""
+    where: str
+    """The line at which the main thread is."""
+    waiting: bool
+    """Whether the process waits for other ranks inside a collective."""
+
+    def __str__(self) -> str:
+        return f"`{self.phase}` at update {self.step}"
+
+
+class Failure(NamedTuple):
+    """An exception that ends a rank."""
+
+    rank: int
+    text: str
+    code: int
+    """Exit code of the rank."""
+    symptom: bool
+    """Raised where ranks meet, so that another rank may be the cause."""
+
+
+class Verdict(NamedTuple):
+    """Why the job ends. `kind` is `hung`, `died` or `failed`."""
+
+    kind: str
+    ranks: tuple[int, ...]
+    text: str
+    code: int = RankLostError.exit_code
+
+    @property
+    def may_be_shared(self) -> bool:
+        """Whether every rank may be about to raise the same: what a person can mend is mostly found by all alike."""
+        return self.code != RankLostError.exit_code
+
+
+def blamed(beats: Sequence[Beat], silent: Collection[int] = ()) -> tuple[int, ...]:
+    """The ranks that the others wait for: silent ones, else those outside collectives, else all; the least far of them.
+
+    Being inside a collective is decisive on gloo, where it blocks. Under CUDA ranks may wait anywhere, and how far
+    they have come tells them apart.
+    """
+    candidates = [beat for beat in beats if beat.rank in silent]
+    candidates = candidates or [beat for beat in beats if not beat.waiting] or list(beats)
+    least = min((beat.step, beat.num_in_step) for beat in candidates)
+    return tuple(sorted(beat.rank for beat in candidates if (beat.step, beat.num_in_step) == least))
+
+
+class Ledger:
+    """What rank 0 has heard of everyone, and the verdict that follows from it."""
+
+    def __init__(self, hang_seconds: float, patience_seconds: float, stacks: str) -> None:
+        self.hang_seconds = hang_seconds
+        self.patience_seconds = patience_seconds
+        """How long a symptom waits for its cause."""
+        self.stacks = stacks
+        """Where the stacks will be, for the message."""
+        self._beats: dict[int, tuple[Beat, float]] = {}
+        self._progress_at = 0.0
+        self._failures: dict[int, tuple[Failure, float]] = {}
+        self._died: list[tuple[int, float]] = []
+
+    def hear(self, beat: Beat, now: float) -> None:
+        known = self._beats.get(beat.rank)
+        if known is None or known[0].num_entered != beat.num_entered:
+            self._progress_at = now
+        self._beats[beat.rank] = (beat, now)
+
+    def failed(self, failure: Failure, now: float) -> None:
+        self._failures.setdefault(failure.rank, (failure, now))
+
+    def died(self, rank: int, now: float) -> None:
+        """Its connection ended, and it has said neither `left` nor `failed`."""
+        if rank in self._beats and rank not in self._failures:
+            self._died.append((rank, now))
+
+    def left(self, rank: int) -> None:
+        """It has done its work."""
+        self._beats.pop(rank, None)
+
+    def latest(self, rank: int) -> Beat | None:
+        return self._beats[rank][0] if rank in self._beats else None
+
+    def verdict(self, now: float) -> Verdict | None:
+        """Causes before symptoms, and symptoms before the mere lack of progress."""
+        for failure, _ in self._failures.values():
+            if not failure.symptom:
+                return self._of_failure(failure)
+        if self._died:
+            rank, ended_at = self._died[0]
+            beat, heard_at = self._beats[rank]
+            return died_verdict(beat, ended_at - heard_at, self.stacks)
+        for failure, since in self._failures.values():
+            if now - since > self.patience_seconds:
+                return self._of_symptom(failure, now)
+        if self._beats and now - self._progress_at > self.hang_seconds:
+            return self._of_hang([beat for beat, _ in self._beats.values()], now)
+        return None
+
+    def _of_failure(self, failure: Failure) -> Verdict:
+        beat = self.latest(failure.rank)
+        place = f" on {beat.host} failed in {beat}" if beat else " failed"
+        text = f"rank {failure.rank}{place}: {failure.text}"
+        if failure.code == 1:
+            return Verdict("failed", (failure.rank,), f"{text} (its output has the traceback)")
+        return Verdict("failed", (failure.rank,), text, failure.code)
+
+    def _of_symptom(self, failure: Failure, now: float) -> Verdict:
+        """Where a collective timed out, whoever is not in one is the cause; else the first to complain is."""
+        others = [beat for beat, _ in self._beats.values() if beat.rank not in self._failures]
+        if re.search(r"tim(ed|e)[ -]?out", failure.text, re.IGNORECASE) and not all(
+            beat.waiting for beat in others
+        ):
+            return self._of_hang(others, now)
+        return self._of_failure(failure)
+
+    def _of_hang(self, beats: list[Beat], now: float) -> Verdict:
+        ages = {beat.rank: now - self._beats[beat.rank][1] for beat in beats}
+        silent = {rank for rank, age in ages.items() if age > self.hang_seconds / 2}
+        ranks = blamed(beats, silent)
+        beats = [beat._replace(seconds=beat.seconds + ages[beat.rank]) for beat in beats]
+        everyone = [beat for beat, _ in self._beats.values()]
+        text = describe_hang([beat for beat in beats if beat.rank in ranks], everyone)
+        if ranks[0] in silent:
+            text += (
+                f" It has sent no sign of life for {spoken(ages[ranks[0]])}: "
+                "its process is stopped, or stuck in native code."
+            )
+        return Verdict("hung", ranks, f"{text} {where_stacks_are(self.stacks)} {RESUMES}")
+
+
+def describe_hang(guilty: Sequence[Beat], beats: Sequence[Beat]) -> str:
+    """One sentence: who is where for how long, and where the others wait."""
+    first = guilty[0]
+    for_long = f"{first} for {spoken(first.seconds)} (at {first.where})"
+    if len(beats) == 1:
+        return f"no progress: rank {first.rank} on {first.host} has been in {for_long}."
+    if len(guilty) == len(beats):
+        return (
+            f"no rank makes progress, and none can be told to be the cause: rank {first.rank} on {first.host} "
+            f"has been in {for_long}."
+        )
+    ranks = {beat.rank for beat in guilty}
+    waits_in = Counter(beat.phase for beat in beats if beat.rank not in ranks).most_common(1)[0][0]
+    if len(guilty) == 1:
+        return (
+            f"rank {first.rank} on {first.host} has been in {for_long} "
+            f"while the others wait for it in `{waits_in}`."
+        )
+    shown = ", ".join(str(beat.rank) for beat in guilty[:8]) + (", ..." if len(guilty) > 8 else "")
+    return (
+        f"{len(guilty)} ranks ({shown}; the first on {first.host}) have been in {for_long} "
+        f"while the others wait for them in `{waits_in}`."
+    )
+
+
+def died_verdict(beat: Beat, age: float, stacks: str) -> Verdict:
+    """Of a rank whose connection ended without a word, `age` seconds after it was last heard of."""
+    return Verdict(
+        "died",
+        (beat.rank,),
+        f"rank {beat.rank} on {beat.host} died without a word, {spoken(age)} after it was heard of in {beat}: killed "
+        "(out of memory?), crashed in native code, or its node or its network was lost. "
+        f"{where_stacks_are(stacks)} {RESUMES}",
+    )
+
+
+def where_stacks_are(stacks: str) -> str:
+    """Second sentence of a message."""
+    return f"Stacks of the ranks that could still write them are in {stacks}."
+
+
+def spoken(seconds: float) -> str:
+    """A duration for people."""
+    return f"{seconds:.1f} seconds" if seconds < 120 else f"{seconds / 60:.1f} minutes"
