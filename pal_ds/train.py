@@ -153,7 +153,9 @@ def log_evaluate_save(state: Training, tracker: Tracker, stop: str | None) -> st
             improved = evaluate_on_dev(state, tracker)
         except StopAsked as asked:
             stop = str(asked)
-    if stop or improved or state.due(config.save_every):
+    # While updates are being skipped the run may be lost: its checkpoints must not push out the good ones.
+    save_is_due = state.due(config.save_every) and state.guard.num_in_a_row == 0
+    if stop or improved or save_is_due:
         save(state)
     phase.enter("build batches")
     return stop

@@ -41,7 +41,7 @@ def parse_record(fields: Any, where: str, extra_keys: str = "error") -> Record:
     common = {
         "user_id": _user_id(fields.get("user_id"), where),
         "label": -1 if "y" not in form else _label(fields["y"], where),
-        "margin": _number(fields.get("margin"), where, "margin", 0.0, (0.0, math.inf)),
+        "margin": _number(fields.get("margin"), where, "margin", 0.0, (0.0, _LARGEST_FLOAT32)),
         "group": _optional_name(fields.get("group"), where, "group"),
         "split": _split(fields.get("split"), where),
         "seen": _seen(fields.get("seen"), where),
@@ -90,6 +90,10 @@ def _label(value: object, where: str) -> int:
             "(response_2 is preferred)"
         )
     return int(value)
+
+
+_LARGEST_FLOAT32 = 3.4028234663852886e38
+"""A larger margin would be infinite in the tables."""
 
 
 def _number(value: Any, where: str, key: str, default: Any, bounds: tuple) -> Any:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from pal_ds.users import UserTable
 from tests.engine.conftest import TinyRun
 from tests.engine.guard_worker import NUM_UPDATES, POISONED, VARIANTS
 from tests.same_run import assert_same_step
-from tests.spawn import run_ranks
+from tests.spawn import environment, run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +66,32 @@ def test_skips_are_counted_and_too_many_end_the_run(runs: Path, stage: int, prec
         int(update in POISONED) for update in range(NUM_UPDATES)
     ]
     assert [row["loss"] is None for row in rows] == [row["skipped_updates"] == 1 for row in rows]
+
+
+def test_a_diverged_run_ends_with_its_own_exit_code(tiny_run: TinyRun, tmp_path: Path) -> None:
+    recipe = {
+        "data": {"path": str(tiny_run.data)},
+        "backbone": {"path": str(tiny_run.base)},
+        "head": {"class_path": "PalA", "init_args": {"num_prototypes": 3}},
+        "optim": {"learning_rate": 1e30, "warmup_fraction": 0.0},
+        "train": {"ds_config": "zero0", "batch_pairs": 4, "epochs": 2, "gradient_clipping": 0},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    words = ("train", f"--config={tmp_path / 'recipe.yaml'}", f"--run_dir={tmp_path / 'run'}")
+    done = subprocess.run(
+        [sys.executable, "-m", "pal_ds", *words, "--train.save_every=1"],
+        env=environment(),
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert done.returncode == 3, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "10 updates in a row were skipped" in done.stderr
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "failed"
+    # Nothing is saved while updates are skipped: the checkpoints before them are the ones worth keeping.
+    assert RunDirectory(tmp_path / "run").complete_steps() == [1]
 
 
 def guarded(
