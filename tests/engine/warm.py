@@ -5,10 +5,14 @@ compiled operators: a process that is killed while it loads them leaves a lock t
 """
 
 import contextlib
+import gc
+import importlib
+import json
 import mmap
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -16,8 +20,10 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pal_ds.engine import faults
+from tests.spawn import ROOT, environment
 
 KILLED = -signal.SIGKILL
 _MOMENT_BYTES = 64
@@ -31,12 +37,13 @@ def warm_up() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     import deepspeed
-    import torch
-    import transformers  # noqa: F401
 
     # What DeepSpeed and pyarrow would import at their first use takes seconds, too.
     import deepspeed.runtime.zero.muon.muon_optimizer
     import pandas  # noqa: F401
+    import torch
+    import transformers  # noqa: F401
+
     import pal_ds.cli
     import pal_ds.commands
     import pal_ds.export
@@ -45,6 +52,8 @@ def warm_up() -> None:
     import pal_ds.train  # noqa: F401
 
     torch.set_num_threads(1)
+    # Else every child's first collection copies the pages of all that was imported.
+    gc.freeze()
     accelerator = deepspeed.accelerator.get_accelerator()
     accelerator.create_op_builder("ShareMemCommBuilder").load()
     assert threading.active_count() == 1, "a fork would copy one thread of several"
@@ -109,7 +118,7 @@ def _live_as_rank(
         stream = os.open(f"{log}.{number}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(stream, 1)
         os.dup2(stream, 2)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
         world = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": num_ranks}
         place = {"LOCAL_WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({key: str(value) for key, value in (world | place).items()})
@@ -134,7 +143,7 @@ def _live_as_rank(
         os._exit(code)
 
 
-def wait_for(ranks: list[Rank], *, seconds: float = 60, grace: float = 8) -> list[int]:
+def wait_for(ranks: list[Rank], *, seconds: float = 60, grace: float = 4) -> list[int]:
     """Exit statuses. When one rank has failed the others get `grace` seconds, then are killed, as launchers do.
 
     Raises:
@@ -165,3 +174,51 @@ def kill_at(rank: int, moment: str, occurrence: int = 1) -> Hook:
     return hook
 
 
+class WarmParent:
+    """A process that is warmed up, for tests: it calls functions by name, and they may fork ranks from it."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.engine.warm"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment(),
+            cwd=ROOT,
+            text=True,
+        )
+
+    def __call__(self, function: str, *arguments: object) -> Any:
+        """The value of `function` ("module:name") over there; arguments and value go as JSON."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        given = [str(a) if isinstance(a, Path) else a for a in arguments]
+        self._process.stdin.write(json.dumps([function, given]) + "\n")
+        self._process.stdin.flush()
+        answer = json.loads(self._process.stdout.readline())
+        assert answer["failure"] is None, answer["failure"]
+        return answer["value"]
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=20)
+
+
+def serve() -> None:
+    """The warmed-up side of WarmParent."""
+    # What libraries print must not get between the answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    warm_up()
+    for line in sys.stdin:
+        (module, _, name), arguments = (part := json.loads(line))[0].partition(":"), part[1]
+        answer: dict[str, Any] = {"value": None, "failure": None}
+        try:
+            answer["value"] = getattr(importlib.import_module(module), name)(*arguments)
+        except Exception:
+            answer["failure"] = traceback.format_exc()
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    serve()
