@@ -1,9 +1,10 @@
 """Locks that killed builds of torch extensions left: every later start would wait for them, silently and for ever.
 
-torch builds DeepSpeed's operators under a file named `lock`, which the building process holds open until it removes
-it; all others wait for as long as the file exists.
+torch builds and loads DeepSpeed's operators under a file named `lock`, which the process at work holds open until it
+removes it; all others wait for as long as the file exists.
 """
 
+import contextlib
 import logging
 import os
 import time
@@ -12,27 +13,45 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-STALE_AFTER_SECONDS = 600
-"""Without a change in the folder. Another node's build, on a shared home, cannot be seen, but writes files there."""
+STALE_AFTER_SECONDS = 180.0
+"""Without a change in the folder. A build on another node, in a shared home, is not seen here, but it writes files."""
 
 
-def remove_stale_build_locks() -> None:
-    """Removes locks that no process here holds and whose builds have written nothing for a while, with a warning."""
+def remove_stale_build_locks(stale_after: float = STALE_AFTER_SECONDS) -> None:
+    """Removes locks that no process here holds once nothing has changed beside them for a while; says so."""
     for lock in extensions_root().glob("**/lock"):
-        try:
-            quiet = time.time() - max(path.stat().st_mtime for path in lock.parent.iterdir())
-        except (OSError, ValueError):
-            continue  # it has been released meanwhile
-        if _is_held(lock):
-            continue
-        if quiet < STALE_AFTER_SECONDS:
+        _wait_or_remove(lock, stale_after)
+
+
+def _wait_or_remove(lock: Path, stale_after: float) -> None:
+    seen_at, told = time.monotonic(), False
+    while not _is_held(lock):
+        quiet = _seconds_without_change(lock)
+        if quiet is None:
+            return
+        if quiet > stale_after:
+            lock.unlink(missing_ok=True)
             logger.warning(
-                "%s: a build of %s elsewhere, or one that was killed. If this start hangs, delete the file.",
+                "%s: removed; whoever built %s was killed, and every start would have waited for it",
                 *(lock, lock.parent.name),
             )
-            continue
-        logger.warning("%s: removed; a build of %s was killed here", lock, lock.parent.name)
-        lock.unlink(missing_ok=True)
+            return
+        if not told and time.monotonic() - seen_at > 2:
+            told = True
+            logger.warning(
+                "%s: waiting for a build of %s that no process here makes; removed after %.0f s without a change",
+                *(lock, lock.parent.name, stale_after),
+            )
+        time.sleep(0.2)
+
+
+def _seconds_without_change(lock: Path) -> float | None:
+    """In its folder; None where it has been released meanwhile."""
+    times = []
+    for path in lock.parent.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a compiler's temporary file
+            times.append(path.stat().st_mtime)
+    return time.time() - max(times) if lock.exists() else None
 
 
 def extensions_root() -> Path:
@@ -48,8 +67,7 @@ def extensions_root() -> Path:
 
 def _is_held(lock: Path) -> bool:
     """Whether a process of this user on this machine has the file open."""
-    target = str(lock.resolve())
-    return any(link == target for link in _open_files())
+    return str(lock.resolve()) in _open_files()
 
 
 def _open_files() -> Iterator[str]:

@@ -90,6 +90,7 @@ class Watcher:
         self.world, self.stacks, self.pace, self.on_loss = world, stacks, pace, on_loss
         self.verdict: Verdict | None = None
         self._known, self._main_leaves = threading.Event(), threading.Event()
+        self._written = threading.Event()
         self._lock, self._thread_ends = threading.Lock(), False
         self._host = socket.gethostname()
         self._line: Hub | Link | None = None
@@ -176,6 +177,7 @@ class Watcher:
         """Writes stacks, lets the others hear, and ends the process unless the main thread does."""
         if verdict.kind != "failed":
             within(SECONDS_TO_WRITE_STACKS, lambda: self._write_stacks(verdict))
+        self._written.set()
         if verdict.may_be_shared:
             self._main_leaves.wait(self.pace.patience)
             with self._lock:
@@ -218,6 +220,8 @@ class Watcher:
         # A bit longer than rank 0 waits for a cause; where this is the cause, it is known at once.
         self._known.wait(2 * self.pace.patience + self.pace.interval)
         verdict = self.verdict
+        if verdict is not None:
+            self._written.wait(SECONDS_TO_WRITE_STACKS)
         if self.world.world_size > 1:
             self._line.wait_until_told(self.pace.patience)
             timer = threading.Timer(SECONDS_TO_LEAVE, os._exit, (code,))
@@ -256,6 +260,8 @@ def within(seconds: float, work: Callable[[], object]) -> None:
 
 def is_waiting_place(file: str, function: str) -> bool:
     """Whether a thread whose innermost Python frame is here waits for other ranks."""
+    if function == "<module>":
+        return False  # it is being imported
     return any(part in file for part in WAITING_FILES) or (
         "/deepspeed/" in file and function == "wait"
     )
