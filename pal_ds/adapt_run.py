@@ -1,5 +1,6 @@
 """`adapt`: few-shot logits for the users of a file or a split, written as a user table with a report."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from pal_ds.metrics import correctness
 from pal_ds.restore import Restored, restore
 from pal_ds.run_dir import RunDirectory, write_json
 from pal_ds.users import UserTable
+
+logger = logging.getLogger(__name__)
 
 
 def adapt_run(
@@ -55,6 +58,7 @@ def adapt_run(
         if len(rows) == 0:
             raise UserError(f"{pairs or f'--split {split}'}: no pairs to adapt to.")
         owners, user_index = np.unique(data.comparisons["user"][rows], return_inverse=True)
+        _warn_of_known(restored, [data.users[owner] for owner in owners])
         table_rows = np.full(len(data.users), -1, np.int64)
         table_rows[owners] = np.arange(len(owners))
         reader = reader_of(restored, data, rows, table_rows, world)
@@ -74,6 +78,16 @@ def adapt_run(
     table.save(out)
     write_json(out / "report.json", report)
     return report
+
+
+def _warn_of_known(restored: Restored, ids: list[str]) -> None:
+    known = sorted(set(ids) & set(restored.users.ids))
+    if known:
+        logger.warning(
+            "%d of %d users are in the run already (%s%s): fitted from these pairs alone, and with --users this "
+            "fit stands for them in place of the trained one",
+            *(len(known), len(ids), ", ".join(known[:3]), ", ..." if len(known) > 3 else ""),
+        )
 
 
 def few_per_user(data: PreparedData, rows: np.ndarray, num_pairs: int, seed: int) -> np.ndarray:

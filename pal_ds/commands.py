@@ -190,8 +190,10 @@ class FewShot:
             step=options.step,
             trust_checkpoint=options.trust_checkpoint,
         )
+        print(f"{rows[0]['users']} users, {rows[0]['test_pairs']} test pairs" if rows else "")
         for row in rows:
-            print(f"{row['num_comparisons']:4d} comparisons: accuracy {row['accuracy']:.4f}")
+            given = f"{row['num_comparisons']:4d} comparisons (mean {row['mean_comparisons']:.1f})"
+            print(f"{given}: accuracy {row['accuracy']:.4f}")
 
 
 class Report:

@@ -40,7 +40,8 @@ def few_shot_curve(
     """Accuracy of held-out users on `unseen_test` after fitting k pairs of `unseen_train`, one row per k.
 
     k = 0 scores with the population mixture; a head without users gives the same accuracy at every k. Rows:
-    {"num_comparisons", "accuracy", "accuracy_by_seed", "bayes_accuracy"?}; each seed is one draw of the k pairs.
+    {"num_comparisons", "mean_comparisons", "accuracy", "accuracy_by_seed", "users", "test_pairs",
+    "bayes_accuracy"?}; each seed is one draw of the k pairs, of which a user may have fewer (see the mean).
 
     Raises:
         UserError: no unseen user of the data can be fitted and tested.
@@ -61,7 +62,7 @@ def few_shot_curve(
     reader = reader_of(restored, data, everything, table_rows, world, encode_ahead=True)
     population = population_mixture(user_mixtures(restored.model.head, restored.users)[:-1])
     prior, micro = LogitPrior.of(restored.users), restored.config.train.micro_batch_pairs
-    draws = [(count, seed) for count in num_comparisons for seed in seeds]
+    draws = [(count, seed) for count in dict.fromkeys(num_comparisons) for seed in seeds]
     drawn = [_draw(data, fit_rows, count, seed) for count, seed in draws]
     # Each (k, seed, user) is fitted as a user of its own, all of them in one go.
     rows = np.concatenate(drawn)
@@ -90,20 +91,28 @@ def few_shot_curve(
         margins = predict(reader.model, reader.collator, test_rows, of_draw, micro, world)
         figures = figures_of(data, test_rows, margins)
         accuracies.setdefault(count, []).append(figures["accuracy"])
-    return _rows(accuracies, figures)
+    return _rows(accuracies, drawn, len(owners), figures)
 
 
-def _rows(accuracies: dict[int, list[float]], figures: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row per k; the best possible accuracy where the data know it."""
-    truth = {name: figures[name] for name in ("bayes_accuracy",) if name in figures}
+def _rows(
+    accuracies: dict[int, list[float]],
+    drawn: list[np.ndarray],
+    num_users: int,
+    figures: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """One row per k from the accuracies and draws of all seeds; the best possible accuracy where the data know it."""
+    facts = {"users": num_users, "test_pairs": figures["pairs"]}
+    facts |= {name: figures[name] for name in ("bayes_accuracy",) if name in figures}
+    num_seeds = len(drawn) // len(accuracies)
     return [
         {
             "num_comparisons": count,
+            "mean_comparisons": len(drawn[index * num_seeds]) / num_users,
             "accuracy": float(np.mean(by_seed)),
             "accuracy_by_seed": by_seed,
-            **truth,
+            **facts,
         }
-        for count, by_seed in accuracies.items()
+        for index, (count, by_seed) in enumerate(accuracies.items())
     ]
 
 

@@ -40,6 +40,8 @@ class Score:
         if options.output != "-" and (output.is_dir() or not output.parent.is_dir()):
             raise UserError(f"--output {output}: must be a file in a folder that exists.")
         rows = read_rows(Path(options.input))
+        if options.output != "-" and output.exists() and output.samefile(options.input):
+            raise UserError(f"--output {output}: is the --input. Name another file.")
         scorer = _from_run(options) if options.model is None else _from_model(options)
         if options.output == "-":
             write_scores(scorer, rows, sys.stdout, options.batch_texts)

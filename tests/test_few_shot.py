@@ -121,6 +121,11 @@ def test_curve_is_written(runs: dict[str, RunDirectory]) -> None:
     for row in curve:
         assert row["accuracy"] == pytest.approx(np.mean(row["accuracy_by_seed"]))
         assert len(row["accuracy_by_seed"]) == 2
+        # How much each user really had to give, and on how many the figure stands.
+        assert 0 <= row["mean_comparisons"] <= row["num_comparisons"]
+        assert row["users"] > 0
+        assert row["test_pairs"] == curve[0]["test_pairs"] > 0
+    assert curve[0]["mean_comparisons"] == 0 < curve[1]["mean_comparisons"]
     written = json.loads((run.eval / "few_shot.json").read_text())
     assert written == {"step": run.complete_steps()[-1], "curve": curve}
 

@@ -69,6 +69,13 @@ def test_output_file_is_whole_or_absent(runs: Path, capsys, tmp_path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
+def test_the_input_is_not_written_over(capsys, tmp_path) -> None:
+    where = ["--run_dir", tmp_path / "none", "--output", tmp_path / "in.jsonl"]
+    code, _, error = score(capsys, tmp_path, pairs(), *where)
+    assert code == 2 and "is the --input" in error
+    assert len((tmp_path / "in.jsonl").read_text().splitlines()) == 4
+
+
 def test_messages_are_texts_too(runs: Path, capsys, tmp_path) -> None:
     prompt, (text, _) = ROWS[0]
     plain = {"prompt": prompt, "response": text}
