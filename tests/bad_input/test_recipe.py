@@ -32,6 +32,9 @@ BERT = {
         (["--train.epochs=two"], "train.epochs: it must be of type int. Got value: two"),
         (["--train.batch_pairs=0"], "train.batch_pairs is 0; it must be at least 1."),
         (["--train.log_every=0"], "train.log_every is 0; it must be at least 1."),
+        (["--train.stop_signals=[USR9]"], "train.stop_signals is USR9; it must be a signal's name"),
+        (["--train.stop_signals=[KILL]"], "train.stop_signals is KILL; it must be a signal's name"),
+        (["--train.time_limit_minutes=0"], "train.time_limit_minutes is 0.0; it must be above 0"),
         (["--train.gradient_clipping=-1"], "train.gradient_clipping is -1.0; it must be 0 or m"),
         (["--optim.learning_rate=-1"], "optim.learning_rate is -1.0; it must be 0 or more."),
         (["--optim.warmup_fraction=2"], "optim.warmup_fraction is 2.0; it must be between 0"),
@@ -103,6 +106,10 @@ def test_what_is_missing(place: Place, refused: Refused, tmp_path: Path):
             "backbone.lora: Target modules {'nope'} not found",
         ),
         (["--head.num_prototypes=0"], "head: num_prototypes is 0; it must be above 0."),
+        (
+            ["--backbone.tuning=frozen", "--train.micro_batch_tokens=100"],
+            "train.micro_batch_tokens: updates read no tokens here",
+        ),
         (
             [f"--backbone.architecture={json.dumps(BERT)}", "--loss.token_weighting=cumulative"],
             "loss.token_weighting: cumulative needs a score per response token; an encoder is mea",

@@ -14,7 +14,13 @@ from tests.tiny import LLAMA, write_pairs
 
 NUM_UPDATES = 10
 # Largest difference to the plain fp32 run's loss over ten updates.
-BOUNDS = {"offload": 2e-6, "bf16": 2e-2, "checkpointing": 2e-6, "gumbel": 2e-1}
+BOUNDS = {
+    "offload": 2e-6,
+    "bf16": 2e-2,
+    "checkpointing": 2e-6,
+    "gumbel": 2e-1,
+    "token_budget": 2e-6,
+}
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +121,10 @@ def test_settings(variants: Path, name: str) -> None:
     if name != "checkpointing":
         # Equal to the last bit would mean that the setting was not at work.
         assert losses(variants / name) != losses(variants / "plain")
+
+
+def test_workers_change_nothing(variants: Path) -> None:
+    assert losses(variants / "workers") == losses(variants / "plain")
 
 
 def test_gumbel_noise_belongs_to_the_comparison(variants: Path) -> None:
