@@ -13,7 +13,7 @@ from pal_ds.engine.dist import World
 from pal_ds.engine.faults import reached
 from pal_ds.engine.step import Stepper, UpdateStats
 from pal_ds.engine.stop import StopAsked, ignore_stop_signals
-from pal_ds.errors import NumericError
+from pal_ds.errors import NumericError, StorageError
 from pal_ds.evaluate import dev_temperature, figures_of, predict, user_mixtures
 from pal_ds.progress import progress_bar
 from pal_ds.run_dir import RunDirectory, write_json
@@ -166,7 +166,7 @@ def record_failure(state: Training, error: Exception) -> None:
     facts = {"state": "failed", "step": state.step, "num_updates": state.num_updates}
     try:
         state.run.write_status({**facts, "reason": str(error)})
-    except OSError as problem:
+    except (OSError, StorageError) as problem:
         logger.warning("status.json could not be written: %s", problem)
 
 

@@ -16,6 +16,9 @@ source "$here/site.sh"
 
 say() { echo "slurm: $(date '+%F %T') job $job start $start: $*"; }
 refuse() { say "error: $*" >&2; exit 2; }
+# A script that ends without a word cannot be mended.
+set -E
+trap 'say "error: this command failed: $BASH_COMMAND" >&2' ERR
 
 job_field() { # NAME -> its value as SLURM has it now, nothing where it does not answer
   local all
@@ -96,7 +99,7 @@ checkpoint_step() { json_field "$run_dir/latest.json" step; }
 
 record_start() { # the updates between the newest checkpoint and the last logged one are made again
   local logged
-  logged=$(tail -n 2 "$run_dir/metrics.jsonl" 2>/dev/null | sed -n 's/^{"step": \([0-9]*\),.*}$/\1/p' | tail -n 1)
+  logged=$(tail -n 2 "$run_dir/metrics.jsonl" 2>/dev/null | sed -n 's/^{"step": \([0-9]*\),.*}$/\1/p' | tail -n 1) || true
   printf '{"job": "%s", "start": %d, "time": "%s", "nodes": "%s", "tasks": %d, "logged_step": %d, "checkpoint_step": %d}\n' \
     "$job" "$start" "$(date -Is)" "$SLURM_JOB_NODELIST" "$SLURM_NTASKS" "${logged:-0}" "$(($(checkpoint_step) + 0))" \
     >>"$run_dir/slurm/starts.jsonl"

@@ -1,7 +1,7 @@
 """Cuts a file of comparisons into shards that hold each user whole, and puts the fitted users together again.
 
-    python slurm/user_shards.py cut PAIRS.jsonl SHARD COUNT    # the lines of that shard, to stdout
-    python slurm/user_shards.py merge OUT                      # OUT/shards/*/ -> OUT/users.*, OUT/report.json
+python slurm/user_shards.py cut PAIRS.jsonl SHARD COUNT    # the lines of that shard, to stdout
+python slurm/user_shards.py merge OUT                      # OUT/shards/*/ -> OUT/users.*, OUT/report.json
 """
 
 import json

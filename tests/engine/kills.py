@@ -15,7 +15,6 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from pal_ds import phase
 from pal_ds.engine.manifest import newest_intact, verify_checkpoint
 from pal_ds.run_dir import RunDirectory
 from tests.engine.warm import KILLED, Hook, Rank, fork_ranks, kill_at, wait_for
@@ -59,14 +58,16 @@ RECIPE: dict[str, Any] = {
 
 
 def command(*words: object) -> Callable[[], None]:
-    """A command of pal_ds whose arguments are read now, in the parent, as they cost most of a second."""
-    from pal_ds import commands
-    from pal_ds.cli import build_parser
+    """A command of pal_ds whose parser is built now, in the parent, as that costs most of a second."""
+    from pal_ds import cli
 
-    parser = build_parser()
-    options = parser.parse_args([str(word) for word in words])
-    name = options["command"]
-    return lambda: commands.COMMANDS[name].run(parser.instantiate(options)[name], options[name])
+    parser = cli.build_parser()
+
+    def run() -> None:
+        cli.build_parser = lambda: parser
+        cli.main([str(word) for word in words])
+
+    return run
 
 
 def make_place(folder: Path, **train: object) -> Path:
@@ -119,21 +120,7 @@ class Harness:
 
     def start(self, run: RunDirectory, hook: Hook | None = None) -> list[Rank]:
         train = command("train", f"--config={self.recipe}", f"--run_dir={run.path}")
-
-        def work() -> None:
-            # Phases are moments, too: they say where in an update a rank was.
-            enter = phase.enter
-
-            def told(name: str, step: int | None = None) -> None:
-                enter(name, step)
-                reached(f"update: {name}")
-
-            from pal_ds.engine.faults import reached
-
-            phase.enter = told
-            train()
-
-        return fork_ranks(NUM_RANKS, work, self.log(run), hook)
+        return fork_ranks(NUM_RANKS, train, self.log(run), hook)
 
     def log(self, run: RunDirectory) -> Path:
         return run.path.with_name(run.path.name + ".log")

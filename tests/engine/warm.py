@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pal_ds import phase
 from pal_ds.engine import faults
 from tests.spawn import ROOT, environment
 
@@ -128,6 +129,14 @@ def _live_as_rank(
             if hook is not None:
                 hook(number, name)
 
+        # Phases are moments, too: they say where in an update a rank was.
+        enter = phase.enter
+
+        def entered(name: str, step: int | None = None) -> None:
+            enter(name, step)
+            reached(f"update: {name}")
+
+        phase.enter = entered
         faults.on_reaching(reached)
         reached("start")
         work()

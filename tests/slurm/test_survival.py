@@ -1,0 +1,264 @@
+"""Trainings under SLURM: whatever interrupts them, they end finished, with the weights of a run nobody disturbed."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.same_run import assert_same_step, figures
+from tests.slurm.cluster import SECRET, Cluster, rows, until
+from tests.spawn import ROOT, environment, run_command, run_ranks
+from tests.tiny import LLAMA, write_pairs
+
+SAVE_EVERY = 25
+NUM_UPDATES = 230
+NEW_STEPS = 8
+"""Updates that a start makes before it is disturbed."""
+
+
+@pytest.fixture(scope="module")
+def recipe(cluster: Cluster) -> Path:
+    """A decoder so tiny that starting costs more than training, long enough to be interrupted."""
+    folder = cluster.folder
+    content = {
+        "data": {
+            "path": str(folder / "data"),
+            "source": {
+                "class_path": "Jsonl",
+                "init_args": {"path": str(write_pairs(folder / "pairs.jsonl", 460))},
+            },
+            "vocab_size": 400,
+            "max_length": 64,
+            "dev_fraction": 0.0,
+            "test_fraction": 0.2,
+        },
+        "backbone": {"architecture": LLAMA},
+        "head": {"class_path": "PalA", "init_args": {"num_prototypes": 3}},
+        "train": {
+            "ds_config": "zero3_cpu",
+            "batch_pairs": 8,
+            "micro_batch_pairs": 4,
+            "log_every": 1,
+            "save_every": SAVE_EVERY,
+            "epochs": 5,
+        },
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(content))
+    run_command("prepare", f"--config={path}")
+    return path
+
+
+class Runs:
+    """The trainings of this module: all are submitted at once, for the waits of one are the CPU time of another."""
+
+    def __init__(self, cluster: Cluster, recipe: Path) -> None:
+        self.cluster, self.recipe = cluster, recipe
+        self.jobs: dict[str, str] = {}
+
+    def path(self, name: str) -> Path:
+        return self.cluster.folder / "runs" / name
+
+    def submit(self, name: str, *options: str) -> None:
+        shape = ("--nodes=2", "--cpus-per-task=1", "--time=20")
+        script, run_dir = ROOT / "slurm" / "train.sbatch", f"--run_dir=runs/{name}"
+        self.jobs[name] = self.cluster.sbatch(*shape, *options, script, self.recipe.name, run_dir)
+
+    def starts(self, name: str) -> list[dict[str, Any]]:
+        return rows(self.path(name) / "slurm" / "starts.jsonl")
+
+    def at_work(self, name: str, num_starts: int) -> bool:
+        """Whether start number `num_starts` (from 1) has made some updates, and none is being published now."""
+        starts, made = self.starts(name), rows(self.path(name) / "metrics.jsonl")
+        if len(starts) < num_starts or not made:
+            return False
+        step = made[-1]["step"]
+        return step >= starts[-1]["checkpoint_step"] + NEW_STEPS and step % SAVE_EVERY > 2
+
+    def go_through(self, name: str) -> None:
+        """All events of a chain."""
+        for number, event in enumerate(CHAINS[name], start=1):
+            self.disturb(name, event, number)
+
+    def disturb(self, name: str, event: Callable[["Runs", str], None], number: int) -> None:
+        """Waits until start `number` is at work, and lets `event` happen to it."""
+        what = f"{name}: start {number} is at work"
+        try:
+            until(lambda: self.at_work(name, number) or self.died(name), what, 240)
+            assert not self.died(name)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.cluster.logs(self.jobs[name])}") from None
+        event(self, name)
+
+    def died(self, name: str) -> bool:
+        return self.cluster.over(self.jobs[name])
+
+    def nodes(self, name: str) -> list[str]:
+        """Those of the last start, the one that runs the batch script first."""
+        listed = self.cluster.call("scontrol", "show", "hostnames", self.starts(name)[-1]["nodes"])
+        return listed.split()
+
+
+def signal_before_the_limit(runs: Runs, name: str) -> None:
+    """What --signal=B:USR2@180 does, without its granularity of 30 seconds."""
+    runs.cluster.call("scancel", "--signal=USR2", "--batch", runs.jobs[name])
+
+
+def requeue(runs: Runs, name: str) -> None:
+    runs.cluster.call("scontrol", "requeue", runs.jobs[name])
+
+
+def preempt(runs: Runs, name: str) -> None:
+    """A job of a partition with priority wants the same nodes whole."""
+    where = f"--nodelist={','.join(runs.nodes(name))}"
+    out = "--output=/dev/null"
+    wanted = ("--partition=high", "--nodes=2", "--exclusive", where, out, "--wrap=true")
+    runs.cluster.sbatch(*wanted)
+
+
+def power_off(runs: Runs, name: str) -> None:
+    """The node that does not run the batch script; it comes back when SLURM has given the job up there."""
+    lost = runs.nodes(name)[1]
+    runs.cluster.control("kill-node", lost)
+    until(lambda: restarts(runs, name) == len(runs.starts(name)), f"{name} is requeued", 120)
+    runs.cluster.control("start-node", lost)
+
+
+def kill_slurmd(runs: Runs, name: str) -> None:
+    """On the node of the batch script: it and rank 0 live on when SLURM starts the job again elsewhere."""
+    lost, before = runs.nodes(name)[0], len(runs.starts(name))
+    runs.cluster.control("kill-slurmd", lost)
+    until(
+        lambda: len(runs.starts(name)) > before or runs.died(name), f"{name} goes on elsewhere", 120
+    )
+    runs.cluster.control("start-slurmd", lost)
+
+
+def restarts(runs: Runs, name: str) -> int:
+    return int(runs.cluster.facts(runs.jobs[name])["Restarts"])
+
+
+CHAINS: dict[str, tuple[Callable[[Runs, str], None], ...]] = {
+    "asked": (signal_before_the_limit, requeue, preempt),
+    "broken": (power_off, kill_slurmd),
+}
+"""Runs by name, and what happens to each: once per start."""
+PLACES = {"asked": "--nodelist=n3,n4", "broken": "--exclude=n1,n2,n3,n4"}
+UPDATES_MADE_AGAIN = {
+    signal_before_the_limit: 0,
+    requeue: 0,
+    preempt: 0,
+    power_off: SAVE_EVERY,
+    kill_slurmd: SAVE_EVERY,
+}
+"""At most; none where there is time to save."""
+
+
+@pytest.fixture(scope="module")
+def runs(cluster: Cluster, recipe: Path) -> Runs:
+    found = Runs(cluster, recipe)
+    # By another launcher, at the same world size; also builds DeepSpeed's operators, before anything is killed.
+    words = [f"--config={recipe}", f"--run_dir={found.path('torchrun')}"]
+    run_ranks(2, "pal_ds", "train", *words)
+    found.submit("whole", "--nodelist=n1,n2")
+    for name, place in PLACES.items():
+        found.submit(name, place)
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(found.go_through, CHAINS))
+    cluster.wait(*found.jobs.values())
+    return found
+
+
+def test_weights_are_those_of_torchrun(runs: Runs) -> None:
+    last = f"checkpoints/step_{NUM_UPDATES:08d}"
+    assert assert_same_step(runs.path("torchrun") / last, runs.path("whole") / last) >= 8
+    assert figures(runs.path("torchrun")) == figures(runs.path("whole"))
+    assert [start["tasks"] for start in runs.starts("whole")] == [2]
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_disturbed_run_ends_with_the_weights_of_an_undisturbed_one(runs: Runs, name: str) -> None:
+    last = f"checkpoints/step_{NUM_UPDATES:08d}"
+    assert assert_same_step(runs.path("whole") / last, runs.path(name) / last) >= 8
+    assert figures(runs.path("whole")) == figures(runs.path(name))
+    status = json.loads((runs.path(name) / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("finished", NUM_UPDATES)
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [(name, number) for name, events in CHAINS.items() for number in range(len(events))],
+    ids=[event.__name__ for events in CHAINS.values() for event in events],
+)
+def test_few_updates_are_made_again(runs: Runs, name: str, number: int) -> None:
+    before, after = runs.starts(name)[number : number + 2]
+    lost = after["logged_step"] - after["checkpoint_step"]
+    print(f"{CHAINS[name][number].__name__}: {lost} updates made again")
+    assert after["checkpoint_step"] >= before["checkpoint_step"]
+    assert 0 <= lost <= UPDATES_MADE_AGAIN[CHAINS[name][number]]
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_every_event_starts_the_job_once(runs: Runs, name: str) -> None:
+    """A job that requeues itself although SLURM does so as well would show more starts."""
+    assert [start["start"] for start in runs.starts(name)] == list(range(len(CHAINS[name]) + 1))
+    assert restarts(runs, name) == len(CHAINS[name])
+
+
+def test_the_log_goes_on_over_starts(runs: Runs) -> None:
+    log = (runs.cluster.folder / f"pal-train-{runs.jobs['asked']}.out").read_text()
+    assert [f"start {number}: 2 ranks on" in log for number in range(4)] == [True] * 4
+    assert log.count("asking the ranks to save and stop") >= 1
+
+
+def test_code_and_recipes_are_kept_and_secrets_are_not(runs: Runs) -> None:
+    record = runs.path("whole") / "slurm" / runs.jobs["whole"]
+    assert (record / "recipe.yaml").read_text() == runs.recipe.read_text()
+    assert (record / "config.yaml").read_text() == (runs.path("whole") / "config.yaml").read_text()
+    for name in ("pal_ds/train.py", "ds_configs/zero3.json", "slurm/common.sh"):
+        assert (record / "code" / name).read_bytes() == (ROOT / name).read_bytes()
+    folder = runs.cluster.folder
+    found = subprocess.run(["grep", "-rlF", SECRET, str(folder)], capture_output=True, text=True)
+    assert found.stdout == "" and found.returncode == 1
+
+
+def test_evaluate_adapt_and_consolidate(runs: Runs) -> None:
+    """The rest of the way from a checkpoint to figures, new users and a reward model."""
+    cluster, run = runs.cluster, runs.path("whole")
+    pairs = write_pairs(cluster.folder / "new.jsonl", 60, num_users=6, seed=1)
+    shape = ("--nodes=2", "--cpus-per-task=1", "--time=10")
+    evaluation = cluster.sbatch(*shape, ROOT / "slurm" / "evaluate.sbatch", "runs/whole")
+    script, words = ROOT / "slurm" / "adapt.sbatch", ("runs/whole", pairs.name, "adapted")
+    adapting = cluster.sbatch("--array=0-1", "--cpus-per-task=1", "--time=10", script, *words)
+    subprocess.run(
+        [sys.executable, "tools/consolidate.py", run, cluster.folder / "exported"],
+        env=environment(),
+        cwd=ROOT,
+        check=True,
+    )
+    run_command("adapt", f"--run_dir={run}", f"--pairs={pairs}", f"--out={cluster.folder / 'one'}")
+    cluster.wait(evaluation, adapting)
+    result = json.loads((run / "eval" / "test.json").read_text())
+    assert result["pairs"] > 0 and 0 <= result["accuracy"] <= 1
+    assert (cluster.folder / "exported" / "model.safetensors").is_file()
+    check_adapted(cluster.folder / "adapted", cluster.folder / "one")
+
+
+def check_adapted(sharded: Path, whole: Path) -> None:
+    """Users fitted in shards are those fitted together."""
+    import torch
+
+    from pal_ds.users import UserTable
+
+    assert len(list((sharded / "shards").glob("[0-9]/report.json"))) == 2
+    together, apart = UserTable.load(whole), UserTable.load(sharded)
+    assert sorted(together.ids) == sorted(apart.ids) and len(apart) == 6
+    mixtures = apart.mixtures()[apart.rows(together.ids)]
+    assert torch.allclose(mixtures, together.mixtures(), atol=1e-4)
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (sharded, whole)]
+    assert reports[0]["pairs"] == reports[1]["pairs"] == 60
