@@ -145,6 +145,10 @@ class RunDirectory:
                 raise UserError(
                     f"{self.path}: no best.json, the run has not evaluated on dev yet. Use --step latest."
                 )
+            if best["step"] not in steps:
+                raise UserError(
+                    f"{self.path / 'best.json'}: names step {best['step']}, there are {steps}. Use --step N or latest."
+                )
             return int(best["step"])
         if not step.isdigit() or int(step) not in steps:
             raise UserError(

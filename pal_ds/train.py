@@ -245,6 +245,7 @@ def publish_best(state: Training) -> None:
             state.run,
             max(2, state.config.train.keep_checkpoints),
             None if state.best is None else state.best["step"],
+            now=state.step,
         )
 
     state.world.from_rank_zero(publish)

@@ -20,16 +20,16 @@ _told: set[Path] = set()
 """What could not be deleted and has been complained of."""
 
 
-def retain(run: RunDirectory, num_keep: int, best_step: int | None) -> None:
+def retain(run: RunDirectory, num_keep: int, best_step: int | None, now: int) -> None:
     """Deletes all but the newest `num_keep` complete checkpoints, the best and the one that latest.json names.
 
-    Checkpoints newer than latest.json are of a continuation that was given up (they were damaged when the run resumed
-    from an older one): they count for nothing. A deletion that fails is complained of once and tried again next time.
+    Checkpoints newer than `now`, where the run stands, are of a continuation that was given up (they were damaged
+    when the run resumed from an older one): they count for nothing. A deletion that fails is complained of once and
+    tried again next time.
     """
-    steps = run.complete_steps()
     latest = run.pointer("latest")
-    last = latest["step"] if latest is not None else max(steps, default=0)
-    keep = {*[step for step in steps if step <= last][-num_keep:], best_step, last}
+    of_this_run = [step for step in run.complete_steps() if step <= now]
+    keep = {*of_this_run[-num_keep:], best_step, latest and latest["step"]}
     for step in run.all_steps():
         if step not in keep:
             discard(run.checkpoint(step))
@@ -58,10 +58,11 @@ def discard(path: Path) -> None:
             reached("renamed for deletion")
         if gone.exists():
             shutil.rmtree(gone)
+        _told.discard(gone)
     except OSError as error:
-        if path not in _told:
+        if gone not in _told:
             logger.warning("%s: cannot be deleted (%s); it takes room until it can.", path, error)
-            _told.add(path)
+            _told.add(gone)
 
 
 def restore_replaced(run: RunDirectory) -> None:

@@ -6,6 +6,7 @@ in a barrier; and it reads pickles that may run any code.
 
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
@@ -14,7 +15,7 @@ import xxhash
 
 from pal_ds.engine.faults import reached
 from pal_ds.engine.torch_archive import foreign_object
-from pal_ds.errors import StorageError, storage_error
+from pal_ds.errors import StorageError, UserError, storage_error
 
 
 class FileEntry(NamedTuple):
@@ -30,6 +31,7 @@ class ShardFiles:
     def __init__(self) -> None:
         self.written: dict[Path, FileEntry] = {}
         self.failure: StorageError | None = None
+        self._foreign: list[str] = []
 
     def save(self, state_dict: Any, path: str) -> None:
         """Writes one shard to the disk itself, past its cache; a failure is kept for `entries` to raise."""
@@ -46,6 +48,8 @@ class ShardFiles:
         except OSError as error:
             self.failure = _as_told(error, path)
             return
+        with torch.serialization.safe_globals(_classes_in_shards()):
+            self._foreign += torch.serialization.get_unsafe_globals_in_checkpoint(path)
         self.written[Path(path)] = shard.entry()
         reached("a shard written")
 
@@ -54,9 +58,16 @@ class ShardFiles:
 
         Raises:
             StorageError: one of them could not be written.
+            UserError: one of them could not be read again, as this version of DeepSpeed or this setting of it puts
+                objects into shards that pal_ds does not know. Better told at the first save than at the resume.
         """
         if self.failure is not None:
             raise self.failure
+        if self._foreign:
+            raise UserError(
+                f"{directory}: DeepSpeed wrote {self._foreign[0]} into a shard, which a resume would refuse to read. "
+                "Set train.ds_config to one of those that come with pal_ds, and please report this."
+            )
         return {
             str(path.relative_to(directory)): entry._asdict()
             for path, entry in self.written.items()
@@ -72,7 +83,9 @@ class ShardFiles:
             with torch.serialization.safe_globals(_classes_in_shards()):
                 return torch.load(path, map_location=map_location, weights_only=True)
         except pickle.UnpicklingError as error:
-            raise foreign_object(path, " ".join(str(error).split())[:300]) from None
+            # The rest of torch's message tells how to read it all the same.
+            named = re.search(r"GLOBAL ([\w.]+)", str(error))
+            raise foreign_object(path, named[1] if named else "an unknown object") from None
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         try:
@@ -140,11 +153,9 @@ def _as_told(error: OSError, path: str) -> StorageError:
 
 
 def _classes_in_shards() -> list[Any]:
-    from deepspeed.runtime.fp16 import loss_scaler
+    """What DeepSpeed writes beside tensors and plain values: none of these does anything when it is made."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
 
-    return [
-        ZeroStageEnum,
-        loss_scaler.LossScaler,
-        loss_scaler.DynamicLossScaler,
-    ]
+    return [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
