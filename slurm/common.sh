@@ -95,19 +95,24 @@ snapshot() { # RECIPE -> $record/: code and recipe as the job was submitted with
   code=$(cd "$record/code" && pwd)
 }
 
-checkpoint_step() { json_field "$run_dir/latest.json" step; }
+checkpoint_step() { # 0 where there is none
+  local step
+  step=$(json_field "$run_dir/latest.json" step)
+  echo "${step:-0}"
+}
 
 record_start() { # the updates between the newest checkpoint and the last logged one are made again
   local logged
+  step_at_start=$(checkpoint_step)
   logged=$(tail -n 2 "$run_dir/metrics.jsonl" 2>/dev/null | sed -n 's/^{"step": \([0-9]*\),.*}$/\1/p' | tail -n 1) || true
   printf '{"job": "%s", "start": %d, "time": "%s", "nodes": "%s", "tasks": %d, "logged_step": %d, "checkpoint_step": %d}\n' \
-    "$job" "$start" "$(date -Is)" "$SLURM_JOB_NODELIST" "$SLURM_NTASKS" "${logged:-0}" "$(($(checkpoint_step) + 0))" \
+    "$job" "$start" "$(date -Is)" "$SLURM_JOB_NODELIST" "$SLURM_NTASKS" "${logged:-0}" "$step_at_start" \
     >>"$run_dir/slurm/starts.jsonl"
 }
 
 too_many_failures() { # notes this one; whether as many in a row came no further than the newest checkpoint
   local at failures
-  at=$(($(checkpoint_step) + 0))
+  at=$(checkpoint_step)
   echo "$at $exit_code $job $start" >>"$run_dir/slurm/failures"
   failures=$(tail -n "$max_failures" "$run_dir/slurm/failures" | grep -c "^$at ")
   [ "$failures" -ge "$max_failures" ]
@@ -138,33 +143,38 @@ requeue() { # starts the job anew unless SLURM does so itself
   exit 0
 }
 
-wait_for_slurm() { # a node is gone and SLURM has yet to notice; it requeues the job then
-  say "a node does not answer; waiting for SLURM to notice"
-  rest 600
-}
-
 finish() { # ends the job as the ranks left it: done, requeued, or failed with their exit code (pal_ds/errors.py)
   local state reason
+  # SLURM's own TERM reaches every process here; by the time it has passed SLURM says what it is about to do.
+  [ "$forwarded" != TERM ] || rest 1
   state=$(json_field "$run_dir/status.json" state)
   reason=$(json_field "$run_dir/status.json" reason)
   cp "$run_dir/config.yaml" "$record/" 2>/dev/null || true
   case $exit_code in
     0)
       say "${state:-done}${reason:+, $reason}, at update $(checkpoint_step)"
-      [ "$state" = stopped ] && [ "$reason" != stop_after ] && requeue
-      exit 0
+      if [ "$state" != stopped ] || [ "$reason" = stop_after ]; then exit 0; fi
+      # Too little time for a single update would go on for ever.
+      if [ "$reason" = "time limit" ] && [ "$(checkpoint_step)" = "$step_at_start" ]; then fail; fi
+      requeue
       ;;
-    [1-4])
-      # A step that could not be launched ends with 1, too.
-      nodes_answer || wait_for_slurm
-      say "failed with exit code $exit_code"
-      exit "$exit_code"
-      ;;
+    # A step that could not be launched ends with 1, too.
+    [1-4]) if nodes_answer; then say "failed with exit code $exit_code"; exit "$exit_code"; fi ;;
   esac
   # Asked to stop while still starting: the ranks may have died of the signal itself.
   [ -z "$forwarded" ] || requeue
-  nodes_answer || wait_for_slurm
-  too_many_failures && { say "gave up: $max_failures failures in a row at update $(checkpoint_step)"; exit "$exit_code"; }
+  if ! nodes_answer; then
+    say "a node does not answer; waiting for SLURM to notice, which requeues the job then"
+    rest 600
+  fi
+  fail
+}
+
+fail() { # starts the job anew, unless the last starts came no further than this one
+  if too_many_failures; then
+    say "gave up: $max_failures failures in a row at update $(checkpoint_step)"
+    exit "$((exit_code > 0 ? exit_code : 1))"
+  fi
   say "the ranks ended with $exit_code"
   requeue
 }

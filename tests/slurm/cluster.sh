@@ -67,8 +67,8 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# cred_expire is also how long a requeued job waits before it may start; the default is 120 s
-AuthInfo=socket=$D/munge/munge.sock,cred_expire=${CRED_EXPIRE:-5}
+# cred_expire is also how long a requeued job waits before it may start; below 5 it would be the default, 120 s
+AuthInfo=socket=$D/munge/munge.sock,cred_expire=5
 SlurmctldPort=$PORT
 SlurmdPort=$((PORT + 1))
 StateSaveLocation=$D/state

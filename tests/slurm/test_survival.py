@@ -16,7 +16,7 @@ from tests.spawn import ROOT, environment, run_command, run_ranks
 from tests.tiny import LLAMA, write_pairs
 
 SAVE_EVERY = 25
-NUM_UPDATES = 230
+NUM_UPDATES = 265
 NEW_STEPS = 8
 """Updates that a start makes before it is disturbed."""
 
@@ -75,7 +75,12 @@ class Runs:
     def at_work(self, name: str, num_starts: int) -> bool:
         """Whether start number `num_starts` (from 1) has made some updates, and none is being published now."""
         starts, made = self.starts(name), rows(self.path(name) / "metrics.jsonl")
-        if len(starts) < num_starts or not made:
+        # Until it is ready the figures are those that the start before it left.
+        if (
+            len(starts) < num_starts
+            or not made
+            or self.log(name).count("ready at update") < num_starts
+        ):
             return False
         step = made[-1]["step"]
         return step >= starts[-1]["checkpoint_step"] + NEW_STEPS and step % SAVE_EVERY > 2
@@ -94,6 +99,9 @@ class Runs:
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.cluster.logs(self.jobs[name])}") from None
         event(self, name)
+
+    def log(self, name: str) -> str:
+        return (self.cluster.folder / f"pal-train-{self.jobs[name]}.out").read_text()
 
     def died(self, name: str) -> bool:
         return self.cluster.over(self.jobs[name])
@@ -211,7 +219,7 @@ def test_every_event_starts_the_job_once(runs: Runs, name: str) -> None:
 
 
 def test_the_log_goes_on_over_starts(runs: Runs) -> None:
-    log = (runs.cluster.folder / f"pal-train-{runs.jobs['asked']}.out").read_text()
+    log = runs.log("asked")
     assert [f"start {number}: 2 ranks on" in log for number in range(4)] == [True] * 4
     assert log.count("asking the ranks to save and stop") >= 1
 
