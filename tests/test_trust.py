@@ -4,9 +4,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +24,15 @@ from pal_ds.engine.shard_files import ShardFiles
 from pal_ds.engine.torch_archive import ForeignObjectError
 from pal_ds.errors import UserError
 from pal_ds.run_dir import RunDirectory
-from tests.engine.warm import WarmParent
-from tests.spawn import ROOT, environment
+from tests.engine.kills import said
+from tests.engine.warm import WarmParent, fork_ranks, wait_for
+from tools import consolidate
 
 OTHER_USER = 12345
 SECRETS = {
     "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
     "HF_TOKEN": "hf_notARealTokenButLongEnoughToFind",
 }
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[WarmParent]:
-    parent = WarmParent()
-    yield parent
-    parent.close()
 
 
 @pytest.fixture(scope="module")
@@ -248,30 +239,31 @@ def test_pointers_stay_in_the_run(run: RunDirectory, capsys: pytest.CaptureFixtu
     assert "names no step" in capsys.readouterr().err
 
 
-def test_secrets_stay_in_the_environment_and_exports_are_safetensors(
-    folder: Path, tmp_path: Path
-) -> None:
-    """A whole life of a run with wandb at work: nothing written or printed holds a key."""
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+def live_with_secrets(folder: str, place: str) -> str:
+    """Trains and exports in one process whose environment holds keys; what it printed."""
+    recipe = yaml.safe_load((Path(folder) / "recipe.yaml").read_text())
     recipe["train"] |= {"stop_after": 1, "ds_config": "tests/ds/zero0.json"}
     recipe["wandb"] = {"project": "trust", "mode": "offline"}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (Path(place) / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+    def work() -> None:
+        os.environ.update(SECRETS)
+        main(["train", f"--config={place}/recipe.yaml", f"--run_dir={place}/run"])
+        consolidate.main([f"{place}/run", f"{place}/out"])
+
+    log = Path(place) / "log"
+    codes = wait_for(fork_ranks(1, work, log))
+    printed = said(log, 1)[0]
+    assert codes == [0], printed
+    return printed
+
+
+def test_secrets_stay_in_the_environment_and_exports_are_safetensors(
+    warm: WarmParent, folder: Path, tmp_path: Path
+) -> None:
+    """A whole life of a run with wandb at work: nothing written or printed holds a key."""
     run, out = tmp_path / "run", tmp_path / "out"
-    printed = ""
-    for words in (
-        ("-m", "pal_ds", "train", f"--config={tmp_path / 'recipe.yaml'}", f"--run_dir={run}"),
-        ("tools/consolidate.py", run, out),
-    ):
-        done = subprocess.run(
-            [sys.executable, *map(str, words)],
-            env=environment(**SECRETS),
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        printed += done.stdout + done.stderr
+    printed = warm("tests.test_trust:live_with_secrets", folder, tmp_path)
     assert list(run.rglob("*.wandb")), "wandb was not at work"
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     for secret in SECRETS.values():

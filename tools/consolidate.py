@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from pal_ds.arguments import mixture
-from pal_ds.errors import UserError
+from pal_ds.errors import UserError, storage_error
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -67,9 +67,12 @@ def main(arguments: list[str] | None = None) -> None:
                 reward_std=options.reward_std,
             ),
         )
-    except UserError as error:
-        print(f"consolidate: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    except (UserError, OSError) as error:
+        told = error if isinstance(error, UserError) else storage_error(error)
+        if told is None:
+            raise
+        print(f"consolidate: error: {told}", file=sys.stderr)
+        sys.exit(told.exit_code)
     print(
         f"{options.out}: step {facts['step']}, scores for {facts['audience']}; largest difference "
         f"to the trainer {facts['max_difference']:.2e}"

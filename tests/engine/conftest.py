@@ -1,6 +1,5 @@
 """A tiny backbone and prepared pairs that the tests of the engine share."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +9,6 @@ from pal_ds.backbones.config import BackboneConfig
 from pal_ds.backbones.transformer import materialise_architecture
 from pal_ds.data.prepare import DataConfig, prepare
 from pal_ds.data.sources import Jsonl
-from tests.engine.warm import WarmParent
 from tests.tiny import write_pairs
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}
@@ -32,11 +30,3 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     backbone = BackboneConfig(architecture=GPT2)
     materialise_architecture(backbone, data.info["tokens"]["vocab_size"], 0, folder / "base")
     return TinyRun(folder / "data", folder / "base")
-
-
-@pytest.fixture(scope="session")
-def warm() -> Iterator[WarmParent]:
-    """Forks ranks in a second; see `warm.py`."""
-    parent = WarmParent()
-    yield parent
-    parent.close()

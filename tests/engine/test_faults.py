@@ -2,20 +2,13 @@
 
 from pathlib import Path
 
-import pytest
-
 from tests.engine.kills import MOMENTS, NUM_RANKS
 from tests.engine.warm import KILLED, WarmParent
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("kills")
-
-
-def test_killed_at_every_stage_of_a_save(warm: WarmParent, place: Path) -> None:
+def test_killed_at_every_stage_of_a_save(warm: WarmParent, harness_folder: Path) -> None:
     """What is published stays intact after each kill, and the run ends where an undisturbed one ends."""
-    *kills, end = warm("tests.engine.kills:kill_at_every_stage", place)
+    *kills, end = warm("tests.engine.kills:kill_at_every_stage", harness_folder)
     assert [(kill["rank"], kill["moment"]) for kill in kills] == [
         (rank, moment) for rank in range(NUM_RANKS) for moment in MOMENTS[rank]
     ]
@@ -24,9 +17,9 @@ def test_killed_at_every_stage_of_a_save(warm: WarmParent, place: Path) -> None:
     assert end["num_values"] > 200
 
 
-def test_killed_at_random_moments(warm: WarmParent, place: Path) -> None:
+def test_killed_at_random_moments(warm: WarmParent, harness_folder: Path) -> None:
     """tools/bench/bench_kill.py does a hundred of these."""
-    found = warm("tests.engine.kills:kill_at_random", place, 8, 2, 0)
+    found = warm("tests.engine.kills:kill_at_random", harness_folder, 8, 2, 0)
     assert found["lost"] == []
     assert (found["training_kills"], found["export_kills"]) == (8, 2)
     assert set(found["exports"]) <= {"no folder", "a whole folder"}
@@ -34,8 +27,8 @@ def test_killed_at_random_moments(warm: WarmParent, place: Path) -> None:
     assert set(found["survivors"]) <= {"exit 5", "exit -9"}
 
 
-def test_an_export_is_there_whole_or_not_at_all(warm: WarmParent, place: Path) -> None:
-    before, after = warm("tests.engine.kills:kill_exports_at_their_end", place)
+def test_an_export_is_there_whole_or_not_at_all(warm: WarmParent, harness_folder: Path) -> None:
+    before, after = warm("tests.engine.kills:kill_exports_at_their_end", harness_folder)
     assert (before["existed"], before["codes"]) == (False, [KILLED, 0])
     assert (after["existed"], after["codes"]) == (True, [KILLED])
     assert before["left"] == after["left"] == ["out"]

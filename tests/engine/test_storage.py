@@ -13,11 +13,6 @@ from tests.engine.warm import WarmParent
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("storage")
-
-
-@pytest.fixture(scope="module")
 def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A file system of four megabytes."""
     folder = tmp_path_factory.mktemp("disk")
@@ -45,8 +40,8 @@ def the_message(told: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_disk_full_in_a_save(warm: WarmParent, place: Path, disk: Path, rank: int) -> None:
-    full, again = warm("tests.engine.storage_cases:disk_full", place, disk, rank)
+def test_disk_full_in_a_save(warm: WarmParent, harness_folder: Path, disk: Path, rank: int) -> None:
+    full, again = warm("tests.engine.storage_cases:disk_full", harness_folder, disk, rank)
     message = the_message(full)
     assert "No space left on device. Make room there" in message
     assert "step_00000003.tmp" in message and "Checkpoints saved before are intact" in message
@@ -57,29 +52,31 @@ def test_disk_full_in_a_save(warm: WarmParent, place: Path, disk: Path, rank: in
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_one_rank_cannot_write(warm: WarmParent, place: Path, disk: Path, rank: int) -> None:
+def test_one_rank_cannot_write(
+    warm: WarmParent, harness_folder: Path, disk: Path, rank: int
+) -> None:
     """DeepSpeed's own writer would raise on this rank and leave the other in a barrier."""
-    told = warm("tests.engine.storage_cases:one_rank_refused", place, disk, rank)
+    told = warm("tests.engine.storage_cases:one_rank_refused", harness_folder, disk, rank)
     message = the_message(told)
     assert "File too large" in message and f"zero_pp_rank_{rank}_" in message
     assert ("rank 1: " in message) == (rank == 1)
     assert (told["intact"], told["names"]) == ([2], ["step_00000002"])
 
 
-def test_metrics_cannot_be_written(warm: WarmParent, place: Path, disk: Path) -> None:
+def test_metrics_cannot_be_written(warm: WarmParent, harness_folder: Path, disk: Path) -> None:
     """Rank 0 alone writes them, and the other must not wait for it."""
-    message = the_message(warm("tests.engine.storage_cases:metrics_refused", place, disk))
+    message = the_message(warm("tests.engine.storage_cases:metrics_refused", harness_folder, disk))
     assert "No space left on device" in message and f"{disk}/run/metrics.jsonl" in message
 
 
-def test_read_only_run(warm: WarmParent, place: Path, disk: Path) -> None:
-    told = warm("tests.engine.storage_cases:read_only", place, disk)
+def test_read_only_run(warm: WarmParent, harness_folder: Path, disk: Path) -> None:
+    told = warm("tests.engine.storage_cases:read_only", harness_folder, disk)
     message = the_message(told)
     assert "Read-only file system" in message and f"{disk}/run/" in message
     assert told["intact"][-1] < 8
 
 
-def test_new_run_on_a_read_only_disk(warm: WarmParent, place: Path, disk: Path) -> None:
-    told = warm("tests.engine.storage_cases:new_run_on_read_only", place, disk)
+def test_new_run_on_a_read_only_disk(warm: WarmParent, harness_folder: Path, disk: Path) -> None:
+    told = warm("tests.engine.storage_cases:new_run_on_read_only", harness_folder, disk)
     assert "Read-only file system" in the_message(told)
     assert told["names"] == []
