@@ -93,7 +93,8 @@ def prepare_before_processes_meet(config: RunConfig) -> UserError | None:
             "Run `pal-ds prepare --config RECIPE` once first."
         )
     try:
-        prepare(config.data)
+        with writing(config.data.path):
+            prepare(config.data)
     except UserError as error:
         return error
     return None

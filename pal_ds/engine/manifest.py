@@ -15,6 +15,7 @@ from typing import Any
 import xxhash
 
 from pal_ds import phase
+from pal_ds.engine.retention import restore_replaced
 from pal_ds.engine.shard_files import FileEntry
 from pal_ds.engine.torch_archive import ForeignObjectError, load_archive
 from pal_ds.errors import UserError
@@ -182,10 +183,13 @@ def _refuse_strangers(path: Path) -> None:
 def newest_intact(run: RunDirectory, *, trust: bool = False) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that verifies, with its manifest; damaged ones are named and skipped.
 
+    A step whose replacement was cut off has its name back first.
+
     Raises:
         UntrustedCheckpointError, ForeignObjectError: the newest that is whole may come from a stranger.
         UserError: there are checkpoints and none is intact.
     """
+    restore_replaced(run)
     steps = run.all_steps()
     for step in reversed(steps):
         try:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from pal_ds.engine.faults import reached
+from pal_ds.errors import UserError
 from pal_ds.run_dir import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,12 @@ def retain(run: RunDirectory, num_keep: int, best_step: int | None, now: int) ->
     when the run resumed from an older one): they count for nothing. A deletion that fails is complained of once and
     tried again next time.
     """
-    latest = run.pointer("latest")
+    try:
+        latest = run.pointer("latest")
+    except UserError as error:
+        # The next save writes it anew; a run does not end for it.
+        logger.warning("%s", error)
+        latest = None
     of_this_run = [step for step in run.complete_steps() if step <= now]
     keep = {*of_this_run[-num_keep:], best_step, latest and latest["step"]}
     for step in run.all_steps():
