@@ -129,7 +129,6 @@ nodes_answer() {
 requeue() { # starts the job anew unless SLURM does so itself
   # A node whose daemon died still runs this script when SLURM has long started the job elsewhere.
   [ "$(job_field Restarts)" = "$start" ] || { say "SLURM has started this job anew"; exit 0; }
-  [ "$(job_field JobState)" = RUNNING ] || { say "SLURM is ending this job: $(job_field JobState)"; exit 0; }
   local notice
   notice=$(job_field PreemptTime)
   if [ -n "$notice" ] && [ "$notice" != None ]; then
@@ -137,6 +136,7 @@ requeue() { # starts the job anew unless SLURM does so itself
     say "preempted; waiting for SLURM to requeue"
     rest 300
   fi
+  [ "$(job_field JobState)" = RUNNING ] || { say "SLURM is ending this job: $(job_field JobState)"; exit 0; }
   say "requeueing, to go on from update $(checkpoint_step)"
   scontrol requeue "$job" || { say "this job cannot be requeued; submit it again to go on"; exit 0; }
   rest 300

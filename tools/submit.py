@@ -1,0 +1,268 @@
+"""Checks a job for SLURM against its recipe and hands it to sbatch.
+
+    python tools/submit.py train RECIPE --run_dir D --nodes 4 --gpus_per_node 8 [--time 24:00:00] [-- --KEY VALUE ...]
+    python tools/submit.py evaluate RUN [-- --split dev]
+    python tools/submit.py adapt RUN PAIRS.jsonl OUT --array 0-7
+    python tools/submit.py sweep RECIPE... --array 0-3 [--run_dir runs]
+
+`--dry_run` prints what would be submitted and submits nothing. What follows `--` goes to the pal-ds command. The job's
+id is kept in slurm/jobs.jsonl of the run directory (of OUT for adapt). The scripts in slurm/ work without this tool.
+"""
+
+import datetime
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import Namespace
+
+from pal_ds.cli import Parser, build_parser, check_config_files
+from pal_ds.errors import UserError
+from pal_ds.run_dir import RunDirectory
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "slurm"
+PASSED_ON = ("nodes", "ntasks_per_node", "gpus_per_node", "cpus_per_task", "time", "array")
+SITE = ("partition", "account", "qos")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = sys.argv[1:] if arguments is None else arguments
+    cut = given.index("--") if "--" in given else len(given)
+    words = given[cut + 1 :]
+    # Whatever launched this process, it is no rank.
+    options = options_parser().parse_args(given[:cut])
+    try:
+        check_shape(options)
+        record, job_words, notes = JOBS[options.job](options, words)
+        command = sbatch_command(options, record, job_words)
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+        if options.dry_run:
+            print(shlex.join(command))
+            return
+        print(f"job {submit(command, record)}; it writes to {record}")
+    except UserError as error:
+        print(f"submit: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def options_parser() -> Parser:
+    parser = Parser(prog="submit", description=__doc__)
+    parser.add_argument("job", type=Literal["train", "evaluate", "adapt", "sweep"])
+    parser.add_argument("arguments", nargs="+", type=str, help="RECIPE, RUN, or RUN PAIRS OUT")
+    parser.add_argument("--run_dir", type=str | None, help="unset: runs/NAME of the recipe")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpus_per_node", type=int, default=1, help="0 on nodes without")
+    parser.add_argument(
+        "--ntasks_per_node", type=int | None, help="ranks per node; unset: one per GPU"
+    )
+    parser.add_argument("--cpus_per_task", type=int | None)
+    parser.add_argument("--time", type=str | None, help="as in 24:00:00")
+    parser.add_argument("--array", type=str | None, help="shards, seeds or recipes, as in 0-7")
+    for name in SITE:
+        parser.add_argument(f"--{name}", type=str | None)
+    parser.add_argument("--dry_run", action="store_true", help="print the command, submit nothing")
+    return parser
+
+
+def check_shape(options: Namespace) -> None:
+    """Fills what is left out. Raises UserError where tasks and GPUs do not match."""
+    gpus, tasks = options.gpus_per_node, options.ntasks_per_node
+    for name, least in (("nodes", 1), ("gpus_per_node", 0), ("cpus_per_task", 1)):
+        value = options[name]
+        if value is not None and value < least:
+            raise UserError(f"--{name} is {value}; it must be at least {least}.")
+    if tasks is not None and tasks < 1:
+        raise UserError(f"--ntasks_per_node is {tasks}; it must be at least 1.")
+    if gpus and tasks not in (None, gpus):
+        raise UserError(
+            f"--ntasks_per_node {tasks} with --gpus_per_node {gpus}: a rank drives one GPU. Leave "
+            "--ntasks_per_node out, or set --gpus_per_node 0 to train on CPUs."
+        )
+    options.ntasks_per_node = tasks or gpus or 1
+    if options.array is None and options.job in ("adapt", "sweep"):
+        options.array = "0-0"
+    if options.array is not None and not re.fullmatch(r"\d+(-\d+)?(%\d+)?", options.array):
+        raise UserError(f"--array {options.array}: give a range such as 0-7, or 0-7%2.")
+
+
+Checked = tuple[Path, list[str], list[str]]
+"""Where the record of the submission goes, the words after the script's name, and what to tell the user."""
+
+
+def check_train(options: Namespace, words: list[str]) -> Checked:
+    recipe = one_argument(options, "RECIPE")
+    run_dir = Path(options.run_dir or Path("runs") / Path(recipe).stem)
+    notes = check_recipe(options, recipe, run_dir, words)
+    return run_dir, [recipe, f"--run_dir={run_dir}", *words], notes
+
+
+def check_sweep(options: Namespace, words: list[str]) -> Checked:
+    recipes, into = options.arguments, Path(options.run_dir or "runs")
+    last = array_bounds(options.array)[1]
+    if 1 < len(recipes) <= last:
+        raise UserError(
+            f"--array {options.array}: only {len(recipes)} recipes are given, counted from 0."
+        )
+    notes: list[str] = []
+    for recipe in recipes:
+        notes += check_recipe(options, recipe, into / Path(recipe).stem, words)
+    return into, [*recipes, f"--run_dir={into}", *words], notes
+
+
+def check_recipe(options: Namespace, recipe: str, run_dir: Path, words: list[str]) -> list[str]:
+    """Whether these nodes could train this recipe here; notes for the user.
+
+    Raises:
+        UserError: the recipe, its ds_config, its data or the run's earlier checkpoints do not fit the request.
+    """
+    arguments = ["train", f"--config={recipe}", f"--run_dir={run_dir}", *words]
+    check_config_files(arguments)
+    parser = build_parser()
+    parsed = parser.parse_args(arguments)
+    from pal_ds.engine.ds_config import ds_config_of
+    from pal_ds.recipe import as_recipe, dump_recipe, refuse_changes
+
+    config = as_recipe(parser.instantiate(parsed)["train"])
+    world_size = options.nodes * options.ntasks_per_node
+    ds_config_of(config.train, world_size)
+    if config.train.batch_pairs < world_size:
+        raise UserError(
+            f"{recipe}: train.batch_pairs is {config.train.batch_pairs} and the job has {world_size} ranks; some would "
+            f"never see a comparison. Ask for fewer, or set train.batch_pairs to {world_size} or more."
+        )
+    if options.nodes > 1 and not Path(config.data.path, "dataset.json").is_file():
+        raise UserError(
+            f"{config.data.path}: not prepared, and {options.nodes} nodes would wait for it. "
+            f"Run `pal-ds prepare --config {recipe}` once first."
+        )
+    run = RunDirectory(run_dir)
+    steps = run.complete_steps()
+    if not steps:
+        return []
+    refuse_changes(run.config_file, dump_recipe(parsed["train"]), parsed["train"].allow_change)
+    manifest = json.loads((run.checkpoint(steps[-1]) / "manifest.json").read_text())
+    notes = [f"{run_dir}: resumes from update {steps[-1]}."]
+    if manifest["world_size"] != world_size:
+        notes.append(
+            f"its checkpoint is of {manifest['world_size']} ranks and will be resharded to {world_size}: the order of "
+            "comparisons stays, the last bits of the weights may not."
+        )
+    return notes
+
+
+def check_evaluate(options: Namespace, words: list[str]) -> Checked:
+    run = one_argument(options, "RUN")
+    check_run(run)
+    return Path(run), [run, *words], []
+
+
+def check_adapt(options: Namespace, words: list[str]) -> Checked:
+    if len(options.arguments) != 3:
+        raise UserError(f"adapt takes RUN PAIRS OUT; given are {' '.join(options.arguments)}.")
+    run, pairs, out = options.arguments
+    check_run(run)
+    if not Path(pairs).is_file():
+        raise UserError(f"{pairs}: no such file; adapt reads comparisons of new users, as JSONL.")
+    first, last = array_bounds(options.array)
+    begun = Path(out, "shards", "count")
+    if begun.is_file():
+        if last >= int(begun.read_text()):
+            raise UserError(
+                f"{out}: was begun with {begun.read_text().strip()} shards, --array {options.array} asks for more. "
+                "Name another OUT."
+            )
+    elif first != 0:
+        raise UserError(f"--array {options.array}: the shards of a new OUT count from 0.")
+    users: set[str] = set()
+    with open(pairs, encoding="utf-8") as stream:
+        for number, line in enumerate(stream, start=1):
+            if len(users) > last:
+                break
+            try:
+                users.add(str(json.loads(line).get("user_id")))
+            except (ValueError, AttributeError):
+                raise UserError(f"{pairs}:{number}: not a JSON object. Mend the line.") from None
+    if len(users) <= last:
+        raise UserError(
+            f"--array {options.array}: {last + 1} shards for {len(users)} users in {pairs}. Ask for fewer."
+        )
+    return Path(out), [run, pairs, out, *words], []
+
+
+def one_argument(options: Namespace, name: str) -> str:
+    if len(options.arguments) != 1:
+        raise UserError(
+            f"{options.job} takes one {name}; given are {' '.join(options.arguments)}. Words of the pal-ds command go "
+            "after `--`."
+        )
+    return options.arguments[0]
+
+
+def check_run(path: str) -> None:
+    """Raises UserError where no run with a checkpoint lies."""
+    run = RunDirectory(path)
+    run.require_run()
+    run.resolve_step("latest")
+
+
+def array_bounds(array: str) -> tuple[int, int]:
+    """First and last index of `0-7%2`."""
+    first, _, last = array.partition("%")[0].partition("-")
+    return int(first), int(last or first)
+
+
+def sbatch_command(options: Namespace, record: Path, words: Sequence[str]) -> list[str]:
+    log = "%x-%A_%a.out" if options.array else "%x-%j.out"
+    command = ["sbatch", "--parsable", f"--output={record / 'slurm' / log}"]
+    shape = options.clone()
+    if options.job == "adapt":  # one process per shard, without a GPU
+        shape.nodes = shape.ntasks_per_node = shape.gpus_per_node = None
+    for name in (*PASSED_ON, *SITE):
+        if shape[name] is not None:
+            command.append(f"--{name.replace('_', '-')}={shape[name]}")
+    return [*command, str(SCRIPTS / f"{options.job}.sbatch"), *words]
+
+
+def submit(command: list[str], record: Path) -> str:
+    """Hands the job in and writes its id down; the id.
+
+    Raises:
+        UserError: there is no sbatch, or it refuses.
+    """
+    # SLURM fails a job without a word where the folder of its log is missing.
+    (record / "slurm").mkdir(parents=True, exist_ok=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise UserError(
+            "sbatch: not found. Submit from a login node of the cluster, or use --dry_run."
+        ) from None
+    if done.returncode:
+        raise UserError(f"sbatch refused: {done.stderr.strip() or done.stdout.strip()}")
+    job = done.stdout.strip().partition(";")[0]
+    row = {
+        "job": job,
+        "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "submitted_from": str(Path.cwd()),
+        "command": command,
+    }
+    with open(record / "slurm" / "jobs.jsonl", "a") as stream:
+        stream.write(json.dumps(row) + "\n")
+    return job
+
+
+JOBS: dict[str, Callable[[Namespace, list[str]], Checked]] = {
+    "train": check_train,
+    "evaluate": check_evaluate,
+    "adapt": check_adapt,
+    "sweep": check_sweep,
+}
+
+if __name__ == "__main__":
+    main()
