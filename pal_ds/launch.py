@@ -54,7 +54,7 @@ def launch_training(
         data = world.on_every_rank(lambda: open_data(config, failure))
         world.from_rank_zero(
             lambda: check_run_directory(
-                run, recipe, data, world.world_size, fresh=fresh, allow_change=allow_change or []
+                run, recipe, data, fresh=fresh, allow_change=allow_change or []
             )
         )
         world.on_every_rank(lambda: assemble(config, data, run))
@@ -111,7 +111,6 @@ def check_run_directory(
     run: RunDirectory,
     recipe: str,
     data: PreparedData,
-    world_size: int,
     *,
     fresh: bool,
     allow_change: list[str],
@@ -119,8 +118,8 @@ def check_run_directory(
     """Writes nothing: whether a run may start here, or is the one that is to be resumed.
 
     Raises:
-        UserError: `fresh` meets a directory that is not empty; a resumed run would have other data, another number
-            of ranks, or another value of a key that alters the result.
+        UserError: `fresh` meets a directory that is not empty; a resumed run would have other data or another
+            value of a key that alters the result. Another number of ranks is fine.
     """
     if run.path.exists() and not run.path.is_dir():
         raise UserError(f"--run_dir {run.path}: is a file. Name a directory, new or of this run.")
@@ -136,7 +135,7 @@ def check_run_directory(
             manifest = read_manifest(path)
         except UserError:
             continue  # resuming passes it over, by name, and asks again of the one that it takes
-        refuse_other_launch(path, manifest, data.hash, data.path, world_size)
+        refuse_other_launch(path, manifest, data.hash, data.path)
 
 
 def leave_no_trace(run: RunDirectory) -> None:

@@ -199,7 +199,7 @@ def resume(state: Training, *, trust: bool) -> None:
             run.drop_metrics_after(0)
             return None
         path, manifest = found
-        refuse_other_launch(path, manifest, state.data.hash, state.data.path, world.world_size)
+        refuse_other_launch(path, manifest, state.data.hash, state.data.path)
         refuse_other_base(path, manifest, state.base_weights)
         run.drop_metrics_after(manifest["step"], owes_evaluation=manifest["owes_evaluation"])
         # As the checkpoint knew it: best.json may be of a step that is damaged or was never published.

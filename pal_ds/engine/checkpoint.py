@@ -25,6 +25,7 @@ from pal_ds.engine.manifest import (  # noqa: F401 (asked for here by start.py)
     verify_checkpoint,
     write_manifest,
 )
+from pal_ds.engine.reshard import shards_for
 from pal_ds.engine.retention import REPLACED, discard, discard_leftovers, retain  # noqa: F401
 from pal_ds.engine.shard_files import ShardFiles
 from pal_ds.engine.torch_archive import ForeignObjectError
@@ -159,18 +160,13 @@ def _publish(run: RunDirectory, step: int, temporary: Path) -> None:
 
 
 def refuse_other_launch(
-    path: Path, manifest: dict[str, Any], dataset_hash: str, data_path: Path, world_size: int
+    path: Path, manifest: dict[str, Any], dataset_hash: str, data_path: Path
 ) -> None:
-    """Raises UserError where a checkpoint was made from other data or by another number of ranks than this launch."""
+    """Raises UserError where a checkpoint was made from other data than this launch has; ranks may differ in number."""
     if manifest["dataset_hash"] != dataset_hash:
         raise UserError(
             f"{path}: trained on data with hash {manifest['dataset_hash']}, {data_path} has {dataset_hash}. "
             "Resume with the data it was trained on, or start in another --run_dir."
-        )
-    if manifest["world_size"] != world_size:
-        raise UserError(
-            f"{path}: written by {manifest['world_size']} ranks, this run has {world_size}. "
-            f"Launch with {manifest['world_size']} ranks."
         )
 
 
@@ -199,7 +195,7 @@ def load_checkpoint(
             f"{path}: user {gone[0]!r} was removed from this run, and the data still hold their comparisons "
             f"({len(gone)} such users). Prepare the data without them and start in another --run_dir."
         )
-    engine.checkpoint_engine = ShardFiles()
+    engine.checkpoint_engine = shards_for(engine, path, world)
     try:
         users.load_state_dict(stored.state_dict())
         loaded, _ = engine.load_checkpoint(str(path), tag=ENGINE_TAG, load_module_strict=False)

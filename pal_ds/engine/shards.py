@@ -1,4 +1,4 @@
-"""The weights in DeepSpeed's shards as whole fp32 tensors, one at a time, without DeepSpeed.
+"""Weights and optimizer moments in DeepSpeed's shards as whole fp32 tensors, one at a time, without DeepSpeed.
 
 What ZeRO writes (facts of DeepSpeed 0.19): every rank has `*_optim_states.pt` with its part of the
 fp32 masters as flat vectors, and `*_model_states.pt` names the parameters, in the order in which
@@ -8,13 +8,14 @@ they were laid into those vectors.
     stages 1, 2 each group's parameters follow one another in one vector, which is cut over the
                 ranks into `single_partition_of_fp32_groups`
     stage 0     the whole module lies in `mp_rank_00_model_states.pt`
+The optimizer sees each vector as one parameter, so its moments are cut as the masters are.
 """
 
 import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,20 +25,24 @@ from pal_ds.errors import UserError
 from pal_ds.heads.shapes import Float
 
 ENGINE_FOLDER = "engine"
+Kind = Literal["master", "exp_avg", "exp_avg_sq"]
+"""The fp32 weights, and Adam's first and second moment of them."""
+MOMENTS: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
 
 
 class _Segment(NamedTuple):
-    """Elements [start, start + num_values) of a flat stored tensor."""
+    """Elements [start, start + num_values) of a rank's part of a vector."""
 
-    source: StoredTensor
+    rank: int
     start: int
     num_values: int
 
 
-class _Layout(NamedTuple):
-    """Where one tensor lies: its shape and the segments that follow one another to make it."""
+class _Place(NamedTuple):
+    """Where one parameter lies: its shape, its vector and the segments that follow one another to make it."""
 
     shape: tuple[int, ...]
+    vector: int
     segments: tuple[_Segment, ...]
 
 
@@ -51,6 +56,11 @@ class ShardedCheckpoint:
         UserError: files are missing, unreadable, hold foreign objects, or their sizes disagree.
     """
 
+    groups: list[dict[str, tuple[int, ...]]]
+    """Names and shapes of each parameter group, in the order in which the shards hold them; none at stage 0."""
+    param_groups: list[dict[str, Any]]
+    """What the optimizer stored of each parameter group (rates, name), without its parameters; none at stage 0."""
+
     def __init__(self, path: Path) -> None:
         self.path = path / ENGINE_FOLDER
         models = self._load("model_states")
@@ -59,12 +69,18 @@ class ShardedCheckpoint:
                 f"{self.path}: no *_model_states.pt here. A checkpoint is a step_N directory that "
                 "`train` wrote."
             )
-        self._layouts: dict[str, _Layout] = {}
+        self.model_states = models
+        """The content of `*_model_states.pt`, in rank order; tensors as `StoredTensor`."""
+        self.ds_config: dict[str, Any] = models[0].get("ds_config") or {}
+        self.world_size = int(models[0]["dp_world_size"])
+        self.groups, self.param_groups = [], []
+        self._places: dict[str, _Place] = {}
         self._whole: dict[str, StoredTensor] = {}
-        optims = self._load("optim_states")
-        flats = [shard.get("optimizer_state_dict") or {} for shard in optims]
+        self._masters: list[list[StoredTensor]] = []
+        self._states: list[list[dict[str, Any]]] = []
+        flats = [shard.get("optimizer_state_dict") or {} for shard in self._load("optim_states")]
         if flats and "fp32_flat_groups" in flats[0]:
-            self._read_stage3(models, flats)
+            self._read_stage3(models[0], flats)
         elif flats and "single_partition_of_fp32_groups" in flats[0]:
             self._read_stage12(models[0], flats)
         else:
@@ -76,33 +92,75 @@ class ShardedCheckpoint:
     @property
     def names(self) -> list[str]:
         """Names as in the trained module: `backbone...`, `head...`."""
-        return [*self._layouts, *self._whole]
+        return [*self._places, *self._whole]
+
+    @property
+    def trained(self) -> list[str]:
+        """Names of trainable parameters, tied ones under each of theirs; none at stage 0."""
+        return list(self._places)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._layouts or name in self._whole
+        return name in self._places or name in self._whole
 
     def shape(self, name: str) -> tuple[int, ...]:
-        layout = self._layouts.get(name)
-        return self._whole[name].shape if layout is None else layout.shape
+        place = self._places.get(name)
+        return self._whole[name].shape if place is None else place.shape
 
-    def tensor(self, name: str) -> Float[Tensor, "..."]:
-        """The whole tensor, fp32, assembled now. Raises KeyError for a name that is not there."""
-        layout = self._layouts.get(name)
-        if layout is None:
+    def tensor(self, name: str, kind: Kind = "master") -> Float[Tensor, "..."]:
+        """The whole tensor, fp32, assembled now.
+
+        Raises:
+            KeyError: there is no such name, or no moment of it.
+        """
+        place = self._places.get(name)
+        if place is None and kind == "master":
             return self._whole[name].read().float()
-        numel = math.prod(layout.shape)
-        values = torch.empty(numel)
-        filled = 0
-        for source, start, count in layout.segments:
-            count = min(count, numel - filled)
-            if count > 0:
-                values[filled : filled + count] = source.read_flat(start, count)
-                filled += count
-        if filled != numel:
+        shape = self._places[name].shape
+        return self.read(name, 0, math.prod(shape), kind).view(shape)
+
+    def read(
+        self, name: str, start: int, num_values: int, kind: Kind = "master"
+    ) -> Float[Tensor, "n"]:
+        """Values [start, start + num_values) of a flattened trainable parameter or of a moment of it, fp32.
+
+        Raises:
+            KeyError: there is no such name, or no moment of it.
+            UserError: the shards do not hold so many values of it.
+        """
+        place = self._places[name]
+        values = torch.empty(num_values)
+        begin = filled = 0
+        for rank, offset, length in place.segments:
+            low, high = max(start, begin), min(start + num_values, begin + length)
+            if low < high:
+                source = self._vector(rank, place.vector, kind)
+                part = source.read_flat(offset + low - begin, high - low)
+                values[low - start : high - start] = part
+                filled += high - low
+            begin += length
+        if filled != num_values:
             raise UserError(
-                f"{self.path}: {name} has {filled} of its {numel} values in the shards."
+                f"{self.path}: {name} has {filled} of its {num_values} values in the shards."
             )
-        return values.view(layout.shape)
+        return values
+
+    def step(self, name: str) -> float | None:
+        """How many updates the optimizer has made of a trainable parameter; None where it holds no moments of it.
+
+        Raises:
+            KeyError: there is no such name.
+        """
+        found = self._states[0][self._places[name].vector].get("step")
+        return float(found.read()) if isinstance(found, StoredTensor) else found
+
+    def state_names(self) -> set[str]:
+        """What the optimizer holds of parameters: `step`, `exp_avg`, `exp_avg_sq` under Adam."""
+        return {name for states in self._states for state in states for name in state}
+
+    def _vector(self, rank: int, vector: int, kind: Kind) -> StoredTensor:
+        if kind == "master":
+            return self._masters[rank][vector]
+        return self._states[rank][vector][kind]
 
     def items(self) -> Iterator[tuple[str, Float[Tensor, "..."]]]:
         """(name, tensor) one after the other; only the current one is in memory."""
@@ -121,40 +179,68 @@ class ShardedCheckpoint:
                 "*_optim_states.pt are here."
             )
 
-    def _read_stage3(self, models: list[dict[str, Any]], flats: list[dict[str, Any]]) -> None:
+    def _read_stage3(self, model: dict[str, Any], flats: list[dict[str, Any]]) -> None:
         self._check_ranks(flats, flats[0].get("partition_count"))
-        world_size = len(flats)
-        vectors = [_as_list(flat["fp32_flat_groups"]) for flat in flats]
-        offset = 0
-        for shapes in models[0]["param_shapes"]:
+        self._masters = [_as_list(flat["fp32_flat_groups"]) for flat in flats]
+        self._read_optimizer([flat.get("optimizer_state_dict") for flat in flats], model)
+        for vector, shapes in enumerate(model["param_shapes"]):
+            offset = 0
             for name, shape in shapes.items():
-                width = -(-math.prod(shape) // world_size)
-                parts = (part for rank in vectors for part in _cut(rank, offset, width))
-                self._layouts[name] = _Layout(tuple(shape), tuple(parts))
+                numel = math.prod(shape)
+                width = -(-numel // len(flats))
+                # The last slice is padded; where there are more ranks than values, others hold padding alone.
+                held = (min(numel - rank * width, width) for rank in range(len(flats)))
+                segments = (_Segment(rank, offset, n) for rank, n in enumerate(held) if n > 0)
+                self._places[name] = _Place(tuple(shape), vector, tuple(segments))
                 offset += width
-        available = sum(vector.numel for vector in vectors[0])
-        if offset != available:
-            self._refuse_layout(offset, available)
+            for rank in self._masters:
+                self._check_size(offset, rank[vector].numel, slack=1)
 
     def _read_stage12(self, model: dict[str, Any], flats: list[dict[str, Any]]) -> None:
         self._check_ranks(flats, flats[0].get("partition_count"))
-        parts = [_as_list(flat["single_partition_of_fp32_groups"]) for flat in flats]
+        self._masters = [_as_list(flat["single_partition_of_fp32_groups"]) for flat in flats]
+        self._read_optimizer([flat.get("base_optimizer_state") for flat in flats], model)
         paddings = flats[0].get("param_alignment_paddings")
-        for group, shapes in enumerate(model["param_shapes"]):
-            vector = [rank[group] for rank in parts]
+        for vector, shapes in enumerate(model["param_shapes"]):
+            sizes = [rank[vector].numel for rank in self._masters]
             offset = 0
             for index, (name, shape) in enumerate(shapes.items()):
                 numel = math.prod(shape)
-                self._layouts[name] = _Layout(tuple(shape), tuple(_cut(vector, offset, numel)))
-                offset += numel + (paddings[group][index] if paddings else 0)
-            available = sum(part.numel for part in vector)
+                segments = tuple(_cut(sizes, offset, numel))
+                self._places[name] = _Place(tuple(shape), vector, segments)
+                offset += numel + (paddings[vector][index] if paddings else 0)
             # The whole is padded to a multiple of twice the number of ranks.
-            if not 0 <= available - offset < 2 * len(flats):
-                self._refuse_layout(offset, available)
+            self._check_size(offset, sum(sizes), slack=2 * len(flats))
 
-    def _refuse_layout(self, wanted: int, available: int) -> None:
+    def _read_optimizer(self, stored: list[Any], model: dict[str, Any]) -> None:
+        """Fills the optimizer's states of each vector and the members of each parameter group."""
+        if not isinstance(stored[0], dict):
+            stored = [{"state": {}, "param_groups": []}] * len(stored)
+        order = [index for group in stored[0]["param_groups"] for index in group["params"]]
+        num_vectors = len(model["param_shapes"])
+        order = order or list(range(num_vectors))
+        if len(order) != num_vectors or {len(rank) for rank in self._masters} != {num_vectors}:
+            self._refuse_layout(num_vectors, len(order), "vectors")
+        self._states = [[rank["state"].get(index) or {} for index in order] for rank in stored]
+        for masters, states in zip(self._masters, self._states, strict=True):
+            for master, state in zip(masters, states, strict=True):
+                for kind in MOMENTS:
+                    # Stages 1 and 2 store moments with their padding, and the masters without.
+                    if kind in state and state[kind].numel < master.numel:
+                        self._refuse_layout(master.numel, state[kind].numel)
+        vectors = iter(model["param_shapes"])
+        for group in stored[0]["param_groups"]:
+            members = [next(vectors) for _ in group["params"]]
+            self.groups.append({n: tuple(s) for shapes in members for n, s in shapes.items()})
+            self.param_groups.append({k: v for k, v in group.items() if k != "params"})
+
+    def _check_size(self, wanted: int, available: int, slack: int) -> None:
+        if not 0 <= available - wanted < slack:
+            self._refuse_layout(wanted, available)
+
+    def _refuse_layout(self, wanted: int, available: int, unit: str = "values") -> None:
         raise UserError(
-            f"{self.path}: parameters need {wanted} values per shard and the shards hold "
+            f"{self.path}: parameters need {wanted} {unit} per shard and the shards hold "
             f"{available}: files of different checkpoints are mixed, or DeepSpeed's format changed."
         )
 
@@ -166,18 +252,18 @@ class ShardedCheckpoint:
 
     def _add_tied(self, model: dict[str, Any]) -> None:
         for alias, name in (model.get("shared_params") or {}).items():
-            if name in self._layouts and alias not in self._layouts:
-                self._layouts[alias] = self._layouts[name]
+            if name in self._places and alias not in self._places:
+                self._places[alias] = self._places[name]
 
 
-def _cut(vectors: list[StoredTensor], offset: int, count: int) -> Iterator[_Segment]:
-    """Segments of [offset, offset + count) of the vectors laid end to end."""
+def _cut(sizes: list[int], offset: int, count: int) -> Iterator[_Segment]:
+    """Segments of [offset, offset + count) of the ranks' parts laid end to end."""
     begin = 0
-    for vector in vectors:
-        low, high = max(offset, begin), min(offset + count, begin + vector.numel)
+    for rank, size in enumerate(sizes):
+        low, high = max(offset, begin), min(offset + count, begin + size)
         if low < high:
-            yield _Segment(vector, low - begin, high - low)
-        begin += vector.numel
+            yield _Segment(rank, low - begin, high - low)
+        begin += size
 
 
 def _as_list(value: Any) -> list[StoredTensor]:
