@@ -77,10 +77,17 @@ class Evaluate:
 
     @staticmethod
     def run(options: Namespace, _: Namespace) -> None:
+        from pal_ds.config import TrainConfig
         from pal_ds.engine.dist import joined_or_alone
+        from pal_ds.engine.watchdog import watch
         from pal_ds.evaluate_run import evaluate_run, summary_line
 
-        with joined_or_alone() as world:
+        stacks = Path(options.run_dir, "stacks")
+        # Alone it waits for nobody; who started it sees whether it goes on.
+        with (
+            joined_or_alone() as world,
+            watch(world, stacks, TrainConfig.hang_minutes if world.world_size > 1 else 0),
+        ):
             figures = evaluate_run(
                 RunDirectory(options.run_dir),
                 world,

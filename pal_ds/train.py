@@ -13,6 +13,7 @@ from pal_ds.engine.dist import World
 from pal_ds.engine.faults import reached
 from pal_ds.engine.step import Stepper, UpdateStats
 from pal_ds.engine.stop import StopAsked, ignore_stop_signals
+from pal_ds.engine.watchdog import is_symptom
 from pal_ds.errors import NumericError, StorageError
 from pal_ds.evaluate import dev_temperature, figures_of, predict, user_mixtures
 from pal_ds.progress import progress_bar
@@ -46,7 +47,8 @@ def train(
             world.from_rank_zero(lambda: run.write_config(recipe))
         run_updates(state)
     except Exception as error:
-        if world.is_rank_zero:
+        # Of what other ranks cause, the watchdog finds and records the cause.
+        if world.is_rank_zero and not is_symptom(error):
             record_failure(state, error)
         raise
     finally:

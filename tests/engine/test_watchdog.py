@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pal_ds.engine.build_lock import remove_stale_build_locks
+from pal_ds.engine.watchdog.frames import is_waiting
 from pal_ds.engine.watchdog.heartbeat import Beat, Failure, Ledger, Verdict, blamed
 from pal_ds.engine.watchdog.lines import LONGEST_LINE, AwakeClock, Lines
-from pal_ds.engine.watchdog.watcher import is_waiting_place, watch
+from pal_ds.engine.watchdog.watcher import watch
 from tests.engine.conftest import TinyRun
 from tests.engine.watchdog_train_worker import ASLEEP_IN_UPDATE
 from tests.engine.watchdog_worker import CASES, HANG_SECONDS, MISHAP_AT
@@ -132,6 +134,7 @@ def test_a_rank_that_dies(outcomes: dict[str, Any], name: str, guilty: int, phas
         assert f"rank {guilty} on" in message
         assert "died without a word" in message
         assert f"`{phase}` at update {MISHAP_AT}" in message
+        assert outcome["lost"] in outcome["output"][1 - guilty // 2]
     assert all(outcome["stacks"][rank] for rank in {0, 1, 2} - {guilty})
 
 
@@ -148,6 +151,9 @@ def test_a_rank_that_is_stopped(
     assert f"rank {guilty} on" in message
     assert f"`collate` at update {MISHAP_AT}" in message
     assert "its process is stopped" in message
+    if guilty == 0:
+        assert "rank 0 itself was stopped" in outcome["output"][0]
+    assert f"rank {guilty} on" in outcome["lost"]
 
 
 @pytest.mark.parametrize("name", ["nothing", "slow and alive", "all stopped for a while"])
@@ -313,13 +319,38 @@ def test_a_rank_alone_that_hangs_is_named() -> None:
     )
 
 
-def test_frames_that_wait() -> None:
-    packages = "lib/python3.11/site-packages"
-    assert is_waiting_place(f"/{packages}/torch/distributed/distributed_c10d.py", "barrier")
-    assert is_waiting_place(f"/{packages}/deepspeed/runtime/zero/partition_parameters.py", "wait")
-    assert not is_waiting_place(f"/{packages}/deepspeed/ops/adam/cpu_adam.py", "step")
-    assert not is_waiting_place("/home/me/train.py", "wait")
-    assert not is_waiting_place(f"/{packages}/torch/distributed/fsdp/api.py", "<module>")
+def frame_of(file: str, source: str) -> FrameType:
+    """Where `source`, as a file of this name, calls `here`."""
+    found: list[FrameType] = []
+
+    class Handle:
+        def wait(self) -> None:
+            pass
+
+    def here(*_: object) -> None:
+        found.append(sys._getframe(1))
+
+    # In its place, what a built-in would be: it has no Python frame of its own.
+    handle = Handle()
+    handle.wait = handle.step = here  # type: ignore[attr-defined,method-assign]
+    exec(compile(source, file, "exec"), {"handle": handle, "here": here})
+    (frame,) = found
+    return frame
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "waits"),
+    [
+        ("torch/distributed/distributed_c10d.py", "def f(): here()\nf()", True),
+        ("torch/distributed/fsdp/api.py", "here()", False),
+        ("deepspeed/runtime/zero/stage3.py", "def f(): handle.wait()\nf()", True),
+        ("deepspeed/runtime/zero/stage3.py", "def f(): [handle][0].wait(len('a'))\nf()", True),
+        ("deepspeed/ops/adam/cpu_adam.py", "def f(): _ = handle.wait; handle.step()\nf()", False),
+        ("mine/train.py", "def f(): handle.wait()\nf()", False),
+    ],
+)
+def test_frames_that_wait(file: str, source: str, waits: bool) -> None:
+    assert is_waiting(frame_of(f"/site-packages/{file}", source)) is waits
 
 
 def test_time_asleep_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,7 @@ def die(_: Path) -> None:
 
 def stop(_: Path) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(HANG_SECONDS / 4)  # with the time before the stop, still less than a hang
 
 
 def work_long_in_steps(_: Path) -> None:

@@ -5,6 +5,6 @@ A thread of each rank (`watcher.py`) tells rank 0 what the rank is doing (`link.
 thread is stuck in native code. Calls of `phase.enter` count as progress, so long work must contain some.
 """
 
-from pal_ds.engine.watchdog.watcher import watch
+from pal_ds.engine.watchdog.watcher import is_symptom, watch
 
-__all__ = ["watch"]
+__all__ = ["is_symptom", "watch"]

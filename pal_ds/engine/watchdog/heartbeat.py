@@ -145,12 +145,12 @@ class Ledger:
         ages = {beat.rank: now - self._beats[beat.rank][1] for beat in beats}
         silent = {rank for rank, age in ages.items() if age > self.hang_seconds / 2}
         ranks = blamed(beats, silent)
-        beats = [beat._replace(seconds=beat.seconds + ages[beat.rank]) for beat in beats]
+        beats = [beat._replace(seconds=beat.seconds + ages[beat.rank]) for beat in sorted(beats)]
         everyone = [beat for beat, _ in self._beats.values()]
         text = describe_hang([beat for beat in beats if beat.rank in ranks], everyone)
         if ranks[0] in silent:
             text += (
-                f" It has sent no sign of life for {spoken(ages[ranks[0]])}: "
+                f" Rank {ranks[0]} has sent no sign of life for {spoken(ages[ranks[0]])}: "
                 "its process is stopped, or stuck in native code."
             )
         return Verdict("hung", ranks, f"{text} {where_stacks_are(self.stacks)} {RESUMES}")

@@ -37,7 +37,8 @@ class Hub:
     ) -> None:
         self._world_size, self._ledger, self._interval = world_size, ledger, interval
         self._beat, self._learn = beat, learn
-        self._clock = AwakeClock(4 * interval)
+        self._clock = AwakeClock(2 * interval)
+        self._slept, self._woke_at = 0.0, float("-inf")
         self._verdict: Verdict | None = None
         self._own_failures: list[Failure] = []
         self._closing, self._alone = threading.Event(), threading.Event()
@@ -77,10 +78,12 @@ class Hub:
                 for key, _ in self._selector.select(max(0.0, next_beat - time.monotonic())):
                     self._serve(key.fileobj)  # type: ignore[arg-type]
                 slept = self._clock.tick()
+                if slept:
+                    self._slept, self._woke_at = slept, self._clock.now
                 if time.monotonic() >= next_beat:
                     self._ledger.hear(self._beat(), self._clock.now)
                     next_beat = time.monotonic() + self._interval
-                self._judge(slept)
+                self._judge()
         except Exception:
             logger.exception(
                 "The watchdog itself failed (a bug): training goes on without it, and train.timeout_minutes holds."
@@ -93,21 +96,26 @@ class Hub:
                 connection.close()
             self._selector.close()
 
-    def _judge(self, slept: float) -> None:
+    def _judge(self) -> None:
         while self._own_failures:
             self._ledger.hear(self._beat(), self._clock.now)
             self._ledger.failed(self._own_failures.pop(0), self._clock.now)
         if self._verdict is None:
             self._verdict = self._ledger.verdict(self._clock.now)
-            if self._verdict is not None and self._verdict.kind == "died" and slept:
-                text = f"rank 0 itself was stopped, or stuck in native code, for {spoken(slept)}; meanwhile "
-                self._verdict = self._verdict._replace(text=text + self._verdict.text)
             if self._verdict is not None:
+                self._verdict = self._as_seen_after_sleep(self._verdict)
                 # Here first: others may leave at once, and launchers then end this process, too.
                 self._learn(self._verdict)
                 self._tell_all({"verdict": self._verdict})
         if self._verdict is not None and not self._ranks:
             self._alone.set()
+
+    def _as_seen_after_sleep(self, verdict: Verdict) -> Verdict:
+        """Of a rank 0 that was stopped the others take leave; it must not put the blame on them."""
+        if verdict.kind != "died" or self._clock.now - self._woke_at > self._interval:
+            return verdict
+        asleep = f"rank 0 itself was stopped, or stuck in native code, for {spoken(self._slept)}"
+        return verdict._replace(ranks=(0,), text=f"{asleep}; meanwhile {verdict.text}")
 
     def _serve(self, ready: socket.socket) -> None:
         if ready is self._listener:

@@ -40,7 +40,7 @@ class Link:
         """Connects. Raises OSError where rank 0 cannot be reached or does not know this rank."""
         self._interval, self._silence_seconds, self._stacks = interval, silence_seconds, stacks
         self._beat, self._learn = beat, learn
-        self._clock, self._heard_at = AwakeClock(4 * interval), 0.0
+        self._clock, self._heard_at = AwakeClock(2 * interval), 0.0
         self._closing, self._lock, self._lines = threading.Event(), threading.Lock(), Lines()
         self._socket = prepared(socket.create_connection(address, timeout=SECONDS_TO_LOSE_A_NODE))
         own = beat()
