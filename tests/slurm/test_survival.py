@@ -16,7 +16,7 @@ from tests.spawn import ROOT, environment, run_command, run_ranks
 from tests.tiny import LLAMA, write_pairs
 
 SAVE_EVERY = 25
-NUM_UPDATES = 265
+NUM_UPDATES = 318
 NEW_STEPS = 8
 """Updates that a start makes before it is disturbed."""
 
@@ -45,7 +45,7 @@ def recipe(cluster: Cluster) -> Path:
             "micro_batch_pairs": 4,
             "log_every": 1,
             "save_every": SAVE_EVERY,
-            "epochs": 5,
+            "epochs": 6,
         },
     }
     path = folder / "recipe.yaml"
@@ -152,8 +152,8 @@ def restarts(runs: Runs, name: str) -> int:
 
 
 CHAINS: dict[str, tuple[Callable[[Runs, str], None], ...]] = {
-    "asked": (signal_before_the_limit, requeue, preempt),
-    "broken": (power_off, kill_slurmd),
+    "asked": (preempt, signal_before_the_limit, requeue),
+    "broken": (kill_slurmd, power_off),
 }
 """Runs by name, and what happens to each: once per start."""
 PLACES = {"asked": "--nodelist=n3,n4", "broken": "--exclude=n1,n2,n3,n4"}
