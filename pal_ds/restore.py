@@ -16,8 +16,9 @@ from pal_ds.backbones.transformer import TransformerBackbone, empty_transformer
 from pal_ds.config import RunConfig
 from pal_ds.data.tables import PreparedData
 from pal_ds.engine.checkpoint import refuse_other_base
-from pal_ds.engine.manifest import verify_checkpoint
+from pal_ds.engine.manifest import UntrustedCheckpointError, refuse_strangers, verify_checkpoint
 from pal_ds.engine.shards import ShardedCheckpoint
+from pal_ds.engine.torch_archive import ForeignObjectError
 from pal_ds.errors import UserError
 from pal_ds.model import RewardModel
 from pal_ds.recipe import load_recipe
@@ -69,16 +70,26 @@ def open_run(
         data_path: where the prepared data lies now; unset means where the recipe says.
 
     Raises:
+        UntrustedCheckpointError: others may have written the checkpoint or its recipe, without `trust`.
         UserError: no such run or step, a damaged checkpoint, or data that are gone or not those
             the run was trained on.
     """
     run.require_run()
+    if not trust:
+        # A recipe may ask for code: a class by its import path, or what a backbone's folder brings.
+        refuse_strangers(run.config_file)
     config = load_recipe(run.config_file)
     number = run.resolve_step(str(step))
     path = run.checkpoint(number)
     if not (path / "manifest.json").is_file():
         raise UserError(f"{path}: no such checkpoint; there are {run.complete_steps()}.")
-    manifest = verify_checkpoint(path, trust=trust)
+    try:
+        manifest = verify_checkpoint(path, trust=trust)
+    except (UntrustedCheckpointError, ForeignObjectError):
+        raise
+    except UserError as error:
+        others = [step for step in run.complete_steps() if step != number]
+        raise UserError(f"{error} Pass another as --step; there are {others}.") from None
     data = _open_data(run, config if data_path is None else _moved(config, data_path))
     if manifest["dataset_hash"] != data.hash:
         raise UserError(

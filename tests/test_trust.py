@@ -231,6 +231,31 @@ def test_arguments_stay_in_the_run(
     assert sorted(run.path.parent.rglob("*")) == before
 
 
+def test_a_strangers_recipe_needs_trust(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may name a class by its import path, or ask for code that a backbone's folder brings."""
+    as_another_user(run.config_file)
+    words = ["evaluate", f"--run_dir={run.path}", "--split=train"]
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2
+    assert f"{run.config_file}: belongs to another user" in capsys.readouterr().err
+    main([*words, "--trust_checkpoint"])
+    assert (run.eval / "train.json").is_file()
+
+
+def test_a_damaged_step_names_the_others(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run.checkpoint(2) / "users.arrow").unlink()
+    with pytest.raises(SystemExit):
+        main(["evaluate", f"--run_dir={run.path}", "--split=train"])
+    said = capsys.readouterr().err
+    assert "users.arrow: named in the manifest but missing" in said
+    assert "--step; there are [1]" in said
+
+
 def test_pointers_stay_in_the_run(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
     (run.path / "best.json").write_text(json.dumps({"step": "../../x", "path": "../../x"}))
     with pytest.raises(SystemExit) as end:

@@ -135,7 +135,7 @@ def verify_checkpoint(path: Path, *, trust: bool = False) -> dict[str, Any]:
     files = manifest["files"]
     if not trust:
         for inside in (path, *sorted(path.rglob("*"))):
-            _refuse_strangers(inside)
+            refuse_strangers(inside)
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path).as_posix()
         if file.is_symlink():
@@ -165,7 +165,7 @@ def verify_checkpoint(path: Path, *, trust: bool = False) -> dict[str, Any]:
     return manifest
 
 
-def _refuse_strangers(path: Path) -> None:
+def refuse_strangers(path: Path) -> None:
     """Raises UntrustedCheckpointError where someone else than this user and root may have written `path`."""
     found = path.lstat()
     if found.st_uid not in (os.getuid(), 0):
@@ -175,8 +175,8 @@ def _refuse_strangers(path: Path) -> None:
     else:
         return
     raise UntrustedCheckpointError(
-        f"{path}: {problem}, so a stranger may have put weights here. Pass --trust_checkpoint if you trust whoever "
-        "wrote it."
+        f"{path}: {problem}, so a stranger may have put weights or code here. Pass --trust_checkpoint if you trust "
+        "whoever wrote it."
     )
 
 

@@ -28,14 +28,14 @@ def retain(run: RunDirectory, num_keep: int, best_step: int | None, now: int) ->
     when the run resumed from an older one): they count for nothing. A deletion that fails is complained of once and
     tried again next time.
     """
+    keep = {best_step}
     try:
-        latest = run.pointer("latest")
+        keep.add((run.pointer("latest") or {}).get("step"))
     except UserError as error:
         # The next save writes it anew; a run does not end for it.
         logger.warning("%s", error)
-        latest = None
     of_this_run = [step for step in run.complete_steps() if step <= now]
-    keep = {*of_this_run[-num_keep:], best_step, latest and latest["step"]}
+    keep |= set(of_this_run[-num_keep:])
     for step in run.all_steps():
         if step not in keep:
             discard(run.checkpoint(step))
