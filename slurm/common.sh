@@ -145,6 +145,7 @@ requeue() { # starts the job anew unless SLURM does so itself
 
 finish() { # ends the job as the ranks left it: done, requeued, or failed with their exit code (pal_ds/errors.py)
   local state reason
+  trap : USR2 TERM # there is no one left to tell
   # SLURM's own TERM reaches every process here; by the time it has passed SLURM says what it is about to do.
   [ "$forwarded" != TERM ] || rest 1
   state=$(json_field "$run_dir/status.json" state)

@@ -24,7 +24,7 @@ def cut(pairs: Path, shard: int, count: int) -> None:
                 user = json.loads(line).get("user_id") or EVERYONE
             except (ValueError, AttributeError):
                 user = None
-            home = 0 if user is None else xxhash.xxh3_64_intdigest(str(user)) % count
+            home = 0 if user is None else xxhash.xxh3_64_intdigest(str(user).encode()) % count
             if home == shard:
                 sys.stdout.write(line if line.endswith("\n") else line + "\n")
 

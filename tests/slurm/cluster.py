@@ -102,7 +102,7 @@ class Cluster:
 
     def logs(self, job: str) -> str:
         """The end of what the job printed, without progress bars."""
-        texts = [path.read_text() for path in sorted(self.folder.glob(f"*-{job}*.out"))]
+        texts = [path.read_text() for path in sorted(self.folder.rglob(f"*-{job}*.out"))]
         lines = "\n".join(texts).replace("\r", "\n").splitlines()
         return "\n".join(line for line in lines if "pairs/s" not in line)[-6000:]
 

@@ -16,7 +16,7 @@ from tests.spawn import ROOT, environment, run_command, run_ranks
 from tests.tiny import LLAMA, write_pairs
 
 SAVE_EVERY = 25
-NUM_UPDATES = 318
+NUM_UPDATES = 265
 NEW_STEPS = 8
 """Updates that a start makes before it is disturbed."""
 
@@ -45,7 +45,7 @@ def recipe(cluster: Cluster) -> Path:
             "micro_batch_pairs": 4,
             "log_every": 1,
             "save_every": SAVE_EVERY,
-            "epochs": 6,
+            "epochs": 5,
         },
     }
     path = folder / "recipe.yaml"
@@ -63,6 +63,28 @@ class Runs:
 
     def path(self, name: str) -> Path:
         return self.cluster.folder / "runs" / name
+
+    def submit_whole(self) -> None:
+        """Through submit.py, as a person would."""
+        words = ("--run_dir=runs/whole", "--nodes=2", "--cpus_per_task=1", "--time=20")
+        tool = (sys.executable, ROOT / "tools" / "submit.py", "train", self.recipe.name)
+        self.cluster.call(*tool, *words)
+        self.jobs["whole"] = rows(self.path("whole") / "slurm" / "jobs.jsonl")[-1]["job"]
+
+    def submit_hostfile(self) -> None:
+        """No rank is started by SLURM, which only gives every node its launcher here."""
+        (self.cluster.folder / "hosts").write_text("n1 slots=1\nn2 slots=1\n")
+        launcher = "deepspeed --hostfile hosts --no_ssh --node_rank $SLURM_NODEID --master_addr n1"
+        words = (
+            f"--config={self.recipe.name} --run_dir=runs/hostfile --train.stop_after={SAVE_EVERY}"
+        )
+        command = f"{launcher} --master_port 29777 --module pal_ds train {words}"
+        self.jobs["hostfile"] = self.cluster.sbatch(
+            "--nodes=2",
+            "--nodelist=n1,n2",
+            "--output=hostfile-%j.out",
+            f"--wrap=srun bash -c '{command}'",
+        )
 
     def submit(self, name: str, *options: str) -> None:
         shape = ("--nodes=2", "--cpus-per-task=1", "--time=20")
@@ -141,6 +163,8 @@ def kill_slurmd(runs: Runs, name: str) -> None:
     """On the node of the batch script: it and rank 0 live on when SLURM starts the job again elsewhere."""
     lost, before = runs.nodes(name)[0], len(runs.starts(name))
     runs.cluster.control("kill-slurmd", lost)
+    # SLURM finds out by itself after SlurmdTimeout and more; by then a run as short as this one might be over.
+    runs.cluster.call("scontrol", "update", f"nodename={lost}", "state=down", "reason=slurmd")
     until(
         lambda: len(runs.starts(name)) > before or runs.died(name), f"{name} goes on elsewhere", 120
     )
@@ -173,9 +197,10 @@ def runs(cluster: Cluster, recipe: Path) -> Runs:
     # By another launcher, at the same world size; also builds DeepSpeed's operators, before anything is killed.
     words = [f"--config={recipe}", f"--run_dir={found.path('torchrun')}"]
     run_ranks(2, "pal_ds", "train", *words)
-    found.submit("whole", "--nodelist=n1,n2")
+    found.submit_whole()
     for name, place in PLACES.items():
         found.submit(name, place)
+    found.submit_hostfile()
     with ThreadPoolExecutor() as threads:
         list(threads.map(found.go_through, CHAINS))
     cluster.wait(*found.jobs.values())
@@ -187,6 +212,10 @@ def test_weights_are_those_of_torchrun(runs: Runs) -> None:
     assert assert_same_step(runs.path("torchrun") / last, runs.path("whole") / last) >= 8
     assert figures(runs.path("torchrun")) == figures(runs.path("whole"))
     assert [start["tasks"] for start in runs.starts("whole")] == [2]
+
+
+def test_a_hostfile_does_without_slurm(runs: Runs) -> None:
+    assert figures(runs.path("hostfile")) == figures(runs.path("whole"))[:SAVE_EVERY]
 
 
 @pytest.mark.parametrize("name", CHAINS)
