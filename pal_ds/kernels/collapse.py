@@ -2,8 +2,8 @@
 
     [s_1 h_1, .., s_K h_K] @ vstack(W_1^T, .., W_K^T) + s B
 The plain order makes [n, K, d] and mixes it afterwards. The collapse runs n rows through all K maps, so it pays
-where n, the rows that differ in prompt or user, is not much larger than the number of distinct prompts; where many users
-share a prompt, run the maps once per prompt and mix with `kernels.mix`. A GEMM, hence plain torch on every device.
+where n, the rows that differ in prompt or user, is not much larger than the number of distinct prompts; where many
+users share a prompt, run the maps once per prompt and mix with `kernels/mix.py`. A GEMM, hence plain torch.
 """
 
 import torch
