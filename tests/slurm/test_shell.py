@@ -47,13 +47,14 @@ class Job:
     end: str = "Unknown"
     variables: dict[str, str] = field(default_factory=dict)
 
-    def begin(self, *words: str) -> "subprocess.Popen[str]":
+    def begin(self, *words: str, script: str = "train") -> "subprocess.Popen[str]":
         bin_ = self.folder / "bin"
         bin_.mkdir(parents=True, exist_ok=True)
         scripts = {"srun": SRUN, "scontrol": SCONTROL}
         for name, text in scripts.items():
             (bin_ / name).write_text(text.format(**vars(self), root=ROOT))
         (bin_ / "sleep").write_text(SLEEP)
+        (bin_ / "python").write_text('#!/bin/bash\necho "python $*" >>"$CALLS"\n')
         for path in bin_.iterdir():
             path.chmod(0o755)
         (self.folder / "recipe.yaml").write_text("train: {}\n")
@@ -68,7 +69,7 @@ class Job:
         }
         own = {"CALLS": str(self.calls), "RUN": str(self.run), "PATH": f"{bin_}:{kept['PATH']}"}
         return subprocess.Popen(
-            ["bash", str(ROOT / "slurm" / "train.sbatch"), "recipe.yaml", *words],
+            ["bash", str(ROOT / "slurm" / f"{script}.sbatch"), "recipe.yaml", *words],
             env=kept | job | own | self.variables,
             cwd=self.folder,
             text=True,
@@ -76,9 +77,9 @@ class Job:
             stderr=subprocess.STDOUT,
         )
 
-    def start(self, *words: str) -> tuple[int, str]:
+    def start(self, *words: str, script: str = "train") -> tuple[int, str]:
         """Exit code and log of a start that nobody disturbs."""
-        process = self.begin(*words)
+        process = self.begin(*words, script=script)
         log = process.communicate(timeout=30)[0]
         return process.returncode, log
 
@@ -239,3 +240,26 @@ def test_a_recipe_that_is_missing_is_named(tmp_path: Path) -> None:
         capture_output=True,
     )
     assert done.returncode == 2 and "recipe.yaml: no such recipe" in done.stderr
+
+
+def test_a_sweep_over_seeds_and_over_recipes(tmp_path: Path) -> None:
+    """The task's number is the seed of a single recipe, and the place of one among several."""
+    (tmp_path / "other.yaml").write_text("train: {seed: 5}\n")
+    array = {"SLURM_ARRAY_JOB_ID": "6", "SLURM_ARRAY_TASK_ID": "1"}
+    job = Job(tmp_path, variables=array)
+    _, log = job.start("--train.epochs=3", script="sweep")
+    assert "--run_dir runs/recipe/seed_1 " in job.srun(), log
+    assert job.srun().endswith("--train.epochs=3 --train.seed=1")
+    prepared, trained = job.calls.read_text().splitlines()[:2]
+    assert (
+        prepared.startswith("python -P -m pal_ds prepare --config recipe.yaml")
+        and trained == job.srun()
+    )
+    job.calls.unlink()
+    job.start("other.yaml", "--run_dir=here", script="sweep")
+    assert "--run_dir here/other" in job.srun() and "seed" not in job.srun()
+    assert (tmp_path / "here" / "other" / "slurm" / "6_1" / "recipe.yaml").is_file()
+    code, log = Job(tmp_path, variables={**array, "SLURM_ARRAY_TASK_ID": "2"}).start(
+        "other.yaml", script="sweep"
+    )
+    assert code == 2 and "only 2 recipes are given" in log

@@ -19,7 +19,10 @@ sys.path.insert(0, str(ROOT))
 NUM_RANKS = 2
 RECIPE = {
     "data": {
-        "source": {"class_path": "Synthetic", "init_args": {"num_users": 4, "comparisons_per_user": 10}},
+        "source": {
+            "class_path": "Synthetic",
+            "init_args": {"num_users": 4, "comparisons_per_user": 10},
+        },
         "vocab_size": 300,
         "max_length": 160,
         "split": "field",
