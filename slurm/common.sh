@@ -31,12 +31,19 @@ json_field() { # FILE NAME -> value of a key on the top level of a small JSON fi
   sed -n "s/^.*\"$2\": *\"\{0,1\}\([^\",}]*\).*/\1/p" "$1" 2>/dev/null | sed -n '1s/^null$//p;1p' | head -n 1 || true
 }
 
-minutes_left() { # until SLURM ends the job, less a margin for leaving; nothing where there is no limit
-  local end left
-  end=$(date -d "$(job_field EndTime)" +%s 2>/dev/null) || end=${SLURM_JOB_END_TIME:-}
-  [ -n "$end" ] || return 0
-  left=$((end - $(date +%s)))
-  awk -v left="$left" 'BEGIN { margin = left / 10; if (margin > 60) margin = 60; printf "%.2f", (left > 1 ? left - margin : 1) / 60 }'
+seconds_left() { # until SLURM ends the job; nothing where there is no limit
+  local end
+  end=$(job_field EndTime)
+  # Of nothing, `date` makes midnight.
+  end=$(date -d "${end:-Unknown}" +%s 2>/dev/null) || end=${SLURM_JOB_END_TIME:-}
+  [ -z "$end" ] || echo $((end - $(date +%s)))
+}
+
+minutes_left() { # for the ranks: a tenth of the time, or a minute, is kept for what comes after them
+  local left
+  left=$(seconds_left)
+  [ -z "$left" ] ||
+    awk -v left="$left" 'BEGIN { margin = left / 10 < 60 ? left / 10 : 60; printf "%.2f", (left > 1 ? left - margin : 1) / 60 }'
 }
 
 free_port() { # one for the ranks to meet at, from the job's id; another at each start, and not one in use here
@@ -101,6 +108,14 @@ checkpoint_step() { # 0 where there is none
   echo "${step:-0}"
 }
 
+refuse_second_job() { # two jobs in one run directory would write over each other
+  local other
+  other=$(tail -n 1 "$run_dir/slurm/starts.jsonl" 2>/dev/null | sed 's/^{"job": "\([^"]*\)".*/\1/') || true
+  if [ -n "$other" ] && [ "$other" != "$job" ] && [ -n "$(squeue -h -t RUNNING -j "$other" 2>/dev/null || true)" ]; then
+    refuse "$run_dir: job $other is training there. Wait for it or cancel it, or name another --run_dir."
+  fi
+}
+
 record_start() { # the updates between the newest checkpoint and the last logged one are made again
   local logged
   step_at_start=$(checkpoint_step)
@@ -127,14 +142,20 @@ nodes_answer() {
 }
 
 requeue() { # starts the job anew unless SLURM does so itself
+  local notice left
+  for _ in $(seq 30); do # a controller may be away for some minutes
+    [ -z "$(job_field JobState)" ] || break
+    say "SLURM does not answer; asking again"
+    rest 20
+  done
   # A node whose daemon died still runs this script when SLURM has long started the job elsewhere.
   [ "$(job_field Restarts)" = "$start" ] || { say "SLURM has started this job anew"; exit 0; }
-  local notice
   notice=$(job_field PreemptTime)
   if [ -n "$notice" ] && [ "$notice" != None ]; then
     # SLURM requeues a preempted job at the end of its grace; doing so as well would start it twice.
     say "preempted; waiting for SLURM to requeue"
-    rest 300
+    left=$(seconds_left)
+    rest $((${left:-0} + 120))
   fi
   [ "$(job_field JobState)" = RUNNING ] || { say "SLURM is ending this job: $(job_field JobState)"; exit 0; }
   say "requeueing, to go on from update $(checkpoint_step)"
@@ -185,6 +206,7 @@ train() { # RECIPE RUN_DIR [words of `pal-ds train`]
   run_dir=$2
   shift 2
   [ -f "$recipe" ] || refuse "$recipe: no such recipe (looked from $PWD)"
+  refuse_second_job
   snapshot "$recipe"
   record_start
   trap 'forward USR2' USR2

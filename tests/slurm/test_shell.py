@@ -14,21 +14,24 @@ SRUN = """#!/bin/bash
 case "$*" in *" true") exit {answer} ;; esac
 echo "srun $*" >>"$CALLS"
 printf '%s' "$MASTER_PORT" >"$CALLS.port"
+[ -z '{silent}' ] || : >"$CALLS.silent"
 [ -z '{status}' ] || printf '%s\\n' '{status}' >"$RUN/status.json"
 [ -z '{checkpoint}' ] || printf '{{"step": %s}}\\n' '{checkpoint}' >"$RUN/latest.json"
 trap 'echo "rank got USR2" >>"$CALLS"; exit {code}' USR2
-[ {seconds} = 0 ] || {{ sleep {seconds} >/dev/null 2>&1 & wait $!; }}
+[ {seconds} = 0 ] || {{ /bin/sleep {seconds} >/dev/null 2>&1 & wait $!; }}
 exit {code}
 """
 SCONTROL = """#!/bin/bash
 case "$1" in
-  show) echo "   JobState={state} Restarts={restarts} PreemptTime={preempted} EndTime={end}"
+  # As a controller that is being restarted: silent where someone has said so, once.
+  show) rm "$CALLS.silent" 2>/dev/null && exit 1
+        echo "   JobState={state} Restarts={restarts} PreemptTime={preempted} EndTime={end}"
         echo "   Command={root}/slurm/train.sbatch x" ;;
   requeue) echo "requeue $2" >>"$CALLS" ;;
 esac
 """
 # Waiting for SLURM to end the job would take minutes.
-SLEEP = '#!/bin/bash\n[ "$1" -lt 100 ] || exit 0\nexec /bin/sleep "$1"\n'
+SLEEP = '#!/bin/bash\n[ "$1" -lt 10 ] || exit 0\nexec /bin/sleep "$1"\n'
 
 
 @dataclass
@@ -45,6 +48,7 @@ class Job:
     restarts: int = 0
     preempted: str = "None"
     end: str = "Unknown"
+    silent: str = ""
     variables: dict[str, str] = field(default_factory=dict)
 
     def begin(self, *words: str, script: str = "train") -> "subprocess.Popen[str]":
@@ -129,6 +133,25 @@ def test_slurm_is_not_helped_where_it_acts_itself(tmp_path: Path, facts: dict) -
     job = Job(tmp_path, status=STOPPED % "signal", **facts)
     code, log = job.start()
     assert code == 0 and not job.requeued(), log
+
+
+def test_a_controller_that_is_away_is_asked_again(tmp_path: Path) -> None:
+    job = Job(tmp_path, status=STOPPED % "signal", silent="yes")
+    code, log = job.start()
+    assert code == 0 and job.requeued() and "does not answer; asking again" in log
+
+
+def test_a_second_job_in_a_run_directory_is_refused(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    job.start()
+    starts = job.run / "slurm" / "starts.jsonl"
+    starts.write_text(starts.read_text().replace('"job": "7"', '"job": "3"'))
+    squeue = tmp_path / "bin" / "squeue"
+    squeue.write_text('#!/bin/bash\n[ "$5" = 3 ] && echo "3 test pal-train R"\n')
+    code, log = job.start()
+    assert code == 2 and "job 3 is training there" in log
+    squeue.write_text("#!/bin/bash\n")
+    assert job.start()[0] == 0
 
 
 @pytest.mark.parametrize("code", [1, 2, 3, 4])
