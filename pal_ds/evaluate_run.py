@@ -86,12 +86,17 @@ def opened_pairs(restored: Restored, file: Path | None, world: World) -> Iterato
         return folder
 
     folder = world.from_rank_zero(build)
-    try:
+
+    def open_tables() -> PreparedData:
         data = PreparedData.open(folder)
         _refuse_other_kind(file, data, restored)
-        yield data
-    finally:
+        return data
+
+    try:
+        yield world.on_every_rank(open_tables)
+        # Nobody may still be reading; after a failure on one rank alone the others would not come here.
         world.barrier()
+    finally:
         if world.is_rank_zero:
             shutil.rmtree(folder, ignore_errors=True)
 
