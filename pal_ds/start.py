@@ -120,13 +120,7 @@ def start_training(
     """Loads and shards everything and restores the newest intact checkpoint, if any."""
     started = time.monotonic()
     parts = assemble(config, data, run)
-    if config.train.micro_batch_tokens is not None and (
-        parts.needs_store or data.response_vectors is not None
-    ):
-        raise UserError(
-            "train.micro_batch_tokens: updates read no tokens here, as the backbone is frozen or the records are "
-            "vectors. Unset it; train.micro_batch_pairs bounds a micro-batch."
-        )
+    check_token_budget(config, parts, data)
     train_rows = data.rows("train")
     if len(train_rows) == 0:
         raise UserError(
@@ -134,23 +128,16 @@ def start_training(
         )
     ds_config = ds_config_of(config.train, world.world_size)
     users, table_rows = seen_users(config, data, parts.head.num_prototypes, world)
-    collator = replace(parts.collator, table_rows=table_rows)
+    collator = replace(encoded or parts.collator, table_rows=table_rows)
     backbone: nn.Module = GivenStates()
     if encoded is None:
         phase.enter("load weights")
         with partitioned_loading(ds_config):
             backbone = load_backbone(parts, config, gpu=world.device.type == "cuda")
-    if parts.needs_store:
-        if encoded is None:
-            phase.enter("start the encoder")
+        if parts.needs_store:
             judged = np.concatenate([train_rows, data.rows("dev")])
-            encoder = start_inference_engine(backbone, ds_config)
-            encoded = encode_once(
-                encoder, collator, judged, config.backbone.encode_batch_texts, world
-            )
-            del encoder
-        collator = replace(encoded, table_rows=table_rows)
-        backbone = GivenStates()
+            collator = encode_frozen(backbone, collator, judged, config, world)
+            backbone = GivenStates()
     if config.train.precision == "bf16":
         # ZeRO-3 packs all weights into one buffer, so the head shares the backbone's dtype; masters stay fp32.
         parts.head.to(torch.bfloat16)
@@ -176,6 +163,25 @@ def start_training(
         *(f"{num_parameters:,}", held / max(whole, 1)),
     )
     return state
+
+
+def check_token_budget(config: RunConfig, parts: Parts, data: PreparedData) -> None:
+    """Raises UserError for a budget of tokens where updates read none."""
+    reads_none = parts.needs_store or data.response_vectors is not None
+    if config.train.micro_batch_tokens is not None and reads_none:
+        raise UserError(
+            "train.micro_batch_tokens: updates read no tokens here, as the backbone is frozen or the records are "
+            "vectors. Unset it; train.micro_batch_pairs bounds a micro-batch."
+        )
+
+
+def encode_frozen(
+    backbone: nn.Module, collator: Collator, rows: np.ndarray, config: RunConfig, world: World
+) -> Collator:
+    """The collator with stored states of every text of the comparisons `rows`; the backbone is not needed after it."""
+    phase.enter("start the encoder")
+    encoder = start_inference_engine(backbone, ds_config_of(config.train, world.world_size))
+    return encode_once(encoder, collator, rows, config.backbone.encode_batch_texts, world)
 
 
 def seen_users(
