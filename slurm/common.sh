@@ -167,10 +167,10 @@ requeue() { # starts the job anew unless SLURM does so itself
 finish() { # ends the job as the ranks left it: done, requeued, or failed with their exit code (pal_ds/errors.py)
   local state reason
   trap : USR2 TERM # there is no one left to tell
-  # SLURM's own TERM reaches every process here; by the time it has passed SLURM says what it is about to do.
+  # SLURM's own TERM reaches every process here, those that read for us too; a moment later it says what it is up to.
   [ "$forwarded" != TERM ] || rest 1
-  state=$(json_field "$run_dir/status.json" state)
-  reason=$(json_field "$run_dir/status.json" reason)
+  state=$(json_field "$run_dir/status.json" state) || state=$(json_field "$run_dir/status.json" state)
+  reason=$(json_field "$run_dir/status.json" reason) || reason=$(json_field "$run_dir/status.json" reason)
   cp "$run_dir/config.yaml" "$record/" 2>/dev/null || true
   case $exit_code in
     0)

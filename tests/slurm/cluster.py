@@ -113,6 +113,7 @@ def up(folder: Path, number: int, num_nodes: int) -> Cluster:
         "SLURM_TEST_ID": str(number),
         "SLURM_TEST_OWNER": str(os.getpid()),
         "NODES": str(num_nodes),
+        "GRACE": "10",
         "SLURM_CONF": f"/tmp/slurm-test-{number}/slurm.conf",
         "PATH": path_with_sbin(),
         "WANDB_API_KEY": SECRET,

@@ -194,15 +194,21 @@ UPDATES_MADE_AGAIN = {
 @pytest.fixture(scope="module")
 def runs(cluster: Cluster, recipe: Path) -> Runs:
     found = Runs(cluster, recipe)
-    # By another launcher, at the same world size; also builds DeepSpeed's operators, before anything is killed.
-    words = [f"--config={recipe}", f"--run_dir={found.path('torchrun')}"]
-    run_ranks(2, "pal_ds", "train", *words)
-    found.submit_whole()
-    for name, place in PLACES.items():
-        found.submit(name, place)
-    found.submit_hostfile()
     with ThreadPoolExecutor() as threads:
-        list(threads.map(found.go_through, CHAINS))
+        # By another launcher, at the same world size.
+        words = [f"--config={recipe}", f"--run_dir={found.path('torchrun')}"]
+        torchrun = threads.submit(run_ranks, 2, "pal_ds", "train", *words)
+        # DeepSpeed's operators are built by then: nothing may be killed while it builds them.
+        until(
+            lambda: rows(found.path("torchrun") / "metrics.jsonl") or torchrun.done(), "start", 280
+        )
+        found.submit_whole()
+        for name, place in PLACES.items():
+            found.submit(name, place)
+        found.submit_hostfile()
+        for chain in [threads.submit(found.go_through, name) for name in CHAINS]:
+            chain.result()
+        torchrun.result()
     cluster.wait(*found.jobs.values())
     return found
 
