@@ -1,4 +1,9 @@
-"""Output buffers of kernels: uninitialised, for kernels write every element themselves (tests fill them with NaN)."""
+"""What launches share: output buffers, block sizes, grids.
+
+Buffers are uninitialised, for kernels write every element themselves; tests fill them with NaN.
+"""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,3 +17,8 @@ def buffer(*shape: int, like: Tensor, dtype: torch.dtype = torch.float32) -> Ten
 def power_of_two(n: int, least: int = 1) -> int:
     """The smallest power of two that is at least n and `least`: Triton's blocks have no other sizes."""
     return max(least, 1 << max(n - 1, 0).bit_length())
+
+
+def programs(kernel: Any, *grid: int) -> Any:
+    """The kernel as a function that runs `grid` programs; the type of `kernel[grid]` is Triton's own affair."""
+    return kernel[grid]

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pal_ds.kernels import reference
-from pal_ds.kernels.buffers import buffer, power_of_two
+from pal_ds.kernels.buffers import buffer, power_of_two, programs
 from pal_ds.kernels.dispatch import Implementation, choose, compiled
 from pal_ds.kernels.owners import owners
 
@@ -66,7 +66,7 @@ class _Mix(torch.autograd.Function):
         mixed = buffer(len(user), width, like=prototypes)
         mixture = buffer(len(user), num_prototypes, like=prototypes)
         block_k, block_h = _blocks(num_prototypes, width)
-        kernels.mix_kernel[(len(user), -(-width // block_h))](
+        programs(kernels.mix_kernel, len(user), -(-width // block_h))(
             *(logits, user.contiguous(), prototypes, source.contiguous(), mixed, mixture),
             *(temperature, num_prototypes, width),
             block_k=block_k,
@@ -78,7 +78,9 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_mixed: Tensor, d_mixture: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, d_mixed: Tensor, d_mixture: Tensor
+    ) -> tuple[Tensor | None, ...]:
         mixture, prototypes, user, source = ctx.saved_tensors
         d_mixed = d_mixed.contiguous()
         d_logits = d_prototypes = None
@@ -105,7 +107,7 @@ def _logits_gradient(
     num_prototypes, width = prototypes.shape[1:]
     block_k, block_h = _blocks(num_prototypes, width)
     out = buffer(*mixture.shape, like=mixture)
-    kernels.mix_logits_backward_kernel[(len(mixture),)](
+    programs(kernels.mix_logits_backward_kernel, len(mixture))(
         *(mixture, prototypes, source.contiguous(), d_mixed, d_mixture, out),
         *(temperature, num_prototypes, width),
         block_k=block_k,
@@ -125,7 +127,7 @@ def _prototypes_gradient(
         return (mixture.T @ d_mixed.float()).to(prototypes.dtype)[None]
     block_k, block_h = _blocks(num_prototypes, width)
     out = buffer(*prototypes.shape, like=prototypes, dtype=prototypes.dtype)
-    kernels.mix_prototypes_backward_kernel[(num_sources, -(-width // block_h))](
+    programs(kernels.mix_prototypes_backward_kernel, num_sources, -(-width // block_h))(
         *(mixture, d_mixed, *owners(source, num_sources), out, num_prototypes, width),
         block_k=block_k,
         block_h=block_h,
@@ -141,7 +143,7 @@ def sum_owned(
 
     width = rows.shape[1]
     out = buffer(num_owners, width, like=rows)
-    kernels.sum_owned_kernel[(num_owners,)](
+    programs(kernels.sum_owned_kernel, num_owners)(
         rows, *owners(owner, num_owners), out, width, block=power_of_two(width)
     )
     return out

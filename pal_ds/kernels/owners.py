@@ -14,7 +14,8 @@ class Owners(NamedTuple):
     """Entries of the flattened index, those of one row together."""
     first: Int[Tensor, "R"]
     """Where a row's entries begin in `entries`."""
-    count: Int[Tensor, "R"]
+    uses: Int[Tensor, "R"]
+    """How many there are."""
 
 
 def owners(index: Int[Tensor, "*n"], num_rows: int) -> Owners:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from pal_ds.kernels.buffers import buffer, power_of_two
+from pal_ds.kernels.buffers import buffer, power_of_two, programs
 from pal_ds.kernels.owners import owners
 from pal_ds.kernels.pair_loss_triton import (
     LOSSES,
@@ -65,11 +65,11 @@ def launch(
     reward = buffer(num_pairs, 2, num_positions, like=response)
     margin = buffer(num_pairs, num_positions, like=response)
     made = _gradient_buffers(response, point, num_parts) if gradients else (loss,) * 4
-    uses = owners(response_index, len(response)) if gradients else None
-    pair_loss_kernel[(num_pairs, num_parts)](
+    owned = owners(response_index, len(response)) if gradients else None
+    programs(pair_loss_kernel, num_pairs, num_parts)(
         inputs,
         _for_kernel(facts),
-        loss if uses is None else uses.count,
+        loss if owned is None else owned.uses,
         (loss, reward, margin),
         made,
         (num_positions, num_parts, response.shape[2]),
@@ -82,12 +82,12 @@ def launch(
     )
     loss = sum_parts(loss)[:, 0]
     judged = Judged((facts.weight.float() * loss).sum(), loss, reward, margin)
-    if uses is None:
+    if owned is None:
         return judged, None
     slope, d_response, d_point, d_scale = made
-    shared_response_kernel[(len(response), -(-num_positions // blocks.positions))](
+    programs(shared_response_kernel, len(response), -(-num_positions // blocks.positions))(
         (response, point, inputs[3], slope),
-        *uses,
+        *owned,
         d_response,
         num_positions,
         response.shape[2],
@@ -130,11 +130,15 @@ def sum_parts(parts: Tensor) -> Tensor:
         return parts[:, 0]
     out = buffer(num_rows, width, like=parts)
     block = min(1024, power_of_two(width))
-    sum_parts_kernel[(num_rows, -(-width // block))](parts, out, num_parts, width, block=block)
+    programs(sum_parts_kernel, num_rows, -(-width // block))(
+        parts, out, num_parts, width, block=block
+    )
     return out
 
 
 def multiply(values: Tensor, factor: Tensor) -> None:
     """values *= factor (a scalar on the device) in place; free where it is 1."""
     block = 1024
-    multiply_kernel[(-(-values.numel() // block),)](values, factor, values.numel(), block=block)
+    programs(multiply_kernel, -(-values.numel() // block))(
+        values, factor, values.numel(), block=block
+    )

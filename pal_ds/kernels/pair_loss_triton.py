@@ -146,8 +146,7 @@ def pair_loss_kernel(
     facts,  # label, start, end int64; required margin, weight fp32; each [B]
     uses,  # [R] int64: how many of the 2 B entries of response_index name a response
     scores,  # out fp32: loss [B, S], reward [B, 2, T], margin [B, T]
-    made,  # out: weight * d loss / d margin [B, T], d response [R, T, d] of those used once,
-    #             d point [B, S, points, d], d scale [B, S]
+    made,  # out: slope [B, T], d response [R, T, d], d point [B, S, points, d], d scale [B, S]
     sizes,  # T, S, d
     cosine: tl.constexpr,
     points: tl.constexpr,
@@ -155,24 +154,25 @@ def pair_loss_kernel(
     gradients: tl.constexpr,
     blocks: tl.constexpr,  # positions a program, positions at once, columns
 ):
-    """Program (pair, part): some positions of one comparison, both responses; S programs a pair."""
+    """Program (pair, part): some positions of one comparison, both responses; S programs a pair.
+
+    slope is weight * d loss / d margin; d response is written here for responses used once.
+    """
     pair, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    num_positions, num_parts, dim = sizes
-    columns = tl.arange(0, blocks[2])
+    (num_positions, num_parts, dim), columns = sizes, tl.arange(0, blocks[2])
     row_0, row_1 = tl.load(inputs[1] + 2 * pair), tl.load(inputs[1] + 2 * pair + 1)
     a_0, inverse_0 = _load_point(inputs[2], pair * points, columns, dim, cosine)
     a_1, inverse_1 = a_0, inverse_0
     if points == 2:
         a_1, inverse_1 = _load_point(inputs[2], pair * 2 + 1, columns, dim, cosine)
-    factor = 1.0
-    if cosine:
-        factor = tl.load(inputs[3])
+    factor = tl.load(inputs[3]) if cosine else 1.0
     loss, d_scale = 0.0, 0.0
     d_a_0, d_a_1 = tl.zeros([blocks[2]], tl.float32), tl.zeros([blocks[2]], tl.float32)
     for begin in range(0, blocks[0], blocks[1]):
         t = part * blocks[0] + begin + tl.arange(0, blocks[1])
         exists = t < num_positions
-        reads = (exists & _counting(facts, pair, t, kinds[1]))[:, None] & (columns < dim)[None, :]
+        writes = exists[:, None] & (columns < dim)[None, :]
+        reads = writes & _counting(facts, pair, t, kinds[1])[:, None]
         place_0 = (row_0 * num_positions + t)[:, None] * dim + columns[None, :]
         place_1 = (row_1 * num_positions + t)[:, None] * dim + columns[None, :]
         value_0, near_0, vector_0 = _compare(inputs[0], place_0, reads, a_0, cosine)
@@ -183,7 +183,6 @@ def pair_loss_kernel(
         loss += part_loss
         if gradients:
             tl.store(made[0] + pair * num_positions + t, g, mask=exists)
-            writes = exists[:, None] & (columns < dim)[None, :]
             if tl.load(uses + row_0) == 1:
                 d_0 = _response_gradient(-g * factor, value_0, near_0, vector_0, a_0, cosine)
                 tl.store(made[1] + place_0, d_0, mask=writes)
@@ -197,10 +196,10 @@ def pair_loss_kernel(
     if gradients:
         out = made[2] + (pair * num_parts + part) * points * dim
         if points == 2:
-            _store_point(out, d_a_0, a_0, inverse_0, columns, dim, cosine)
             _store_point(out + dim, d_a_1, a_1, inverse_1, columns, dim, cosine)
         else:
-            _store_point(out, d_a_0 + d_a_1, a_0, inverse_0, columns, dim, cosine)
+            d_a_0 += d_a_1
+        _store_point(out, d_a_0, a_0, inverse_0, columns, dim, cosine)
         tl.store(made[3] + pair * num_parts + part, d_scale)
 
 
@@ -226,9 +225,7 @@ def shared_response_kernel(
         t = tl.program_id(1).to(tl.int64) * block_t + tl.arange(0, block_t)
         exists = t < num_positions
         place = (row * num_positions + t)[:, None] * dim + columns[None, :]
-        factor = 1.0
-        if cosine:
-            factor = tl.load(inputs[2])
+        factor = tl.load(inputs[2]) if cosine else 1.0
         opening = tl.load(first_entry + row)
         total = tl.zeros([block_t, block_d], tl.float32)
         for entry in range(opening, opening + count):

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pal_ds.kernels import reference
-from pal_ds.kernels.buffers import buffer, power_of_two
+from pal_ds.kernels.buffers import buffer, power_of_two, programs
 from pal_ds.kernels.dispatch import Implementation, choose, compiled
 
 BLOCK_USERS, BLOCK_ITEMS = 32, 64
@@ -76,15 +76,22 @@ class Statistics:
 
 
 def statistics_to_scores(mixture: Float[Tensor, "U K"], from_items: Statistics) -> Tensor:
-    """The rank-K form in plain torch, [U, N]."""
-    s = mixture.to(from_items.dots.dtype)
-    product = s @ from_items.dots.T
+    """The rank-K form in plain torch, [U, N]; one product for all of it where the items share their prototypes."""
+    s, dots, item = mixture.to(from_items.dots.dtype), from_items.dots, from_items.item
     squares = torch.stack([((s @ gram) * s).sum(-1) for gram in from_items.gram], 1)
-    square = squares[:, from_items.source]
-    if not from_items.cosine:
-        return -(from_items.item - 2 * product + square).clamp(min=0).sqrt()
-    safe = torch.where(square > 0, square, 1.0)
-    return torch.where(square > 0, product * from_items.item * safe.rsqrt(), 0.0)
+    if from_items.cosine:
+        safe = torch.where(squares > 0, squares, 1.0)
+        inverse = torch.where(squares > 0, safe.rsqrt(), 0.0)
+        if len(from_items.gram) == 1:
+            return (s * inverse) @ (dots * item[:, None]).T
+        return (s @ dots.T) * item * inverse[:, from_items.source]
+    if len(from_items.gram) == 1:
+        left = torch.cat([s, squares, torch.ones_like(squares)], 1)
+        right = torch.cat([-2 * dots, torch.ones_like(item)[:, None], item[:, None]], 1)
+        apart = left @ right.T
+    else:
+        apart = item - 2 * (s @ dots.T) + squares[:, from_items.source]
+    return apart.clamp_(min=0).sqrt_().neg_()
 
 
 def _launch(mixture: Tensor, from_items: Statistics) -> Tensor:
@@ -95,13 +102,13 @@ def _launch(mixture: Tensor, from_items: Statistics) -> Tensor:
     num_items, num_sources = len(from_items.dots), len(from_items.gram)
     squares = buffer(num_users, num_sources, like=mixture)
     user_blocks = -(-num_users // BLOCK_USERS)
-    kernels.squares_kernel[(user_blocks, num_sources)](
+    programs(kernels.squares_kernel, user_blocks * num_sources)(
         *(mixture, from_items.gram.contiguous(), squares, num_users, num_sources, num_prototypes),
         block_u=BLOCK_USERS,
         block_k=power_of_two(num_prototypes),
     )
     out = buffer(num_users, num_items, like=mixture)
-    kernels.score_all_kernel[(user_blocks, -(-num_items // BLOCK_ITEMS))](
+    programs(kernels.score_all_kernel, user_blocks * -(-num_items // BLOCK_ITEMS))(
         *(mixture, from_items.dots.contiguous(), from_items.item, squares, from_items.source, out),
         *(num_users, num_items, num_sources, num_prototypes),
         cosine=from_items.cosine,

@@ -15,9 +15,13 @@ def squares_kernel(
     block_u: tl.constexpr,
     block_k: tl.constexpr,
 ):
-    """Program (users, source): s^T G_q s, the squared length of each user's point."""
-    users = tl.program_id(0).to(tl.int64) * block_u + tl.arange(0, block_u)
-    which = tl.program_id(1).to(tl.int64)
+    """Program (users, source): s^T G_q s, the squared length of each user's point.
+
+    Both in one axis of the grid: the others end at 65,535.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    users = program // num_sources * block_u + tl.arange(0, block_u)
+    which = program % num_sources
     ks = tl.arange(0, block_k)
     known, valid = ks < num_prototypes, users < num_users
     inside = valid[:, None] & known[None, :]
@@ -47,9 +51,10 @@ def score_all_kernel(
     block_u: tl.constexpr,
     block_n: tl.constexpr,
 ):
-    """Program (users, items): the rank-K product, then distance or cosine in the epilogue."""
-    users = tl.program_id(0).to(tl.int64) * block_u + tl.arange(0, block_u)
-    items = tl.program_id(1).to(tl.int64) * block_n + tl.arange(0, block_n)
+    """Program (users, items), in one axis: the rank-K product, then distance or cosine in the epilogue."""
+    program, item_blocks = tl.program_id(0).to(tl.int64), tl.cdiv(num_items, block_n)
+    users = program // item_blocks * block_u + tl.arange(0, block_u)
+    items = program % item_blocks * block_n + tl.arange(0, block_n)
     valid_u, valid_n = users < num_users, items < num_items
     inside = valid_u[:, None] & valid_n[None, :]
     product = tl.zeros([block_u, block_n], tl.float32)
