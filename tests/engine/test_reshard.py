@@ -3,8 +3,6 @@
 import itertools
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,15 +16,16 @@ from pal_ds.backbones.config import BackboneConfig
 from pal_ds.backbones.transformer import materialise_architecture
 from pal_ds.data.prepare import DataConfig, prepare
 from pal_ds.data.sources import Jsonl
-from pal_ds.engine.checkpoint import verify_checkpoint
+from pal_ds.engine.manifest import verify_checkpoint
 from pal_ds.engine.reshard import write_resharded
 from pal_ds.engine.shards import MOMENTS, ShardedCheckpoint
 from pal_ds.errors import StorageError, UserError
+from pal_ds.forget import recover
 from pal_ds.run_dir import RunDirectory
 from pal_ds.users import UserTable
 from tests.engine.reshard_knots import CHANGES, STOP, VARIANTS
 from tests.engine.reshard_worker import TARGETS, TUNINGS
-from tests.spawn import ROOT, environment
+from tests.spawn import run_command
 from tests.tiny import LLAMA, write_pairs
 from tools.reshard import main
 
@@ -46,23 +45,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     materialise_architecture(backbone, data.info["tokens"]["vocab_size"], 0, folder / "base")
     out = folder / "out"
     out.mkdir()
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "tests.engine.reshard_worker",
-            folder / "data",
-            folder / "base",
-            out,
-        ],
-        env=environment(),
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
-    (out / "told.txt").write_text(done.stderr)
+    worker = ("-m", "tests.engine.reshard_worker")
+    words = (folder / "data", folder / "base", out)
+    (out / "told.txt").write_text(run_command(*words, launcher=worker, timeout=900))
     return out
 
 
@@ -128,7 +113,7 @@ def test_every_stage(made: Path, source: str, target: str, world: int) -> None:
         after = load_file(resumed / "after.safetensors")
         assert [after[f"step.{group}"].tolist() for group in (0, 1)] == [[13], [18]]
     wanted_losses, found_losses = (
-        json.loads((run / "losses.json").read_text()) for run in (begun, resumed)
+        json.loads((r / "losses.json").read_text()) for r in (begun, resumed)
     )
     if VARIANTS[source].get("bf16") or VARIANTS[target].get("bf16"):
         # Rounding to bf16 makes more of another order of sums; before the first update there is none.
@@ -291,8 +276,6 @@ def test_a_full_disk_leaves_the_old_step(run: RunDirectory, capsys: pytest.Captu
 @pytest.mark.parametrize("moment", [1, 2])
 def test_an_interrupted_exchange_is_finished(run: RunDirectory, moment: int) -> None:
     """Killed at the first or second of the two renames, the step is whole under one name or the other."""
-    from pal_ds.forget import recover
-
     before, rename, calls = by_name(run.checkpoint(STOP)), Path.rename, itertools.count(1)
 
     def killed(path: Path, target: Path) -> Path:
