@@ -18,16 +18,12 @@ from pal_ds.data.batch import Collator
 from pal_ds.data.loader import UpdateSource
 from pal_ds.data.plan import UpdatePlan
 from pal_ds.data.tables import PreparedData
-from pal_ds.engine.checkpoint import (
-    load_checkpoint,
-    newest_intact,
-    refuse_other_base,
-    refuse_other_launch,
-)
+from pal_ds.engine.checkpoint import load_checkpoint, refuse_other_base, refuse_other_launch
 from pal_ds.engine.dist import World
 from pal_ds.engine.ds_config import ds_config_of
 from pal_ds.engine.frozen import encode_once
 from pal_ds.engine.guard import UpdateGuard
+from pal_ds.engine.manifest import newest_intact
 from pal_ds.engine.optim import apply_settings
 from pal_ds.engine.sharding import (
     parameter_bytes_on_this_rank,

@@ -8,9 +8,10 @@ from pal_ds.config import RunConfig
 from pal_ds.data.batch import Collator
 from pal_ds.data.loader import UpdateInputs, updates_from
 from pal_ds.data.tables import PreparedData
-from pal_ds.engine.checkpoint import retain, save_checkpoint
+from pal_ds.engine.checkpoint import save_checkpoint
 from pal_ds.engine.dist import World
 from pal_ds.engine.faults import reached
+from pal_ds.engine.retention import retain
 from pal_ds.engine.step import Stepper, UpdateStats
 from pal_ds.engine.stop import StopAsked, ignore_stop_signals
 from pal_ds.engine.watchdog import is_symptom

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from pal_ds import evaluate_run as evaluating
 from pal_ds import forget
-from pal_ds.engine.checkpoint import newest_intact, retain, verify_checkpoint
 from pal_ds.engine.dist import World
+from pal_ds.engine.manifest import newest_intact, verify_checkpoint
+from pal_ds.engine.retention import retain
 from pal_ds.errors import UserError
 from pal_ds.forget import forget_user, list_users, recover
 from pal_ds.restore import restore

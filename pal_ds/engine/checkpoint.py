@@ -16,17 +16,9 @@ import torch.distributed as torch_dist
 from pal_ds import phase
 from pal_ds.engine.dist import World
 from pal_ds.engine.faults import reached
-from pal_ds.engine.manifest import (  # noqa: F401 (asked for here by start.py)
-    ENGINE_TAG,
-    entry_of,
-    hash_file,
-    newest_intact,
-    read_manifest,
-    verify_checkpoint,
-    write_manifest,
-)
+from pal_ds.engine.manifest import ENGINE_TAG, entry_of, write_manifest
 from pal_ds.engine.reshard import shards_for
-from pal_ds.engine.retention import REPLACED, discard, discard_leftovers, retain  # noqa: F401
+from pal_ds.engine.retention import REPLACED, discard, discard_leftovers
 from pal_ds.engine.shard_files import ShardFiles
 from pal_ds.engine.torch_archive import ForeignObjectError
 from pal_ds.errors import StorageError, UserError, writing

@@ -15,8 +15,9 @@ from deepspeed.utils import (
 from safetensors.torch import save_file
 from torch import nn
 
-from pal_ds.engine.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
+from pal_ds.engine.checkpoint import load_checkpoint, save_checkpoint
 from pal_ds.engine.dist import World
+from pal_ds.engine.manifest import verify_checkpoint
 from pal_ds.engine.resharder import Resharder
 from pal_ds.engine.shards import MOMENTS
 from pal_ds.errors import UserError
