@@ -175,6 +175,7 @@ finish() { # ends the job as the ranks left it: done, requeued, or failed with t
   case $exit_code in
     0)
       say "${state:-done}${reason:+, $reason}, at update $(checkpoint_step)"
+      [ "$state" != finished ] || : >"$record/finished"
       if [ "$state" != stopped ] || [ "$reason" = stop_after ]; then exit 0; fi
       # Too little time for a single update would go on for ever.
       if [ "$reason" = "time limit" ] && [ "$(checkpoint_step)" = "$step_at_start" ]; then fail; fi
@@ -208,6 +209,8 @@ train() { # RECIPE RUN_DIR [words of `pal-ds train`]
   [ -f "$recipe" ] || refuse "$recipe: no such recipe (looked from $PWD)"
   refuse_second_job
   snapshot "$recipe"
+  # SLURM 24.11 starts a job that was preempted once again after its end.
+  [ ! -e "$record/finished" ] || { say "finished by an earlier start"; exit 0; }
   record_start
   trap 'forward USR2' USR2
   trap 'forward TERM' TERM

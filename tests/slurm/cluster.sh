@@ -165,7 +165,7 @@ start_node() {
   p=$!
   record "node.$n" "$p"
   for _ in $(seq 100); do
-    init=$(tr -d ' ' <"/proc/$p/task/$p/children" 2>/dev/null || true)
+    init=$(tr -d ' ' 2>/dev/null <"/proc/$p/task/$p/children" || true)
     [ -n "$init" ] && [ "$(readlink "/proc/$init/ns/net" || true)" != "$(readlink /proc/self/ns/net)" ] && break
     sleep 0.05
   done
