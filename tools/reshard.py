@@ -52,7 +52,7 @@ def reshard(run_dir: Path, world_size: int, step: str, *, trust: bool) -> str:
     path = run.checkpoint(run.resolve_step(step))
     manifest = verify_checkpoint(path, trust=trust)
     if manifest["world_size"] == world_size:
-        return f"{path}: is of {world_size} ranks already"
+        return f"{path}: has world size {world_size} already"
     edited, old = path.with_name(EDITED + path.name), path.with_name(OLD + path.name)
     with progress_bar("resharding", world_size, shown=sys.stderr.isatty(), unit="bytes") as advance:
         for num_bytes in write_resharded(path, edited, manifest, world_size):
@@ -62,7 +62,7 @@ def reshard(run_dir: Path, world_size: int, step: str, *, trust: bool) -> str:
         edited.rename(path)
         sync_directory(path.parent)
         shutil.rmtree(old)
-    return f"{path}: was of {manifest['world_size']} ranks, is of {world_size} now"
+    return f"{path}: resharded from world size {manifest['world_size']} to {world_size}"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -245,7 +245,7 @@ def test_the_tool(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None
     assert_same(by_name(run.checkpoint(STOP)), before, but="-")
     assert [path.name for path in run.checkpoints.iterdir()] == [f"step_{STOP:08d}"]
     main([str(run.path), "--world_size=4"])
-    assert "is of 4 ranks already" in capsys.readouterr().out
+    assert "has world size 4 already" in capsys.readouterr().out
 
 
 def test_what_the_tool_refuses(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,8 +54,10 @@ def test_a_missing_shard_is_named(checkpoints: Path) -> None:
         shard.with_suffix(".away").rename(shard)
 
 
-def test_a_mixed_up_shard_is_refused(checkpoints: Path) -> None:
-    one, two = (checkpoints / f"stage2_fp32_1000000000_world{n}" / "engine" for n in (1, 2))
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_mixed_up_shard_is_refused(checkpoints: Path, stage: int) -> None:
+    name = f"stage{stage}_fp32_1000000000"
+    one, two = (checkpoints / f"{name}_world{n}" / "engine" for n in (1, 2))
     shard = next(two.glob("*rank_1*optim_states.pt"))
     kept = shard.read_bytes()
     shard.write_bytes(next(one.glob("*rank_0*optim_states.pt")).read_bytes())
