@@ -50,6 +50,15 @@ def choose(
     return "reference"
 
 
+def covers(kernel: str, device: torch.device, table: tuple[Row, ...] = TABLE) -> bool:
+    """Whether the table holds anything but the reference for a kernel on this hardware."""
+    hardware = hardware_of(device)
+    return any(
+        (row.kernel, row.hardware) == (kernel, hardware) and row.implementation != "reference"
+        for row in table
+    )
+
+
 def hardware_of(device: torch.device) -> str:
     """`cpu`, `sm_90` and the like, or the device's type where it has no compute capability."""
     if device.type != "cuda":

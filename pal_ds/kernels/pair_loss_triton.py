@@ -159,12 +159,12 @@ def pair_loss_kernel(
     slope is weight * d loss / d margin; d response is written here for responses used once.
     """
     pair, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    (num_positions, num_parts, dim), columns = sizes, tl.arange(0, blocks[2])
+    num_positions, num_parts, dim = sizes
+    columns = tl.arange(0, blocks[2])
     row_0, row_1 = tl.load(inputs[1] + 2 * pair), tl.load(inputs[1] + 2 * pair + 1)
     a_0, inverse_0 = _load_point(inputs[2], pair * points, columns, dim, cosine)
-    a_1, inverse_1 = a_0, inverse_0
-    if points == 2:
-        a_1, inverse_1 = _load_point(inputs[2], pair * 2 + 1, columns, dim, cosine)
+    # With points = 1 this is the same row again.
+    a_1, inverse_1 = _load_point(inputs[2], (pair + 1) * points - 1, columns, dim, cosine)
     factor = tl.load(inputs[3]) if cosine else 1.0
     loss, d_scale = 0.0, 0.0
     d_a_0, d_a_1 = tl.zeros([blocks[2]], tl.float32), tl.zeros([blocks[2]], tl.float32)
@@ -197,8 +197,7 @@ def pair_loss_kernel(
         out = made[2] + (pair * num_parts + part) * points * dim
         if points == 2:
             _store_point(out + dim, d_a_1, a_1, inverse_1, columns, dim, cosine)
-        else:
-            d_a_0 += d_a_1
+        d_a_0 = d_a_0 if points == 2 else d_a_0 + d_a_1
         _store_point(out, d_a_0, a_0, inverse_0, columns, dim, cosine)
         tl.store(made[3] + pair * num_parts + part, d_scale)
 

@@ -4,7 +4,9 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
+import numpy
 import pytest
 import torch
 
@@ -23,7 +25,9 @@ if importlib.util.find_spec("triton") is not None and "triton" not in sys.module
 @pytest.fixture
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Runs Triton kernels on CPU tensors, one program after the other."""
-    pytest.importorskip("triton", reason="triton is not installed: pip install triton")
+    triton = pytest.importorskip("triton", reason="triton is not installed: pip install triton")
+    if _version(triton) < (3, 9) and _version(numpy) >= (2, 4):
+        pytest.skip(f"the interpreter of triton {triton.__version__} needs numpy below 2.4")
     from pal_ds.kernels.pair_loss_triton import pair_loss_kernel
 
     if type(pair_loss_kernel).__name__ != "InterpretedFunction":
@@ -32,6 +36,10 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     _round_to_nearest(monkeypatch)
     torch.manual_seed(0)
     yield
+
+
+def _version(package: ModuleType) -> tuple[int, ...]:
+    return tuple(int(part) for part in package.__version__.split(".")[:2])
 
 
 def _round_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,6 +95,18 @@ def test_large_margins_neither_overflow_nor_vanish() -> None:
     check(case, "hinge", "last")
 
 
+def test_the_loss_of_a_large_right_margin_keeps_its_digits() -> None:
+    """log(1 + exp(-20)) is 2e-9: lost where 1 + x is rounded first."""
+    case = comparisons(1, 1, 2)
+    case.response[case.index[0], 0] = torch.tensor([[25.0, 0.0], [5.0, 0.0]])
+    case.point.zero_(), case.facts.required_margin.zero_(), case.facts.label.fill_(1)
+    made, wanted = (
+        case.to(dtype).judge("logistic", "last", implementation)
+        for dtype, implementation in ((torch.float32, "triton"), (torch.float64, "reference"))
+    )
+    torch.testing.assert_close(made["loss"].double(), wanted["loss"], rtol=1e-5, atol=0)
+
+
 def test_a_pair_depends_on_neither_its_company_nor_the_padding() -> None:
     """The bits of one comparison alone are its bits in a batch that is padded further."""
     case = comparisons(5, 40, 20, cosine=True, points=2)

@@ -1,0 +1,53 @@
+"""How a training step uses the fused pair loss without knowing the head: a judge of where responses and users lie.
+
+A head whose reward is a distance or a cosine can say where its responses and its users' points lie (`Placement`);
+the step hands it a judge made for the batch, which answers with the loss. Other heads never call theirs.
+"""
+
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from pal_ds.kernels.dispatch import covers
+from pal_ds.kernels.pair_loss import pair_loss
+from pal_ds.kernels.reference import Judged, PairFacts
+from pal_ds.losses import PreferenceLoss
+
+
+class Placement(Protocol):
+    """Distinct responses, which comparison looks at which, each comparison's points, the scale of a cosine."""
+
+    @property
+    def response(self) -> Float[Tensor, "R T d"]: ...
+    @property
+    def response_index(self) -> Int[Tensor, "B 2"]: ...
+    @property
+    def point(self) -> Float[Tensor, "B g d"]: ...
+    @property
+    def scale(self) -> Float[Tensor, "1"] | None: ...
+
+
+class FusedLoss:
+    """The loss of a run, judged by the kernel that the dispatch table names."""
+
+    def __init__(self, loss: PreferenceLoss):
+        self.loss = loss
+
+    @classmethod
+    def where_it_pays(cls, loss: PreferenceLoss, device: torch.device) -> "FusedLoss | None":
+        """None on hardware without a row in the dispatch table: the step then stays as it is, to the bit."""
+        return cls(loss) if covers("pair_loss", device) else None
+
+    def judge(self, placement: Placement, facts: PairFacts) -> Judged:
+        """The pair loss of a placement; `facts.weight` holds every factor of the total."""
+        return pair_loss(
+            placement.response,
+            placement.response_index,
+            placement.point,
+            facts,
+            placement.scale,
+            self.loss.kind,
+            self.loss.token_weighting,
+        )
