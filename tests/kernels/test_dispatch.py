@@ -1,14 +1,17 @@
 """The choice of an implementation: a table and nothing else, refusals with a reason, one line of log."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from pal_ds.kernels import dispatch, reference
-from pal_ds.kernels.dispatch import choose
+from pal_ds.kernels.dispatch import choose, covers
 from pal_ds.kernels.dispatch_table import LIMITS, TABLE, Row
+from pal_ds.kernels.judge import FusedLoss
 from pal_ds.kernels.pair_loss import pair_loss
+from pal_ds.losses import PreferenceLoss
 from tests.kernels.cases import comparisons, same_bits
 
 X = torch.zeros(1)
@@ -91,3 +94,25 @@ def test_unset_means_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     case = comparisons(2, 1, 4)
     made = pair_loss(case.response, case.index, case.point, case.facts)
     assert torch.equal(made.margin, case.judge("logistic", "last", "reference")["margin"])
+
+
+def test_hardware_without_a_row_has_no_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training step then runs as if there were no kernels."""
+    loss, cpu = PreferenceLoss("hinge", "mean"), torch.device("cpu")
+    assert FusedLoss.where_it_pays(loss, cpu) is None
+    assert covers("pair_loss", cpu, (ROW,)) and not covers("mix", cpu, (ROW,))
+    assert not covers("pair_loss", cpu, (ROW._replace(implementation="reference"),))
+    monkeypatch.setattr("pal_ds.kernels.judge.covers", lambda kernel, device: True)
+    assert isinstance(FusedLoss.where_it_pays(loss, cpu), FusedLoss)
+
+
+def test_the_judge_applies_the_loss_of_the_run() -> None:
+    case = comparisons(4, 6, 5, cosine=True, points=2)
+    place = SimpleNamespace(
+        response=case.response, response_index=case.index, point=case.point, scale=case.scale
+    )
+    loss = PreferenceLoss("smooth_hinge", "cumulative")
+    judged, facts = FusedLoss(loss).judge(place, case.facts), case.facts
+    each = loss(judged.margin, facts.label, facts.start, facts.end, facts.required_margin)
+    torch.testing.assert_close(judged.loss, each)
+    torch.testing.assert_close(judged.total, (each * facts.weight).sum())

@@ -24,7 +24,8 @@ def judged(cosine: bool, num_responses: int | None) -> dict[str, Tensor]:
 def mixed(num_sources: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(4, 5, generator=generator).requires_grad_()
-    prototypes = torch.randn(num_sources, 5, 40, generator=generator).requires_grad_()
+    # Wider than one program's block of columns.
+    prototypes = torch.randn(num_sources, 5, 600, generator=generator).requires_grad_()
     user = torch.tensor([3, 1, 3, 3, 0, 1])
     source = torch.arange(6) % max(num_sources - 1, 1)
     out, mixture = mix(logits, user, prototypes, source, 0.5, "triton")
