@@ -99,7 +99,13 @@ class TrainConfig:
         for name in (*counts, "stop_after", "micro_batch_tokens", "max_skips_in_a_row"):
             value = getattr(self, name)
             check_range(f"train.{name}", value, value is None or value >= 1, "at least 1")
-        for name in ("eval_every", "save_every", "gradient_clipping", "num_workers", "hang_minutes"):
+        for name in (
+            "eval_every",
+            "save_every",
+            "gradient_clipping",
+            "num_workers",
+            "hang_minutes",
+        ):
             value = getattr(self, name)
             check_range(f"train.{name}", value, value >= 0, "0 or more")
         for name in ("time_limit_minutes", "skip_spikes_sigmas"):

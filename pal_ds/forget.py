@@ -15,6 +15,7 @@ from pal_ds.errors import UserError
 from pal_ds.evaluate import user_mixtures
 from pal_ds.restore import open_run
 from pal_ds.run_dir import RunDirectory, write_json
+from pal_ds.run_lock import only_writer
 from pal_ds.users import UserTable
 
 USER_FILES = ("users.safetensors", "users.arrow")
@@ -45,6 +46,11 @@ def forget_user(run: RunDirectory, user_id: str) -> dict[str, Any]:
         UserError: no checkpoint of the run holds this user, or one that does is damaged; nothing was changed.
     """
     run.require_run()
+    with only_writer(run):
+        return _forget_user(run, user_id)
+
+
+def _forget_user(run: RunDirectory, user_id: str) -> dict[str, Any]:
     recover(run)
     steps = [
         step for step in run.complete_steps() if user_id in UserTable.load(run.checkpoint(step))

@@ -18,6 +18,7 @@ from pal_ds.engine.watchdog import watch
 from pal_ds.errors import UserError, writing
 from pal_ds.recipe import refuse_changes
 from pal_ds.run_dir import RunDirectory, write_json
+from pal_ds.run_lock import LOCK, only_writer
 
 OUR_BASE = "random_weights.json"
 """Marks a base folder as random weights of ours, which may be written again."""
@@ -44,11 +45,14 @@ def launch_training(
     with (
         distributed(config.train.timeout_minutes) as world,
         watch(world, run.path / "stacks", minutes, lambda reason: record_loss(run, reason)),
+        contextlib.ExitStack() as held,
     ):
         from pal_ds.forget import recover
         from pal_ds.train import train
 
         check_zero_section(ds_config, config.train.ds_config)
+        world.from_rank_zero(lambda: held.enter_context(only_writer(run)))
+        world.from_rank_zero(run.discard_temporaries)
         # A removal of a user that was cut off leaves a checkpoint under another name.
         world.from_rank_zero(lambda: recover(run))
         data = world.on_every_rank(lambda: open_data(config, failure))
@@ -121,9 +125,7 @@ def check_run_directory(
         UserError: `fresh` meets a directory that is not empty; a resumed run would have other data or another
             value of a key that alters the result. Another number of ranks is fine.
     """
-    if run.path.exists() and not run.path.is_dir():
-        raise UserError(f"--run_dir {run.path}: is a file. Name a directory, new or of this run.")
-    if fresh and run.path.exists() and any(run.path.iterdir()):
+    if fresh and any(path.name != LOCK for path in run.path.iterdir()):
         raise UserError(
             f"{run.path}: --fresh needs an empty directory. Name another --run_dir or empty this one."
         )
@@ -141,8 +143,6 @@ def check_run_directory(
 def leave_no_trace(run: RunDirectory) -> None:
     """Takes away the base weights that this launch wrote, after a start that never came to its first update."""
     shutil.rmtree(run.base, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        run.path.rmdir()  # only where nothing else lies in it
 
 
 def write_base_weights(config: RunConfig, data: PreparedData, run: RunDirectory) -> bool:

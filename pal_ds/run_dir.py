@@ -6,6 +6,7 @@ D/config.yaml  D/metrics.jsonl  D/checkpoints/step_N/  D/latest.json  D/best.jso
 import contextlib
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ def write_atomically(path: Path, text: str) -> None:
     Raises:
         StorageError: there is no room or no permission; the old text is still there.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    # A name of its own: the watchdog's thread may tell of a failure while the main thread writes the same file.
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{threading.get_ident()}")
     with writing(path):
         try:
             with open(temporary, "w", encoding="utf-8") as stream:
@@ -75,6 +77,11 @@ class RunDirectory:
         """What status.json says, if there is one."""
         path = self.path / "status.json"
         return json.loads(path.read_text()) if path.is_file() else None
+
+    def discard_temporaries(self) -> None:
+        """Deletes what killed writers of small files left; nobody else may be writing."""
+        for path in self.path.glob("*.tmp-*-*"):
+            path.unlink(missing_ok=True)
 
     def require_run(self) -> None:
         """Raises UserError where no run lies here."""

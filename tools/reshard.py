@@ -13,8 +13,12 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pal_ds.errors import UserError, writing
+
+if TYPE_CHECKING:
+    from pal_ds.run_dir import RunDirectory
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,16 +41,25 @@ def reshard(run_dir: Path, world_size: int, step: str, *, trust: bool) -> str:
         StorageError: the new step cannot be written; the old one is as it was.
         UserError: no such run or step, a damaged checkpoint, or no number of ranks.
     """
-    from pal_ds.engine.manifest import verify_checkpoint
-    from pal_ds.engine.reshard import write_resharded
-    from pal_ds.forget import EDITED, OLD, recover
-    from pal_ds.progress import progress_bar
-    from pal_ds.run_dir import RunDirectory, sync_directory
+    from pal_ds.run_dir import RunDirectory
+    from pal_ds.run_lock import only_writer
 
     if world_size < 1:
         raise UserError(f"--world_size is {world_size}; it must be at least 1.")
     run = RunDirectory(run_dir)
     run.require_run()
+    with only_writer(run):
+        return exchange(run, world_size, step, trust=trust)
+
+
+def exchange(run: "RunDirectory", world_size: int, step: str, *, trust: bool) -> str:
+    """`reshard`, of a run that nobody else writes to."""
+    from pal_ds.engine.manifest import verify_checkpoint
+    from pal_ds.engine.reshard import write_resharded
+    from pal_ds.forget import EDITED, OLD, recover
+    from pal_ds.progress import progress_bar
+    from pal_ds.run_dir import sync_directory
+
     # Gives a step its name back that an interrupted exchange, of this tool or of `users`, left under another.
     recover(run)
     path = run.checkpoint(run.resolve_step(step))
