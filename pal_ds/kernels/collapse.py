@@ -25,8 +25,9 @@ def mixed_linear(
     if hidden.dim() == 2:
         hidden = hidden[:, None]
     scaled = (mixture[..., None].to(hidden.dtype) * hidden).flatten(1)
-    stacked = weight.transpose(1, 2).reshape(num_maps * in_size, out_size)
-    return torch.addmm(mixture.to(bias.dtype) @ bias, scaled, stacked)
+    # [d, K e]: rows of e numbers are copied whole, where [K e, d] would turn every map.
+    stacked = weight.transpose(0, 1).reshape(out_size, num_maps * in_size)
+    return torch.addmm(mixture.to(bias.dtype) @ bias, scaled, stacked.T)
 
 
 def mixed_linear_reference(
