@@ -13,6 +13,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from pal_ds.heads.base import Features, UserState
 from pal_ds.kernels import reference
 from pal_ds.kernels.collapse import mixed_linear, mixed_linear_reference
 from pal_ds.kernels.dispatch_table import Implementation
+from pal_ds.kernels.mix import mix
 from pal_ds.kernels.pair_loss import pair_loss
 from pal_ds.kernels.reference import PairFacts
 from pal_ds.kernels.score_all import score_all
@@ -126,6 +128,7 @@ def cpu_rows(options: argparse.Namespace) -> None:
         contestants = {x: fused(case, None, x) for x in ("reference", "compile")}
         row("pair loss, distance, same shape, CPU", contestants, options.rounds)
     score_rows(options, "cpu", ["reference"], [(512, 1024, 128, 8)])
+    mix_row(options, "cpu", ["reference"], (1000, 64, 8, 8, 256))
     collapse_row(options, "cpu", (64, 8, 256))
 
 
@@ -142,6 +145,7 @@ def gpu_rows(options: argparse.Namespace) -> None:
                 kind = "distance" if scale is None else "cosine"
                 name = f"pair loss, {kind}, {positions} positions, d {dim}, {dtype}, GPU"
                 medians = row(name, contestants, options.rounds)
+                print(f"    triton, 20 runs alike to the bit: {repeats(contestants['triton'])}")
                 # Both responses read once, both gradients written once, over the windows of these pairs.
                 counted = int((case[3].end - case[3].start).sum())
                 floor = 4 * counted * dim * dtype.itemsize
@@ -154,7 +158,14 @@ def gpu_rows(options: argparse.Namespace) -> None:
         options, "cuda", ["reference", "triton"], [(100_000, 10_000, 512, k) for k in (2, 8, 64)]
     )
     for k in (2, 8, 64):
+        mix_row(options, "cuda", ["reference", "compile", "triton"], (100_000, 4096, 64, k, 1024))
         collapse_row(options, "cuda", (4096, k, 512))
+
+
+def repeats(run: Contestant) -> bool:
+    """Whether 20 more runs give the bits of the first."""
+    first = run()
+    return all(torch.equal(a, b) for _ in range(20) for a, b in zip(run(), first, strict=True))
 
 
 def pairs(
@@ -214,6 +225,26 @@ def score_rows(
             ]
         name = f"score all, U {num_users}, N {num_items}, d {dim}, K {num_prototypes}, {device}"
         row(name, contestants, options.rounds)
+
+
+def mix_row(
+    options: argparse.Namespace, device: str, implementations: list[Implementation], size: tuple
+) -> None:
+    """User gather, softmax and the mixture of one set of prototypes per prompt, forward and backward."""
+    num_users, num_rows, num_sources, k, width = size
+    logits = torch.randn(num_users, k, device=device)
+    prototypes = torch.randn(num_sources, k, width, device=device)
+    user = torch.randint(num_users, (num_rows,), device=device)
+    source = torch.randint(num_sources, (num_rows,), device=device)
+
+    def run(implementation: Implementation) -> list[Tensor]:
+        leaves = [logits.detach().requires_grad_(), prototypes.detach().requires_grad_()]
+        mixed, _ = mix(leaves[0], user, leaves[1], source, 1.0, implementation)
+        return [mixed.detach(), *torch.autograd.grad(mixed.square().sum(), leaves)]
+
+    contestants = {x: partial(run, x) for x in implementations}
+    name = f"mix, U {num_users}, n {num_rows}, Q {num_sources}, K {k}, h {width}, fp32, {device}"
+    row(name, contestants, options.rounds)
 
 
 def collapse_row(options: argparse.Namespace, device: str, size: tuple[int, int, int]) -> None:
