@@ -36,6 +36,7 @@ from pal_ds.engine.stop import StopWatch
 from pal_ds.errors import UserError
 from pal_ds.model import RewardModel
 from pal_ds.run_dir import RunDirectory
+from pal_ds.tracking import Tracker
 from pal_ds.users import UserTable
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class Training:
     plan: UpdatePlan
     guard: UpdateGuard
     watch: StopWatch
+    tracker: Tracker
     step: int = 0
     best: dict[str, Any] | None = None
     """Step and accuracy of the best dev evaluation so far."""
@@ -63,6 +65,8 @@ class Training:
     """What the frozen weights are that no checkpoint holds; None where all weights are trained."""
     owes_evaluation: bool = False
     """Whether a stop on request left out an evaluation that was due at `step`."""
+    owes_save: bool = False
+    """Whether a checkpoint that was due waits for the end of a row of skipped updates."""
 
     @property
     def num_updates(self) -> int:
@@ -148,7 +152,10 @@ def start_training(
         train_rows, items, settings.batch_pairs, settings.seed, data.hash, settings.shuffle_unit
     )
     watch = StopWatch(settings.time_limit_minutes)
-    state = Training(config, run, world, data, parts, collator, engine, users, plan, guard, watch)
+    tracker = Tracker(run, config, world)
+    state = Training(
+        config, run, world, data, parts, collator, engine, users, plan, guard, watch, tracker
+    )
     state.base_weights = world.from_rank_zero(lambda: base_weights_of(parts))
     resume(state, trust=trust_checkpoint)
     held, whole = parameter_bytes_on_this_rank(engine.module)
@@ -203,7 +210,6 @@ def resume(state: Training, *, trust: bool) -> None:
         path, manifest = found
         refuse_other_launch(path, manifest, state.data.hash, state.data.path)
         refuse_other_base(path, manifest, state.base_weights)
-        run.drop_metrics_after(manifest["step"], owes_evaluation=manifest["owes_evaluation"])
         # As the checkpoint knew it: best.json may be of a step that is damaged or was never published.
         best = manifest.get("best")
         return str(path), manifest, best if best and best["step"] in run.complete_steps() else None
@@ -218,6 +224,11 @@ def resume(state: Training, *, trust: bool) -> None:
     state.step = int(manifest["step"])
     state.owes_evaluation = manifest["owes_evaluation"]
     state.guard.load_state_dict(manifest["guard"])
+    state.tracker.resume(manifest["unlogged"])
     state.watch.save_seconds = manifest["save_seconds"]
+    # Last of all: a start that is refused changes nothing.
+    world.from_rank_zero(
+        lambda: run.drop_metrics_after(state.step, owes_evaluation=state.owes_evaluation)
+    )
     if world.is_rank_zero:
         logger.warning("resuming from %s at update %d of %d", path, state.step, state.num_updates)

@@ -20,7 +20,6 @@ from pal_ds.evaluate import dev_temperature, figures_of, predict, user_mixtures
 from pal_ds.progress import progress_bar
 from pal_ds.run_dir import RunDirectory, write_json
 from pal_ds.start import Training, start_training
-from pal_ds.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -61,23 +60,25 @@ def train(
 def run_updates(state: Training) -> None:
     """The loop: make updates until the last one or until a stop is asked for."""
     last = min(state.config.train.stop_after or state.num_updates, state.num_updates)
-    tracker, stepper = Tracker(state.run, state.config, state.world), state.stepper
+    tracker, stepper = state.tracker, state.stepper
     write_status(state, "running")
     with progress_bar(
         "training", state.num_updates, shown=state.world.is_rank_zero, unit="pairs"
     ) as advance:
         for _ in range(state.step):
             advance(0)
-        stop = make_owed_evaluation(state, tracker)
+        stop = make_owed_evaluation(state)
+        state.watch.begin_lap()
         for inputs in inputs_until(state, state.step if stop else last):
-            with state.watch.timed("update"):
-                stats = make_update(state, stepper, inputs)
+            stats = make_update(state, stepper, inputs)
+            state.watch.end_lap()
             tracker.add(stats)
             stop = "stop_after" if state.step == last else agree_on_stop(state)
-            stop = log_evaluate_save(state, tracker, stop)
+            stop = log_evaluate_save(state, stop)
             advance(stats.num_pairs, loss=tracker.last_loss)
             if stop:
                 break
+            state.watch.begin_lap()
     tracker.close()
     if state.step == state.num_updates and not state.owes_evaluation:
         write_status(state, "finished")
@@ -85,10 +86,10 @@ def run_updates(state: Training) -> None:
         write_status(state, "stopped", stop or "stop_after")
 
 
-def make_owed_evaluation(state: Training, tracker: Tracker) -> str | None:
+def make_owed_evaluation(state: Training) -> str | None:
     """Makes the evaluation that an earlier stop left out; the reason to stop, where one comes up again."""
     try:
-        if state.owes_evaluation and evaluate_on_dev(state, tracker):
+        if state.owes_evaluation and evaluate_on_dev(state):
             publish_best(state)
     except StopAsked as asked:
         return str(asked)
@@ -141,24 +142,24 @@ def agree_on_stop(state: Training) -> str | None:
     return reason
 
 
-def log_evaluate_save(state: Training, tracker: Tracker, stop: str | None) -> str | None:
+def log_evaluate_save(state: Training, stop: str | None) -> str | None:
     """What is due after an update; the reason to stop, which may come up on the way.
 
     A stop on request leaves no time for an evaluation: the next start makes it.
     """
     config = state.config.train
-    if stop or state.step % config.log_every == 0:
-        tracker.log(state.step, state.step / state.plan.updates_per_epoch)
+    if state.step % config.log_every == 0 or state.step == state.num_updates:
+        state.tracker.log(state.step, state.step / state.plan.updates_per_epoch)
     improved = False
     state.owes_evaluation = state.due(config.eval_every)
     if state.owes_evaluation and stop in (None, "stop_after"):
         try:
-            improved = evaluate_on_dev(state, tracker)
+            improved = evaluate_on_dev(state)
         except StopAsked as asked:
             stop = str(asked)
     # While updates are being skipped the run may be lost: its checkpoints must not push out the good ones.
-    save_is_due = state.due(config.save_every) and state.guard.num_in_a_row == 0
-    if stop or improved or save_is_due:
+    state.owes_save = state.owes_save or state.due(config.save_every)
+    if stop or improved or (state.owes_save and state.guard.num_in_a_row == 0):
         save(state)
     phase.enter("build batches")
     return stop
@@ -179,7 +180,7 @@ def write_status(state: Training, name: str, reason: str | None = None) -> None:
     state.world.from_rank_zero(lambda: state.run.write_status(facts))
 
 
-def evaluate_on_dev(state: Training, tracker: Tracker) -> bool:
+def evaluate_on_dev(state: Training) -> bool:
     """Logs figures on the dev split (seen users); whether its accuracy is the best of the run so far.
 
     Raises:
@@ -206,7 +207,7 @@ def evaluate_on_dev(state: Training, tracker: Tracker) -> bool:
         margins, state.data.comparisons["label"][rows].astype(float), state.config.loss.kind
     )
     figures = figures_of(state.data, rows, margins, temperature)
-    tracker.log_dev(state.step, figures)
+    state.tracker.log_dev(state.step, figures)
     best = state.best
     improved = state.world.from_rank_zero(
         lambda: best is None or figures["accuracy"] > best["dev_accuracy"]
@@ -230,18 +231,23 @@ def save(state: Training) -> None:
         "guard": state.guard.state_dict(),
         "owes_evaluation": state.owes_evaluation,
         "save_seconds": state.watch.save_seconds,
+        "unlogged": list(state.tracker.unlogged()),
     }
+    state.owes_save = False
     phase.enter("save")
     with state.watch.timed("save"):
         save_checkpoint(state.engine, state.users, state.run, state.step, state.world, facts)
-    publish_best(state)
+        publish_best(state)
 
 
 def publish_best(state: Training) -> None:
     """best.json, then the deletion of what neither it nor `train.keep_checkpoints` wants."""
 
     def publish() -> None:
-        if state.best is not None:
+        if state.best is None:
+            # Of a checkpoint that was damaged or never published: what it names may be gone.
+            (state.run.path / "best.json").unlink(missing_ok=True)
+        else:
             write_json(state.run.path / "best.json", state.best)
             reached("best.json written")
         retain(

@@ -135,15 +135,18 @@ class Collator:
         return self.data.prompts
 
     def pair_lengths(self, rows: np.ndarray) -> np.ndarray:
-        """Tokens that each comparison costs when padded alone: twice its longer sequence, int64 [n]."""
+        """Tokens that each comparison costs when padded alone: its sequences times the longest of them, int64 [n]."""
         tokens = self.data.info["tokens"]
         responses = np.stack([self.data.comparisons[name][rows] for name in ("a", "b")], axis=1)
+        prompts = self.prompts.lengths_of(self.data.response_prompt[responses])
         lengths = self.responses.lengths_of(responses)
         if self.encoding == "joint":
-            lengths = lengths + self.prompts.lengths_of(self.data.response_prompt[responses])
+            lengths = lengths + prompts
         else:
             lengths = lengths + len(tokens["prefix_ids"])
-        return 2 * np.minimum(lengths, tokens["max_length"]).max(axis=1)
+            if self.with_prompt:
+                lengths = np.concatenate([lengths, prompts[:, :1]], axis=1)
+        return lengths.shape[1] * np.minimum(lengths, tokens["max_length"]).max(axis=1)
 
     def user_rows(self, rows: np.ndarray) -> np.ndarray:
         """User table row of each comparison, int64; -1 for users the table does not hold."""

@@ -25,7 +25,7 @@ from pal_ds.users import UserTable
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """Sums over this rank's comparisons, still on the device: reading them is the caller's one host sync."""
+    """Sums over this rank's comparisons, still on the device: reading them waits for it."""
 
     loss_sum: Float[Tensor, ""]
     correct: Float[Tensor, ""]
@@ -115,13 +115,16 @@ class Stepper:
     ) -> tuple[bool, float | Tensor | None]:
         """The engine's step and the users', or neither: (whether they were made, gradient norm before clipping)."""
         gradients = self.user_gradients(leaves, runs) if self.needs_users else None
-        losses = self.world.all_gather(loss_sum).cpu() / len(user_rows)
-        finite = gradients is None or bool(gradients.isfinite().all())
+        finite = torch.ones((), dtype=torch.bool, device=loss_sum.device)
+        if gradients is not None:
+            finite = gradients.isfinite().all()
+        # One transfer to the host: whether an update is made is decided there, in front of the engine's own look.
+        told = self.world.all_gather(torch.stack([loss_sum, finite.to(loss_sum.dtype)])).cpu()
         norm = self._grad_norm_at_stage_zero()
         self.guard.open(
             update,
-            losses,
-            finite,
+            told[:, 0] / len(user_rows),
+            bool(told[:, 1].all()),
             lambda: self.engine.optimizer._global_grad_norm if norm is None else norm,
         )
         self.engine.step()

@@ -36,8 +36,8 @@ def _note(number: int, _: FrameType | None) -> None:
 def listening(names: Sequence[str]) -> Iterator[None]:
     """Inside, the signals of these names (`USR2`, `TERM`) ask for a stop instead of ending the process."""
     numbers = [signal.Signals[f"SIG{name}"] for name in names]
-    before = [(number, signal.signal(number, _note)) for number in numbers]
     _noted.clear()
+    before = [(number, signal.signal(number, _note)) for number in numbers]
     try:
         yield
     finally:
@@ -64,13 +64,24 @@ class StopWatch:
     save_seconds: float | None = None
     """Longest save; of an earlier start, where a checkpoint tells. Unknown: a twentieth of the limit is set aside."""
     _longest: dict[str, float] = field(default_factory=dict)
+    _lap_began: float = field(default_factory=time.monotonic)
+
+    def begin_lap(self) -> None:
+        """An update begins, with the wait for its batches."""
+        self._lap_began = time.monotonic()
+
+    def end_lap(self) -> None:
+        """The update is made."""
+        self._note("update", time.monotonic() - self._lap_began)
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Measures an `update`, an `evaluation` or a `save`."""
+        """Measures an `evaluation` or a `save`."""
         begin = time.monotonic()
         yield
-        seconds = time.monotonic() - begin
+        self._note(what, time.monotonic() - begin)
+
+    def _note(self, what: str, seconds: float) -> None:
         if what == "save":
             self.save_seconds = max(self.save_seconds or 0.0, seconds)
         else:

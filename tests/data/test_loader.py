@@ -1,5 +1,7 @@
 """The order of comparisons and their membership in updates depend on nothing of the launch."""
 
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
@@ -142,12 +144,15 @@ def test_a_budget_shares_the_work_evenly() -> None:
     assert [run.tolist() for run in step] == [[0, 1, 2], [3, 4, 5]]
 
 
-def test_pair_lengths_bound_the_padded_batch(data: PreparedData) -> None:
+@pytest.mark.parametrize("encoding", ["joint", "separate"])
+@pytest.mark.parametrize("with_prompt", [False, True])
+def test_pair_lengths_bound_the_padded_batch(
+    data: PreparedData, encoding: Literal["joint", "separate"], with_prompt: bool
+) -> None:
     """What the budget counts is at least what a batch holds, and exact for a pair alone."""
-    source = source_of(data)
+    collator = Collator(data, encoding=encoding, with_prompt=with_prompt)
     for row in range(12):
-        batch = source.batch(0, np.asarray([row]), np.asarray([0]))
-        assert source.collator.pair_lengths(np.asarray([row]))[0] == batch.input_ids.numel()
+        batch = collator(np.asarray([row]), np.asarray([0]))
+        assert collator.pair_lengths(np.asarray([row]))[0] == batch.input_ids.numel()
     rows = np.arange(12)
-    batch = source.batch(0, rows, rows)
-    assert batch.input_ids.numel() <= 12 * source.collator.pair_lengths(rows).max()
+    assert collator(rows, rows).input_ids.numel() <= 12 * collator.pair_lengths(rows).max()

@@ -13,7 +13,6 @@ from pal_ds.engine.dist import World, distributed, leave
 from pal_ds.errors import NumericError
 from pal_ds.run_dir import RunDirectory
 from pal_ds.start import start_training
-from pal_ds.tracking import Tracker
 from pal_ds.train import make_update, save
 from tests.engine.resume_worker import recipe
 
@@ -45,11 +44,7 @@ def main(data_path: str, base: str, out: str) -> None:
             )
             run = RunDirectory(Path(out) / f"zero{stage}_{precision}")
             state = start_training(replace(config, train=settings), run, data, world)
-            tracker, stepper, source = (
-                Tracker(run, state.config, world),
-                state.stepper,
-                state.inputs,
-            )
+            tracker, stepper, source = state.tracker, state.stepper, state.inputs
             for update in range(NUM_UPDATES):
                 save(state)
                 inputs = source[update]
