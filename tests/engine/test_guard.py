@@ -17,7 +17,14 @@ from pal_ds.errors import NumericError
 from pal_ds.run_dir import RunDirectory
 from pal_ds.users import UserTable
 from tests.engine.conftest import TinyRun
-from tests.engine.guard_worker import NUM_UPDATES, POISONED, VARIANTS
+from tests.engine.guard_worker import (
+    NUM_UPDATES,
+    POISONED,
+    SAVED_INSTEAD,
+    SKIPPED_WHEN_DUE,
+    SPIKE,
+    VARIANTS,
+)
 from tests.same_run import assert_same_step
 from tests.spawn import environment, run_ranks
 
@@ -54,6 +61,7 @@ def test_skips_are_counted_and_too_many_end_the_run(runs: Path, stage: int, prec
     ranks = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
     assert ranks[0] == ranks[1]
     assert ranks[0]["num_skipped"] == len(POISONED) + 2
+    assert ranks[0]["reasons"] == [POISONED.get(update) for update in range(NUM_UPDATES)]
     (message,) = ranks[0]["messages"]
     assert "2 updates in a row were skipped" in message
     assert "the loss of rank 1 is not finite" in message
@@ -66,6 +74,18 @@ def test_skips_are_counted_and_too_many_end_the_run(runs: Path, stage: int, prec
         int(update in POISONED) for update in range(NUM_UPDATES)
     ]
     assert [row["loss"] is None for row in rows] == [row["skipped_updates"] == 1 for row in rows]
+
+
+def test_a_save_that_met_a_skipped_update_is_made_up_for(runs: Path) -> None:
+    """At most one interval is ever lost: the next update that is made is saved."""
+    run = RunDirectory(runs / "disturbed")
+    assert SAVED_INSTEAD in run.complete_steps()
+    assert SKIPPED_WHEN_DUE not in run.complete_steps()
+    rows = run.read_metrics()
+    skipped = [row["step"] for row in rows if row.get("skipped_updates")]
+    # The second is the spike on rank 1, agreed on by both in the middle of the engine's step.
+    assert skipped == [SKIPPED_WHEN_DUE, SPIKE]
+    assert rows[-1]["step"] == 8
 
 
 def test_a_diverged_run_ends_with_its_own_exit_code(tiny_run: TinyRun, tmp_path: Path) -> None:
