@@ -3,7 +3,7 @@
 from torch import nn
 
 from pal_ds.data.batch import Batch
-from pal_ds.heads.base import Head, HeadOutput, UserState
+from pal_ds.heads.base import Head, HeadOutput, Judge, UserState
 
 
 class RewardModel(nn.Module):
@@ -14,5 +14,5 @@ class RewardModel(nn.Module):
         self.backbone = backbone
         self.head = head
 
-    def forward(self, batch: Batch, user: UserState) -> HeadOutput:
-        return self.head(self.backbone(batch), user)
+    def forward(self, batch: Batch, user: UserState, judge: Judge | None = None) -> HeadOutput:
+        return self.head(self.backbone(batch), user, judge)

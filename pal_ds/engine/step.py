@@ -17,8 +17,10 @@ from pal_ds.data.plan import keyed_generator
 from pal_ds.engine.dist import World
 from pal_ds.engine.guard import UpdateGuard
 from pal_ds.engine.optim import schedule_factor
-from pal_ds.heads.base import UserState
+from pal_ds.heads.base import HeadOutput, Judge, UserState
 from pal_ds.heads.shapes import Float
+from pal_ds.kernels.judge import FusedLoss
+from pal_ds.kernels.reference import PairFacts
 from pal_ds.losses import PreferenceLoss, decision_margin
 from pal_ds.users import UserTable
 
@@ -71,18 +73,12 @@ class Stepper:
             self._seed_dropout(update, index)
             self.engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
             leaf = self.users.leaf(batch.user_row) if self.needs_users else None
-            output = self.engine(batch, UserState(leaf, batch.gumbel))
-            per_pair = self.loss(
-                output.margin,
-                batch.label,
-                batch.window_start,
-                batch.window_end,
-                batch.required_margin,
-            )
-            total = ((per_pair + output.penalty) * batch.weight).sum()
-            phase.enter("backward")
             # ZeRO averages gradients over ranks, hence the factor world size.
-            self.engine.backward(total * (self.world.world_size / num_pairs), scale_wrt_gas=False)
+            scale = self.world.world_size / num_pairs
+            output = self.engine(batch, UserState(leaf, batch.gumbel), self._judge(batch, scale))
+            total, scaled = self._losses(output, batch, scale)
+            phase.enter("backward")
+            self.engine.backward(scaled, scale_wrt_gas=False)
             if leaf is not None:
                 leaves.append(leaf)
             with torch.no_grad():
@@ -103,6 +99,38 @@ class Stepper:
             applied,
             grad_norm,
         )
+
+    def _judge(self, batch: Batch, scale: float) -> Judge | None:
+        """The fused loss of this batch, on hardware where it pays."""
+        fused = FusedLoss.where_it_pays(self.loss, self.world.device)
+        if fused is None:
+            return None
+        facts = PairFacts(
+            batch.label,
+            batch.window_start,
+            batch.window_end,
+            batch.required_margin,
+            batch.weight * scale,
+        )
+        return lambda placement: fused.judge(placement, facts)
+
+    def _losses(
+        self, output: HeadOutput, batch: Batch, scale: float
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """(sum over comparisons, the same times scale, which goes backward), by the judge or from the margins."""
+        if output.total is not None:
+            # Its factor is in the weights of the facts: the gradient that reaches it is 1.
+            scaled = output.total + (output.penalty * batch.weight).sum() * scale
+            return scaled / scale, scaled
+        per_pair = self.loss(
+            output.margin,
+            batch.label,
+            batch.window_start,
+            batch.window_end,
+            batch.required_margin,
+        )
+        total = ((per_pair + output.penalty) * batch.weight).sum()
+        return total, total * scale
 
     def _apply(
         self,

@@ -11,6 +11,7 @@ miss them elsewhere (a parameter is then not gathered for backward). Pass them p
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -50,6 +51,23 @@ class HeadOutput(NamedTuple):
     """Log-odds (under the logistic loss) that response_2 is preferred to response_1."""
     penalty: Float[Tensor, "B"]
     """Regulariser per comparison, added to its loss; zeros where a head has none."""
+    total: Float[Tensor, ""] | None = None
+    """The weighted sum of losses where a judge made it; reward and margin then carry no gradients."""
+
+
+class Placement(NamedTuple):
+    """Where responses and users lie: all that a reward by distance or by cosine depends on."""
+
+    response: Float[Tensor, "R T d"]
+    response_index: Int[Tensor, "B 2"]
+    point: Float[Tensor, "B g d"]
+    """The user's point, one for both responses (g = 1) or one for each (g = 2)."""
+    scale: Float[Tensor, "1"] | None
+    """Of the cosine; None for minus the distance."""
+
+
+Judge = Callable[[Placement], tuple[Tensor, Tensor, Tensor, Tensor]]
+"""From a placement to (total, loss [B], reward [B, 2, T], margin [B, T]); only the total carries gradients."""
 
 
 class Head(nn.Module, ABC):
@@ -83,7 +101,20 @@ class Head(nn.Module, ABC):
         """Regulariser per comparison; zeros unless the head overrides it."""
         return reward.new_zeros(reward.shape[0])
 
-    def forward(self, features: Features, user: UserState) -> HeadOutput:
-        """The only way in under ZeRO-3: parameters are gathered for the length of this call."""
+    def place(self, features: Features, user: UserState) -> Placement | None:
+        """The placement of two responses, for a head whose margin is a difference of distances or cosines."""
+        return None
+
+    def forward(
+        self, features: Features, user: UserState, judge: Judge | None = None
+    ) -> HeadOutput:
+        """The only way in under ZeRO-3: parameters are gathered for the length of this call.
+
+        With a judge, a head that can place its responses lets it make the loss.
+        """
+        placement = None if judge is None else self.place(features, user)
+        if judge is not None and placement is not None:
+            total, _, reward, margin = judge(placement)
+            return HeadOutput(reward, margin, self.penalty(user, reward), total)
         reward = self.reward(features, user)
         return HeadOutput(reward, self.compare(reward), self.penalty(user, reward))

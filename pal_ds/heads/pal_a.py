@@ -11,7 +11,7 @@ from typing import ClassVar, Literal, final, get_args
 import torch
 from torch import Tensor, nn
 
-from .base import Features, Head, UserState
+from .base import Features, Head, Placement, UserState
 from .checks import check_choice, check_positive
 from .geometry import bounded_scale, distance, new_log_scale, take, unit
 from .mixture import Mixture, MixtureEvaluation, MixtureKind
@@ -111,6 +111,12 @@ class PalA(Head):
             return -distance(take(projected, features.response_index), point)
         response = take(unit(projected), features.response_index)
         return bounded_scale(self.log_scale) * (response * unit(point)).sum(-1)
+
+    def place(self, features: Features, user: UserState) -> Placement:
+        """Projected responses and a_u."""
+        scale = None if self.log_scale is None else bounded_scale(self.log_scale)
+        projected = self.projector(features.response)
+        return Placement(projected, features.response_index, self.locate(user).unsqueeze(1), scale)
 
     def penalty(self, user: UserState, reward: Float[Tensor, "B r T"]) -> Float[Tensor, "B"]:
         """bound_weight * max(0, ||a_u||_2 - bound) per comparison; zeros where no bound is set.

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, final, get_args
 import torch
 from torch import Tensor
 
-from .base import Features, Head, UserState
+from .base import Features, Head, Placement, UserState
 from .checks import check_choice, check_positive
 from .geometry import bounded_scale, new_log_scale, take, unit
 from .mixture import Mixture, MixtureEvaluation, MixtureKind
@@ -83,6 +83,17 @@ class PalB(Head):
         if self.prompt_position == "aligned":
             direction = _align(direction, features, response.shape[2])
         return bounded_scale(self.log_scale) * (response * direction).sum(-1)
+
+    def place(self, features: Features, user: UserState) -> Placement | None:
+        """Projected responses and z_u of each one's prompt; None for aligned positions."""
+        if self.prompt_position == "aligned":
+            return None
+        return Placement(
+            self.response_projector(features.response),
+            features.response_index,
+            self.direction(features, user)[:, :, 0],
+            bounded_scale(self.log_scale),
+        )
 
     def direction(self, features: Features, user: UserState) -> Float[Tensor, "B r C d"]:
         """z_u at every given prompt position, fp32."""

@@ -13,6 +13,9 @@ from jaxtyping import TypeCheckError
 
 import pal_ds.heads
 from pal_ds.heads import HEADS, Features, Head, UserState
+from pal_ds.heads.base import Placement
+from pal_ds.kernels.pair_loss import pair_loss
+from pal_ds.kernels.reference import PairFacts
 
 H, T, NUM_PAIRS = 8, 3, 3
 FOLDER = Path(pal_ds.heads.__file__).parent
@@ -58,11 +61,30 @@ def test_shapes_and_dtypes(head: Head) -> None:
     assert output.reward.shape == (NUM_PAIRS, 2, T)
     assert output.margin.shape == (NUM_PAIRS, T)
     assert output.penalty.shape == (NUM_PAIRS,)
-    assert all(tensor.dtype == torch.float32 for tensor in output)
+    assert all(tensor.dtype == torch.float32 for tensor in output[:3]) and output.total is None
     assert torch.equal(output.margin, output.reward[:, 1] - output.reward[:, 0])
     weights = head.mixture_weights(_user(head))
     assert weights.shape[1] == head.num_prototypes
     assert torch.allclose(weights.sum(-1), torch.ones(len(weights)))
+
+
+def test_a_judge_of_the_placement_finds_the_same_rewards(head: Head) -> None:
+    """What `place` says is all that the rewards depend on, so that a fused loss may replace them."""
+    zeros = torch.zeros(NUM_PAIRS, dtype=torch.int64)
+    facts = PairFacts(zeros + 1, zeros, zeros + T, torch.zeros(NUM_PAIRS), torch.ones(NUM_PAIRS))
+
+    def judge(placement: Placement) -> tuple[torch.Tensor, ...]:
+        return pair_loss(
+            *(placement.response, placement.response_index, placement.point, facts),
+            *(placement.scale, "logistic", "mean", "reference"),
+        )
+
+    plain, judged = head(_features(), _user(head)), head(_features(), _user(head), judge)
+    torch.testing.assert_close(judged.margin, plain.margin)
+    torch.testing.assert_close(judged.reward, plain.reward)
+    if judged.total is not None:
+        loss = -torch.nn.functional.logsigmoid(plain.margin).mean(1).sum()
+        torch.testing.assert_close(judged.total, loss)
 
 
 def test_swapping_the_responses_turns_the_margin(head: Head) -> None:
