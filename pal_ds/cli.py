@@ -12,7 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from pal_ds import phase  # noqa: F401  (first of ours: its clock tells how long this process has run)
-from pal_ds.errors import UserError, storage_error
+from pal_ds.errors import UserError, end_with
 
 
 class Parser(ArgumentParser):
@@ -129,12 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
         name = options["command"]
         commands.COMMANDS[name].run(parser.instantiate(options)[name], options[name])
     except (UserError, OSError) as error:
-        told = error if isinstance(error, UserError) else storage_error(error)
-        if told is None:
-            raise
-        if os.environ.get("RANK", "0") == "0" and not getattr(told, "told", False):
-            print(f"pal-ds: error: {told}", file=sys.stderr)
-        sys.exit(told.exit_code)
+        end_with(error, "pal-ds")
 
 
 def console() -> NoReturn:

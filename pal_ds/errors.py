@@ -8,6 +8,7 @@
 | 3 | too many updates in a row had to be skipped (loss or gradients not finite, or spikes) | after mending the recipe |
 | 4 | a file could not be written (disk full, quota, read-only); earlier checkpoints are intact | once there is room |
 | 5 | another rank died, hung or failed | yes, resumes |
+| 6 | another process writes to the run directory | later, as it is |
 | 130 | interrupted from the keyboard | yes, resumes |
 """
 
@@ -15,8 +16,10 @@ import contextlib
 import errno
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -43,6 +46,12 @@ class RankLostError(UserError):
     exit_code = 5
     told = False
     """Whether the watchdog has printed the message already."""
+
+
+class BusyError(UserError):
+    """Another process writes to the run directory; nothing needs mending, it only has to end."""
+
+    exit_code = 6
 
 
 STORAGE_ERRNOS = frozenset(
@@ -89,3 +98,13 @@ def writing(path: Path | str) -> Iterator[None]:
         if told is None:
             raise
         raise told from error
+
+
+def end_with(error: UserError | OSError, program: str) -> NoReturn:
+    """Ends a program for what a person can mend: one line, on one rank, and the exit code; raises a bug again."""
+    told = error if isinstance(error, UserError) else storage_error(error)
+    if told is None:
+        raise error
+    if os.environ.get("RANK", "0") == "0" and not getattr(told, "told", False):
+        print(f"{program}: error: {told}", file=sys.stderr)
+    sys.exit(told.exit_code)

@@ -24,7 +24,7 @@ from pal_ds.evaluate import dev_temperature, predict, report_on, user_mixtures
 from pal_ds.heads.shapes import Float
 from pal_ds.model import RewardModel
 from pal_ds.restore import Restored, restore
-from pal_ds.run_dir import RunDirectory, write_json
+from pal_ds.run_dir import RunDirectory, replacing, write_json
 from pal_ds.users import UserTable
 
 USERS_IN_PARQUET_ABOVE = 10_000
@@ -230,11 +230,10 @@ def _write(run: RunDirectory, name: str, figures: dict[str, Any]) -> None:
         import pyarrow.parquet as pq
 
         rows = [{"user_id": user, **entry} for user, entry in figures["users"].items()]
-        aside = path.with_suffix(".parquet.tmp")
-        with writing(aside):
+        table = path.with_suffix(".parquet")
+        with writing(table), replacing(table) as aside:
             pq.write_table(pa.Table.from_pylist(rows), aside)
-            aside.rename(path.with_suffix(".parquet"))
-        figures = {**figures, "users": path.with_suffix(".parquet").name}
+        figures = {**figures, "users": table.name}
     write_json(path, figures)
 
 

@@ -5,20 +5,22 @@ not look at; `recover` gives an interrupted step its name back.
 """
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from pal_ds.engine.manifest import entry_of, verify_checkpoint, write_manifest
-from pal_ds.errors import UserError
+from pal_ds.engine.manifest import FormatError, entry_of, verify_checkpoint, write_manifest
+from pal_ds.errors import BusyError, StorageError, UserError
 from pal_ds.evaluate import user_mixtures
 from pal_ds.restore import open_run
-from pal_ds.run_dir import RunDirectory, write_json
+from pal_ds.run_dir import RunDirectory, replacing, sync_to_disk, write_json
 from pal_ds.run_lock import only_writer
-from pal_ds.users import UserTable
+from pal_ds.users import USER_FILES, UserTable
 
-USER_FILES = ("users.safetensors", "users.arrow")
+logger = logging.getLogger(__name__)
+
 EDITED, OLD = "edited-", "old-"
 """Prefixes of a step while it is exchanged; not `step_*`, of which retention deletes what is no complete step."""
 
@@ -30,7 +32,13 @@ def list_users(run: RunDirectory, step: str = "latest") -> list[tuple[str, list[
         UserError: the run or its data cannot be opened.
     """
     run.require_run()
-    recover(run)
+    if _copies_aside(run):
+        try:
+            # Whose copies these are: under the lock nobody is writing them any more.
+            with only_writer(run, wait_seconds=0):
+                recover(run)
+        except (BusyError, StorageError) as error:
+            logger.warning("a step is being exchanged; listed is what is whole now (%s)", error)
     # No weights are read here, and opening a run unpickles nothing that could run code.
     opened = open_run(run, step, trust=True)
     mixtures = user_mixtures(opened.parts.head, opened.users)[:-1]
@@ -73,10 +81,13 @@ def _forget_user(run: RunDirectory, user_id: str) -> dict[str, Any]:
 def recover(run: RunDirectory) -> None:
     """Finishes the exchange of steps that `forget_user` was interrupted in; does nothing where none was.
 
+    For the only writer of the run: a copy that another process is writing would be deleted.
+
     Raises:
+        FormatError: a copy is of another version of pal_ds; nothing was deleted.
         UserError: a step has lost its name and neither copy of it is intact; nothing was deleted.
     """
-    aside = [path for stage in (EDITED, OLD) for path in run.checkpoints.glob(f"{stage}step_*")]
+    aside = _copies_aside(run)
     for name in sorted({path.name.removeprefix(EDITED).removeprefix(OLD) for path in aside}):
         path = run.checkpoints / name
         edited, old = _aside(path)
@@ -89,7 +100,11 @@ def recover(run: RunDirectory) -> None:
         # An old copy without an edited one was replaced before: it must not come back, the user is in it.
         for leftover in (edited, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        _sync(run.checkpoints)
+        sync_to_disk(run.checkpoints)
+
+
+def _copies_aside(run: RunDirectory) -> list[Path]:
+    return [path for stage in (EDITED, OLD) for path in run.checkpoints.glob(f"{stage}step_*")]
 
 
 def _aside(path: Path) -> tuple[Path, Path]:
@@ -100,6 +115,8 @@ def _aside(path: Path) -> tuple[Path, Path]:
 def _is_intact(path: Path) -> bool:
     try:
         verify_checkpoint(path)
+    except FormatError:
+        raise
     except UserError:
         return False
     return True
@@ -117,11 +134,11 @@ def _rewrite_checkpoint(path: Path, manifest: dict[str, Any], user_id: str) -> N
     for name in USER_FILES:
         files[name] = entry_of(edited / name)
     write_manifest(edited, {**manifest, "files": files})
-    _sync(edited)
-    _sync(path.parent)
+    sync_to_disk(edited)
+    sync_to_disk(path.parent)
     path.rename(old)
     edited.rename(path)
-    _sync(path.parent)
+    sync_to_disk(path.parent)
     shutil.rmtree(old)
 
 
@@ -131,16 +148,7 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-        _sync(Path(target))
-
-
-def _sync(path: Path) -> None:
-    """A file's or folder's content is on the disk, not only in its cache."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync_to_disk(Path(target))
 
 
 def _forget_in_evaluations(run: RunDirectory, user_id: str) -> list[str]:
@@ -173,8 +181,6 @@ def _rewrite_rows(path: Path, user_id: str) -> bool:
     kept = table.filter(pc.field("user_id") != user_id)
     if len(kept) == len(table):
         return False
-    edited = path.with_name(path.name + ".tmp")
-    pq.write_table(kept, edited)
-    _sync(edited)
-    os.replace(edited, path)
+    with replacing(path) as edited:
+        pq.write_table(kept, edited)
     return True

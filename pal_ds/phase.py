@@ -16,9 +16,11 @@ class Phase(NamedTuple):
     since: float
     """time.monotonic() at its begin."""
     num_entered: int
-    """Phases entered so far in this process: it grows wherever there is progress."""
+    """Phases entered and marks of progress so far in this process: it grows wherever there is any."""
     num_in_step: int = 0
     """Of these, since `step` last changed: phases that one rank alone enters must not make it look ahead for ever."""
+    patience: float = 1.0
+    """How many times longer than others this phase may take: for code of others that calls no `progress`."""
 
     def __str__(self) -> str:
         return f"{self.name} at update {self.step}"
@@ -30,13 +32,22 @@ STARTED = time.monotonic()
 _current = Phase("start", 0, time.monotonic(), 0)
 
 
-def enter(name: str, step: int | None = None) -> None:
+def enter(name: str, step: int | None = None, *, patience: float = 1.0) -> None:
     """Says that this process now begins `name`; `step` stays as it was where none is given."""
     global _current
     before = _current
     step = before.step if step is None else step
     num_in_step = before.num_in_step + 1 if step == before.step else 0
-    _current = Phase(name, step, time.monotonic(), before.num_entered + 1, num_in_step)
+    _current = Phase(name, step, time.monotonic(), before.num_entered + 1, num_in_step, patience)
+
+
+def progress() -> None:
+    """Says that the current phase goes on; costs a microsecond, so loops over megabytes may call it each time round.
+
+    Ranks move different amounts of bytes, so this leaves `num_in_step` alone, by which they are compared.
+    """
+    global _current
+    _current = _current._replace(num_entered=_current.num_entered + 1)
 
 
 def current() -> Phase:

@@ -7,10 +7,15 @@ import contextlib
 import json
 import os
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pal_ds.errors import UserError, writing
+
+SECONDS_TO_EVALUATE = 3600.0
+"""Far longer than an evaluation takes to write its tables."""
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -19,25 +24,29 @@ def write_atomically(path: Path, text: str) -> None:
     Raises:
         StorageError: there is no room or no permission; the old text is still there.
     """
+    with writing(path), replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write what is to be `path`: at the end of the block it is on the disk and under that name."""
     # A name of its own: the watchdog's thread may tell of a failure while the main thread writes the same file.
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{threading.get_ident()}")
-    with writing(path):
-        try:
-            with open(temporary, "w", encoding="utf-8") as stream:
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, path)
-        except OSError:
-            # What did fit would take room for nothing.
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
-        sync_directory(path.parent)
+    try:
+        yield temporary
+        sync_to_disk(temporary)
+        os.replace(temporary, path)
+    except OSError:
+        # What did fit would take room for nothing.
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    sync_to_disk(path.parent)
 
 
-def sync_directory(path: Path) -> None:
-    """What was created, renamed or deleted in a directory stays so when the machine loses power."""
+def sync_to_disk(path: Path) -> None:
+    """A file's content, or what was created, renamed or deleted in a directory, outlives a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -79,9 +88,13 @@ class RunDirectory:
         return json.loads(path.read_text()) if path.is_file() else None
 
     def discard_temporaries(self) -> None:
-        """Deletes what killed writers of small files left; nobody else may be writing."""
+        """Deletes what killed writers of small files left; nobody but evaluations may be writing."""
         for path in self.path.glob("*.tmp-*-*"):
             path.unlink(missing_ok=True)
+        for path in self.eval.glob("*.tmp-*-*"):
+            # Evaluations need no lock: one may be at work on a young file right now.
+            if time.time() - path.lstat().st_mtime > SECONDS_TO_EVALUATE:
+                path.unlink(missing_ok=True)
 
     def require_run(self) -> None:
         """Raises UserError where no run lies here."""

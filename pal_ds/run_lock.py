@@ -11,7 +11,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pal_ds.errors import UserError, writing
+from pal_ds import phase
+from pal_ds.errors import BusyError, UserError, writing
 from pal_ds.run_dir import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ def only_writer(run: RunDirectory, wait_seconds: float = WAIT_SECONDS) -> Iterat
     """Holds `D/lock` inside the block. The kernel lets go of it however the process ends.
 
     Raises:
-        UserError: another process holds it, and still does after `wait_seconds`.
+        BusyError: another process holds it, and still does after `wait_seconds`.
         StorageError: the run directory cannot be written to.
     """
     if run.path.exists() and not run.path.is_dir():
@@ -65,21 +66,29 @@ def _acquired(run: RunDirectory, wait_seconds: float) -> int:
             if error.errno not in _TAKEN:
                 return _unlocked(path, error)
             if time.monotonic() > deadline:
-                raise UserError(
-                    f"{run.path}: in use by {holder}. One training or removal at a time: wait for it, or name another "
-                    "--run_dir."
+                raise BusyError(
+                    f"{run.path}: in use by {holder}. One training or removal at a time: start again later, or name "
+                    "another --run_dir."
                 ) from None
             if not told:
                 logger.warning("%s: in use by %s; waiting %.0f s", run.path, holder, wait_seconds)
                 told = True
+            phase.progress()  # this wait has its own end
             time.sleep(0.2)
             continue
         if _is_at(path, descriptor):
-            who = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.ctime()}
             os.ftruncate(descriptor, 0)
-            os.write(descriptor, json.dumps(who).encode())
+            os.write(descriptor, json.dumps(_own_name()).encode())
             return descriptor
         os.close(descriptor)
+
+
+def _own_name() -> dict[str, str | int]:
+    """By what a person can find this process; a job of SLURM by its number, as its host may be anywhere."""
+    who: dict[str, str | int] = {"host": socket.gethostname(), "pid": os.getpid()}
+    given = {"slurm_job": "SLURM_JOB_ID", "slurm_restarts": "SLURM_RESTART_COUNT"}
+    job = {name: os.environ[key] for name, key in given.items() if key in os.environ}
+    return {**who, **job, "since": time.ctime()}
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

@@ -23,7 +23,6 @@ from pal_ds.engine.dist import World
 from pal_ds.engine.ds_config import ds_config_of
 from pal_ds.engine.frozen import encode_once
 from pal_ds.engine.guard import UpdateGuard
-from pal_ds.engine.manifest import newest_intact
 from pal_ds.engine.optim import apply_settings
 from pal_ds.engine.sharding import (
     parameter_bytes_on_this_rank,
@@ -33,6 +32,7 @@ from pal_ds.engine.sharding import (
 )
 from pal_ds.engine.step import Stepper
 from pal_ds.engine.stop import StopWatch
+from pal_ds.engine.verify import newest_intact_for_all
 from pal_ds.errors import UserError
 from pal_ds.model import RewardModel
 from pal_ds.run_dir import RunDirectory
@@ -40,6 +40,9 @@ from pal_ds.tracking import Tracker
 from pal_ds.users import UserTable
 
 logger = logging.getLogger(__name__)
+
+SLOW = 6.0
+"""Patience for what transformers and DeepSpeed do with a whole model, as they say nothing of their progress."""
 
 
 @dataclass
@@ -131,7 +134,7 @@ def start_training(
     collator = replace(encoded or parts.collator, table_rows=table_rows)
     backbone: nn.Module = GivenStates()
     if encoded is None:
-        phase.enter("load weights")
+        phase.enter("load weights", patience=SLOW)
         with partitioned_loading(ds_config):
             backbone = load_backbone(parts, config, gpu=world.device.type == "cuda")
         if parts.needs_store:
@@ -142,7 +145,7 @@ def start_training(
         # ZeRO-3 packs all weights into one buffer, so the head shares the backbone's dtype; masters stay fp32.
         parts.head.to(torch.bfloat16)
     guard = UpdateGuard(config.train, world)
-    phase.enter("start the engine")
+    phase.enter("start the engine", patience=SLOW)
     engine = start_training_engine(
         RewardModel(backbone, parts.head), config.optim, ds_config, guard
     )
@@ -182,7 +185,7 @@ def encode_frozen(
     backbone: nn.Module, collator: Collator, rows: np.ndarray, config: RunConfig, world: World
 ) -> Collator:
     """The collator with stored states of every text of the comparisons `rows`; the backbone is not needed after it."""
-    phase.enter("start the encoder")
+    phase.enter("start the encoder", patience=SLOW)
     encoder = start_inference_engine(backbone, ds_config_of(config.train, world.world_size))
     return encode_once(encoder, collator, rows, config.backbone.encode_batch_texts, world)
 
@@ -202,12 +205,13 @@ def resume(state: Training, *, trust: bool) -> None:
     world, run = state.world, state.run
     phase.enter("resume")
 
+    intact = newest_intact_for_all(run, world, trust=trust)
+
     def choose() -> tuple[str, dict[str, Any], dict[str, Any] | None] | None:
-        found = newest_intact(run, trust=trust)
-        if found is None:
+        if intact is None:
             run.drop_metrics_after(0)
             return None
-        path, manifest = found
+        path, manifest = intact
         refuse_other_launch(path, manifest, state.data.hash, state.data.path)
         refuse_other_base(path, manifest, state.base_weights)
         # As the checkpoint knew it: best.json may be of a step that is damaged or was never published.

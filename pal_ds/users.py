@@ -20,6 +20,8 @@ from torch import Tensor
 from pal_ds.errors import UserError
 from pal_ds.heads.shapes import Float, Int
 
+USER_FILES = ("users.safetensors", "users.arrow")
+"""What a table is on disk."""
 _FORMAT = "pal_ds.users/1"
 _NAMED_IN_ERRORS = 5
 
@@ -208,14 +210,14 @@ class UserTable:
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {k: t.cpu().contiguous() for k, t in self._tensors().items() if k != "seen"}
         metadata = {"format": _FORMAT, "seed": str(self.seed)}
-        save_file(tensors, str(directory / "users.safetensors"), metadata)
+        save_file(tensors, str(directory / USER_FILES[0]), metadata)
         columns = {
             "id": pa.array(self.ids, pa.string()),
             "row": pa.array(range(len(self)), pa.int64()),
             "seen": pa.array(self.seen.tolist(), pa.bool_()),
         }
         index = pa.table(columns)
-        with pa.ipc.new_file(str(directory / "users.arrow"), index.schema) as writer:
+        with pa.ipc.new_file(str(directory / USER_FILES[1]), index.schema) as writer:
             writer.write_table(index)
 
     @classmethod
@@ -229,7 +231,7 @@ class UserTable:
         import pyarrow as pa
         from safetensors import safe_open
 
-        tensor_path, index_path = (Path(directory) / f"users.{e}" for e in ("safetensors", "arrow"))
+        tensor_path, index_path = (Path(directory) / name for name in USER_FILES)
         for path in (tensor_path, index_path):
             if not path.is_file():
                 raise UserError(

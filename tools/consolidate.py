@@ -9,11 +9,10 @@ One process, no DeepSpeed, no GPU; a backbone that was trained whole streams ten
 import argparse
 import logging
 import os
-import sys
 from pathlib import Path
 
 from pal_ds.arguments import mixture
-from pal_ds.errors import UserError, storage_error
+from pal_ds.errors import UserError, end_with
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -68,11 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
             ),
         )
     except (UserError, OSError) as error:
-        told = error if isinstance(error, UserError) else storage_error(error)
-        if told is None:
-            raise
-        print(f"consolidate: error: {told}", file=sys.stderr)
-        sys.exit(told.exit_code)
+        end_with(error, "consolidate")
     print(
         f"{options.out}: step {facts['step']}, scores for {facts['audience']}; largest difference "
         f"to the trainer {facts['max_difference']:.2e}"

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pal_ds.errors import UserError, writing
+from pal_ds.errors import UserError, end_with, writing
 
 if TYPE_CHECKING:
     from pal_ds.run_dir import RunDirectory
@@ -58,7 +58,7 @@ def exchange(run: "RunDirectory", world_size: int, step: str, *, trust: bool) ->
     from pal_ds.engine.reshard import write_resharded
     from pal_ds.forget import EDITED, OLD, recover
     from pal_ds.progress import progress_bar
-    from pal_ds.run_dir import sync_directory
+    from pal_ds.run_dir import sync_to_disk
 
     # Gives a step its name back that an interrupted exchange, of this tool or of `users`, left under another.
     recover(run)
@@ -73,7 +73,7 @@ def exchange(run: "RunDirectory", world_size: int, step: str, *, trust: bool) ->
     with writing(path):
         path.rename(old)
         edited.rename(path)
-        sync_directory(path.parent)
+        sync_to_disk(path.parent)
         shutil.rmtree(old)
     return f"{path}: resharded from world size {manifest['world_size']} to {world_size}"
 
@@ -87,9 +87,8 @@ def main(arguments: list[str] | None = None) -> None:
         done = reshard(
             options.run, options.world_size, options.step, trust=options.trust_checkpoint
         )
-    except UserError as error:
-        print(f"reshard: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    except (UserError, OSError) as error:
+        end_with(error, "reshard")
     print(done)
 
 

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import xxhash
 
+from pal_ds import phase
+
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
 
 
@@ -18,4 +20,5 @@ def weights_fingerprint(path: str, revision: str | None) -> str:
         with open(file, "rb") as stream:
             while chunk := stream.read(1 << 24):
                 digest.update(chunk)
+                phase.progress()
     return f"xxh3_128:{digest.hexdigest()}"

@@ -6,29 +6,27 @@ noise and dropout are functions of (seed, update); see `data/plan.py` and `engin
 
 import logging
 import os
-import time
+import stat
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as torch_dist
 
 from pal_ds import phase
 from pal_ds.engine.dist import World
 from pal_ds.engine.faults import reached
-from pal_ds.engine.manifest import ENGINE_TAG, entry_of, write_manifest
+from pal_ds.engine.manifest import entry_of, write_manifest
 from pal_ds.engine.reshard import shards_for
 from pal_ds.engine.retention import REPLACED, discard, discard_leftovers
 from pal_ds.engine.shard_files import ShardFiles
+from pal_ds.engine.shards import ENGINE_FOLDER
 from pal_ds.engine.torch_archive import ForeignObjectError
+from pal_ds.engine.verify import wait_for_files
 from pal_ds.errors import StorageError, UserError, writing
-from pal_ds.run_dir import RunDirectory, sync_directory, write_json
+from pal_ds.run_dir import RunDirectory, sync_to_disk, write_json
 from pal_ds.users import UserTable
 
 logger = logging.getLogger(__name__)
-
-SECONDS_TO_APPEAR = 60
-"""A network file system may show one node's files to another with this delay."""
 
 
 def save_checkpoint(
@@ -45,7 +43,7 @@ def save_checkpoint(
     def start() -> None:
         with writing(temporary):
             discard_leftovers(run)
-            (temporary / ENGINE_TAG).mkdir(parents=True)
+            (temporary / ENGINE_FOLDER).mkdir(parents=True)
 
     def publish() -> None:
         with writing(temporary):
@@ -77,18 +75,14 @@ def _write_shards(engine: Any, temporary: Path, world: World) -> dict[str, dict[
     # Scripts that DeepSpeed would copy beside the tag, on one rank and without a net; tools/consolidate.py is ours.
     engine._copy_recovery_script = lambda _: None
     engine.save_checkpoint(
-        str(temporary), tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=True
+        str(temporary), tag=ENGINE_FOLDER, save_latest=False, exclude_frozen_parameters=True
     )
     return world.on_every_rank(lambda: shards.entries(temporary))
 
 
 def _gathered(mine: dict[str, dict[str, Any]], world: World) -> dict[str, dict[str, Any]]:
     """The entries of all ranks, on every rank."""
-    parts: list[Any] = [mine]
-    if world.world_size > 1:
-        parts = [None] * world.world_size
-        torch_dist.all_gather_object(parts, mine)
-    return {name: entry for part in parts for name, entry in part.items()}
+    return {name: entry for part in world.gather(mine) for name, entry in part.items()}
 
 
 def _write_users(users: UserTable, temporary: Path) -> None:
@@ -100,7 +94,7 @@ def _write_manifest(
     temporary: Path, entries: dict[str, dict[str, Any]], facts: dict[str, Any], world: World
 ) -> None:
     """The manifest of all files there are, and everything on the disk."""
-    _wait_for_files(temporary, entries)
+    wait_for_files(temporary, entries)
     files = dict(entries)
     for path in temporary.rglob("*"):
         name = path.relative_to(temporary).as_posix()
@@ -111,28 +105,13 @@ def _write_manifest(
     write_manifest(temporary, {**measured, **facts, "files": dict(sorted(files.items()))})
     for path in (*temporary.rglob("*"), temporary):
         if path.is_dir():
-            sync_directory(path)
-        # Whatever this process's umask allows, no stranger may change a checkpoint.
-        path.chmod(path.stat().st_mode & ~0o002)
+            sync_to_disk(path)
+        mode = path.stat().st_mode
+        if mode & stat.S_IWOTH:
+            # Whatever this process's umask allows, no stranger may change a checkpoint. Asked for only then, as some
+            # file systems know no chmod.
+            path.chmod(mode & ~stat.S_IWOTH)
     reached("manifest written")
-
-
-def _wait_for_files(temporary: Path, entries: dict[str, dict[str, Any]]) -> None:
-    """Until this node sees what the others wrote.
-
-    Raises:
-        StorageError: it never does, as where every node has a disk of its own under this name.
-    """
-    deadline = time.monotonic() + SECONDS_TO_APPEAR
-    for name, entry in entries.items():
-        path = temporary / name
-        while not (path.is_file() and path.stat().st_size == entry["size"]):
-            if time.monotonic() > deadline:
-                raise StorageError(
-                    f"{path}: another rank wrote it, and rank 0 does not see it whole. --run_dir must lie on a file "
-                    "system that all nodes share."
-                )
-            time.sleep(0.1)
 
 
 def _publish(run: RunDirectory, step: int, temporary: Path) -> None:
@@ -144,7 +123,7 @@ def _publish(run: RunDirectory, step: int, temporary: Path) -> None:
         os.replace(final, replaced)
         reached("old step set aside")
     os.replace(temporary, final)
-    sync_directory(final.parent)
+    sync_to_disk(final.parent)
     reached("renamed")
     write_json(run.path / "latest.json", {"step": step, "path": str(final.relative_to(run.path))})
     reached("latest.json written")
@@ -190,7 +169,7 @@ def load_checkpoint(
     engine.checkpoint_engine = shards_for(engine, path, world)
     try:
         users.load_state_dict(stored.state_dict())
-        loaded, _ = engine.load_checkpoint(str(path), tag=ENGINE_TAG, load_module_strict=False)
+        loaded, _ = engine.load_checkpoint(str(path), tag=ENGINE_FOLDER, load_module_strict=False)
     except ForeignObjectError:
         raise
     except (RuntimeError, UserError) as error:

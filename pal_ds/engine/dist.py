@@ -77,6 +77,13 @@ class World:
                 raise kind(text if rank == 0 else f"rank {rank}: {text}")
         return made  # type: ignore[return-value]
 
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks in rank order, on every rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            torch_dist.all_gather_object(values, value)
+        return values
+
     def any_rank(self, *flags: bool) -> list[bool]:
         """For each flag, whether it is set on at least one rank; equal on all ranks."""
         if self.world_size == 1:

@@ -89,6 +89,7 @@ def load_ds_config(name_or_path: str) -> tuple[dict[str, Any], str]:
             f"{path}: a DeepSpeed config is a JSON object, found {type(config).__name__}."
         )
     _check_shape(config, path)
+    _check_supported(config.get("zero_optimization", {}), path)
     zero = config.get("zero_optimization", {})
     for section, removed, found in (
         ("", REMOVED_KEYS, config),
@@ -118,6 +119,31 @@ def _check_shape(config: dict[str, Any], path: Path) -> None:
         near = difflib.get_close_matches(key, COMMON_KEYS, n=1, cutoff=0.8)
         if near and near[0] != key and key not in COMMON_KEYS:
             raise UserError(f"{path}: DeepSpeed knows no key {key}. Did you mean {near[0]}?")
+
+
+def _check_supported(zero: dict[str, Any], path: Path) -> None:
+    """Raises UserError for what DeepSpeed can do and a checkpoint or the guard over updates cannot follow."""
+    problems = []
+    for section in ("offload_optimizer", "offload_param"):
+        offload = zero.get(section)
+        if not isinstance(offload, dict):
+            continue  # DeepSpeed refuses what is none
+        if offload.get("device") == "nvme":
+            problems.append(
+                f'{section}.device is "nvme": DeepSpeed would copy swap files into checkpoints, unhashed. Offload to '
+                '"cpu"'
+            )
+        if offload.get("ratio", 1) != 1:
+            problems.append(
+                f"{section}.ratio is {json.dumps(offload['ratio'])}: part of the model would be stepped by an "
+                "optimizer that neither the schedule nor the guard over updates reaches. Delete it (or set it to 1)"
+            )
+    if zero.get("compute_grad_norm", True) is not True:
+        problems.append(
+            f"compute_grad_norm is {json.dumps(zero['compute_grad_norm'])}: updates are judged by that norm. Delete it"
+        )
+    if problems:
+        raise UserError(f"{path}: zero_optimization.{problems[0]}.")
 
 
 def check_zero_section(config: dict[str, Any], name_or_path: str) -> None:

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import stat
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,8 +18,8 @@ import xxhash
 from pal_ds import phase
 from pal_ds.engine.retention import restore_replaced
 from pal_ds.engine.shard_files import FileEntry
-from pal_ds.engine.torch_archive import ForeignObjectError, load_archive
-from pal_ds.errors import UserError
+from pal_ds.engine.torch_archive import CHUNK, ForeignObjectError, load_archive
+from pal_ds.errors import StorageError, UserError
 from pal_ds.run_dir import RunDirectory, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,6 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 2
 """2 added the manifest's own checksum."""
 MANIFEST = "manifest.json"
-ENGINE_TAG = "engine"
 _FIELDS = {
     "step": int,
     "world_size": int,
@@ -41,12 +41,21 @@ class UntrustedCheckpointError(UserError):
     """A checkpoint that others may have written; not damaged, so no reason to fall back to an older one."""
 
 
+class FormatError(UserError):
+    """A checkpoint of another version of pal_ds; not damaged, so falling back to an older one would lose it."""
+
+
+NO_DAMAGE = (UntrustedCheckpointError, ForeignObjectError, FormatError, StorageError)
+"""What ends a start rather than sending it to an older checkpoint."""
+
+
 def hash_file(path: Path) -> str:
     """xxh3, 128 bits, in hexadecimal: fast enough for shards of many gigabytes."""
     digest = xxhash.xxh3_128()
     with open(path, "rb") as stream:
-        while chunk := stream.read(1 << 24):
+        while chunk := stream.read(CHUNK):
             digest.update(chunk)
+            phase.progress()
     return digest.hexdigest()
 
 
@@ -74,7 +83,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """manifest.json of a checkpoint, unharmed and of a known format; none of the files it names is looked at.
 
     Raises:
-        UserError: it is missing, damaged, of another format, or names files outside the checkpoint.
+        FormatError: another version of pal_ds wrote it.
+        UserError: it is missing, damaged, or names files outside the checkpoint.
     """
     file = path / MANIFEST
     if not file.is_file():
@@ -88,16 +98,32 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{file}: not valid JSON ({error}); the checkpoint is damaged.") from None
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if type(version) is not int:
+        raise UserError(f"{file}: names no format version; the checkpoint is damaged.")
     if version != FORMAT_VERSION:
-        raise UserError(
-            f"{file}: format {version}, this version reads {FORMAT_VERSION}. Use the version of pal_ds that wrote it."
-        )
-    checksum = str(manifest.get("checksum"))
-    blank = content.replace(checksum.encode(), _NO_CHECKSUM.encode(), 1)
-    if checksum != xxhash.xxh3_128(blank).hexdigest():
+        # Unless it is ours but for that very number.
+        theirs, ours = (f'"format_version": {v}'.encode() for v in (version, FORMAT_VERSION))
+        if not _has_own_checksum(content.replace(theirs, ours, 1), manifest):
+            raise FormatError(_other_format(file, version))
+    if version != FORMAT_VERSION or not _has_own_checksum(content, manifest):
         raise UserError(f"{file}: does not match its own checksum; the checkpoint is damaged.")
     _check_fields(file, manifest)
     return manifest
+
+
+def _has_own_checksum(content: bytes, manifest: dict[str, Any]) -> bool:
+    checksum = str(manifest.get("checksum"))
+    blank = content.replace(checksum.encode(), _NO_CHECKSUM.encode(), 1)
+    return checksum == xxhash.xxh3_128(blank).hexdigest()
+
+
+def _other_format(file: Path, version: int) -> str:
+    newer = version > FORMAT_VERSION
+    return (
+        f"{file}: of format {version}, written by {'a newer' if newer else 'an older'} version of pal_ds; this one "
+        f"reads format {FORMAT_VERSION}. {'Update pal_ds' if newer else 'Go on with that version'}, or start in "
+        "another --run_dir; nothing was changed here."
+    )
 
 
 def _check_fields(file: Path, manifest: dict[str, Any]) -> None:
@@ -128,9 +154,18 @@ def verify_checkpoint(path: Path, *, trust: bool = False) -> dict[str, Any]:
 
     Raises:
         UntrustedCheckpointError: others may have written it, and `trust` is not given.
+        FormatError: another version of pal_ds wrote it.
         ForeignObjectError: a shard names an object that reading it would run.
         UserError: what is wrong with which file.
     """
+    manifest = check_listing(path, trust=trust)
+    for name, entry in manifest["files"].items():
+        check_content(path / name, entry)
+    return manifest
+
+
+def check_listing(path: Path, *, trust: bool = False) -> dict[str, Any]:
+    """The cheap part of `verify_checkpoint`, which reads no file but the manifest."""
     manifest = read_manifest(path)
     files = manifest["files"]
     if not trust:
@@ -149,7 +184,6 @@ def verify_checkpoint(path: Path, *, trust: bool = False) -> dict[str, Any]:
             f"{file}: is not named in the manifest, and DeepSpeed might read it. Take it out of the checkpoint."
         )
     for name, entry in files.items():
-        phase.enter("verify a checkpoint")
         file = path / name
         if not file.is_file():
             raise UserError(f"{file}: named in the manifest but missing.")
@@ -157,12 +191,16 @@ def verify_checkpoint(path: Path, *, trust: bool = False) -> dict[str, Any]:
             raise UserError(
                 f"{file}: {file.stat().st_size} bytes, the manifest says {entry['size']}."
             )
-        if hash_file(file) != entry["xxh3_128"]:
-            raise UserError(f"{file}: its content does not match the hash in the manifest.")
-        if file.suffix == ".pt":
-            # Costs kilobytes: tensors stay where they are.
-            load_archive(file)
     return manifest
+
+
+def check_content(file: Path, entry: dict[str, Any]) -> None:
+    """The expensive part of `verify_checkpoint`, of one file: reads all of it."""
+    if hash_file(file) != entry["xxh3_128"]:
+        raise UserError(f"{file}: its content does not match the hash in the manifest.")
+    if file.suffix == ".pt":
+        # Costs kilobytes: tensors stay where they are.
+        load_archive(file)
 
 
 def refuse_strangers(path: Path) -> None:
@@ -187,14 +225,21 @@ def newest_intact(run: RunDirectory, *, trust: bool = False) -> tuple[Path, dict
 
     Raises:
         UntrustedCheckpointError, ForeignObjectError: the newest that is whole may come from a stranger.
+        FormatError: the newest that is whole is of another version of pal_ds.
         UserError: there are checkpoints and none is intact.
     """
     restore_replaced(run)
-    steps = run.all_steps()
+    return first_intact(run, run.all_steps(), lambda path: verify_checkpoint(path, trust=trust))
+
+
+def first_intact(
+    run: RunDirectory, steps: list[int], verify: Callable[[Path], dict[str, Any]]
+) -> tuple[Path, dict[str, Any]] | None:
+    """The last of `steps` that `verify` finds no damage in; raises as `newest_intact` does."""
     for step in reversed(steps):
         try:
-            return run.checkpoint(step), verify_checkpoint(run.checkpoint(step), trust=trust)
-        except (UntrustedCheckpointError, ForeignObjectError):
+            return run.checkpoint(step), verify(run.checkpoint(step))
+        except NO_DAMAGE:
             raise
         except UserError as error:
             logger.warning("skipping a damaged checkpoint: %s", error)

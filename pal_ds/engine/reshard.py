@@ -15,16 +15,15 @@ from typing import Any
 
 from pal_ds.engine.dist import World
 from pal_ds.engine.layout import Layout
-from pal_ds.engine.manifest import ENGINE_TAG, entry_of, write_manifest
+from pal_ds.engine.manifest import entry_of, write_manifest
 from pal_ds.engine.resharder import Resharder
 from pal_ds.engine.shard_files import ShardFiles
-from pal_ds.engine.shards import ShardedCheckpoint
+from pal_ds.engine.shards import ENGINE_FOLDER, ShardedCheckpoint
 from pal_ds.errors import UserError, writing
-from pal_ds.run_dir import sync_directory
+from pal_ds.run_dir import sync_to_disk
+from pal_ds.users import USER_FILES
 
 logger = logging.getLogger(__name__)
-
-_USER_FILES = ("users.safetensors", "users.arrow")
 
 
 class ReshardedShards(ShardFiles):
@@ -156,19 +155,19 @@ def write_resharded(
     shards, files = ShardFiles(), dict[str, Any]()
     try:
         with writing(out):
-            (out / ENGINE_TAG).mkdir(parents=True)
-            for name in _USER_FILES:
+            (out / ENGINE_FOLDER).mkdir(parents=True)
+            for name in USER_FILES:
                 shutil.copyfile(path / name, out / name)
                 files[name] = entry_of(out / name)
             for rank in range(world_size):
                 for name, make in resharder.files(rank).items():
-                    shards.save(make(), str(out / ENGINE_TAG / name))
+                    shards.save(make(), str(out / ENGINE_FOLDER / name))
                 files |= shards.entries(out)
                 yield sum(entry["size"] for entry in files.values())
             facts = {"world_size": world_size, "files": dict(sorted(files.items()))}
             write_manifest(out, {**manifest, **facts})
-            for folder in (out / ENGINE_TAG, out, out.parent):
-                sync_directory(folder)
+            for folder in (out / ENGINE_FOLDER, out, out.parent):
+                sync_to_disk(folder)
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)
         raise

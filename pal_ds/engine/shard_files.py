@@ -4,6 +4,7 @@ DeepSpeed saves through an exchangeable object. Its own raises on the one rank w
 in a barrier; and it reads pickles that may run any code.
 """
 
+import io
 import os
 import pickle
 import re
@@ -13,9 +14,13 @@ from typing import IO, Any, NamedTuple, cast
 import torch
 import xxhash
 
+from pal_ds import phase
 from pal_ds.engine.faults import reached
-from pal_ds.engine.torch_archive import foreign_object
+from pal_ds.engine.torch_archive import CHUNK, foreign_object
 from pal_ds.errors import StorageError, UserError, storage_error
+
+SYNCED_AT_ONCE = 1 << 30
+"""Bytes of a shard that may wait in the cache."""
 
 
 class FileEntry(NamedTuple):
@@ -43,8 +48,7 @@ class ShardFiles:
                 torch.save(state_dict, cast(IO[bytes], shard))
                 if shard.failure is not None:
                     raise shard.failure
-                stream.flush()
-                os.fsync(stream.fileno())
+                shard.sync()
         except OSError as error:
             self.failure = _as_told(error, path)
             return
@@ -80,8 +84,12 @@ class ShardFiles:
             ForeignObjectError: the shard names anything else.
         """
         try:
-            with torch.serialization.safe_globals(_classes_in_shards()):
-                return torch.load(path, map_location=map_location, weights_only=True)
+            with (
+                torch.serialization.safe_globals(_classes_in_shards()),
+                io.FileIO(path) as stream,
+            ):
+                marked = cast(IO[bytes], _MarkedReader(stream))
+                return torch.load(marked, map_location=map_location, weights_only=True)
         except pickle.UnpicklingError as error:
             # The rest of torch's message tells how to read it all the same.
             named = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -125,25 +133,62 @@ class _HashedStream:
     def __init__(self, stream: Any) -> None:
         self._stream = stream
         self._digest = xxhash.xxh3_128()
-        self._size = 0
+        self._size = self._num_synced = 0
         self.failure: OSError | None = None
 
     def write(self, data: Any) -> int:
-        if self.failure is None:
-            try:
-                self._stream.write(data)
-            except OSError as error:
-                self.failure = error
-            self._digest.update(data)
-            self._size += len(data)
-            reached("inside a shard")
+        whole = memoryview(data)
+        for begin in range(0, len(whole), CHUNK):
+            if self.failure is None:
+                self._write(whole[begin : begin + CHUNK])
+        reached("inside a shard")
         return len(data)
+
+    def _write(self, data: memoryview) -> None:
+        """A part of a tensor, which may be as large as the shard."""
+        try:
+            self._stream.write(data)
+            # Else what the cache took in minutes would leave it at the end, at once and without a sign of progress.
+            if self._size - self._num_synced > SYNCED_AT_ONCE:
+                self.sync()
+        except OSError as error:
+            self.failure = error
+        self._digest.update(data)
+        self._size += len(data)
+        phase.progress()
+
+    def sync(self) -> None:
+        """What was written is on the disk itself, past its cache. Raises OSError where it cannot be."""
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._num_synced = self._size
 
     def flush(self) -> None:
         """The file is flushed once, at its end."""
 
     def entry(self) -> FileEntry:
         return FileEntry(self._size, self._digest.hexdigest())
+
+
+class _MarkedReader:
+    """A binary file for `torch.load`, which reads a whole tensor at a time."""
+
+    def __init__(self, stream: io.FileIO) -> None:
+        self._stream = stream
+        self.seek, self.tell, self.fileno = stream.seek, stream.tell, stream.fileno
+        self.readline = stream.readline
+
+    def read(self, size: int = -1) -> bytes:
+        phase.progress()
+        return self._stream.read(size)
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        done = 0
+        while num_read := self._stream.readinto(view[done : done + CHUNK]):
+            done += num_read
+            phase.progress()
+        return done
 
 
 def _as_told(error: OSError, path: str) -> StorageError:

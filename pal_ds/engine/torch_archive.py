@@ -17,8 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pal_ds import phase
 from pal_ds.errors import UserError
 
+CHUNK = 1 << 24
+"""Bytes that are read or written at a time, so that a large tensor shows progress."""
 _LOCAL_HEADER = struct.Struct("<26xHH")
 _CONTAINERS = {
     kind.__name__: kind for kind in (bool, bytearray, dict, float, frozenset, int, list, set, tuple)
@@ -205,7 +208,8 @@ def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _fill(stream: Any, view: memoryview, path: Path) -> None:
     done = 0
     while done < len(view):
-        num_read = stream.readinto(view[done:])
+        num_read = stream.readinto(view[done : done + CHUNK])
+        phase.progress()
         if not num_read:
             raise UserError(
                 f"{path}: ends before its tensors do; take another checkpoint (--step)."

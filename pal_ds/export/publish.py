@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 
 from pal_ds.engine.faults import reached
-from pal_ds.run_dir import sync_directory
+from pal_ds.run_dir import sync_to_disk
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +33,10 @@ def publish(temporary: Path, out: Path) -> None:
         if path.is_file():
             with open(path, "rb") as stream:
                 os.fsync(stream.fileno())
-    sync_directory(temporary)
+    sync_to_disk(temporary)
     reached("export written")
     os.replace(temporary, out)
-    sync_directory(out.parent)
+    sync_to_disk(out.parent)
     reached("export renamed")
 
 

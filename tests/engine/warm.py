@@ -132,8 +132,8 @@ def _live_as_rank(
         # Phases are moments, too: they say where in an update a rank was.
         enter = phase.enter
 
-        def entered(name: str, step: int | None = None) -> None:
-            enter(name, step)
+        def entered(name: str, step: int | None = None, **options: float) -> None:
+            enter(name, step, **options)
             reached(f"update: {name}")
 
         phase.enter = entered

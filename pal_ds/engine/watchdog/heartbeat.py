@@ -31,6 +31,8 @@ class Beat(NamedTuple):
     """The line at which the main thread is."""
     waiting: bool
     """Whether the process waits for other ranks inside a collective."""
+    patience: float = 1.0
+    """How many times longer than others the phase may take."""
 
     def __str__(self) -> str:
         return f"`{self.phase}` at update {self.step}"
@@ -120,8 +122,10 @@ class Ledger:
         for failure, since in self._failures.values():
             if now - since > self.patience_seconds:
                 return self._of_symptom(failure, now)
-        if self._beats and now - self._progress_at > self.hang_seconds:
-            return self._of_hang([beat for beat, _ in self._beats.values()], now)
+        beats = [beat for beat, _ in self._beats.values()]
+        patience = max((beat.patience for beat in beats), default=1.0)
+        if beats and now - self._progress_at > patience * self.hang_seconds:
+            return self._of_hang(beats, now)
         return None
 
     def _of_failure(self, failure: Failure) -> Verdict:

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from pal_ds.engine.watchdog.heartbeat import Beat, Failure, Ledger, Verdict, spoken
@@ -22,6 +23,19 @@ from pal_ds.engine.watchdog.lines import (
 )
 
 logger = logging.getLogger(__name__)
+
+
+SECONDS_TO_SHOW_TOKEN = 10.0
+MOST_STRANGERS = 64
+"""Open connections that have shown no token, beyond one for each rank."""
+
+
+@dataclass
+class _Stranger:
+    """A connection that has not shown the token yet."""
+
+    since: float
+    shown: bytes = b""
 
 
 class Hub:
@@ -44,6 +58,7 @@ class Hub:
         self._closing, self._alone = threading.Event(), threading.Event()
         self._ranks: dict[socket.socket, int] = {}
         self._lines: dict[socket.socket, Lines] = {}
+        self._strangers: dict[socket.socket, _Stranger] = {}
         self._selector = selectors.DefaultSelector()
         self._wake, self._woken = socket.socketpair()
         self._selector.register(self._woken, selectors.EVENT_READ)
@@ -77,6 +92,7 @@ class Hub:
             while not self._closing.is_set():
                 for key, _ in self._selector.select(max(0.0, next_beat - time.monotonic())):
                     self._serve(key.fileobj)  # type: ignore[arg-type]
+                self._drop_strangers()
                 slept = self._clock.tick()
                 if slept:
                     self._slept, self._woke_at = slept, self._clock.now
@@ -92,7 +108,7 @@ class Hub:
             self._tell_all({"bye": True})
             self._alone.set()
             own = (self._listener, self._wake, self._woken)
-            for connection in (*self._lines, *filter(None, own)):
+            for connection in (*self._strangers, *self._lines, *filter(None, own)):
                 connection.close()
             self._selector.close()
 
@@ -122,29 +138,54 @@ class Hub:
             with contextlib.suppress(OSError):  # whoever it was has gone again
                 connection = prepared(ready.accept()[0])
                 connection.setblocking(False)
-                self._lines[connection] = Lines()
+                self._strangers[connection] = _Stranger(self._clock.now)
                 self._selector.register(connection, selectors.EVENT_READ)
         elif ready is self._woken:
             ready.recv(64)
         else:
             try:
                 data = ready.recv(LONGEST_LINE)
-                messages = self._lines[ready].feed(data)
-                keep = bool(data) and all(self._take(ready, message) for message in messages)
+                keep = bool(data) and self._hear(ready, data)
             except BlockingIOError:
                 return
-            except (OSError, ValueError, TypeError, KeyError) as error:
-                logger.debug("watchdog: connection of rank %s: %s", self._ranks.get(ready), error)
+            # Whatever one connection brings, the watch over the others goes on.
+            except Exception as error:
+                rank = self._ranks.get(ready)
+                logger.debug("watchdog: connection of rank %s: %s", rank, type(error).__name__)
                 keep = False
             if not keep:
                 self._drop(ready)
 
+    def _hear(self, connection: socket.socket, data: bytes) -> bool:
+        """Whether the connection stays. Nothing is parsed before it has shown the token, which only ranks know."""
+        stranger = self._strangers.get(connection)
+        if stranger is not None:
+            stranger.shown += data
+            own = self.token.encode() + b"\n"
+            if len(stranger.shown) < len(own):
+                return True
+            if not hmac.compare_digest(stranger.shown[: len(own)], own):
+                return False
+            data = stranger.shown[len(own) :]
+            del self._strangers[connection]
+            self._lines[connection] = Lines()
+        messages = self._lines[connection].feed(data)
+        return all(self._take(connection, message) for message in messages)
+
+    def _drop_strangers(self) -> None:
+        """Those who have not shown the token in time, and the first of too many: ranks show it at once."""
+        too_many = len(self._strangers) - self._world_size - MOST_STRANGERS
+        for place, (connection, stranger) in enumerate(list(self._strangers.items())):
+            if place < too_many or self._clock.now - stranger.since > SECONDS_TO_SHOW_TOKEN:
+                self._drop(connection)
+
     def _take(self, connection: socket.socket, message: dict[str, Any]) -> bool:
-        """Whether the connection stays. The first message must show the token, which only ranks know."""
+        """Whether the connection stays. The first message must name a rank that has none yet."""
         if connection not in self._ranks:
-            rank = int(message["rank"])
-            known = hmac.compare_digest(str(message["token"]), self.token)
-            if not known or not 0 < rank < self._world_size or rank in self._ranks.values():
+            rank = message["rank"]
+            if type(rank) is not int or not 0 < rank < self._world_size:
+                return False
+            if rank in self._ranks.values():
                 return False
             self._ranks[connection] = rank
         elif "bye" in message:
@@ -160,6 +201,7 @@ class Hub:
     def _drop(self, connection: socket.socket) -> None:
         rank = self._ranks.pop(connection, None)
         self._lines.pop(connection, None)
+        self._strangers.pop(connection, None)
         self._selector.unregister(connection)
         connection.close()
         if rank is not None:

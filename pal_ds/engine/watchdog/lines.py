@@ -57,8 +57,8 @@ class Lines:
     def feed(self, data: bytes) -> list[dict[str, Any]]:
         """Raises ValueError for what is no message of ours."""
         *lines, self._pending = (self._pending + data).split(b"\n")
-        if len(self._pending) > LONGEST_LINE:
-            raise ValueError("a line without an end")
+        if max(map(len, (*lines, self._pending))) > LONGEST_LINE:
+            raise ValueError("a line that is too long")
         messages = [json.loads(line) for line in lines]
         if not all(isinstance(message, dict) for message in messages):
             raise ValueError("not a message")

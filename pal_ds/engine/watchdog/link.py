@@ -44,7 +44,7 @@ class Link:
         self._closing, self._lock, self._lines = threading.Event(), threading.Lock(), Lines()
         self._socket = prepared(socket.create_connection(address, timeout=SECONDS_TO_LOSE_A_NODE))
         own = beat()
-        self._socket.sendall(as_line({"rank": own.rank, "token": token, "beat": own}))
+        self._socket.sendall(token.encode() + b"\n" + as_line({"rank": own.rank, "beat": own}))
         messages: list[dict[str, Any]] = []
         while not messages:
             messages = self._receive()

@@ -19,7 +19,7 @@ from pal_ds.engine.watchdog.frames import look
 from pal_ds.engine.watchdog.heartbeat import Beat, Failure, Ledger, Verdict
 from pal_ds.engine.watchdog.hub import Hub
 from pal_ds.engine.watchdog.link import Link
-from pal_ds.errors import RankLostError, UserError, storage_error
+from pal_ds.errors import RankLostError, StorageError, UserError, storage_error
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def watch(
             yield
         except Exception as error:
             if world.is_rank_zero and is_symptom(error):
-                on_loss(told(error))
+                record(on_loss, told(error))
             raise
         return
     watcher = Watcher(world, stacks, Pace(60 * hang_minutes, world.world_size), on_loss)
@@ -141,7 +141,7 @@ class Watcher:
         self._arm_native_dump()
         place = (now.name, now.step, time.monotonic() - now.since)
         counts = (now.num_entered, now.num_in_step)
-        return Beat(self.world.rank, self._host, *place, *counts, where, waiting)
+        return Beat(self.world.rank, self._host, *place, *counts, where, waiting, now.patience)
 
     def _arm_native_dump(self) -> None:
         """Where native code keeps the interpreter to itself, no thread of ours runs, but faulthandler's timer does."""
@@ -198,10 +198,7 @@ class Watcher:
         """On one rank: where rank 0 died, on the next."""
         if self.world.rank != int(verdict is not None and verdict[:2] == ("died", (0,))):
             return
-        try:
-            self.on_loss(reason)
-        except OSError as error:
-            logger.warning("the end of the run could not be recorded: %s", error)
+        record(self.on_loss, reason)
 
     def cause_of(self, error: BaseException) -> RankLostError | None:
         """Tells the others of `error`; what to raise instead of it, where it came of another rank's end."""
@@ -241,6 +238,14 @@ class Watcher:
         if self._line is not None and self._thread is not None:
             self._line.close()
             self._thread.join(self.pace.interval)
+
+
+def record(on_loss: Callable[[str], None], reason: str) -> None:
+    """Calls `on_loss`; where it cannot write, the end goes on as it would have."""
+    try:
+        on_loss(reason)
+    except (OSError, StorageError) as error:
+        logger.warning("the end of the run could not be recorded: %s", error)
 
 
 def within(seconds: float, work: Callable[[], object]) -> None:
