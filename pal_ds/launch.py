@@ -125,7 +125,7 @@ def check_run_directory(
         UserError: `fresh` meets a directory that is not empty; a resumed run would have other data or another
             value of a key that alters the result. Another number of ranks is fine.
     """
-    if fresh and any(path.name != LOCK for path in run.path.iterdir()):
+    if fresh and any(path.name not in (LOCK, "slurm") for path in run.path.iterdir()):
         raise UserError(
             f"{run.path}: --fresh needs an empty directory. Name another --run_dir or empty this one."
         )

@@ -1,7 +1,7 @@
 """Cuts a file of comparisons into shards that hold each user whole, and puts the fitted users together again.
 
-python slurm/user_shards.py cut PAIRS.jsonl SHARD COUNT    # the lines of that shard, to stdout
-python slurm/user_shards.py merge OUT                      # OUT/shards/*/ -> OUT/users.*, OUT/report.json
+python slurm/user_shards.py cut PAIRS.jsonl SHARD COUNT FILE   # the lines of that shard, to FILE
+python slurm/user_shards.py merge OUT                          # OUT/shards/*/ -> OUT/users.*, OUT/report.json
 """
 
 import json
@@ -15,10 +15,10 @@ EVERYONE = "population"
 """The user of a line that names none, as `prepare` reads it."""
 
 
-def cut(pairs: Path, shard: int, count: int) -> None:
-    """Prints the lines whose user's hash falls into the shard; a line that is no record goes to the first, to be
+def cut(pairs: Path, shard: int, count: int, file: Path) -> None:
+    """Writes the lines whose user's hash falls into the shard; a line that is no record goes to the first, to be
     refused there with its number."""
-    with open(pairs, encoding="utf-8") as stream:
+    with open(pairs, encoding="utf-8") as stream, open(file, "w", encoding="utf-8") as target:
         for line in filter(str.strip, stream):
             try:
                 user = json.loads(line).get("user_id") or EVERYONE
@@ -26,7 +26,7 @@ def cut(pairs: Path, shard: int, count: int) -> None:
                 user = None
             home = 0 if user is None else xxhash.xxh3_64_intdigest(str(user).encode()) % count
             if home == shard:
-                sys.stdout.write(line if line.endswith("\n") else line + "\n")
+                target.write(line if line.endswith("\n") else line + "\n")
 
 
 def merge(out: Path) -> None:
@@ -71,6 +71,6 @@ def merge(out: Path) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "cut":
-        cut(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+        cut(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5]))
     else:
         merge(Path(sys.argv[2]))

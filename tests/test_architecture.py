@@ -9,7 +9,14 @@ from pal_ds.heads import HEADS
 from tests.spawn import ROOT
 
 PACKAGE = ROOT / "pal_ds"
-MODULES = sorted(path for path in [*PACKAGE.rglob("*.py"), *(ROOT / "tools").rglob("*.py")])
+MODULES = sorted(
+    path
+    for path in [
+        *PACKAGE.rglob("*.py"),
+        *(ROOT / "tools").rglob("*.py"),
+        *(ROOT / "slurm").rglob("*.py"),
+    ]
+)
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 300, 60
 
 

@@ -24,6 +24,7 @@ from jsonargparse import Namespace
 from pal_ds.cli import Parser, build_parser, check_config_files
 from pal_ds.errors import UserError
 from pal_ds.run_dir import RunDirectory
+from pal_ds.run_lock import LOCK
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "slurm"
 PASSED_ON = ("nodes", "ntasks_per_node", "gpus_per_node", "cpus_per_task", "time", "array")
@@ -109,9 +110,23 @@ def check_sweep(options: Namespace, words: list[str]) -> Checked:
         raise UserError(
             f"--array {options.array}: only {len(recipes)} recipes are given, counted from 0."
         )
+    first = array_bounds(options.array)[0]
+    names = [Path(recipe).stem for recipe in recipes]
+    if len(set(names)) < len(names):
+        raise UserError(
+            f"two recipes of one name in {' '.join(recipes)}: they would share a run directory. Rename one."
+        )
     notes: list[str] = []
-    for recipe in recipes:
-        notes += check_recipe(options, recipe, into / Path(recipe).stem, words)
+    if len(recipes) == 1:
+        for seed in range(first, last + 1):
+            # All seeds are of one recipe: what differs is what lies in their directories.
+            if seed == first or (into / names[0] / f"seed_{seed}").exists():
+                seeded = [*words, f"--train.seed={seed}"]
+                run_dir = into / names[0] / f"seed_{seed}"
+                notes += check_recipe(options, recipes[0], run_dir, seeded)
+    else:
+        for recipe, name in zip(recipes, names, strict=True):
+            notes += check_recipe(options, recipe, into / name, words)
     return into, [*recipes, f"--run_dir={into}", *words], notes
 
 
@@ -136,12 +151,20 @@ def check_recipe(options: Namespace, recipe: str, run_dir: Path, words: list[str
             f"{recipe}: train.batch_pairs is {config.train.batch_pairs} and the job has {world_size} ranks; some would "
             f"never see a comparison. Ask for fewer, or set train.batch_pairs to {world_size} or more."
         )
+    if "USR2" not in config.train.stop_signals:
+        raise UserError(
+            f"{recipe}: train.stop_signals is {', '.join(config.train.stop_signals)}, and the job tells its ranks to "
+            "save by USR2. Add USR2, or leave the key out."
+        )
     if options.nodes > 1 and not Path(config.data.path, "dataset.json").is_file():
         raise UserError(
             f"{config.data.path}: not prepared, and {options.nodes} nodes would wait for it. "
             f"Run `pal-ds prepare --config {recipe}` once first."
         )
     run = RunDirectory(run_dir)
+    found = {path.name for path in run_dir.iterdir()} if run_dir.is_dir() else set()
+    if parsed["train"].fresh and found - {LOCK, "slurm"}:
+        raise UserError(f"{run_dir}: --fresh needs an empty directory. Name another --run_dir.")
     steps = run.complete_steps()
     if not steps:
         return []

@@ -1,106 +1,15 @@
-"""What the batch scripts decide, without a cluster: srun, scontrol and python are stand-ins."""
+"""What the batch scripts decide, without a cluster."""
 
+import datetime
 import json
 import os
 import subprocess
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from tests.slurm.stand_ins import Job
 from tests.spawn import ROOT
-
-SRUN = """#!/bin/bash
-case "$*" in *" true") exit {answer} ;; esac
-echo "srun $*" >>"$CALLS"
-printf '%s' "$MASTER_PORT" >"$CALLS.port"
-[ -z '{silent}' ] || : >"$CALLS.silent"
-[ -z '{status}' ] || printf '%s\\n' '{status}' >"$RUN/status.json"
-[ -z '{checkpoint}' ] || printf '{{"step": %s}}\\n' '{checkpoint}' >"$RUN/latest.json"
-trap 'echo "rank got USR2" >>"$CALLS"; exit {code}' USR2
-[ {seconds} = 0 ] || {{ /bin/sleep {seconds} >/dev/null 2>&1 & wait $!; }}
-exit {code}
-"""
-SCONTROL = """#!/bin/bash
-case "$1" in
-  # As a controller that is being restarted: silent where someone has said so, once.
-  show) rm "$CALLS.silent" 2>/dev/null && exit 1
-        echo "   JobState={state} Restarts={restarts} PreemptTime={preempted} EndTime={end}"
-        echo "   Command={root}/slurm/train.sbatch x" ;;
-  requeue) echo "requeue $2" >>"$CALLS" ;;
-esac
-"""
-# Waiting for SLURM to end the job would take minutes.
-SLEEP = '#!/bin/bash\n[ "$1" -lt 10 ] || exit 0\nexec /bin/sleep "$1"\n'
-
-
-@dataclass
-class Job:
-    """One start of train.sbatch with stand-ins for all that is not bash."""
-
-    folder: Path
-    code: int = 0
-    status: str = '{"state": "finished", "reason": null}'
-    checkpoint: str = "40"
-    seconds: float = 0
-    answer: int = 0
-    state: str = "RUNNING"
-    restarts: int = 0
-    preempted: str = "None"
-    end: str = "Unknown"
-    silent: str = ""
-    variables: dict[str, str] = field(default_factory=dict)
-
-    def begin(self, *words: str, script: str = "train") -> "subprocess.Popen[str]":
-        bin_ = self.folder / "bin"
-        bin_.mkdir(parents=True, exist_ok=True)
-        scripts = {"srun": SRUN, "scontrol": SCONTROL}
-        for name, text in scripts.items():
-            (bin_ / name).write_text(text.format(**vars(self), root=ROOT))
-        (bin_ / "sleep").write_text(SLEEP)
-        (bin_ / "python").write_text('#!/bin/bash\necho "python $*" >>"$CALLS"\n')
-        for path in bin_.iterdir():
-            path.chmod(0o755)
-        (self.folder / "recipe.yaml").write_text("train: {}\n")
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "OMP"))}
-        job = {
-            "SLURM_JOB_ID": "7",
-            "SLURM_NTASKS": "2",
-            "SLURM_NNODES": "2",
-            "SLURM_JOB_NODELIST": "n[1-2]",
-            "SLURM_CPUS_PER_TASK": "3",
-            "SLURM_SUBMIT_DIR": str(self.folder),
-        }
-        own = {"CALLS": str(self.calls), "RUN": str(self.run), "PATH": f"{bin_}:{kept['PATH']}"}
-        return subprocess.Popen(
-            ["bash", str(ROOT / "slurm" / f"{script}.sbatch"), "recipe.yaml", *words],
-            env=kept | job | own | self.variables,
-            cwd=self.folder,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-
-    def start(self, *words: str, script: str = "train") -> tuple[int, str]:
-        """Exit code and log of a start that nobody disturbs."""
-        process = self.begin(*words, script=script)
-        log = process.communicate(timeout=30)[0]
-        return process.returncode, log
-
-    @property
-    def run(self) -> Path:
-        return self.folder / "runs" / "recipe"
-
-    @property
-    def calls(self) -> Path:
-        return self.folder / "calls"
-
-    def requeued(self) -> bool:
-        return self.calls.is_file() and "requeue 7" in self.calls.read_text()
-
-    def srun(self) -> str:
-        return next(line for line in self.calls.read_text().splitlines() if line[:4] == "srun")
-
 
 STOPPED = '{"state": "stopped", "reason": "%s"}'
 
@@ -140,9 +49,35 @@ def test_slurm_is_not_helped_where_it_acts_itself(tmp_path: Path, facts: dict) -
 
 
 def test_a_controller_that_is_away_is_asked_again(tmp_path: Path) -> None:
-    job = Job(tmp_path, status=STOPPED % "signal", silent="yes")
+    job = Job(tmp_path, status=STOPPED % "signal", silent="silent")
     code, log = job.start()
     assert code == 0 and job.requeued() and "does not answer; asking again" in log
+
+
+@pytest.mark.parametrize("why", [{"silent": "gone"}, {"refused": "yes"}])
+@pytest.mark.parametrize("ranks", [0, 5])
+def test_an_unfinished_job_that_is_not_requeued_does_not_end_with_0(
+    tmp_path: Path, why: dict, ranks: int
+) -> None:
+    """A site without scontrol or with --no-requeue: what waits for this job (afterok) must not begin."""
+    job = Job(tmp_path, code=ranks, status=STOPPED % "signal", **why)
+    code, log = job.start()
+    assert code == (ranks or 7) and not job.requeued(), log
+    assert "submit it again to go on from update 40" in log and "anew" not in log
+
+
+def test_a_zombie_finds_out_that_the_job_was_started_elsewhere(tmp_path: Path) -> None:
+    job = Job(tmp_path, status=STOPPED % "signal", seconds=20, restarts=1)
+    code, log = job.start()
+    assert code == 0 and not job.requeued() and "rank got USR2" in job.calls.read_text()
+    assert log.count("SLURM has started this job anew") == 2, log
+
+
+def test_a_site_without_scontrol_is_left_alone(tmp_path: Path) -> None:
+    job = Job(tmp_path, seconds=1.5, variables={"SLURM_SUBMIT_DIR": str(ROOT)})
+    (tmp_path / "calls.gone").touch()
+    code, log = job.start()
+    assert code == 0 and "rank got USR2" not in job.calls.read_text(), log
 
 
 def test_a_second_job_in_a_run_directory_is_refused(tmp_path: Path) -> None:
@@ -171,7 +106,7 @@ def test_a_step_that_could_not_be_launched_is_tried_again(tmp_path: Path) -> Non
     assert job.requeued() and "a node does not answer" in log
 
 
-@pytest.mark.parametrize("code", [5, 134, 137])
+@pytest.mark.parametrize("code", [5, 6, 134, 137])
 def test_lost_ranks_are_started_again_a_few_times(tmp_path: Path, code: int) -> None:
     job = Job(tmp_path, code=code, status="", checkpoint="40")
     ends = []
@@ -179,42 +114,42 @@ def test_lost_ranks_are_started_again_a_few_times(tmp_path: Path, code: int) -> 
         job.calls.unlink(missing_ok=True)
         ends.append((job.start()[0], job.requeued()))
     assert ends == [(0, True), (0, True), (code, False)]
-    # Progress starts the count anew.
+    # So do another job, and progress.
+    job.variables = {"SLURM_JOB_ID": "8"}
+    assert job.start()[0] == 0
+    job.variables = {}
     job.checkpoint = "60"
     assert job.start()[0] == 0 and job.requeued()
+
+
+def test_a_job_that_never_saves_is_given_up(tmp_path: Path) -> None:
+    """Preempted or at its limit before there is a checkpoint, over and over: no start of it is a failure."""
+    job = Job(tmp_path, status=STOPPED % "signal", checkpoint="")
+    ends = [job.start()[0] for _ in range(11)]
+    code, log = job.start()
+    assert ends == [0] * 10 + [7] and code == 7
+    assert "10 starts in a row saved nothing beyond update 0" in log and "train.save_every" in log
+    assert Job(tmp_path, variables={"SLURM_JOB_ID": "8"}).start()[0] == 0
 
 
 def test_a_limit_too_short_for_one_update_does_not_go_on_for_ever(tmp_path: Path) -> None:
     job = Job(tmp_path, status=STOPPED % "time limit")
     job.start()
     ends = [job.start()[0] for _ in range(3)]
-    assert ends == [0, 0, 1]
+    assert ends == [0, 0, 7]
 
 
 @pytest.mark.parametrize("signal", ["USR2", "TERM"])
 def test_a_signal_reaches_the_ranks_once(tmp_path: Path, signal: str) -> None:
     job = Job(tmp_path, status=STOPPED % "signal", seconds=20)
-    process = job.begin()
-    for _ in range(200):
-        if job.calls.is_file():
-            break
-        subprocess.run(["/bin/sleep", "0.05"])
-    subprocess.run(["/bin/sleep", "0.2"])
-    for _ in range(3):
-        subprocess.run(["kill", f"-{signal}", str(process.pid)])
-    log = process.communicate(timeout=30)[0]
-    assert process.returncode == 0 and job.requeued(), log
+    code, log = job.signalled(signal, "srun")
+    assert code == 0 and job.requeued(), log
     assert job.calls.read_text().count("rank got USR2") == 1
 
 
 def test_ranks_that_die_of_the_signal_while_starting_are_no_failure(tmp_path: Path) -> None:
     job = Job(tmp_path, code=140, status="", seconds=20)
-    process = job.begin()
-    while not job.calls.is_file():
-        subprocess.run(["/bin/sleep", "0.05"])
-    subprocess.run(["/bin/sleep", "0.2"])
-    subprocess.run(["kill", "-USR2", str(process.pid)])
-    process.communicate(timeout=30)
+    job.signalled("USR2", "srun")
     assert job.requeued() and not (job.run / "slurm" / "failures").exists()
 
 
@@ -223,8 +158,50 @@ def test_the_step_gets_what_slurm_does_not_pass_on(tmp_path: Path) -> None:
     _, log = job.start("--train.epochs", "3", "--run_dir", "runs/recipe")
     words = job.srun()
     assert "--cpus-per-task=3" in words and "--kill-on-bad-exit=0" in words
-    assert "--train.time_limit_minutes=" in words and words.endswith("--train.epochs 3"), log
+    minutes = float(words.partition("--train.time_limit_minutes=")[2].split()[0])
+    left = datetime.datetime(2099, 1, 1) - datetime.datetime.now()
+    # Three minutes for containers to start before the run's clock does, and for the end.
+    assert abs(left.total_seconds() / 60 - 3 - minutes) < 1
+    assert words.endswith("--train.epochs 3"), log
     assert 20000 <= int(Path(f"{job.calls}.port").read_text()) < 32000
+
+
+def test_recipes_are_those_of_the_first_start(tmp_path: Path) -> None:
+    job = Job(tmp_path, code=5, recipe='{"train": {"ds_config": "my own.json", "epochs": 1}}\n')
+    (tmp_path / "more.yaml").write_text("train:\n  epochs: 2 # of stop_signals: [TERM]\n")
+    (tmp_path / "my own.json").write_text("{}")
+    job.start("--config", "more.yaml", "--fresh")
+    record = job.run / "slurm" / "7"
+    (tmp_path / "more.yaml").write_text("train: {epochs: 3}\n")
+    code, log = job.start("--config", "more.yaml", "--fresh")
+    assert code == 0 and "--config=runs/recipe/slurm/7/recipe_2.yaml" in job.srun(), log
+    assert "epochs: 2" in (record / "recipe_2.yaml").read_text()
+    # The run knows its DeepSpeed JSON by its path.
+    (tmp_path / "my own.json").write_text('{"bf16": {}}')
+    code, log = job.start("--config", "more.yaml", "--fresh")
+    assert code == 2 and "my own.json: not what it was when this job first started" in log
+
+
+def test_fresh_is_for_the_first_start(tmp_path: Path) -> None:
+    """The directory of the log and of the record is there by then, and later starts find what the first has made."""
+    job = Job(tmp_path, status=STOPPED % "signal")
+    (job.run / "slurm").mkdir(parents=True)
+    assert [job.start("--fresh")[0] for _ in range(2)] == [0, 0] and "--fresh" not in job.srun()
+    job.variables = {"SLURM_JOB_ID": "8"}
+    code, log = job.start("--fresh")
+    assert code == 2 and "--fresh needs an empty directory" in log
+
+
+@pytest.mark.parametrize("said", ["recipe", "block", "word"])
+def test_ranks_that_would_die_of_usr2_are_refused(tmp_path: Path, said: str) -> None:
+    texts = {
+        "recipe": "train: {stop_signals: [TERM]}\n",
+        "block": "train:\n  stop_signals:\n  - TERM\n  epochs: 1 # USR2\n",
+    }
+    job = Job(tmp_path, recipe=texts.get(said, "train: {}\n"))
+    code, log = job.start(*(["--train.stop_signals=[TERM]"] if said == "word" else []))
+    assert code == 2 and "tells the ranks to save by USR2" in log
+    assert job.start("--train.stop_signals", "[USR2, TERM]")[0] == 0
 
 
 def test_without_a_limit_none_is_passed(tmp_path: Path) -> None:
@@ -261,7 +238,7 @@ def test_a_recipe_that_is_missing_is_named(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").unlink()
     done = subprocess.run(
         ["bash", str(ROOT / "slurm" / "train.sbatch"), "recipe.yaml"],
-        env={**os.environ, "SLURM_JOB_ID": "7", "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
+        env={**os.environ, "SLURM_JOB_ID": "8", "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
         cwd=tmp_path,
         text=True,
         capture_output=True,
@@ -269,22 +246,31 @@ def test_a_recipe_that_is_missing_is_named(tmp_path: Path) -> None:
     assert done.returncode == 2 and "recipe.yaml: no such recipe" in done.stderr
 
 
+def test_a_signal_while_data_are_prepared_is_no_end(tmp_path: Path) -> None:
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
+    job = Job(tmp_path, variables=array, prepare_seconds=20)
+    code, log = job.signalled("USR2", "prepare", script="sweep")
+    assert code == 0 and job.requeued() and "engine.slurm" not in job.calls.read_text(), log
+
+
 def test_a_sweep_over_seeds_and_over_recipes(tmp_path: Path) -> None:
     """The task's number is the seed of a single recipe, and the place of one among several."""
     (tmp_path / "other.yaml").write_text("train: {seed: 5}\n")
     array = {"SLURM_ARRAY_JOB_ID": "6", "SLURM_ARRAY_TASK_ID": "1"}
     job = Job(tmp_path, variables=array)
-    _, log = job.start("--train.epochs=3", script="sweep")
-    assert "--run_dir runs/recipe/seed_1 " in job.srun(), log
-    assert job.srun().endswith("--train.epochs=3 --train.seed=1")
+    _, log = job.start("--trust_checkpoint", "--train.epochs=3", script="sweep")
     prepared, trained = job.calls.read_text().splitlines()[:2]
+    assert "--run_dir runs/recipe/seed_1 " in trained, log
+    assert trained.endswith("--train.epochs=3 --train.seed=1")
+    # From the snapshot, where the ranks run, and without what only `train` knows.
     assert (
-        prepared.startswith("python -P -m pal_ds prepare --config recipe.yaml")
-        and trained == job.srun()
+        "--ntasks=1" in prepared and "--config runs/recipe/seed_1/slurm/6_1/recipe.yaml" in prepared
     )
+    assert "--train.epochs=3" in prepared and "trust" not in prepared and "--trust" in trained
     job.calls.unlink()
     job.start("other.yaml", "--run_dir=here", script="sweep")
-    assert "--run_dir here/other" in job.srun() and "seed" not in job.srun()
+    trained = job.calls.read_text().splitlines()[1]
+    assert "--run_dir here/other" in trained and "seed" not in trained
     assert (tmp_path / "here" / "other" / "slurm" / "6_1" / "recipe.yaml").is_file()
     code, log = Job(tmp_path, variables={**array, "SLURM_ARRAY_TASK_ID": "2"}).start(
         "other.yaml", script="sweep"

@@ -117,6 +117,22 @@ REFUSALS = {
         ["train", "tiny.yaml", "--", "--train.ds_config=zero9"],
         "train.ds_config: no file",
     ),
+    "ranks that would die of the signal": (
+        ["train", "tiny.yaml", "--", "--train.stop_signals=[TERM]"],
+        "train.stop_signals is TERM, and the job tells its ranks to save by USR2",
+    ),
+    "fresh in a run's directory": (
+        ["train", "tiny.yaml", "--run_dir=trained", "--", "--fresh"],
+        "--fresh needs an empty directory",
+    ),
+    "recipes of one name": (
+        ["sweep", "tiny.yaml", "sub/tiny.yaml", "--array=0-1"],
+        "two recipes of one name",
+    ),
+    "a seed that was trained with another recipe": (
+        ["sweep", "tiny.yaml", "--array=0-3", "--run_dir=seeds"],
+        "seeds/tiny/seed_2/config.yaml: this run was started with other values: train.seed: 0 -> 2",
+    ),
     "two recipes": (["train", "tiny.yaml", "raw.yaml"], "train takes one RECIPE"),
     "too few recipes": (["sweep", "tiny.yaml", "raw.yaml", "--array=0-2"], "only 2 recipes"),
     "array in words": (["sweep", "tiny.yaml", "--array=all"], "give a range such as 0-7"),
@@ -140,8 +156,9 @@ REFUSALS = {
 
 @pytest.mark.parametrize("case", REFUSALS)
 def test_refusals(capsys: pytest.CaptureFixture[str], folder: Path, case: str) -> None:
-    if not (folder / "trained").exists():
-        a_run(folder / "trained", world_size=2)
+    for run in (folder / "trained", folder / "seeds" / "tiny" / "seed_2"):
+        if not run.exists():
+            a_run(run, world_size=2)
     words, wanted = REFUSALS[case]
     with pytest.raises(SystemExit) as stop:
         submit.main([words[0], "--dry_run", *words[1:]])

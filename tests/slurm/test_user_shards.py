@@ -11,12 +11,21 @@ NUM_SHARDS = 3
 
 
 def cut(pairs: Path, shard: int) -> list[str]:
-    words = [sys.executable, ROOT / "slurm" / "user_shards.py", "cut", pairs, shard, NUM_SHARDS]
+    file = pairs.with_name(f"{shard}.jsonl")
+    words = [
+        sys.executable,
+        ROOT / "slurm" / "user_shards.py",
+        "cut",
+        pairs,
+        shard,
+        NUM_SHARDS,
+        file,
+    ]
     done = subprocess.run(
         [str(word) for word in words], env=environment(), text=True, capture_output=True
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    return file.read_text().splitlines()
 
 
 def test_every_line_falls_into_one_shard_and_users_stay_whole(tmp_path: Path) -> None:

@@ -1,0 +1,278 @@
+# What happens around a training: its record, its start, and what becomes of the job after it. Sourced after common.sh.
+
+# shellcheck shell=bash disable=SC2034,SC2154
+max_failures=3  # failed starts in a row without a new checkpoint, before a training is given up
+max_starts=10   # starts in a row without one, however they ended
+not_requeued=7  # exit code: stopped and saved, and nobody starts it again; no rank ends with it (pal_ds/errors.py)
+prepare_lock="" # a file: this job's data are prepared first, by one of those that name the same file
+
+# --- the record of a training ----------------------------------------------------------------------------------------
+
+recipe_value() { # FILE KEY PATTERN -> what a recipe, YAML or JSON, says of a key; nothing where it does not name it
+  local text pattern=$'[ \n{,"]'"$2\"?:[[:space:]]*($3)"
+  text=$'\n'$(sed 's/#.*//' "$1")
+  [[ $text =~ $pattern ]] && echo "${BASH_REMATCH[1]}" | tr -d "\"'" | sed 's/ *$//'
+  return 0
+}
+
+layer() { # FILE NAME: a recipe of this job, kept as NAME in the record at the first start, with what it says of two keys
+  local found
+  if [ ! -d "$record/code" ]; then
+    [ -f "$1" ] || refuse "$1: no such recipe (looked from $PWD)"
+    cp "$1" "$record/$2"
+  fi
+  found=$(recipe_value "$record/$2" ds_config $'"[^"\n]*"|\'[^\'\n]*\'|[^,}\n]*')
+  ds_config=${found:-$ds_config}
+  found=$(recipe_value "$record/$2" stop_signals '[^]:]*')
+  stop_signals=${found:-$stop_signals}
+}
+
+read_words() { # RECIPE [words] -> those for the ranks in $words, those for `pal-ds prepare` in $prepare_words
+  local name value layers=1
+  ds_config="" stop_signals="" fresh=0
+  layer "$1" recipe.yaml
+  shift
+  words=() prepare_words=(--config "$record/recipe.yaml")
+  while [ $# -gt 0 ]; do
+    name=${1%%=*} value=${1#*=}
+    case $name in
+      --config | --train.ds_config | --train.stop_signals | --allow_change)
+        if [ "$name" = "$1" ]; then
+          [ $# -gt 1 ] || refuse "$name: names nothing"
+          value=$2
+          shift
+        fi
+        ;;
+    esac
+    case $name in
+      --config)
+        layers=$((layers + 1))
+        layer "$value" "recipe_$layers.yaml"
+        words+=("--config=$record/recipe_$layers.yaml")
+        prepare_words+=("--config=$record/recipe_$layers.yaml")
+        ;;
+      --fresh) fresh=1 ;; # looked after below: a second start of this job finds what the first one made
+      --allow_change) words+=("$name=$value") ;;
+      --trust_checkpoint) words+=("$1") ;;
+      --train.ds_config) ds_config=$value words+=("$name=$value") prepare_words+=("$name=$value") ;;
+      --train.stop_signals) stop_signals=$value words+=("$name=$value") prepare_words+=("$name=$value") ;;
+      *) words+=("$1") prepare_words+=("$1") ;;
+    esac
+    shift
+  done
+}
+
+snapshot() { # RECIPE [words] -> $record/: code and recipes as the job first found them; a requeued job goes on with those
+  record=$run_dir/slurm/$job
+  mkdir -p "$record"
+  read_words "$@"
+  case ${stop_signals:-USR2} in
+    *USR2*) ;;
+    *) refuse "train.stop_signals is $stop_signals: this script tells the ranks to save by USR2. Add USR2, or leave it out." ;;
+  esac
+  if [ ! -d "$record/code" ]; then
+    if [ "$fresh" = 1 ] && [ -n "$(find "$run_dir" -mindepth 1 -maxdepth 1 ! -name slurm ! -name lock)" ]; then
+      refuse "$run_dir: --fresh needs an empty directory. Name another --run_dir or empty this one."
+    fi
+    rm -rf "$record/code.part"
+    mkdir "$record/code.part"
+    [ ! -f "$ds_config" ] || cp "$ds_config" "$record/ds_config.json"
+    # Hidden files may hold keys; nothing of the environment is written anywhere either.
+    tar -C "$root" --exclude='.*' --exclude=__pycache__ -cf - pal_ds ds_configs slurm | tar -C "$record/code.part" -xf -
+    git -C "$root" describe --always --dirty >"$record/commit" 2>/dev/null || true
+    mv "$record/code.part" "$record/code"
+  fi
+  code=$(cd "$record/code" && pwd)
+  # The run knows this file by its path, so a copy cannot take its place.
+  if [ -f "$record/ds_config.json" ] && ! cmp -s "$ds_config" "$record/ds_config.json"; then
+    refuse "$ds_config: not what it was when this job first started ($record/ds_config.json). Restore it and requeue."
+  fi
+}
+
+checkpoint_step() { # 0 where there is none
+  local step
+  step=$(json_field "$run_dir/latest.json" step)
+  echo "${step:-0}"
+}
+
+refuse_second_job() { # two jobs in one run directory would write over each other
+  local other
+  other=$(tail -n 1 "$run_dir/slurm/starts.jsonl" 2>/dev/null | sed 's/^{"job": "\([^"]*\)".*/\1/') || true
+  if [ -n "$other" ] && [ "$other" != "$job" ] && [ -n "$(squeue -h -t RUNNING -j "$other" 2>/dev/null || true)" ]; then
+    refuse "$run_dir: job $other is training there. Wait for it or cancel it, or name another --run_dir."
+  fi
+}
+
+record_start() { # the updates between the newest checkpoint and the last logged one are made again
+  local logged
+  step_at_start=$(checkpoint_step)
+  logged=$(tail -n 2 "$run_dir/metrics.jsonl" 2>/dev/null | sed -n 's/^{"step": \([0-9]*\),.*}$/\1/p' | tail -n 1) || true
+  printf '{"job": "%s", "start": %d, "time": "%s", "nodes": "%s", "tasks": %d, "logged_step": %d, "checkpoint_step": %d}\n' \
+    "$job" "$start" "$(date -Is)" "$SLURM_JOB_NODELIST" "$SLURM_NTASKS" "${logged:-0}" "$step_at_start" \
+    >>"$run_dir/slurm/starts.jsonl"
+}
+
+refuse_to_go_round() { # a job that is always stopped before it saves would be started for ever
+  local at starts
+  at=$(checkpoint_step)
+  starts=$(awk -v job="{\"job\": \"$job\"," -v at="\"checkpoint_step\": $at}" \
+    'index($0, job) == 1 { n = index($0, at) ? n + 1 : 0 } END { print n + 0 }' "$run_dir/slurm/starts.jsonl" 2>/dev/null) || true
+  if [ "${starts:-0}" -ge "$max_starts" ]; then
+    say "gave up: $starts starts in a row saved nothing beyond update $at. Give each more time (--time, and an earlier" \
+      "notice by --signal=B:USR2@SECONDS), lower train.save_every, or keep it from being preempted; then submit it again."
+    exit "$not_requeued"
+  fi
+}
+
+too_many_failures() { # notes this one; whether as many of this job in a row came no further than the newest checkpoint
+  local at failures
+  at=$(checkpoint_step)
+  echo "$at $exit_code $job $start" >>"$run_dir/slurm/failures"
+  failures=$(awk -v job="$job" -v at="$at" '$3 == job { n = $1 == at ? n + 1 : 0 } END { print n + 0 }' "$run_dir/slurm/failures")
+  [ "$failures" -ge "$max_failures" ]
+}
+
+# --- the end of a start ----------------------------------------------------------------------------------------------
+
+rest() { sleep "$1" & wait $! || true; } # unlike a plain sleep it does not hold back the end of the job
+
+nodes_answer() {
+  timeout 60 srun --overlap --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 true 2>/dev/null
+}
+
+end_unfinished() { # never with 0: jobs that wait for this one (afterok) would take it for finished
+  say "$*; submit it again to go on from update $(checkpoint_step)"
+  exit "$((exit_code > 0 ? exit_code : not_requeued))"
+}
+
+await_slurm() { # until it says how the job is; a controller may be away for some minutes
+  command -v scontrol >/dev/null || return 1
+  for _ in $(seq 30); do
+    [ -z "$(job_field JobState)" ] || return 0
+    say "SLURM does not answer; asking again"
+    rest 20
+  done
+  return 1
+}
+
+leave_if_slurm_acts() { # ends this start where SLURM starts the job anew, or ends it, by itself
+  local state restarts
+  await_slurm || end_unfinished "SLURM does not answer: not requeued"
+  state=$(job_field JobState) restarts=$(job_field Restarts)
+  # A node whose daemon died still runs this script when SLURM has long started the job elsewhere.
+  if [ -n "$restarts" ] && [ "$restarts" != "$start" ]; then say "SLURM has started this job anew"; exit 0; fi
+  # Such a job has a state of its own, whatever this exit code is.
+  if [ -n "$state" ] && [ "$state" != RUNNING ]; then say "SLURM is ending this job: $state"; exit 0; fi
+}
+
+requeue() { # starts the job anew unless SLURM does so itself
+  local notice left
+  leave_if_slurm_acts
+  notice=$(job_field PreemptTime)
+  if [ -n "$notice" ] && [ "$notice" != None ]; then
+    # SLURM requeues a preempted job at the end of its grace; doing so as well would start it twice.
+    say "preempted; waiting for SLURM to requeue"
+    left=$(seconds_left)
+    rest $((${left:-0} + 120))
+  fi
+  for _ in 1 2 3; do
+    leave_if_slurm_acts
+    say "requeueing, to go on from update $(checkpoint_step)"
+    if scontrol requeue "$job"; then rest 300; exit 0; fi
+    rest 20
+  done
+  end_unfinished "this job cannot be requeued"
+}
+
+finish() { # ends the job as the ranks left it: done, requeued, or failed with their exit code (pal_ds/errors.py)
+  local state reason
+  trap : USR2 TERM # there is no one left to tell
+  [ -z "${watcher:-}" ] || kill "$watcher" 2>/dev/null || true
+  # SLURM's own TERM reaches every process here, those that read for us too; a moment later it says what it is up to.
+  [ "$forwarded" != TERM ] || rest 1
+  state=$(json_field "$run_dir/status.json" state) || state=$(json_field "$run_dir/status.json" state)
+  reason=$(json_field "$run_dir/status.json" reason) || reason=$(json_field "$run_dir/status.json" reason)
+  cp "$run_dir/config.yaml" "$record/" 2>/dev/null || true
+  case $exit_code in
+    0)
+      say "${state:-done}${reason:+, $reason}, at update $(checkpoint_step)"
+      [ "$state" != finished ] || : >"$record/finished"
+      if [ "$state" = finished ] || [ "$reason" = stop_after ]; then exit 0; fi
+      [ "$state" = stopped ] || end_unfinished "the ranks left no word of how they ended"
+      # Too little time for a single update would go on for ever.
+      if [ "$reason" = "time limit" ] && [ "$(checkpoint_step)" = "$step_at_start" ]; then fail; fi
+      requeue
+      ;;
+    # A step that could not be launched ends with 1, too.
+    [1-4]) if nodes_answer; then say "failed with exit code $exit_code"; exit "$exit_code"; fi ;;
+  esac
+  # Asked to stop while still starting: the ranks may have died of the signal itself.
+  [ -z "$forwarded" ] || requeue
+  if [ "$exit_code" = 6 ]; then
+    # What an earlier start left behind on a lost node: it finds out, saves and lets go.
+    say "another process writes to $run_dir; trying again in a while"
+    rest 60
+    fail
+  fi
+  if ! nodes_answer; then
+    say "a node does not answer; waiting for SLURM to notice, which requeues the job then"
+    rest 600
+  fi
+  fail
+}
+
+fail() { # starts the job anew, unless the last starts came no further than this one
+  if too_many_failures; then
+    say "gave up: $max_failures failures in a row at update $(checkpoint_step)"
+    exit "$((exit_code > 0 ? exit_code : not_requeued))"
+  fi
+  say "the ranks ended with $exit_code"
+  requeue
+}
+
+# --- a start ---------------------------------------------------------------------------------------------------------
+
+watch_for_a_newer_start() { # SLURM may have given this node up and started the job elsewhere, which waits for the run
+  local restarts
+  while sleep 60 >/dev/null 2>&1; do
+    restarts=$(job_field Restarts)
+    if [ -n "$restarts" ] && [ "$restarts" != "$start" ]; then
+      say "SLURM has started this job anew"
+      kill -USR2 $$
+      return
+    fi
+  done
+}
+
+prepare() { # the jobs of a sweep may read the same data: one prepares them, the others find them prepared
+  exec 9>"$prepare_lock"
+  attend flock 9
+  if [ "$exit_code" = 0 ]; then run_one -m pal_ds prepare "${prepare_words[@]}" 9>&-; fi
+  exec 9>&-
+  [ -z "$forwarded" ] || exit_code=140 # what is asked to stop has not begun
+  [ "$exit_code" = 0 ] || finish
+}
+
+train() { # RECIPE RUN_DIR [words of `pal-ds train`]
+  local limit
+  run_dir=$2 exit_code=0
+  [ -f "$1" ] || [ -d "$run_dir/slurm/$job/code" ] || refuse "$1: no such recipe (looked from $PWD)"
+  refuse_second_job
+  snapshot "$1" "${@:3}"
+  # SLURM 24.11 starts a job that was preempted once again after its end.
+  [ ! -e "$record/finished" ] || { say "finished by an earlier start"; exit 0; }
+  refuse_to_go_round
+  record_start
+  trap 'forward USR2' USR2
+  trap 'forward TERM' TERM
+  watch_for_a_newer_start &
+  watcher=$!
+  disown
+  [ -z "$prepare_lock" ] || prepare
+  limit=$(minutes_left)
+  say "$SLURM_NTASKS ranks on $SLURM_JOB_NODELIST${limit:+, $limit minutes}: $run_dir"
+  # Before the given words, among which a limit wins.
+  run_ranks train --config "$record/recipe.yaml" --run_dir "$run_dir" \
+    ${limit:+--train.time_limit_minutes="$limit"} "${words[@]}"
+  finish
+}
