@@ -161,8 +161,11 @@ leave_if_slurm_acts() { # ends this start where SLURM starts the job anew, or en
   state=$(job_field JobState) restarts=$(job_field Restarts)
   # A node whose daemon died still runs this script when SLURM has long started the job elsewhere.
   if [ -n "$restarts" ] && [ "$restarts" != "$start" ]; then say "SLURM has started this job anew"; exit 0; fi
-  # Such a job has a state of its own, whatever this exit code is.
-  if [ -n "$state" ] && [ "$state" != RUNNING ]; then say "SLURM is ending this job: $state"; exit 0; fi
+  case $state in
+    "" | RUNNING | SIGNALING | CONFIGURING | RESIZING) ;; # the second while a signal is on its way to a node
+    # Such a job has a state of its own, whatever this exit code is.
+    *) say "SLURM is ending this job: $state"; exit 0 ;;
+  esac
 }
 
 requeue() { # starts the job anew unless SLURM does so itself

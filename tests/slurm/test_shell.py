@@ -1,6 +1,7 @@
 """What the batch scripts decide, without a cluster."""
 
 import datetime
+import functools
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pal_ds.errors import UserError
 from tests.slurm.stand_ins import Job
 from tests.spawn import ROOT
 
@@ -38,6 +40,12 @@ def test_a_stopped_run_is_requeued_unless_it_asked_to_stop(
     job = Job(tmp_path, status=STOPPED % reason)
     code, log = job.start()
     assert code == 0 and job.requeued() == again, log
+
+
+def test_a_signal_on_its_way_is_no_end(tmp_path: Path) -> None:
+    """What SLURM says of a running job then; to leave would end it unfinished."""
+    job = Job(tmp_path, status=STOPPED % "signal", state="SIGNALING")
+    assert job.start()[0] == 0 and job.requeued()
 
 
 @pytest.mark.parametrize("facts", [{"state": "COMPLETING"}, {"restarts": 1}])
@@ -190,6 +198,20 @@ def test_fresh_is_for_the_first_start(tmp_path: Path) -> None:
     job.variables = {"SLURM_JOB_ID": "8"}
     code, log = job.start("--fresh")
     assert code == 2 and "--fresh needs an empty directory" in log
+
+
+def test_training_itself_starts_fresh_beside_the_record_of_a_job(tmp_path: Path) -> None:
+    from pal_ds.launch import check_run_directory
+    from pal_ds.run_dir import RunDirectory
+
+    (tmp_path / "slurm").mkdir()
+    check = functools.partial(
+        check_run_directory, recipe="", data=None, fresh=True, allow_change=[]
+    )
+    check(RunDirectory(tmp_path))
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match="--fresh needs an empty directory"):
+        check(RunDirectory(tmp_path))
 
 
 @pytest.mark.parametrize("said", ["recipe", "block", "word"])
