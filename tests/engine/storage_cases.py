@@ -10,7 +10,7 @@ from typing import Any
 
 from pal_ds.engine.manifest import verify_checkpoint
 from pal_ds.run_dir import RunDirectory
-from tests.engine.kills import command, harness_in, said
+from tests.engine.kills import command, harness_in, make_place, said
 from tests.engine.warm import Hook, fork_ranks, wait_for
 
 FILLER = "filler"
@@ -114,3 +114,19 @@ def new_run_on_read_only(folder: str, disk: str) -> dict[str, Any]:
         return start(folder, Path(disk) / "run", None)
     finally:
         subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+
+
+def one_rank_raises_unwatched(folder: str) -> dict[str, Any]:
+    """Under hang_minutes=0 rank 1 raises in an update, and rank 0 sees no more than its connection end."""
+    place = Path(folder) / "unwatched"
+    place.mkdir()
+    recipe = make_place(place, hang_minutes=0)
+
+    def fail() -> None:
+        raise RuntimeError("a bug of one rank")
+
+    log = place / "log"
+    train = command("train", f"--config={recipe}", f"--run_dir={place}/run")
+    ranks = fork_ranks(2, train, log, at("update: backward", 1, 2, fail))
+    codes = wait_for(ranks, seconds=60, grace=20)
+    return {"codes": codes, "said": said(log), "status": RunDirectory(place / "run").status()}

@@ -11,15 +11,18 @@ from types import FrameType
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pal_ds.engine.build_lock import remove_stale_build_locks
+from pal_ds.engine.dist import World
 from pal_ds.engine.watchdog.frames import is_waiting
-from pal_ds.engine.watchdog.heartbeat import Beat, Failure, Ledger, Verdict, blamed
 from pal_ds.engine.watchdog.lines import LONGEST_LINE, AwakeClock, Lines
-from pal_ds.engine.watchdog.watcher import watch
+from pal_ds.engine.watchdog.watcher import record, watch
+from pal_ds.errors import StorageError
 from tests.engine.conftest import TinyRun
+from tests.engine.warm import WarmParent
 from tests.engine.watchdog_train_worker import ASLEEP_IN_UPDATE
 from tests.engine.watchdog_worker import CASES, HANG_SECONDS, MISHAP_AT
 from tests.spawn import ROOT, environment
@@ -156,12 +159,27 @@ def test_a_rank_that_is_stopped(
     assert f"rank {guilty} on" in outcome["lost"]
 
 
-@pytest.mark.parametrize("name", ["nothing", "slow and alive", "all stopped for a while"])
+def test_a_save_that_hangs(outcomes: dict[str, Any]) -> None:
+    """Told apart from one that is merely slow, which is no hang."""
+    outcome = outcomes["save that hangs"]
+    assert outcome["codes"] == [5, 5, 5]
+    assert f"has been in `collate` at update {MISHAP_AT} for" in told(outcome)[0]
+    assert "write_for_ever" in outcome["stacks"][1]
+
+
+@pytest.mark.parametrize(
+    "name", ["nothing", "slow and alive", "slow save", "all stopped for a while"]
+)
 def test_what_is_no_hang(outcomes: dict[str, Any], name: str) -> None:
     outcome = outcomes[name]
     assert outcome["codes"] == [0, 0, 0]
     assert (outcome["lost"], outcome["stacks"]) == (None, [None] * 3)
     assert not any(told(outcome, rank) for rank in range(3))
+
+
+def test_the_token_is_written_nowhere(outcomes: dict[str, Any]) -> None:
+    """Neither to what ranks print, at any level of logging, nor to any file."""
+    assert [name for name, outcome in outcomes.items() if outcome["leaked"]] == []
 
 
 def test_every_mishap_is_looked_at(outcomes: dict[str, Any]) -> None:
@@ -212,111 +230,6 @@ def test_train_ends_when_a_rank_sleeps(tiny_run: TinyRun, tmp_path: Path) -> Non
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["step"]) == ("failed", ASLEEP_IN_UPDATE)
     assert message in status["reason"]
-
-
-def beat(rank: int, **changes: Any) -> Beat:
-    usual = Beat(rank, f"node{rank}", "forward", 7, 1.0, 30, 2, "file.py:1 in f", True)
-    return usual._replace(**changes)
-
-
-beats = st.lists(
-    st.builds(
-        beat,
-        st.just(0),
-        step=st.integers(0, 2),
-        num_in_step=st.integers(0, 2),
-        waiting=st.booleans(),
-    ),
-    min_size=1,
-    max_size=8,
-).map(lambda found: [one._replace(rank=rank) for rank, one in enumerate(found)])
-
-
-@given(beats, st.sets(st.integers(0, 7)), st.randoms())
-def test_whom_to_blame(found: list[Beat], silent: set[int], random: Any) -> None:
-    ranks = blamed(found, silent)
-    assert ranks
-    shuffled = random.sample(found, len(found))
-    assert blamed(shuffled, silent) == ranks
-    chosen = [found[rank] for rank in ranks]
-    # Nobody is blamed who waits while another does not, nor anyone heard while another is silent.
-    if silent & set(range(len(found))):
-        assert set(ranks) <= silent
-    elif not all(one.waiting for one in found):
-        assert not any(one.waiting for one in chosen)
-    # All the blamed have come equally far, and nobody of their kind less far.
-    (place,) = {(one.step, one.num_in_step) for one in chosen}
-    kind = [
-        one
-        for one in found
-        if (one.rank in silent, one.waiting) == (ranks[0] in silent, chosen[0].waiting)
-    ]
-    assert place == min((one.step, one.num_in_step) for one in kind) or ranks[0] in silent
-
-
-@given(beats, st.floats(0, 100))
-def test_no_verdict_while_any_rank_makes_progress(found: list[Beat], late: float) -> None:
-    ledger = Ledger(10.0, 1.0, "stacks/")
-    for one in found:
-        ledger.hear(one, 0.0)
-    ledger.hear(found[-1]._replace(num_entered=found[-1].num_entered + 1), late)
-    assert ledger.verdict(late + 9.5) is None
-    for one in found[:-1]:
-        ledger.hear(one, late + 10.5)  # saying the same again is no progress
-    verdict = ledger.verdict(late + 10.5)
-    assert verdict is not None
-    assert (verdict.kind, verdict.code) == ("hung", 5)
-
-
-def ledger_of(*found: Beat) -> Ledger:
-    ledger = Ledger(100.0, 1.0, "stacks/")
-    for one in found:
-        ledger.hear(one, 0.0)
-    return ledger
-
-
-def given_to(verdict: Verdict | None) -> tuple[str, tuple[int, ...], int] | None:
-    return None if verdict is None else (verdict.kind, verdict.ranks, verdict.code)
-
-
-def test_causes_come_before_symptoms() -> None:
-    ledger = ledger_of(*map(beat, range(4)))
-    ledger.failed(Failure(0, "RuntimeError: Connection closed by peer", 1, True), 1.0)
-    assert ledger.verdict(1.5) is None
-    ledger.failed(Failure(3, "RuntimeError: Connection closed by peer", 1, True), 1.6)
-    ledger.died(0, 1.7)  # a rank that said why it leaves has not died
-    assert ledger.verdict(1.8) is None
-    assert given_to(ledger.verdict(2.5)) == ("failed", (0,), 5)
-    ledger.died(2, 1.9)
-    assert given_to(ledger.verdict(2.0)) == ("died", (2,), 5)
-    ledger.failed(Failure(1, "disk full", 4, False), 2.0)
-    assert given_to(ledger.verdict(2.0)) == ("failed", (1,), 4)
-
-
-def test_a_time_out_is_the_fault_of_whoever_does_not_wait() -> None:
-    ledger = ledger_of(beat(0), beat(1), beat(2, waiting=False, phase="collate"))
-    ledger.failed(Failure(0, "RuntimeError: Timed out waiting 1800000ms", 1, True), 1.0)
-    assert given_to(ledger.verdict(3.0)) == ("hung", (2,), 5)
-    # All wait: the one that says so is all that is known.
-    ledger = ledger_of(beat(0), beat(1), beat(2))
-    ledger.failed(Failure(0, "RuntimeError: Timed out waiting 1800000ms", 1, True), 1.0)
-    assert given_to(ledger.verdict(3.0)) == ("failed", (0,), 5)
-
-
-def test_ranks_that_left_are_not_waited_for() -> None:
-    ledger = ledger_of(beat(0), beat(1))
-    ledger.left(1)
-    ledger.died(1, 1.0)
-    assert ledger.verdict(50.0) is None
-    assert given_to(ledger.verdict(101.0)) == ("hung", (0,), 5)
-
-
-def test_a_rank_alone_that_hangs_is_named() -> None:
-    verdict = ledger_of(beat(0, waiting=False)).verdict(150.0)
-    assert verdict is not None
-    assert "no progress: rank 0 on node0 has been in `forward` at update 7 for 2.5 minutes" in (
-        verdict.text
-    )
 
 
 def frame_of(file: str, source: str) -> FrameType:
@@ -378,9 +291,41 @@ def test_noise_is_refused(noise: bytes) -> None:
         Lines().feed(noise)
 
 
-def test_zero_minutes_is_no_watch(tmp_path: Path) -> None:
-    with watch(None, tmp_path, 0):  # type: ignore[arg-type]
+def test_zero_minutes_is_no_watch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    alone = World(0, 1, torch.device("cpu"))
+    with watch(alone, tmp_path, 0):
         assert not list(tmp_path.iterdir())
+
+    def cannot_write(_: str) -> None:
+        raise StorageError("/full: no space left")
+
+    lost_peer = compile("raise RuntimeError('peer gone')", "/torch/distributed/api.py", "exec")
+    recorded: list[str] = []
+    # What the disk says must not hide what ended the run.
+    for on_loss in (recorded.append, cannot_write):
+        with pytest.raises(RuntimeError, match="peer gone"), watch(alone, tmp_path, 0, on_loss):
+            exec(lost_peer)
+    assert recorded == ["RuntimeError: peer gone"]
+    assert caplog.text.count("could not be recorded: /full") == 1
+
+
+def test_zero_minutes_record_a_failure_of_another_rank(
+    warm: WarmParent, harness_folder: Path
+) -> None:
+    told = warm("tests.engine.storage_cases:one_rank_raises_unwatched", harness_folder)
+    assert told["codes"][1] == 1 and told["codes"][0] in (1, -9)
+    assert "a bug of one rank" in told["said"][1]
+    if told["codes"][0] == 1:
+        assert told["status"]["state"] == "failed"
+        assert "Connection" in told["status"]["reason"]
+
+
+def test_what_cannot_be_recorded_does_not_hide_the_cause(caplog: pytest.LogCaptureFixture) -> None:
+    def cannot_write(_: str) -> None:
+        raise StorageError("/full: no space left")
+
+    record(cannot_write, "rank 1 died")
+    assert "could not be recorded: /full" in caplog.text
 
 
 def test_stale_build_locks(

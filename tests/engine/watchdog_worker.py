@@ -5,7 +5,9 @@ would end the others itself as soon as one has ended.
 """
 
 import ctypes
+import io
 import json
+import logging
 import os
 import signal
 import sys
@@ -21,8 +23,9 @@ import torch
 import torch.distributed as dist
 
 from pal_ds import phase
+from pal_ds.engine import shard_files
 from pal_ds.engine.dist import World, leave
-from pal_ds.engine.watchdog import watch
+from pal_ds.engine.watchdog import hub, watch
 from pal_ds.errors import StorageError, UserError
 
 HANG_SECONDS = 4.0
@@ -30,6 +33,8 @@ JOBS_AT_ONCE = 6
 NUM_UPDATES = 4
 MISHAP_AT = 2
 GIVE_UP_SECONDS = 45
+TOKEN = "feed" * 8
+"""Of every job here, to look for it where it must not be."""
 
 Act = Callable[[Path], object]
 
@@ -82,6 +87,47 @@ def work_long_in_steps(_: Path) -> None:
         time.sleep(HANG_SECONDS / 5)
 
 
+class SlowDisk:
+    """A file each of whose writes takes long."""
+
+    def __init__(self, path: str, write: Callable[[int], None]) -> None:
+        self.stream, self.write_slowly, self.num_writes = io.FileIO(path, "w"), write, 0
+        self.flush, self.fileno = self.stream.flush, self.stream.fileno
+
+    def write(self, data: memoryview) -> None:
+        self.num_writes += 1
+        self.write_slowly(self.num_writes)
+        self.stream.write(data)
+
+    def __enter__(self) -> "SlowDisk":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stream.close()
+
+
+def save_to(folder: Path, write: Callable[[int], None]) -> None:
+    """One tensor, which torch writes at one go."""
+    shard_files.CHUNK = 1 << 10
+    shard_files._classes_in_shards = list
+    shard_files.open = lambda path, _: SlowDisk(path, write)  # type: ignore[attr-defined]
+    shards = shard_files.ShardFiles()
+    shards.save(torch.zeros(10 << 8), str(folder / "shard.pt"))
+    assert shards.entries(folder)["shard.pt"]["size"] > 10 << 10
+
+
+def save_slowly(folder: Path) -> None:
+    save_to(folder, lambda num_writes: time.sleep(HANG_SECONDS / 8))
+
+
+def write_for_ever(num_writes: int) -> None:
+    time.sleep(0.2 if num_writes < 5 else 1000)
+
+
+def save_and_hang(folder: Path) -> None:
+    save_to(folder, write_for_ever)
+
+
 # name: (phase of the mishap, ranks it comes to, what happens)
 CASES: dict[str, tuple[str, tuple[int, ...], Act]] = {
     "asleep in collate": ("collate", (1,), sleep_in_collate),
@@ -100,6 +146,8 @@ CASES: dict[str, tuple[str, tuple[int, ...], Act]] = {
     "rank 0 stopped": ("collate", (0,), stop),
     "all stopped for a while": ("collate", (0, 1, 2), stop),
     "slow and alive": ("collate", (1,), work_long_in_steps),
+    "slow save": ("collate", (1,), save_slowly),
+    "save that hangs": ("collate", (1,), save_and_hang),
     "nothing": ("collate", (), sleep_in_collate),
 }
 CONTINUED = {"one stopped", "rank 0 stopped", "all stopped for a while"}
@@ -125,6 +173,8 @@ def run_rank(name: str, rank: int, num_ranks: int, folder: Path) -> NoReturn:
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1"}
+    logging.basicConfig(level=logging.DEBUG)
+    hub.secrets.token_hex = lambda _: TOKEN  # type: ignore[assignment]
     gloo_first = name == "asleep, and gloo gives up first"
     code = 1
     try:
@@ -209,6 +259,11 @@ class Job:
             "seconds": [round(self.ended[rank][1] - mishap, 2) for rank in ranks],
             "output": [(self.folder / f"output_{rank}").read_text() for rank in ranks],
             "stacks": [path.read_text() if path.is_file() else None for path in stacks],
+            "leaked": [
+                str(path)
+                for path in self.folder.rglob("*")
+                if path.is_file() and TOKEN.encode() in path.read_bytes()
+            ],
             "lost": lost.read_text() if lost.is_file() else None,
         }
 
