@@ -1,7 +1,9 @@
 """Forgetting a user: gone from every checkpoint and evaluation, nobody else moved, no interruption loses a step."""
 
 import json
+import multiprocessing
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from pal_ds.errors import UserError
 from pal_ds.forget import forget_user, list_users, recover
 from pal_ds.restore import restore
 from pal_ds.run_dir import RunDirectory
+from pal_ds.run_lock import only_writer
 from tests.bad_input.conftest import contents
 from tests.spawn import run_command
 from tests.tiny import LLAMA, write_pairs
@@ -200,6 +203,35 @@ def test_an_unfinished_copy_is_dropped(
     )
     forget_user(run, USER)
     check_forgotten(run, trained)
+
+
+def hold(path: Path, ready: Any) -> None:
+    with only_writer(RunDirectory(path)):
+        ready.send(True)
+        time.sleep(30)
+
+
+def test_a_list_leaves_alone_what_another_process_is_writing(
+    run: RunDirectory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As tools/reshard.py or a removal does, under the lock; without them the same is an interrupted one's rest."""
+    step = run.checkpoint(run.complete_steps()[-1])
+    edited = step.with_name(forget.EDITED + step.name)
+    (edited / "engine").mkdir(parents=True)
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    holder = context.Process(target=hold, args=(run.path, theirs))
+    holder.start()
+    try:
+        assert ours.poll(10) and ours.recv()
+        listed = list_users(run)
+        assert (edited / "engine").is_dir()
+        assert "listed is what is whole now" in caplog.text
+    finally:
+        holder.kill()
+        holder.join()
+    assert list_users(run) == listed
+    assert not edited.exists()
 
 
 def test_a_damaged_copy_gives_way_to_the_old_one(run: RunDirectory) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pal_ds.errors import UserError
-from pal_ds.run_dir import RunDirectory
+from pal_ds import phase, run_dir
+from pal_ds.errors import BusyError, UserError
+from pal_ds.run_dir import RunDirectory, replacing
 from pal_ds.run_lock import LOCK, only_writer
 
 FORK = multiprocessing.get_context("fork")
@@ -46,9 +47,32 @@ def test_a_second_writer_is_refused_by_name(holder, tmp_path: Path) -> None:
     process = holder(30)
     held = rf'in use by .*"pid": {process.pid}'
     run = RunDirectory(tmp_path / "run")
-    with pytest.raises(UserError, match=held), only_writer(run, wait_seconds=0.3):
+    with pytest.raises(BusyError, match=held) as refused, only_writer(run, wait_seconds=0.3):
         pytest.fail("two writers at once")
+    # A batch system may start the same again, which it must not for a mistake.
+    assert refused.value.exit_code == 6 != UserError.exit_code
+    assert "start again later" in str(refused.value)
     assert (tmp_path / "run" / LOCK).is_file()
+
+
+def test_a_job_of_slurm_is_told_by_its_number(
+    holder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    holder(30)
+    held = '"slurm_job": "4711", "slurm_restarts": "2"'
+    run = RunDirectory(tmp_path / "run")
+    with pytest.raises(BusyError, match=held), only_writer(run, wait_seconds=0):
+        pytest.fail("two writers at once")
+
+
+def test_the_wait_for_it_is_progress(holder, tmp_path: Path) -> None:
+    """It has its own end, and may be longer than what the watchdog allows."""
+    holder(0.7)
+    before = phase.current().num_entered
+    with only_writer(RunDirectory(tmp_path / "run"), wait_seconds=10):
+        assert phase.current().num_entered > before
 
 
 def test_it_waits_for_one_that_is_about_to_end(holder, tmp_path: Path) -> None:
@@ -116,3 +140,28 @@ def test_small_files_are_whole_whoever_writes_them(tmp_path: Path) -> None:
     (tmp_path / "status.json.tmp-1-2").write_text("half")
     run.discard_temporaries()
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_what_killed_evaluations_left_is_cleared(tmp_path: Path) -> None:
+    """They hold no lock, so what is young may be in the hands of one."""
+    run = RunDirectory(tmp_path)
+    run.eval.mkdir()
+    for name, age in (("old.parquet.tmp-1-2", 7200), ("new.parquet.tmp-1-2", 0), ("a.json", 7200)):
+        (run.eval / name).write_text("x")
+        os.utime(run.eval / name, (time.time() - age,) * 2)
+    run.discard_temporaries()
+    assert {path.name for path in run.eval.iterdir()} == {"new.parquet.tmp-1-2", "a.json"}
+
+
+def test_a_replaced_file_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(run_dir, "sync_to_disk", lambda path: done.append(path.name))
+    with replacing(tmp_path / "x.parquet") as aside:
+        aside.write_text("x")
+    assert done == [aside.name, tmp_path.name]
+    with pytest.raises(OSError, match="full"), replacing(tmp_path / "x.parquet") as aside:
+        aside.write_text("y")
+        raise OSError("full")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["x"]

@@ -164,6 +164,27 @@ def test_head_that_reads_the_prompt_needs_a_marker(place: Place, refused: Refuse
         ({"zero_optimization": []}, "zero_optimization must be an object, found []"),
         ({"zero_optimisation": {}}, "no key zero_optimisation. Did you mean zero_optimization?"),
         ({"zero_optimization": {"stagee": 3}}, "DeepSpeed refuses zero_optimization (stagee: Ext"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+            'zero_optimization.offload_optimizer.device is "nvme": DeepSpeed would copy swap files into checkpoints',
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            'zero_optimization.offload_param.device is "nvme"',
+        ),
+        (
+            {
+                "zero_optimization": {
+                    "stage": 3,
+                    "offload_optimizer": {"device": "cpu", "ratio": 0.4},
+                }
+            },
+            "zero_optimization.offload_optimizer.ratio is 0.4: part of the model would be stepped",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "compute_grad_norm": False}},
+            "zero_optimization.compute_grad_norm is false: updates are judged by that norm. Delete",
+        ),
         ([], "a DeepSpeed config is a JSON object, found list"),
     ],
 )

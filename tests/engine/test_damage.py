@@ -235,6 +235,16 @@ def test_retention_survives_a_damaged_pointer(run: RunDirectory) -> None:
     assert run.complete_steps() == [2, 3]
 
 
+def test_retention_survives_a_best_step_that_is_gone(run: RunDirectory) -> None:
+    """best.json is of a step that was damaged and deleted by hand, or that was never published."""
+    write_json(run.path / "best.json", {"step": 77})
+    retain(run, 2, 77, now=3)
+    assert run.complete_steps() == [2, 3]
+    (run.path / "best.json").write_text("{")
+    retain(run, 1, 77, now=3)
+    assert run.complete_steps() == [3]
+
+
 def test_an_incomplete_step_does_not_count_as_kept(run: RunDirectory) -> None:
     (run.checkpoint(2) / "manifest.json").unlink()
     retain(run, 2, None, now=3)
