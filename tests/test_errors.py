@@ -1,0 +1,97 @@
+"""How every program of ours ends for what a person can mend: one line, one exit code; a bug keeps its traceback."""
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+import pal_ds.export
+from pal_ds import commands
+from pal_ds.cli import main
+from pal_ds.errors import BusyError, RankLostError, UserError
+from tools import consolidate, reshard
+
+FULL = OSError(errno.ENOSPC, "No space left on device", "/full/x")
+BUG = FileNotFoundError(errno.ENOENT, "No such file or directory", "/x")
+End = Callable[[Exception], None]
+
+
+@pytest.fixture(params=["pal-ds", "consolidate", "reshard"])
+def program(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, End]:
+    """Its name, and what runs it into an error."""
+    words = {
+        "pal-ds": ["users", "--run_dir=/run", "--list"],
+        "consolidate": ["/run", "/out"],
+        "reshard": ["/run", "--world_size=1"],
+    }[request.param]
+    run = {"pal-ds": main, "consolidate": consolidate.main, "reshard": reshard.main}[request.param]
+
+    def end(error: Exception) -> None:
+        def fail(*_: object, **__: object) -> NoReturn:
+            raise error
+
+        monkeypatch.setattr(commands.COMMANDS["users"], "run", fail)
+        monkeypatch.setattr(pal_ds.export, "export", fail)
+        monkeypatch.setattr(reshard, "reshard", fail)
+        run(words)
+
+    return request.param, end
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (FULL, 4, "/full/x: cannot be written or read: No space left on device. Make room there"),
+        (UserError("no such run"), 2, "no such run"),
+        (BusyError("in use"), 6, "in use"),
+        (RankLostError("rank 1 died"), 5, "rank 1 died"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_one_line_and_a_code(
+    program: tuple[str, End],
+    error: Exception,
+    code: int,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    name, end = program
+    with pytest.raises(SystemExit) as ended:
+        end(error)
+    assert ended.value.code == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{name}: error: {said}")
+
+
+def test_a_bug_keeps_its_traceback(program: tuple[str, End]) -> None:
+    with pytest.raises(FileNotFoundError):
+        program[1](BUG)
+
+
+def test_what_the_watchdog_or_rank_zero_says_is_not_said_again(
+    program: tuple[str, End],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lost = RankLostError("rank 1 died")
+    lost.told = True
+    with pytest.raises(SystemExit):
+        program[1](lost)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        program[1](UserError("no such run"))
+    assert capsys.readouterr().err == ""
+
+
+def test_every_code_is_in_both_tables() -> None:
+    import pal_ds.errors
+
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    kinds = [kind for kind in vars(pal_ds.errors).values() if isinstance(kind, type)]
+    codes = [kind.exit_code for kind in kinds if issubclass(kind, UserError)]
+    assert len(codes) == len(set(codes)) == 5
+    for code in codes:
+        assert f"| {code} | " in (pal_ds.errors.__doc__ or "")
+        assert f"| {code} | " in readme
