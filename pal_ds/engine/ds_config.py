@@ -228,5 +228,5 @@ def zero_stage(config: dict[str, Any]) -> int:
 
 
 def offloads_optimizer(config: dict[str, Any]) -> bool:
-    """Whether optimizer state lives in host memory or on disk."""
+    """Whether optimizer state lives in host memory."""
     return config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"

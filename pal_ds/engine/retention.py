@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+from pal_ds import phase
 from pal_ds.engine.faults import reached
 from pal_ds.errors import UserError
 from pal_ds.run_dir import RunDirectory
@@ -39,6 +40,7 @@ def retain(run: RunDirectory, num_keep: int, best_step: int | None, now: int) ->
     for step in run.all_steps():
         if step not in keep:
             discard(run.checkpoint(step))
+            phase.progress()
             reached("a checkpoint deleted")
     discard_leftovers(run)
 

@@ -2,7 +2,8 @@
 
 A thread of each rank (`watcher.py`) tells rank 0 what the rank is doing (`link.py`, `hub.py`); rank 0 judges
 (`heartbeat.py`). On its verdict every rank writes its stacks down and ends with exit code 5, even where its main
-thread is stuck in native code. Calls of `phase.enter` count as progress, so long work must contain some.
+thread is stuck in native code. Calls of `phase.enter` and `phase.progress` count as progress, so long work must contain
+some; a phase in which others' code works for long asks for patience.
 """
 
 from pal_ds.engine.watchdog.watcher import is_symptom, watch
