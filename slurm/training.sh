@@ -187,12 +187,29 @@ requeue() { # starts the job anew unless SLURM does so itself
   end_unfinished "this job cannot be requeued"
 }
 
+dismiss_leftover() { # of a node that SLURM takes for lost srun gives up the ranks, which train on and hold the run
+  local pid
+  pid=$(json_field "$run_dir/lock" pid)
+  is_rank "$pid" || return 0
+  say "srun has left process $pid behind: asking it to save and stop"
+  kill -USR2 "$pid" || true
+  for _ in $(seq 600); do
+    is_rank "$pid" || return 0
+    rest 1
+  done
+}
+
+is_rank() { # PROCESS -> whether it runs on this node as one of this job's
+  [ -n "$1" ] && tr '\0' '\n' 2>/dev/null <"/proc/$1/environ" | grep -qx "SLURM_JOB_ID=$SLURM_JOB_ID"
+} 2>/dev/null
+
 finish() { # ends the job as the ranks left it: done, requeued, or failed with their exit code (pal_ds/errors.py)
   local state reason
   trap : USR2 TERM # there is no one left to tell
   [ -z "${watcher:-}" ] || kill "$watcher" 2>/dev/null || true
   # SLURM's own TERM reaches every process here, those that read for us too; a moment later it says what it is up to.
   [ "$forwarded" != TERM ] || rest 1
+  dismiss_leftover
   state=$(json_field "$run_dir/status.json" state) || state=$(json_field "$run_dir/status.json" state)
   reason=$(json_field "$run_dir/status.json" reason) || reason=$(json_field "$run_dir/status.json" reason)
   cp "$run_dir/config.yaml" "$record/" 2>/dev/null || true
@@ -201,7 +218,8 @@ finish() { # ends the job as the ranks left it: done, requeued, or failed with t
       say "${state:-done}${reason:+, $reason}, at update $(checkpoint_step)"
       [ "$state" != finished ] || : >"$record/finished"
       if [ "$state" = finished ] || [ "$reason" = stop_after ]; then exit 0; fi
-      [ "$state" = stopped ] || end_unfinished "the ranks left no word of how they ended"
+      # srun may end with 0 where a node was lost.
+      if [ "$state" != stopped ]; then leave_if_slurm_acts; fail; fi
       # Too little time for a single update would go on for ever.
       if [ "$reason" = "time limit" ] && [ "$(checkpoint_step)" = "$step_at_start" ]; then fail; fi
       requeue

@@ -88,7 +88,15 @@ class Cluster:
 
     def over(self, job: str) -> bool:
         """Whether no task of the job is still to run."""
-        going = ["PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED", "SIGNALING"]
+        going = [
+            "PENDING",
+            "RUNNING",
+            "COMPLETING",
+            "CONFIGURING",
+            "REQUEUED",
+            "SUSPENDED",
+            "SIGNALING",
+        ]
         return not any(state in going for state in self.states(job))
 
     def wait(self, *jobs: str, seconds: float = 240) -> None:

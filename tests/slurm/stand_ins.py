@@ -25,6 +25,10 @@ printf '%s' "$MASTER_PORT" >"$CALLS.port"
 [ -z '{status}' ] || printf '%s\\n' '{status}' >"$RUN/status.json"
 [ -z '{checkpoint}' ] || printf '{{"step": %s}}\\n' '{checkpoint}' >"$RUN/latest.json"
 trap 'echo "rank got USR2" >>"$CALLS"; exit {code}' USR2
+[ -z '{leftover}' ] || {{
+  {leftover} >/dev/null 2>&1 &
+  until [ -e "$RUN/lock" ]; do /bin/sleep 0.05; done
+}}
 [ {seconds} = 0 ] || {{ /bin/sleep {seconds} >/dev/null 2>&1 & wait $!; }}
 exit {code}
 """
@@ -61,6 +65,7 @@ class Job:
     end: str = "Unknown"
     silent: str = ""
     refused: str = ""
+    leftover: str = ""
     prepare_seconds: float = 0
     recipe: str = "train: {}\n"
     variables: dict[str, str] = field(default_factory=dict)

@@ -81,6 +81,31 @@ def test_a_zombie_finds_out_that_the_job_was_started_elsewhere(tmp_path: Path) -
     assert log.count("SLURM has started this job anew") == 2, log
 
 
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_rank_that_srun_has_left_behind_is_asked_to_save(tmp_path: Path, restarts: int) -> None:
+    """Of a node without slurmd srun reports a failure, with 0, while the rank trains on."""
+    rank = tmp_path / "rank"
+    rank.write_text(
+        """trap 'echo "{\\"state\\": \\"stopped\\", \\"reason\\": \\"signal\\"}" >"$RUN/status.json"; exit' USR2
+echo "{\\"host\\": \\"n1\\", \\"pid\\": $$}" >"$RUN/lock"
+for _ in $(seq 200); do /bin/sleep 0.1; done"""
+    )
+    status = '{"state": "running"}'
+    job = Job(tmp_path, status=status, leftover=f"bash {rank}", restarts=restarts)
+    code, log = job.start()
+    assert code == 0 and job.requeued() == (restarts == 0), log
+    assert "asking it to save and stop" in log and "stopped, signal, at update 40" in log
+    assert not (job.run / "slurm" / "failures").exists()
+
+
+def test_a_lock_of_another_is_no_rank_of_ours(tmp_path: Path) -> None:
+    job = Job(tmp_path, code=5)
+    job.run.mkdir(parents=True)
+    (job.run / "lock").write_text(json.dumps({"host": "n1", "pid": os.getpid()}))
+    code, log = job.start()
+    assert code == 0 and job.requeued() and "behind" not in log
+
+
 def test_a_site_without_scontrol_is_left_alone(tmp_path: Path) -> None:
     job = Job(tmp_path, seconds=1.5, variables={"SLURM_SUBMIT_DIR": str(ROOT)})
     (tmp_path / "calls.gone").touch()
