@@ -1,5 +1,6 @@
 """Exact evaluation at any world size: every pair is scored once, figures come from the gathered margins."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,8 @@ from pal_ds.losses import decision_margin
 from pal_ds.metrics import evaluation_figures, fit_temperature
 from pal_ds.progress import progress_bar
 from pal_ds.users import UserTable
+
+logger = logging.getLogger(__name__)
 
 Forward = Callable[[Batch, UserState], HeadOutput]
 
@@ -74,7 +77,14 @@ def predict(
             advance(run_size)
     if not margins:
         return np.empty(0)
-    return torch.cat(margins)[: len(rows)].double().cpu().numpy()
+    found = torch.cat(margins)[: len(rows)].double().cpu().numpy()
+    if world.is_rank_zero and (num_lost := int(np.isnan(found).sum())):
+        logger.warning(
+            "%d of %d pairs have scores that are no numbers; they count as wrong",
+            num_lost,
+            len(found),
+        )
+    return found
 
 
 def figures_of(

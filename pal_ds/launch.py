@@ -1,6 +1,7 @@
 """What happens around a training: data prepared, run directory checked, processes joined and left."""
 
 import contextlib
+import functools
 import os
 import shutil
 from pathlib import Path
@@ -44,7 +45,6 @@ def launch_training(
     minutes = config.train.hang_minutes
     with (
         distributed(config.train.timeout_minutes) as world,
-        watch(world, run.path / "stacks", minutes, lambda reason: record_loss(run, reason)),
         contextlib.ExitStack() as held,
     ):
         from pal_ds.forget import recover
@@ -52,6 +52,9 @@ def launch_training(
 
         check_zero_section(ds_config, config.train.ds_config)
         world.from_rank_zero(lambda: held.enter_context(only_writer(run)))
+        # Not before: the watchdog writes into the run, which until now may be another's.
+        told = functools.partial(record_loss, run)
+        held.enter_context(watch(world, run.path / "stacks", minutes, told))
         world.from_rank_zero(run.discard_temporaries)
         # A removal of a user that was cut off leaves a checkpoint under another name.
         world.from_rank_zero(lambda: recover(run))

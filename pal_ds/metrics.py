@@ -22,7 +22,7 @@ FIGURES = (
 
 
 def correctness(margins: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """1 where the preferred response scores higher, 0 where lower, 1/2 for a tie; fp64 [n]."""
+    """1 where the preferred response scores higher, 0 where lower or no number, 1/2 for a tie; fp64 [n]."""
     signed = margins * labels
     return (signed > 0) + 0.5 * (signed == 0)
 
@@ -46,16 +46,26 @@ def clustered_interval(values: np.ndarray, clusters: np.ndarray) -> tuple[float,
 
 
 def fit_temperature(margins: np.ndarray, labels: np.ndarray) -> float:
-    """T > 0 that makes margin / T the best log-odds on held-out pairs: hinge margins are no log-odds by themselves."""
-    signed = margins * labels
+    """T > 0 that makes margin / T the best log-odds on held-out pairs: hinge margins are no log-odds by themselves.
+
+    Margins that are no numbers say nothing; 1 where all are such.
+    """
+    signed = (margins * labels)[np.isfinite(margins)]
+    if len(signed) == 0:
+        return 1.0
     best = minimize_scalar(
         lambda t: -log_expit(signed * np.exp(-t)).mean(), bounds=(-7.0, 7.0), method="bounded"
     )
     return float(np.exp(best.x))
 
 
-def expected_calibration_error(margins: np.ndarray, labels: np.ndarray) -> float:
-    """Mean gap between stated confidence and accuracy over equal bins of confidence in [1/2, 1]."""
+def expected_calibration_error(margins: np.ndarray, labels: np.ndarray) -> float | None:
+    """Mean gap between stated confidence and accuracy over equal bins of confidence in [1/2, 1].
+
+    None where a margin is no number: a diverged model states no confidence.
+    """
+    if np.isnan(margins).any():
+        return None
     confidence = expit(np.abs(margins))
     right = correctness(margins, labels)
     bins = np.minimum(
@@ -110,7 +120,6 @@ def evaluation_figures(
         figures["length_baseline_accuracy"] = float(correctness(length_margins, labels).mean())
     if probabilities is not None and np.isfinite(probabilities).all():
         figures["bayes_accuracy"] = float(np.maximum(probabilities, 1 - probabilities).mean())
-        figures["probability_mae"] = float(
-            np.abs(expit(margins / temperature) - probabilities).mean()
-        )
+        error = np.abs(expit(margins / temperature) - probabilities).mean()
+        figures["probability_mae"] = None if np.isnan(error) else float(error)
     return {**figures, "users": users}

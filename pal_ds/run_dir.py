@@ -5,6 +5,7 @@ D/config.yaml  D/metrics.jsonl  D/checkpoints/step_N/  D/latest.json  D/best.jso
 
 import contextlib
 import json
+import logging
 import os
 import threading
 import time
@@ -16,6 +17,9 @@ from pal_ds.errors import UserError, writing
 
 SECONDS_TO_EVALUATE = 3600.0
 """Far longer than an evaluation takes to write its tables."""
+
+
+logger = logging.getLogger(__name__)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -158,6 +162,12 @@ class RunDirectory:
                 f"{self.checkpoints}: no complete checkpoint. Train first, or check --run_dir."
             )
         if step == "latest":
+            named = self.pointer("latest")
+            if named is not None and named["step"] > steps[-1]:
+                logger.warning(
+                    "%s: latest.json names step %d, of which there is no whole checkpoint; taking step %d",
+                    *(self.path, named["step"], steps[-1]),
+                )
             return steps[-1]
         if step == "best":
             best = self.pointer("best")

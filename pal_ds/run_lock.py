@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pal_ds import phase
+from pal_ds.engine import stop
 from pal_ds.errors import BusyError, UserError, writing
 from pal_ds.run_dir import RunDirectory
 
@@ -65,7 +66,8 @@ def _acquired(run: RunDirectory, wait_seconds: float) -> int:
             os.close(descriptor)
             if error.errno not in _TAKEN:
                 return _unlocked(path, error)
-            if time.monotonic() > deadline:
+            # Whoever asks for a stop now does not want to wait for another run.
+            if time.monotonic() > deadline or stop.is_asked():
                 raise BusyError(
                     f"{run.path}: in use by {holder}. One training or removal at a time: start again later, or name "
                     "another --run_dir."

@@ -3,6 +3,8 @@
 import logging
 from collections.abc import Iterator
 
+import numpy as np
+
 from pal_ds import phase
 from pal_ds.config import RunConfig
 from pal_ds.data.batch import Collator
@@ -210,7 +212,11 @@ def evaluate_on_dev(state: Training) -> bool:
     state.tracker.log_dev(state.step, figures)
     best = state.best
     improved = state.world.from_rank_zero(
-        lambda: best is None or figures["accuracy"] > best["dev_accuracy"]
+        # A model that has diverged is the best of nothing.
+        lambda: (
+            bool(np.isfinite(margins).all())
+            and (best is None or figures["accuracy"] > best["dev_accuracy"])
+        )
     )
     if improved:
         state.best = {

@@ -18,6 +18,21 @@ def test_ties_count_half() -> None:
     assert list(correctness(margins, labels)) == [1.0, 0.0, 0.5, 0.0]
 
 
+def test_margins_that_are_no_numbers_are_wrong_and_state_no_confidence() -> None:
+    margins = np.array([np.nan, 1.0, np.inf, -np.inf])
+    labels, ones = np.array([1.0, 1.0, 1.0, 1.0]), np.zeros(4)
+    figures = evaluation_figures(
+        margins, labels, np.array(["a"] * 4), ones, probabilities=np.full(4, 0.7)
+    )
+    assert figures["accuracy"] == 0.5
+    assert figures["ece"] is None
+    assert figures["probability_mae"] is None
+    assert fit_temperature(np.full(4, np.nan), labels) == 1.0
+    assert fit_temperature(np.array([np.nan, 1.0]), labels[:2]) == pytest.approx(
+        fit_temperature(np.array([1.0]), labels[:1])
+    )
+
+
 def test_figures_by_hand() -> None:
     figures = evaluation_figures(
         np.array([2.0, -1.0, 0.5, 0.0]),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pal_ds import phase, run_dir
+from pal_ds.engine.stop import listening
 from pal_ds.errors import BusyError, UserError
 from pal_ds.run_dir import RunDirectory, replacing
 from pal_ds.run_lock import LOCK, only_writer
@@ -80,6 +81,16 @@ def test_it_waits_for_one_that_is_about_to_end(holder, tmp_path: Path) -> None:
     with only_writer(RunDirectory(tmp_path / "run"), wait_seconds=10):
         assert str(os.getpid()) in (tmp_path / "run" / LOCK).read_text()
     assert not (tmp_path / "run" / LOCK).exists()
+
+
+def test_a_stop_is_not_kept_waiting(holder, tmp_path: Path) -> None:
+    holder(30)
+    begin = time.monotonic()
+    with listening(["USR2"]):
+        signal.raise_signal(signal.SIGUSR2)
+        with pytest.raises(BusyError), only_writer(RunDirectory(tmp_path / "run"), wait_seconds=60):
+            pytest.fail("two writers at once")
+    assert time.monotonic() - begin < 10
 
 
 def test_a_killed_holder_holds_nothing(holder, tmp_path: Path) -> None:

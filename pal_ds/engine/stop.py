@@ -32,6 +32,11 @@ def _note(number: int, _: FrameType | None) -> None:
     _noted.append(number)
 
 
+def is_asked() -> bool:
+    """Whether a stop signal has reached this process; others may not have got one."""
+    return bool(_noted)
+
+
 @contextlib.contextmanager
 def listening(names: Sequence[str]) -> Iterator[None]:
     """Inside, the signals of these names (`USR2`, `TERM`) ask for a stop instead of ending the process."""
@@ -102,7 +107,7 @@ class StopWatch:
         """`signal`, `time limit` or None, the same on every rank; call it on all of them between two updates."""
         # The clock of rank 0 counts; a signal counts wherever it arrived.
         late = world.is_rank_zero and self.out_of_time(evaluation_due=evaluation_due)
-        signalled, late = world.any_rank(bool(_noted), late)
+        signalled, late = world.any_rank(is_asked(), late)
         if signalled:
             return "signal"
         return "time limit" if late else None

@@ -192,6 +192,17 @@ def test_a_step_saved_again_replaces_the_damaged_one(
     ]
 
 
+def test_a_step_that_is_gone_is_missed(run: RunDirectory, caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever asks for the newest hears that it is not what latest.json names."""
+    assert run.resolve_step("latest") == 3
+    assert not caplog.messages
+    (run.checkpoint(3) / "manifest.json").unlink()
+    assert run.resolve_step("latest") == 2
+    (message,) = caplog.messages
+    assert "latest.json names step 3" in message
+    assert "taking step 2" in message
+
+
 def test_an_interrupted_replacement_is_taken_back(run: RunDirectory) -> None:
     """Killed between two renames: the old step, intact or not, has its name again, and the new one is made again."""
     path = run.checkpoint(3)

@@ -99,7 +99,7 @@ def test_a_diverged_run_ends_with_its_own_exit_code(tiny_run: TinyRun, tmp_path:
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     words = ("train", f"--config={tmp_path / 'recipe.yaml'}", f"--run_dir={tmp_path / 'run'}")
     done = subprocess.run(
-        [sys.executable, "-m", "pal_ds", *words, "--train.save_every=1"],
+        [sys.executable, "-m", "pal_ds", *words, "--train.save_every=1", "--train.eval_every=3"],
         env=environment(),
         text=True,
         capture_output=True,
@@ -110,6 +110,9 @@ def test_a_diverged_run_ends_with_its_own_exit_code(tiny_run: TinyRun, tmp_path:
     assert "10 updates in a row were skipped" in done.stderr
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "failed"
+    # Evaluations on the way meet scores that are no numbers: all wrong, and the best of nothing.
+    assert "pairs have scores that are no numbers; they count as wrong" in done.stderr
+    assert not (tmp_path / "run" / "best.json").exists()
     # Nothing is saved while updates are skipped: the checkpoints before them are the ones worth keeping.
     assert RunDirectory(tmp_path / "run").complete_steps() == [1]
 
