@@ -104,7 +104,7 @@ def split_by_tokens(
     """
     bounds = _cut_greedily(lengths, micro_batch_pairs, micro_batch_tokens)
     num_runs = -(-(len(bounds) - 1) // world_size) * world_size
-    low, high = int(lengths.max()), max(micro_batch_tokens, int(lengths.max()))
+    low, high = 1, micro_batch_tokens
     while low < high:
         middle = (low + high) // 2
         if len(_cut_greedily(lengths, micro_batch_pairs, middle)) - 1 <= num_runs:

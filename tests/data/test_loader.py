@@ -107,7 +107,7 @@ def test_seed_epoch_and_data_change_the_order(data: PreparedData) -> None:
     assert other.update(0, 0).tolist() != rows[0]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=300)
 @given(
     lengths=st.lists(st.integers(2, 50), min_size=1, max_size=40),
     world_size=st.integers(1, 4),
@@ -125,6 +125,11 @@ def test_token_budget(lengths: list[int], world_size: int, pairs: int, budget: i
         assert cost <= budget or len(run) == 1
     # No more steps than a greedy cut needs: each costs collectives.
     assert (len(runs) - 1) * world_size < greedy_runs(lengths, pairs, budget)
+
+
+def test_a_pair_beyond_the_budget_lends_it_to_nobody() -> None:
+    runs = split_by_tokens(np.asarray([6, 3, 2, 2]), 1, 2, 4)
+    assert [run.tolist() for (run,) in runs] == [[0], [1], [2, 3]]
 
 
 def greedy_runs(lengths: list[int], pairs: int, budget: int) -> int:
