@@ -37,3 +37,11 @@ def write_pairs(
             }
             stream.write(json.dumps({**row, "chosen": chosen, "rejected": rejected}) + "\n")
     return path
+
+
+def data_keys(folder: Path, num_pairs: int, **options: Any) -> dict[str, Any]:
+    """The `data` part of a recipe on `num_pairs` tiny pairs, which are written into `folder`."""
+    pairs = write_pairs(folder / "pairs.jsonl", num_pairs)
+    source = {"class_path": "Jsonl", "init_args": {"path": str(pairs)}}
+    sizes = {"vocab_size": 400, "max_length": 64}
+    return {"path": str(folder / "data"), "source": source, **sizes, **options}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.spawn import ROOT, environment, run_command, run_ranks
-from tests.tiny import LLAMA, write_pairs
+from tests.tiny import LLAMA, data_keys
 
 NUM_UPDATES = 10
 # Largest difference to the plain fp32 run's loss over ten updates.
@@ -26,16 +26,8 @@ BOUNDS = {
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("launch")
-    pairs = write_pairs(folder / "pairs.jsonl", 80)
     content = {
-        "data": {
-            "path": str(folder / "data"),
-            "source": {"class_path": "Jsonl", "init_args": {"path": str(pairs)}},
-            "vocab_size": 400,
-            "max_length": 64,
-            "dev_fraction": 0.0,
-            "test_fraction": 0.0,
-        },
+        "data": data_keys(folder, 80, dev_fraction=0.0, test_fraction=0.0),
         "backbone": {"path": str(folder / "base")},
         "head": {"class_path": "PalA", "init_args": {"num_prototypes": 3}},
         # A large epsilon: with the usual one Adam turns rounding of tiny gradients into visible steps.

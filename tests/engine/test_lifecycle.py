@@ -12,23 +12,15 @@ from pal_ds.cli import main
 from pal_ds.restore import restore
 from pal_ds.run_dir import RunDirectory
 from tests.spawn import run_command
-from tests.tiny import LLAMA, write_pairs
+from tests.tiny import LLAMA, data_keys
 
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA run on weights of its own folder, stopped after two of its updates."""
     folder = tmp_path_factory.mktemp("lifecycle")
-    pairs = write_pairs(folder / "pairs.jsonl", 48)
     recipe = {
-        "data": {
-            "path": str(folder / "data"),
-            "source": {"class_path": "Jsonl", "init_args": {"path": str(pairs)}},
-            "vocab_size": 400,
-            "max_length": 64,
-            "dev_fraction": 0.0,
-            "test_fraction": 0.0,
-        },
+        "data": data_keys(folder, 48, dev_fraction=0.0, test_fraction=0.0),
         "backbone": {"path": str(folder / "base"), "tuning": "lora", "lora": {"rank": 4}},
         "head": {"class_path": "PalA", "init_args": {"num_prototypes": 3}},
         "optim": {"learning_rate": 1e-2},

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.spawn import ROOT, run_command
-from tests.tiny import LLAMA, write_pairs
+from tests.tiny import LLAMA, data_keys
 from tools import submit
 
 
@@ -15,14 +15,8 @@ from tools import submit
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe with prepared data, and one without."""
     folder = tmp_path_factory.mktemp("submit")
-    pairs = write_pairs(folder / "pairs.jsonl", 40)
     content = {
-        "data": {
-            "path": str(folder / "data"),
-            "source": {"class_path": "Jsonl", "init_args": {"path": str(pairs)}},
-            "vocab_size": 400,
-            "max_length": 64,
-        },
+        "data": data_keys(folder, 40),
         "backbone": {"architecture": LLAMA},
         "head": {"class_path": "PalA", "init_args": {"num_prototypes": 3}},
         "train": {"ds_config": "zero3_cpu", "batch_pairs": 8},
