@@ -4,6 +4,7 @@ Everything that depends on what meets what (encoder and weighting, head and prom
 and refused here, once, before any engine starts.
 """
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -18,6 +19,8 @@ from pal_ds.data.tables import PreparedData
 from pal_ds.errors import UserError
 from pal_ds.heads.base import Head
 from pal_ds.run_dir import RunDirectory
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def assemble(config: RunConfig, data: PreparedData, run: RunDirectory) -> Parts:
     Raises:
         UserError: two keys contradict each other, or the data lack what the head reads.
     """
-    encoder = False
+    encoder = packed = False
     backbone = None
     if data.info["kind"] == "vectors":
         hidden_size = int(data.info["vector_size"])
@@ -72,6 +75,7 @@ def assemble(config: RunConfig, data: PreparedData, run: RunDirectory) -> Parts:
         hidden_size, encoder = hidden_size_of(model_config), is_encoder(model_config)
         _check_vocabulary(model_config, data)
         _check_positions(model_config, data)
+        packed = _packed(config.backbone, model_config, encoder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(head_seed(config.train.seed))
         try:
@@ -93,6 +97,7 @@ def assemble(config: RunConfig, data: PreparedData, run: RunDirectory) -> Parts:
         scored_positions="last" if weighting == "last" else "all",
         encoding=encoding,
         with_prompt=with_prompt,
+        packed=packed,
         pad_token_id=0 if backbone is None else int(data.info["tokens"]["pad_token_id"]),
     )
     return Parts(
@@ -118,6 +123,26 @@ def _encoding(wanted: str, encoder: bool, with_prompt: bool) -> Literal["joint",
             "the prompt by itself. Set it to separate (or auto)."
         )
     return "separate" if wanted == "separate" else "joint"
+
+
+def _packed(config: BackboneConfig, model_config: Any, encoder: bool) -> bool:
+    """Whether micro-batches are packed. Raises UserError where they shall be and cannot."""
+    from pal_ds.backbones.packed import FAMILIES
+
+    obstacle = None
+    if encoder or config.encoding == "separate":
+        obstacle = (
+            "only decoders that read a response after its prompt (encoding: joint) share prompts"
+        )
+    elif config.attention == "eager":
+        obstacle = "attention: eager knows padded rows only"
+    elif model_config.model_type not in FAMILIES:
+        obstacle = f"{model_config.model_type} is not among the families it is known for: {', '.join(sorted(FAMILIES))}"
+    if config.packing == "packed" and obstacle:
+        raise UserError(f"backbone.packing: packed, but {obstacle}. Set it to auto or padded.")
+    if config.packing == "auto" and obstacle:
+        logger.info("packing: padded rows, as %s", obstacle)
+    return config.packing != "padded" and obstacle is None
 
 
 def _check_prompt(data: PreparedData, with_prompt: bool) -> None:
@@ -178,9 +203,16 @@ def load_backbone(parts: Parts, config: RunConfig, *, gpu: bool) -> nn.Module:
     """Given states for vector data, else a transformers model loaded for its tuning."""
     if parts.backbone is None:
         return GivenStates()
+    from pal_ds.backbones.packed import choose_layout
     from pal_ds.backbones.transformer import TransformerBackbone, load_transformer
 
+    packed, precision = parts.collator.packed, config.train.precision
     model = load_transformer(
-        parts.backbone, precision=config.train.precision, seed=config.train.seed, gpu=gpu
+        parts.backbone, precision=precision, seed=config.train.seed, gpu=gpu, packed=packed
     )
-    return TransformerBackbone(model, pool_mean=parts.pool_mean, prompt_tokens=parts.prompt_tokens)
+    layout, reason = choose_layout(parts.backbone.attention, precision, gpu)
+    if packed:
+        logger.info("packed rows: %s", reason)
+    return TransformerBackbone(
+        model, pool_mean=parts.pool_mean, prompt_tokens=parts.prompt_tokens, layout=layout
+    )

@@ -55,6 +55,10 @@ def predict(
     Pair i of a forward is the same at every world size up to which pairs share it, so margins agree to rounding.
     A user the table does not hold (row -1) gets the last mixture, the population's.
     """
+    prompts = collator.data.response_prompt[collator.data.comparisons["a"][rows]]
+    # Comparisons of one prompt side by side: a packed forward then computes it once for them.
+    order = np.argsort(prompts, kind="stable")
+    ordered = rows[order]
     run_size = micro_batch_pairs * world.world_size
     num_steps = -(-len(rows) // run_size)
     margins = []
@@ -68,7 +72,7 @@ def predict(
             phase.enter("evaluate")
             between_steps()
             begin = step * run_size + world.rank * micro_batch_pairs
-            share = rows[begin : min(begin + micro_batch_pairs, len(rows))]
+            share = ordered[begin : min(begin + micro_batch_pairs, len(rows))]
             batch = collator(share, np.arange(len(share)), stand_in=int(rows[0])).to(world.device)
             output = forward(batch, UserState(None, None, mixtures[batch.user_row]))
             padded = torch.full((micro_batch_pairs,), torch.nan, device=world.device)
@@ -77,7 +81,8 @@ def predict(
             advance(run_size)
     if not margins:
         return np.empty(0)
-    found = torch.cat(margins)[: len(rows)].double().cpu().numpy()
+    found = np.empty(len(rows))
+    found[order] = torch.cat(margins)[: len(rows)].double().cpu().numpy()
     if world.is_rank_zero and (num_lost := int(np.isnan(found).sum())):
         logger.warning(
             "%d of %d pairs have scores that are no numbers; they count as wrong",

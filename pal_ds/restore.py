@@ -139,7 +139,7 @@ def load_model(opened: OpenRun, precision: Literal["fp32", "bf16"] = "fp32") -> 
         parts = replace(parts, backbone=replace(parts.backbone, attention="auto"))
     if parts.backbone is not None and parts.backbone.tuning == "full":
         # Every weight comes from the checkpoint: no need to read those that training began with.
-        empty = empty_transformer(parts.backbone, precision)
+        empty = empty_transformer(parts.backbone, precision, packed=parts.collator.packed)
         backbone: nn.Module = TransformerBackbone(
             empty, pool_mean=parts.pool_mean, prompt_tokens=parts.prompt_tokens
         )

@@ -27,7 +27,12 @@ class BackboneConfig:
     tuning: Literal["full", "lora", "frozen"] = "full"
     lora: LoraOptions = field(default_factory=LoraOptions)
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
-    """auto: flash-attn where it is installed and the run is bf16 on a GPU, else torch's SDPA."""
+    """auto: flash attention where the run is bf16 on a GPU and flash-attn (for packed rows, torch's own too) is
+    installed, else torch's SDPA."""
+    packing: Literal["auto", "packed", "padded"] = "auto"
+    """packed: the distinct texts of a micro-batch in one row without padding, each prompt computed once for all its
+    responses; padded: every text a row. auto: packed for decoders in joint encoding whose family is known to give
+    the same states (see `backbones/packed.py`)."""
     gradient_checkpointing: bool = False
     encoding: Literal["auto", "joint", "separate"] = "auto"
     """joint: the response after its prompt in one pass; separate: each alone. auto: joint, except where an encoder

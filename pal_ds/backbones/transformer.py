@@ -17,6 +17,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from pal_ds.backbones.config import BackboneConfig
+from pal_ds.backbones.packed import Layout, packed_states
+from pal_ds.backbones.packed_attention import NAME as PACKED
+from pal_ds.backbones.packed_blocks import blocks_of
 from pal_ds.data.batch import Batch
 from pal_ds.errors import UserError
 from pal_ds.exported.encoding import drop_unused_modules, encode_tokens, hidden_size_of, is_encoder
@@ -31,10 +34,20 @@ transformers.utils.logging.disable_progress_bar()
 class TransformerBackbone(nn.Module):
     """Hidden states [R, T, H] of the scored positions, and of the prompts [P, C, H] where a head reads them."""
 
-    def __init__(self, model: nn.Module, *, pool_mean: bool, prompt_tokens: bool) -> None:
-        """`pool_mean`: one mean per row (encoders); `prompt_tokens`: every prompt position, not the last."""
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        pool_mean: bool,
+        prompt_tokens: bool,
+        layout: Layout = blocks_of,
+    ) -> None:
+        """`pool_mean`: one mean per row (encoders); `prompt_tokens`: every prompt position, not the last.
+
+        `layout`: how attention sees packed batches.
+        """
         super().__init__()
-        self.model = model
+        self.model, self.layout = model, layout
         self.pool_mean, self.prompt_tokens = pool_mean, prompt_tokens
 
     def forward(self, batch: Batch) -> Features:
@@ -43,6 +56,8 @@ class TransformerBackbone(nn.Module):
 
     def states(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(responses [R, T, H], prompts [P, C, H], valid positions of each prompt [P])."""
+        if batch.packing is not None:
+            return packed_states(self.model, batch, self.layout, prompt_tokens=self.prompt_tokens)
         assert batch.input_ids is not None and batch.attention_mask is not None
         assert batch.response_positions is not None, "this batch carries states, not token ids"
         return encode_tokens(
@@ -123,15 +138,18 @@ def materialise_architecture(
 
 
 def load_transformer(
-    config: BackboneConfig, *, precision: str, seed: int, gpu: bool
+    config: BackboneConfig, *, precision: str, seed: int, gpu: bool, packed: bool
 ) -> PreTrainedModel | Any:
     """Loads `config.path` for its tuning: trainable, with adapters, or frozen.
 
+    `packed`: with the attention that packed batches need; padded ones it leaves to SDPA.
     Call it inside the engine's loading context: under ZeRO-3 the weights are then partitioned as they are read.
     """
     assert config.path is not None, "materialise `backbone.architecture` first"
-    attention, reason = choose_attention(config.attention, precision, gpu)
-    logger.info("attention: %s (%s)", attention, reason)
+    attention = PACKED
+    if not packed:
+        attention, reason = choose_attention(config.attention, precision, gpu)
+        logger.info("attention: %s (%s)", attention, reason)
     model = AutoModel.from_pretrained(
         config.path,
         dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
@@ -153,13 +171,16 @@ def load_transformer(
     return model
 
 
-def empty_transformer(config: BackboneConfig, precision: str) -> PreTrainedModel | Any:
+def empty_transformer(
+    config: BackboneConfig, precision: str, *, packed: bool
+) -> PreTrainedModel | Any:
     """The model of `config.path` without its weights, which the caller fills in; for the CPU."""
+    attention = PACKED if packed else choose_attention(config.attention, precision, gpu=False)[0]
     with no_init_weights():
         model = AutoModel.from_config(
             read_model_config(config),
             dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
-            attn_implementation=choose_attention(config.attention, precision, gpu=False)[0],
+            attn_implementation=attention,
             trust_remote_code=config.trust_remote_code,
         )
     drop_unused_modules(model)

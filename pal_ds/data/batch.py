@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pal_ds.data.packing import PackedTexts, Packing, pack
 from pal_ds.data.plan import gumbel_noise
 from pal_ds.data.ragged import Ragged
 from pal_ds.data.tables import PreparedData
@@ -46,12 +47,12 @@ class Batch(NamedTuple):
     position: Int[Tensor, "B"]
     """Global position in the update; -1 for a stand-in."""
     gumbel: Float[Tensor, "B K"] | None
+    packing: Packing | None = None
+    """Given where all texts lie in one row (N = 1): response_positions and prompt_rows are then columns of it, the
+    latter of each prompt's first token."""
 
     def to(self, device: torch.device) -> "Batch":
-        moved: list[Any] = [
-            None if part is None else part.to(device, non_blocking=True) for part in self
-        ]
-        return Batch(*moved)
+        return _moved(self, device)
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ class Collator:
     """last: the end token of each response; all: every response token (`mean` and `cumulative` weightings)."""
     encoding: Literal["joint", "separate"] = "joint"
     with_prompt: bool = False
+    packed: bool = False
+    """All texts in one row without padding, each prompt once: decoders in joint encoding."""
     pad_token_id: int = 0
     response_store: FeatureStore | None = None
     prompt_store: FeatureStore | None = None
@@ -123,6 +126,11 @@ class Collator:
         )
 
     @property
+    def stored(self) -> bool:
+        """Whether batches carry states in place of token ids."""
+        return self.response_store is not None or self.data.response_vectors is not None
+
+    @property
     def responses(self) -> Ragged:
         """Token ids of the responses."""
         assert self.data.responses is not None, "vector records have no token ids"
@@ -133,20 +141,6 @@ class Collator:
         """Token ids of the prompts."""
         assert self.data.prompts is not None, "vector records have no token ids"
         return self.data.prompts
-
-    def pair_lengths(self, rows: np.ndarray) -> np.ndarray:
-        """Tokens that each comparison costs when padded alone: its sequences times the longest of them, int64 [n]."""
-        tokens = self.data.info["tokens"]
-        responses = np.stack([self.data.comparisons[name][rows] for name in ("a", "b")], axis=1)
-        prompts = self.prompts.lengths_of(self.data.response_prompt[responses])
-        lengths = self.responses.lengths_of(responses)
-        if self.encoding == "joint":
-            lengths = lengths + prompts
-        else:
-            lengths = lengths + len(tokens["prefix_ids"])
-            if self.with_prompt:
-                lengths = np.concatenate([lengths, prompts[:, :1]], axis=1)
-        return lengths.shape[1] * np.minimum(lengths, tokens["max_length"]).max(axis=1)
 
     def user_rows(self, rows: np.ndarray) -> np.ndarray:
         """User table row of each comparison, int64; -1 for users the table does not hold."""
@@ -168,22 +162,31 @@ class Collator:
         start = np.argmax(first != second, axis=1)
         return start, lengths[response_index].max(axis=1)
 
-    def _inputs(
-        self, responses: np.ndarray, response_index: np.ndarray
-    ) -> dict[str, Tensor | None]:
-        prompts, prompt_of_response = responses, np.arange(len(responses))
-        if self.encoding == "separate" or self.data.response_vectors is not None:
-            prompts, prompt_of_response = np.unique(
-                self.data.response_prompt[responses], return_inverse=True
-            )
+    def _inputs(self, responses: np.ndarray, response_index: np.ndarray) -> dict[str, Any]:
+        if self.packed and not self.stored:
+            texts = self.pack(responses)
+            fields = texts.fields(self._scored_columns(responses), with_prompt=self.with_prompt)
+            prompt_of_response = texts.prompt_of_response
+        else:
+            prompts, prompt_of_response = responses, np.arange(len(responses))
+            if self.encoding == "separate" or self.data.response_vectors is not None:
+                prompts, prompt_of_response = np.unique(
+                    self.data.response_prompt[responses], return_inverse=True
+                )
+            fields = (self._states if self.stored else self.tokens)(responses, prompts)
         prompt_index = (
             torch.from_numpy(prompt_of_response[response_index]) if self.with_prompt else None
         )
-        if self.response_store is not None or self.data.response_vectors is not None:
-            return {**self._stored(responses, prompts), "prompt_index": prompt_index}
-        return {**self.tokens(responses, prompts), "prompt_index": prompt_index}
+        return {**fields, "prompt_index": prompt_index}
 
-    def _stored(self, responses: np.ndarray, prompts: np.ndarray) -> dict[str, Tensor | None]:
+    def _scored_columns(self, responses: np.ndarray) -> np.ndarray:
+        """Scored positions of each response, counted from its first token, int64 [R, T]."""
+        last = self.responses.lengths_of(responses)[:, None] - 1
+        if self.scored_positions == "last":
+            return last
+        return np.minimum(np.arange(last.max(initial=-1) + 1)[None, :], last)
+
+    def _states(self, responses: np.ndarray, prompts: np.ndarray) -> dict[str, Tensor | None]:
         prompt_states = prompt_length = None
         if self.response_store is None:
             assert self.data.response_vectors is not None, "neither stored states nor vectors"
@@ -230,11 +233,7 @@ class Collator:
                 [len(part) for part in sequences[len(responses) :]], np.int64
             )
         ids, mask = pad_right(sequences, self.pad_token_id)
-        lengths = self.responses.lengths_of(responses)
-        columns = lengths[:, None] - 1
-        if self.scored_positions == "all":
-            columns = np.minimum(np.arange(lengths.max(initial=0))[None, :], columns)
-        positions = np.asarray(starts, np.int64)[:, None] + columns
+        positions = np.asarray(starts, np.int64)[:, None] + self._scored_columns(responses)
         return {
             "input_ids": ids,
             "attention_mask": mask,
@@ -244,6 +243,11 @@ class Collator:
             "response_states": None,
             "prompt_states": None,
         }
+
+    def pack(self, responses: np.ndarray) -> PackedTexts:
+        """One row of these responses and their distinct prompts."""
+        heads, tails = zip(*(self.sequence(int(response)) for response in responses), strict=True)
+        return pack(heads, self.data.response_prompt[responses], tails)
 
     def sequence(self, response: int) -> tuple[np.ndarray, np.ndarray]:
         """(what precedes the response, the response) as token ids; the prompt is truncated first, from the left."""
@@ -258,6 +262,15 @@ class Collator:
         """The prompt alone, with its marker, as separate encoding reads it."""
         tokens = self.data.info["tokens"]
         return _truncate_left(self.prompts[prompt], len(tokens["prefix_ids"]), tokens["max_length"])
+
+
+def _moved(part: Any, device: torch.device) -> Any:
+    """A named tuple with its tensors on `device`."""
+    if isinstance(part, Tensor):
+        return part.to(device, non_blocking=True)
+    if isinstance(part, tuple):
+        return type(part)(*(_moved(inner, device) for inner in part))
+    return part
 
 
 def _vectors(table: np.ndarray, rows: np.ndarray) -> Float[Tensor, "n one H"]:

@@ -8,7 +8,9 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from pal_ds.data.batch import Batch, Collator
+from pal_ds.data.costs import padded_lengths, pair_texts
 from pal_ds.data.plan import UpdatePlan, split_by_tokens, split_update
+from pal_ds.data.split_packed import split_by_cost
 
 
 class UpdateInputs(NamedTuple):
@@ -46,13 +48,14 @@ class UpdateSource(Dataset[UpdateInputs]):
 
     def split(self, rows: np.ndarray) -> list[list[np.ndarray]]:
         """[micro-step][rank] positions of an update."""
+        bounds = (self.world_size, self.micro_batch_pairs)
+        if self.collator.packed and not self.collator.stored:
+            texts = pair_texts(self.collator, rows)
+            return split_by_cost(texts, *bounds, self.micro_batch_tokens)
         if self.micro_batch_tokens is None:
-            return split_update(len(rows), self.world_size, self.micro_batch_pairs)
+            return split_update(len(rows), *bounds)
         return split_by_tokens(
-            self.collator.pair_lengths(rows),
-            self.world_size,
-            self.micro_batch_pairs,
-            self.micro_batch_tokens,
+            padded_lengths(self.collator, rows), *bounds, self.micro_batch_tokens
         )
 
     def batch(self, update: int, rows: np.ndarray, positions: np.ndarray) -> Batch:

@@ -78,7 +78,7 @@ def _text_batch(collator: Collator, rows: np.ndarray, of_prompts: bool) -> Batch
     fields = collator.tokens(nothing if of_prompts else rows, rows if of_prompts else nothing)
     empty = torch.empty(0, dtype=torch.int64)
     blank: dict[str, Tensor | None] = dict.fromkeys(Batch._fields, empty)
-    return Batch(**{**blank, "gumbel": None, "prompt_index": None, **fields})
+    return Batch(**{**blank, **dict.fromkeys(("gumbel", "prompt_index", "packing")), **fields})
 
 
 def _valid(states: Tensor, lengths: Tensor) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 try:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
 except ImportError:
 
     class _AnyShape:
@@ -11,6 +11,6 @@ except ImportError:
             return item[0]
 
     if not TYPE_CHECKING:
-        Float = Int = _AnyShape()
+        Bool = Float = Int = _AnyShape()
 
-__all__ = ["Float", "Int"]
+__all__ = ["Bool", "Float", "Int"]

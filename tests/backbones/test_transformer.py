@@ -24,7 +24,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("wanted", [True, False])
 def test_activation_checkpointing_is_on_where_asked(base: str, tuning: str, wanted: bool) -> None:
     config = BackboneConfig(path=base, tuning=tuning, gradient_checkpointing=wanted)
-    model = load_transformer(config, precision="fp32", seed=0, gpu=False)
+    model = load_transformer(config, precision="fp32", seed=0, gpu=False, packed=False)
     layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
     assert layers
     assert any(layer.gradient_checkpointing for layer in layers) == wanted
@@ -32,7 +32,11 @@ def test_activation_checkpointing_is_on_where_asked(base: str, tuning: str, want
 
 def test_frozen_weights_ask_for_no_gradient(base: str) -> None:
     model = load_transformer(
-        BackboneConfig(path=base, tuning="frozen"), precision="fp32", seed=0, gpu=False
+        BackboneConfig(path=base, tuning="frozen"),
+        precision="fp32",
+        seed=0,
+        gpu=False,
+        packed=False,
     )
     assert not any(parameter.requires_grad for parameter in model.parameters())
 

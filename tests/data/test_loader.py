@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pal_ds.data.batch import Batch, Collator
+from pal_ds.data.costs import padded_lengths
 from pal_ds.data.loader import UpdateInputs, UpdateSource, updates_from
 from pal_ds.data.plan import UpdatePlan, split_by_tokens
 from pal_ds.data.prepare import DataConfig, prepare
@@ -151,13 +152,13 @@ def test_a_budget_shares_the_work_evenly() -> None:
 
 @pytest.mark.parametrize("encoding", ["joint", "separate"])
 @pytest.mark.parametrize("with_prompt", [False, True])
-def test_pair_lengths_bound_the_padded_batch(
+def test_padded_lengths_bound_the_padded_batch(
     data: PreparedData, encoding: Literal["joint", "separate"], with_prompt: bool
 ) -> None:
     """What the budget counts is at least what a batch holds, and exact for a pair alone."""
     collator = Collator(data, encoding=encoding, with_prompt=with_prompt)
     for row in range(12):
         batch = collator(np.asarray([row]), np.asarray([0]))
-        assert collator.pair_lengths(np.asarray([row]))[0] == batch.input_ids.numel()
+        assert padded_lengths(collator, np.asarray([row]))[0] == batch.input_ids.numel()
     rows = np.arange(12)
-    assert collator(rows, rows).input_ids.numel() <= 12 * collator.pair_lengths(rows).max()
+    assert collator(rows, rows).input_ids.numel() <= 12 * padded_lengths(collator, rows).max()

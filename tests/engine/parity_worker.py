@@ -25,11 +25,19 @@ SIZES = {(1, 1): [[16]], (1, 2): [[11], [5]], (2, 1): [[6, 10]], (2, 2): [[3, 5]
 
 
 def recipe(data: str, base: str, tuning: str, stage: int) -> RunConfig:
-    """Two learning rates (so two parameter groups), clipping on, eps large enough that Adam hides no scale error."""
+    """Two learning rates (so two parameter groups), clipping on, eps large enough that Adam hides no scale error.
+
+    Batches are packed, as by default for this family, and ZeRO-3 computes activations again.
+    """
     return RunConfig(
         data=DataConfig(path=data, source=None),
         head=lambda hidden_size: PalA(hidden_size, num_prototypes=3, prototype_std=1.5),
-        backbone=BackboneConfig(path=base, tuning=tuning, lora=LoraOptions(rank=4)),
+        backbone=BackboneConfig(
+            path=base,
+            tuning=tuning,
+            lora=LoraOptions(rank=4),
+            gradient_checkpointing=stage == 3,
+        ),
         users=UsersConfig(learning_rate=0.5, epsilon=1e-2),
         optim=OptimConfig(
             learning_rate=3e-3, backbone_learning_rate=1e-3, epsilon=1e-4, warmup_fraction=0.1

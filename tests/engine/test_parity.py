@@ -1,6 +1,7 @@
 """The same updates at ZeRO 0-3, one and two ranks, with and without accumulation, against a plain torch loop."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,10 +51,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plain_torch_run(folder: Path) -> dict[str, np.ndarray]:
-    """The same updates without DeepSpeed: whole batches, torch's AdamW and clipping, a per-row Adam written out."""
+    """The same updates without DeepSpeed: padded batches, torch's AdamW and clipping, row Adam written out."""
     from pal_ds.assemble import assemble, load_backbone
 
     config: RunConfig = recipe(str(folder / "data"), str(folder / "base"), "full", 0)
+    config = replace(config, backbone=replace(config.backbone, packing="padded"))
     data, run = PreparedData.open(config.data.path), RunDirectory(folder / "plain")
     parts = assemble(config, data, run)
     model = RewardModel(load_backbone(parts, config, gpu=False), parts.head)
@@ -74,6 +76,7 @@ def plain_torch_run(folder: Path) -> dict[str, np.ndarray]:
     for update in range(NUM_UPDATES):
         rows = plan.update(*divmod(update, plan.updates_per_epoch))
         batch = parts.collator(rows, np.arange(len(rows)))
+        assert batch.packing is None, "the plain loop reads each text from a row of its own"
         leaf = logits[batch.user_row].requires_grad_()
         output = model(batch, UserState(leaf))
         loss = torch.nn.functional.softplus(-batch.label * output.margin[:, 0]).mean()

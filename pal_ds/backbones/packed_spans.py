@@ -1,0 +1,145 @@
+"""Packed attention by variable-length flash attention: every prompt and every response is a sequence of one call."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.utils import is_flash_attn_2_available
+
+from pal_ds.backbones.token_copies import Gather, copies, owner_and_column, shared_copies
+from pal_ds.data.packing import Packing
+from pal_ds.heads.shapes import Float, Int
+
+VarlenKernel = Callable[..., Tensor]
+"""(query [S, h, D], key [n, g, D], value [n, g, D], spans, dropout, scaling, window) -> [S, h, D], causal with the
+last query of a sequence at its last key."""
+
+
+class Spans(NamedTuple):
+    """A packed row as sequences of queries and keys: a prompt looks at itself, a response at its prompt and itself."""
+
+    kernel: VarlenKernel
+    keys: Gather
+    query_start: Int[Tensor, "N+1"]
+    """int32, as the kernels want it."""
+    key_start: Int[Tensor, "N+1"]
+    longest_query: int
+    longest_key: int
+
+
+def spans_of(packing: Packing, kernel: VarlenKernel) -> Spans:
+    """Index tensors of the sequences, on the packing's device and without waiting for it."""
+    start, slot = packing.sequence_start, packing.prompt_of_response
+    num_prompts, num_keys = packing.num_prompts, packing.num_keys
+    before = torch.cat([start.new_zeros(num_prompts), start.diff()[slot]])
+    key_start = torch.cat([start.new_zeros(1), (before + start.diff()).cumsum(0)])
+    owner, column = owner_and_column(packing)
+    sequences = torch.arange(len(before), device=start.device)
+    of_key = torch.repeat_interleave(sequences, key_start.diff(), output_size=num_keys)
+    place = torch.arange(num_keys, device=start.device) - key_start[of_key]
+    prompt_start = torch.cat([start[:num_prompts], start[slot]])[of_key]
+    token = torch.where(
+        place < before[of_key], prompt_start + place, start[of_key] - before[of_key] + place
+    )
+    shared = shared_copies(packing, owner, column, key_start[num_prompts:-1], num_keys)
+    first_copy = key_start[owner] + before[owner] + column
+    return Spans(
+        kernel,
+        Gather(token, first_copy, shared),
+        start.to(torch.int32),
+        key_start.to(torch.int32),
+        max(packing.longest_prompt, packing.longest_response),
+        max(packing.longest_prompt, packing.longest_joint),
+    )
+
+
+def attend_spans(
+    query: Float[Tensor, "h S D"],
+    key: Float[Tensor, "g S D"],
+    value: Float[Tensor, "g S D"],
+    spans: Spans,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+) -> Float[Tensor, "h S D"]:
+    """One call of the kernel; its deterministic backward aside, the sums over copies have a fixed order."""
+    keys, values = copies(key, spans.keys), copies(value, spans.keys)
+    output = spans.kernel(
+        *(part.transpose(0, 1) for part in (query, keys, values)), spans, dropout, scaling, window
+    )
+    return output.transpose(0, 1)
+
+
+def varlen_kernel() -> tuple[VarlenKernel | None, str]:
+    """(kernel, why): flash-attn where it is installed, else torch's own, else None. For half precision on a GPU."""
+    if is_flash_attn_2_available():
+        return _flash_attn, "flash-attn is installed"
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None, "neither flash-attn nor a torch with variable-length attention is installed"
+    if not {"window_size", "scale", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters):
+        return (
+            None,
+            "flash-attn is not installed, and this torch's variable-length attention has no windows",
+        )
+    return _torch_varlen, "torch's own, as flash-attn is not installed"
+
+
+def _flash_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: Spans,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(
+        query,
+        key,
+        value,
+        spans.query_start,
+        spans.key_start,
+        spans.longest_query,
+        spans.longest_key,
+        dropout_p=dropout,
+        softmax_scale=scaling,
+        causal=True,
+        window_size=(-1 if window is None else window - 1, 0),
+        deterministic=True,
+    )
+
+
+def _torch_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: Spans,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    assert dropout == 0, (
+        "torch's variable-length attention has no dropout; set backbone.attention to sdpa"
+    )
+    options: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    output = varlen_attn(
+        query,
+        key,
+        value,
+        spans.query_start,
+        spans.key_start,
+        spans.longest_query,
+        spans.longest_key,
+        window_size=(-1 if window is None else window - 1, 0),
+        **options,
+    )
+    assert isinstance(output, Tensor), "nothing but the states was asked for"
+    return output

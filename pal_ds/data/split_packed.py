@@ -1,0 +1,105 @@
+"""Cuts an update into packed micro-batches: a prompt's comparisons together, ranks' tokens even."""
+
+import heapq
+from typing import NamedTuple
+
+import numpy as np
+
+
+class PairTexts(NamedTuple):
+    """The texts of n comparisons and what they cost."""
+
+    prompt: np.ndarray
+    """Row of each one's prompt, int64 [n]."""
+    response: np.ndarray
+    """Rows of both responses, int64 [n, 2]."""
+    prompt_tokens: np.ndarray
+    """Tokens of the prompt in front of each response, int64 [n, 2]: truncation depends on the response."""
+    response_tokens: np.ndarray
+    """Tokens of each response, int64 [n, 2]."""
+
+
+def split_by_cost(
+    texts: PairTexts, world_size: int, most_pairs: int, most_tokens: int | None
+) -> list[list[np.ndarray]]:
+    """Cuts an update into [micro-step][rank] positions: comparisons of one prompt together, ranks' tokens even.
+
+    Every rank gets the same number of micro-steps, the fewest that both bounds allow; a position list is ascending
+    and may be empty where an update is smaller than the world. A comparison dearer than the budget makes a run of
+    its own: it cannot be cut. Which comparisons form the update is not touched.
+
+    Args:
+        most_pairs: comparisons in a run.
+        most_tokens: distinct tokens in a run; None sets no bound.
+    """
+    num_pairs = len(texts.prompt)
+    # A prompt with more than a rank's share of the update is computed on several, lest the others wait.
+    pieces = _pieces(texts, min(most_pairs, -(-num_pairs // world_size)), most_tokens)
+    total = sum(cost for cost, _ in pieces)
+    budget = total if most_tokens is None else most_tokens
+    num_steps = max(-(-num_pairs // (world_size * most_pairs)), -(-total // (world_size * budget)))
+    runs = None
+    while runs is None:
+        runs = _fill(pieces, num_steps * world_size, most_pairs, budget)
+        num_steps += 1
+    positions = [np.sort(np.array(run, np.int64)) for run in runs]
+    return [positions[first : first + world_size] for first in range(0, len(runs), world_size)]
+
+
+Piece = tuple[int, list[int]]
+"""Distinct tokens and the positions of some comparisons of one prompt."""
+
+
+def _pieces(texts: PairTexts, most_pairs: int, most_tokens: int | None) -> list[Piece]:
+    """The comparisons of each prompt, cut where they exceed a bound by themselves."""
+    pieces: list[Piece] = []
+    seen: set[tuple[str, int]] = set()
+    last_prompt = -1
+    for position in np.argsort(texts.prompt, kind="stable").tolist():
+        tokens = _distinct_texts(texts, position)
+        new = sum(cost for key, cost in tokens.items() if key not in seen)
+        cost, members = pieces[-1] if pieces else (0, [])
+        full = len(members) == most_pairs or (most_tokens is not None and cost + new > most_tokens)
+        if texts.prompt[position] != last_prompt or full:
+            pieces.append((sum(tokens.values()), [position]))
+            seen, last_prompt = set(tokens), texts.prompt[position]
+        else:
+            pieces[-1] = (cost + new, [*members, position])
+            seen |= set(tokens)
+    return pieces
+
+
+def _distinct_texts(texts: PairTexts, position: int) -> dict[tuple[str, int], int]:
+    """Tokens of each distinct text of one comparison; keys are unique among those of its prompt."""
+    tokens = {}
+    for side in (0, 1):
+        kept = int(texts.prompt_tokens[position, side])
+        tokens["prompt", kept] = kept
+        response = int(texts.response[position, side])
+        tokens["response", response] = int(texts.response_tokens[position, side])
+    return tokens
+
+
+def _fill(
+    pieces: list[Piece], num_runs: int, most_pairs: int, budget: int
+) -> list[list[int]] | None:
+    """Each piece, dearest first, into the cheapest run with room (Graham's LPT rule); None where some finds none.
+
+    A piece dearer than the budget fits into an empty run only.
+    """
+    runs: list[list[int]] = [[] for _ in range(num_runs)]
+    cheapest = [(0, run) for run in range(num_runs)]
+    for cost, members in sorted(pieces, key=lambda piece: (-piece[0], piece[1][0])):
+        without_room = []
+        while cheapest and len(runs[cheapest[0][1]]) + len(members) > most_pairs:
+            without_room.append(heapq.heappop(cheapest))
+        if not cheapest:
+            return None
+        tokens, run = heapq.heappop(cheapest)
+        if runs[run] and tokens + cost > budget:
+            return None
+        runs[run] += members
+        for entry in ((tokens + cost, run), *without_room):
+            if len(runs[entry[1]]) < most_pairs:
+                heapq.heappush(cheapest, entry)
+    return runs

@@ -1,0 +1,110 @@
+"""Packed micro-batches of an update: every comparison once, bounds kept, prompts together, ranks even."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pal_ds.data.batch import Collator
+from pal_ds.data.costs import pair_texts
+from pal_ds.data.prepare import DataConfig, prepare
+from pal_ds.data.sources import Jsonl
+from pal_ds.data.split_packed import PairTexts, split_by_cost
+from pal_ds.data.tables import PreparedData
+from tests.tiny import write_pairs
+
+
+def random_texts(seed: int, num_pairs: int, num_prompts: int) -> PairTexts:
+    """Pairs of few prompts and responses, so that texts repeat; lengths are functions of the rows."""
+    generator = np.random.default_rng(seed)
+    prompt = generator.integers(num_prompts, size=num_pairs)
+    response = prompt[:, None] * 4 + np.sort(generator.integers(4, size=(num_pairs, 2)), axis=1)
+    kept = np.repeat(5 + prompt[:, None] % 37, 2, axis=1) - (response % 4 == 3)
+    return PairTexts(prompt, response, kept, 1 + response % 23)
+
+
+def distinct_tokens(texts: PairTexts, positions: np.ndarray) -> int:
+    """Counted with sets, independently of the code."""
+    prompts, responses = set(), set()
+    for position in positions:
+        for side in (0, 1):
+            prompts.add((texts.prompt[position], texts.prompt_tokens[position, side]))
+            responses.add((texts.response[position, side], texts.response_tokens[position, side]))
+    return int(sum(length for _, length in (*prompts, *responses)))
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    seed=st.integers(0, 10**6),
+    num_pairs=st.integers(1, 70),
+    num_prompts=st.integers(1, 40),
+    world_size=st.integers(1, 5),
+    most_pairs=st.integers(1, 20),
+    most_tokens=st.none() | st.integers(1, 400),
+)
+def test_every_comparison_once_within_the_bounds(
+    seed: int,
+    num_pairs: int,
+    num_prompts: int,
+    world_size: int,
+    most_pairs: int,
+    most_tokens: int | None,
+) -> None:
+    texts = random_texts(seed, num_pairs, num_prompts)
+    steps = split_by_cost(texts, world_size, most_pairs, most_tokens)
+    assert all(len(step) == world_size for step in steps)
+    runs = [run for step in steps for run in step]
+    assert sorted(np.concatenate(runs).tolist()) == list(range(num_pairs))
+    for run in runs:
+        assert len(run) <= most_pairs
+        assert run.tolist() == sorted(run.tolist())
+        if most_tokens is not None and len(run) > 1:
+            assert distinct_tokens(texts, run) <= most_tokens
+
+
+def test_a_prompt_stays_in_one_run() -> None:
+    texts = random_texts(0, 40, 12)
+    (step,) = split_by_cost(texts, 2, 40, None)
+    prompts = [set(texts.prompt[run].tolist()) for run in step]
+    assert all(prompts) and not prompts[0] & prompts[1]
+
+
+def test_ranks_share_tokens_evenly() -> None:
+    generator = np.random.default_rng(1)
+    prompt = np.arange(64)
+    tokens = generator.integers(1, 500, size=(64, 1)).repeat(2, axis=1)
+    texts = PairTexts(prompt, np.arange(128).reshape(64, 2), tokens, tokens // 4 + 1)
+    (step,) = split_by_cost(texts, 4, 64, None)
+    loads = [distinct_tokens(texts, run) for run in step]
+    assert max(loads) <= 1.01 * min(loads)
+
+
+def test_one_prompt_for_everyone_is_shared_out() -> None:
+    texts = PairTexts(
+        np.zeros(16, np.int64),
+        np.arange(32).reshape(16, 2),
+        np.full((16, 2), 9),
+        np.full((16, 2), 3),
+    )
+    (step,) = split_by_cost(texts, 4, 16, None)
+    assert [len(run) for run in step] == [4, 4, 4, 4]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
+    folder = tmp_path_factory.mktemp("split_packed")
+    source = Jsonl(str(write_pairs(folder / "pairs.jsonl", 60)))
+    options = {"max_length": 48, "vocab_size": 300, "dev_fraction": 0, "test_fraction": 0}
+    return prepare(DataConfig(path=str(folder / "data"), source=source, **options), quiet=True)
+
+
+def test_costs_are_the_tokens_of_the_batch(data: PreparedData) -> None:
+    """With prompts that are truncated by response."""
+    collator = Collator(data, packed=True)
+    rows = np.arange(len(data.comparisons))
+    texts = pair_texts(collator, rows)
+    assert (texts.prompt_tokens[:, 0] != texts.prompt_tokens[:, 1]).any()
+    for run in split_by_cost(texts, 1, 7, 400):
+        batch = collator(rows[run[0]], run[0])
+        assert batch.input_ids is not None
+        assert batch.input_ids.shape[1] == distinct_tokens(texts, run[0])
