@@ -242,3 +242,15 @@ def test_layouts_are_chosen_by_hardware_and_precision() -> None:
     assert choose_layout("auto", "bf16", gpu=False)[0] is blocks_of
     assert choose_layout("sdpa", "bf16", gpu=True)[0] is blocks_of
     assert choose_layout("auto", "bf16", gpu=True)[0] is not blocks_of
+
+
+def test_a_layer_compiles_as_one_graph(data: PreparedData) -> None:
+    """Forward and backward, for batches of different shapes; `fullgraph` raises at a graph break."""
+    backbone = backbone_of("llama", data)
+    collator = Collator(data, packed=True, with_prompt=True)
+    batches = [collator(rows, np.arange(len(rows))) for rows in (ROWS, np.arange(20, 25))]
+    plain = [outcome(backbone, batch) for batch in batches]
+    backbone.model.layers[0].compile(fullgraph=True, dynamic=True, backend="aot_eager")  # pyright: ignore
+    for batch, wanted in zip(batches, plain, strict=True):
+        for ours, eager in zip(outcome(backbone, batch), wanted, strict=True):
+            assert (ours - eager).norm() <= 1e-5 * eager.norm()
