@@ -134,6 +134,8 @@ def _packed(config: BackboneConfig, model_config: Any, encoder: bool) -> bool:
         obstacle = (
             "only decoders that read a response after its prompt (encoding: joint) share prompts"
         )
+    elif config.tuning == "frozen":
+        obstacle = "a frozen backbone encodes each text by itself: stored states must not depend on neighbours"
     elif config.attention == "eager":
         obstacle = "attention: eager knows padded rows only"
     elif model_config.model_type not in FAMILIES:

@@ -28,6 +28,24 @@ class Prepare:
         prepare(as_recipe(options).data)
 
 
+class Embed:
+    """Encode all texts with a frozen backbone into `backbone.cache`; resumable."""
+
+    @staticmethod
+    def add_arguments(parser: ArgumentParser) -> None:
+        add_recipe_arguments(parser)
+
+    @staticmethod
+    def run(options: Namespace, _: Namespace) -> None:
+        from pal_ds.engine.stop import listening
+
+        recipe = as_recipe(options)
+        with listening(recipe.train.stop_signals):
+            from pal_ds.embed import embed
+
+            embed(recipe)
+
+
 class Train:
     """Train a reward model; resumes where the run directory holds checkpoints."""
 
@@ -246,6 +264,7 @@ def as_path(text: str | None) -> Path | None:
 
 COMMANDS: dict[str, Any] = {
     "prepare": Prepare,
+    "embed": Embed,
     "train": Train,
     "evaluate": Evaluate,
     "adapt": Adapt,

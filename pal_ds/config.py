@@ -161,5 +161,6 @@ KEYS_THAT_DO_NOT_ALTER_RESULTS = (
     "train.timeout_minutes",
     "train.hang_minutes",
     "backbone.encode_batch_texts",
+    "backbone.cache",
 )
 """A resumed run may change these freely; any other change is refused by name."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from pal_ds.backbones.given import GivenStates
+from pal_ds.cache_folders import restored_cache_folders
 from pal_ds.data.batch import Collator
 from pal_ds.data.build import build_tables
 from pal_ds.data.sources import Jsonl
@@ -148,9 +149,18 @@ def reader_of(
     collator = replace(parts.collator, data=data, table_rows=table_rows)
     if parts.backbone is None or not (parts.needs_store or encode_ahead):
         return Reader(collator, restored.model)
-    batch_texts = restored.config.backbone.encode_batch_texts
-    collator = encode_once(restored.model.backbone, collator, rows, batch_texts, world)
-    return Reader(collator, RewardModel(GivenStates(), restored.model.head))
+    model, config = restored.model, restored.config
+    caches = None
+    if parts.needs_store:
+        dtype = next(model.head.parameters()).dtype
+        precision = "bf16" if dtype == torch.bfloat16 else "fp32"
+        weights = restored.manifest["base_weights"]
+        caches = world.from_rank_zero(
+            lambda: restored_cache_folders(parts, collator, config, weights, precision)
+        )
+    batch_texts = config.backbone.encode_batch_texts
+    collator = encode_once(lambda: model.backbone, collator, rows, batch_texts, world, caches)
+    return Reader(collator, RewardModel(GivenStates(), model.head))
 
 
 def evaluate_run(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pal_ds.assemble import Parts, assemble, base_weights_of, load_backbone
+from pal_ds.backbones.deferred import DeferredBackbone
 from pal_ds.backbones.transformer import TransformerBackbone, empty_transformer
 from pal_ds.config import RunConfig
 from pal_ds.data.tables import PreparedData
@@ -117,7 +118,9 @@ def restore(
     not those of the model that the recipe describes.
     """
     opened = open_run(run, step, trust=trust, data_path=data_path)
-    model = load_model(opened, precision).to(device)
+    # A full cache makes the weights of a frozen backbone superfluous.
+    defer = opened.config.backbone.cache is not None and opened.parts.needs_store
+    model = load_model(opened, precision, defer_backbone=defer).to(device)
     return Restored(
         run,
         opened.config,
@@ -130,8 +133,16 @@ def restore(
     )
 
 
-def load_model(opened: OpenRun, precision: Literal["fp32", "bf16"] = "fp32") -> RewardModel:
-    """The RewardModel of an open run with its trained weights, on the CPU."""
+def load_model(
+    opened: OpenRun,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    *,
+    defer_backbone: bool = False,
+) -> RewardModel:
+    """The RewardModel of an open run with its trained weights, on the CPU.
+
+    `defer_backbone`: a frozen backbone is read at its first forward.
+    """
     config = replace(opened.config, train=replace(opened.config.train, precision=precision))
     parts = opened.parts
     if parts.backbone is not None:
@@ -143,6 +154,8 @@ def load_model(opened: OpenRun, precision: Literal["fp32", "bf16"] = "fp32") -> 
         backbone: nn.Module = TransformerBackbone(
             empty, pool_mean=parts.pool_mean, prompt_tokens=parts.prompt_tokens
         )
+    elif defer_backbone:
+        backbone = DeferredBackbone(lambda: load_backbone(parts, config, gpu=False))
     else:
         backbone = load_backbone(parts, config, gpu=False)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from pal_ds import phase
 from pal_ds.assemble import Parts, assemble, base_weights_of, load_backbone
 from pal_ds.backbones.given import GivenStates
+from pal_ds.cache_folders import cache_folders
 from pal_ds.config import RunConfig
 from pal_ds.data.batch import Collator
 from pal_ds.data.loader import UpdateSource
@@ -133,14 +135,12 @@ def start_training(
     users, table_rows = seen_users(config, data, parts.head.num_prototypes, world)
     collator = replace(encoded or parts.collator, table_rows=table_rows)
     backbone: nn.Module = GivenStates()
-    if encoded is None:
-        phase.enter("load weights", patience=SLOW)
-        with partitioned_loading(ds_config):
-            backbone = load_backbone(parts, config, gpu=world.device.type == "cuda")
-        if parts.needs_store:
-            judged = np.concatenate([train_rows, data.rows("dev")])
-            collator = encode_frozen(backbone, collator, judged, config, world)
-            backbone = GivenStates()
+    base_weights = world.from_rank_zero(lambda: base_weights_of(parts))
+    if encoded is None and parts.needs_store:
+        judged = np.concatenate([train_rows, data.rows("dev")])
+        collator = encode_frozen(parts, collator, judged, config, base_weights, world)
+    elif encoded is None:
+        backbone = load_partitioned(parts, config, ds_config, world)
     if config.train.precision == "bf16":
         # ZeRO-3 packs all weights into one buffer, so the head shares the backbone's dtype; masters stay fp32.
         parts.head.to(torch.bfloat16)
@@ -159,7 +159,7 @@ def start_training(
     state = Training(
         config, run, world, data, parts, collator, engine, users, plan, guard, watch, tracker
     )
-    state.base_weights = world.from_rank_zero(lambda: base_weights_of(parts))
+    state.base_weights = base_weights
     resume(state, trust=trust_checkpoint)
     held, whole = parameter_bytes_on_this_rank(engine.module)
     num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
@@ -181,13 +181,42 @@ def check_token_budget(config: RunConfig, parts: Parts, data: PreparedData) -> N
         )
 
 
+def load_partitioned(
+    parts: Parts, config: RunConfig, ds_config: dict[str, Any], world: World
+) -> nn.Module:
+    """The backbone for its tuning, partitioned as it is read where the engine is ZeRO-3."""
+    phase.enter("load weights", patience=SLOW)
+    with partitioned_loading(ds_config):
+        return load_backbone(parts, config, gpu=world.device.type == "cuda")
+
+
 def encode_frozen(
-    backbone: nn.Module, collator: Collator, rows: np.ndarray, config: RunConfig, world: World
+    parts: Parts,
+    collator: Collator,
+    rows: np.ndarray,
+    config: RunConfig,
+    base_weights: str | None,
+    world: World,
+    between: Callable[[], None] = lambda: None,
 ) -> Collator:
-    """The collator with stored states of every text of the comparisons `rows`; the backbone is not needed after it."""
-    phase.enter("start the encoder", patience=SLOW)
-    encoder = start_inference_engine(backbone, ds_config_of(config.train, world.world_size))
-    return encode_once(encoder, collator, rows, config.backbone.encode_batch_texts, world)
+    """The collator with stored states of every text of the comparisons `rows`, from `backbone.cache` where it is set.
+
+    Weights are loaded for states that are not in the cache, and not needed after it. `base_weights` is their
+    fingerprint; `between` is called before each forward.
+    """
+    ds_config = ds_config_of(config.train, world.world_size)
+
+    def load() -> nn.Module:
+        backbone = load_partitioned(parts, config, ds_config, world)
+        phase.enter("start the encoder", patience=SLOW)
+        return start_inference_engine(backbone, ds_config)
+
+    gpu, precision = world.device.type == "cuda", config.train.precision
+    caches = world.from_rank_zero(
+        lambda: cache_folders(parts, collator, config, base_weights, precision, gpu=gpu)
+    )
+    batch_texts = config.backbone.encode_batch_texts
+    return encode_once(load, collator, rows, batch_texts, world, caches, between)
 
 
 def seen_users(

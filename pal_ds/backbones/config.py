@@ -31,8 +31,8 @@ class BackboneConfig:
     installed, else torch's SDPA."""
     packing: Literal["auto", "packed", "padded"] = "auto"
     """packed: the distinct texts of a micro-batch in one row without padding, each prompt computed once for all its
-    responses; padded: every text a row. auto: packed for decoders in joint encoding whose family is known to give
-    the same states (see `backbones/packed.py`)."""
+    responses; padded: every text a row. auto: packed for decoders that are trained, in joint encoding, and whose
+    family is known to give the same states (see `backbones/packed.py`)."""
     gradient_checkpointing: bool = False
     encoding: Literal["auto", "joint", "separate"] = "auto"
     """joint: the response after its prompt in one pass; separate: each alone. auto: joint, except where an encoder
@@ -41,3 +41,5 @@ class BackboneConfig:
     """Allow code from the model's folder or hub page to run."""
     encode_batch_texts: int = 32
     """Texts per forward when a frozen backbone encodes each distinct text once."""
+    cache: str | None = None
+    """Folder where a frozen backbone's states outlive the run (`pal-ds embed` fills it); null keeps them in memory."""

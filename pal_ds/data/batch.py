@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pal_ds.data.feature_cache import MappedFeatures
 from pal_ds.data.packing import PackedTexts, Packing, pack
 from pal_ds.data.plan import gumbel_noise
 from pal_ds.data.ragged import Ragged
@@ -62,8 +63,12 @@ class FeatureStore:
     values: Float[Tensor, "n H"]
     offsets: np.ndarray
 
+    def lengths_of(self, rows: np.ndarray) -> np.ndarray:
+        """Number of states of the named rows."""
+        return self.offsets[rows + 1] - self.offsets[rows]
+
     def gather(self, rows: np.ndarray, num_positions: int) -> Float[Tensor, "R T H"]:
-        lengths = self.offsets[rows + 1] - self.offsets[rows]
+        lengths = self.lengths_of(rows)
         columns = np.minimum(np.arange(num_positions)[None, :], lengths[:, None] - 1)
         return self.values[torch.from_numpy(self.offsets[rows][:, None] + columns)]
 
@@ -80,8 +85,8 @@ class Collator:
     packed: bool = False
     """All texts in one row without padding, each prompt once: decoders in joint encoding."""
     pad_token_id: int = 0
-    response_store: FeatureStore | None = None
-    prompt_store: FeatureStore | None = None
+    response_store: FeatureStore | MappedFeatures | None = None
+    prompt_store: FeatureStore | MappedFeatures | None = None
     """Keyed by response in joint encoding (a truncated prompt differs between responses), else by prompt."""
     table_rows: np.ndarray | None = None
     """User table row of each user of the data, -1 for one the table does not hold; None: the same rows."""
@@ -197,15 +202,12 @@ class Collator:
                 prompt_length = torch.ones(len(prompts), dtype=torch.int64)
         else:
             store = self.response_store
-            num_positions = int((store.offsets[responses + 1] - store.offsets[responses]).max())
-            response_states = store.gather(responses, num_positions)
+            response_states = store.gather(responses, int(store.lengths_of(responses).max()))
             if self.with_prompt:
                 assert self.prompt_store is not None, (
                     "a head that needs the prompt got no stored prompt states"
                 )
-                lengths = (
-                    self.prompt_store.offsets[prompts + 1] - self.prompt_store.offsets[prompts]
-                )
+                lengths = self.prompt_store.lengths_of(prompts)
                 prompt_states = self.prompt_store.gather(prompts, int(lengths.max()))
                 prompt_length = torch.from_numpy(lengths)
         return {
