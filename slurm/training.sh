@@ -1,9 +1,9 @@
-# What happens around a training: its record, its start, and what becomes of the job after it. Sourced after common.sh.
+# What happens around a training: its record, its start, and what becomes of the job after it. Sourced after common.sh
+# and requeue.sh.
 
 # shellcheck shell=bash disable=SC2034,SC2154
 max_failures=3  # failed starts in a row without a new checkpoint, before a training is given up
 max_starts=10   # starts in a row without one, however they ended
-not_requeued=7  # exit code: stopped and saved, and nobody starts it again; no rank ends with it (pal_ds/errors.py)
 prepare_lock="" # a file: this job's data are prepared first, by one of those that name the same file
 
 # --- the record of a training ----------------------------------------------------------------------------------------
@@ -95,6 +95,8 @@ checkpoint_step() { # 0 where there is none
   echo "${step:-0}"
 }
 
+so_far() { echo "update $(checkpoint_step)"; }
+
 refuse_second_job() { # two jobs in one run directory would write over each other
   local other
   other=$(tail -n 1 "$run_dir/slurm/starts.jsonl" 2>/dev/null | sed 's/^{"job": "\([^"]*\)".*/\1/') || true
@@ -133,59 +135,6 @@ too_many_failures() { # notes this one; whether as many of this job in a row cam
 }
 
 # --- the end of a start ----------------------------------------------------------------------------------------------
-
-rest() { sleep "$1" & wait $! || true; } # unlike a plain sleep it does not hold back the end of the job
-
-nodes_answer() {
-  timeout 60 srun --overlap --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 true 2>/dev/null
-}
-
-end_unfinished() { # never with 0: jobs that wait for this one (afterok) would take it for finished
-  say "$*; submit it again to go on from update $(checkpoint_step)"
-  exit "$((exit_code > 0 ? exit_code : not_requeued))"
-}
-
-await_slurm() { # until it says how the job is; a controller may be away for some minutes
-  command -v scontrol >/dev/null || return 1
-  for _ in $(seq 30); do
-    [ -z "$(job_field JobState)" ] || return 0
-    say "SLURM does not answer; asking again"
-    rest 20
-  done
-  return 1
-}
-
-leave_if_slurm_acts() { # ends this start where SLURM starts the job anew, or ends it, by itself
-  local state restarts
-  await_slurm || end_unfinished "SLURM does not answer: not requeued"
-  state=$(job_field JobState) restarts=$(job_field Restarts)
-  # A node whose daemon died still runs this script when SLURM has long started the job elsewhere.
-  if [ -n "$restarts" ] && [ "$restarts" != "$start" ]; then say "SLURM has started this job anew"; exit 0; fi
-  case $state in
-    "" | RUNNING | SIGNALING | CONFIGURING | RESIZING) ;; # the second while a signal is on its way to a node
-    # Such a job has a state of its own, whatever this exit code is.
-    *) say "SLURM is ending this job: $state"; exit 0 ;;
-  esac
-}
-
-requeue() { # starts the job anew unless SLURM does so itself
-  local notice left
-  leave_if_slurm_acts
-  notice=$(job_field PreemptTime)
-  if [ -n "$notice" ] && [ "$notice" != None ]; then
-    # SLURM requeues a preempted job at the end of its grace; doing so as well would start it twice.
-    say "preempted; waiting for SLURM to requeue"
-    left=$(seconds_left)
-    rest $((${left:-0} + 120))
-  fi
-  for _ in 1 2 3; do
-    leave_if_slurm_acts
-    say "requeueing, to go on from update $(checkpoint_step)"
-    if scontrol requeue "$job"; then rest 300; exit 0; fi
-    rest 20
-  done
-  end_unfinished "this job cannot be requeued"
-}
 
 dismiss_leftover() { # of a node that SLURM takes for lost srun gives up the ranks, which train on and hold the run
   local pid
