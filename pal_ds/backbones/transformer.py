@@ -138,7 +138,7 @@ def materialise_architecture(
 
 
 def load_transformer(
-    config: BackboneConfig, *, precision: str, seed: int, gpu: bool, packed: bool
+    config: BackboneConfig, *, precision: str, seed: int, gpu: bool, packed: bool = False
 ) -> PreTrainedModel | Any:
     """Loads `config.path` for its tuning: trainable, with adapters, or frozen.
 

@@ -24,7 +24,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("wanted", [True, False])
 def test_activation_checkpointing_is_on_where_asked(base: str, tuning: str, wanted: bool) -> None:
     config = BackboneConfig(path=base, tuning=tuning, gradient_checkpointing=wanted)
-    model = load_transformer(config, precision="fp32", seed=0, gpu=False, packed=False)
+    model = load_transformer(config, precision="fp32", seed=0, gpu=False)
     layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
     assert layers
     assert any(layer.gradient_checkpointing for layer in layers) == wanted
