@@ -65,10 +65,19 @@ class PreferenceLoss:
         preferred response must be to satisfy the annotation (0 where unset). Positions outside the
         window reach neither value nor gradient, whatever they hold.
         """
-        weight = token_weights(self.token_weighting, start, end, margin.shape[1])
-        signed = label.unsqueeze(-1) * margin.float().masked_fill(weight == 0, 0.0)
-        if required_margin is not None:
-            signed = signed - required_margin.float().unsqueeze(-1)
+        outside, weight = _window(self.token_weighting, start, end, margin.shape[1])
+        # Before anything is computed from them: what lies outside may be NaN, and 0 * NaN is NaN.
+        margin = margin.float().masked_fill(outside, 0.0)
+        label = label.unsqueeze(-1)
+        needed = None if required_margin is None else required_margin.float().unsqueeze(-1)
+        if self.kind == "hinge":
+            # w max(0, 1 + r - y m) = max(0, w (1 + r) - w y m) as w >= 0: two steps of the graph
+            # in place of four, which is what a loss of four pairs costs.
+            most = weight if needed is None else weight * (1 + needed)
+            return torch.addcmul(most, weight * label, margin, value=-1).relu().sum(-1)
+        signed = label * margin
+        if needed is not None:
+            signed = signed - needed
         return (weight * _LOSSES[self.kind](signed)).sum(-1)
 
 
@@ -83,11 +92,21 @@ def token_weights(
     With n = end - start and t counted from start: `last` 1 at t = n - 1; `mean` 1 / n; `cumulative`
     (t + 1) / (n (n + 1) / 2), the closed form of the reference's running sum.
     """
-    position = torch.arange(num_positions, device=start.device).unsqueeze(0)
-    step = position - start.unsqueeze(-1)
+    return _window(weighting, start, end, num_positions)[1]
+
+
+def _window(
+    weighting: TokenWeighting, start: Tensor, end: Tensor, num_positions: int
+) -> tuple[Tensor, Tensor]:
+    """(whether a position has weight 0 [B, T] bool, weights [B, T] fp32).
+
+    In few operations, some in place: on a small batch each costs as much as its arithmetic.
+    """
+    rank = torch.arange(1, num_positions + 1, device=start.device) - start.unsqueeze(-1)
     length = (end - start).unsqueeze(-1)
-    inside = (step >= 0) & (step < length)
-    return torch.where(inside, _WEIGHTS[weighting](step, length), 0.0)
+    beyond = rank != length if weighting == "last" else rank > length
+    outside = beyond.logical_or_(rank <= 0)
+    return outside, _WEIGHTS[weighting](rank, length).masked_fill_(outside, 0.0)
 
 
 def decision_margin(margin: Float[Tensor, "B T"], end: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
@@ -100,13 +119,13 @@ def decision_margin(margin: Float[Tensor, "B T"], end: Int[Tensor, "B"]) -> Floa
     return margin.float().gather(1, last).squeeze(1)
 
 
-# Counts stay int64 until the division: n (n + 1) leaves int32 at 46,341 tokens and exact fp32 at
-# 4,096.
+# Of 1-based ranks in a window of `length`, each a new tensor. Counts stay int64 until the division:
+# n (n + 1) leaves int32 at 46,341 tokens and exact fp32 at 4,096.
 _WEIGHTS = {
-    "last": lambda step, length: (step == length - 1).float(),
-    "mean": lambda step, length: 1 / length.clamp(min=1).float().expand_as(step),
-    "cumulative": lambda step, length: (
-        (step + 1).float() / (length * (length + 1) // 2).clamp(min=1).float()
+    "last": lambda rank, length: torch.ones(rank.shape, device=rank.device),
+    "mean": lambda rank, length: length.clamp(min=1).reciprocal().repeat(1, rank.shape[1]),
+    "cumulative": lambda rank, length: (
+        rank / torch.addcmul(length, length, length).bitwise_right_shift_(1).clamp_(min=1)
     ),
 }
 

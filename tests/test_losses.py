@@ -75,17 +75,39 @@ def test_cumulative_counts_do_not_overflow() -> None:
 
 
 @pytest.mark.parametrize("kind", ["logistic", "hinge", "smooth_hinge"])
-def test_padding_reaches_neither_value_nor_gradient(kind: str) -> None:
-    margin = torch.zeros(1, 4)
-    margin[0, 3] = float("nan")
-    margin[0, 0] = float("inf")
+@pytest.mark.parametrize("weighting", ["last", "mean", "cumulative"])
+@pytest.mark.parametrize("required", [False, True])
+def test_padding_reaches_neither_value_nor_gradient(
+    kind: str, weighting: str, required: bool
+) -> None:
+    margin = torch.zeros(3, 5)
+    margin[:, 0] = float("inf")
+    margin[:, 4] = float("nan")
+    margin[2, 3] = -float("inf")
     margin.requires_grad_()
-    window = (torch.tensor([1]), torch.tensor([3]))
-    loss = PreferenceLoss(kind, "mean")(margin, torch.tensor([1]), *window)
+    # The last window is empty: whatever its row holds, it adds nothing.
+    start, end = torch.tensor([1, 3, 2]), torch.tensor([3, 4, 2])
+    needed = torch.tensor([0.5, 0.0, 1.0]) if required else None
+    label = torch.tensor([1, -1, 1])
+    loss = PreferenceLoss(kind, weighting)(margin, label, start, end, needed)
     loss.sum().backward()
-    assert torch.isfinite(loss).all()
-    assert margin.grad[0, 0] == 0 and margin.grad[0, 3] == 0
-    assert (margin.grad[0, 1:3] < 0).all()
+    assert torch.isfinite(loss).all() and (loss[:2] > 0).all() and loss[2] == 0
+    assert margin.grad is not None
+    counts = token_weights(weighting, start, end, 5) > 0
+    assert (margin.grad[~counts] == 0).all()
+    assert (margin.grad * label[:, None] < 0)[counts].all()
+
+
+@pytest.mark.parametrize("weighting", ["last", "mean", "cumulative"])
+def test_hinge_has_no_slope_beyond_its_corner(weighting: str) -> None:
+    """At label * margin = 1 + required exactly the slope is 0, as it is for torch's clamp."""
+    margin = torch.tensor([[1.5, 9.0], [-2.0, 9.0]], requires_grad=True)
+    window = (torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.int64))
+    needed = torch.tensor([0.5, 1.0])
+    loss = PreferenceLoss("hinge", weighting)(margin, torch.tensor([1, -1]), *window, needed)
+    loss.sum().backward()
+    assert margin.grad is not None
+    assert (loss == 0).all() and (margin.grad == 0).all()
 
 
 @pytest.mark.parametrize("shape", [logistic, hinge, smooth_hinge])
