@@ -1,9 +1,12 @@
-"""A large random decoder under ZeRO-3 on two ranks: bytes of parameters per rank, then peak memory of consolidation.
+"""A large random decoder under ZeRO-3 on two ranks: bytes per rank; consolidation's memory, and its speed beside cp.
 
     python tools/bench/bench_consolidate.py [--hidden_size 1024 --num_layers 24] [--out runs/bench_consolidate]
+        [--rounds 5] [--keep]
 
-Needs about 20 GB of memory and 12 GB of disk at the default 400M parameters. Figures: parameter bytes per rank over
-the whole model's (bound 0.55), and the exporter's peak resident memory against two checkpoint shards + 1 GB.
+Needs about 20 GB of memory and 12 GB of disk at the default 400M parameters, and as much disk again for copies.
+Figures: parameter bytes per rank over the whole model's (bound 0.55); in rounds, `cp -r` of the step directory with
+fsync, `cp` of the exported weights with fsync, and a consolidation (manifest verified, result scored against the run,
+fsync), each from a warm page cache; the exporter's peak resident memory above its own imports, against two shards.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -27,28 +31,31 @@ def main() -> None:
     parser.add_argument("--hidden_size", type=int, default=1024)
     parser.add_argument("--num_layers", type=int, default=24)
     parser.add_argument("--out", type=Path, default=Path("runs/bench_consolidate"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--keep", action="store_true", help="take the run that lies in --out")
     options = parser.parse_args()
-    shutil.rmtree(options.out, ignore_errors=True)
-    options.out.mkdir(parents=True)
-    write_inputs(options)
-    started = time.monotonic()
-    figures = train_one_update(options.out)
-    trained = time.monotonic()
-    figures |= consolidate(options.out)
-    figures |= {
-        "train_seconds": trained - started,
-        "consolidate_seconds": time.monotonic() - trained,
-    }
+    figures: dict[str, Any] = {}
+    if not options.keep:
+        shutil.rmtree(options.out, ignore_errors=True)
+        options.out.mkdir(parents=True)
+        write_inputs(options)
+        figures |= train_one_update(options.out)
+    figures |= race(options.out, options.rounds)
     from tools.bench.environment import describe_environment
+    from tools.bench.interleaved import ratio
 
     print(json.dumps({"environment": describe_environment(), **figures}, indent=1))
-    share, peak, bound = (
-        figures["parameter_share_per_rank"],
-        figures["peak_gib"],
-        figures["peak_bound_gib"],
+    if "parameter_share_per_rank" in figures:
+        share = figures["parameter_share_per_rank"]
+        print(f"parameter bytes per rank / whole: {share:.3f} (bound 0.55)")
+    print(
+        f"peak memory of consolidation above its imports: {figures['peak_gib']:.2f} GiB "
+        f"(two shards: {2 * figures['shard_gib']:.2f} GiB)"
     )
-    print(f"parameter bytes per rank / whole: {share:.3f} (bound 0.55)")
-    print(f"peak memory of consolidation: {peak:.2f} GiB (bound {bound:.2f} GiB)")
+    for name in ("consolidation", "consolidation without start"):
+        for other in ("cp of the step", "cp of the export"):
+            times, low, high = ratio(figures["seconds"][other], figures["seconds"][name])
+            print(f"speed of {name} / {other}: {times:.2f} ({low:.2f} to {high:.2f})")
 
 
 def write_inputs(options: argparse.Namespace) -> None:
@@ -109,26 +116,82 @@ def train_one_update(out: Path) -> dict[str, float]:
     }
 
 
-def consolidate(out: Path) -> dict[str, float]:
-    """Runs tools/consolidate.py as a child and reads that child's peak resident memory."""
-    shards = sorted((out / "run" / "checkpoints").glob("step_*/engine/*optim_states.pt"))
-    command = [
-        sys.executable,
-        str(ROOT / "tools" / "consolidate.py"),
-        str(out / "run"),
-        str(out / "exported"),
-    ]
-    child = subprocess.Popen(command)
-    _, status, usage = os.wait4(child.pid, 0)
-    if status:
-        sys.exit(f"consolidation failed with status {status}")
-    shard = max(path.stat().st_size for path in shards)
-    peak = usage.ru_maxrss * 1024
+def race(out: Path, rounds: int) -> dict[str, Any]:
+    """Copies and consolidations in turn: seconds of each, sizes, and the largest memory of a consolidation."""
+    step = max((out / "run" / "checkpoints").glob("step_*"))
+    shards = sorted(step.glob("engine/*optim_states.pt"))
+    seconds: dict[str, list[float]] = {}
+    peaks = []
+    # The first is not counted: it brings the files into memory.
+    for turn in range(rounds + 1):
+        whole, inner, peak = consolidate(out / "run", out / "exported")
+        taken = {
+            "consolidation": whole,
+            "consolidation without start": inner,
+            "cp of the step": copy(step, out / "copy"),
+            "cp of the export": copy(out / "exported", out / "copy"),
+        }
+        peaks.append(peak)
+        for name, value in taken.items() if turn else ():
+            seconds.setdefault(name, []).append(value)
     return {
-        "shard_gib": shard / GIB,
-        "peak_gib": peak / GIB,
-        "peak_bound_gib": (2 * shard + 1e9) / GIB,
+        "step_gib": size_of(step) / GIB,
+        "export_gib": size_of(out / "exported") / GIB,
+        "shard_gib": max(path.stat().st_size for path in shards) / GIB,
+        "peak_gib": max(peaks) / GIB,
+        "seconds": seconds,
+        "median_seconds": {
+            name: sorted(values)[len(values) // 2] for name, values in seconds.items()
+        },
     }
+
+
+CONSOLIDATE = """
+import json, resource, sys, time
+from pathlib import Path
+from pal_ds.export import ExportOptions, export
+from pal_ds.run_dir import RunDirectory
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before, begin = peak(), time.perf_counter()
+export(RunDirectory(sys.argv[1]), Path(sys.argv[2]), ExportOptions(quiet=True))
+print(json.dumps([time.perf_counter() - begin, peak() - before]))
+"""
+"""What tools/consolidate.py does, with a clock around it."""
+
+
+def consolidate(run: Path, out: Path) -> tuple[float, float, int]:
+    """Seconds of a child with and without its start, and its peak resident bytes above those after its imports."""
+    shutil.rmtree(out, ignore_errors=True)
+    begin = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", CONSOLIDATE, str(run), str(out)],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    whole = time.perf_counter() - begin
+    inner, peak = json.loads(done.stdout.splitlines()[-1])
+    return whole, inner, peak
+
+
+def copy(source: Path, target: Path) -> float:
+    """Seconds of `cp -r` and of an fsync of each file."""
+    shutil.rmtree(target, ignore_errors=True)
+    begin = time.perf_counter()
+    subprocess.run(["cp", "-r", str(source), str(target)], check=True)
+    for path in target.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as stream:
+                os.fsync(stream.fileno())
+    seconds = time.perf_counter() - begin
+    shutil.rmtree(target)
+    return seconds
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 if __name__ == "__main__":
