@@ -130,10 +130,8 @@ def _packed(config: BackboneConfig, model_config: Any, encoder: bool) -> bool:
     from pal_ds.backbones.packed import FAMILIES
 
     obstacle = None
-    if encoder or config.encoding == "separate":
-        obstacle = (
-            "only decoders that read a response after its prompt (encoding: joint) share prompts"
-        )
+    if encoder:
+        obstacle = "encoders read padded rows"
     elif config.tuning == "frozen":
         obstacle = "a frozen backbone encodes each text by itself: stored states must not depend on neighbours"
     elif config.attention == "eager":

@@ -32,7 +32,7 @@ def blocks_of(packing: Packing) -> Blocks:
     num_prompts, num_responses = packing.num_prompts, len(slot)
     longest = packing.longest_prompt, packing.longest_response, packing.longest_joint
     of_prompt, of_response, of_key = (torch.arange(n, device=start.device) for n in longest)
-    before = start.diff()[slot][:, None]
+    before = packing.num_before[:, None]
     own = start[num_prompts:-1, None]
     prompt = start[:num_prompts, None] + of_prompt
     response = own + of_response

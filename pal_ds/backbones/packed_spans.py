@@ -33,7 +33,7 @@ def spans_of(packing: Packing, kernel: VarlenKernel) -> Spans:
     """Index tensors of the sequences, on the packing's device and without waiting for it."""
     start, slot = packing.sequence_start, packing.prompt_of_response
     num_prompts, num_keys = packing.num_prompts, packing.num_keys
-    before = torch.cat([start.new_zeros(num_prompts), start.diff()[slot]])
+    before = torch.cat([start.new_zeros(num_prompts), packing.num_before])
     key_start = torch.cat([start.new_zeros(1), (before + start.diff()).cumsum(0)])
     owner, column = owner_and_column(packing)
     sequences = torch.arange(len(before), device=start.device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pal_ds.data.feature_cache import MappedFeatures
-from pal_ds.data.packing import PackedTexts, Packing, pack
+from pal_ds.data.packing import PackedTexts, Packing, pack_joint, pack_separate, pad_right
 from pal_ds.data.plan import gumbel_noise
 from pal_ds.data.ragged import Ragged
 from pal_ds.data.tables import PreparedData
@@ -83,7 +83,7 @@ class Collator:
     encoding: Literal["joint", "separate"] = "joint"
     with_prompt: bool = False
     packed: bool = False
-    """All texts in one row without padding, each prompt once: decoders in joint encoding."""
+    """All texts in one row without padding, each prompt once; for decoders."""
     pad_token_id: int = 0
     response_store: FeatureStore | MappedFeatures | None = None
     prompt_store: FeatureStore | MappedFeatures | None = None
@@ -169,8 +169,9 @@ class Collator:
 
     def _inputs(self, responses: np.ndarray, response_index: np.ndarray) -> dict[str, Any]:
         if self.packed and not self.stored:
-            texts = self.pack(responses)
-            fields = texts.fields(self._scored_columns(responses), with_prompt=self.with_prompt)
+            texts, skipped = self._pack(responses)
+            columns = skipped + self._scored_columns(responses)
+            fields = texts.fields(columns, with_prompt=self.with_prompt)
             prompt_of_response = texts.prompt_of_response
         else:
             prompts, prompt_of_response = responses, np.arange(len(responses))
@@ -246,10 +247,16 @@ class Collator:
             "prompt_states": None,
         }
 
-    def pack(self, responses: np.ndarray) -> PackedTexts:
-        """One row of these responses and their distinct prompts."""
+    def _pack(self, responses: np.ndarray) -> tuple[PackedTexts, int]:
+        """(one row of these responses and their distinct prompts, its tokens in front of a response's own)."""
         heads, tails = zip(*(self.sequence(int(response)) for response in responses), strict=True)
-        return pack(heads, self.data.response_prompt[responses], tails)
+        prompts = self.data.response_prompt[responses]
+        if self.encoding == "joint":
+            return pack_joint(heads, prompts, tails), 0
+        distinct, prompt_of_response = np.unique(prompts, return_inverse=True)
+        alone = [self.prompt_sequence(prompt) for prompt in distinct] if self.with_prompt else []
+        texts = [np.concatenate(parts) for parts in zip(heads, tails, strict=True)]
+        return pack_separate(alone, texts, prompt_of_response), len(heads[0])
 
     def sequence(self, response: int) -> tuple[np.ndarray, np.ndarray]:
         """(what precedes the response, the response) as token ids; the prompt is truncated first, from the left."""
@@ -286,14 +293,3 @@ def _truncate_left(ids: np.ndarray, num_prefix: int, budget: int) -> np.ndarray:
         return ids
     kept = budget - num_prefix
     return np.concatenate([ids[:num_prefix], ids[len(ids) - kept :] if kept else ids[:0]])
-
-
-def pad_right(
-    sequences: list[np.ndarray], pad_token_id: int
-) -> tuple[Int[Tensor, "N S"], Int[Tensor, "N S"]]:
-    """Ids and attention mask, int64, of the sequences padded to the longest."""
-    lengths = np.asarray([len(sequence) for sequence in sequences])
-    mask = np.arange(lengths.max())[None, :] < lengths[:, None]
-    ids = np.full(mask.shape, pad_token_id, np.int64)
-    ids[mask] = np.concatenate(sequences)
-    return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))

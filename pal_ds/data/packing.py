@@ -1,8 +1,9 @@
-"""Packs the distinct texts of a batch into one row without padding: each prompt once for all of its responses.
+"""Token rows of a batch: padded, one text each, or packed without padding, each prompt once for all its responses.
 
-The row holds the prompts one after the other, then the responses. A response's attention reaches its prompt and
-itself, and its positions continue the prompt's, so that hidden states are those of the two texts in one sequence
-(Krell et al., arXiv 2107.02027, for packing; arXiv 2410.20305 for shared prefixes of preference pairs).
+A packed row holds the prompts one after the other, then the responses. In joint encoding a response's attention reaches
+its prompt and itself, and its positions continue the prompt's, so that hidden states are those of the two texts in
+one sequence (Krell et al., arXiv 2107.02027, for packing; arXiv 2410.20305 for shared prefixes of preference pairs).
+In separate encoding every text is by itself.
 """
 
 from collections.abc import Sequence
@@ -24,9 +25,12 @@ class Packing(NamedTuple):
     position_ids: Int[Tensor, "1 S"]
     sequence_start: Int[Tensor, "P+R+1"]
     """First token of each prompt, then of each response, then S."""
+    num_before: Int[Tensor, "R"]
+    """Tokens of the prompt that stand before each response: all of its prompt's, or 0."""
     prompt_of_response: Int[Tensor, "R"]
+    """Without meaning where there are none."""
     responses_of_prompt: Int[Tensor, "P M"]
-    """-1 where a prompt has fewer than M."""
+    """Those that it stands before; -1 where a prompt has fewer than M."""
     num_prompts: int
     num_prompt_tokens: int
     num_keys: int
@@ -63,7 +67,7 @@ class PackedTexts(NamedTuple):
         }
 
 
-def pack(
+def pack_joint(
     heads: Sequence[np.ndarray], prompts: np.ndarray, tails: Sequence[np.ndarray]
 ) -> PackedTexts:
     """One row of all distinct heads (what precedes a response), then all tails (the responses).
@@ -76,35 +80,54 @@ def pack(
     prompt_of_response = _shared_prompts(prompts, heads)
     first_with = np.unique(prompt_of_response, return_index=True)[1]
     distinct = [heads[response] for response in first_with]
-    lengths = np.array([len(part) for part in (*distinct, *tails)], np.int64)
+    return _pack(distinct, tails, prompt_of_response, np.array([len(head) for head in heads]))
+
+
+def pack_separate(
+    prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], prompt_of_response: np.ndarray
+) -> PackedTexts:
+    """One row of texts that do not see each other: distinct prompts (none where no one reads them), then responses."""
+    return _pack(prompts, responses, prompt_of_response, np.zeros(len(responses), np.int64))
+
+
+def _pack(
+    prompts: Sequence[np.ndarray],
+    responses: Sequence[np.ndarray],
+    prompt_of_response: np.ndarray,
+    num_before: np.ndarray,
+) -> PackedTexts:
+    """See `Packing`; a response whose prompt is empty has no tokens before it."""
+    lengths = np.array([len(part) for part in (*prompts, *responses)], np.int64)
     start = np.concatenate([[0], np.cumsum(lengths)])
-    num_prompts = len(distinct)
+    num_prompts = len(prompts)
     prompt_length, response_length = lengths[:num_prompts], lengths[num_prompts:]
-    joint = prompt_length[prompt_of_response] + response_length
-    responses_of_prompt = _inverse(prompt_of_response, num_prompts)
     response_start = start[num_prompts:-1]
-    first_position = np.concatenate(
-        [np.zeros(num_prompts, np.int64), prompt_length[prompt_of_response]]
-    )
+    first_position = np.concatenate([np.zeros(num_prompts, np.int64), num_before])
     positions = np.arange(start[-1]) + np.repeat(first_position - start[:-1], lengths)
-    ids = np.concatenate([*distinct, *tails]).astype(np.int64)
+    ids = np.concatenate([*prompts, *responses]).astype(np.int64)
+    joint = num_before + response_length
+    table = _responses_of(prompt_of_response, num_before > 0, num_prompts)
     packing = Packing(
         position_ids=torch.from_numpy(positions)[None],
         sequence_start=torch.from_numpy(start),
+        num_before=torch.from_numpy(num_before),
         prompt_of_response=torch.from_numpy(prompt_of_response),
-        responses_of_prompt=torch.from_numpy(responses_of_prompt),
+        responses_of_prompt=torch.from_numpy(table),
         num_prompts=num_prompts,
         num_prompt_tokens=int(prompt_length.sum()),
         num_keys=int(prompt_length.sum() + joint.sum()),
-        longest_prompt=int(prompt_length.max()),
+        longest_prompt=int(prompt_length.max(initial=0)),
         longest_response=int(response_length.max()),
         longest_joint=int(joint.max()),
     )
+    column = start[:num_prompts].copy()
+    for response in np.flatnonzero(prompt_length[prompt_of_response] == 0) if num_prompts else ():
+        column[prompt_of_response[response]] = response_start[response]
     return PackedTexts(
         torch.from_numpy(ids)[None],
         packing,
         response_start,
-        np.where(prompt_length > 0, start[:num_prompts], response_start[responses_of_prompt[:, 0]]),
+        column,
         prompt_length,
         prompt_of_response,
     )
@@ -121,11 +144,24 @@ def _shared_prompts(prompts: np.ndarray, heads: Sequence[np.ndarray]) -> np.ndar
     return np.array([number.setdefault(key, len(number)) for key in keys], np.int64)
 
 
-def _inverse(prompt_of_response: np.ndarray, num_prompts: int) -> np.ndarray:
-    """Responses of each prompt in ascending order, int64 [P, M], -1 where there are no more."""
-    count = np.bincount(prompt_of_response, minlength=num_prompts)
-    order = np.argsort(prompt_of_response, kind="stable")
+def _responses_of(prompt_of_response: np.ndarray, sees: np.ndarray, num_prompts: int) -> np.ndarray:
+    """Responses that see each prompt, in ascending order, int64 [P, M], -1 where there are no more."""
+    seeing = np.flatnonzero(sees)
+    prompt = prompt_of_response[seeing]
+    count = np.bincount(prompt, minlength=num_prompts)
+    order = np.argsort(prompt, kind="stable")
     column = np.arange(len(order)) - np.repeat(np.cumsum(count) - count, count)
-    table = np.full((num_prompts, int(count.max())), -1, np.int64)
-    table[prompt_of_response[order], column] = order
+    table = np.full((num_prompts, int(count.max(initial=0))), -1, np.int64)
+    table[prompt[order], column] = seeing[order]
     return table
+
+
+def pad_right(
+    sequences: list[np.ndarray], pad_token_id: int
+) -> tuple[Int[Tensor, "N S"], Int[Tensor, "N S"]]:
+    """Ids and attention mask, int64, of the sequences padded to the longest."""
+    lengths = np.asarray([len(sequence) for sequence in sequences])
+    mask = np.arange(lengths.max())[None, :] < lengths[:, None]
+    ids = np.full(mask.shape, pad_token_id, np.int64)
+    ids[mask] = np.concatenate(sequences)
+    return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))

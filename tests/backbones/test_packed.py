@@ -211,6 +211,37 @@ def test_no_token_is_padding_and_prompts_come_once(data: PreparedData) -> None:
     assert batch.input_ids is not None and batch.input_ids.shape == (1, num_tokens)
 
 
+@pytest.mark.parametrize("prompt_tokens", [False, True])
+@pytest.mark.parametrize("layout", ["blocks", "spans"])
+def test_texts_that_do_not_see_each_other(
+    data: PreparedData, layout: str, prompt_tokens: bool
+) -> None:
+    """Separate encoding: the same states as joint ones nowhere, those of each text alone everywhere."""
+    options: dict[str, Any] = {"prompt_tokens": prompt_tokens}
+    if layout == "spans":
+        options["layout"] = lambda packing: spans_of(packing, by_loops)
+    backbone = backbone_of("opt", data, **options)
+    collator = Collator(data, scored_positions="all", with_prompt=True, encoding="separate")
+    assert_same(backbone, collator)
+    rows = (ROWS, np.arange(len(ROWS)))
+    alone = dataclasses.replace(collator, packed=True)(*rows)
+    joint = dataclasses.replace(collator, packed=True, encoding="joint")(*rows)
+    assert alone.input_ids is not None and joint.input_ids is not None
+    assert not torch.allclose(backbone(alone).response, backbone(joint).response, atol=1e-3)
+
+
+def test_responses_alone(data: PreparedData) -> None:
+    """Without a reader of prompts there are none in the row."""
+    collator = Collator(data, packed=True, encoding="separate")
+    batch = collator(ROWS, np.arange(len(ROWS)))
+    assert batch.packing is not None and batch.packing.num_prompts == 0
+    padded = dataclasses.replace(collator, packed=False)(ROWS, np.arange(len(ROWS)))
+    for layout in (blocks_of, lambda packing: spans_of(packing, by_loops)):
+        backbone = backbone_of("llama", data, layout=layout)
+        states = [backbone(part).response for part in (batch, padded)]
+        assert torch.allclose(*states, atol=1e-5)
+
+
 def test_gradients_are_the_same_bits_again(data: PreparedData) -> None:
     collator = Collator(data, packed=True, scored_positions="all", with_prompt=True)
     backbone = backbone_of("qwen3", data)

@@ -1,5 +1,7 @@
 """Packed micro-batches of an update: every comparison once, bounds kept, prompts together, ranks even."""
 
+from typing import Literal
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,6 +14,8 @@ from pal_ds.data.sources import Jsonl
 from pal_ds.data.split_packed import PairTexts, split_by_cost
 from pal_ds.data.tables import PreparedData
 from tests.tiny import write_pairs
+
+CASES = [("joint", False), ("joint", True), ("separate", False), ("separate", True)]
 
 
 def random_texts(seed: int, num_pairs: int, num_prompts: int) -> PairTexts:
@@ -98,12 +102,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
     return prepare(DataConfig(path=str(folder / "data"), source=source, **options), quiet=True)
 
 
-def test_costs_are_the_tokens_of_the_batch(data: PreparedData) -> None:
+@pytest.mark.parametrize(("encoding", "with_prompt"), CASES)
+def test_costs_are_the_tokens_of_the_batch(
+    data: PreparedData, encoding: Literal["joint", "separate"], with_prompt: bool
+) -> None:
     """With prompts that are truncated by response."""
-    collator = Collator(data, packed=True)
+    collator = Collator(data, packed=True, encoding=encoding, with_prompt=with_prompt)
     rows = np.arange(len(data.comparisons))
     texts = pair_texts(collator, rows)
-    assert (texts.prompt_tokens[:, 0] != texts.prompt_tokens[:, 1]).any()
+    by_response = (texts.prompt_tokens[:, 0] != texts.prompt_tokens[:, 1]).any()
+    assert by_response == (encoding == "joint")
     for run in split_by_cost(texts, 1, 7, 400):
         batch = collator(rows[run[0]], run[0])
         assert batch.input_ids is not None
