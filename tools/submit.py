@@ -1,17 +1,18 @@
 """Checks a job for SLURM against its recipe and hands it to sbatch.
 
     python tools/submit.py train RECIPE --run_dir D --nodes 4 --gpus_per_node 8 [--time 24:00:00] [-- --KEY VALUE ...]
+    python tools/submit.py embed RECIPE --nodes 4 --gpus_per_node 8
     python tools/submit.py evaluate RUN [-- --split dev]
     python tools/submit.py adapt RUN PAIRS.jsonl OUT --array 0-7
     python tools/submit.py sweep RECIPE... --array 0-3 [--run_dir runs]
 
 `--dry_run` prints what would be submitted and submits nothing. What follows `--` goes to the pal-ds command. The job's
-id is kept in slurm/jobs.jsonl of the run directory (of OUT for adapt). The scripts in slurm/ work without this tool.
+id is kept in slurm/jobs.jsonl of the run directory (of OUT for adapt, of the cache for embed). The scripts in slurm/
+work without this tool.
 """
 
 import datetime
 import json
-import re
 import shlex
 import subprocess
 import sys
@@ -21,10 +22,13 @@ from typing import Literal
 
 from jsonargparse import Namespace
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from pal_ds.cli import Parser, build_parser, check_config_files
 from pal_ds.errors import UserError
 from pal_ds.run_dir import RunDirectory
 from pal_ds.run_lock import LOCK
+from tools.job_shape import array_bounds, check_shape
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "slurm"
 PASSED_ON = ("nodes", "ntasks_per_node", "gpus_per_node", "cpus_per_task", "time", "array")
@@ -54,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def options_parser() -> Parser:
     parser = Parser(prog="submit", description=__doc__)
-    parser.add_argument("job", type=Literal["train", "evaluate", "adapt", "sweep"])
+    parser.add_argument("job", type=Literal["train", "embed", "evaluate", "adapt", "sweep"])
     parser.add_argument("arguments", nargs="+", type=str, help="RECIPE, RUN, or RUN PAIRS OUT")
     parser.add_argument("--run_dir", type=str | None, help="unset: runs/NAME of the recipe")
     parser.add_argument("--nodes", type=int, default=1)
@@ -69,27 +73,6 @@ def options_parser() -> Parser:
         parser.add_argument(f"--{name}", type=str | None)
     parser.add_argument("--dry_run", action="store_true", help="print the command, submit nothing")
     return parser
-
-
-def check_shape(options: Namespace) -> None:
-    """Fills what is left out. Raises UserError where tasks and GPUs do not match."""
-    gpus, tasks = options.gpus_per_node, options.ntasks_per_node
-    for name, least in (("nodes", 1), ("gpus_per_node", 0), ("cpus_per_task", 1)):
-        value = options[name]
-        if value is not None and value < least:
-            raise UserError(f"--{name} is {value}; it must be at least {least}.")
-    if tasks is not None and tasks < 1:
-        raise UserError(f"--ntasks_per_node is {tasks}; it must be at least 1.")
-    if gpus and tasks not in (None, gpus):
-        raise UserError(
-            f"--ntasks_per_node {tasks} with --gpus_per_node {gpus}: a rank drives one GPU. Leave "
-            "--ntasks_per_node out, or set --gpus_per_node 0 to train on CPUs."
-        )
-    options.ntasks_per_node = tasks or gpus or 1
-    if options.array is None and options.job in ("adapt", "sweep"):
-        options.array = "0-0"
-    if options.array is not None and not re.fullmatch(r"\d+(-\d+)?(%\d+)?", options.array):
-        raise UserError(f"--array {options.array}: give a range such as 0-7, or 0-7%2.")
 
 
 Checked = tuple[Path, list[str], list[str]]
@@ -156,11 +139,7 @@ def check_recipe(options: Namespace, recipe: str, run_dir: Path, words: list[str
             f"{recipe}: train.stop_signals is {', '.join(config.train.stop_signals)}, and the job tells its ranks to "
             "save by USR2. Add USR2, or leave the key out."
         )
-    if options.nodes > 1 and not Path(config.data.path, "dataset.json").is_file():
-        raise UserError(
-            f"{config.data.path}: not prepared, and {options.nodes} nodes would wait for it. "
-            f"Run `pal-ds prepare --config {recipe}` once first."
-        )
+    check_prepared(options, recipe, config.data.path)
     run = RunDirectory(run_dir)
     found = {path.name for path in run_dir.iterdir()} if run_dir.is_dir() else set()
     if parsed["train"].fresh and found - {LOCK, "slurm"}:
@@ -177,6 +156,27 @@ def check_recipe(options: Namespace, recipe: str, run_dir: Path, words: list[str
             "comparisons stays, the last bits of the weights may not."
         )
     return notes
+
+
+def check_prepared(options: Namespace, recipe: str, data: str) -> None:
+    """Raises UserError where several nodes would need data that nobody has prepared."""
+    if options.nodes > 1 and not Path(data, "dataset.json").is_file():
+        raise UserError(
+            f"{data}: not prepared, and {options.nodes} nodes would wait for it. "
+            f"Run `pal-ds prepare --config {recipe}` once first."
+        )
+
+
+def check_embed(options: Namespace, words: list[str]) -> Checked:
+    from pal_ds.embed import refuse_what_has_no_cache
+    from pal_ds.recipe import recipe_from_arguments
+
+    recipe = one_argument(options, "RECIPE")
+    check_config_files([f"--config={recipe}", *words])
+    config = recipe_from_arguments([f"--config={recipe}", *words])
+    refuse_what_has_no_cache(config)
+    check_prepared(options, recipe, config.data.path)
+    return Path(str(config.backbone.cache)), [recipe, *words], []
 
 
 def check_evaluate(options: Namespace, words: list[str]) -> Checked:
@@ -234,12 +234,6 @@ def check_run(path: str) -> None:
     run.resolve_step("latest")
 
 
-def array_bounds(array: str) -> tuple[int, int]:
-    """First and last index of `0-7%2`."""
-    first, _, last = array.partition("%")[0].partition("-")
-    return int(first), int(last or first)
-
-
 def sbatch_command(options: Namespace, record: Path, words: Sequence[str]) -> list[str]:
     log = "%x-%A_%a.out" if options.array else "%x-%j.out"
     command = ["sbatch", "--parsable", f"--output={record / 'slurm' / log}"]
@@ -282,6 +276,7 @@ def submit(command: list[str], record: Path) -> str:
 
 JOBS: dict[str, Callable[[Namespace, list[str]], Checked]] = {
     "train": check_train,
+    "embed": check_embed,
     "evaluate": check_evaluate,
     "adapt": check_adapt,
     "sweep": check_sweep,

@@ -1,8 +1,9 @@
 """A frozen backbone encodes each distinct text once; training then reads the stored states through the same batch.
 
-A text's states do not depend on who shares its forward: every forward has the same number of rows, its width is one
-of a few that follow from the text's own length, and no batch mixes rows with and without padding (transformers drops
-a mask that masks nothing, and another kernel runs). So ranks, splits and restarts may divide the texts as they like.
+A text's states do not depend on who shares its forward: the width follows from the text's own length, no batch mixes
+rows with and without padding (transformers drops a mask that masks nothing, and another kernel runs), and on a GPU,
+where the number of rows may choose the kernel, every forward has the same number. So ranks, splits and restarts may
+divide the texts as they like.
 """
 
 import functools
@@ -107,9 +108,13 @@ def _encode(
                 between()
                 # A rank without a batch still takes part in the collectives, with states that are dropped.
                 mine = first + world.rank
-                rows, width = batches[mine if mine < len(batches) else 0]
+                rows, width = (
+                    batches[mine] if mine < len(batches) else (batches[0][0][:1], batches[0][1])
+                )
                 assert backbone is not None
-                batch = _text_batch(collator, rows, width, batch_texts, of_prompts)
+                # On a CPU a row's bits are the same in any number of rows, and each would cost its full time.
+                num_rows = batch_texts if world.device.type == "cuda" else len(rows)
+                batch = _text_batch(collator, rows, width, num_rows, of_prompts)
                 states = backbone(batch.to(world.device))
                 if mine < len(batches):
                     _hand_over(collator, keepers, rows, states)

@@ -79,6 +79,15 @@ def test_adapt_asks_for_no_gpu(capsys: pytest.CaptureFixture[str], folder: Path)
     assert not [word for word in command if "gpus" in word or "nodes" in word]
 
 
+def test_embed_is_recorded_in_the_cache(capsys: pytest.CaptureFixture[str]) -> None:
+    keys = ["--backbone.cache=cache", "--backbone.tuning=frozen"]
+    keys += ["--backbone.path=base", "--backbone.architecture=null"]
+    submit.main(["embed", "tiny.yaml", "--nodes=2", "--dry_run", "--", *keys])
+    command = shlex.split(capsys.readouterr().out)
+    assert "--output=cache/slurm/%x-%j.out" in command and "--nodes=2" in command
+    assert command[-6:] == [str(ROOT / "slurm" / "embed.sbatch"), "tiny.yaml", *keys]
+
+
 def test_another_number_of_ranks_is_announced(
     capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:
@@ -126,6 +135,14 @@ REFUSALS = {
     "a seed that was trained with another recipe": (
         ["sweep", "tiny.yaml", "--array=0-3", "--run_dir=seeds"],
         "seeds/tiny/seed_2/config.yaml: this run was started with other values: train.seed: 0 -> 2",
+    ),
+    "embed without a cache": (["embed", "tiny.yaml"], "backbone.cache: not set"),
+    "embed raw data on several nodes": (
+        [
+            *("embed", "raw.yaml", "--nodes=2", "--", "--backbone.cache=c", "--backbone.path=base"),
+            *("--backbone.tuning=frozen", "--backbone.architecture=null"),
+        ],
+        "pal-ds prepare --config raw.yaml",
     ),
     "two recipes": (["train", "tiny.yaml", "raw.yaml"], "train takes one RECIPE"),
     "too few recipes": (["sweep", "tiny.yaml", "raw.yaml", "--array=0-2"], "only 2 recipes"),
