@@ -81,7 +81,7 @@ def adapt_run(
 
 
 def _warn_of_known(restored: Restored, ids: list[str]) -> None:
-    known = sorted(set(ids) & set(restored.users.ids))
+    known = sorted(user for user in ids if user in restored.users)
     if known:
         logger.warning(
             "%d of %d users are in the run already (%s%s): fitted from these pairs alone, and with --users this "

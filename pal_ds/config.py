@@ -162,5 +162,6 @@ KEYS_THAT_DO_NOT_ALTER_RESULTS = (
     "train.hang_minutes",
     "backbone.encode_batch_texts",
     "backbone.cache",
+    "users.shard_rows_above",
 )
 """A resumed run may change these freely; any other change is refused by name."""

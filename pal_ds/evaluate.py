@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from pal_ds.heads.shapes import Float
 from pal_ds.losses import decision_margin
 from pal_ds.metrics import evaluation_figures, fit_temperature
 from pal_ds.progress import progress_bar
-from pal_ds.users import UserTable
+from pal_ds.users import TrainedUsers, UserTable
+from pal_ds.users.rows import blocks
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,41 @@ def user_mixtures(head: Head, users: UserTable) -> Float[Tensor, "U+1 K"]:
     with torch.no_grad():
         mixtures = head.mixture_weights(UserState(users.logits))
     return torch.cat([mixtures, population_mixture(mixtures)])
+
+
+def with_mixtures(
+    head: Head, users: TrainedUsers, collator: Collator, rows: np.ndarray
+) -> tuple[Collator, Float[Tensor, "u+1 K"]]:
+    """Mixtures of those alone whom the comparisons `rows` name, and a collator that calls them by their place there.
+
+    As `user_mixtures` else: the last is the population's, taken over the table block by block where someone is unknown.
+    """
+    owners = np.unique(collator.user_rows(rows))
+    known = owners[owners >= 0]
+    head.eval()
+    mixtures = _mixtures_of(head, users, torch.from_numpy(known))
+    population = mixtures.new_full((1, mixtures.shape[1]), torch.nan)
+    if len(known) < len(owners):
+        sums = [
+            _mixtures_of(head, users, torch.arange(*block)).double().sum(0, keepdim=True)
+            for block in blocks(len(users))
+        ]
+        population = (
+            (torch.stack(sums).sum(0) / len(users)).float()
+            if sums
+            else population_mixture(mixtures)
+        )
+    asked = collator.data.comparisons["user"][rows]
+    places = np.full(len(collator.data.users), -1, np.int64)
+    places[asked] = np.searchsorted(known, collator.user_rows(rows))
+    places[asked[collator.user_rows(rows) < 0]] = -1
+    return replace(collator, table_rows=places), torch.cat([mixtures, population])
+
+
+def _mixtures_of(head: Head, users: TrainedUsers, rows: Tensor) -> Float[Tensor, "n K"]:
+    with torch.no_grad():
+        logits = users.fetch(rows).leaf(rows.to(users.device)).detach()
+        return head.mixture_weights(UserState(logits))
 
 
 def population_mixture(mixtures: Float[Tensor, "U K"]) -> Float[Tensor, "1 K"]:
@@ -97,6 +134,8 @@ def figures_of(
 ) -> dict[str, Any]:
     """The figures of `eval/NAME.json` for comparisons of prepared data."""
     table = data.comparisons[rows]
+    owners, owner = np.unique(table["user"], return_inverse=True)
+    names = np.asarray([data.users[owner] for owner in owners], str)
     length_margins = None
     if data.response_num_chars is not None:
         chars = data.response_num_chars
@@ -104,7 +143,7 @@ def figures_of(
     return evaluation_figures(
         margins,
         table["label"].astype(float),
-        np.asarray(data.users, dtype=object)[table["user"]].astype(str),
+        names[owner],
         data.response_prompt[table["a"]],
         temperature=temperature,
         length_margins=length_margins,
@@ -141,4 +180,5 @@ __all__ = [
     "predict",
     "report_on",
     "user_mixtures",
+    "with_mixtures",
 ]

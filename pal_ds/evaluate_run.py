@@ -26,6 +26,7 @@ from pal_ds.heads.shapes import Float
 from pal_ds.model import RewardModel
 from pal_ds.restore import Restored, restore
 from pal_ds.run_dir import RunDirectory, replacing, write_json
+from pal_ds.user_ids import UserIds
 from pal_ds.users import UserTable
 
 USERS_IN_PARQUET_ABOVE = 10_000
@@ -35,32 +36,35 @@ USERS_IN_PARQUET_ABOVE = 10_000
 class KnownUsers:
     """Whom a run can score: its own users and, if given, adapted ones; an adapted user hides a trained one."""
 
-    rows: dict[str, int]
+    ids: list[UserIds]
+    """Of each table, the rows of one after those of the other; the last that holds a user has the say."""
     mixtures: Float[torch.Tensor, "U+1 K"]
     """Mixtures by row; the last is the population of the run's own users."""
 
     def table_rows(self, data: PreparedData) -> np.ndarray:
         """Row of each user of `data`, -1 for strangers."""
-        return np.asarray([self.rows.get(user, -1) for user in data.users], np.int64)
+        rows, first = np.full(len(data.users), -1, np.int64), 0
+        for ids in self.ids:
+            found = ids.find(data.users)
+            rows, first = np.where(found < 0, rows, found + first), first + len(ids)
+        return rows
 
 
 def known_users(restored: Restored, adapted: Path | None) -> KnownUsers:
     """The users of a run and of an adapted table. Raises UserError where the tables do not fit together."""
     head = restored.model.head
     mixtures = user_mixtures(head, restored.users)
-    rows = {user: row for row, user in enumerate(restored.users.ids)}
     if adapted is None:
-        return KnownUsers(rows, mixtures)
+        return KnownUsers([restored.users.ids], mixtures)
     table = UserTable.load(adapted)
     if table.num_prototypes != restored.users.num_prototypes:
         raise UserError(
             f"--users {adapted}: {table.num_prototypes} prototypes, the run has {restored.users.num_prototypes}. "
             "Adapt the users to this run."
         )
-    own = len(restored.users)
-    rows |= {user: own + row for row, user in enumerate(table.ids)}
     return KnownUsers(
-        rows, torch.cat([mixtures[:-1], user_mixtures(head, table)[:-1], mixtures[-1:]])
+        [restored.users.ids, table.ids],
+        torch.cat([mixtures[:-1], user_mixtures(head, table)[:-1], mixtures[-1:]]),
     )
 
 

@@ -39,7 +39,8 @@ from pal_ds.errors import UserError
 from pal_ds.model import RewardModel
 from pal_ds.run_dir import RunDirectory
 from pal_ds.tracking import Tracker
-from pal_ds.users import UserTable
+from pal_ds.user_ids import UserIds
+from pal_ds.users import Shard, TrainedUsers, trained_users
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class Training:
     parts: Parts
     collator: Collator
     engine: Any
-    users: UserTable
+    users: TrainedUsers
     plan: UpdatePlan
     guard: UpdateGuard
     watch: StopWatch
@@ -221,10 +222,11 @@ def encode_frozen(
 
 def seen_users(
     config: RunConfig, data: PreparedData, num_prototypes: int, world: World
-) -> tuple[UserTable, np.ndarray]:
+) -> tuple[TrainedUsers, np.ndarray]:
     """A fresh table of the users who may be trained on, and each data user's row in it (-1: held out)."""
-    ids = [user for user, seen in zip(data.users, data.user_seen, strict=True) if seen]
-    table = UserTable(num_prototypes, ids, config.users, config.train.seed, world.device)
+    ids = UserIds.of(data.users).take(np.flatnonzero(data.user_seen))
+    shard = Shard(world.rank, world.world_size, world.sum_integers)
+    table = trained_users(num_prototypes, ids, config.users, config.train.seed, world.device, shard)
     table_rows = np.where(data.user_seen, np.cumsum(data.user_seen) - 1, -1)
     return table, table_rows.astype(np.int64)
 

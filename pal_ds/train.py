@@ -18,7 +18,7 @@ from pal_ds.engine.step import Stepper, UpdateStats
 from pal_ds.engine.stop import StopAsked, ignore_stop_signals
 from pal_ds.engine.watchdog import is_symptom
 from pal_ds.errors import NumericError, StorageError
-from pal_ds.evaluate import dev_temperature, figures_of, predict, user_mixtures
+from pal_ds.evaluate import dev_temperature, figures_of, predict, with_mixtures
 from pal_ds.progress import progress_bar
 from pal_ds.run_dir import RunDirectory, write_json
 from pal_ds.start import Training, start_training
@@ -195,11 +195,12 @@ def evaluate_on_dev(state: Training) -> bool:
     phase.enter("evaluate")
     state.engine.eval()
     with state.watch.timed("evaluation"):
+        collator, mixtures = with_mixtures(state.parts.head, state.users, state.collator, rows)
         margins = predict(
             state.engine,
-            state.collator,
+            collator,
             rows,
-            user_mixtures(state.parts.head, state.users).to(state.world.device),
+            mixtures.to(state.world.device),
             state.config.train.micro_batch_pairs,
             state.world,
             between_steps=lambda: state.watch.leave_if_asked(state.world),

@@ -16,6 +16,10 @@ def _table(**config) -> UserTable:
     return UserTable(K, IDS, UsersConfig(**config), seed=7)
 
 
+def tensors_of(table: UserTable) -> dict[str, Tensor]:
+    return {k: v for k, v in table.state_dict().items() if isinstance(v, Tensor)}
+
+
 def _update(seed: int, n: int = 40, num_rows: int = 4) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of rows 0 .. num_rows - 1 only, several per row, with order unlike the position."""
     draw = torch.Generator().manual_seed(seed)
@@ -136,13 +140,13 @@ def test_new_logits_have_the_stated_spread() -> None:
 def test_adding_and_removing_leave_the_others_as_they_were() -> None:
     table = _table()
     table.apply(*_update(0), 0.05)
-    before = {name: t.clone() for name, t in table._tensors().items()}
+    before = {name: t.clone() for name, t in tensors_of(table).items()}
     table.add(["late"])
     table.remove(IDS[1])
     assert "late" in table and IDS[1] not in table and len(table) == len(IDS)
     kept = [i for i in IDS if i != IDS[1]]
     old = torch.tensor([IDS.index(i) for i in kept])
-    for name, tensor in table._tensors().items():
+    for name, tensor in tensors_of(table).items():
         assert torch.equal(tensor[table.rows(kept)], before[name][old])
     assert not table.seen[table.rows(["late"])].any()
 
@@ -171,8 +175,8 @@ def test_save_and_load_continue_exactly(tmp_path) -> None:
     for one in (table, loaded):
         one.add(["late"])
         one.apply(*_update(1), 0.05)
-    for name, tensor in table._tensors().items():
-        assert torch.equal(tensor, loaded._tensors()[name])
+    for name, tensor in tensors_of(table).items():
+        assert torch.equal(tensor, tensors_of(loaded)[name])
 
 
 def test_empty_tables_save_and_load(tmp_path) -> None:

@@ -11,6 +11,7 @@ import pyarrow as pa
 from pal_ds.data.ragged import Ragged
 from pal_ds.data.splits import SPLITS
 from pal_ds.errors import UserError
+from pal_ds.user_ids import UserIds
 
 FORMAT_VERSION = 1
 INFO_NAME = "dataset.json"
@@ -37,7 +38,7 @@ class PreparedData:
     info: dict
     comparisons: np.ndarray
     response_prompt: np.ndarray
-    users: list[str]
+    users: UserIds | list[str]
     user_seen: np.ndarray
     user_group: list[str | None]
     prompts: Ragged | None = None
@@ -57,8 +58,8 @@ class PreparedData:
             "info": info,
             "comparisons": _map(path, "comparisons"),
             "response_prompt": _map(path, "response_prompt"),
-            "users": users.column("id").to_pylist(),
-            "user_seen": np.array(users.column("seen").to_pylist(), bool),
+            "users": UserIds.from_arrow(users.column("id")),
+            "user_seen": users.column("seen").to_numpy().astype(bool),
             "user_group": users.column("group").to_pylist(),
         }
         if info["kind"] == "vectors":

@@ -24,13 +24,18 @@ from pal_ds.engine.torch_archive import ForeignObjectError
 from pal_ds.engine.verify import wait_for_files
 from pal_ds.errors import StorageError, UserError, writing
 from pal_ds.run_dir import RunDirectory, sync_to_disk, write_json
-from pal_ds.users import UserTable
+from pal_ds.users import StoredUsers, TrainedUsers
 
 logger = logging.getLogger(__name__)
 
 
 def save_checkpoint(
-    engine: Any, users: UserTable, run: RunDirectory, step: int, world: World, facts: dict[str, Any]
+    engine: Any,
+    users: TrainedUsers,
+    run: RunDirectory,
+    step: int,
+    world: World,
+    facts: dict[str, Any],
 ) -> Path:
     """Writes `step_N/` with engine shards, user rows and a manifest, and publishes it in latest.json.
 
@@ -47,7 +52,7 @@ def save_checkpoint(
 
     def publish() -> None:
         with writing(temporary):
-            _write_users(users, temporary)
+            reached("users written")
             _write_manifest(temporary, entries, {"step": step, **facts}, world)
             _publish(run, step, temporary)
 
@@ -59,6 +64,8 @@ def save_checkpoint(
         mine = _write_shards(engine, temporary, world)
         reached("shards written")
         entries = _gathered(mine, world)
+        phase.enter("write users")
+        world.on_every_rank(lambda: _write_users(users, temporary, world))
         phase.enter("publish the checkpoint")
         world.from_rank_zero(publish)
     except StorageError as error:
@@ -85,9 +92,10 @@ def _gathered(mine: dict[str, dict[str, Any]], world: World) -> dict[str, dict[s
     return {name: entry for part in world.gather(mine) for name, entry in part.items()}
 
 
-def _write_users(users: UserTable, temporary: Path) -> None:
-    users.save(temporary)
-    reached("users written")
+def _write_users(users: TrainedUsers, temporary: Path, world: World) -> None:
+    """Rank 0 writes, whoever holds the rows."""
+    with writing(temporary):
+        users.save(temporary if world.is_rank_zero else None)
 
 
 def _write_manifest(
@@ -151,7 +159,7 @@ def refuse_other_base(path: Path, manifest: dict[str, Any], base_weights: str | 
 
 
 def load_checkpoint(
-    engine: Any, users: UserTable, path: Path, manifest: dict[str, Any], world: World
+    engine: Any, users: TrainedUsers, path: Path, manifest: dict[str, Any], world: World
 ) -> None:
     """Restores weights, optimizer moments and user rows into a freshly built engine."""
     if manifest["num_threads"] != torch.get_num_threads():
@@ -160,15 +168,15 @@ def load_checkpoint(
             torch.get_num_threads(),
             manifest["num_threads"],
         )
-    stored = UserTable.load(path)
-    if gone := sorted(set(users.ids) - set(stored.ids)):
+    stored = StoredUsers(path)
+    if users.ids != stored.ids and (gone := users.ids.missing_from(stored.ids)):
         raise UserError(
             f"{path}: user {gone[0]!r} was removed from this run, and the data still hold their comparisons "
             f"({len(gone)} such users). Prepare the data without them and start in another --run_dir."
         )
     engine.checkpoint_engine = shards_for(engine, path, world)
     try:
-        users.load_state_dict(stored.state_dict())
+        users.restore(stored)
         loaded, _ = engine.load_checkpoint(str(path), tag=ENGINE_FOLDER, load_module_strict=False)
     except ForeignObjectError:
         raise

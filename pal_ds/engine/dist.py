@@ -104,6 +104,12 @@ class World:
         torch_dist.all_gather(parts, tensor.contiguous())
         return torch.stack(parts)
 
+    def sum_integers(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place: integers have one sum in any order."""
+        if self.world_size > 1:
+            torch_dist.all_reduce(tensor)
+        return tensor
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks in rank order: the same bits on every rank and every run."""
         return self.all_gather(tensor).sum(0)

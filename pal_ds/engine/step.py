@@ -22,7 +22,7 @@ from pal_ds.heads.shapes import Float
 from pal_ds.kernels.judge import FusedLoss
 from pal_ds.kernels.reference import PairFacts
 from pal_ds.losses import PreferenceLoss, decision_margin
-from pal_ds.users import UserTable
+from pal_ds.users import TrainedUsers
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Stepper:
     """Runs updates on a DeepSpeed engine and a user table."""
 
     engine: Any
-    users: UserTable
+    users: TrainedUsers
     loss: PreferenceLoss
     optim: OptimConfig
     users_learning_rate: float
@@ -68,11 +68,12 @@ class Stepper:
             torch.zeros((), device=self.world.device),
         )
         leaves: list[Tensor] = []
+        at_hand = self.users.fetch(torch.from_numpy(user_rows)) if self.needs_users else None
         for index, batch in enumerate(batches):
             phase.enter("forward", update)
             self._seed_dropout(update, index)
             self.engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
-            leaf = self.users.leaf(batch.user_row) if self.needs_users else None
+            leaf = None if at_hand is None else at_hand.leaf(batch.user_row)
             # ZeRO averages gradients over ranks, hence the factor world size.
             scale = self.world.world_size / num_pairs
             output = self.engine(batch, UserState(leaf, batch.gumbel), self._judge(batch, scale))

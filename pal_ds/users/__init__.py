@@ -1,0 +1,24 @@
+"""Users: id <-> row, mixture logits, and an Adam whose cost does not depend on their number.
+
+The table lives outside the model and outside ZeRO-3. A step reads rows as a leaf, takes their gradients back as (row,
+gradient, position in the update) and moves those rows alone, so 10 users and 10 million cost the same, and a user can
+be added, moved or forgotten without touching the model. Up to a size every rank holds the whole table; beyond it each
+holds a slice of the rows. Either way the same gathered gradients are applied in the same order, hence the same bits.
+Needs torch alone. Axes: U users, K prototypes, n gradient rows of an update.
+"""
+
+from pal_ds.users.config import UsersConfig
+from pal_ds.users.files import USER_FILES, StoredUsers
+from pal_ds.users.sharded import Shard, ShardedUserTable, trained_users
+from pal_ds.users.table import TrainedUsers, UserTable
+
+__all__ = [
+    "USER_FILES",
+    "Shard",
+    "ShardedUserTable",
+    "StoredUsers",
+    "TrainedUsers",
+    "UserTable",
+    "UsersConfig",
+    "trained_users",
+]

@@ -1,0 +1,158 @@
+"""User tables on disk, written and read in blocks of rows: users.safetensors (logits, Adam state), users.arrow (ids).
+
+The files are the same whether one rank held the table or many, and no more than a block is ever copied.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pal_ds.errors import UserError
+from pal_ds.heads.shapes import Float
+from pal_ds.user_ids import UserIds
+from pal_ds.users.rows import UserRows, blocks
+
+USER_FILES = ("users.safetensors", "users.arrow")
+"""What a table is on disk."""
+_FORMAT = "pal_ds.users/1"
+_DTYPES = {"step": "I64", "exp_avg": "F32", "exp_avg_sq": "F32", "logits": "F32"}
+"""Tensors in the order of the file; each begins where its dtype asks for."""
+_IDS_PER_BATCH = 2**20
+
+ReadBlock = Callable[[int, int], Float[Tensor, "n R"]]
+"""Records [begin, end) of a table, on the CPU."""
+
+
+def write_users(
+    directory: Path | None, ids: UserIds, seed: int, num_prototypes: int, read_block: ReadBlock
+) -> None:
+    """Writes both files, asking for each block once, in order; without a directory it only asks.
+
+    A sharded table needs all its ranks to read a block, so each asks for all of them whatever happens to the one that
+    writes.
+    """
+    pending = iter(blocks(len(ids)))
+    try:
+        if directory is not None:
+            _write(directory, ids, seed, num_prototypes, pending, read_block)
+    finally:
+        for begin, end in pending:
+            read_block(begin, end)
+
+
+def _write(
+    directory: Path,
+    ids: UserIds,
+    seed: int,
+    num_prototypes: int,
+    pending: Any,
+    read_block: ReadBlock,
+) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    header, starts = _header(len(ids), num_prototypes, seed)
+    seen = np.zeros(len(ids), bool)
+    with open(directory / USER_FILES[0], "wb") as stream:
+        stream.write(header)
+        for begin, end in pending:
+            block = UserRows(0, num_prototypes)
+            block.records = read_block(begin, end)
+            seen[begin:end] = block.seen.bool().numpy()
+            for name, start in starts.items():
+                values = getattr(block, name)
+                values = values.long() if name == "step" else values.contiguous()
+                stream.seek(start + begin * values.element_size() * values[:1].numel())
+                stream.write(memoryview(values.numpy()).cast("B"))
+    _write_index(directory / USER_FILES[1], ids, seen)
+
+
+def _header(num_users: int, num_prototypes: int, seed: int) -> tuple[bytes, dict[str, int]]:
+    """The head of a safetensors file, and where each tensor begins in it."""
+    fields: dict[str, Any] = {"__metadata__": {"format": _FORMAT, "seed": str(seed)}}
+    ends = [0]
+    for name, dtype in _DTYPES.items():
+        shape = (num_users,) if name == "step" else (num_users, num_prototypes)
+        ends.append(ends[-1] + int(np.prod(shape)) * (8 if dtype == "I64" else 4))
+        fields[name] = {"dtype": dtype, "shape": shape, "data_offsets": ends[-2:]}
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    begin = 8 + len(text)
+    starts = {name: begin + end for name, end in zip(_DTYPES, ends, strict=False)}
+    return len(text).to_bytes(8, "little") + text, starts
+
+
+def _write_index(path: Path, ids: UserIds, seen: np.ndarray) -> None:
+    # Imported here and below: training and scoring with a table in memory need torch alone.
+    import pyarrow as pa
+
+    schema = pa.schema([("id", pa.string()), ("row", pa.int64()), ("seen", pa.bool_())])
+    with pa.ipc.new_file(str(path), schema) as writer:
+        for begin in range(0, max(len(ids), 1), _IDS_PER_BATCH):
+            part = ids[begin : begin + _IDS_PER_BATCH]
+            rows = np.arange(begin, begin + len(part))
+            columns = [part.to_arrow(), pa.array(rows), pa.array(seen[rows])]
+            writer.write_batch(pa.record_batch(columns, schema=schema))
+
+
+class StoredUsers:
+    """A table on disk: who is in it, and its rows when they are asked for."""
+
+    def __init__(self, directory: Path | str):
+        """Raises UserError where files are missing, foreign or disagree."""
+        import pyarrow as pa
+        from safetensors import safe_open
+
+        self._path, index_path = (Path(directory) / name for name in USER_FILES)
+        for path in (self._path, index_path):
+            if not path.is_file():
+                raise UserError(
+                    f"{path} is missing; a user table is users.safetensors and users.arrow."
+                )
+        with safe_open(str(self._path), "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise UserError(f"{self._path} is not a user table of format {_FORMAT}.")
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in _DTYPES}
+        self.seed, self.num_prototypes = int(metadata["seed"]), shapes["logits"][1]
+        with pa.memory_map(str(index_path)) as source, pa.ipc.open_file(source) as reader:
+            index = reader.read_all()
+        if not np.array_equal(index["row"].to_numpy(), np.arange(len(index))):
+            raise UserError(f"{index_path}: column row is not 0 .. users - 1: the file is damaged.")
+        # A copy: what takes the file's place must not change the ids in memory.
+        mapped = UserIds.from_arrow(index["id"])
+        self.ids = UserIds(mapped.offsets.copy(), mapped.text.copy())
+        self._seen = index["seen"].to_numpy()
+        check_shapes(shapes, len(self.ids), self.num_prototypes)
+        if self.ids.repeated():
+            raise UserError("users: an id occurs twice in the stored table: its files are damaged.")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read(self, rows: UserRows, first: int = 0) -> UserRows:
+        """Fills `rows` with the stored ones from `first` on; of the file, only those are read."""
+        from safetensors import safe_open
+
+        with safe_open(str(self._path), "pt") as file:
+            slices = {name: file.get_slice(name) for name in _DTYPES}
+            for begin, end in blocks(len(rows)):
+                for name, tensor in slices.items():
+                    getattr(rows, name)[begin:end] = tensor[first + begin : first + end]
+                seen = torch.from_numpy(self._seen[first + begin : first + end].astype(np.int32))
+                rows.seen[begin:end] = seen
+        return rows
+
+
+def check_shapes(shapes: dict[str, tuple[int, ...]], num_users: int, num_prototypes: int) -> None:
+    """Raises UserError unless the tensors are those of so many users and prototypes."""
+    for name, shape in shapes.items():
+        expected = (num_users,) if name in ("step", "seen") else (num_users, num_prototypes)
+        if shape != expected:
+            raise UserError(
+                f"users: {name} is {shape}, expected {expected} (users, prototypes): the table "
+                "belongs to a head with another num_prototypes, or its files are damaged."
+            )

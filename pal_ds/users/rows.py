@@ -1,0 +1,147 @@
+"""Records of users, and the Adam that moves those named alone: nothing here costs more for who is not named."""
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from pal_ds.heads.shapes import Float, Int
+from pal_ds.user_ids import UserIds
+from pal_ds.users.config import UsersConfig
+
+BLOCK_ROWS = 2**16
+"""Rows that are made, read or written at a time."""
+TENSORS = ("logits", "exp_avg", "exp_avg_sq", "step", "seen")
+
+
+class UserRows:
+    """`records` [U, 3K + 2] fp32: a user's logits, first and second moments, step count and `seen` side by side.
+
+    A row is one piece of memory because rows are met at random: apart, its parts would each be fetched from afar. The
+    two counts are int32 in the same bits. The properties are views of all rows; writing to them writes the table.
+    """
+
+    def __init__(self, num_rows: int, num_prototypes: int, device: torch.device | str = "cpu"):
+        self.num_prototypes = num_prototypes
+        self.records = torch.zeros(num_rows, width_of(num_prototypes), device=device)
+
+    @property
+    def logits(self) -> Float[Tensor, "U K"]:
+        return self.records[:, : self.num_prototypes]
+
+    @property
+    def exp_avg(self) -> Float[Tensor, "U K"]:
+        return self.records[:, self.num_prototypes : 2 * self.num_prototypes]
+
+    @property
+    def exp_avg_sq(self) -> Float[Tensor, "U K"]:
+        return self.records[:, 2 * self.num_prototypes : 3 * self.num_prototypes]
+
+    @property
+    def step(self) -> Int[Tensor, "U"]:
+        return self.records.view(torch.int32)[:, -2]
+
+    @property
+    def seen(self) -> Int[Tensor, "U"]:
+        return self.records.view(torch.int32)[:, -1]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def logits_of(self, rows: Int[Tensor, "n"]) -> Float[Tensor, "n K"]:
+        """A copy of the rows' logits."""
+        # Not `logits[rows]`: indexing goes column by column, each time through the whole memory; this goes row by row.
+        return self.records.index_select(0, rows)[:, : self.num_prototypes].contiguous()
+
+    @torch.no_grad()
+    def apply(
+        self,
+        rows: Int[Tensor, "n"],
+        gradients: Float[Tensor, "n K"],
+        order: Int[Tensor, "n"],
+        learning_rate: float,
+        config: UsersConfig,
+    ) -> None:
+        """One Adam step (arXiv 1412.6980) for the users in `rows` on their summed gradients.
+
+        `order` is each gradient's place in the update (its global comparison index, distinct within
+        a user): a user's gradients are summed in that order in fp32, so the result is the same to
+        the bit however an update was split over ranks and micro-steps. Bias correction counts the
+        user's own steps, as the per-user parameters of the reference do. Users not named stay as
+        they are. Nothing here waits for the device.
+        """
+        device, k = self.records.device, self.num_prototypes
+        rows, order = rows.to(device, torch.int64), order.to(device)
+        by_order = torch.argsort(order, stable=True)
+        by_row = by_order[torch.argsort(rows[by_order], stable=True)]
+        rows = rows[by_row]
+        total = sum_runs(rows, gradients.to(device).index_select(0, by_row).float())
+        if config.max_row_norm is not None:
+            norm = torch.linalg.vector_norm(total, dim=-1, keepdim=True)
+            total = total * (config.max_row_norm / norm).clamp(max=1.0)
+        beta1, beta2 = config.betas
+        records = self.records.index_select(0, rows)
+        # Contiguous: on strided parts torch may round otherwise.
+        logits, exp_avg, exp_avg_sq = (x.contiguous() for x in records[:, : 3 * k].split(k, dim=1))
+        counts = records.view(torch.int32)[:, -2:]
+        step = counts[:, :1].double() + 1
+        exp_avg = exp_avg.lerp(total, 1 - beta1)
+        exp_avg_sq = exp_avg_sq * beta2 + (1 - beta2) * total.square()
+        correction1 = (1 - beta1**step).float()
+        correction2 = (1 - beta2**step).float()
+        size = (exp_avg_sq / correction2).sqrt() + config.epsilon
+        logits = logits - learning_rate * (exp_avg / correction1) / size
+        records[:, : 3 * k] = torch.cat([logits, exp_avg, exp_avg_sq], dim=1)
+        counts[:, 0] += 1
+        counts[:, 1] = 1
+        # A user named m times is written m times with the same values: no reduction to distinct
+        # rows is needed, whose number the host would have to wait for.
+        self.records[rows] = records
+
+
+def width_of(num_prototypes: int) -> int:
+    """Values of a record."""
+    return 3 * num_prototypes + 2
+
+
+def blocks(num_rows: int) -> Iterator[tuple[int, int]]:
+    """(begin, end) of all rows, `BLOCK_ROWS` at a time."""
+    for begin in range(0, num_rows, BLOCK_ROWS):
+        yield begin, min(begin + BLOCK_ROWS, num_rows)
+
+
+def sum_runs(rows: Int[Tensor, "n"], values: Float[Tensor, "n K"]) -> Float[Tensor, "n K"]:
+    """Sum of `values` over the run of equal `rows` that each place lies in, first to last."""
+    starts = torch.ones_like(rows)
+    starts[1:] = (rows[1:] != rows[:-1]).long()
+    run = starts.cumsum(0) - 1
+    lengths = torch.zeros_like(rows).index_add_(0, run, torch.ones_like(rows))
+    # As many segments as places, the spare ones empty: the number of runs stays on the device.
+    sums = torch.segment_reduce(values, "sum", lengths=lengths, axis=0, unsafe=True, initial=0)
+    return sums[run]
+
+
+def fresh_rows(
+    seed: int, ids: UserIds, num_prototypes: int, std: float, device: torch.device | str = "cpu"
+) -> UserRows:
+    """Rows of users who have learned nothing; their logits depend on (seed, id) alone."""
+    rows = UserRows(len(ids), num_prototypes, device)
+    for begin, end in blocks(len(ids)):
+        # Half a second per 100,000 users and core, of which hashing takes most.
+        rows.logits[begin:end] = _fresh_logits(seed, ids[begin:end], num_prototypes, std)
+    return rows
+
+
+def _fresh_logits(seed: int, ids: UserIds, num_prototypes: int, std: float) -> Float[Tensor, "u K"]:
+    """Normal(0, std) up to its far tails: per logit, twelve hashed 16-bit uniforms, summed.
+
+    Integer sums are the same bits on every machine, library version and batch of users; library
+    generators and vectorised logarithms are not.
+    """
+    num_bytes = 12 * 2 * num_prototypes
+    digests = (hashlib.shake_256(f"{seed}\0{i}".encode()).digest(num_bytes) for i in ids)
+    words = torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.int16)
+    # A signed 16-bit uniform has mean -1/2 and variance 2^32 / 12.
+    sums = words.view(len(ids), num_prototypes, 12).sum(-1, dtype=torch.int64) + 6
+    return sums.float() / 2**16 * std

@@ -1,0 +1,227 @@
+"""The table that one process holds whole: who is in it, their rows, and what a step and a checkpoint ask of them."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pal_ds.errors import UserError
+from pal_ds.heads.shapes import Float, Int
+from pal_ds.user_ids import UserIds, named
+from pal_ds.users.config import UsersConfig
+from pal_ds.users.files import StoredUsers, check_shapes, write_users
+from pal_ds.users.rows import TENSORS, UserRows, fresh_rows
+
+
+@runtime_checkable
+class Leaves(Protocol):
+    """Rows that are at hand."""
+
+    def leaf(self, rows: Int[Tensor, "B"]) -> Float[Tensor, "B K"]:
+        """A copy of the rows' logits that gathers gradients: what enters the model."""
+        ...
+
+
+@runtime_checkable
+class TrainedUsers(Protocol):
+    """What training asks of a user table, whole or sharded. Every rank makes the same calls in the same order."""
+
+    ids: UserIds
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows lie."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def fetch(self, rows: Int[Tensor, "n"]) -> Leaves:
+        """The rows of a whole update (of all its ranks), from which each rank takes the leaves of its own."""
+        ...
+
+    def apply(
+        self,
+        rows: Int[Tensor, "n"],
+        gradients: Float[Tensor, "n K"],
+        order: Int[Tensor, "n"],
+        learning_rate: float,
+    ) -> None:
+        """One Adam step for the users in `rows` on their summed gradients; see `UserRows.apply`."""
+        ...
+
+    def save(self, directory: Path | str | None) -> None:
+        """Writes the table; on ranks without a directory it takes part in that."""
+        ...
+
+    def restore(self, stored: StoredUsers) -> None:
+        """Replaces the table by a stored one. Raises UserError where K disagrees."""
+        ...
+
+
+class UserTable:
+    """One row per user: logits w and Adam moments [U, K] fp32, `step` and `seen` [U] int32.
+
+    `seen` (0 or 1) is whether the user has taken part in an update. A row is a place in these tensors
+    and may change when another user is removed; the id is the name that lasts.
+    """
+
+    def __init__(
+        self,
+        num_prototypes: int,
+        ids: Iterable[str] = (),
+        config: UsersConfig | None = None,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ):
+        """Raises UserError for ids that are empty, not text or given twice."""
+        self.num_prototypes = num_prototypes
+        self.config = UsersConfig() if config is None else config
+        self.seed = seed
+        self.ids = UserIds.of(())
+        self._rows = UserRows(0, num_prototypes, device)
+        self.add(ids)
+
+    @property
+    def logits(self) -> Float[Tensor, "U K"]:
+        """w_u of every user, as a view; so are the four below."""
+        return self._rows.logits
+
+    @property
+    def exp_avg(self) -> Float[Tensor, "U K"]:
+        return self._rows.exp_avg
+
+    @property
+    def exp_avg_sq(self) -> Float[Tensor, "U K"]:
+        return self._rows.exp_avg_sq
+
+    @property
+    def step(self) -> Int[Tensor, "U"]:
+        return self._rows.step
+
+    @property
+    def seen(self) -> Int[Tensor, "U"]:
+        return self._rows.seen
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows lie."""
+        return self._rows.records.device
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __contains__(self, user_id: object) -> bool:
+        return user_id in self.ids
+
+    def rows(self, ids: Sequence[str]) -> Int[Tensor, "n"]:
+        """Row of each id, int64 on the table's device. Raises UserError naming unknown ids."""
+        rows = self.ids.find(ids)
+        if (rows < 0).any():
+            unknown = [ids[place] for place in np.flatnonzero(rows < 0).tolist()]
+            raise UserError(
+                f"unknown user {named(unknown)}; the table holds {len(self)} users. "
+                "Fit new users with `pal_ds adapt`, or score them with the population mixture."
+            )
+        return torch.from_numpy(rows).to(self.device)
+
+    def fetch(self, rows: Int[Tensor, "n"]) -> "UserTable":
+        """Itself: all rows are at hand."""
+        return self
+
+    def leaf(self, rows: Int[Tensor, "B"]) -> Float[Tensor, "B K"]:
+        """A copy of the rows' logits that gathers gradients: what enters the model."""
+        return self._rows.logits_of(rows).requires_grad_()
+
+    def mixtures(self, temperature: float = 1.0) -> Float[Tensor, "U K"]:
+        """softmax(w_u / temperature) of every user, fp32."""
+        return torch.softmax(self.logits / temperature, dim=-1)
+
+    def apply(
+        self,
+        rows: Int[Tensor, "n"],
+        gradients: Float[Tensor, "n K"],
+        order: Int[Tensor, "n"],
+        learning_rate: float,
+    ) -> None:
+        """One Adam step for the users in `rows` on their summed gradients; see `UserRows.apply`."""
+        self._rows.apply(rows, gradients, order, learning_rate, self.config)
+
+    def add(self, ids: Iterable[str]) -> None:
+        """Append users; fresh logits depend on (seed, id) alone, so adding one moves no other.
+
+        Raises UserError for ids that are empty, not text, given twice or already in the table.
+        """
+        new = UserIds.of(ids)
+        if twice := new.repeated():
+            raise UserError(f"user {named(twice)} is given twice; list every user once.")
+        if len(self) and (known := new.take(np.flatnonzero(self.ids.find(new) >= 0))):
+            raise UserError(f"user {named(known)} is already in the table; remove it first.")
+        old = self._rows.records
+        rows = fresh_rows(self.seed, new, self.num_prototypes, self.config.init_std, old.device)
+        if len(self):
+            rows.records = torch.cat([old, rows.records])
+        self.ids, self._rows = self.ids.joined(new), rows
+
+    def remove(self, user_id: str) -> None:
+        """Forget a user: later rows move up by one, values unchanged. UserError if unknown."""
+        row = int(self.rows([user_id]))
+        old = self._rows.records
+        self.ids = self.ids[:row].joined(self.ids[row + 1 :])
+        self._rows.records = torch.cat([old[:row], old[row + 1 :]])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of everything that a resumed run needs: ids, seed, and tensors with the dtypes of the files."""
+        dtypes = {"step": torch.int64, "seen": torch.bool}
+        tensors = {
+            name: getattr(self, name).to(dtypes.get(name, torch.float32), copy=True).contiguous()
+            for name in TENSORS
+        }
+        return {"ids": list(self.ids), "seed": self.seed, **tensors}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Replace the table. Raises UserError where K or the number of users disagree."""
+        ids = UserIds.of(state["ids"])
+        check_shapes(
+            {name: tuple(state[name].shape) for name in TENSORS}, len(ids), self.num_prototypes
+        )
+        if ids.repeated():
+            raise UserError("users: an id occurs twice in the stored table: its files are damaged.")
+        rows = UserRows(len(ids), self.num_prototypes, self.device)
+        for name in TENSORS:
+            getattr(rows, name).copy_(state[name])
+        self.ids, self.seed, self._rows = ids, int(state["seed"]), rows
+
+    def save(self, directory: Path | str | None) -> None:
+        """Write users.safetensors (logits, Adam state) and users.arrow (id, row, seen); nothing without a directory."""
+        if directory is None:
+            return
+        records = self._rows.records
+        write_users(
+            *(Path(directory), self.ids, self.seed, self.num_prototypes),
+            lambda begin, end: records[begin:end].cpu(),
+        )
+
+    def restore(self, stored: StoredUsers) -> None:
+        """Replaces the table by a stored one. Raises UserError where K disagrees."""
+        check_shapes(
+            {"logits": (len(stored), stored.num_prototypes)}, len(stored), self.num_prototypes
+        )
+        rows = UserRows(len(stored), self.num_prototypes, self.device)
+        self._rows = stored.read(rows)
+        self.ids, self.seed = stored.ids, stored.seed
+
+    @classmethod
+    def load(
+        cls,
+        directory: Path | str,
+        config: UsersConfig | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "UserTable":
+        """Read what `save` wrote. Raises UserError where files are missing, foreign or disagree."""
+        stored = StoredUsers(directory)
+        table = cls(stored.num_prototypes, config=config, device=device)
+        table.restore(stored)
+        return table
