@@ -12,7 +12,7 @@ K = 3
 IDS = [f"user {i}" for i in range(6)]
 
 
-def _table(**config) -> UserTable:
+def a_table(**config) -> UserTable:
     return UserTable(K, IDS, UsersConfig(**config), seed=7)
 
 
@@ -20,7 +20,7 @@ def tensors_of(table: UserTable) -> dict[str, Tensor]:
     return {k: v for k, v in table.state_dict().items() if isinstance(v, Tensor)}
 
 
-def _update(seed: int, n: int = 40, num_rows: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+def an_update(seed: int, n: int = 40, num_rows: int = 4) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of rows 0 .. num_rows - 1 only, several per row, with order unlike the position."""
     draw = torch.Generator().manual_seed(seed)
     rows = torch.randint(num_rows, (n,), generator=draw)
@@ -30,12 +30,12 @@ def _update(seed: int, n: int = 40, num_rows: int = 4) -> tuple[Tensor, Tensor, 
 
 
 def test_each_user_follows_an_adam_of_their_own() -> None:
-    table = _table()
+    table = a_table()
     parameters = [torch.nn.Parameter(row.clone()) for row in table.logits]
     optimisers = [torch.optim.Adam([p], lr=1.0) for p in parameters]
     steps = [0] * len(IDS)
     for update in range(6):
-        rows, gradients, order = _update(update, n=5, num_rows=5)
+        rows, gradients, order = an_update(update, n=5, num_rows=5)
         learning_rate = 0.05 / (update + 1)
         table.apply(rows, gradients, order, learning_rate)
         for row in rows.unique().tolist():
@@ -52,13 +52,13 @@ def test_each_user_follows_an_adam_of_their_own() -> None:
 
 
 def test_the_order_of_the_input_never_shows() -> None:
-    rows, gradients, order = _update(0)
-    expected = _table()
+    rows, gradients, order = an_update(0)
+    expected = a_table()
     expected.apply(rows, gradients, order, 0.05)
     for seed in range(5):
         shuffle = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
         # A plain sum in the order given would differ in the last bits for these scales.
-        table = _table()
+        table = a_table()
         table.apply(rows[shuffle], gradients[shuffle], order[shuffle], 0.05)
         for name in ("logits", "exp_avg", "exp_avg_sq", "step"):
             assert torch.equal(getattr(table, name), getattr(expected, name))
@@ -68,22 +68,22 @@ def test_gradients_are_added_in_global_order() -> None:
     gradients = torch.tensor([[1.0], [1e8], [-1e8]]).expand(3, K).contiguous()
     rows = torch.zeros(3, dtype=torch.long)
     for order, total in (([0, 1, 2], 0.0), ([2, 0, 1], 1.0)):
-        table = _table()
+        table = a_table()
         table.apply(rows, gradients, torch.tensor(order), 0.05)
         assert torch.allclose(table.exp_avg[0], torch.full((K,), 0.1 * total))
 
 
 def test_rows_not_named_do_not_move() -> None:
-    table = _table()
+    table = a_table()
     before = table.logits.clone()
-    table.apply(*_update(0), 0.05)
+    table.apply(*an_update(0), 0.05)
     assert torch.equal(table.logits[4:], before[4:])
     assert not table.exp_avg[4:].any() and not table.step[4:].any() and not table.seen[4:].any()
     assert (table.logits[:4] != before[:4]).any(1).all()
 
 
 def test_an_update_without_users_changes_nothing() -> None:
-    table = _table()
+    table = a_table()
     before = table.logits.clone()
     nothing = torch.empty(0, dtype=torch.long)
     table.apply(nothing, torch.empty(0, K), nothing, 0.05)
@@ -91,7 +91,7 @@ def test_an_update_without_users_changes_nothing() -> None:
 
 
 def test_a_row_norm_bound_acts_on_the_sum_of_each_row() -> None:
-    table = _table(max_row_norm=1.0)
+    table = a_table(max_row_norm=1.0)
     rows = torch.tensor([0, 0, 1])
     gradients = torch.tensor([[3.0, 0, 0], [0, 4.0, 0], [0.5, 0, 0]])
     table.apply(rows, gradients, torch.arange(3), 0.05)
@@ -100,7 +100,7 @@ def test_a_row_norm_bound_acts_on_the_sum_of_each_row() -> None:
 
 
 def test_leaf_collects_gradients_apart_from_the_table() -> None:
-    table = _table()
+    table = a_table()
     rows = table.rows([IDS[2], IDS[0], IDS[2]])
     assert rows.tolist() == [2, 0, 2]
     leaf = table.leaf(rows)
@@ -113,13 +113,13 @@ def test_leaf_collects_gradients_apart_from_the_table() -> None:
 
 def test_unknown_users_are_named() -> None:
     with pytest.raises(UserError, match="'nobody'"):
-        _table().rows([IDS[0], "nobody"])
+        a_table().rows([IDS[0], "nobody"])
     with pytest.raises(UserError, match="and 3 more"):
-        _table().rows([f"x{i}" for i in range(8)])
+        a_table().rows([f"x{i}" for i in range(8)])
 
 
 def test_a_new_user_depends_on_seed_and_id_alone() -> None:
-    whole = _table()
+    whole = a_table()
     grown = UserTable(K, seed=7)
     for user_id in reversed(IDS):
         grown.add([user_id])
@@ -138,8 +138,8 @@ def test_new_logits_have_the_stated_spread() -> None:
 
 
 def test_adding_and_removing_leave_the_others_as_they_were() -> None:
-    table = _table()
-    table.apply(*_update(0), 0.05)
+    table = a_table()
+    table.apply(*an_update(0), 0.05)
     before = {name: t.clone() for name, t in tensors_of(table).items()}
     table.add(["late"])
     table.remove(IDS[1])
@@ -153,28 +153,28 @@ def test_adding_and_removing_leave_the_others_as_they_were() -> None:
 
 @pytest.mark.parametrize("ids", [[""], ["a", "a"], [IDS[0]], [3]])
 def test_bad_ids_are_refused(ids: list) -> None:
-    table = _table()
+    table = a_table()
     with pytest.raises((UserError, TypeCheckError)):
         table.add(ids)
     assert len(table) == len(IDS) == len(table.logits)
 
 
 def test_mixtures_are_points_of_the_simplex() -> None:
-    table = _table()
+    table = a_table()
     assert torch.allclose(table.mixtures().sum(-1), torch.ones(len(IDS)))
     assert torch.equal(table.mixtures(0.5), torch.softmax(table.logits * 2, -1))
 
 
 def test_save_and_load_continue_exactly(tmp_path) -> None:
-    table = _table()
-    table.apply(*_update(0), 0.05)
+    table = a_table()
+    table.apply(*an_update(0), 0.05)
     table.save(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["users.arrow", "users.safetensors"]
     loaded = UserTable.load(tmp_path, table.config)
     assert loaded.ids == table.ids
     for one in (table, loaded):
         one.add(["late"])
-        one.apply(*_update(1), 0.05)
+        one.apply(*an_update(1), 0.05)
     for name, tensor in tensors_of(table).items():
         assert torch.equal(tensor, tensors_of(loaded)[name])
 
@@ -186,10 +186,10 @@ def test_empty_tables_save_and_load(tmp_path) -> None:
 
 
 def test_state_dict_round_trip_and_refusals() -> None:
-    table, other = _table(), UserTable(K, ["someone else"])
+    table, other = a_table(), UserTable(K, ["someone else"])
     other.load_state_dict(table.state_dict())
     assert other.ids == table.ids and torch.equal(other.logits, table.logits)
-    other.apply(*_update(0), 0.05)
+    other.apply(*an_update(0), 0.05)
     assert not torch.equal(other.logits, table.logits), "loading must copy"
     with pytest.raises(UserError, match="num_prototypes"):
         UserTable(K + 1).load_state_dict(table.state_dict())
@@ -198,7 +198,7 @@ def test_state_dict_round_trip_and_refusals() -> None:
 def test_damaged_files_are_refused(tmp_path) -> None:
     with pytest.raises(UserError, match="missing"):
         UserTable.load(tmp_path)
-    _table().save(tmp_path)
+    a_table().save(tmp_path)
     index = (tmp_path / "users.arrow").read_bytes()
     UserTable(K, IDS[:2]).save(tmp_path)
     (tmp_path / "users.arrow").write_bytes(index)
