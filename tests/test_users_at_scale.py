@@ -30,13 +30,14 @@ def test_sums_of_a_user_are_those_of_fp64(owners: list[int], seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     scale = 10.0 ** torch.randint(-3, 4, (len(owners), 1), generator=draw)
     values = torch.randn(len(owners), K, generator=draw) * scale
-    owner = torch.tensor(sorted(owners), dtype=torch.int64)
-    made = rows.sum_runs(owner, values)
-    for row in set(owners):
+    owner = torch.tensor(owners, dtype=torch.int64)
+    distinct, made = rows.sum_by_row(owner, values)
+    assert distinct.tolist() == sorted(set(owners))
+    for row, total in zip(distinct, made, strict=True):
         mine = values[owner == row]
         # A plain sum of n values is off by at most n roundings of the sum of their sizes.
         bound = len(mine) * 2**-24 * mine.double().abs().sum(0) + 1e-30
-        assert ((made[owner == row] - mine.double().sum(0)).abs() <= bound).all()
+        assert ((total - mine.double().sum(0)).abs() <= bound).all()
 
 
 class Watch(TorchDispatchMode):

@@ -159,9 +159,8 @@ class Stepper:
         self.engine.step()
         applied = self.guard.close(self.engine.was_step_applied())
         if applied and gradients is not None:
-            self.users.apply(
-                torch.from_numpy(user_rows), gradients, torch.arange(len(user_rows)), users_rate
-            )
+            # Both are in global order already.
+            self.users.apply(torch.from_numpy(user_rows), gradients, None, users_rate)
         return applied, self.engine.get_global_grad_norm() if norm is None else norm
 
     def user_gradients(

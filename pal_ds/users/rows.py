@@ -59,24 +59,21 @@ class UserRows:
         self,
         rows: Int[Tensor, "n"],
         gradients: Float[Tensor, "n K"],
-        order: Int[Tensor, "n"],
+        order: Int[Tensor, "n"] | None,
         learning_rate: float,
         config: UsersConfig,
     ) -> None:
         """One Adam step (arXiv 1412.6980) for the users in `rows` on their summed gradients.
 
         `order` is each gradient's place in the update (its global comparison index, distinct within
-        a user): a user's gradients are summed in that order in fp32, so the result is the same to
-        the bit however an update was split over ranks and micro-steps. Bias correction counts the
-        user's own steps, as the per-user parameters of the reference do. Users not named stay as
-        they are. Nothing here waits for the device.
+        a user), None that of the arguments: a user's gradients are summed in that order in fp32, so
+        the result is the same to the bit however an update was split over ranks and micro-steps.
+        Bias correction counts the user's own steps, as the per-user parameters of the reference do.
+        Users not named stay as they are. Nothing waits for the device where `rows` lie on the host.
         """
         device, k = self.records.device, self.num_prototypes
-        rows, order = rows.to(device, torch.int64), order.to(device)
-        by_order = torch.argsort(order, stable=True)
-        by_row = by_order[torch.argsort(rows[by_order], stable=True)]
-        rows = rows[by_row]
-        total = sum_runs(rows, gradients.to(device).index_select(0, by_row).float())
+        rows, total = sum_by_row(rows, gradients, order)
+        rows, total = rows.to(device), total.to(device)
         if config.max_row_norm is not None:
             norm = torch.linalg.vector_norm(total, dim=-1, keepdim=True)
             total = total * (config.max_row_norm / norm).clamp(max=1.0)
@@ -85,19 +82,16 @@ class UserRows:
         # Contiguous: on strided parts torch may round otherwise.
         logits, exp_avg, exp_avg_sq = (x.contiguous() for x in records[:, : 3 * k].split(k, dim=1))
         counts = records.view(torch.int32)[:, -2:]
-        step = counts[:, :1].double() + 1
-        exp_avg = exp_avg.lerp(total, 1 - beta1)
-        exp_avg_sq = exp_avg_sq * beta2 + (1 - beta2) * total.square()
-        correction1 = (1 - beta1**step).float()
-        correction2 = (1 - beta2**step).float()
-        size = (exp_avg_sq / correction2).sqrt() + config.epsilon
-        logits = logits - learning_rate * (exp_avg / correction1) / size
-        records[:, : 3 * k] = torch.cat([logits, exp_avg, exp_avg_sq], dim=1)
-        counts[:, 0] += 1
-        counts[:, 1] = 1
-        # A user named m times is written m times with the same values: no reduction to distinct
-        # rows is needed, whose number the host would have to wait for.
-        self.records[rows] = records
+        step = counts[:, :1].double().add_(1)
+        counts[:, :1] = step
+        counts[:, 1:] = 1
+        exp_avg.lerp_(total, 1 - beta1)
+        exp_avg_sq.mul_(beta2).add_(total.square_().mul_(1 - beta2))
+        correction1 = torch.pow(beta1, step).neg_().add_(1).float()
+        correction2 = torch.pow(beta2, step).neg_().add_(1).float()
+        size = (exp_avg_sq / correction2).sqrt_().add_(config.epsilon)
+        logits.sub_((exp_avg / correction1).mul_(learning_rate).div_(size))
+        self.records[rows] = torch.cat([logits, exp_avg, exp_avg_sq, records[:, 3 * k :]], dim=1)
 
 
 def width_of(num_prototypes: int) -> int:
@@ -111,15 +105,24 @@ def blocks(num_rows: int) -> Iterator[tuple[int, int]]:
         yield begin, min(begin + BLOCK_ROWS, num_rows)
 
 
-def sum_runs(rows: Int[Tensor, "n"], values: Float[Tensor, "n K"]) -> Float[Tensor, "n K"]:
-    """Sum of `values` over the run of equal `rows` that each place lies in, first to last."""
-    starts = torch.ones_like(rows)
-    starts[1:] = (rows[1:] != rows[:-1]).long()
-    run = starts.cumsum(0) - 1
-    lengths = torch.zeros_like(rows).index_add_(0, run, torch.ones_like(rows))
-    # As many segments as places, the spare ones empty: the number of runs stays on the device.
+def sum_by_row(
+    rows: Int[Tensor, "n"], gradients: Float[Tensor, "n K"], order: Int[Tensor, "n"] | None = None
+) -> tuple[Int[Tensor, "m"], Float[Tensor, "m K"]]:
+    """The distinct rows, ascending, and the fp32 sum of each one's gradients, first to last in `order`.
+
+    Rows are told apart where they are given: on the host, which then knows their number without asking the device.
+    """
+    by_row = None
+    if order is not None:
+        by_row = torch.argsort(order.to(rows.device), stable=True)
+        rows = rows.index_select(0, by_row)
+    rows, place = torch.sort(rows, stable=True)
+    by_row = place if by_row is None else by_row.index_select(0, place)
+    distinct, lengths = torch.unique_consecutive(rows, return_counts=True)
+    values = gradients.index_select(0, by_row.to(gradients.device)).float()
+    lengths = lengths.to(gradients.device)
     sums = torch.segment_reduce(values, "sum", lengths=lengths, axis=0, unsafe=True, initial=0)
-    return sums[run]
+    return distinct, sums
 
 
 def fresh_rows(

@@ -94,7 +94,7 @@ class ShardedUserTable:
         self,
         rows: Int[Tensor, "n"],
         gradients: Float[Tensor, "n K"],
-        order: Int[Tensor, "n"],
+        order: Int[Tensor, "n"] | None,
         learning_rate: float,
     ) -> None:
         """As `UserTable.apply`: every rank is given all gradients and moves its own rows."""
@@ -103,7 +103,7 @@ class ShardedUserTable:
         self.own.apply(
             rows[mine] - self.begin,
             gradients.index_select(0, mine.to(gradients.device)),
-            order[mine.to(order.device)],
+            None if order is None else order[mine.to(order.device)],
             learning_rate,
             self.config,
         )

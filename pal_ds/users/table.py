@@ -46,7 +46,7 @@ class TrainedUsers(Protocol):
         self,
         rows: Int[Tensor, "n"],
         gradients: Float[Tensor, "n K"],
-        order: Int[Tensor, "n"],
+        order: Int[Tensor, "n"] | None,
         learning_rate: float,
     ) -> None:
         """One Adam step for the users in `rows` on their summed gradients; see `UserRows.apply`."""
@@ -143,7 +143,7 @@ class UserTable:
         self,
         rows: Int[Tensor, "n"],
         gradients: Float[Tensor, "n K"],
-        order: Int[Tensor, "n"],
+        order: Int[Tensor, "n"] | None,
         learning_rate: float,
     ) -> None:
         """One Adam step for the users in `rows` on their summed gradients; see `UserRows.apply`."""

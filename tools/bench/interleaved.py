@@ -13,7 +13,12 @@ LEAST_ROUNDS = 7
 COPY_BYTES = 2**30
 
 
-def row(name: str, contestants: dict[str, Contestant], rounds: int) -> dict[str, float]:
+def row(
+    name: str,
+    contestants: dict[str, Contestant],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Parity, then interleaved timing; prints the row and returns median seconds."""
     results = {x: run() for x, run in contestants.items()}
     first = next(iter(results))
@@ -29,7 +34,7 @@ def row(name: str, contestants: dict[str, Contestant], rounds: int) -> dict[str,
     times: dict[str, list[float]] = {x: [] for x in contestants}
     for _ in range(max(rounds, LEAST_ROUNDS)):
         for x, run in contestants.items():
-            times[x].append(seconds_of(run))
+            times[x].append(seconds_of(run, clock))
     print(name)
     for x, measured in times.items():
         low, middle, high = (1e3 * float(q) for q in np.percentile(measured, (20, 50, 80)))
@@ -49,14 +54,14 @@ def ratio(slow: list[float], fast: list[float]) -> tuple[float, float, float]:
     return float(np.median(a) / np.median(b)), float(low), float(high)
 
 
-def seconds_of(run: Contestant) -> float:
+def seconds_of(run: Contestant, clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds of one run: repeated for at least 5 ms on a CPU; on a GPU 20 runs, each after its L2 was flushed."""
     if not torch.cuda.is_available():
-        count, begin = 0, time.perf_counter()
-        while count == 0 or time.perf_counter() - begin < 5e-3:
+        count, begin = 0, clock()
+        while count == 0 or clock() - begin < 5e-3:
             run()
             count += 1
-        return (time.perf_counter() - begin) / count
+        return (clock() - begin) / count
     flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
     spent = []
     for _ in range(20):
