@@ -40,7 +40,7 @@ def row(
         low, middle, high = (1e3 * float(q) for q in np.percentile(measured, (20, 50, 80)))
         line = f"  {x:20s} {middle:10.4f} ms ({low:.4f} to {high:.4f})"
         if x != first:
-            line += "  {:.1f}x ({:.1f} to {:.1f})".format(*ratio(times[first], measured))
+            line += "  {:.3g}x ({:.3g} to {:.3g})".format(*ratio(times[first], measured))
         print(line, flush=True)
     return {x: float(np.median(measured)) for x, measured in times.items()}
 
