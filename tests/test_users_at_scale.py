@@ -1,7 +1,9 @@
 """The user table by the million: no step costs more for who takes no part, and files are written in blocks."""
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +13,10 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pal_ds.data.batch import Collator
+from pal_ds.data.tables import COMPARISON_DTYPE, PreparedData
+from pal_ds.evaluate import user_mixtures, with_mixtures
+from pal_ds.heads import PalA
 from pal_ds.users import UserTable, files, rows
 from tests.test_users import IDS, K, a_table, an_update, tensors_of
 
@@ -115,3 +121,23 @@ def test_a_writer_that_fails_still_asks_for_every_block(tmp_path, monkeypatch) -
     with pytest.raises(OSError, match="No space"):
         files.write_users(tmp_path, table.ids, 0, K, read)
     assert asked == [(0, 2), (2, 4), (4, 6)]
+
+
+def test_evaluation_looks_up_the_users_it_meets_alone() -> None:
+    table = a_table()
+    comparisons = np.zeros(5, COMPARISON_DTYPE)
+    comparisons["user"] = [4, 1, 4, 6, 2]
+    # Users of the data are rows of the table in reverse; the last of them is none.
+    table_rows = np.array([5, 4, 3, 2, 1, 0, -1])
+    nothing = np.zeros(0, np.int64)
+    data = PreparedData(Path(), {}, comparisons, nothing, [*IDS, "x"], nothing.astype(bool), [])
+    head = PalA(4, num_prototypes=K)
+    everyone = user_mixtures(head, table)
+    for asked in (np.arange(5), np.array([0, 2])):
+        collator, mixtures = with_mixtures(
+            head, table, Collator(data, table_rows=table_rows), asked
+        )
+        found = mixtures[collator.user_rows(asked)]
+        wanted = everyone[table_rows[comparisons["user"][asked]]]
+        assert torch.allclose(found, wanted, atol=1e-7)
+        assert len(mixtures) == len({*table_rows[comparisons["user"][asked]]} - {-1}) + 1
