@@ -2,30 +2,38 @@
 
 Each user's logits maximise the likelihood of the user's comparisons times a Gaussian prior whose mean and covariance
 are those of the run's own users (empirical Bayes): with no comparison a user is the typical one, with many the
-prior fades. The objective is not convex where rewards are distances or cosines, hence one start per prototype
-beside the prior's mean; the best of them is kept.
+prior fades; nothing is left to tune, and comparisons that can be separated send no logit to infinity. The objective
+is not convex where rewards are distances or cosines, hence one start per prototype beside the prior's mean; the best of
+them is kept. Who minimises it is the solver's choice: `localise.py` from statistics, `first_order.py` by gradients.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pal_ds.data.batch import Batch, Collator
-from pal_ds.heads.base import Features, Head, UserState
+from pal_ds.errors import UserError
+from pal_ds.first_order import Choices, adam, margins_of, reference_adamw
+from pal_ds.heads.base import Features, Head
 from pal_ds.heads.shapes import Float, Int
-from pal_ds.losses import PreferenceLoss
+from pal_ds.localise import SHAPES, solve
+from pal_ds.losses import PreferenceLoss, token_weights
 from pal_ds.model import RewardModel
 from pal_ds.progress import progress_bar
+from pal_ds.terms import Comparisons
 from pal_ds.users import UserTable
 
-NUM_STEPS = 100
-LEARNING_RATE = 0.1
 VERTEX_LOGIT = 2.0
 """How far a start leans towards its prototype."""
-PAIRS_PER_CHUNK = 4096
+PAIRS_PER_CHUNK = 2**15
+FLOATS_PER_CHUNK = 2**25
+"""Hidden states that are in memory at once: 128 MB, of which a fit holds a few copies."""
+PAIRS_PER_FORWARD = 256
+"""Comparisons per chunk where the backbone itself runs for each."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,10 @@ class LogitPrior:
         return 0.5 * ((away @ self.precision) * away).sum(1)
 
 
+Solver = Literal["auto", "newton", "adam", "reference"]
+"""`newton`: `localise.solve`. `adam`: the same objective by Adam. `reference`: early-stopped AdamW without a prior."""
+
+
 def fit_users(
     model: RewardModel,
     loss: PreferenceLoss,
@@ -71,12 +83,18 @@ def fit_users(
     prior: LogitPrior,
     device: torch.device,
     *,
+    solver: Solver = "auto",
+    initial: Float[Tensor, "U K"] | None = None,
     shown: bool = False,
 ) -> Float[Tensor, "U K"]:
     """Logits of users 0..num_users-1 from the comparisons `rows`, of which `user_index` says whose each is.
 
     Users are independent of each other: they are fitted in chunks, and which share a chunk changes no result but
-    its rounding.
+    its rounding. One without comparisons gets the prior's mean. `auto` takes `newton` where the head gives statistics
+    and knows the loss, `adam` elsewhere. `initial` is where `reference` starts, the prior's mean where unset.
+
+    Raises:
+        UserError: `newton` for a head or a loss that it cannot do.
     """
     model.eval()
     for module in model.head.modules():
@@ -84,7 +102,7 @@ def fit_users(
         module.train(not isinstance(module, nn.Dropout))
     logits = prior.mean.repeat(num_users, 1)
     order = np.argsort(user_index, kind="stable")
-    chunks = _chunks(user_index[order])
+    chunks = _chunks(user_index[order], pairs_per_chunk(collator, rows))
     with progress_bar("fitting users", len(chunks), shown=shown, unit="users") as advance:
         for begin, end in chunks:
             chosen = order[begin:end]
@@ -92,70 +110,87 @@ def fit_users(
             batch = collator(rows[chosen], np.arange(len(chosen))).to(device)
             with torch.no_grad():
                 features = model.backbone(batch)
-            owner = torch.from_numpy(index).to(device)
-            fitted = _fit_chunk(model.head, loss, features, batch, owner, len(users), prior)
+            chunk = _Chunk(
+                model.head, features, batch, torch.from_numpy(index).to(device), len(users)
+            )
+            begins = None if initial is None else initial[users].to(device)
+            fitted = _fit_chunk(chunk, loss, prior, solver, begins)
             logits[torch.from_numpy(users)] = fitted.cpu()
             advance(len(users))
     model.eval()
     return logits
 
 
-def _chunks(sorted_users: np.ndarray) -> list[tuple[int, int]]:
-    """Runs of whole users, of about PAIRS_PER_CHUNK comparisons each."""
+def pairs_per_chunk(collator: Collator, rows: np.ndarray) -> int:
+    """Comparisons whose hidden states fill about FLOATS_PER_CHUNK, PAIRS_PER_CHUNK at most."""
+    data, store = collator.data, collator.response_store
+    if data.response_vectors is not None:
+        width, longest = data.response_vectors.shape[1], 1
+    elif store is not None:
+        pairs = np.stack([data.comparisons[side][rows] for side in ("a", "b")])
+        lengths = store.offsets[pairs + 1] - store.offsets[pairs]
+        width, longest = store.values.shape[1], int(lengths.max(initial=1))
+    else:
+        return PAIRS_PER_FORWARD
+    return max(1, min(PAIRS_PER_CHUNK, FLOATS_PER_CHUNK // (2 * longest * width)))
+
+
+def _chunks(sorted_users: np.ndarray, num_pairs: int) -> list[tuple[int, int]]:
+    """Runs of whole users, of about `num_pairs` comparisons each."""
     if len(sorted_users) == 0:
         return []
     ends = np.append(np.flatnonzero(np.diff(sorted_users)) + 1, len(sorted_users))
     chunks, begin = [], 0
     for end, following in zip(ends, np.append(ends[1:], math.inf), strict=True):
-        if following - begin > PAIRS_PER_CHUNK:
+        if following - begin > num_pairs:
             chunks.append((begin, int(end)))
             begin = int(end)
     return chunks
 
 
+class _Chunk(NamedTuple):
+    """Comparisons of some users with what a head reads of them."""
+
+    head: Head
+    features: Features
+    batch: Batch
+    owner: Int[Tensor, "n"]
+    num_users: int
+
+
 def _fit_chunk(
-    head: Head,
+    chunk: _Chunk,
     loss: PreferenceLoss,
-    features: Features,
-    batch: Batch,
-    owner: Int[Tensor, "n"],
-    num_users: int,
     prior: LogitPrior,
+    solver: Solver,
+    initial: Float[Tensor, "U K"] | None,
 ) -> Float[Tensor, "U K"]:
-    """Adam on the logits of all users and starts at once; the start with the best objective, per user."""
+    head, features, batch, owner, num_users = chunk
     device, num_prototypes = owner.device, head.num_prototypes
     prior = LogitPrior(prior.mean.to(device), prior.precision.to(device))
-    starts = torch.cat(
-        [torch.zeros(1, num_prototypes), VERTEX_LOGIT * torch.eye(num_prototypes)]
-    ).to(device)
-    logits = (prior.mean + starts[:, None, :]).repeat(1, num_users, 1).requires_grad_()
-    optimizer = torch.optim.Adam([logits], lr=LEARNING_RATE)
-
-    # One call for all starts: the responses are projected once, however many user points look at them.
-    num_starts, num_pairs = len(starts), len(owner)
-    repeated = features._replace(
-        response_index=features.response_index.repeat(num_starts, 1),
-        prompt_index=None
-        if features.prompt_index is None
-        else features.prompt_index.repeat(num_starts, 1),
-    )
-    label, begin, end, required = (
-        field.repeat(num_starts)
-        for field in (batch.label, batch.window_start, batch.window_end, batch.required_margin)
-    )
-
-    def objective() -> Float[Tensor, "starts U"]:
-        output = head(repeated, UserState(logits[:, owner].flatten(0, 1)))
-        per_pair = loss(output.margin, label, begin, end, required).view(num_starts, num_pairs)
-        likelihood = torch.zeros(num_starts, num_users, device=device).index_add(1, owner, per_pair)
-        return likelihood + prior.penalty(logits.flatten(0, 1)).view(num_starts, num_users)
-
-    for step in range(NUM_STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / NUM_STEPS))
-        optimizer.zero_grad(set_to_none=True)
-        objective().sum().backward(inputs=[logits])
-        optimizer.step()
     with torch.no_grad():
-        best = objective().argmin(0)
-        return logits[best, torch.arange(num_users, device=device)]
+        statistics = head.statistics(features)
+    facts = (batch.label, batch.window_start, batch.window_end, batch.required_margin)
+    solvable = statistics is not None and loss.kind in SHAPES
+    if solver == "newton" and not solvable:
+        raise UserError(
+            "--solver newton: this run's head gives no statistics of a mixture (its users' points do not lie in the "
+            "span of K), or its loss is not one of "
+            f"{', '.join(SHAPES)}. Use --solver auto or adam."
+        )
+    starts = VERTEX_LOGIT * torch.eye(num_prototypes, device=device)
+    starts = torch.cat([torch.zeros_like(starts[:1]), starts])
+    if statistics is not None and solvable and solver in ("auto", "newton"):
+        window = token_weights(
+            loss.token_weighting, *facts[1:3], num_positions=statistics.linear.shape[1]
+        )
+        comparisons = Comparisons(owner, batch.label, batch.required_margin, window)
+        # The simplex's centre beside the prior's mean: a population may have taste.
+        starts = torch.cat([starts, -prior.mean[None]])
+        return solve(statistics, comparisons, num_users, prior, starts, loss.kind)
+    margins = margins_of(head, features, statistics, owner)
+    choices = Choices(margins, loss, owner, *facts)
+    if solver == "reference":
+        begins = prior.mean.repeat(num_users, 1) if initial is None else initial
+        return reference_adamw(choices, begins)
+    return adam(choices, num_users, prior, starts)

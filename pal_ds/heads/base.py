@@ -17,6 +17,7 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from .shapes import Float, Int
+from .statistics import MixtureStatistics
 
 
 class Features(NamedTuple):
@@ -103,6 +104,17 @@ class Head(nn.Module, ABC):
 
     def place(self, features: Features, user: UserState) -> Placement | None:
         """The placement of two responses, for a head whose margin is a difference of distances or cosines."""
+        return None
+
+    def statistics(self, features: Features) -> MixtureStatistics | None:
+        """For a head whose rewards depend on a mixture through K numbers per position: these, in place of features.
+
+        None where there are no such numbers. Without dropout: in eval mode.
+        """
+        return None
+
+    def locate(self, user: UserState) -> Float[Tensor, "B d"] | None:
+        """The user's point of the space of `place`, for a head where it depends on the user alone."""
         return None
 
     def forward(

@@ -17,6 +17,7 @@ from .geometry import bounded_scale, distance, new_log_scale, take, unit
 from .mixture import Mixture, MixtureEvaluation, MixtureKind
 from .projector import Activation, Projector
 from .shapes import Float
+from .statistics import MixtureStatistics, cosine_statistics, distance_statistics
 
 UserPoint = Literal["f(Pw)", "f(P)w", "Pw"]
 Similarity = Literal["distance", "cosine"]
@@ -117,6 +118,21 @@ class PalA(Head):
         scale = None if self.log_scale is None else bounded_scale(self.log_scale)
         projected = self.projector(features.response)
         return Placement(projected, features.response_index, self.locate(user).unsqueeze(1), scale)
+
+    def statistics(self, features: Features) -> MixtureStatistics | None:
+        """By the K points that are mixed; None for `f(Pw)` through more than one layer, which mixes before f.
+
+        One layer is affine, and weights that sum to 1 pass through it.
+        """
+        if self.user_point == "f(Pw)" and len(self.projector.layers) > 1:
+            return None
+        points = self.prototypes if self.user_point == "Pw" else self.projector(self.prototypes)
+        response, tau = self.projector(features.response), self.mixture.temperature
+        if self.log_scale is None:
+            return distance_statistics(response, features.response_index, points, tau)
+        owner = features.response_index.new_zeros(len(response))
+        scale = bounded_scale(self.log_scale)
+        return cosine_statistics(response, features.response_index, points[None], owner, scale, tau)
 
     def penalty(self, user: UserState, reward: Float[Tensor, "B r T"]) -> Float[Tensor, "B"]:
         """bound_weight * max(0, ||a_u||_2 - bound) per comparison; zeros where no bound is set.

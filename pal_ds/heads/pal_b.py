@@ -14,7 +14,8 @@ from .checks import check_choice, check_positive
 from .geometry import bounded_scale, new_log_scale, take, unit
 from .mixture import Mixture, MixtureEvaluation, MixtureKind
 from .projector import Activation, Projector, StackedProjector
-from .shapes import Float
+from .shapes import Float, Int
+from .statistics import MixtureStatistics, cosine_statistics
 
 PromptPosition = Literal["last", "aligned"]
 
@@ -95,8 +96,27 @@ class PalB(Head):
             bounded_scale(self.log_scale),
         )
 
+    def statistics(self, features: Features) -> MixtureStatistics | None:
+        """By the K maps of each prompt; None for aligned positions, which have K maps per token."""
+        if self.prompt_position == "aligned":
+            return None
+        maps, prompt_index = self.maps(features)
+        maps = maps[:, 0]
+        # A response is projected once and meets each of its prompts once: as a rule there is one.
+        keys = features.response_index * len(maps) + prompt_index
+        pairs, index = torch.unique(keys, return_inverse=True)
+        projected = self.response_projector(features.response)[pairs // len(maps)]
+        scale, tau = bounded_scale(self.log_scale), self.mixture.temperature
+        return cosine_statistics(projected, index, maps, pairs % len(maps), scale, tau)
+
     def direction(self, features: Features, user: UserState) -> Float[Tensor, "B r C d"]:
         """z_u at every given prompt position, fp32."""
+        # The K maps run once per distinct prompt; only their mixing depends on the user.
+        maps = take(*self.maps(features))
+        return torch.einsum("bk,brckd->brcd", self.mixture(user), maps)
+
+    def maps(self, features: Features) -> tuple[Float[Tensor, "P C K d"], Int[Tensor, "B r"]]:
+        """g_1..g_K at every given prompt position, fp32, and which prompt each response answers."""
         if features.prompt is None or features.prompt_index is None:
             raise ValueError("PalB reads the prompt: features must carry prompt and prompt_index.")
         num_positions = features.prompt.shape[1]
@@ -105,9 +125,7 @@ class PalB(Head):
                 f"prompt_position is 'last' but the features hold {num_positions} positions per "
                 "prompt: give the last token only, or set prompt_position to 'aligned'."
             )
-        # The K maps run once per distinct prompt; only their mixing depends on the user.
-        maps = take(self.prompt_projectors(features.prompt).float(), features.prompt_index)
-        return torch.einsum("bk,brckd->brcd", self.mixture(user), maps)
+        return self.prompt_projectors(features.prompt).float(), features.prompt_index
 
 
 def _align(

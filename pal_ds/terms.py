@@ -1,0 +1,121 @@
+"""Comparisons of many users as padded blocks of terms, users along the last axis: what the solver works on.
+
+A term is one scored position that the loss weighs. Axes: B comparisons, U users, N terms, C comparisons of a user,
+K prototypes, T positions.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pal_ds.heads.shapes import Float, Int
+from pal_ds.heads.statistics import MixtureStatistics
+
+FLOATS_PER_BLOCK = 2**20
+"""Of `linear` and `quadratic`: 4 MB, so that steps are not memory-bound and few enough that calls cost little."""
+
+
+class Comparisons(NamedTuple):
+    """What is known of each comparison beside its rewards."""
+
+    user: Int[Tensor, "B"]
+    label: Int[Tensor, "B"]
+    required: Float[Tensor, "B"]
+    """Margin that the annotation asks for."""
+    weight: Float[Tensor, "B T"]
+    """Of each position in the loss, see `losses.token_weights`."""
+
+
+class Block(NamedTuple):
+    """Users with equally many terms after padding. Terms of weight 0 are padding."""
+
+    users: Int[Tensor, "U"]
+    linear: Float[Tensor, "2 K N U"]
+    quadratic: Float[Tensor, "s K K C U"]
+    """One for all (s = C = U = 1), or one per response (s = 2) of each comparison."""
+    comparison: Int[Tensor, "N U"] | None
+    """Which of the user's comparisons a term belongs to; None where that is evident."""
+    label: Float[Tensor, "N U"]
+    required: Float[Tensor, "N U"]
+    weight: Float[Tensor, "N U"]
+
+    def take(self, lanes: Int[Tensor, "L"]) -> "Block":
+        """The block of these of its users."""
+        parts: list[Any] = [
+            part if part is None or part.shape[-1] == 1 < len(self.users) else part[..., lanes]
+            for part in self
+        ]
+        return Block(*parts)
+
+
+def padded_size(counts: Int[Tensor, "U"]) -> Int[Tensor, "U"]:
+    """Each count rounded up by a quarter at most, so that few sizes occur; a function of the count alone."""
+    step = torch.pow(2.0, (counts.clamp(min=1).float().log2().floor() - 2).clamp(min=0)).long()
+    return (counts + step - 1) // step * step
+
+
+def blocks(
+    statistics: MixtureStatistics, comparisons: Comparisons, num_users: int
+) -> Iterator[Block]:
+    """Every user with at least one term, each in one block."""
+    pair, position = comparisons.weight.nonzero(as_tuple=True)
+    order = torch.argsort(comparisons.user[pair], stable=True)
+    pair, position = pair[order], position[order]
+    counts = torch.bincount(comparisons.user[pair], minlength=num_users)
+    first = counts.cumsum(0) - counts
+    sizes = padded_size(counts)
+    _, num_positions, num_prototypes = statistics.linear.shape
+    own = len(statistics.quadratic) > 1 and num_positions == 1
+    floats_per_term = 2 * num_prototypes * (1 + num_prototypes * own)
+    for size in sizes.unique().tolist():
+        users = (sizes == size).nonzero().squeeze(1)
+        per_block = max(1, FLOATS_PER_BLOCK // (floats_per_term * max(size, 1)))
+        for part in users.split(per_block) if size else ():
+            place = torch.arange(size, device=pair.device)[:, None]
+            valid = place < counts[part]
+            term = torch.where(valid, first[part] + place, first[part])
+            yield _block(statistics, comparisons, part, pair[term], position[term], valid)
+
+
+def _block(
+    statistics: MixtureStatistics,
+    comparisons: Comparisons,
+    users: Int[Tensor, "U"],
+    pair: Int[Tensor, "N U"],
+    position: Int[Tensor, "N U"],
+    valid: Tensor,
+) -> Block:
+    rows = statistics.response_index.T[:, pair]
+    linear = statistics.linear[rows, position].permute(0, 3, 1, 2).contiguous()
+    quadratic, comparison = _quadratic(statistics, pair, rows)
+    return Block(
+        users,
+        linear,
+        quadratic,
+        comparison,
+        comparisons.label[pair].float(),
+        comparisons.required[pair].float(),
+        torch.where(valid, comparisons.weight[pair, position], 0.0),
+    )
+
+
+def _quadratic(
+    statistics: MixtureStatistics, pair: Int[Tensor, "N U"], rows: Int[Tensor, "2 N U"]
+) -> tuple[Float[Tensor, "s K K C U"], Int[Tensor, "N U"] | None]:
+    if len(statistics.quadratic) == 1:
+        return statistics.quadratic[0][None, :, :, None, None], None
+    comparison = None
+    if statistics.linear.shape[1] > 1:
+        # Terms of a comparison lie together: a new one begins where the number changes.
+        begins = torch.ones_like(pair, dtype=torch.bool)
+        begins[1:] = pair[1:] != pair[:-1]
+        comparison = begins.cumsum(0) - 1
+        num_terms, num_comparisons = len(pair), int(comparison.max()) + 1
+        where = torch.zeros(num_comparisons, pair.shape[1], dtype=torch.int64, device=pair.device)
+        places = torch.arange(num_terms, device=pair.device)[:, None].expand_as(pair)
+        where = where.scatter(0, comparison, places)
+        rows = rows.gather(1, where.expand(2, *where.shape))
+    matrices = statistics.quadratic[statistics.quadratic_index[rows]]
+    return matrices.permute(0, 3, 4, 1, 2).contiguous(), comparison
