@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -138,6 +138,12 @@ class Adapt:
         )
         parser.add_argument("--seed", type=int, default=0, help="of the draw of comparisons")
         parser.add_argument(
+            "--solver",
+            type=Literal["auto", "newton", "adam", "reference"],
+            default="auto",
+            help="newton from statistics; adam, the same objective; reference, AdamW that stops early",
+        )
+        parser.add_argument(
             "--out", type=str, required=True, help="directory for the user table and its report"
         )
 
@@ -153,6 +159,7 @@ class Adapt:
             num_pairs=options.num_pairs,
             step=options.step,
             seed=options.seed,
+            solver=options.solver,
             trust_checkpoint=options.trust_checkpoint,
         )
         print(f"{len(report['users'])} users from {report['pairs']} pairs -> {options.out}")

@@ -25,11 +25,10 @@ from pal_ds.evaluate import dev_temperature, predict, report_on, user_mixtures
 from pal_ds.heads.shapes import Float
 from pal_ds.model import RewardModel
 from pal_ds.restore import Restored, restore
-from pal_ds.run_dir import RunDirectory, replacing, write_json
+from pal_ds.run_dir import RunDirectory
+from pal_ds.user_figures import write_user_figures
 from pal_ds.user_ids import UserIds
 from pal_ds.users import UserTable
-
-USERS_IN_PARQUET_ABOVE = 10_000
 
 
 @dataclass(frozen=True)
@@ -238,17 +237,7 @@ def _num_seen_prompts(trained_on: PreparedData, data: PreparedData) -> int:
 def _write(run: RunDirectory, name: str, figures: dict[str, Any]) -> None:
     with writing(run.eval):
         run.eval.mkdir(parents=True, exist_ok=True)
-    path = run.eval / f"{name}.json"
-    if len(figures["users"]) > USERS_IN_PARQUET_ABOVE:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        rows = [{"user_id": user, **entry} for user, entry in figures["users"].items()]
-        table = path.with_suffix(".parquet")
-        with writing(table), replacing(table) as aside:
-            pq.write_table(pa.Table.from_pylist(rows), aside)
-        figures = {**figures, "users": table.name}
-    write_json(path, figures)
+    write_user_figures(run.eval / f"{name}.json", figures)
 
 
 def summary_line(name: str, figures: dict[str, Any]) -> str:

@@ -6,13 +6,18 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+_shown_bars: list[str] = []
+
 
 @contextlib.contextmanager
 def progress_bar(
     label: str, total: int, *, shown: bool, unit: str = "texts"
 ) -> Iterator[Callable[..., None]]:
-    """Yields `advance(num_units, **facts)`: one step of `total`, `num_units` for the throughput, facts to display."""
-    if not shown:
+    """Yields `advance(num_units, **facts)`: one step of `total`, `num_units` for the throughput, facts to display.
+
+    A bar inside another is not shown.
+    """
+    if not shown or _shown_bars:
         yield lambda num_units=0, **facts: None
         return
     columns = (
@@ -35,4 +40,8 @@ def progress_bar(
             shown_facts = " ".join(f"{name} {value}" for name, value in facts.items())
             progress.update(task, advance=1, rate=rate, facts=shown_facts)
 
-        yield advance
+        _shown_bars.append(label)
+        try:
+            yield advance
+        finally:
+            _shown_bars.pop()

@@ -33,7 +33,7 @@ def merge(out: Path) -> None:
     """Writes the table and the report of all shards, as `adapt` would have written them of the whole file."""
     import torch
 
-    from pal_ds.run_dir import write_json
+    from pal_ds.user_figures import read_user_figures, write_user_figures
     from pal_ds.users import UserTable
 
     folders = sorted(
@@ -57,12 +57,12 @@ def merge(out: Path) -> None:
     for path in part.iterdir():
         path.replace(out / path.name)
     part.rmdir()
-    reports = [json.loads((folder / "report.json").read_text()) for folder in folders]
+    reports = [read_user_figures(folder / "report.json") for folder in folders]
     num_pairs = sum(report["pairs"] for report in reports)
     right = sum(report["accuracy_on_these_pairs"] * report["pairs"] for report in reports)
     users = {user: entry for report in reports for user, entry in report["users"].items()}
     figures = {"step": reports[0]["step"], "pairs": num_pairs}
-    write_json(
+    write_user_figures(
         out / "report.json",
         {**figures, "accuracy_on_these_pairs": right / num_pairs, "users": users},
     )

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from pal_ds import evaluate_run as evaluating
-from pal_ds import forget
+from pal_ds import forget, user_figures
 from pal_ds.engine.dist import World
 from pal_ds.engine.manifest import newest_intact, verify_checkpoint
 from pal_ds.engine.retention import retain
@@ -122,7 +122,7 @@ def test_gone_from_checkpoints_and_evaluations(run: RunDirectory, trained: RunDi
 def test_gone_from_large_evaluations_and_leftovers(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluating, "USERS_IN_PARQUET_ABOVE", 1)
+    monkeypatch.setattr(user_figures, "USERS_IN_PARQUET_ABOVE", 1)
     figures = evaluating.evaluate_run(run, ALONE, name="large")
     leftovers = [run.path / f"pairs-of-{name}" for name in ("x-1.tables", "y.tables.tmp-12")]
     for leftover in leftovers:
