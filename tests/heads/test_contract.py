@@ -87,6 +87,20 @@ def test_a_judge_of_the_placement_finds_the_same_rewards(head: Head) -> None:
         torch.testing.assert_close(judged.total, loss)
 
 
+def test_what_a_head_offers_to_fit_users_by_agrees_with_its_rewards(head: Head) -> None:
+    """Statistics make its rewards; a user's own point is where `place` puts the user."""
+    features, user = _features(), _user(head)
+    statistics = head.eval().statistics(features)
+    if statistics is not None:
+        mixture = head.mixture_weights(user)
+        reward = head.reward(features, user)
+        torch.testing.assert_close(statistics.reward(mixture), reward, rtol=1e-4, atol=1e-5)
+    point, placement = head.locate(user), head.place(features, user)
+    if point is not None:
+        assert placement is not None
+        torch.testing.assert_close(placement.point, point.unsqueeze(1))
+
+
 def test_swapping_the_responses_turns_the_margin(head: Head) -> None:
     features, user = _features(), _user(head)
     swapped = features._replace(

@@ -2,6 +2,7 @@
 formulas."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -151,6 +152,58 @@ def test_pal_a(user_point: str, similarity: str) -> None:
     _check(
         PalA(H, **shape, user_point=user_point, similarity=similarity, temperature=0.7), _features()
     )
+
+
+STATISTICS = [
+    *(
+        lambda p=p, s=s: PalA(H, 3, 5, 2, "gelu", user_point=p, similarity=s, temperature=0.7)
+        for p in ("f(P)w", "Pw")
+        for s in ("distance", "cosine")
+    ),
+    lambda: PalA(H, 3, 5, 1, user_point="f(Pw)", temperature=0.7),
+    lambda: PalB(H, 3, dim=5, num_layers=2, temperature=0.7),
+    lambda: PalB(H, 1, dim=5),
+]
+
+
+@pytest.mark.parametrize("make", STATISTICS)
+def test_statistics_say_all_that_a_reward_says_of_a_mixture(make: Callable[[], Head]) -> None:
+    torch.manual_seed(0)
+    head, features = make(), _features(1)
+    logits = _logits(head.num_prototypes)
+    statistics = head.statistics(features)
+    assert statistics is not None and statistics.linear.shape[1:] == (T, head.num_prototypes)
+    found = statistics.reward(torch.softmax(logits / statistics.temperature, 1))
+    _close(found, REFERENCES[type(head)](head, _doubles(head), features, logits.double()), "reward")
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_statistics_of_a_space_far_from_its_origin(offset: float) -> None:
+    """Without a centre, squares of the offset would cancel."""
+    torch.manual_seed(0)
+    head = PalA(H, 3, 5, 1, user_point="Pw")
+    with torch.no_grad():
+        head.projector.layers[0].bias += offset
+        head.prototypes += offset
+    found = head.statistics(_features(1)).reward(torch.softmax(_logits(3), 1))
+    reference = _pal_a(head, _doubles(head), _features(1), _logits(3).double())
+    assert (found - reference).abs().max() <= 2e-4
+
+
+def test_a_user_who_sits_on_a_response_has_finite_statistics() -> None:
+    head = PalA(H, 3, 5, 1, user_point="Pw")
+    features = _features(1)
+    with torch.no_grad():
+        head.prototypes[1] = head.projector(features.response[0, 0])
+    mixture = torch.eye(3)[[1] * NUM_PAIRS]
+    reward = head.statistics(features).reward(mixture)
+    assert reward.isfinite().all() and -1e-2 < reward[0, 0, 0] <= 0
+
+
+def test_heads_without_statistics() -> None:
+    assert PalA(H, 3, num_layers=2).statistics(_features(1)) is None
+    assert PalB(H, 3, prompt_position="aligned").statistics(_features()) is None
+    assert BradleyTerry(H).statistics(_features(1)) is None
 
 
 def test_pal_a_is_residual_by_default_where_the_widths_allow_it() -> None:
