@@ -1,6 +1,7 @@
 """The few-shot curve of small runs: who is fitted from what, what is written, and heads that have nobody to fit."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from pal_ds import few_shot
+from pal_ds import adapt_run as adapt_run_module
+from pal_ds import evaluate_run as evaluate_run_module
+from pal_ds import few_shot, first_order, user_figures
 from pal_ds.adapt_run import adapt_run, few_per_user
 from pal_ds.data.tables import PreparedData
 from pal_ds.engine.dist import World
 from pal_ds.errors import UserError
 from pal_ds.evaluate_run import evaluate_run, summary_line
 from pal_ds.few_shot import evaluate_few_shot, few_shot_curve
+from pal_ds.fit_shards import FOLDER, ShardFolder
 from pal_ds.restore import Restored, restore
 from pal_ds.run_dir import RunDirectory
+from pal_ds.users import UserTable
+from slurm import user_shards
 from tests.spawn import run_command
 from tests.tiny import LLAMA, write_pairs
 
@@ -189,3 +195,127 @@ def test_adapted_users_serve_their_own_test_pairs(
     figures = evaluate_run(run, ALONE, split="unseen_test", users=tmp_path / "users", name="new")
     both = np.intersect1d(users_of(data, "unseen_train"), users_of(data, "unseen_test"))
     assert set(figures["users"]) == {data.users[row] for row in both}
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """Their bytes; of the tensors' file those after its header, which lists its metadata in any order."""
+    assert all(path.is_file() for path in folder.iterdir()), "shards were left"
+    found = {path.name: path.read_bytes() for path in folder.iterdir()}
+    tensors = found["users.safetensors"]
+    found["users.safetensors"] = tensors[8 + int.from_bytes(tensors[:8], "little") :]
+    return found
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Shards of a user or two, and how many users each call of `fit_users` was given."""
+    fit, calls = adapt_run_module.fit_users, []
+
+    def recording(*arguments: Any, **options: Any) -> torch.Tensor:
+        calls.append(arguments[5])
+        return fit(*arguments, **options)
+
+    monkeypatch.setattr(adapt_run_module, "fit_users", recording)
+    monkeypatch.setattr(adapt_run_module, "PAIRS_PER_SHARD", 6)
+    monkeypatch.setattr(first_order, "NUM_STEPS", 10)
+    return calls
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, num_shards: int) -> None:
+    write = ShardFolder.write
+
+    def dying(self: ShardFolder, number: int, shard: Any) -> None:
+        if number == num_shards:
+            raise KeyboardInterrupt
+        write(self, number, shard)
+
+    monkeypatch.setattr(ShardFolder, "write", dying)
+
+
+def test_a_fit_that_was_cut_off_goes_on_to_the_same_bytes(
+    runs: dict[str, RunDirectory],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    small_shards: list[int],
+) -> None:
+    run, whole, cut = runs["PalA"], tmp_path / "whole", tmp_path / "cut"
+    adapt_run(run, whole, num_pairs=3)
+    num_shards, num_users = len(small_shards), sum(small_shards)
+    assert num_shards >= 5 and max(small_shards) == 2
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 3)
+        adapt_run(run, cut, num_pairs=3)
+    assert {path.name for path in cut.iterdir()} == {FOLDER}
+    # A shard that a bad disk spoilt is made again.
+    shards = sorted(cut.glob("fitting/*/*.safetensors"))
+    assert len(shards) == 3
+    shards[1].write_bytes(shards[1].read_bytes()[:100])
+    small_shards.clear()
+    adapt_run(run, cut, num_pairs=3)
+    assert len(small_shards) == num_shards - 2
+    assert files_in(cut) == files_in(whole)
+    report = json.loads((whole / "report.json").read_text())
+    assert len(report["users"]) == num_users
+    with pytest.raises(UserError, match="not empty"):
+        adapt_run(run, whole, num_pairs=3)
+
+
+def test_shards_of_other_inputs_are_not_taken(
+    runs: dict[str, RunDirectory],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    small_shards: list[int],
+) -> None:
+    run, out = runs["PalA"], tmp_path / "users"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 3)
+        adapt_run(run, out, num_pairs=3)
+    small_shards.clear()
+    report = adapt_run(run, out, num_pairs=3, solver="reference")
+    assert sum(small_shards) == len(report["users"])
+    assert files_in(out).keys() == {"users.safetensors", "users.arrow", "report.json"}
+
+
+def test_texts_that_do_not_fit_into_memory_together_are_encoded_by_shard(
+    runs: dict[str, RunDirectory], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, encode, calls = runs["PalA"], evaluate_run_module.encode_once, []
+
+    def recording(*arguments: Any) -> Any:
+        calls.append(arguments[2])
+        return encode(*arguments)
+
+    monkeypatch.setattr(evaluate_run_module, "encode_once", recording)
+    monkeypatch.setattr(first_order, "NUM_STEPS", 10)
+    together = adapt_run(run, tmp_path / "together")
+    assert len(calls) == 1
+    monkeypatch.setattr(adapt_run_module, "POSITIONS_PER_SHARD", 100)
+    apart = adapt_run(run, tmp_path / "apart")
+    assert len(calls) > 3
+    for user, entry in together["users"].items():
+        assert entry["pairs"] == apart["users"][user]["pairs"]
+        assert entry["mixture"] == pytest.approx(apart["users"][user]["mixture"], abs=1e-3)
+
+
+def test_many_users_are_reported_in_a_table_beside(
+    runs: dict[str, RunDirectory], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(user_figures, "USERS_IN_PARQUET_ABOVE", 3)
+    report = adapt_run(runs["PalA"], tmp_path / "users")
+    path = tmp_path / "users" / "report.json"
+    written = json.loads(path.read_text())
+    assert written == {**report, "users": "report.parquet"}
+    assert user_figures.read_user_figures(path) == report
+    entry = next(iter(report["users"].values()))
+    assert entry.keys() == {"pairs", "accuracy_on_these_pairs", "mixture"}
+    # The shards of a job array are put together whatever form their reports have.
+    for number in (0, 1):
+        shutil.copytree(tmp_path / "users", tmp_path / "array" / "shards" / str(number))
+    table = UserTable.load(tmp_path / "array" / "shards" / "1")
+    table.ids = [f"{user}-too" for user in table.ids]
+    table.save(tmp_path / "array" / "shards" / "1")
+    user_shards.merge(tmp_path / "array")
+    merged = user_figures.read_user_figures(tmp_path / "array" / "report.json")
+    assert merged["pairs"] == 2 * report["pairs"]
+    assert merged["accuracy_on_these_pairs"] == pytest.approx(report["accuracy_on_these_pairs"])
+    assert merged["users"] == report["users"]
