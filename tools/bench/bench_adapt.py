@@ -18,6 +18,7 @@ backbone cost per response comes on top of every row and is the same for all.
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -44,6 +45,8 @@ from tools.bench.interleaved import ratio
 HIDDEN = 64
 WINDOW = 40
 NUM_TEST = 40
+SCALE, COSINE_SCALE = 6.0, 40.0
+"""Of states and prototypes, and of cosines: choices that are seldom a matter of luck."""
 FLOORS = {1: 2e4, WINDOW: 5e2}
 WORST_LOSS = 0.1
 HEADS: dict[str, Callable[[int], Head]] = {
@@ -74,6 +77,11 @@ class World(NamedTuple):
 def make_world(name: str, num_prototypes: int, length: int, users: int, comparisons: int) -> World:
     torch.manual_seed(0)
     head = HEADS[name](num_prototypes).eval().requires_grad_(False)
+    for key, parameter in head.named_parameters():
+        if key == "prototypes":
+            parameter.mul_(SCALE)
+        elif key == "log_scale":
+            parameter.fill_(math.log(COSINE_SCALE))
     seen = UserTable(num_prototypes, [f"seen {number}" for number in range(1000)])
     dirichlet = torch.distributions.Dirichlet(torch.full((num_prototypes,), 0.5))
     # The run's own users, of whom the prior is made: logits as training leaves them, bounded.
@@ -83,10 +91,10 @@ def make_world(name: str, num_prototypes: int, length: int, users: int, comparis
     def draw(count: int, positions: int) -> tuple[Features, Tensor, Tensor]:
         owner = torch.arange(users).repeat_interleave(count)
         num_pairs = len(owner)
-        last = torch.randn(2 * num_pairs, 1, HIDDEN)
+        last = SCALE * torch.randn(2 * num_pairs, 1, HIDDEN)
         # A response is judged by its end; what precedes tells less the earlier it is.
         noise = torch.linspace(1, 0, positions)[:, None]
-        states = last + noise * torch.randn(2 * num_pairs, positions, HIDDEN)
+        states = last + SCALE * noise * torch.randn(2 * num_pairs, positions, HIDDEN)
         prompts = torch.arange(num_pairs)[:, None].expand(-1, 2)
         features = Features(
             states,
@@ -232,8 +240,8 @@ def main() -> None:
     environment = describe_environment()
     print(json.dumps({"environment": environment}, indent=1))
     rows = []
-    for length in (1, WINDOW):
-        for num_prototypes in (8, 2):
+    for num_prototypes in (8, 2):
+        for length in (1, WINDOW):
             for name in HEADS:
                 rows.append(measure(name, num_prototypes, length, options))
                 show(rows[-1])
