@@ -9,11 +9,11 @@ first the held-out accuracy of this solver and of the reference's optimiser (Ada
 per step, from N(0, 1) as there and from the population's mean), on the same statistics; a row whose accuracy is more
 than 0.1 point below is named so. Then interleaved rounds, on one thread:
     solve       from statistics to logits
-    statistics  projected responses to statistics: what the chosen dimension costs, without f and the backbone
+    statistics  hidden states to statistics, the head's own f and maps included (H = d = 64), without a backbone
     both        the one after the other
     reference   the reference's optimiser from the same statistics, vectorised over users (the third solver)
-`f(Pw)` has no statistics: Adam by users' points, from projected responses, with the MLP f on users. What f and the
-backbone cost per response comes on top of every row and is the same for all.
+Seconds are processor time. `f(Pw)` has no statistics: Adam by users' points, from projected responses, with the MLP f
+on users. What a backbone costs per text comes on top of every row and is the same for all.
 """
 
 import argparse
