@@ -52,10 +52,14 @@ def main() -> None:
         f"peak memory of consolidation above its imports: {figures['peak_gib']:.2f} GiB "
         f"(two shards: {2 * figures['shard_gib']:.2f} GiB)"
     )
-    for name in ("consolidation", "consolidation without start"):
+    for name, seconds in figures["seconds"].items():
+        line = f"{name}: {figures['median_seconds'][name]:.2f} s"
         for other in ("cp of the step", "cp of the export"):
-            times, low, high = ratio(figures["seconds"][other], figures["seconds"][name])
-            print(f"speed of {name} / {other}: {times:.2f} ({low:.2f} to {high:.2f})")
+            line += ", {:.2f} ({:.2f} to {:.2f}) of the speed of ".format(
+                *ratio(figures["seconds"][other], seconds)
+            )
+            line += other
+        print(line)
 
 
 def write_inputs(options: argparse.Namespace) -> None:
@@ -124,10 +128,11 @@ def race(out: Path, rounds: int) -> dict[str, Any]:
     peaks = []
     # The first is not counted: it brings the files into memory.
     for turn in range(rounds + 1):
-        whole, inner, peak = consolidate(out / "run", out / "exported")
+        whole, inner, moved, peak = consolidate(out / "run", out / "exported")
         taken = {
             "consolidation": whole,
             "consolidation without start": inner,
+            "the same without scoring": moved,
             "cp of the step": copy(step, out / "copy"),
             "cp of the export": copy(out / "exported", out / "copy"),
         }
@@ -149,18 +154,27 @@ def race(out: Path, rounds: int) -> dict[str, Any]:
 CONSOLIDATE = """
 import json, resource, sys, time
 from pathlib import Path
-from pal_ds.export import ExportOptions, export
+from pal_ds.export import ExportOptions, export, folder
 from pal_ds.run_dir import RunDirectory
+scoring, check = [], folder._check
+def timed(*arguments):
+    begin = time.perf_counter()
+    try:
+        return check(*arguments)
+    finally:
+        scoring.append(time.perf_counter() - begin)
+folder._check = timed
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before, begin = peak(), time.perf_counter()
 export(RunDirectory(sys.argv[1]), Path(sys.argv[2]), ExportOptions(quiet=True))
-print(json.dumps([time.perf_counter() - begin, peak() - before]))
+inner = time.perf_counter() - begin
+print(json.dumps([inner, inner - sum(scoring), peak() - before]))
 """
-"""What tools/consolidate.py does, with a clock around it."""
+"""What tools/consolidate.py does, with clocks around it and around the scoring of samples."""
 
 
-def consolidate(run: Path, out: Path) -> tuple[float, float, int]:
-    """Seconds of a child with and without its start, and its peak resident bytes above those after its imports."""
+def consolidate(run: Path, out: Path) -> tuple[float, float, float, int]:
+    """Seconds of a child: all of it, without its start, and without scoring too; peak bytes above its imports."""
     shutil.rmtree(out, ignore_errors=True)
     begin = time.perf_counter()
     done = subprocess.run(
@@ -171,8 +185,8 @@ def consolidate(run: Path, out: Path) -> tuple[float, float, int]:
         text=True,
     )
     whole = time.perf_counter() - begin
-    inner, peak = json.loads(done.stdout.splitlines()[-1])
-    return whole, inner, peak
+    inner, moved, peak = json.loads(done.stdout.splitlines()[-1])
+    return whole, inner, moved, peak
 
 
 def copy(source: Path, target: Path) -> float:
