@@ -134,8 +134,12 @@ class ShardedCheckpoint:
             low, high = max(start, begin), min(start + num_values, begin + length)
             if low < high:
                 source = self._vector(rank, place.vector, kind)
-                part = source.read_flat(offset + low - begin, high - low)
-                values[low - start : high - start] = part
+                part, first = values[low - start : high - start], offset + low - begin
+                if source.storage.dtype == values.dtype:
+                    # Fresh memory costs more than the bytes that come into it: no copy on the way.
+                    source.read_into(part, first)
+                else:
+                    part.copy_(source.read_flat(first, high - low))
                 filled += high - low
             begin += length
         if filled != num_values:

@@ -89,11 +89,15 @@ class StoredTensor(NamedTuple):
     def read_flat(self, start: int, count: int) -> Tensor:
         """Elements [start, start + count) of a contiguous tensor, flattened."""
         values = torch.empty(count, dtype=self.storage.dtype)
-        if count:
+        self.read_into(values, start)
+        return values
+
+    def read_into(self, values: Tensor, start: int) -> None:
+        """Fills `values`, contiguous and of the stored dtype, with the elements from `start` of a contiguous tensor."""
+        if values.numel():
             with open(self.storage.path, "rb", buffering=0) as stream:
                 stream.seek(self.storage.begin + (self.offset + start) * values.element_size())
                 _fill(stream, values.view(torch.uint8).numpy().data, self.storage.path)
-        return values
 
 
 def load_archive(path: Path) -> Any:
