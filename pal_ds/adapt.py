@@ -128,8 +128,7 @@ def pairs_per_chunk(collator: Collator, rows: np.ndarray) -> int:
         width, longest = data.response_vectors.shape[1], 1
     elif store is not None:
         pairs = np.stack([data.comparisons[side][rows] for side in ("a", "b")])
-        lengths = store.offsets[pairs + 1] - store.offsets[pairs]
-        width, longest = store.values.shape[1], int(lengths.max(initial=1))
+        width, longest = store.width, int(store.lengths_of(pairs).max(initial=1))
     else:
         return PAIRS_PER_FORWARD
     return max(1, min(PAIRS_PER_CHUNK, FLOATS_PER_CHUNK // (2 * longest * width)))

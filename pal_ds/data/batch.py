@@ -63,6 +63,11 @@ class FeatureStore:
     values: Float[Tensor, "n H"]
     offsets: np.ndarray
 
+    @property
+    def width(self) -> int:
+        """H."""
+        return self.values.shape[1]
+
     def lengths_of(self, rows: np.ndarray) -> np.ndarray:
         """Number of states of the named rows."""
         return self.offsets[rows + 1] - self.offsets[rows]

@@ -23,6 +23,11 @@ class MappedFeatures:
     begin: np.ndarray
     lengths: np.ndarray
 
+    @property
+    def width(self) -> int:
+        """H."""
+        return self.values[0].shape[1]
+
     def lengths_of(self, rows: np.ndarray) -> np.ndarray:
         """Number of states of the named rows."""
         return self.lengths[rows]

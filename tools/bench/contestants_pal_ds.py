@@ -3,7 +3,6 @@
 `PalDs` is the one place where this contestant is built; `packing` chooses its layout.
 """
 
-from dataclasses import fields
 from typing import Any, Literal
 
 import numpy as np
@@ -42,21 +41,6 @@ LOSSES = {
 }
 
 
-def layout_keys(packing: Packing) -> dict[str, dict[str, Any]]:
-    """The recipe's keys, by section, of a layout.
-
-    Raises:
-        Unavailable: this commit has no such layout.
-    """
-    sections = {"backbone": BackboneConfig, "train": TrainConfig}
-    for section, config in sections.items():
-        if "packing" in {field.name for field in fields(config)}:
-            return {section: {"packing": packing}}
-    if packing == "padded":
-        return {}
-    raise Unavailable("no recipe key chooses a packed layout at this commit")
-
-
 class PalDs(Contestant):
     """The trainer as `pal_ds train` runs it, without its loop's logging and saving."""
 
@@ -71,9 +55,8 @@ class PalDs(Contestant):
         """`pad_to` pads every row to that length in place of the longest of the batch.
 
         Raises:
-            Unavailable: this commit has no such layout, or not for this method.
+            Unavailable: no such layout for this method.
         """
-        keys = layout_keys(packing)
         data = prepared(case)
         separate = method == "pal_b_aligned"
         config = RunConfig(
@@ -82,7 +65,7 @@ class PalDs(Contestant):
             backbone=BackboneConfig(
                 path=str(case.backbone),
                 encoding="separate" if separate else "auto",
-                **keys.get("backbone", {}),
+                packing=packing,
             ),
             loss=LOSSES[method],
             optim=OptimConfig(learning_rate=1e-4, schedule="constant", warmup_fraction=0.0),
@@ -93,7 +76,6 @@ class PalDs(Contestant):
                 gradient_clipping=0.0,
                 ds_config="zero0",
                 hang_minutes=0,
-                **keys.get("train", {}),
             ),
         )
         run = RunDirectory(case.scratch / "never_written")
@@ -110,13 +92,13 @@ class PalDs(Contestant):
         """Copies of all weights by name, and of the parity pairs' user rows as `users`."""
         named = self.state.engine.module.named_parameters()
         own = {name: weight.detach().clone() for name, weight in named}
-        return {**own, "users": self.state.users.logits[self._parity_users()].clone()}
+        return {**own, "users": self._leaf(self._parity_users()).detach()}
 
     def judged(self) -> dict[str, Tensor]:
         state, module = self.state, self.state.engine.module
         rows = state.data.rows("dev")
         batch = self._padded(self.inputs.batch(0, rows, np.arange(len(rows))))
-        leaf = state.users.leaf(batch.user_row) if state.parts.needs_users else None
+        leaf = self._leaf(batch.user_row) if state.parts.needs_users else None
         module.train()
         output = module(batch, UserState(leaf, None))
         facts = (batch.label, batch.window_start, batch.window_end, batch.required_margin)
@@ -139,6 +121,9 @@ class PalDs(Contestant):
         ids = torch.nn.functional.pad(batch.input_ids, room, value=PAD)
         mask = torch.nn.functional.pad(batch.attention_mask, room)
         return batch._replace(input_ids=ids, attention_mask=mask)
+
+    def _leaf(self, rows: Tensor) -> Tensor:
+        return self.state.users.fetch(rows).leaf(rows)
 
     def _parity_users(self) -> Tensor:
         return torch.from_numpy(self.state.collator.user_rows(self.state.data.rows("dev")))
