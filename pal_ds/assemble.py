@@ -75,7 +75,7 @@ def assemble(config: RunConfig, data: PreparedData, run: RunDirectory) -> Parts:
         hidden_size, encoder = hidden_size_of(model_config), is_encoder(model_config)
         _check_vocabulary(model_config, data)
         _check_positions(model_config, data)
-        packed = _packed(config.backbone, model_config, encoder)
+        packed = _packed(config.backbone, model_config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(head_seed(config.train.seed))
         try:
@@ -98,6 +98,7 @@ def assemble(config: RunConfig, data: PreparedData, run: RunDirectory) -> Parts:
         encoding=encoding,
         with_prompt=with_prompt,
         packed=packed,
+        pooled=encoder,
         pad_token_id=0 if backbone is None else int(data.info["tokens"]["pad_token_id"]),
     )
     return Parts(
@@ -125,14 +126,12 @@ def _encoding(wanted: str, encoder: bool, with_prompt: bool) -> Literal["joint",
     return "separate" if wanted == "separate" else "joint"
 
 
-def _packed(config: BackboneConfig, model_config: Any, encoder: bool) -> bool:
+def _packed(config: BackboneConfig, model_config: Any) -> bool:
     """Whether micro-batches are packed. Raises UserError where they shall be and cannot."""
     from pal_ds.backbones.packed import FAMILIES
 
     obstacle = None
-    if encoder:
-        obstacle = "encoders read padded rows"
-    elif config.tuning == "frozen":
+    if config.tuning == "frozen":
         obstacle = "a frozen backbone encodes each text by itself: stored states must not depend on neighbours"
     elif config.attention == "eager":
         obstacle = "attention: eager knows padded rows only"
@@ -210,7 +209,9 @@ def load_backbone(parts: Parts, config: RunConfig, *, gpu: bool) -> nn.Module:
     model = load_transformer(
         parts.backbone, precision=precision, seed=config.train.seed, gpu=gpu, packed=packed
     )
-    layout, reason = choose_layout(parts.backbone.attention, precision, gpu)
+    layout, reason = choose_layout(
+        parts.backbone.attention, precision, gpu=gpu, causal=not parts.pool_mean
+    )
     if packed:
         logger.info("packed rows: %s", reason)
     return TransformerBackbone(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,48 +13,47 @@ from pal_ds.data.batch import Batch
 from pal_ds.data.packing import Packing
 from pal_ds.heads.shapes import Float, Int
 
-FAMILIES = frozenset(
+DECODERS = frozenset(
     (
         *("cohere", "exaone4", "gemma", "glm", "gpt2", "gpt_neox", "granite", "llama", "mistral"),
         *("olmo2", "opt", "phi", "phi3", "qwen2", "qwen3", "smollm3", "starcoder2"),
     )
 )
-"""Decoders (transformers' model_type) whose packed states the tests have found equal to those of single texts.
+ENCODERS = frozenset(("bert", "distilbert", "roberta", "xlm-roberta"))
+FAMILIES = DECODERS | ENCODERS
+"""Models (transformers' model_type) whose packed states the tests have found equal to those of single texts.
 
 Others could be silently wrong: positions as a bias on the attention (ALiBi), soft caps, attention of their own.
 """
+_POSITIONS_BEHIND_PAD = ("roberta", "xlm-roberta")
 
 
 Layout = Callable[[Packing], Blocks | Spans]
 
 
-def choose_layout(wanted: str, precision: str, gpu: bool) -> tuple[Layout, str]:
+def choose_layout(
+    wanted: str, precision: str, *, gpu: bool, causal: bool = True
+) -> tuple[Layout, str]:
     """(layout, what it is and why) for `backbone.attention`: variable-length flash attention where it can run."""
+    blocks = partial(blocks_of, causal=causal)
     if wanted == "sdpa":
-        return blocks_of, "SDPA over blocks (asked for by backbone.attention)"
+        return blocks, "SDPA over blocks (asked for by backbone.attention)"
     if not gpu or precision != "bf16":
-        return blocks_of, "SDPA over blocks (flash attention needs a GPU and half precision)"
+        return blocks, "SDPA over blocks (flash attention needs a GPU and half precision)"
     kernel, reason = varlen_kernel()
     if kernel is None:
-        return blocks_of, f"SDPA over blocks ({reason})"
-    return partial(spans_of, kernel=kernel), f"variable-length flash attention ({reason})"
+        return blocks, f"SDPA over blocks ({reason})"
+    return partial(
+        spans_of, kernel=kernel, causal=causal
+    ), f"variable-length flash attention ({reason})"
 
 
 def packed_states(
     model: nn.Module, batch: Batch, layout: Layout, *, prompt_tokens: bool
 ) -> tuple[Float[Tensor, "R T H"], Float[Tensor, "P C H"] | None, Int[Tensor, "P"] | None]:
     """(responses, prompts, valid positions of each prompt), as `exported.encoding.encode_tokens` for padded rows."""
-    assert batch.packing is not None and batch.input_ids is not None
-    assert batch.response_positions is not None, "a packed batch has token ids"
-    hidden = model(
-        input_ids=batch.input_ids,
-        # Given as it is to the attention function, which has no use for it; without one, transformers would take
-        # positions that start again for sequences packed in its own way and build a mask for them.
-        attention_mask=torch.ones(1, 1, 1, 1, device=batch.input_ids.device),
-        position_ids=batch.packing.position_ids,
-        use_cache=False,
-        pal_layout=layout(batch.packing),
-    ).last_hidden_state[0]
+    assert batch.packing is not None and batch.response_positions is not None
+    hidden = _hidden(model, batch, batch.packing, layout)
     response = hidden[batch.response_positions]
     start, length = batch.prompt_rows, batch.prompt_length
     if start is None or length is None:
@@ -62,3 +62,40 @@ def packed_states(
         return response, hidden[start + length - 1][:, None], torch.ones_like(length)
     column = torch.arange(max(batch.packing.longest_prompt, 1), device=hidden.device)
     return response, hidden[start[:, None] + column.minimum(length[:, None] - 1)], length
+
+
+def pooled_states(
+    model: nn.Module, batch: Batch, layout: Layout
+) -> tuple[Float[Tensor, "R 1 H"], Float[Tensor, "P 1 H"] | None, Int[Tensor, "P"] | None]:
+    """As `packed_states`, for encoders: the mean of each text's states, taken in fp32."""
+    assert batch.packing is not None and batch.response_positions is not None
+    hidden = _hidden(model, batch, batch.packing, layout)
+    lengths = batch.packing.sequence_start.diff()
+    # In the order of tokens on every device; the lengths are right by construction, and checking them would wait.
+    pooled = torch.segment_reduce(hidden.float(), "mean", lengths=lengths, unsafe=True)
+    texts = pooled.to(hidden.dtype)[:, None]
+    rows = batch.prompt_rows
+    return (
+        texts[: len(batch.response_positions)],
+        None if rows is None else texts[rows],
+        None if rows is None else torch.ones_like(rows),
+    )
+
+
+def _hidden(
+    model: nn.Module, batch: Batch, packing: Packing, layout: Layout
+) -> Float[Tensor, "S H"]:
+    """Hidden states of all tokens of the row."""
+    assert batch.input_ids is not None, "a packed batch has token ids"
+    config: Any = model.config
+    behind = config.pad_token_id + 1 if config.model_type in _POSITIONS_BEHIND_PAD else 0
+    output = model(
+        input_ids=batch.input_ids,
+        # Given as it is to the attention function, which has no use for it; without one, transformers would take
+        # positions that start again for sequences packed in its own way and build a mask for them.
+        attention_mask=torch.ones(1, 1, 1, 1, device=batch.input_ids.device),
+        position_ids=packing.position_ids + behind,
+        pal_layout=layout(packing),
+        **({"use_cache": False} if config.model_type in DECODERS else {}),
+    )
+    return output.last_hidden_state[0]

@@ -22,12 +22,16 @@ class Blocks(NamedTuple):
     response_shape: tuple[int, int]
     keys_shape: tuple[int, int]
     query_position: Int[Tensor, "R 1 Q 1"]
-    visible: Bool[Tensor, "R 1 Q J"]
+    visible: Bool[Tensor, "R 1 #Q J"]
     """Whether a response's query may look at a key; a window narrows it."""
 
 
-def blocks_of(packing: Packing) -> Blocks:
-    """Index tensors of the two blocks, on the packing's device and without waiting for it."""
+def blocks_of(packing: Packing, *, causal: bool = True) -> Blocks:
+    """Index tensors of the two blocks, on the packing's device and without waiting for it.
+
+    Where attention is not causal no response has a prompt before it, and there is no block of prompts.
+    """
+    assert causal or packing.num_prompts == 0, "texts that see all of themselves share no prefix"
     start, slot = packing.sequence_start, packing.prompt_of_response
     num_prompts, num_responses = packing.num_prompts, len(slot)
     longest = packing.longest_prompt, packing.longest_response, packing.longest_joint
@@ -60,8 +64,15 @@ def blocks_of(packing: Packing) -> Blocks:
         (num_responses, longest[1]),
         (num_responses, longest[2]),
         query_position,
-        query_position >= of_key,
+        query_position >= of_key if causal else _within(own, start[num_prompts + 1 :], of_key),
     )
+
+
+def _within(
+    begin: Int[Tensor, "R 1"], end: Int[Tensor, "R"], of_key: Int[Tensor, "J"]
+) -> Bool[Tensor, "R 1 1 J"]:
+    """Whether a column holds a token of the response."""
+    return (begin + of_key < end[:, None])[:, None, None, :]
 
 
 def attend_blocks(

@@ -13,14 +13,15 @@ from pal_ds.data.packing import Packing
 from pal_ds.heads.shapes import Float, Int
 
 VarlenKernel = Callable[..., Tensor]
-"""(query [S, h, D], key [n, g, D], value [n, g, D], spans, dropout, scaling, window) -> [S, h, D], causal with the
-last query of a sequence at its last key."""
+"""(query [S, h, D], key [n, g, D], value [n, g, D], spans, dropout, scaling, window) -> [S, h, D]; where it is causal,
+the last query of a sequence stands at its last key."""
 
 
 class Spans(NamedTuple):
     """A packed row as sequences of queries and keys: a prompt looks at itself, a response at its prompt and itself."""
 
     kernel: VarlenKernel
+    causal: bool
     keys: Gather
     query_start: Int[Tensor, "N+1"]
     """int32, as the kernels want it."""
@@ -29,8 +30,9 @@ class Spans(NamedTuple):
     longest_key: int
 
 
-def spans_of(packing: Packing, kernel: VarlenKernel) -> Spans:
+def spans_of(packing: Packing, kernel: VarlenKernel, *, causal: bool = True) -> Spans:
     """Index tensors of the sequences, on the packing's device and without waiting for it."""
+    assert causal or packing.num_prompts == 0, "texts that see all of themselves share no prefix"
     start, slot = packing.sequence_start, packing.prompt_of_response
     num_prompts, num_keys = packing.num_prompts, packing.num_keys
     before = torch.cat([start.new_zeros(num_prompts), packing.num_before])
@@ -47,6 +49,7 @@ def spans_of(packing: Packing, kernel: VarlenKernel) -> Spans:
     first_copy = key_start[owner] + before[owner] + column
     return Spans(
         kernel,
+        causal,
         Gather(token, first_copy, shared),
         start.to(torch.int32),
         key_start.to(torch.int32),
@@ -88,6 +91,12 @@ def varlen_kernel() -> tuple[VarlenKernel | None, str]:
     return _torch_varlen, "torch's own, as flash-attn is not installed"
 
 
+def _window(spans: Spans, window: int | None) -> tuple[int, int]:
+    """Keys to the left and to the right of a query's own that it sees; -1 for all."""
+    assert spans.causal or window is None, "windows are made for causal attention"
+    return (-1 if window is None else window - 1, 0) if spans.causal else (-1, -1)
+
+
 def _flash_attn(
     query: Tensor,
     key: Tensor,
@@ -109,8 +118,8 @@ def _flash_attn(
         spans.longest_key,
         dropout_p=dropout,
         softmax_scale=scaling,
-        causal=True,
-        window_size=(-1 if window is None else window - 1, 0),
+        causal=spans.causal,
+        window_size=_window(spans, window),
         deterministic=True,
     )
 
@@ -138,7 +147,7 @@ def _torch_varlen(
         spans.key_start,
         spans.longest_query,
         spans.longest_key,
-        window_size=(-1 if window is None else window - 1, 0),
+        window_size=_window(spans, window),
         **options,
     )
     assert isinstance(output, Tensor), "nothing but the states was asked for"

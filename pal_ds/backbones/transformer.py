@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from pal_ds.backbones.config import BackboneConfig
-from pal_ds.backbones.packed import Layout, packed_states
+from pal_ds.backbones.packed import Layout, packed_states, pooled_states
 from pal_ds.backbones.packed_attention import NAME as PACKED
 from pal_ds.backbones.packed_blocks import blocks_of
 from pal_ds.data.batch import Batch
@@ -57,6 +57,8 @@ class TransformerBackbone(nn.Module):
     def states(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(responses [R, T, H], prompts [P, C, H], valid positions of each prompt [P])."""
         if batch.packing is not None:
+            if self.pool_mean:
+                return pooled_states(self.model, batch, self.layout)
             return packed_states(self.model, batch, self.layout, prompt_tokens=self.prompt_tokens)
         assert batch.input_ids is not None and batch.attention_mask is not None
         assert batch.response_positions is not None, "this batch carries states, not token ids"

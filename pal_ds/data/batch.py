@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pal_ds.data.feature_cache import MappedFeatures
-from pal_ds.data.packing import PackedTexts, Packing, pack_joint, pack_separate, pad_right
+from pal_ds.data.feature_cache import FeatureStore, MappedFeatures
+from pal_ds.data.packing import Packing, pack_joint, pack_pooled, pack_separate, pad_right
 from pal_ds.data.plan import gumbel_noise
 from pal_ds.data.ragged import Ragged
 from pal_ds.data.tables import PreparedData
@@ -57,28 +57,6 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FeatureStore:
-    """Hidden states computed once per distinct text: ragged rows of `values`, fp32 or bf16."""
-
-    values: Float[Tensor, "n H"]
-    offsets: np.ndarray
-
-    @property
-    def width(self) -> int:
-        """H."""
-        return self.values.shape[1]
-
-    def lengths_of(self, rows: np.ndarray) -> np.ndarray:
-        """Number of states of the named rows."""
-        return self.offsets[rows + 1] - self.offsets[rows]
-
-    def gather(self, rows: np.ndarray, num_positions: int) -> Float[Tensor, "R T H"]:
-        lengths = self.lengths_of(rows)
-        columns = np.minimum(np.arange(num_positions)[None, :], lengths[:, None] - 1)
-        return self.values[torch.from_numpy(self.offsets[rows][:, None] + columns)]
-
-
-@dataclass(frozen=True)
 class Collator:
     """Builds batches from prepared data for one run."""
 
@@ -88,7 +66,9 @@ class Collator:
     encoding: Literal["joint", "separate"] = "joint"
     with_prompt: bool = False
     packed: bool = False
-    """All texts in one row without padding, each prompt once; for decoders."""
+    """All texts in one row without padding; for decoders with each prompt once for all its responses."""
+    pooled: bool = False
+    """Whether one mean stands for each text: encoders."""
     pad_token_id: int = 0
     response_store: FeatureStore | MappedFeatures | None = None
     prompt_store: FeatureStore | MappedFeatures | None = None
@@ -174,10 +154,7 @@ class Collator:
 
     def _inputs(self, responses: np.ndarray, response_index: np.ndarray) -> dict[str, Any]:
         if self.packed and not self.stored:
-            texts, skipped = self._pack(responses)
-            columns = skipped + self._scored_columns(responses)
-            fields = texts.fields(columns, with_prompt=self.with_prompt)
-            prompt_of_response = texts.prompt_of_response
+            fields, prompt_of_response = self._packed(responses)
         else:
             prompts, prompt_of_response = responses, np.arange(len(responses))
             if self.encoding == "separate" or self.data.response_vectors is not None:
@@ -252,16 +229,20 @@ class Collator:
             "prompt_states": None,
         }
 
-    def _pack(self, responses: np.ndarray) -> tuple[PackedTexts, int]:
-        """(one row of these responses and their distinct prompts, its tokens in front of a response's own)."""
+    def _packed(self, responses: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
+        """(token fields of one row of these responses and their distinct prompts, prompt slot of each response)."""
         heads, tails = zip(*(self.sequence(int(response)) for response in responses), strict=True)
-        prompts = self.data.response_prompt[responses]
-        if self.encoding == "joint":
-            return pack_joint(heads, prompts, tails), 0
-        distinct, prompt_of_response = np.unique(prompts, return_inverse=True)
+        prompts, columns = self.data.response_prompt[responses], self._scored_columns(responses)
+        if self.encoding == "joint" and not self.pooled:
+            texts = pack_joint(heads, prompts, tails)
+            return texts.fields(columns, with_prompt=self.with_prompt), texts.prompt_of_response
+        whole = [np.concatenate(parts) for parts in zip(heads, tails, strict=True)]
+        distinct, slots = np.unique(prompts, return_inverse=True)
         alone = [self.prompt_sequence(prompt) for prompt in distinct] if self.with_prompt else []
-        texts = [np.concatenate(parts) for parts in zip(heads, tails, strict=True)]
-        return pack_separate(alone, texts, prompt_of_response), len(heads[0])
+        if self.pooled:
+            return pack_pooled(whole, alone), slots
+        texts = pack_separate(alone, whole, slots)
+        return texts.fields(columns + len(heads[0]), with_prompt=self.with_prompt), slots
 
     def sequence(self, response: int) -> tuple[np.ndarray, np.ndarray]:
         """(what precedes the response, the response) as token ids; the prompt is truncated first, from the left."""

@@ -11,6 +11,28 @@ from pal_ds.heads.shapes import Float
 
 
 @dataclass(frozen=True)
+class FeatureStore:
+    """Hidden states computed once per distinct text: ragged rows of `values`, fp32 or bf16."""
+
+    values: Float[Tensor, "n H"]
+    offsets: np.ndarray
+
+    @property
+    def width(self) -> int:
+        """H."""
+        return self.values.shape[1]
+
+    def lengths_of(self, rows: np.ndarray) -> np.ndarray:
+        """Number of states of the named rows."""
+        return self.offsets[rows + 1] - self.offsets[rows]
+
+    def gather(self, rows: np.ndarray, num_positions: int) -> Float[Tensor, "R T H"]:
+        lengths = self.lengths_of(rows)
+        columns = np.minimum(np.arange(num_positions)[None, :], lengths[:, None] - 1)
+        return self.values[torch.from_numpy(self.offsets[rows][:, None] + columns)]
+
+
+@dataclass(frozen=True)
 class MappedFeatures:
     """Stored states as `FeatureStore` gives them, read from memory-mapped shards row by row.
 

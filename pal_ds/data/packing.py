@@ -90,6 +90,23 @@ def pack_separate(
     return _pack(prompts, responses, prompt_of_response, np.zeros(len(responses), np.int64))
 
 
+def pack_pooled(responses: Sequence[np.ndarray], prompts: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Token fields of a row of texts that each see all of themselves, for encoders.
+
+    Positions and prompt rows are then numbers of texts: responses come first, each one's state is its mean.
+    """
+    texts = [*responses, *prompts]
+    nothing = np.zeros(len(texts), np.int64)
+    packed = _pack([], texts, nothing, nothing)
+    number = torch.arange(len(texts))
+    return {
+        **packed.fields(nothing[:, None], with_prompt=False),
+        "response_positions": number[: len(responses), None],
+        "prompt_rows": number[len(responses) :] if prompts else None,
+        "prompt_length": torch.tensor([len(prompt) for prompt in prompts]) if prompts else None,
+    }
+
+
 def _pack(
     prompts: Sequence[np.ndarray],
     responses: Sequence[np.ndarray],

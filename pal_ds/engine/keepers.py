@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pal_ds.data.batch import FeatureStore
-from pal_ds.data.feature_cache import MappedFeatures
+from pal_ds.data.feature_cache import FeatureStore, MappedFeatures
 from pal_ds.engine.dist import World
 
 

@@ -4,6 +4,7 @@ The padded batch is the plain encoding of each response after its prompt, one ro
 """
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from pal_ds.backbones.config import BackboneConfig
-from pal_ds.backbones.packed import FAMILIES, choose_layout
+from pal_ds.backbones.packed import DECODERS, ENCODERS, choose_layout
 from pal_ds.backbones.packed_attention import NAME
 from pal_ds.backbones.packed_blocks import blocks_of
 from pal_ds.backbones.packed_spans import Spans, spans_of
@@ -58,6 +59,22 @@ OTHER_SIZES: dict[str, dict[str, Any]] = {
         **SIZES,
         **GROUPED,
         **dict.fromkeys(("residual_dropout", "embedding_dropout", "attention_dropout"), 0.0),
+    },
+    "distilbert": {
+        "dim": 32,
+        "hidden_dim": 48,
+        "n_layers": 2,
+        "n_heads": 2,
+        "max_position_embeddings": 128,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+    },
+    **{
+        name: {
+            **SIZES,
+            **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0),
+        }
+        for name in ("bert", "roberta", "xlm-roberta")
     },
     **{name: {**SIZES, **GROUPED, "head_dim": 8} for name in ("gemma", "glm", "mistral", "qwen3")},
 }
@@ -119,7 +136,7 @@ def assert_same(backbone: TransformerBackbone, collator: Collator, rows: np.ndar
     assert (packed[2] - padded[2]).norm() <= 1e-5 * padded[2].norm()
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(DECODERS))
 def test_states_and_gradients_of_every_family(family: str, data: PreparedData) -> None:
     collator = Collator(data, scored_positions="all", with_prompt=True)
     assert_same(backbone_of(family, data), collator)
@@ -181,10 +198,9 @@ def by_loops(
             part[start[index] : start[index + 1]].transpose(0, 1)
             for part, start in ((query, starts[0]), (key, starts[1]), (value, starts[1]))
         )
-        behind = (
-            torch.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1] - torch.arange(k.shape[1])
-        )
-        mask = (behind >= 0) & (behind < (window or k.shape[1]))
+        behind = torch.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1]
+        behind = behind - torch.arange(k.shape[1])
+        mask = ((behind >= 0) & (behind < (window or k.shape[1]))) | (not spans.causal)
         output = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, scale=scaling, enable_gqa=True
         )
@@ -230,6 +246,25 @@ def test_texts_that_do_not_see_each_other(
     assert not torch.allclose(backbone(alone).response, backbone(joint).response, atol=1e-3)
 
 
+@pytest.mark.parametrize("layout", ["blocks", "spans"])
+@pytest.mark.parametrize("family", sorted(ENCODERS))
+def test_encoders(data: PreparedData, family: str, layout: str) -> None:
+    """Every text sees all of itself and nothing else; its mean is the state."""
+    spans = partial(spans_of, kernel=by_loops, causal=False)
+    chosen = spans if layout == "spans" else partial(blocks_of, causal=False)
+    # XLM-R's positions begin behind its pad id.
+    pad = {"pad_token_id": 3} if family == "xlm-roberta" else {}
+    backbone = backbone_of(family, data, pad, pool_mean=True, layout=chosen)
+    options = {"pooled": True, "pad_token_id": backbone.model.config.pad_token_id}
+    assert_same(backbone, Collator(data, with_prompt=True, encoding="separate", **options))
+    joint = Collator(data, **options)
+    batches = [dataclasses.replace(joint, packed=packed)(ROWS, ROWS) for packed in (False, True)]
+    padded, packed = (backbone(batch).response for batch in batches)
+    assert torch.allclose(padded, packed, atol=1e-5)
+    assert batches[1].input_ids is not None and batches[0].attention_mask is not None
+    assert batches[1].input_ids.numel() == int(batches[0].attention_mask.sum())
+
+
 def test_responses_alone(data: PreparedData) -> None:
     """Without a reader of prompts there are none in the row."""
     collator = Collator(data, packed=True, encoding="separate")
@@ -269,10 +304,13 @@ def test_adapters(data: PreparedData) -> None:
 
 
 def test_layouts_are_chosen_by_hardware_and_precision() -> None:
-    assert choose_layout("auto", "fp32", gpu=True)[0] is blocks_of
-    assert choose_layout("auto", "bf16", gpu=False)[0] is blocks_of
-    assert choose_layout("sdpa", "bf16", gpu=True)[0] is blocks_of
-    assert choose_layout("auto", "bf16", gpu=True)[0] is not blocks_of
+    def name(*arguments: str, gpu: bool) -> str:
+        return choose_layout(*arguments, gpu=gpu)[0].func.__name__  # pyright: ignore
+
+    assert name("auto", "fp32", gpu=True) == "blocks_of"
+    assert name("auto", "bf16", gpu=False) == "blocks_of"
+    assert name("sdpa", "bf16", gpu=True) == "blocks_of"
+    assert name("auto", "bf16", gpu=True) == "spans_of"
 
 
 def test_a_layer_compiles_as_one_graph(data: PreparedData) -> None:

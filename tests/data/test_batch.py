@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from pal_ds.data.batch import Collator, FeatureStore
+from pal_ds.data.batch import Collator
+from pal_ds.data.feature_cache import FeatureStore
 from pal_ds.data.prepare import DataConfig, prepare
 from pal_ds.data.sources import Jsonl
 from pal_ds.data.tables import PreparedData
