@@ -37,7 +37,9 @@ def split_by_cost(
     pieces = _pieces(texts, min(most_pairs, -(-num_pairs // world_size)), most_tokens)
     total = sum(cost for cost, _ in pieces)
     budget = total if most_tokens is None else most_tokens
-    num_steps = max(-(-num_pairs // (world_size * most_pairs)), -(-total // (world_size * budget)))
+    # Pieces dearer than the budget cost no more than a run each.
+    by_tokens = min(-(-total // (world_size * budget)), -(-len(pieces) // world_size))
+    num_steps = max(-(-num_pairs // (world_size * most_pairs)), by_tokens)
     runs = None
     while runs is None:
         runs = _fill(pieces, num_steps * world_size, most_pairs, budget)

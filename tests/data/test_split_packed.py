@@ -73,6 +73,12 @@ def test_a_prompt_stays_in_one_run() -> None:
     assert all(prompts) and not prompts[0] & prompts[1]
 
 
+def test_no_step_is_empty_where_every_pair_exceeds_the_budget() -> None:
+    texts = random_texts(2, 8, 30)
+    steps = split_by_cost(texts, 2, 4, 1)
+    assert [[len(run) for run in step] for step in steps] == [[1, 1]] * 4
+
+
 def test_ranks_share_tokens_evenly() -> None:
     generator = np.random.default_rng(1)
     prompt = np.arange(64)

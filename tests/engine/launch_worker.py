@@ -16,7 +16,7 @@ VARIANTS = {
     "offload": ["--train.ds_config=zero3_cpu_offload"],
     "bf16": ["--train.precision=bf16"],
     "checkpointing": ["--backbone.gradient_checkpointing=true"],
-    "token_budget": ["--train.micro_batch_tokens=150"],
+    "token_budget": ["--train.micro_batch_tokens=80"],
     "workers": ["--train.num_workers=1"],
     "gumbel": ["--head.mixture=gumbel", "--head.temperature=8.0"],
     "gumbel_again": [
