@@ -127,13 +127,18 @@ class _Problem:
         self.by_distance, self.temperature = statistics.by_distance, statistics.temperature
         self.mean, self.precision = mean[:, None], precision[:, :, None]
 
-    def value(self, logits: Float[Tensor, "K L"]) -> Float[Tensor, "L"]:
-        """The objective alone."""
-        block, mixture = self.block, torch.softmax(logits / self.temperature, 0)
-        _, form = self._form(mixture)
-        reward = combine(weighted_sum(block.linear, mixture), form, self.by_distance)
-        signed = block.label * (reward[1] - reward[0]) - block.required
-        return (block.weight * self.shape(signed)[0]).sum(0) + self._penalty(logits)[0]
+    def values_of_all(self, logits: Float[Tensor, "S K"]) -> Float[Tensor, "S U"]:
+        """The objective of every user at the same few points: two products with all their statistics."""
+        block, mixture = self.block, torch.softmax(logits / self.temperature, 1)
+        linear = (mixture @ block.linear.flatten(2)).unflatten(2, block.linear.shape[2:])
+        squares = (mixture[:, :, None] * mixture[:, None]).flatten(1)
+        form = squares @ block.quadratic.flatten(1, 2).flatten(2)
+        form = form.unflatten(2, block.quadratic.shape[3:])
+        if block.comparison is not None:
+            form = form.gather(2, block.comparison.expand(*form.shape[:2], *block.comparison.shape))
+        margin = _between(combine(linear, form, self.by_distance))
+        value = self.shape(block.label * margin - block.required)[0]
+        return (block.weight * value).sum(1) + self._penalty(logits.T)[0][:, None]
 
     def __call__(self, logits: Float[Tensor, "K L"]) -> _Point:
         """The objective with its gradient and its Gauss-Newton curvature in the logits."""
@@ -142,9 +147,9 @@ class _Problem:
         reward = combine(weighted_sum(block.linear, mixture), form, self.by_distance)
         of_linear, of_product = self._slopes(reward, form)
         # d margin / d mixture; response_1 counts against.
-        side = block.linear * of_linear[:, None] + product * of_product[:, None]
-        jacobian = side[1] - side[0]
-        signed = block.label * (reward[1] - reward[0]) - block.required
+        side = (block.linear * of_linear[:, None]).addcmul_(product, of_product[:, None])
+        jacobian = _between(side)
+        signed = block.label * _between(reward) - block.required
         value, slope, bend = self.shape(signed)
         gradient = (jacobian * (block.weight * slope * block.label)).sum(1)
         weighed = jacobian * (block.weight * bend)
@@ -167,14 +172,15 @@ class _Problem:
 
     def _form(self, mixture: Float[Tensor, "K L"]) -> tuple[Tensor, Tensor]:
         """quadratic s and s^T quadratic s at every term: [1 or 2, K, 1 or N, L] and [1 or 2, 1 or N, L]."""
-        block = self.block
-        # The matrices are symmetric: either axis of theirs may be summed over.
-        product = weighted_sum(block.quadratic, mixture)
+        block, num_users = self.block, self.block.quadratic.shape[-1]
+        # The matrices are symmetric: either axis of theirs may be summed over. Lanes of a user share theirs.
+        apart = mixture.unflatten(1, (-1, num_users))
+        product = weighted_sum(block.quadratic.unsqueeze(-2), apart).flatten(-2)
         form = weighted_sum(product, mixture)
         if block.comparison is None:
             return product, form
-        index = block.comparison.expand(2, *block.comparison.shape)
-        wide = index.unsqueeze(1).expand(2, product.shape[1], *index.shape[1:])
+        index = block.comparison.expand(len(form), *block.comparison.shape)
+        wide = index.unsqueeze(1).expand(-1, product.shape[1], -1, -1)
         return product.gather(2, wide), form.gather(1, index)
 
     def _slopes(self, reward: Tensor, form: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,16 +202,14 @@ class _Problem:
 def _descend(problem: _Problem, candidates: Float[Tensor, "S K"]) -> Float[Tensor, "K U"]:
     """The best logits of each user of a block."""
     num_users = problem.block.label.shape[-1]
-    wide = candidates[:, :, None].expand(-1, -1, num_users)
-    values = torch.stack([problem.value(start) for start in wide])
+    values = problem.values_of_all(candidates)
     # A value that is no number is the last choice, but a choice.
     order = torch.argsort(values.nan_to_num(nan=torch.inf), dim=0, stable=True)[:NUM_KEPT]
     num_kept = len(order)
-    lanes = torch.arange(num_users, device=order.device).repeat(num_kept)
-    problem.block = problem.block.take(lanes)
+    problem.block = problem.block.repeat(num_kept)
     point = problem(candidates.T[:, order.flatten()])
     best_logits, best_value = point.logits.clone(), point.value.clone()
-    left = torch.arange(len(lanes), device=order.device)
+    left = torch.arange(num_kept * num_users, device=order.device)
     damping = torch.zeros_like(point.value)
     for number in range(MAX_STEPS):
         matrix = point.curvature + damping * problem.precision
@@ -239,8 +243,13 @@ def _leaders(values: Float[Tensor, "M U"]) -> Tensor:
     return (place == values.nan_to_num(nan=torch.inf).argmin(0)).flatten()
 
 
+def _between(pair: Float[Tensor, "r *n"]) -> Float[Tensor, "*n"]:
+    """response_1 minus response_0, where the terms do not hold that already (r = 1)."""
+    return pair[1] - pair[0] if len(pair) == 2 else pair[0]
+
+
 def weighted_sum(
-    parts: Float[Tensor, "s K *rest"], weights: Float[Tensor, "K L"]
+    parts: Float[Tensor, "s K *rest"], weights: Float[Tensor, "K *L"]
 ) -> Float[Tensor, "s *rest_L"]:
     """sum_k weights_k parts_k, one k after the other: no product of the size of `parts` is ever held."""
     total = parts[:, 0] * weights[0]

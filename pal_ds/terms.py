@@ -32,9 +32,11 @@ class Block(NamedTuple):
     """Users with equally many terms after padding. Terms of weight 0 are padding."""
 
     users: Int[Tensor, "U"]
-    linear: Float[Tensor, "2 K N U"]
-    quadratic: Float[Tensor, "s K K C U"]
-    """One for all (s = C = U = 1), or one per response (s = 2) of each comparison."""
+    linear: Float[Tensor, "r K N U"]
+    """Of both responses (r = 2), or response_1 minus response_0 (r = 1) where no more than that enters a margin."""
+    quadratic: Float[Tensor, "s K K C V"]
+    """One for all (s = C = V = 1), or one (s = 1) or one per response (s = 2) of each comparison. V is U, or a
+    divisor of U where as many users repeat."""
     comparison: Int[Tensor, "N U"] | None
     """Which of the user's comparisons a term belongs to; None where that is evident."""
     label: Float[Tensor, "N U"]
@@ -44,8 +46,20 @@ class Block(NamedTuple):
     def take(self, lanes: Int[Tensor, "L"]) -> "Block":
         """The block of these of its users."""
         parts: list[Any] = [
-            part if part is None or part.shape[-1] == 1 < len(self.users) else part[..., lanes]
+            part
+            if part is None or part.shape[-1] == 1
+            else part.index_select(-1, lanes % part.shape[-1])
             for part in self
+        ]
+        return Block(*parts)
+
+    def repeat(self, times: int) -> "Block":
+        """The block of all of its users, so many times over; matrices, most of its size, are not copied."""
+        parts: list[Any] = [
+            part
+            if part is None or name == "quadratic"
+            else part.repeat(*[1] * (part.ndim - 1), times)
+            for name, part in zip(self._fields, self, strict=True)
         ]
         return Block(*parts)
 
@@ -67,8 +81,8 @@ def blocks(
     first = counts.cumsum(0) - counts
     sizes = padded_size(counts)
     _, num_positions, num_prototypes = statistics.linear.shape
-    own = len(statistics.quadratic) > 1 and num_positions == 1
-    floats_per_term = 2 * num_prototypes * (1 + num_prototypes * own)
+    own = _matrices_per_comparison(statistics) if num_positions == 1 else 0
+    floats_per_term = num_prototypes * (2 + num_prototypes * own)
     for size in sizes.unique().tolist():
         users = (sizes == size).nonzero().squeeze(1)
         per_block = max(1, FLOATS_PER_BLOCK // (floats_per_term * max(size, 1)))
@@ -89,6 +103,9 @@ def _block(
 ) -> Block:
     rows = statistics.response_index.T[:, pair]
     linear = statistics.linear[rows, position].permute(0, 3, 1, 2).contiguous()
+    if not statistics.by_distance and _matrices_per_comparison(statistics) < 2:
+        # Both cosines have one denominator: the margin is the difference over it.
+        linear = linear[1:] - linear[:1]
     quadratic, comparison = _quadratic(statistics, pair, rows)
     return Block(
         users,
@@ -99,6 +116,14 @@ def _block(
         comparisons.required[pair].float(),
         torch.where(valid, comparisons.weight[pair, position], 0.0),
     )
+
+
+def _matrices_per_comparison(statistics: MixtureStatistics) -> int:
+    """0 where all share one, 1 where the responses of each comparison do, as those to one prompt, or 2."""
+    if len(statistics.quadratic) == 1:
+        return 0
+    first, second = statistics.quadratic_index[statistics.response_index].T
+    return 1 if torch.equal(first, second) else 2
 
 
 def _quadratic(
@@ -117,5 +142,6 @@ def _quadratic(
         places = torch.arange(num_terms, device=pair.device)[:, None].expand_as(pair)
         where = where.scatter(0, comparison, places)
         rows = rows.gather(1, where.expand(2, *where.shape))
+    rows = rows[: _matrices_per_comparison(statistics)]
     matrices = statistics.quadratic[statistics.quadratic_index[rows]]
     return matrices.permute(0, 3, 4, 1, 2).contiguous(), comparison

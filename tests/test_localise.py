@@ -17,13 +17,14 @@ from pal_ds.terms import Comparisons, padded_size
 H = 6
 COUNTS = (0, 1, 2, 5, 9, 10, 33)
 """Comparisons of the users: none, few, and beside and beyond a padded size."""
-KINDS = ("distance", "cosine", "prompts")
+KINDS = ("distance", "cosine", "prompts", "one prompt")
+"""The last two: the responses of a comparison answer prompts of their own, or the same."""
 Case = tuple[MixtureStatistics, Comparisons]
 
 
 def head_of(kind: str, num_prototypes: int) -> Head:
     torch.manual_seed(0)
-    if kind == "prompts":
+    if "prompt" in kind:
         head: Head = PalB(H, num_prototypes, num_layers=1, temperature=0.7)
     else:
         similarity = "cosine" if kind == "cosine" else "distance"
@@ -43,7 +44,7 @@ def case(
         torch.randn(20, num_positions, H, generator=draw),
         index,
         torch.randn(4, 1, H, generator=draw),
-        index % 4,
+        index[:, :1].expand(-1, 2) % 4 if kind == "one prompt" else index % 4,
         torch.ones(4, dtype=torch.int64),
     )
     statistics = head.statistics(features)
@@ -158,6 +159,26 @@ def test_who_else_is_fitted_does_not_matter(kind: str, num_positions: int) -> No
         by_themselves = fit((own, alone), num_users=1)[0]
         worst.append(float((by_themselves - together[user]).abs().max()))
     assert max(worst) <= 1e-3
+
+
+@pytest.mark.parametrize("num_positions", [1, 7])
+@pytest.mark.parametrize("kind", ["one prompt", "cosine"])
+def test_a_matrix_for_both_responses_is_as_good_as_one_for_each(
+    kind: str, num_positions: int
+) -> None:
+    statistics, comparisons = case(kind, 5, num_positions)
+    num_rows, num_matrices = len(statistics.linear), len(statistics.quadratic)
+    # The same rewards, with nothing left that shows that the responses share a matrix.
+    apart = statistics._replace(
+        linear=statistics.linear.repeat(2, 1, 1),
+        response_index=statistics.response_index + torch.tensor([0, num_rows]),
+        quadratic=statistics.quadratic.repeat(2, 1, 1),
+        quadratic_index=torch.cat(
+            [statistics.quadratic_index, statistics.quadratic_index + num_matrices]
+        ),
+    )
+    shared, own = fit((statistics, comparisons)), fit((apart, comparisons))
+    torch.testing.assert_close(shared, own, atol=1e-3, rtol=0)
 
 
 def test_the_order_of_comparisons_does_not_matter() -> None:

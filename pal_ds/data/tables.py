@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from pal_ds.arrow_columns import values_of
 from pal_ds.data.ragged import Ragged
 from pal_ds.data.splits import SPLITS
 from pal_ds.errors import UserError
@@ -59,7 +60,7 @@ class PreparedData:
             "comparisons": _map(path, "comparisons"),
             "response_prompt": _map(path, "response_prompt"),
             "users": UserIds.from_arrow(users.column("id")),
-            "user_seen": users.column("seen").to_numpy().astype(bool),
+            "user_seen": values_of(users.column("seen")),
             "user_group": users.column("group").to_pylist(),
         }
         if info["kind"] == "vectors":

@@ -18,7 +18,7 @@ import xxhash
 from pal_ds import phase
 from pal_ds.engine.retention import restore_replaced
 from pal_ds.engine.shard_files import FileEntry
-from pal_ds.engine.torch_archive import CHUNK, ForeignObjectError, load_archive
+from pal_ds.engine.torch_archive import ForeignObjectError, load_archive
 from pal_ds.errors import StorageError, UserError
 from pal_ds.run_dir import RunDirectory, write_atomically
 
@@ -35,6 +35,8 @@ _FIELDS = {
     "files": dict,
 }
 _NO_CHECKSUM = "0" * 32
+CHUNK = 1 << 20
+"""Bytes that are hashed at a time, of a size that a processor still holds when it hashes what it has just read."""
 
 
 class UntrustedCheckpointError(UserError):
@@ -52,9 +54,11 @@ NO_DAMAGE = (UntrustedCheckpointError, ForeignObjectError, FormatError, StorageE
 def hash_file(path: Path) -> str:
     """xxh3, 128 bits, in hexadecimal: fast enough for shards of many gigabytes."""
     digest = xxhash.xxh3_128()
-    with open(path, "rb") as stream:
-        while chunk := stream.read(CHUNK):
-            digest.update(chunk)
+    # One buffer for all: fresh memory for each chunk would cost more than its bytes.
+    chunk = memoryview(bytearray(CHUNK))
+    with open(path, "rb", buffering=0) as stream:
+        while num_read := stream.readinto(chunk):
+            digest.update(chunk[:num_read])
             phase.progress()
     return digest.hexdigest()
 

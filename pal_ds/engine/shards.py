@@ -27,6 +27,8 @@ from pal_ds.heads.shapes import Float
 ENGINE_FOLDER = "engine"
 Kind = Literal["master", "exp_avg", "exp_avg_sq"]
 """The fp32 weights, and Adam's first and second moment of them."""
+PIECE = 1 << 18
+"""Values of 1 MiB: a processor still holds what it has just read when it looks at it and writes it."""
 MOMENTS: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
 
 
@@ -117,6 +119,15 @@ class ShardedCheckpoint:
             return self._whole[name].read().float()
         shape = self._places[name].shape
         return self.read(name, 0, math.prod(shape), kind).view(shape)
+
+    def pieces(self, name: str) -> Iterator[Float[Tensor, "n"]]:
+        """The values of a flattened tensor, fp32, one piece of PIECE after the other; raises as `tensor` does."""
+        if name in self._whole:
+            yield self._whole[name].read().float().flatten()
+            return
+        num_values = math.prod(self.shape(name))
+        for start in range(0, num_values, PIECE):
+            yield self.read(name, start, min(PIECE, num_values - start))
 
     def read(
         self, name: str, start: int, num_values: int, kind: Kind = "master"

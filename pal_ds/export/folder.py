@@ -9,14 +9,14 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pal_ds.errors import UserError, writing
@@ -203,9 +203,10 @@ def _with_one_more_row(weights: Weights, vocab_size: int) -> Weights:
         raise UserError(f"cannot tell the token embedding among {tables} to add a pad token.")
     name, rows = tables[0], weights.shapes[tables[0]]
 
-    def read(wanted: str) -> Tensor:
-        tensor = weights.read(wanted)
-        return nn.functional.pad(tensor, (0, 0, 0, 1)) if wanted == name else tensor
+    def read(wanted: str) -> Iterator[Tensor]:
+        yield from weights.read(wanted)
+        if wanted == name:
+            yield torch.zeros(rows[1])
 
     return Weights({**weights.shapes, name: (rows[0] + 1, rows[1])}, read, weights.head)
 

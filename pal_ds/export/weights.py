@@ -1,6 +1,6 @@
 """Where the tensors of an exported model come from, under the names of its transformers class."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,8 @@ class Weights:
 
     shapes: Shapes
     """Of the backbone."""
-    read: Callable[[str], Tensor]
-    """A backbone tensor, fp32."""
+    read: Callable[[str], Iterator[Tensor]]
+    """The values of a backbone tensor in order, in flat pieces, fp32."""
     head: Head
 
 
@@ -38,10 +38,11 @@ def weights_of(opened: OpenRun) -> Weights:
         names = [n for n in checkpoint.names if n.startswith(_TRAINED_BACKBONE)]
         shapes = {n.removeprefix(_TRAINED_BACKBONE): checkpoint.shape(n) for n in names}
         head = _trained_head(opened)
-        return Weights(shapes, lambda name: checkpoint.tensor(_TRAINED_BACKBONE + name), head)
+        return Weights(shapes, lambda name: checkpoint.pieces(_TRAINED_BACKBONE + name), head)
     model = load_model(opened)
     tensors = dict(plain_backbone(model).state_dict())
-    return Weights({n: tuple(t.shape) for n, t in tensors.items()}, tensors.__getitem__, model.head)
+    shapes = {n: tuple(t.shape) for n, t in tensors.items()}
+    return Weights(shapes, lambda name: iter([tensors[name].flatten()]), model.head)
 
 
 def plain_backbone(model: RewardModel) -> torch.nn.Module:
@@ -67,8 +68,8 @@ def _trained_head(opened: OpenRun) -> Head:
 
 def exported_tensors(
     target: PreTrainedModel, weights: Weights, backbone_prefix: str, head_tensors: dict[str, Tensor]
-) -> tuple[Shapes, Callable[[str], Tensor]]:
-    """(shapes, read) of all tensors of `target` (on the meta device), which must all be there.
+) -> tuple[Shapes, Callable[[str], Iterator[Tensor]]]:
+    """(shapes, read) for `write_sharded` of all tensors of `target` (on the meta device), which must all be there.
 
     Raises:
         UserError: a tensor is missing, empty, of another shape, or has no place in the target.
@@ -85,9 +86,9 @@ def exported_tensors(
     if surplus := sorted(set(given) - set(wanted) - tied):
         raise UserError(f"{surplus[0]}: the run has this tensor, the exported model has none such.")
 
-    def read(name: str) -> Tensor:
+    def read(name: str) -> Iterator[Tensor]:
         if name in head_tensors:
-            return head_tensors[name]
+            return iter([head_tensors[name].flatten()])
         return weights.read(name.removeprefix(backbone_prefix))
 
     return wanted, read

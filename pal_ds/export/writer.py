@@ -1,4 +1,4 @@
-"""Writes safetensors one tensor at a time: the peak is the largest tensor, whatever the model.
+"""Writes safetensors one piece of a tensor at a time, whatever the model.
 
 The format is public: a 64-bit little-endian header length, the header as JSON (dtype, shape and
 byte range of each tensor), the bytes.
@@ -22,7 +22,7 @@ _DTYPES = {torch.float32: ("F32", 4), torch.bfloat16: ("BF16", 2)}
 def write_sharded(
     folder: Path,
     shapes: Shapes,
-    read: Callable[[str], Tensor],
+    read: Callable[[str], Iterator[Tensor]],
     dtype: torch.dtype,
     max_shard_bytes: int,
     advance: Callable[..., None] = lambda *_, **__: None,
@@ -31,14 +31,14 @@ def write_sharded(
 
     Args:
         folder: where the files go.
-        shapes: what will be written; `read` must give exactly these shapes.
-        read: the tensor of a name, any float dtype.
+        shapes: what will be written; `read` must give exactly so many values.
+        read: the values of a tensor of that name in order, in pieces of any float dtype, none empty.
         dtype: of the files: torch.float32 or torch.bfloat16.
         max_shard_bytes: a file ends before the tensor that would take it past this.
         advance: called after each tensor.
 
     Raises:
-        UserError: a tensor has another shape than announced, or is not finite.
+        UserError: a tensor has more or fewer values than announced, or one that is not finite.
     """
     size = _DTYPES[dtype][1]
     files = list(_split(shapes, size, max_shard_bytes))
@@ -72,7 +72,7 @@ def _split(shapes: Shapes, size: int, max_bytes: int) -> Iterator[list[str]]:
 def _write_file(
     path: Path,
     shapes: Shapes,
-    read: Callable[[str], Tensor],
+    read: Callable[[str], Iterator[Tensor]],
     dtype: torch.dtype,
     advance: Callable[..., None],
 ) -> None:
@@ -88,15 +88,21 @@ def _write_file(
     with open(path, "wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for name, shape in shapes.items():
-            tensor = read(name)
-            if tuple(tensor.shape) != shape or tensor.numel() == 0:
-                raise UserError(f"{name} is {tuple(tensor.shape)}, the exported model has {shape}.")
-            # The extremes hold any infinity and any NaN; `isfinite` would take fresh memory for its answers.
-            if not torch.stack(torch.aminmax(tensor)).isfinite().all():
-                raise UserError(
-                    f"{name} holds values that are not finite: the training diverged. Export an "
-                    "earlier step (--step)."
-                )
-            flat = tensor.detach().to(dtype).contiguous().view(-1)
-            stream.write(flat.view(torch.uint8).numpy().data)
+            num_values = 0
+            for values in read(name):
+                _check_finite(name, values)
+                flat = values.detach().to(dtype).contiguous().view(-1)
+                stream.write(flat.view(torch.uint8).numpy().data)
+                num_values += len(flat)
+            if num_values != math.prod(shape):
+                raise UserError(f"{name} has {num_values} values, the exported model has {shape}.")
             advance(1)
+
+
+def _check_finite(name: str, values: Tensor) -> None:
+    # The extremes hold any infinity and any NaN; `isfinite` would take fresh memory for its answers.
+    if not torch.stack(torch.aminmax(values)).isfinite().all():
+        raise UserError(
+            f"{name} holds values that are not finite: the training diverged. Export an "
+            "earlier step (--step)."
+        )

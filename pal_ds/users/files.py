@@ -106,6 +106,8 @@ class StoredUsers:
         import pyarrow as pa
         from safetensors import safe_open
 
+        from pal_ds.arrow_columns import values_of
+
         self._path, index_path = (Path(directory) / name for name in USER_FILES)
         for path in (self._path, index_path):
             if not path.is_file():
@@ -120,12 +122,14 @@ class StoredUsers:
         self.seed, self.num_prototypes = int(metadata["seed"]), shapes["logits"][1]
         with pa.memory_map(str(index_path)) as source, pa.ipc.open_file(source) as reader:
             index = reader.read_all()
-        if not np.array_equal(index["row"].to_numpy(), np.arange(len(index))):
+        row = index["row"]
+        whole = row.type == pa.int64() and not row.null_count
+        if not whole or not np.array_equal(values_of(row), np.arange(len(index))):
             raise UserError(f"{index_path}: column row is not 0 .. users - 1: the file is damaged.")
         # A copy: what takes the file's place must not change the ids in memory.
         mapped = UserIds.from_arrow(index["id"])
         self.ids = UserIds(mapped.offsets.copy(), mapped.text.copy())
-        self._seen = index["seen"].to_numpy()
+        self._seen = values_of(index["seen"])
         check_shapes(shapes, len(self.ids), self.num_prototypes)
         if self.ids.repeated():
             raise UserError("users: an id occurs twice in the stored table: its files are damaged.")

@@ -1,6 +1,6 @@
 """Localising new users: users per second on one core, and accuracy against the reference's optimiser.
 
-    python tools/bench/bench_adapt.py [--rounds 7] [--users 4000] [--comparisons 10] [--out result.json]
+    python tools/bench/bench_adapt.py [--rounds 7] [--users 4000] [--comparisons 10] [--heads NAME ...] [--out FILE]
 
 A synthetic world: a head with random prototypes and maps is the truth, users' mixtures are Dirichlet(1/2), choices
 follow the truth's own log-odds at the last position, so that the best possible accuracy is known. Each user has 10
@@ -234,6 +234,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--users", type=int, default=4000, help="a twentieth of them with windows")
     parser.add_argument("--comparisons", type=int, default=10)
+    parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS))
     parser.add_argument("--out", type=Path, help="JSON of all figures")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -242,7 +243,7 @@ def main() -> None:
     rows = []
     for num_prototypes in (8, 2):
         for length in (1, WINDOW):
-            for name in HEADS:
+            for name in options.heads:
                 rows.append(measure(name, num_prototypes, length, options))
                 show(rows[-1])
     if options.out is not None:

@@ -160,7 +160,7 @@ def race(out: Path, rounds: int, clock: str) -> dict[str, Any]:
 
 
 CONSOLIDATE = """
-import json, resource, sys, time
+import gc, json, resource, sys, time
 from pathlib import Path
 from pal_ds.export import ExportOptions, export, folder
 from pal_ds.run_dir import RunDirectory
@@ -173,6 +173,7 @@ def timed(*arguments):
     finally:
         scoring.append(clock() - begin)
 folder._check = timed
+gc.freeze()
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before, begin = peak(), clock()
 export(RunDirectory(sys.argv[1]), Path(sys.argv[2]), ExportOptions(quiet=True))
