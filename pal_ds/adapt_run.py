@@ -212,13 +212,17 @@ class Fitting:
         return [shards[number] for number in range(len(users.spans))]
 
     def _common_reader(self, missing: list[int], positions: np.ndarray) -> Reader | None:
-        """One for all shards, with each text encoded once, where the states have room in memory together."""
+        """One for all shards, with each text encoded once, where the states have room together or lie on disk."""
         if not missing:
             return None
         rows = np.concatenate([self.users.rows_of(self.users.spans[n]) for n in missing])
         table = self.data.comparisons[rows]
         texts = np.unique(np.concatenate([table["a"], table["b"]]))
-        if positions[texts].sum() > POSITIONS_PER_SHARD and self.data.response_vectors is None:
+        on_disk = (
+            self.restored.config.backbone.cache is not None and self.restored.parts.needs_store
+        )
+        on_disk = on_disk or self.data.response_vectors is not None
+        if positions[texts].sum() > POSITIONS_PER_SHARD and not on_disk:
             return None
         return self._reader(rows)
 

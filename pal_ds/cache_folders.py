@@ -7,6 +7,7 @@ from pal_ds.assemble import Parts
 from pal_ds.config import RunConfig
 from pal_ds.data.batch import Collator
 from pal_ds.engine.keepers import CacheFolder
+from pal_ds.errors import UserError
 
 
 def cache_folders(
@@ -32,6 +33,7 @@ def cache_folders(
         return None
     from pal_ds.backbones.cache_key import describe_states, key_of
 
+    check_cache_path(config.backbone.cache)
     assert base_weights is not None, "only a frozen backbone's states are kept"
     described = describe_states(
         parts.backbone,
@@ -47,6 +49,18 @@ def cache_folders(
         key = key_of(made_from)
         folders[name] = CacheFolder(Path(config.backbone.cache, f"{name}_{key}"), key, made_from)
     return folders
+
+
+def check_cache_path(path: str) -> None:
+    """Raises UserError where no folder can be."""
+    nearest = Path(path)
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not path or not nearest.is_dir():
+        what = "is empty" if not path else f"is {path}, and {nearest} is a file"
+        raise UserError(
+            f"backbone.cache {what}. Give a folder, which is made where it does not exist."
+        )
 
 
 def restored_cache_folders(

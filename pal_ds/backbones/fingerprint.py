@@ -5,13 +5,23 @@ from pathlib import Path
 import xxhash
 
 from pal_ds import phase
+from pal_ds.errors import UserError
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
 
 
 def weights_fingerprint(path: str, revision: str | None) -> str:
-    """xxh3_128 over the weight files of a local folder; the commit for a hub id, or the id where none is known."""
+    """xxh3_128 over the weight files of a local folder; the commit for a hub id, or the id where none is known.
+
+    Raises:
+        UserError: the folder holds an adapter, whose base and settings lie outside these files.
+    """
     folder = Path(path)
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"backbone.path: {folder} holds a PEFT adapter (adapter_config.json), which transformers would apply to "
+            "weights that no hash here covers. Merge it into its base first (merge_and_unload, then save_pretrained)."
+        )
     if not folder.is_dir():
         return f"hub:{path}@{revision or 'unknown'}"
     digest = xxhash.xxh3_128()

@@ -60,6 +60,7 @@ class MappedFeatures:
         index = torch.from_numpy(self.begin[rows][:, None] + columns)
         shards = self.shard[rows]
         present = np.unique(shards)
+        assert present[0] >= 0, "a text without states is asked for"
         if len(present) == 1:
             return self.values[present[0]][index]
         first = self.values[present[0]]

@@ -15,6 +15,7 @@ import xxhash
 from safetensors.torch import save
 from torch import Tensor
 
+from pal_ds.errors import StorageError
 from pal_ds.heads.shapes import Float
 
 SUFFIX = ".safetensors"
@@ -72,6 +73,19 @@ def verify_shard(path: Path, progress: Callable[[], None]) -> None:
         raise DamagedShardError(f"{path}: its content does not match the hash in its name")
 
 
+_verified: set[tuple[str, int, int]] = set()
+"""(path, bytes, time of the last change in ns) of files that this process has read and found whole."""
+
+
+def verify_once(path: Path, progress: Callable[[], None]) -> None:
+    """As `verify_shard`, but a file that this process has verified and that has not changed is not read again."""
+    state = path.stat()
+    seen = (str(path), state.st_size, state.st_mtime_ns)
+    if seen not in _verified:
+        verify_shard(path, progress)
+        _verified.add(seen)
+
+
 @dataclass(frozen=True)
 class Shard:
     """An open shard: what it holds of the index, and its states, which stay on the disk until they are read."""
@@ -86,9 +100,19 @@ class Shard:
 
     @classmethod
     def map(cls, path: Path) -> "Shard":
-        """Maps a file that `verify_shard` has found whole; only its part of the index is read."""
+        """Maps a file that `verify_shard` has found whole; only its part of the index is read.
+
+        Raises:
+            StorageError: it cannot be mapped.
+        """
         size = path.stat().st_size
-        content = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+        try:
+            content = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise StorageError(
+                f"{path}: cannot be mapped into memory ({str(error).splitlines()[0]}). Raise the limits on address "
+                "space and on mappings (ulimit -v, vm.max_map_count), or unset backbone.cache."
+            ) from None
         begin = 8 + int.from_bytes(content[:8].numpy().tobytes(), "little")
         header = json.loads(content[8:begin].numpy().tobytes())
 

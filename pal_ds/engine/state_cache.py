@@ -6,6 +6,7 @@ one cache. Two at once may both encode a text; that costs time and room, and not
 
 import contextlib
 import logging
+import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,7 @@ from pal_ds.data.state_shards import (
     Shard,
     pack_shard,
     shard_name,
+    verify_once,
     verify_shard,
 )
 from pal_ds.engine.dist import World
@@ -62,7 +64,9 @@ class CacheKeeper:
         assert addresses is not None
         self._rows, self._addresses = rows, addresses
         names = self._world.from_rank_zero(self._names)
-        self._map([name for name in names if name not in self._find_damaged(names)])
+        self._damaged, gone = self._find_damaged(names)
+        unusable = {*self._damaged, *gone}
+        self._map([name for name in names if name not in unusable])
         missing = np.flatnonzero(self._index.find(addresses) < 0)
         missing = np.sort(missing[first_of_each(addresses[missing])])
         self._lacking = {
@@ -102,7 +106,7 @@ class CacheKeeper:
         self.flush()
         names = sorted(name for part in self._world.gather(self._written) for name in part)
         self._map(names)
-        if names and self._damaged:
+        if self._damaged:
             self._world.from_rank_zero(self._delete_damaged)
 
     def store(self, num_rows: int) -> MappedFeatures | None:
@@ -125,6 +129,8 @@ class CacheKeeper:
         path = self._folder.path
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
+            # Before hours of work: whether shards can be written here.
+            tempfile.TemporaryFile(dir=path).close()
             for stale in path.glob(f"*{SUFFIX}.tmp-*"):
                 # Another filler may be at work on a young one.
                 with contextlib.suppress(FileNotFoundError):
@@ -135,28 +141,37 @@ class CacheKeeper:
             packages = {name: version(name) for name in ("torch", "transformers")}
             write_json(path / "cache.json", {**facts, "first_written_with": packages})
 
-    def _find_damaged(self, names: list[str]) -> list[str]:
-        """Verifies all shards, each on one rank; names the damaged ones."""
+    def _find_damaged(self, names: list[str]) -> tuple[list[str], list[str]]:
+        """(damaged shards, which are named; shards that another process has deleted since); each read on one rank."""
         phase.enter("verify the feature cache")
 
         def verify() -> list[tuple[str, str]]:
             problems = []
             for name in names[self._world.rank :: self._world.world_size]:
                 try:
-                    verify_shard(self._folder.path / name, phase.progress)
+                    verify_once(self._folder.path / name, phase.progress)
                 except DamagedShardError as error:
                     problems.append((name, str(error)))
                 except FileNotFoundError:
-                    raise self._unshared(name) from None
+                    problems.append((name, ""))
             return problems
 
         found = self._world.gather(self._world.on_every_rank(verify))
         problems = [problem for part in found for problem in part]
         if self._world.is_rank_zero:
             for _, problem in problems:
-                logger.warning("%s: passing over it and encoding its texts anew", problem)
-        self._damaged = [name for name, _ in problems]
-        return self._damaged
+                if problem:
+                    logger.warning("%s: passing over it and encoding its texts anew", problem)
+        gone = self._world.from_rank_zero(lambda: self._gone(problems))
+        return [name for name, problem in problems if problem], gone
+
+    def _gone(self, problems: list[tuple[str, str]]) -> list[str]:
+        """Shards that some rank did not find, if rank 0 does not see them any more, either. Raises UserError else."""
+        names = [name for name, problem in problems if not problem]
+        for name in names:
+            if (self._folder.path / name).exists():
+                raise self._unshared(name)
+        return names
 
     def _map(self, names: list[str]) -> None:
         """Opens shards on every rank; those of another key are passed over."""
@@ -214,9 +229,16 @@ class CacheKeeper:
             raise self._problem
 
     def _delete_damaged(self) -> None:
+        """Unless they were written again: a shard is named by its content, so what heals one has its name."""
         with writing(self._folder.path):
             for name in self._damaged:
-                (self._folder.path / name).unlink(missing_ok=True)
+                path = self._folder.path / name
+                try:
+                    verify_shard(path, phase.progress)
+                except DamagedShardError:
+                    path.unlink(missing_ok=True)
+                except FileNotFoundError:
+                    continue
 
 
 __all__ = ["SHARD_BYTES", "SHARD_SECONDS", "CacheKeeper"]

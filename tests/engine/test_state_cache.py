@@ -1,6 +1,7 @@
 """The feature cache in one process: states as in memory, keys that tell backbones apart, damage that is found."""
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from pal_ds.backbones.transformer import (
     load_transformer,
     materialise_architecture,
 )
+from pal_ds.cache_folders import check_cache_path
+from pal_ds.data import state_shards
 from pal_ds.data.batch import Collator
 from pal_ds.data.prepare import DataConfig, prepare
 from pal_ds.data.sources import Jsonl
@@ -205,8 +208,60 @@ def test_a_damaged_shard_is_named_and_made_again(
     damaged.write_bytes(content)
     cached, backbone = encode(collator, tiny_run.base, tmp_path, np.arange(30))
     assert f"{damaged}: its content does not match" in caplog.text
-    assert 5 < backbone.num_rows < 25 and not damaged.exists()
+    assert 5 < backbone.num_rows < 25
     assert_same_batches(cached, encode(collator, tiny_run.base, None)[0], rows=np.arange(30))
+    again, backbone = encode(collator, tiny_run.base, tmp_path, np.arange(30))
+    assert backbone.num_rows == 0, "what healed the cache was lost"
+    assert_same_batches(again, cached, rows=np.arange(30))
+
+
+def test_each_shard_is_read_once_by_a_process(
+    tiny_run: TinyRun, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collator = Collator(data)
+    for last in (10, 20, 30, 40):
+        encode(collator, tiny_run.base, tmp_path, np.arange(last))
+    read: list[str] = []
+
+    def count(path: Path, progress: Callable[[], None]) -> None:
+        read.append(path.name)
+
+    monkeypatch.setattr(state_shards, "_verified", set())
+    monkeypatch.setattr(state_shards, "verify_shard", count)
+    for _ in range(3):
+        encode(collator, tiny_run.base, tmp_path, np.arange(40))
+    assert sorted(read) == sorted(path.name for path in tmp_path.glob("*/*.safetensors"))
+    assert len(read) > 2
+
+
+def test_a_shard_that_another_process_deletes_is_done_without(
+    tiny_run: TinyRun, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collator = Collator(data)
+    encode(collator, tiny_run.base, tmp_path, np.arange(10))
+
+    def deleted(path: Path, progress: Callable[[], None]) -> None:
+        path.unlink()
+        raise FileNotFoundError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(state_shards, "_verified", set())
+        patched.setattr(state_shards, "verify_shard", deleted)
+        cached, _ = encode(collator, tiny_run.base, tmp_path, np.arange(10))
+    assert_same_batches(cached, encode(collator, tiny_run.base, None)[0], rows=np.arange(10))
+
+
+@pytest.mark.parametrize("path", ["", "a_file", "a_file/below"])
+def test_a_cache_that_cannot_be_a_folder(path: str, tmp_path: Path) -> None:
+    (tmp_path / "a_file").write_text("")
+    with pytest.raises(UserError, match=r"backbone\.cache"):
+        check_cache_path(str(tmp_path / path) if path else "")
+
+
+def test_an_adapter_has_no_fingerprint(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="Merge it"):
+        weights_fingerprint(str(tmp_path), None)
 
 
 def test_a_shard_of_another_key_is_passed_over(
