@@ -1,4 +1,4 @@
-"""Packed attention by torch's SDPA: the row's prompts and responses as two padded blocks."""
+"""Packed attention by torch's SDPA: the row's prompts and responses as padded blocks of sequences of like length."""
 
 from typing import Any, NamedTuple
 
@@ -6,73 +6,88 @@ import torch
 from torch import Tensor, nn
 
 from pal_ds.backbones.token_copies import Gather, copies, owner_and_column, shared_copies
-from pal_ds.data.packing import Packing
+from pal_ds.data.packing import Group, Packing
 from pal_ds.heads.shapes import Bool, Float, Int
 
 
-class Blocks(NamedTuple):
-    """A packed row as two padded blocks for SDPA: prompts [P, longest], responses [R, longest] with their keys.
+class Block(NamedTuple):
+    """n sequences of Q queries and J keys each, padded. A key's column is its position in the text."""
 
-    A key's column in a response's block is its position, so that causality is an inequality of positions.
-    """
+    shape: tuple[int, int]
+    """(n, Q)"""
+    keys_shape: tuple[int, int]
+    """(n, J)"""
+    query_position: Int[Tensor, "#n 1 Q 1"]
+    visible: Bool[Tensor, "n 1 #Q J"] | None
+    """Whether a query may look at a key; None: prompts, each query at itself and what is before it."""
+
+
+class Blocks(NamedTuple):
+    """A packed row as blocks; their queries lie one block after the other in the copies, and so do their keys."""
 
     queries: Gather
     keys: Gather
-    prompt_shape: tuple[int, int]
-    response_shape: tuple[int, int]
-    keys_shape: tuple[int, int]
-    query_position: Int[Tensor, "R 1 Q 1"]
-    visible: Bool[Tensor, "R 1 #Q J"]
-    """Whether a response's query may look at a key; a window narrows it."""
+    parts: tuple[Block, ...]
 
 
 def blocks_of(packing: Packing, *, causal: bool = True) -> Blocks:
-    """Index tensors of the two blocks, on the packing's device and without waiting for it.
+    """Index tensors of the blocks, on the packing's device and without waiting for it.
 
-    Where attention is not causal no response has a prompt before it, and there is no block of prompts.
+    Where attention is not causal no response has a prompt before it, and there are no prompts.
     """
     assert causal or packing.num_prompts == 0, "texts that see all of themselves share no prefix"
-    start, slot = packing.sequence_start, packing.prompt_of_response
-    num_prompts, num_responses = packing.num_prompts, len(slot)
-    longest = packing.longest_prompt, packing.longest_response, packing.longest_joint
-    of_prompt, of_response, of_key = (torch.arange(n, device=start.device) for n in longest)
-    before = packing.num_before[:, None]
-    own = start[num_prompts:-1, None]
-    prompt = start[:num_prompts, None] + of_prompt
-    response = own + of_response
-    key = torch.where(of_key < before, start[slot][:, None] + of_key, own - before + of_key)
-    # Columns past a sequence's end hold some other token; no valid query reaches them.
-    prompt, response, key = (
-        part.minimum(start[-1] - 1).flatten() for part in (prompt, response, key)
-    )
+    start, num_prompts = packing.sequence_start, packing.num_prompts
+    before = torch.cat([start.new_zeros(num_prompts), packing.num_before])
+    prefix = torch.cat([start[:num_prompts], start[packing.prompt_of_response]])
+    end, last_token = start[1:], start[-1] - 1
+    # Where each sequence's queries and keys begin among the copies.
+    first_query, first_key = torch.zeros_like(before), torch.zeros_like(before)
+    query_tokens, key_tokens, parts = [], [], []
+    num_queries = num_keys = 0
+    for group in packing.groups:
+        rows = group.sequences
+        row_number = torch.arange(len(rows), device=start.device)
+        of_query, of_key = (
+            torch.arange(n, device=start.device) for n in (group.longest, group.longest_keys)
+        )
+        first_query[rows] = num_queries + row_number * group.longest
+        first_key[rows] = num_keys + row_number * group.longest_keys
+        own, ahead = start[rows][:, None], before[rows][:, None]
+        keys = torch.where(of_key < ahead, prefix[rows][:, None] + of_key, own - ahead + of_key)
+        # Columns past a sequence's end hold some other token; no valid query reaches them.
+        query_tokens.append((own + of_query).minimum(last_token).flatten())
+        key_tokens.append(keys.minimum(last_token).flatten())
+        num_queries += len(query_tokens[-1])
+        num_keys += len(key_tokens[-1])
+        length = (end[rows] - start[rows])[:, None]
+        parts.append(_block(group, ahead, length, of_query, of_key, causal))
     owner, column = owner_and_column(packing)
-    of_prompts, position = len(prompt), packing.position_ids[0]
-    in_prompts, row = owner * longest[0] + column, owner - num_prompts
-    in_responses = of_prompts + row * longest[1] + column
-    in_keys = of_prompts + row * longest[2] + position
-    keys_start = of_prompts + torch.arange(num_responses, device=start.device) * longest[2]
-    shared = shared_copies(packing, owner, column, keys_start, of_prompts + len(key))
-    query_position = (before + of_response)[:, None, :, None]
+    shared = shared_copies(packing, owner, column, first_key[num_prompts:], num_keys)
     return Blocks(
-        Gather(
-            torch.cat([prompt, response]),
-            torch.where(row < 0, in_prompts, in_responses),
-            shared[:, :0],
-        ),
-        Gather(torch.cat([prompt, key]), torch.where(row < 0, in_prompts, in_keys), shared),
-        (num_prompts, longest[0]),
-        (num_responses, longest[1]),
-        (num_responses, longest[2]),
-        query_position,
-        query_position >= of_key if causal else _within(own, start[num_prompts + 1 :], of_key),
+        Gather(torch.cat(query_tokens), first_query[owner] + column, shared[:, :0]),
+        Gather(torch.cat(key_tokens), first_key[owner] + before[owner] + column, shared),
+        tuple(parts),
     )
 
 
-def _within(
-    begin: Int[Tensor, "R 1"], end: Int[Tensor, "R"], of_key: Int[Tensor, "J"]
-) -> Bool[Tensor, "R 1 1 J"]:
-    """Whether a column holds a token of the response."""
-    return (begin + of_key < end[:, None])[:, None, None, :]
+def _block(
+    group: Group,
+    ahead: Int[Tensor, "n 1"],
+    length: Int[Tensor, "n 1"],
+    of_query: Int[Tensor, "Q"],
+    of_key: Int[Tensor, "J"],
+    causal: bool,
+) -> Block:
+    query_position = (ahead + of_query)[:, None, :, None]
+    visible = None
+    if not causal:
+        visible = (of_key < length)[:, None, None, :]
+    elif not group.are_prompts:
+        visible = query_position >= of_key
+    num_rows = len(group.sequences)
+    if visible is None:
+        query_position = query_position[:1]
+    return Block((num_rows, len(of_query)), (num_rows, len(of_key)), query_position, visible)
 
 
 def attend_blocks(
@@ -84,40 +99,39 @@ def attend_blocks(
     scaling: float | None,
     window: int | None,
 ) -> Float[Tensor, "h S D"]:
-    """Prompts see themselves; responses see their prompt and themselves: two calls of SDPA."""
-    shapes = blocks.prompt_shape, blocks.response_shape, blocks.keys_shape
-    query_prompt, query_response = _split(copies(query, blocks.queries), *shapes[:2])
-    key_prompt, key_response = _split(copies(key, blocks.keys), shapes[0], shapes[2])
-    value_prompt, value_response = _split(copies(value, blocks.keys), shapes[0], shapes[2])
-    mask = blocks.visible
-    if window is not None:
-        step = torch.arange(blocks.keys_shape[1], device=query.device)
-        mask = mask & (blocks.query_position < step + window)
-    options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": len(query) != len(key)}
-    response = nn.functional.scaled_dot_product_attention(
-        query_response, key_response, value_response, attn_mask=mask, **options
+    """Prompts see themselves; responses see their prompt and themselves: one call of SDPA for each block."""
+    queries = _split(copies(query, blocks.queries), [part.shape for part in blocks.parts])
+    keys, values = (
+        _split(copies(states, blocks.keys), [part.keys_shape for part in blocks.parts])
+        for states in (key, value)
     )
-    parts = [response.transpose(0, 1).flatten(1, 2)]
-    longest = blocks.prompt_shape[1]
-    if longest:
-        causal: dict[str, Any] = {"is_causal": True}
-        if window is not None and window < longest:
-            step = torch.arange(longest, device=query.device)
-            seen = (step[:, None] >= step) & (step[:, None] < step + window)
-            causal = {"attn_mask": seen}
-        prompt = nn.functional.scaled_dot_product_attention(
-            query_prompt, key_prompt, value_prompt, **causal, **options
+    grouped = len(query) != len(key)
+    outputs = []
+    for part, *states in zip(blocks.parts, queries, keys, values, strict=True):
+        output = nn.functional.scaled_dot_product_attention(
+            *states, **_mask(part, window), dropout_p=dropout, scale=scaling, enable_gqa=grouped
         )
-        parts.insert(0, prompt.transpose(0, 1).flatten(1, 2))
-    return torch.cat(parts, dim=1).index_select(1, blocks.queries.first_copy)
+        outputs.append(output.transpose(0, 1).flatten(1, 2))
+    return torch.cat(outputs, dim=1).index_select(1, blocks.queries.first_copy)
+
+
+def _mask(block: Block, window: int | None) -> dict[str, Any]:
+    """What SDPA is told of who sees whom."""
+    num_keys = block.keys_shape[1]
+    if window is None or window >= num_keys:
+        return {"is_causal": True} if block.visible is None else {"attn_mask": block.visible}
+    step = torch.arange(num_keys, device=block.query_position.device)
+    near = block.query_position < step + window
+    seen = block.query_position >= step if block.visible is None else block.visible
+    return {"attn_mask": seen & near}
 
 
 def _split(
-    x: Float[Tensor, "h n D"], first: tuple[int, int], second: tuple[int, int]
-) -> tuple[Float[Tensor, "P h L D"], Float[Tensor, "R h Q D"]]:
-    """The two blocks of gathered rows, heads behind the batch axis as SDPA wants them."""
-    boundary = first[0] * first[1]
-    return (
-        x[:, :boundary].unflatten(1, first).transpose(0, 1),
-        x[:, boundary:].unflatten(1, second).transpose(0, 1),
-    )
+    x: Float[Tensor, "h m D"], shapes: list[tuple[int, int]]
+) -> list[Float[Tensor, "n h L D"]]:
+    """The blocks of gathered rows, heads behind the batch axis as SDPA wants them."""
+    pieces = x.split([rows * columns for rows, columns in shapes], dim=1)
+    return [
+        piece.unflatten(1, shape).transpose(0, 1)
+        for piece, shape in zip(pieces, shapes, strict=True)
+    ]

@@ -53,8 +53,8 @@ def spans_of(packing: Packing, kernel: VarlenKernel, *, causal: bool = True) -> 
         Gather(token, first_copy, shared),
         start.to(torch.int32),
         key_start.to(torch.int32),
-        max(packing.longest_prompt, packing.longest_response),
-        max(packing.longest_prompt, packing.longest_joint),
+        packing.longest,
+        packing.longest_keys,
     )
 
 

@@ -59,9 +59,12 @@ class _Copies(torch.autograd.Function):
         total = gradient.index_select(1, first_copy)
         num_tokens, num_more = more_copies.shape
         if num_more:
+            # In fp32: with many responses to one prompt the sum is longer than bf16 can hold.
             padded = torch.cat([gradient, gradient.new_zeros(gradient[:, :1].shape)], dim=1)
+            shared = total[:, :num_tokens].float()
             for column in range(num_more):
-                total[:, :num_tokens] += padded.index_select(1, more_copies[:, column])
+                shared += padded.index_select(1, more_copies[:, column])
+            total[:, :num_tokens] = shared
         return total, None, None, None
 
 

@@ -264,7 +264,8 @@ def _moved(part: Any, device: torch.device) -> Any:
     if isinstance(part, Tensor):
         return part.to(device, non_blocking=True)
     if isinstance(part, tuple):
-        return type(part)(*(_moved(inner, device) for inner in part))
+        inner = [_moved(piece, device) for piece in part]
+        return type(part)(*inner) if hasattr(part, "_fields") else tuple(inner)
     return part
 
 

@@ -6,7 +6,7 @@ one sequence (Krell et al., arXiv 2107.02027, for packing; arXiv 2410.20305 for 
 In separate encoding every text is by itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,21 @@ import torch
 from torch import Tensor
 
 from pal_ds.heads.shapes import Int
+
+SMALL_LENGTH = 32
+"""Padding of so many tokens is not worth a call of its own."""
+
+
+class Group(NamedTuple):
+    """Sequences of like length, all prompts or all responses, which padding to the longest wastes little on."""
+
+    sequences: Int[Tensor, "n"]
+    """Their numbers, prompts first."""
+    longest: int
+    """Tokens of the longest."""
+    longest_keys: int
+    """Tokens that the one with the most looks at: with those before it."""
+    are_prompts: bool
 
 
 class Packing(NamedTuple):
@@ -36,9 +51,11 @@ class Packing(NamedTuple):
     num_keys: int
     """Tokens that the sequences look at, all together: each response's prompt counts again."""
     longest_prompt: int
-    longest_response: int
-    longest_joint: int
-    """Tokens of the longest response with its prompt."""
+    longest: int
+    """Tokens of the longest prompt or response."""
+    longest_keys: int
+    groups: tuple[Group, ...]
+    """Every sequence that has tokens, in one of them."""
 
 
 class PackedTexts(NamedTuple):
@@ -134,8 +151,10 @@ def _pack(
         num_prompt_tokens=int(prompt_length.sum()),
         num_keys=int(prompt_length.sum() + joint.sum()),
         longest_prompt=int(prompt_length.max(initial=0)),
-        longest_response=int(response_length.max()),
-        longest_joint=int(joint.max()),
+        longest=int(lengths.max()),
+        longest_keys=int(max(joint.max(), prompt_length.max(initial=0))),
+        groups=tuple(_groups(prompt_length, prompt_length, 0, are_prompts=True))
+        + tuple(_groups(response_length, joint, num_prompts, are_prompts=False)),
     )
     column = start[:num_prompts].copy()
     for response in np.flatnonzero(prompt_length[prompt_of_response] == 0) if num_prompts else ():
@@ -159,6 +178,31 @@ def _shared_prompts(prompts: np.ndarray, heads: Sequence[np.ndarray]) -> np.ndar
     ]
     number: dict[tuple[int, int], int] = {}
     return np.array([number.setdefault(key, len(number)) for key in keys], np.int64)
+
+
+def _groups(
+    lengths: np.ndarray, num_keys: np.ndarray, first: int, *, are_prompts: bool
+) -> Iterator[Group]:
+    """Cuts sequences `first`, `first` + 1, ... by their keys, then by their own tokens."""
+    of_keys = np.flatnonzero(lengths)
+    for alike in _alike(of_keys, num_keys):
+        for members in _alike(alike, lengths):
+            yield Group(
+                torch.from_numpy(first + np.sort(members)),
+                int(lengths[members].max()),
+                int(num_keys[members].max()),
+                are_prompts,
+            )
+
+
+def _alike(members: np.ndarray, sizes: np.ndarray) -> Iterator[np.ndarray]:
+    """Runs of members whose sizes are at least 2/3 of their largest, or small anyway; the large ones first."""
+    members = members[np.argsort(-sizes[members], kind="stable")]
+    while len(members):
+        largest = sizes[members[0]]
+        num_alike = int((sizes[members] >= min(largest / 1.5, largest - SMALL_LENGTH)).sum())
+        yield members[:num_alike]
+        members = members[num_alike:]
 
 
 def _responses_of(prompt_of_response: np.ndarray, sees: np.ndarray, num_prompts: int) -> np.ndarray:

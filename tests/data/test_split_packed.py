@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pal_ds.data.batch import Collator
 from pal_ds.data.costs import pair_texts
+from pal_ds.data.packing import SMALL_LENGTH, pack_joint
 from pal_ds.data.prepare import DataConfig, prepare
 from pal_ds.data.sources import Jsonl
 from pal_ds.data.split_packed import PairTexts, split_by_cost
@@ -122,3 +123,24 @@ def test_costs_are_the_tokens_of_the_batch(
         batch = collator(rows[run[0]], run[0])
         assert batch.input_ids is not None
         assert batch.input_ids.shape[1] == distinct_tokens(texts, run[0])
+
+
+@settings(deadline=None, max_examples=100)
+@given(seed=st.integers(0, 10**6), num_prompts=st.integers(1, 12), longest=st.integers(1, 900))
+def test_blocks_of_like_length_hold_little_padding(
+    seed: int, num_prompts: int, longest: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    prompts = generator.integers(num_prompts, size=20)
+    by_prompt = [np.ones(n, np.int64) for n in generator.integers(longest, size=num_prompts)]
+    tails = [np.ones(n, np.int64) for n in generator.integers(1, longest + 1, size=20)]
+    packing = pack_joint([by_prompt[prompt] for prompt in prompts], prompts, tails).packing
+    length = packing.sequence_start.diff().numpy()
+    keys = length.copy()
+    keys[packing.num_prompts :] += packing.num_before.numpy()
+    members = [group.sequences.numpy() for group in packing.groups]
+    assert sorted(np.concatenate(members).tolist()) == np.flatnonzero(length).tolist()
+    for group, rows in zip(packing.groups, members, strict=True):
+        for longest_one, sizes in ((group.longest, length[rows]), (group.longest_keys, keys[rows])):
+            assert longest_one == sizes.max()
+            assert (sizes >= min(longest_one / 1.5, longest_one - SMALL_LENGTH)).all()
