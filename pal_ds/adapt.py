@@ -102,7 +102,7 @@ def fit_users(
         module.train(not isinstance(module, nn.Dropout))
     logits = prior.mean.repeat(num_users, 1)
     order = np.argsort(user_index, kind="stable")
-    chunks = _chunks(user_index[order], pairs_per_chunk(collator, rows))
+    chunks = _chunks(user_index[order], pairs_per_chunk(model.head, collator, rows))
     with progress_bar("fitting users", len(chunks), shown=shown, unit="users") as advance:
         for begin, end in chunks:
             chosen = order[begin:end]
@@ -121,8 +121,11 @@ def fit_users(
     return logits
 
 
-def pairs_per_chunk(collator: Collator, rows: np.ndarray) -> int:
-    """Comparisons whose hidden states fill about FLOATS_PER_CHUNK, PAIRS_PER_CHUNK at most."""
+def pairs_per_chunk(head: Head, collator: Collator, rows: np.ndarray) -> int:
+    """Comparisons whose hidden states, with what the head makes of prompts, fill about FLOATS_PER_CHUNK.
+
+    PAIRS_PER_CHUNK at most.
+    """
     data, store = collator.data, collator.response_store
     if data.response_vectors is not None:
         width, longest = data.response_vectors.shape[1], 1
@@ -131,7 +134,22 @@ def pairs_per_chunk(collator: Collator, rows: np.ndarray) -> int:
         width, longest = store.width, int(store.lengths_of(pairs).max(initial=1))
     else:
         return PAIRS_PER_FORWARD
-    return max(1, min(PAIRS_PER_CHUNK, FLOATS_PER_CHUNK // (2 * longest * width)))
+    floats = 2 * longest * width
+    if "prompt" in head.needs:
+        # K maps of each prompt; where every position of it is read, for each start of the solver by itself.
+        floats += head.num_prototypes * width * _prompt_copies(head, collator, rows)
+    return max(1, min(PAIRS_PER_CHUNK, FLOATS_PER_CHUNK // floats))
+
+
+def _prompt_copies(head: Head, collator: Collator, rows: np.ndarray) -> int:
+    """Positions whose K maps a comparison holds at once."""
+    store = collator.prompt_store
+    if "prompt_tokens" not in head.needs or store is None:
+        return 1
+    prompts = collator.data.comparisons["a"][rows]
+    if collator.encoding == "separate":
+        prompts = collator.data.response_prompt[prompts]
+    return 2 * (head.num_prototypes + 1) * int(store.lengths_of(prompts).max(initial=1))
 
 
 def _chunks(sorted_users: np.ndarray, num_pairs: int) -> list[tuple[int, int]]:

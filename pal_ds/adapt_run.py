@@ -249,7 +249,7 @@ class Fitting:
         head = self.restored.model.head.eval()
         with torch.no_grad():
             mixtures = head.mixture_weights(UserState(logits.to(device)))
-        num_pairs = pairs_per_chunk(collator, rows)
+        num_pairs = pairs_per_chunk(head, collator, rows)
         margins = predict(reader.model, collator, rows, mixtures, num_pairs, self.world)
         right = correctness(margins, self.data.comparisons["label"][rows].astype(float))
         return FittedShard(

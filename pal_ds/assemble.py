@@ -131,7 +131,9 @@ def _packed(config: BackboneConfig, model_config: Any) -> bool:
     from pal_ds.backbones.packed import FAMILIES
 
     obstacle = None
-    if config.tuning == "frozen":
+    if config.trust_remote_code and getattr(model_config, "auto_map", None):
+        obstacle = "code that comes with the weights may know nothing of packed rows"
+    elif config.tuning == "frozen":
         obstacle = "a frozen backbone encodes each text by itself: stored states must not depend on neighbours"
     elif config.attention == "eager":
         obstacle = "attention: eager knows padded rows only"
@@ -202,17 +204,22 @@ def load_backbone(parts: Parts, config: RunConfig, *, gpu: bool) -> nn.Module:
     """Given states for vector data, else a transformers model loaded for its tuning."""
     if parts.backbone is None:
         return GivenStates()
-    from pal_ds.backbones.packed import choose_layout
+    from pal_ds.backbones.packed import choose_layout, drops_attention
     from pal_ds.backbones.transformer import TransformerBackbone, load_transformer
 
     packed, precision = parts.collator.packed, config.train.precision
     model = load_transformer(
         parts.backbone, precision=precision, seed=config.train.seed, gpu=gpu, packed=packed
     )
-    layout, reason = choose_layout(
-        parts.backbone.attention, precision, gpu=gpu, causal=not parts.pool_mean
-    )
+    layout = None
     if packed:
+        layout, reason = choose_layout(
+            parts.backbone.attention,
+            precision,
+            gpu=gpu,
+            causal=not parts.pool_mean,
+            dropout=drops_attention(model.config),
+        )
         logger.info("packed rows: %s", reason)
     return TransformerBackbone(
         model, pool_mean=parts.pool_mean, prompt_tokens=parts.prompt_tokens, layout=layout

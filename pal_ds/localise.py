@@ -5,8 +5,9 @@ Margins are differences of `heads.statistics` rewards, so a step costs K numbers
 convex in s (distances, cosines), and a softmax has no finite minimiser where the comparisons can be separated: hence
 several starts, and a prior that makes the objective coercive.
 
-Steps are those of Gauss and Newton with Levenberg's damping: the margin's own curvature is left out, so the matrix
-J^T diag(loss'') J + precision is positive definite, and a step that does not descend is taken again, shorter.
+Steps are those of Gauss and Newton with Levenberg's damping: the margin's own curvature in s is left out, that of the
+softmax is not. The matrix may then be indefinite far from a minimum; a step that would not descend, or does not descend
+as promised, is taken again with more damping.
 
 Users lie along the last axis, no operation mixes them, and a user's padding depends on that user alone. Who else is
 fitted in the same call still moves the rounding of sums, and so the step after which a user is done: by less than 1e-3

@@ -26,7 +26,15 @@ from pal_ds.model import RewardModel
 from tests.backbones.test_packed import by_loops
 from tests.tiny import LLAMA, write_pairs
 
-WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero"}
+# Operations whose result, or the size of whose result, is a number on the device.
+WAITING = {
+    f"aten::{name}"
+    for name in (
+        *("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "bincount"),
+        *("_unique", "_unique2", "unique_consecutive", "unique_dim"),
+    )
+}
+READS = ("cpu", "item", "numpy", "tolist", "__bool__", "__int__", "__float__", "__index__")
 
 
 class Watch(TorchDispatchMode):
@@ -37,9 +45,22 @@ class Watch(TorchDispatchMode):
         self.seen: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.name in WAITING:
-            self.seen.append(func._schema.name)
-        return func(*args, **(kwargs or {}))
+        name, kwargs = func._schema.name, kwargs or {}
+        sizeless = name == "aten::repeat_interleave" and kwargs.get("output_size") is None
+        if name in WAITING or sizeless:
+            self.seen.append(name)
+        return func(*args, **kwargs)
+
+
+@pytest.fixture
+def no_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors refuse to be read from Python."""
+
+    def refuse(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a tensor is read from Python")
+
+    for name in READS:
+        monkeypatch.setattr(torch.Tensor, name, refuse)
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +74,15 @@ def batch(tmp_path_factory: pytest.TempPathFactory) -> Batch:
     return collator(rows, rows)
 
 
-def model_of(head: type[PalA] | type[PalB], batch: Batch) -> RewardModel:
+@pytest.fixture(scope="module")
+def models(batch: Batch) -> dict[str, RewardModel]:
     assert batch.input_ids is not None
     vocabulary = int(batch.input_ids.max()) + 1
     config = architecture_config(BackboneConfig(architecture=LLAMA), vocabulary)
     model = AutoModel.from_config(config, attn_implementation=NAME)
     backbone = TransformerBackbone(model, pool_mean=False, prompt_tokens=False)
-    return RewardModel(backbone, head(32, num_prototypes=3)).train()
+    heads = {"pal_a": PalA(32, num_prototypes=3), "pal_b": PalB(32, num_prototypes=3)}
+    return {name: RewardModel(backbone, head).train() for name, head in heads.items()}
 
 
 def update(model: RewardModel, batch: Batch, loss: PreferenceLoss) -> None:
@@ -70,17 +93,19 @@ def update(model: RewardModel, batch: Batch, loss: PreferenceLoss) -> None:
     decision_margin(output.margin, batch.window_end)
 
 
+@pytest.mark.usefixtures("no_reads")
 @pytest.mark.parametrize("weighting", ["last", "mean", "cumulative"])
-@pytest.mark.parametrize("head", [PalA, PalB])
+@pytest.mark.parametrize("head", ["pal_a", "pal_b"])
 def test_no_number_is_read_between_batch_and_gradients(
-    batch: Batch, head: type[PalA] | type[PalB], weighting: Any
+    batch: Batch, models: dict[str, RewardModel], head: str, weighting: Any
 ) -> None:
-    model = model_of(head, batch)
+    model = models[head]
     with Watch() as watch:
         update(model, batch, PreferenceLoss("logistic", weighting))
     assert not watch.seen
 
 
+@pytest.mark.usefixtures("no_reads")
 def test_index_tensors_for_variable_length_kernels(batch: Batch) -> None:
     assert batch.packing is not None
     with Watch() as watch:
@@ -88,7 +113,19 @@ def test_index_tensors_for_variable_length_kernels(batch: Batch) -> None:
     assert not watch.seen
 
 
-def test_a_number_that_is_read_is_noticed() -> None:
+def test_what_waits_is_noticed() -> None:
+    counts = torch.tensor([2, 1])
     with Watch() as watch:
-        torch.ones(1).item()
-    assert watch.seen == ["aten::_local_scalar_dense"]
+        counts[0].item()
+        torch.repeat_interleave(counts)
+        torch.repeat_interleave(counts, output_size=3)
+        counts.unique()
+    names = ["_local_scalar_dense", "repeat_interleave", "_unique2"]
+    assert watch.seen == [f"aten::{name}" for name in names]
+
+
+@pytest.mark.usefixtures("no_reads")
+def test_a_tensor_that_is_read_is_noticed() -> None:
+    for read in (torch.Tensor.cpu, torch.Tensor.tolist, bool, int):
+        with pytest.raises(AssertionError, match="read from Python"):
+            read(torch.ones(1))

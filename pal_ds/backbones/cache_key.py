@@ -55,7 +55,9 @@ def describe_states(
         "code": _code_hash(backbone),
         "layer": "last",
         "precision": precision,
-        "attention": choose_attention(backbone.attention, precision, gpu)[0],
+        "attention": choose_attention(
+            backbone.attention, precision, gpu, read_model_config(backbone)
+        )[0],
         "tokenizer": _tokenizer_hash(collator.data.tokenizer_path),
         "tokens": {name: tokens[name] for name in _TOKEN_KEYS},
         "encoding": collator.encoding,

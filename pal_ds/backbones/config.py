@@ -31,8 +31,8 @@ class BackboneConfig:
     installed, else torch's SDPA."""
     packing: Literal["auto", "packed", "padded"] = "auto"
     """packed: the distinct texts of a micro-batch in one row without padding, each prompt computed once for all its
-    responses; padded: every text a row. auto: packed for decoders that are trained and whose family is known to
-    give the same states (see `backbones/packed.py`)."""
+    responses; padded: every text a row. auto: packed where the backbone is trained and its family is known to give
+    the same states (see `backbones/packed.py`)."""
     gradient_checkpointing: bool = False
     encoding: Literal["auto", "joint", "separate"] = "auto"
     """joint: the response after its prompt in one pass; separate: each alone. auto: joint, except where an encoder

@@ -11,6 +11,7 @@ from pal_ds.backbones.packed_blocks import Blocks, blocks_of
 from pal_ds.backbones.packed_spans import Spans, spans_of, varlen_kernel
 from pal_ds.data.batch import Batch
 from pal_ds.data.packing import Packing
+from pal_ds.errors import UserError
 from pal_ds.heads.shapes import Float, Int
 
 DECODERS = frozenset(
@@ -32,20 +33,39 @@ Layout = Callable[[Packing], Blocks | Spans]
 
 
 def choose_layout(
-    wanted: str, precision: str, *, gpu: bool, causal: bool = True
+    wanted: str, precision: str, *, gpu: bool, causal: bool = True, dropout: bool = False
 ) -> tuple[Layout, str]:
-    """(layout, what it is and why) for `backbone.attention`: variable-length flash attention where it can run."""
-    blocks = partial(blocks_of, causal=causal)
+    """(layout, what it is and why) for `backbone.attention`: variable-length flash attention where it can run.
+
+    `dropout`: whether the model drops attention weights in training, which not every kernel can.
+
+    Raises:
+        UserError: flash attention is asked for by name and cannot run.
+    """
+    kernel, reason = None, "it needs a GPU and half precision"
     if wanted == "sdpa":
-        return blocks, "SDPA over blocks (asked for by backbone.attention)"
-    if not gpu or precision != "bf16":
-        return blocks, "SDPA over blocks (flash attention needs a GPU and half precision)"
-    kernel, reason = varlen_kernel()
-    if kernel is None:
-        return blocks, f"SDPA over blocks ({reason})"
-    return partial(
-        spans_of, kernel=kernel, causal=causal
-    ), f"variable-length flash attention ({reason})"
+        reason = "asked for by backbone.attention"
+    elif gpu and precision == "bf16":
+        kernel, reason = varlen_kernel(dropout=dropout)
+    if kernel is not None:
+        layout = partial(spans_of, kernel=kernel, causal=causal)
+        return layout, f"variable-length flash attention ({reason})"
+    refuse_without_flash(wanted, reason)
+    return partial(blocks_of, causal=causal), f"SDPA over blocks, no flash attention: {reason}"
+
+
+def refuse_without_flash(wanted: str, reason: str) -> None:
+    """Raises UserError where flash attention, which cannot run, is asked for by name."""
+    if wanted == "flash_attention_2":
+        raise UserError(
+            f"backbone.attention: flash_attention_2 cannot run here: {reason}. Set it to auto or sdpa."
+        )
+
+
+def drops_attention(model_config: Any) -> bool:
+    """Whether a transformers config asks for dropout of attention weights, by any of the names it goes by."""
+    names = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
+    return any((getattr(model_config, name, 0) or 0) > 0 for name in names)
 
 
 def packed_states(

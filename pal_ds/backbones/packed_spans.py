@@ -75,7 +75,7 @@ def attend_spans(
     return output.transpose(0, 1)
 
 
-def varlen_kernel() -> tuple[VarlenKernel | None, str]:
+def varlen_kernel(*, dropout: bool) -> tuple[VarlenKernel | None, str]:
     """(kernel, why): flash-attn where it is installed, else torch's own, else None. For half precision on a GPU."""
     if is_flash_attn_2_available():
         return _flash_attn, "flash-attn is installed"
@@ -87,6 +87,11 @@ def varlen_kernel() -> tuple[VarlenKernel | None, str]:
         return (
             None,
             "flash-attn is not installed, and this torch's variable-length attention has no windows",
+        )
+    if dropout:
+        return (
+            None,
+            "flash-attn is not installed, and torch's own has no dropout, which this model has",
         )
     return _torch_varlen, "torch's own, as flash-attn is not installed"
 
@@ -135,9 +140,7 @@ def _torch_varlen(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    assert dropout == 0, (
-        "torch's variable-length attention has no dropout; set backbone.attention to sdpa"
-    )
+    assert dropout == 0, "torch's variable-length attention has no dropout"
     options: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     output = varlen_attn(
         query,

@@ -6,6 +6,7 @@ It knows nothing of heads, users or losses: token ids and positions in, hidden s
 import difflib
 import logging
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,16 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedModel
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from pal_ds.backbones.config import BackboneConfig
-from pal_ds.backbones.packed import Layout, packed_states, pooled_states
+from pal_ds.backbones.packed import (
+    Layout,
+    packed_states,
+    pooled_states,
+    refuse_without_flash,
+)
 from pal_ds.backbones.packed_attention import NAME as PACKED
 from pal_ds.backbones.packed_blocks import blocks_of
 from pal_ds.data.batch import Batch
@@ -40,14 +46,15 @@ class TransformerBackbone(nn.Module):
         *,
         pool_mean: bool,
         prompt_tokens: bool,
-        layout: Layout = blocks_of,
+        layout: Layout | None = None,
     ) -> None:
         """`pool_mean`: one mean per row (encoders); `prompt_tokens`: every prompt position, not the last.
 
-        `layout`: how attention sees packed batches.
+        `layout`: how attention sees packed batches; SDPA over blocks where unset.
         """
         super().__init__()
-        self.model, self.layout = model, layout
+        self.model = model
+        self.layout = layout or partial(blocks_of, causal=not pool_mean)
         self.pool_mean, self.prompt_tokens = pool_mean, prompt_tokens
 
     def forward(self, batch: Batch) -> Features:
@@ -150,7 +157,8 @@ def load_transformer(
     assert config.path is not None, "materialise `backbone.architecture` first"
     attention = PACKED
     if not packed:
-        attention, reason = choose_attention(config.attention, precision, gpu)
+        choice = choose_attention(config.attention, precision, gpu, read_model_config(config))
+        attention, reason = choice
         logger.info("attention: %s (%s)", attention, reason)
     model = AutoModel.from_pretrained(
         config.path,
@@ -177,10 +185,12 @@ def empty_transformer(
     config: BackboneConfig, precision: str, *, packed: bool
 ) -> PreTrainedModel | Any:
     """The model of `config.path` without its weights, which the caller fills in; for the CPU."""
-    attention = PACKED if packed else choose_attention(config.attention, precision, gpu=False)[0]
+    model_config = read_model_config(config)
+    choice = choose_attention(config.attention, precision, gpu=False, model_config=model_config)
+    attention = PACKED if packed else choice[0]
     with no_init_weights():
         model = AutoModel.from_config(
-            read_model_config(config),
+            model_config,
             dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
             attn_implementation=attention,
             trust_remote_code=config.trust_remote_code,
@@ -214,17 +224,30 @@ def _add_adapters(model: PreTrainedModel, config: BackboneConfig, seed: int) -> 
         ) from None
 
 
-def choose_attention(wanted: str, precision: str, gpu: bool) -> tuple[str, str]:
-    """(implementation, reason): flash-attn where it can run, else SDPA; an explicit choice is kept."""
-    if wanted != "auto":
+def choose_attention(
+    wanted: str, precision: str, gpu: bool, model_config: Any = None
+) -> tuple[str, str]:
+    """(implementation, reason) for padded rows: flash-attn where it can run, else SDPA, else eager.
+
+    Raises:
+        UserError: flash-attn is asked for by name and cannot run.
+    """
+    if wanted in ("sdpa", "eager"):
         return wanted, "asked for by backbone.attention"
+    obstacle = None
     if not gpu:
-        return "sdpa", "no GPU"
-    if precision != "bf16":
-        return "sdpa", f"flash-attn needs half precision, the run is {precision}"
-    if not transformers.utils.is_flash_attn_2_available():
-        return "sdpa", "flash-attn is not installed"
-    return "flash_attention_2", "flash-attn is installed and the run is bf16 on a GPU"
+        obstacle = "no GPU"
+    elif precision != "bf16":
+        obstacle = f"flash-attn needs half precision, the run is {precision}"
+    elif not transformers.utils.is_flash_attn_2_available():
+        obstacle = "flash-attn is not installed"
+    if obstacle is None:
+        return "flash_attention_2", "flash-attn is installed and the run is bf16 on a GPU"
+    refuse_without_flash(wanted, obstacle)
+    model_class = MODEL_MAPPING.get(type(model_config), None)
+    if not getattr(model_class, "_supports_sdpa", True):
+        return "eager", f"{obstacle}, and transformers has no SDPA for {model_config.model_type}"
+    return "sdpa", obstacle
 
 
 __all__ = [

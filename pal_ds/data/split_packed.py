@@ -24,9 +24,9 @@ def split_by_cost(
 ) -> list[list[np.ndarray]]:
     """Cuts an update into [micro-step][rank] positions: comparisons of one prompt together, ranks' tokens even.
 
-    Every rank gets the same number of micro-steps, the fewest that both bounds allow; a position list is ascending
-    and may be empty where an update is smaller than the world. A comparison dearer than the budget makes a run of
-    its own: it cannot be cut. Which comparisons form the update is not touched.
+    Every rank gets the same number of micro-steps, as few as Graham's rule can fill; a position list is ascending and
+    may be empty where an update is smaller than the world. A comparison dearer than the budget makes a run of its
+    own: it cannot be cut. Which comparisons form the update is not touched.
 
     Args:
         most_pairs: comparisons in a run.
@@ -39,11 +39,16 @@ def split_by_cost(
     budget = total if most_tokens is None else most_tokens
     # Pieces dearer than the budget cost no more than a run each.
     by_tokens = min(-(-total // (world_size * budget)), -(-len(pieces) // world_size))
-    num_steps = max(-(-num_pairs // (world_size * most_pairs)), by_tokens)
-    runs = None
-    while runs is None:
-        runs = _fill(pieces, num_steps * world_size, most_pairs, budget)
-        num_steps += 1
+    low = max(-(-num_pairs // (world_size * most_pairs)), by_tokens)
+    high = -(-len(pieces) // world_size)
+    while low < high:
+        middle = (low + high) // 2
+        if _fill(pieces, middle * world_size, most_pairs, budget) is None:
+            low = middle + 1
+        else:
+            high = middle
+    runs = _fill(pieces, high * world_size, most_pairs, budget)
+    assert runs is not None, "a run for each piece has room for all"
     positions = [np.sort(np.array(run, np.int64)) for run in runs]
     return [positions[first : first + world_size] for first in range(0, len(runs), world_size)]
 

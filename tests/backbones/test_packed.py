@@ -12,18 +12,23 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModel
+from transformers import CONFIG_MAPPING, AutoModel
 
 from pal_ds.backbones.config import BackboneConfig
-from pal_ds.backbones.packed import DECODERS, ENCODERS, choose_layout
+from pal_ds.backbones.packed import DECODERS, ENCODERS, choose_layout, drops_attention
 from pal_ds.backbones.packed_attention import NAME
 from pal_ds.backbones.packed_blocks import blocks_of
 from pal_ds.backbones.packed_spans import Spans, spans_of
-from pal_ds.backbones.transformer import TransformerBackbone, architecture_config
+from pal_ds.backbones.transformer import (
+    TransformerBackbone,
+    architecture_config,
+    choose_attention,
+)
 from pal_ds.data.batch import Batch, Collator
 from pal_ds.data.prepare import DataConfig, prepare
 from pal_ds.data.sources import Jsonl
 from pal_ds.data.tables import PreparedData
+from pal_ds.errors import UserError
 from tests.tiny import write_pairs
 
 SIZES: dict[str, Any] = {
@@ -246,12 +251,12 @@ def test_texts_that_do_not_see_each_other(
     assert not torch.allclose(backbone(alone).response, backbone(joint).response, atol=1e-3)
 
 
-@pytest.mark.parametrize("layout", ["blocks", "spans"])
+@pytest.mark.parametrize("layout", ["default", "spans"])
 @pytest.mark.parametrize("family", sorted(ENCODERS))
 def test_encoders(data: PreparedData, family: str, layout: str) -> None:
     """Every text sees all of itself and nothing else; its mean is the state."""
     spans = partial(spans_of, kernel=by_loops, causal=False)
-    chosen = spans if layout == "spans" else partial(blocks_of, causal=False)
+    chosen = spans if layout == "spans" else None
     # XLM-R's positions begin behind its pad id.
     pad = {"pad_token_id": 3} if family == "xlm-roberta" else {}
     backbone = backbone_of(family, data, pad, pool_mean=True, layout=chosen)
@@ -304,13 +309,26 @@ def test_adapters(data: PreparedData) -> None:
 
 
 def test_layouts_are_chosen_by_hardware_and_precision() -> None:
-    def name(*arguments: str, gpu: bool) -> str:
-        return choose_layout(*arguments, gpu=gpu)[0].func.__name__  # pyright: ignore
+    def name(*arguments: str, gpu: bool, dropout: bool = False) -> str:
+        return choose_layout(*arguments, gpu=gpu, dropout=dropout)[0].func.__name__  # pyright: ignore
 
     assert name("auto", "fp32", gpu=True) == "blocks_of"
     assert name("auto", "bf16", gpu=False) == "blocks_of"
     assert name("sdpa", "bf16", gpu=True) == "blocks_of"
     assert name("auto", "bf16", gpu=True) == "spans_of"
+    # Torch's kernel, the one there is without flash-attn, has no dropout.
+    assert name("auto", "bf16", gpu=True, dropout=True) == "blocks_of"
+    assert drops_attention(CONFIG_MAPPING["bert"]()) and not drops_attention(
+        CONFIG_MAPPING["llama"]()
+    )
+    for choose in (choose_layout, choose_attention):
+        with pytest.raises(UserError, match="flash_attention_2 cannot run here"):
+            choose("flash_attention_2", "fp32", gpu=False)
+
+
+def test_a_model_without_sdpa_is_eager() -> None:
+    config = CONFIG_MAPPING["bloom"]()
+    assert choose_attention("auto", "fp32", gpu=False, model_config=config)[0] == "eager"
 
 
 def test_a_layer_compiles_as_one_graph(data: PreparedData) -> None:
