@@ -7,7 +7,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from pal_ds.arguments import keys
-from pal_ds.errors import UserError
+from pal_ds.errors import UnfinishedError, UserError
 from pal_ds.recipe import add_recipe_arguments, as_recipe, dump_recipe
 from pal_ds.run_dir import RunDirectory
 from pal_ds.score_command import Score
@@ -29,7 +29,7 @@ class Prepare:
 
 
 class Embed:
-    """Encode all texts with a frozen backbone into `backbone.cache`; resumable."""
+    """Encode all texts with a frozen backbone into `backbone.cache`; resumable, ends with 75 where it was stopped."""
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
@@ -43,7 +43,13 @@ class Embed:
         with listening(recipe.train.stop_signals):
             from pal_ds.embed import embed
 
-            embed(recipe)
+            came_to_the_end = embed(recipe)
+        # On every rank, after they have parted: one that left before would look lost to the others.
+        if not came_to_the_end:
+            raise UnfinishedError(
+                f"{recipe.backbone.cache}: stopped before every text was encoded; what was encoded is kept. Start the "
+                f"same command again to encode the rest (exit code {UnfinishedError.exit_code})."
+            )
 
 
 class Train:

@@ -9,6 +9,7 @@
 | 4 | a file could not be written (disk full, quota, read-only); earlier checkpoints are intact | once there is room |
 | 5 | another rank died, hung or failed | yes, resumes |
 | 6 | another process writes to the run directory | later, as it is |
+| 75 | `embed` was stopped on request before all was encoded; what was encoded is kept | yes, goes on |
 | 130 | interrupted from the keyboard | yes, resumes |
 """
 
@@ -52,6 +53,12 @@ class BusyError(UserError):
     """Another process writes to the run directory; nothing needs mending, it only has to end."""
 
     exit_code = 6
+
+
+class UnfinishedError(UserError):
+    """Stopped on request before the end, by a command that keeps no status: only its exit code can say so."""
+
+    exit_code = 75
 
 
 STORAGE_ERRNOS = frozenset(
@@ -106,5 +113,7 @@ def end_with(error: UserError | OSError, program: str) -> NoReturn:
     if told is None:
         raise error
     if os.environ.get("RANK", "0") == "0" and not getattr(told, "told", False):
-        print(f"{program}: error: {told}", file=sys.stderr)
+        # Who asked for a stop and gets it has made no mistake.
+        kind = "" if isinstance(told, UnfinishedError) else "error: "
+        print(f"{program}: {kind}{told}", file=sys.stderr)
     sys.exit(told.exit_code)

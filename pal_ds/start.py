@@ -1,5 +1,6 @@
 """Sets a training up: data, parts, partitioned weights, users, plan, and the newest intact checkpoint."""
 
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -123,23 +124,27 @@ def start_training(
     encoded: Collator | None = None,
     trust_checkpoint: bool = False,
 ) -> Training:
-    """Loads and shards everything and restores the newest intact checkpoint, if any."""
+    """Loads and shards everything and restores the newest intact checkpoint, if any.
+
+    Raises:
+        StopAsked: a stop was asked for while texts were being encoded; on every rank, and the cache keeps them.
+    """
     started = time.monotonic()
+    watch = StopWatch(config.train.time_limit_minutes)
     parts = assemble(config, data, run)
     check_token_budget(config, parts, data)
-    train_rows = data.rows("train")
-    if len(train_rows) == 0:
-        raise UserError(
-            f"{data.path}: its train split is empty. Prepare with smaller dev and test fractions."
-        )
+    plan = plan_of(config, data)
     ds_config = ds_config_of(config.train, world.world_size)
     users, table_rows = seen_users(config, data, parts.head.num_prototypes, world)
     collator = replace(encoded or parts.collator, table_rows=table_rows)
     backbone: nn.Module = GivenStates()
     base_weights = world.from_rank_zero(lambda: base_weights_of(parts))
     if encoded is None and parts.needs_store:
-        judged = np.concatenate([train_rows, data.rows("dev")])
-        collator = encode_frozen(parts, collator, judged, config, base_weights, world)
+        judged = np.concatenate([plan.comparisons, data.rows("dev")])
+        leave_if_asked = functools.partial(watch.leave_if_asked, world)
+        collator = encode_frozen(
+            parts, collator, judged, config, base_weights, world, leave_if_asked
+        )
     elif encoded is None:
         backbone = load_partitioned(parts, config, ds_config, world)
     if config.train.precision == "bf16":
@@ -150,12 +155,6 @@ def start_training(
     engine = start_training_engine(
         RewardModel(backbone, parts.head), config.optim, ds_config, guard
     )
-    items = data.response_prompt[data.comparisons["a"][train_rows]]
-    settings = config.train
-    plan = UpdatePlan(
-        train_rows, items, settings.batch_pairs, settings.seed, data.hash, settings.shuffle_unit
-    )
-    watch = StopWatch(settings.time_limit_minutes)
     tracker = Tracker(run, config, world)
     state = Training(
         config, run, world, data, parts, collator, engine, users, plan, guard, watch, tracker
@@ -170,6 +169,19 @@ def start_training(
         *(f"{num_parameters:,}", held / max(whole, 1)),
     )
     return state
+
+
+def plan_of(config: RunConfig, data: PreparedData) -> UpdatePlan:
+    """Which comparisons form which update. Raises UserError where there are none."""
+    rows, settings = data.rows("train"), config.train
+    if len(rows) == 0:
+        raise UserError(
+            f"{data.path}: its train split is empty. Prepare with smaller dev and test fractions."
+        )
+    items = data.response_prompt[data.comparisons["a"][rows]]
+    return UpdatePlan(
+        rows, items, settings.batch_pairs, settings.seed, data.hash, settings.shuffle_unit
+    )
 
 
 def check_token_budget(config: RunConfig, parts: Parts, data: PreparedData) -> None:

@@ -21,7 +21,7 @@ from pal_ds.errors import NumericError, StorageError
 from pal_ds.evaluate import dev_temperature, figures_of, predict, with_mixtures
 from pal_ds.progress import progress_bar
 from pal_ds.run_dir import RunDirectory, write_json
-from pal_ds.start import Training, start_training
+from pal_ds.start import Training, plan_of, start_training
 
 logger = logging.getLogger(__name__)
 
@@ -35,15 +35,20 @@ def train(
     encoded: Collator | None = None,
     trust_checkpoint: bool = False,
     recipe: str | None = None,
-) -> Collator:
+) -> Collator | None:
     """Trains until the last update (or `train.stop_after`), resuming from the newest intact checkpoint.
 
-    Returns the collator, which a sweep over heads and seeds on one frozen backbone passes on as `encoded`.
+    Returns the collator, which a sweep over heads and seeds on one frozen backbone passes on as `encoded`; None where
+    a stop was asked for before all texts were encoded.
     `recipe` (YAML) becomes the run's config.yaml once all is loaded, so that a start that fails changes nothing.
     """
-    state = start_training(
-        config, run, data, world, encoded=encoded, trust_checkpoint=trust_checkpoint
-    )
+    try:
+        state = start_training(
+            config, run, data, world, encoded=encoded, trust_checkpoint=trust_checkpoint
+        )
+    except StopAsked as asked:
+        end_before_updates(config, run, data, world, str(asked))
+        return None
     try:
         if recipe is not None:
             world.from_rank_zero(lambda: run.write_config(recipe))
@@ -57,6 +62,28 @@ def train(
         # Without this a finished process may abort in DeepSpeed's background threads.
         state.engine.destroy()
     return state.collator
+
+
+def end_before_updates(
+    config: RunConfig, run: RunDirectory, data: PreparedData, world: World, reason: str
+) -> None:
+    """A stopped run like any other: the next start goes on from the newest checkpoint and what the cache holds."""
+
+    def tell() -> None:
+        step = max(run.complete_steps(), default=0)
+        num_updates = config.train.epochs * plan_of(config, data).updates_per_epoch
+        logger.warning(
+            "stopping while texts are being encoded, at update %d of %d (%s): %s; the same command resumes",
+            *(step, num_updates, reason),
+            "what was encoded is kept"
+            if config.backbone.cache
+            else "the next start encodes them anew",
+        )
+        run.write_status(
+            {"state": "stopped", "step": step, "num_updates": num_updates, "reason": reason}
+        )
+
+    world.from_rank_zero(tell)
 
 
 def run_updates(state: Training) -> None:

@@ -2,41 +2,33 @@
 # and requeue.sh.
 
 # shellcheck shell=bash disable=SC2034,SC2154
-max_failures=3  # failed starts in a row without a new checkpoint, before a training is given up
-max_starts=10   # starts in a row without one, however they ended
+# shellcheck source=slurm/recipe.sh
+source "$here/recipe.sh"
 prepare_lock="" # a file: this job's data are prepared first, by one of those that name the same file
 
 # --- the record of a training ----------------------------------------------------------------------------------------
 
-recipe_value() { # FILE KEY PATTERN -> what a recipe, YAML or JSON, says of a key; nothing where it does not name it
-  local text pattern=$'[ \n{,"]'"$2\"?:[[:space:]]*($3)"
-  text=$'\n'$(sed 's/#.*//' "$1")
-  [[ $text =~ $pattern ]] && echo "${BASH_REMATCH[1]}" | tr -d "\"'" | sed 's/ *$//'
-  return 0
-}
-
-layer() { # FILE NAME: a recipe of this job, kept as NAME in the record at the first start, with what it says of two keys
+layer() { # FILE NAME: a recipe of this job, kept as NAME in the record at the first start, with what it says of three keys
   local found
   if [ ! -d "$record/code" ]; then
     [ -f "$1" ] || refuse "$1: no such recipe (looked from $PWD)"
     cp "$1" "$record/$2"
   fi
-  found=$(recipe_value "$record/$2" ds_config $'"[^"\n]*"|\'[^\'\n]*\'|[^,}\n]*')
+  found=$(recipe_value "$record/$2" ds_config "$a_text")
   ds_config=${found:-$ds_config}
-  found=$(recipe_value "$record/$2" stop_signals '[^]:]*')
-  stop_signals=${found:-$stop_signals}
+  look_into "$record/$2"
 }
 
 read_words() { # RECIPE [words] -> those for the ranks in $words, those for `pal-ds prepare` in $prepare_words
   local name value layers=1
-  ds_config="" stop_signals="" fresh=0
+  ds_config="" cache="" stop_signals="" fresh=0
   layer "$1" recipe.yaml
   shift
   words=() prepare_words=(--config "$record/recipe.yaml")
   while [ $# -gt 0 ]; do
     name=${1%%=*} value=${1#*=}
     case $name in
-      --config | --train.ds_config | --train.stop_signals | --allow_change)
+      --config | --train.ds_config | --backbone.cache | --train.stop_signals | --allow_change)
         if [ "$name" = "$1" ]; then
           [ $# -gt 1 ] || refuse "$name: names nothing"
           value=$2
@@ -55,6 +47,7 @@ read_words() { # RECIPE [words] -> those for the ranks in $words, those for `pal
       --allow_change) words+=("$name=$value") ;;
       --trust_checkpoint) words+=("$1") ;;
       --train.ds_config) ds_config=$value words+=("$name=$value") prepare_words+=("$name=$value") ;;
+      --backbone.cache) cache=$value words+=("$name=$value") prepare_words+=("$name=$value") ;;
       --train.stop_signals) stop_signals=$value words+=("$name=$value") prepare_words+=("$name=$value") ;;
       *) words+=("$1") prepare_words+=("$1") ;;
     esac
@@ -66,10 +59,7 @@ snapshot() { # RECIPE [words] -> $record/: code and recipes as the job first fou
   record=$run_dir/slurm/$job
   mkdir -p "$record"
   read_words "$@"
-  case ${stop_signals:-USR2} in
-    *USR2*) ;;
-    *) refuse "train.stop_signals is $stop_signals: this script tells the ranks to save by USR2. Add USR2, or leave it out." ;;
-  esac
+  refuse_without_usr2
   if [ ! -d "$record/code" ]; then
     if [ "$fresh" = 1 ] && [ -n "$(find "$run_dir" -mindepth 1 -maxdepth 1 ! -name slurm ! -name lock)" ]; then
       refuse "$run_dir: --fresh needs an empty directory. Name another --run_dir or empty this one."
@@ -97,6 +87,9 @@ checkpoint_step() { # 0 where there is none
 
 so_far() { echo "update $(checkpoint_step)"; }
 
+# Texts that a start has encoded into a cache are not encoded again, so they are progress as checkpoints are.
+saved() { echo "$(checkpoint_step)${cache:++$(num_shards)}"; }
+
 refuse_second_job() { # two jobs in one run directory would write over each other
   local other
   other=$(tail -n 1 "$run_dir/slurm/starts.jsonl" 2>/dev/null | sed 's/^{"job": "\([^"]*\)".*/\1/') || true
@@ -105,33 +98,10 @@ refuse_second_job() { # two jobs in one run directory would write over each othe
   fi
 }
 
-record_start() { # the updates between the newest checkpoint and the last logged one are made again
+record_training() { # the updates between the newest checkpoint and the last logged one are made again
   local logged
-  step_at_start=$(checkpoint_step)
   logged=$(tail -n 2 "$run_dir/metrics.jsonl" 2>/dev/null | sed -n 's/^{"step": \([0-9]*\),.*}$/\1/p' | tail -n 1) || true
-  printf '{"job": "%s", "start": %d, "time": "%s", "nodes": "%s", "tasks": %d, "logged_step": %d, "checkpoint_step": %d}\n' \
-    "$job" "$start" "$(date -Is)" "$SLURM_JOB_NODELIST" "$SLURM_NTASKS" "${logged:-0}" "$step_at_start" \
-    >>"$run_dir/slurm/starts.jsonl"
-}
-
-refuse_to_go_round() { # a job that is always stopped before it saves would be started for ever
-  local at starts
-  at=$(checkpoint_step)
-  starts=$(awk -v job="{\"job\": \"$job\"," -v at="\"checkpoint_step\": $at}" \
-    'index($0, job) == 1 { n = index($0, at) ? n + 1 : 0 } END { print n + 0 }' "$run_dir/slurm/starts.jsonl" 2>/dev/null) || true
-  if [ "${starts:-0}" -ge "$max_starts" ]; then
-    say "gave up: $starts starts in a row saved nothing beyond update $at. Give each more time (--time, and an earlier" \
-      "notice by --signal=B:USR2@SECONDS), lower train.save_every, or keep it from being preempted; then submit it again."
-    exit "$not_requeued"
-  fi
-}
-
-too_many_failures() { # notes this one; whether as many of this job in a row came no further than the newest checkpoint
-  local at failures
-  at=$(checkpoint_step)
-  echo "$at $exit_code $job $start" >>"$run_dir/slurm/failures"
-  failures=$(awk -v job="$job" -v at="$at" '$3 == job { n = $1 == at ? n + 1 : 0 } END { print n + 0 }' "$run_dir/slurm/failures")
-  [ "$failures" -ge "$max_failures" ]
+  record_start "\"logged_step\": ${logged:-0}, \"checkpoint_step\": $(checkpoint_step)"
 }
 
 # --- the end of a start ----------------------------------------------------------------------------------------------
@@ -170,7 +140,7 @@ finish() { # ends the job as the ranks left it: done, requeued, or failed with t
       # srun may end with 0 where a node was lost.
       if [ "$state" != stopped ]; then leave_if_slurm_acts; fail; fi
       # Too little time for a single update would go on for ever.
-      if [ "$reason" = "time limit" ] && [ "$(checkpoint_step)" = "$step_at_start" ]; then fail; fi
+      if [ "$reason" = "time limit" ] && [ "$(saved)" = "$saved_at_start" ]; then fail; fi
       requeue
       ;;
     # A step that could not be launched ends with 1, too.
@@ -184,20 +154,8 @@ finish() { # ends the job as the ranks left it: done, requeued, or failed with t
     rest 60
     fail
   fi
-  if ! nodes_answer; then
-    say "a node does not answer; waiting for SLURM to notice, which requeues the job then"
-    rest 600
-  fi
+  await_lost_nodes
   fail
-}
-
-fail() { # starts the job anew, unless the last starts came no further than this one
-  if too_many_failures; then
-    say "gave up: $max_failures failures in a row at update $(checkpoint_step)"
-    exit "$((exit_code > 0 ? exit_code : not_requeued))"
-  fi
-  say "the ranks ended with $exit_code"
-  requeue
 }
 
 # --- a start ---------------------------------------------------------------------------------------------------------
@@ -225,14 +183,15 @@ prepare() { # the jobs of a sweep may read the same data: one prepares them, the
 
 train() { # RECIPE RUN_DIR [words of `pal-ds train`]
   local limit
-  run_dir=$2 exit_code=0
+  run_dir=$2 ledger=$2/slurm exit_code=0
+  save_oftener="lower train.save_every, encode ahead by slurm/embed.sbatch"
   [ -f "$1" ] || [ -d "$run_dir/slurm/$job/code" ] || refuse "$1: no such recipe (looked from $PWD)"
   refuse_second_job
   snapshot "$1" "${@:3}"
   # SLURM 24.11 starts a job that was preempted once again after its end.
   [ ! -e "$record/finished" ] || { say "finished by an earlier start"; exit 0; }
   refuse_to_go_round
-  record_start
+  record_training
   trap 'forward USR2' USR2
   trap 'forward TERM' TERM
   watch_for_a_newer_start &

@@ -10,7 +10,7 @@ import pytest
 import pal_ds.export
 from pal_ds import commands
 from pal_ds.cli import main
-from pal_ds.errors import BusyError, RankLostError, UserError
+from pal_ds.errors import BusyError, RankLostError, UnfinishedError, UserError, end_with
 from tools import consolidate, reshard
 
 FULL = OSError(errno.ENOSPC, "No space left on device", "/full/x")
@@ -91,7 +91,15 @@ def test_every_code_is_in_both_tables() -> None:
     readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
     kinds = [kind for kind in vars(pal_ds.errors).values() if isinstance(kind, type)]
     codes = [kind.exit_code for kind in kinds if issubclass(kind, UserError)]
-    assert len(codes) == len(set(codes)) == 5
+    assert len(codes) == len(set(codes)) == 6
     for code in codes:
         assert f"| {code} | " in (pal_ds.errors.__doc__ or "")
         assert f"| {code} | " in readme
+
+
+def test_a_stop_that_was_asked_for_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    """It has a code of its own, by which a script knows it from the end."""
+    with pytest.raises(SystemExit) as stop:
+        end_with(UnfinishedError("stopped before the end"), "pal-ds")
+    assert stop.value.code == 75
+    assert capsys.readouterr().err == "pal-ds: stopped before the end\n"

@@ -134,11 +134,7 @@ def check_recipe(options: Namespace, recipe: str, run_dir: Path, words: list[str
             f"{recipe}: train.batch_pairs is {config.train.batch_pairs} and the job has {world_size} ranks; some would "
             f"never see a comparison. Ask for fewer, or set train.batch_pairs to {world_size} or more."
         )
-    if "USR2" not in config.train.stop_signals:
-        raise UserError(
-            f"{recipe}: train.stop_signals is {', '.join(config.train.stop_signals)}, and the job tells its ranks to "
-            "save by USR2. Add USR2, or leave the key out."
-        )
+    check_stop_signals(recipe, config.train.stop_signals)
     check_prepared(options, recipe, config.data.path)
     run = RunDirectory(run_dir)
     found = {path.name for path in run_dir.iterdir()} if run_dir.is_dir() else set()
@@ -158,6 +154,15 @@ def check_recipe(options: Namespace, recipe: str, run_dir: Path, words: list[str
     return notes
 
 
+def check_stop_signals(recipe: str, signals: Sequence[str]) -> None:
+    """Raises UserError where the ranks would die of what asks them to save."""
+    if "USR2" not in signals:
+        raise UserError(
+            f"{recipe}: train.stop_signals is {', '.join(signals)}, and the job tells its ranks to save by USR2. Add "
+            "USR2, or leave the key out."
+        )
+
+
 def check_prepared(options: Namespace, recipe: str, data: str) -> None:
     """Raises UserError where several nodes would need data that nobody has prepared."""
     if options.nodes > 1 and not Path(data, "dataset.json").is_file():
@@ -171,10 +176,17 @@ def check_embed(options: Namespace, words: list[str]) -> Checked:
     from pal_ds.embed import refuse_what_has_no_cache
     from pal_ds.recipe import recipe_from_arguments
 
+    for name in ("run_dir", "array"):
+        if options[name] is not None:
+            raise UserError(
+                f"--{name} {options[name]}: embed fills the one folder backbone.cache, by all ranks of one job. Leave "
+                f"--{name} out."
+            )
     recipe = one_argument(options, "RECIPE")
     check_config_files([f"--config={recipe}", *words])
     config = recipe_from_arguments([f"--config={recipe}", *words])
     refuse_what_has_no_cache(config)
+    check_stop_signals(recipe, config.train.stop_signals)
     check_prepared(options, recipe, config.data.path)
     return Path(str(config.backbone.cache)), [recipe, *words], []
 

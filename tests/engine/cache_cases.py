@@ -192,6 +192,35 @@ def refused_and_stopped(folder: str) -> dict[str, Any]:
     return {**told, "num_states": same(f"{folder}/whole", f"{folder}/full")}
 
 
+def stopped_in_start(folder: str, cached: bool) -> dict[str, Any]:
+    """A training of two ranks, one of which is told to stop while texts are encoded; then its second start."""
+    run, cache = Path(folder, f"stopped_{cached}"), f"{folder}/stopped_cache"
+    words = ["train", f"--run_dir={run}", *([f"--backbone.cache={cache}"] if cached else [])]
+    stop = at(ENCODING, 1, 4, lambda: os.kill(os.getpid(), signal.SIGUSR2))
+    told: dict[str, Any] = {"stopped": start(folder, 2, *words, hook=stop, shard_bytes=1 << 20)}
+    told["status"] = json.loads((run / "status.json").read_text())
+    held = [part["num_stored"] for part in contents(cache).values()] if cached else [0]
+    assert len(set(held)) == 1, held
+    told["held"] = held[0]
+    told["end"] = start(folder, 2, *words)
+    told["finished"] = json.loads((run / "status.json").read_text())
+    assert figures(run) == figures(Path(folder, "memory"))
+    told["num_tensors"] = 0
+    for step in sorted(path.name for path in Path(folder, "memory", "checkpoints").iterdir()):
+        parts = [Path(folder, name, "checkpoints", step) for name in ("memory", run)]
+        told["num_tensors"] += assert_same_tensors(*parts)
+    return told
+
+
+def out_of_time_in_start(folder: str, cached: bool) -> dict[str, Any]:
+    """A training whose time is up when its first text is to be encoded."""
+    run = Path(folder, f"late_{cached}")
+    words = ["train", f"--run_dir={run}", "--train.time_limit_minutes=0.01"]
+    words += [f"--backbone.cache={folder}/late_cache"] if cached else []
+    told = start(folder, 2, *words)
+    return {**told, "status": json.loads((run / "status.json").read_text())}
+
+
 def two_at_once(folder: str) -> dict[str, Any]:
     """Two worlds of one rank into one cache."""
     run = command("embed", f"--config={folder}/recipe.yaml", f"--backbone.cache={folder}/both")

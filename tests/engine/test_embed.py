@@ -70,13 +70,48 @@ def test_full_disk_and_stop(warm: WarmParent, place: str, runs: dict[str, Any]) 
     lines = [line for part in full["said"] for line in part.splitlines() if "error: " in line]
     assert len(lines) == 1 and "rank 1: " in lines[0] and "File too large" in lines[0], full["said"]
     assert f"{place}/full" in lines[0] and "Traceback" not in "".join(full["said"])
-    assert stopped["codes"] == [0, 0] and "stopping (signal)" in stopped["said"][0]
+    assert stopped["codes"] == [75, 75] and "stopping (signal)" in stopped["said"][0]
+    lines = [line for part in stopped["said"] for line in part.splitlines() if "pal-ds: " in line]
+    assert len(lines) == 1 and "error" not in lines[0], stopped["said"]
+    assert f"{place}/full: stopped before every text was encoded" in lines[0]
     # Three rounds of four texts on two ranks were made before the fourth; they were in no full shard.
     num_made = sum(stopped["held"]) - sum(full["held"])
     assert 0 < num_made <= 2 * 3 * 2 * 4
     num_texts = end["read"][0]
     assert end["to_encode"] == [num_texts - held for held in reversed(stopped["held"])]
     assert end["codes"] == [0] and told["num_states"] == 2 * num_texts
+
+
+@pytest.mark.parametrize("name", ["cached", "in_memory"])
+def test_a_training_stopped_while_it_encodes_goes_on(
+    warm: WarmParent, place: str, runs: dict[str, Any], name: str
+) -> None:
+    """It ends as any stopped run; started again it is the run that was never stopped, and its shards are read."""
+    told = warm(f"{CASES}stopped_in_start", place, name == "cached")
+    stopped, end = told["stopped"], told["end"]
+    assert stopped["codes"] == [0, 0], stopped["said"]
+    assert "(signal)" in stopped["said"][0] and "Traceback" not in "".join(stopped["said"])
+    assert told["status"] == {
+        "state": "stopped",
+        "step": 0,
+        "num_updates": told["finished"]["num_updates"],
+        "reason": "signal",
+    }
+    assert end["codes"] == [0, 0] and told["finished"]["state"] == "finished", end["said"]
+    assert told["num_tensors"] >= 20
+    # Three rounds of four texts on two ranks came before the stop in the fourth.
+    read = stopped["read"]
+    assert end["to_encode"] == ([read[0] - told["held"], read[1] - told["held"]] if read else [])
+    assert told["held"] == (24 if name == "cached" else 0)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_time_limit_may_fall_into_the_encoding(
+    warm: WarmParent, place: str, runs: dict[str, Any], cached: bool
+) -> None:
+    told = warm(f"{CASES}out_of_time_in_start", place, cached)
+    assert told["codes"] == [0, 0], told["said"]
+    assert (told["status"]["state"], told["status"]["reason"]) == ("stopped", "time limit")
 
 
 def test_two_at_once(warm: WarmParent, place: str, runs: dict[str, Any]) -> None:

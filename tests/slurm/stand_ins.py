@@ -22,6 +22,7 @@ esac
 echo "srun $*" >>"$CALLS"
 printf '%s' "$MASTER_PORT" >"$CALLS.port"
 [ -z '{silent}' ] || : >"$CALLS.{silent}"
+[ -z '{shards}' ] || mktemp -p '{shards}' --suffix=.safetensors >/dev/null
 [ -z '{status}' ] || printf '%s\\n' '{status}' >"$RUN/status.json"
 [ -z '{checkpoint}' ] || printf '{{"step": %s}}\\n' '{checkpoint}' >"$RUN/latest.json"
 trap 'echo "rank got USR2" >>"$CALLS"; exit {code}' USR2
@@ -66,6 +67,8 @@ class Job:
     silent: str = ""
     refused: str = ""
     leftover: str = ""
+    shards: str = ""
+    """A folder that gets another shard from each start."""
     prepare_seconds: float = 0
     recipe: str = "train: {}\n"
     variables: dict[str, str] = field(default_factory=dict)

@@ -172,6 +172,20 @@ def test_a_limit_too_short_for_one_update_does_not_go_on_for_ever(tmp_path: Path
     assert ends == [0, 0, 7]
 
 
+@pytest.mark.parametrize(("reason", "given_up"), [("time limit", 3), ("signal", 11)])
+def test_texts_that_were_encoded_are_progress(tmp_path: Path, reason: str, given_up: int) -> None:
+    """Stopped over and over while it fills a cache: each start goes on where the one before was stopped."""
+    (tmp_path / "c").mkdir()
+    facts = {"status": STOPPED % reason, "checkpoint": "", "recipe": "backbone: {cache: c}\n"}
+    job = Job(tmp_path, shards="c", **facts)
+    assert [job.start()[0] for _ in range(given_up + 1)] == [0] * (given_up + 1)
+    rows = (job.run / "slurm" / "starts.jsonl").read_text().splitlines()
+    assert [json.loads(row)["saved"] for row in rows[:3]] == ["0+0", "0+1", "0+2"]
+    # Another job, which encodes nothing.
+    job.shards, job.variables = "", {"SLURM_JOB_ID": "8"}
+    assert [job.start()[0] for _ in range(given_up)] == [0] * (given_up - 1) + [7]
+
+
 @pytest.mark.parametrize("signal", ["USR2", "TERM"])
 def test_a_signal_reaches_the_ranks_once(tmp_path: Path, signal: str) -> None:
     job = Job(tmp_path, status=STOPPED % "signal", seconds=20)

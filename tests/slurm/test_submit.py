@@ -137,6 +137,19 @@ REFUSALS = {
         "seeds/tiny/seed_2/config.yaml: this run was started with other values: train.seed: 0 -> 2",
     ),
     "embed without a cache": (["embed", "tiny.yaml"], "backbone.cache: not set"),
+    "embed with a run directory": (
+        ["embed", "tiny.yaml", "--run_dir=runs/x"],
+        "--run_dir runs/x: embed fills the one folder backbone.cache",
+    ),
+    "embed as an array": (["embed", "tiny.yaml", "--array=0-3"], "Leave --array out"),
+    "encoders that would die of the signal": (
+        [
+            *("embed", "tiny.yaml", "--", "--backbone.cache=c", "--backbone.path=base"),
+            *("--backbone.tuning=frozen", "--backbone.architecture=null"),
+            "--train.stop_signals=[TERM]",
+        ],
+        "train.stop_signals is TERM, and the job tells its ranks to save by USR2",
+    ),
     "embed raw data on several nodes": (
         [
             *("embed", "raw.yaml", "--nodes=2", "--", "--backbone.cache=c", "--backbone.path=base"),
