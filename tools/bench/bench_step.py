@@ -30,7 +30,7 @@ from tools.bench.environment import describe_environment
 from tools.bench.step_case import Case, Contestant, Unavailable, make_case
 from tools.bench.step_report import CLOCKS, Timed, draw_curve, interleave, print_row
 
-LARGEST_ERROR = 2e-5
+LARGEST_ERROR = 1e-4
 """Of a gradient against its own largest entry, or 1/100 of the largest of any: the gradients of key biases, and of the
 bias that moves responses and users alike, are zero in theory and noise in practice."""
 RATIOS = (0.4, 1.6, 4.0, 11.0)

@@ -84,17 +84,18 @@ def draw_curve(curve: list[dict[str, Any]], path: Path) -> None:
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
     ratios = [row["ratio"] for row in curve]
-    speeds: dict[str, list[float]] = {}
-    for row in curve:
+    # Who did not pass a row's parity check has a gap there.
+    speeds: dict[str, np.ndarray] = {}
+    for place, row in enumerate(curve):
         for x in row["contestants"]:
-            speeds.setdefault(x["name"], []).append(x["pairs_per_second"])
+            values = speeds.setdefault(x["name"], np.full(len(curve), np.nan))
+            values[place] = x["pairs_per_second"]
     for name, values in sorted(speeds.items()):
         left.plot(ratios, values, marker="o", label=name)
     ours = {name: values for name, values in speeds.items() if name.startswith("pal_ds")}
     for name, values in sorted(ours.items()):
         for other in sorted(speeds.keys() - ours.keys()):
-            against = np.asarray(values) / np.asarray(speeds[other])
-            right.plot(ratios, against, marker="o", label=f"{name} / {other}")
+            right.plot(ratios, values / speeds[other], marker="o", label=f"{name} / {other}")
     left.set_ylabel("pairs per second")
     right.set_ylabel("times as many pairs per second")
     right.axhline(1.0, color="grey", linewidth=0.8)
