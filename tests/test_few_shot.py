@@ -22,6 +22,7 @@ from pal_ds.few_shot import evaluate_few_shot, few_shot_curve
 from pal_ds.fit_shards import FOLDER, ShardFolder
 from pal_ds.restore import Restored, restore
 from pal_ds.run_dir import RunDirectory
+from pal_ds.user_ids import UserIds
 from pal_ds.users import UserTable
 from slurm import user_shards
 from tests.spawn import run_command
@@ -312,7 +313,7 @@ def test_many_users_are_reported_in_a_table_beside(
     for number in (0, 1):
         shutil.copytree(tmp_path / "users", tmp_path / "array" / "shards" / str(number))
     table = UserTable.load(tmp_path / "array" / "shards" / "1")
-    table.ids = [f"{user}-too" for user in table.ids]
+    table.ids = UserIds.of(f"{user}-too" for user in table.ids)
     table.save(tmp_path / "array" / "shards" / "1")
     user_shards.merge(tmp_path / "array")
     merged = user_figures.read_user_figures(tmp_path / "array" / "report.json")
