@@ -43,6 +43,8 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="take the run that lies in --out")
     options = parser.parse_args()
     figures: dict[str, Any] = {}
+    if options.keep and not any((options.out / "run" / "checkpoints").glob("step_*")):
+        parser.error(f"--keep: no run lies in {options.out}; leave it out to make one.")
     if not options.keep:
         shutil.rmtree(options.out, ignore_errors=True)
         options.out.mkdir(parents=True)
