@@ -29,6 +29,11 @@ class Spans(NamedTuple):
     longest_query: int
     longest_key: int
 
+    @property
+    def bounds(self) -> tuple[Tensor, Tensor, int, int]:
+        """What says where sequences begin and how long they get, in the order of both kernels' arguments."""
+        return self.query_start, self.key_start, self.longest_query, self.longest_key
+
 
 def spans_of(packing: Packing, kernel: VarlenKernel, *, causal: bool = True) -> Spans:
     """Index tensors of the sequences, on the packing's device and without waiting for it."""
@@ -117,10 +122,7 @@ def _flash_attn(
         query,
         key,
         value,
-        spans.query_start,
-        spans.key_start,
-        spans.longest_query,
-        spans.longest_key,
+        *spans.bounds,
         dropout_p=dropout,
         softmax_scale=scaling,
         causal=spans.causal,
@@ -146,10 +148,7 @@ def _torch_varlen(
         query,
         key,
         value,
-        spans.query_start,
-        spans.key_start,
-        spans.longest_query,
-        spans.longest_key,
+        *spans.bounds,
         window_size=_window(spans, window),
         **options,
     )
