@@ -120,6 +120,11 @@ def _live_as_rank(
         os.dup2(stream, 1)
         os.dup2(stream, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+        # A forked torch makes its thread pool anew at the next call that sizes it, and two threads at once (the loop's
+        # and autograd's) would find none: "Invalid thread pool!". Here there is one.
+        import torch
+
+        torch.set_num_threads(1)
         world = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": num_ranks}
         place = {"LOCAL_WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({key: str(value) for key, value in (world | place).items()})
