@@ -23,6 +23,7 @@ from pal_ds.heads.shapes import Float, Int
 from pal_ds.localise import SHAPES, solve
 from pal_ds.losses import PreferenceLoss, token_weights
 from pal_ds.model import RewardModel
+from pal_ds.points import encode_users
 from pal_ds.progress import progress_bar
 from pal_ds.terms import Comparisons
 from pal_ds.users import UserTable
@@ -96,6 +97,13 @@ def fit_users(
     Raises:
         UserError: `newton` for a head or a loss that it cannot do.
     """
+    if "context" in model.head.needs:
+        if solver != "auto":
+            raise UserError(
+                f"--solver {solver}: this run's head makes users' points from their comparisons; nothing is fitted. "
+                "Leave --solver out."
+            )
+        return encode_users(model, collator, rows, user_index, num_users, device)
     model.eval()
     for module in model.head.modules():
         # A hard mixture has no gradient; without dropout and noise, training mode is the soft one.

@@ -62,7 +62,7 @@ def adapt_run(
         raise UserError(f"--out {out}: not empty. Name an empty or new directory.")
     world = World(0, 1, device or torch.device("cpu"))
     restored = restore(run, step, world.device, trust=trust_checkpoint)
-    if not restored.parts.needs_users:
+    if not restored.model.head.has_points:
         raise UserError(
             f"{run.path}: its head has no users to adapt; every user gets the same scores."
         )

@@ -15,6 +15,7 @@ from pal_ds.backbones.config import BackboneConfig
 from pal_ds.backbones.given import GivenStates
 from pal_ds.config import RunConfig
 from pal_ds.data.batch import Collator
+from pal_ds.data.contexts import Contexts
 from pal_ds.data.tables import PreparedData
 from pal_ds.errors import UserError
 from pal_ds.heads.base import Head
@@ -92,6 +93,7 @@ def assemble(config: RunConfig, data: PreparedData, run: RunDirectory) -> Parts:
             "Set it to last."
         )
     _check_prompt(data, with_prompt)
+    _check_groups(data, head)
     collator = Collator(
         data,
         scored_positions="last" if weighting == "last" else "all",
@@ -100,6 +102,7 @@ def assemble(config: RunConfig, data: PreparedData, run: RunDirectory) -> Parts:
         packed=packed,
         pooled=encoder,
         pad_token_id=0 if backbone is None else int(data.info["tokens"]["pad_token_id"]),
+        contexts=_contexts(config, data, head, backbone),
     )
     return Parts(
         head, collator, backbone, pool_mean=encoder, prompt_tokens="prompt_tokens" in head.needs
@@ -144,6 +147,29 @@ def _packed(config: BackboneConfig, model_config: Any) -> bool:
     if config.packing == "auto" and obstacle:
         logger.info("packing: padded rows, as %s", obstacle)
     return config.packing != "padded" and obstacle is None
+
+
+def _contexts(
+    config: RunConfig, data: PreparedData, head: Head, backbone: BackboneConfig | None
+) -> Contexts | None:
+    """What is drawn from the train split for a head that reads other comparisons of a user."""
+    if "context" not in head.needs:
+        return None
+    trained = backbone is not None and backbone.tuning != "frozen"
+    if trained and config.train.micro_batch_tokens is not None:
+        raise UserError(
+            "train.micro_batch_tokens: a budget counts the texts of comparisons, and this head reads those of "
+            f"{head.num_context} others for each. Unset it; train.micro_batch_pairs bounds a micro-batch."
+        )
+    return Contexts.of(data, data.rows("train"), config.train.seed)
+
+
+def _check_groups(data: PreparedData, head: Head) -> None:
+    if "group" in head.needs and len(data.groups) > head.num_prototypes:
+        raise UserError(
+            f"head.num_prototypes: {head.num_prototypes}, and the data have {len(data.groups)} groups "
+            f"({', '.join(data.groups)}). Set it to {len(data.groups)}."
+        )
 
 
 def _check_prompt(data: PreparedData, with_prompt: bool) -> None:

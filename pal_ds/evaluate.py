@@ -17,7 +17,10 @@ from pal_ds.heads.base import Head, HeadOutput, UserState
 from pal_ds.heads.shapes import Float
 from pal_ds.losses import decision_margin
 from pal_ds.metrics import evaluation_figures, fit_temperature
+from pal_ds.model import user_state
+from pal_ds.points import points_in_training
 from pal_ds.progress import progress_bar
+from pal_ds.user_ids import generic_row_of
 from pal_ds.users import TrainedUsers, UserTable
 from pal_ds.users.rows import blocks
 
@@ -27,26 +30,42 @@ Forward = Callable[[Batch, UserState], HeadOutput]
 
 
 def user_mixtures(head: Head, users: UserTable) -> Float[Tensor, "U+1 K"]:
-    """Each user's mixture as the head uses it in evaluation, and the population's (their mean) as the last row."""
+    """Each user's mixture as the head uses it in evaluation, and as the last row that of who is not in the table.
+
+    That is the mixture of the generic user where the table holds one, else the mean of all.
+    """
     head.eval()
     with torch.no_grad():
         mixtures = head.mixture_weights(UserState(users.logits))
-    return torch.cat([mixtures, population_mixture(mixtures)])
+    return torch.cat([mixtures, population_mixture(mixtures, generic_row_of(users.ids))])
 
 
 def with_mixtures(
-    head: Head, users: TrainedUsers, collator: Collator, rows: np.ndarray
-) -> tuple[Collator, Float[Tensor, "u+1 K"]]:
+    forward: Forward,
+    head: Head,
+    users: TrainedUsers,
+    collator: Collator,
+    rows: np.ndarray,
+    world: World,
+) -> tuple[Collator, Float[Tensor, "u+1 K"] | None]:
     """Mixtures of those alone whom the comparisons `rows` name, and a collator that calls them by their place there.
 
     As `user_mixtures` else: the last is the population's, taken over the table block by block where someone is unknown.
+    Points that a head makes from comparisons come from `forward`. None where users are their groups.
     """
-    owners = np.unique(collator.user_rows(rows))
-    known = owners[owners >= 0]
+    if "group" in head.needs:
+        return collator, None
+    owners, first = np.unique(collator.user_rows(rows), return_index=True)
+    asked = collator.data.comparisons["user"][rows]
+    known, codes = owners[owners >= 0], asked[first][owners >= 0]
     head.eval()
     mixtures = _mixtures_of(head, users, torch.from_numpy(known))
+    if "context" in head.needs:
+        mixtures = points_in_training(forward, head, collator, codes, world)
     population = mixtures.new_full((1, mixtures.shape[1]), torch.nan)
-    if len(known) < len(owners):
+    if collator.generic_row >= 0:
+        population = _mixtures_of(head, users, torch.tensor([collator.generic_row]))
+    elif len(known) < len(owners):
         sums = [
             _mixtures_of(head, users, torch.arange(*block)).double().sum(0, keepdim=True)
             for block in blocks(len(users))
@@ -56,7 +75,6 @@ def with_mixtures(
             if sums
             else population_mixture(mixtures)
         )
-    asked = collator.data.comparisons["user"][rows]
     places = np.full(len(collator.data.users), -1, np.int64)
     places[asked] = np.searchsorted(known, collator.user_rows(rows))
     places[asked[collator.user_rows(rows) < 0]] = -1
@@ -69,9 +87,13 @@ def _mixtures_of(head: Head, users: TrainedUsers, rows: Tensor) -> Float[Tensor,
         return head.mixture_weights(UserState(logits))
 
 
-def population_mixture(mixtures: Float[Tensor, "U K"]) -> Float[Tensor, "1 K"]:
-    """Mean of s_u over the users of a table; the simplex's centre where there are none."""
+def population_mixture(
+    mixtures: Float[Tensor, "U K"], generic_row: int = -1
+) -> Float[Tensor, "1 K"]:
+    """s_u of the generic user, else its mean over the users of a table; the simplex's centre where there are none."""
     num_users, num_prototypes = mixtures.shape
+    if generic_row >= 0:
+        return mixtures[generic_row : generic_row + 1]
     if num_users == 0:
         return mixtures.new_full((1, num_prototypes), 1.0 / num_prototypes)
     return mixtures.mean(0, keepdim=True)
@@ -81,7 +103,7 @@ def predict(
     forward: Forward,
     collator: Collator,
     rows: np.ndarray,
-    mixtures: Float[Tensor, "U+1 K"],
+    mixtures: Float[Tensor, "U+1 K"] | None,
     micro_batch_pairs: int,
     world: World,
     label: str | None = None,
@@ -90,8 +112,10 @@ def predict(
     """Margins (> 0 prefers response_2) of the comparisons `rows`, in their order, fp64 [n], on every rank.
 
     Pair i of a forward is the same at every world size up to which pairs share it, so margins agree to rounding.
-    A user the table does not hold (row -1) gets the last mixture, the population's.
+    A user the table does not hold (row -1) gets the last mixture, the population's. Without mixtures, users are what
+    the batches say of them (their group).
     """
+    mixtures = None if mixtures is None else mixtures.to(world.device)
     prompts = collator.data.response_prompt[collator.data.comparisons["a"][rows]]
     # Comparisons of one prompt side by side: a packed forward then computes it once for them.
     order = np.argsort(prompts, kind="stable")
@@ -111,7 +135,8 @@ def predict(
             begin = step * run_size + world.rank * micro_batch_pairs
             share = ordered[begin : min(begin + micro_batch_pairs, len(rows))]
             batch = collator(share, np.arange(len(share)), stand_in=int(rows[0])).to(world.device)
-            output = forward(batch, UserState(None, None, mixtures[batch.user_row]))
+            points = None if mixtures is None else mixtures[batch.user_row]
+            output = forward(batch, user_state(batch, mixture=points))
             padded = torch.full((micro_batch_pairs,), torch.nan, device=world.device)
             padded[: len(share)] = decision_margin(output.margin, batch.window_end)[: len(share)]
             margins.append(world.all_gather(padded).flatten())

@@ -24,6 +24,7 @@ from pal_ds.errors import UserError, writing
 from pal_ds.evaluate import dev_temperature, predict, report_on, user_mixtures
 from pal_ds.heads.shapes import Float
 from pal_ds.model import RewardModel
+from pal_ds.points import encode_users
 from pal_ds.restore import Restored, restore
 from pal_ds.run_dir import RunDirectory
 from pal_ds.user_figures import write_user_figures
@@ -37,8 +38,8 @@ class KnownUsers:
 
     ids: list[UserIds]
     """Of each table, the rows of one after those of the other; the last that holds a user has the say."""
-    mixtures: Float[torch.Tensor, "U+1 K"]
-    """Mixtures by row; the last is the population of the run's own users."""
+    mixtures: Float[torch.Tensor, "U+1 K"] | None
+    """Mixtures by row; the last is the population of the run's own users. None where users are their groups."""
 
     def table_rows(self, data: PreparedData) -> np.ndarray:
         """Row of each user of `data`, -1 for strangers."""
@@ -52,6 +53,8 @@ class KnownUsers:
 def known_users(restored: Restored, adapted: Path | None) -> KnownUsers:
     """The users of a run and of an adapted table. Raises UserError where the tables do not fit together."""
     head = restored.model.head
+    if "group" in head.needs:
+        return KnownUsers([restored.users.ids], None)
     mixtures = user_mixtures(head, restored.users)
     if adapted is None:
         return KnownUsers([restored.users.ids], mixtures)
@@ -65,6 +68,38 @@ def known_users(restored: Restored, adapted: Path | None) -> KnownUsers:
         [restored.users.ids, table.ids],
         torch.cat([mixtures[:-1], user_mixtures(head, table)[:-1], mixtures[-1:]]),
     )
+
+
+def with_points(
+    known: KnownUsers, restored: Restored, data: PreparedData, world: World
+) -> KnownUsers:
+    """The same where the run's users have rows of their own; else with points of those whom `data` names.
+
+    They are made from what the run's train split tells of each, as many comparisons as in the run's own evaluations.
+    """
+    contexts, head = restored.parts.collator.contexts, restored.model.head
+    if contexts is None or known.mixtures is None:
+        return known
+    own = UserIds.of(contexts.data.users)
+    asked = own.find(data.users)
+    codes = np.unique(asked[asked >= 0])
+    rows = restored.users.ids.find(own.take(codes))
+    codes, rows = codes[rows >= 0], rows[rows >= 0]
+    if len(codes) == 0:
+        return known
+    chosen, length = contexts.known(codes, head.num_context_scored)
+    told = np.arange(chosen.shape[1]) < length[:, None]
+    reader = reader_of(
+        *(restored, contexts.data, np.unique(chosen), np.arange(len(contexts.data.users)), world),
+        encode_ahead=True,
+    )
+    owner = np.repeat(np.arange(len(codes)), length)
+    points = encode_users(
+        *(reader.model, reader.collator, chosen[told], owner, len(codes), world.device)
+    )
+    mixtures = known.mixtures.clone()
+    mixtures[torch.from_numpy(rows)] = points
+    return replace(known, mixtures=mixtures)
 
 
 @contextlib.contextmanager
@@ -149,7 +184,9 @@ def reader_of(
     backbone is frozen or the caller is going to score the same texts many times.
     """
     parts = restored.parts
-    collator = replace(parts.collator, data=data, table_rows=table_rows)
+    collator = replace(
+        parts.collator, data=data, table_rows=table_rows, group_codes=_group_codes(restored, data)
+    )
     if parts.backbone is None or not (parts.needs_store or encode_ahead):
         return Reader(collator, restored.model)
     model, config = restored.model, restored.config
@@ -164,6 +201,12 @@ def reader_of(
     batch_texts = config.backbone.encode_batch_texts
     collator = encode_once(lambda: model.backbone, collator, rows, batch_texts, world, caches)
     return Reader(collator, RewardModel(GivenStates(), model.head))
+
+
+def _group_codes(restored: Restored, data: PreparedData) -> np.ndarray:
+    """The run's code of each group of `data`, -1 for one that it does not know."""
+    own = {name: code for code, name in enumerate(restored.data.groups)}
+    return np.asarray([own.get(name, -1) for name in data.groups], np.int64)
 
 
 def evaluate_run(
@@ -186,18 +229,18 @@ def evaluate_run(
         raise UserError(f"--name {name}: must be a plain name, the result goes to eval/NAME.json.")
     restored = restore(run, step, world.device, trust=trust_checkpoint)
     known = known_users(restored, users)
-    mixtures = known.mixtures.to(world.device)
     with opened_pairs(restored, file, world) as data:
         rows = data.rows(split) if file is None else np.arange(len(data.comparisons))
         if len(rows) == 0:
             raise UserError(
                 f"--split {split}: {data.path} has no pairs in it; it has {data.info['counts']['splits']}."
             )
+        known = with_points(known, restored, data, world)
         micro = restored.config.train.micro_batch_pairs
         temperature = _temperature(restored, micro, world)
         reader = reader_of(restored, data, rows, known.table_rows(data), world)
         margins = predict(
-            reader.model, reader.collator, rows, mixtures, micro, world, label="scoring"
+            reader.model, reader.collator, rows, known.mixtures, micro, world, label="scoring"
         )
         figures = report_on(data, rows, margins, reader.collator.user_rows(rows), temperature)
         if file is not None:
@@ -219,10 +262,9 @@ def _temperature(restored: Restored, micro: int, world: World) -> float:
     rows = data.rows("dev")
     if kind == "logistic" or len(rows) == 0:
         return 1.0
-    own = known_users(restored, None)
+    own = with_points(known_users(restored, None), restored, data, world)
     reader = reader_of(restored, data, rows, own.table_rows(data), world)
-    mixtures = own.mixtures.to(world.device)
-    margins = predict(reader.model, reader.collator, rows, mixtures, micro, world)
+    margins = predict(reader.model, reader.collator, rows, own.mixtures, micro, world)
     return dev_temperature(margins, data.comparisons["label"][rows].astype(float), kind)
 
 

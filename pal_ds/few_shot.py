@@ -10,7 +10,7 @@ from pal_ds.adapt_run import few_per_user
 from pal_ds.data.tables import PreparedData
 from pal_ds.engine.dist import World
 from pal_ds.errors import UserError
-from pal_ds.evaluate import figures_of, population_mixture, predict, user_mixtures
+from pal_ds.evaluate import figures_of, predict, user_mixtures
 from pal_ds.evaluate_run import reader_of
 from pal_ds.heads.base import UserState
 from pal_ds.restore import Restored, restore
@@ -60,7 +60,7 @@ def few_shot_curve(
     table_rows[owners] = np.arange(len(owners))
     everything = np.union1d(fit_rows, test_rows)
     reader = reader_of(restored, data, everything, table_rows, world, encode_ahead=True)
-    population = population_mixture(user_mixtures(restored.model.head, restored.users)[:-1])
+    population = user_mixtures(restored.model.head, restored.users)[-1:]
     prior, micro = LogitPrior.of(restored.users), restored.config.train.micro_batch_pairs
     draws = [(count, seed) for count in dict.fromkeys(num_comparisons) for seed in seeds]
     drawn = [_draw(data, fit_rows, count, seed) for count, seed in draws]
@@ -70,7 +70,7 @@ def few_shot_curve(
         draw * len(owners) + table_rows[user_of[part]] for draw, part in enumerate(drawn)
     ])  # fmt: skip
     mixtures = population.repeat(len(draws) * len(owners), 1)
-    if restored.parts.needs_users and len(rows):
+    if restored.model.head.has_points and len(rows):
         logits = fit_users(
             reader.model,
             restored.config.loss,

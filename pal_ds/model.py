@@ -1,9 +1,24 @@
 """The one module the engine shards: a backbone and a head, reached through a single forward."""
 
-from torch import nn
+from torch import Tensor, nn
 
 from pal_ds.data.batch import Batch
 from pal_ds.heads.base import Head, HeadOutput, Judge, UserState
+from pal_ds.heads.shapes import Float
+
+
+def user_state(
+    batch: Batch,
+    logits: Float[Tensor, "B K"] | None = None,
+    *,
+    mixture: Float[Tensor, "B K"] | None = None,
+    update: int | None = None,
+) -> UserState:
+    """What a head may know of the users of a batch; `mixture` stands in for all of it."""
+    return UserState(
+        *(logits, batch.gumbel, mixture, batch.context, batch.context_length),
+        *(batch.group, batch.normal, update),
+    )
 
 
 class RewardModel(nn.Module):

@@ -120,7 +120,7 @@ def _simplex(axes: Axes, run: RunDirectory, groups: dict[str, str | None]) -> bo
     # No weights are read here, and opening a run unpickles nothing that could run code.
     opened = open_run(run, trust=True)
     num_prototypes = opened.users.num_prototypes
-    if num_prototypes < 2:
+    if num_prototypes < 2 or "logits" not in opened.parts.head.needs:
         return False
     angles = np.pi / 2 + 2 * np.pi * np.arange(num_prototypes) / num_prototypes
     corners = np.stack([np.cos(angles), np.sin(angles)], axis=1)

@@ -18,6 +18,7 @@ from pal_ds.backbones.given import GivenStates
 from pal_ds.cache_folders import cache_folders
 from pal_ds.config import RunConfig
 from pal_ds.data.batch import Collator
+from pal_ds.data.draws import Draws
 from pal_ds.data.loader import UpdateSource
 from pal_ds.data.plan import UpdatePlan
 from pal_ds.data.tables import PreparedData
@@ -40,8 +41,8 @@ from pal_ds.errors import UserError
 from pal_ds.model import RewardModel
 from pal_ds.run_dir import RunDirectory
 from pal_ds.tracking import Tracker
-from pal_ds.user_ids import UserIds
-from pal_ds.users import Shard, TrainedUsers, trained_users
+from pal_ds.user_start import seen_users
+from pal_ds.users import TrainedUsers
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,13 @@ class Training:
             self.world.world_size,
             settings.micro_batch_pairs,
             settings.micro_batch_tokens,
-            (settings.seed, head.num_prototypes) if self.parts.needs_users else None,
+            Draws(
+                settings.seed,
+                head.num_prototypes,
+                head.needs & {"gumbel", "normal"},
+                head.num_context,
+            ),
+            self.config.users.generic_fraction,
         )
 
     @property
@@ -135,8 +142,13 @@ def start_training(
     check_token_budget(config, parts, data)
     plan = plan_of(config, data)
     ds_config = ds_config_of(config.train, world.world_size)
-    users, table_rows = seen_users(config, data, parts.head.num_prototypes, world)
-    collator = replace(encoded or parts.collator, table_rows=table_rows)
+    users, table_rows, generic_row = seen_users(config, data, parts.head, world)
+    collator = replace(
+        encoded or parts.collator,
+        table_rows=table_rows,
+        generic_row=generic_row,
+        contexts=parts.collator.contexts,
+    )
     backbone: nn.Module = GivenStates()
     base_weights = world.from_rank_zero(lambda: base_weights_of(parts))
     if encoded is None and parts.needs_store:
@@ -230,17 +242,6 @@ def encode_frozen(
     )
     batch_texts = config.backbone.encode_batch_texts
     return encode_once(load, collator, rows, batch_texts, world, caches, between)
-
-
-def seen_users(
-    config: RunConfig, data: PreparedData, num_prototypes: int, world: World
-) -> tuple[TrainedUsers, np.ndarray]:
-    """A fresh table of the users who may be trained on, and each data user's row in it (-1: held out)."""
-    ids = UserIds.of(data.users).take(np.flatnonzero(data.user_seen))
-    shard = Shard(world.rank, world.world_size, world.sum_integers)
-    table = trained_users(num_prototypes, ids, config.users, config.train.seed, world.device, shard)
-    table_rows = np.where(data.user_seen, np.cumsum(data.user_seen) - 1, -1)
-    return table, table_rows.astype(np.int64)
 
 
 def resume(state: Training, *, trust: bool) -> None:

@@ -222,12 +222,14 @@ def evaluate_on_dev(state: Training) -> bool:
     phase.enter("evaluate")
     state.engine.eval()
     with state.watch.timed("evaluation"):
-        collator, mixtures = with_mixtures(state.parts.head, state.users, state.collator, rows)
+        collator, mixtures = with_mixtures(
+            state.engine, state.parts.head, state.users, state.collator, rows, state.world
+        )
         margins = predict(
             state.engine,
             collator,
             rows,
-            mixtures.to(state.world.device),
+            mixtures,
             state.config.train.micro_batch_pairs,
             state.world,
             between_steps=lambda: state.watch.leave_if_asked(state.world),

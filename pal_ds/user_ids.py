@@ -7,6 +7,7 @@ from typing import Any, SupportsIndex, overload
 
 import numpy as np
 
+from pal_ds.data.records import POPULATION_USER
 from pal_ds.errors import UserError
 
 _CHUNK = 2**18
@@ -194,6 +195,11 @@ class UserIds(Sequence[str]):
             values = sums[offsets[1:] - offsets[0]] - sums[offsets[:-1] - offsets[0]]
             hashes[begin : begin + _CHUNK] = (values ^ (values >> np.uint64(32))) * _SPREAD
         return hashes
+
+
+def generic_row_of(ids: UserIds) -> int:
+    """Row of the user who stands for all of whom nothing is known; -1 where there is none."""
+    return int(ids.find([POPULATION_USER])[0])
 
 
 def named(ids: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pal_ds.data.batch import Collator
 from pal_ds.data.tables import COMPARISON_DTYPE, PreparedData
+from pal_ds.engine.dist import World
 from pal_ds.evaluate import user_mixtures, with_mixtures
 from pal_ds.heads import PalA
 from pal_ds.users import UserTable, files, rows
@@ -132,10 +133,10 @@ def test_evaluation_looks_up_the_users_it_meets_alone() -> None:
     nothing = np.zeros(0, np.int64)
     data = PreparedData(Path(), {}, comparisons, nothing, [*IDS, "x"], nothing.astype(bool), [])
     head = PalA(4, num_prototypes=K)
-    everyone = user_mixtures(head, table)
+    everyone, world = user_mixtures(head, table), World(0, 1, torch.device("cpu"))
     for asked in (np.arange(5), np.array([0, 2])):
         collator, mixtures = with_mixtures(
-            head, table, Collator(data, table_rows=table_rows), asked
+            *(head, head, table, Collator(data, table_rows=table_rows), asked, world)
         )
         found = mixtures[collator.user_rows(asked)]
         wanted = everyone[table_rows[comparisons["user"][asked]]]

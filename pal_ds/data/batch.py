@@ -10,11 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pal_ds.data.contexts import Contexts, preferred_first
+from pal_ds.data.draws import Draws
 from pal_ds.data.feature_cache import FeatureStore, MappedFeatures
-from pal_ds.data.packing import Packing, pack_joint, pack_pooled, pack_separate, pad_right
-from pal_ds.data.plan import gumbel_noise
-from pal_ds.data.ragged import Ragged
+from pal_ds.data.packing import (
+    Packing,
+    pack_joint,
+    pack_pooled,
+    pack_separate,
+    pad_right,
+    truncate_left,
+)
+from pal_ds.data.ragged import Ragged, windows_from_first_difference
 from pal_ds.data.tables import PreparedData
+from pal_ds.data.vectors import states_of
 from pal_ds.heads.shapes import Float, Int
 
 ScoredPositions = Literal["last", "all"]
@@ -47,7 +56,14 @@ class Batch(NamedTuple):
     user_row: Int[Tensor, "B"]
     position: Int[Tensor, "B"]
     """Global position in the update; -1 for a stand-in."""
-    gumbel: Float[Tensor, "B K"] | None
+    group: Int[Tensor, "B"]
+    """Group of each comparison, as the run's data number them; -1 for none."""
+    gumbel: Float[Tensor, "B K"] | None = None
+    normal: Float[Tensor, "B K"] | None = None
+    context: Int[Tensor, "B N 2"] | None = None
+    """Other comparisons of the same user: responses of the batch that were preferred and rejected."""
+    context_length: Int[Tensor, "B"] | None = None
+    """How many of them are there."""
     packing: Packing | None = None
     """Given where all texts lie in one row (N = 1): response_positions and prompt_rows are then columns of it, the
     latter of each prompt's first token."""
@@ -75,29 +91,45 @@ class Collator:
     """Keyed by response in joint encoding (a truncated prompt differs between responses), else by prompt."""
     table_rows: np.ndarray | None = None
     """User table row of each user of the data, -1 for one the table does not hold; None: the same rows."""
+    group_codes: np.ndarray | None = None
+    """The run's code of each group of the data, -1 for one it does not know; None: the same codes."""
+    generic_row: int = -1
+    """User table row of the generic user, of whom nothing is known: no context and no group."""
+    contexts: Contexts | None = None
+    """What other comparisons of a user are drawn from; given where the head reads them."""
 
     def __call__(
         self,
         rows: np.ndarray,
         positions: np.ndarray,
-        noise: tuple[int, int, int] | None = None,
+        draws: Draws | None = None,
         stand_in: int = 0,
+        users: np.ndarray | None = None,
+        context: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> Batch:
-        """`rows` of the comparisons table at global `positions`; `noise` = (seed, update, K) asks for Gumbel noise.
+        """`rows` of the comparisons table at global `positions`; `draws` asks for what is random in training.
 
         An empty run becomes the comparison `stand_in` at weight 0, so that its rank takes part in the collectives.
+        `users` are the user table rows where they are not those of the comparisons; `context` is (comparisons [B, N],
+        how many count [B]) in place of drawn ones.
         """
         weight = np.ones(max(len(rows), 1), np.float32)
         if len(rows) == 0:
-            rows, positions, weight = (
-                np.full(1, stand_in, np.int64),
-                np.full(1, -1, np.int64),
-                np.zeros(1, np.float32),
-            )
+            rows, positions = np.full(1, stand_in, np.int64), np.full(1, -1, np.int64)
+            weight, users = np.zeros(1, np.float32), None
+        users = self.user_rows(rows) if users is None else users
+        if context is None and self.contexts is not None and draws is not None:
+            context = self.contexts.draw(rows, draws.epoch, draws.num_context)
+        is_generic = (users == self.generic_row) & (self.generic_row >= 0)
         table = self.data.comparisons[rows]
         pairs = np.stack([table["a"], table["b"]], axis=1)
-        responses, response_index = np.unique(pairs, return_inverse=True)
-        response_index = response_index.reshape(pairs.shape)
+        others = pairs[:0] if context is None else preferred_first(self.data, context[0].ravel())
+        responses, index = np.unique(np.concatenate([pairs, others]), return_inverse=True)
+        response_index, index = np.split(index.reshape(-1, 2), [len(pairs)])
+        told = {}
+        if context is not None:
+            told["context"] = torch.from_numpy(index.reshape(*context[0].shape, 2))
+            told["context_length"] = torch.from_numpy(np.where(is_generic, 0, context[1]))
         start, end = self._windows(responses, response_index)
         inputs = self._inputs(responses, response_index)
         return Batch(
@@ -108,11 +140,11 @@ class Collator:
             label=torch.from_numpy(table["label"].astype(np.int64)),
             required_margin=torch.from_numpy(table["margin"].astype(np.float32)),
             weight=torch.from_numpy(weight),
-            user_row=torch.from_numpy(self.user_rows(rows)),
+            user_row=torch.from_numpy(users),
             position=torch.from_numpy(positions.astype(np.int64)),
-            gumbel=None
-            if noise is None
-            else torch.from_numpy(gumbel_noise(noise[0], noise[1], positions, noise[2])),
+            group=torch.from_numpy(np.where(is_generic, -1, self._groups(rows))),
+            **({} if draws is None else draws.noise(positions)),
+            **told,
         )
 
     @property
@@ -137,20 +169,18 @@ class Collator:
         users = self.data.comparisons["user"][rows].astype(np.int64)
         return users if self.table_rows is None else self.table_rows[users]
 
+    def _groups(self, rows: np.ndarray) -> np.ndarray:
+        codes = self.data.comparisons["group"][rows].astype(np.int64)
+        return codes if self.group_codes is None else np.append(self.group_codes, -1)[codes]
+
     def _windows(
         self, responses: np.ndarray, response_index: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Scored window [start, end) of each pair: from the first differing token to the end of the longer one."""
+        """Scored window [start, end) of each pair."""
         num_pairs = len(response_index)
         if self.scored_positions == "last" or self.data.response_vectors is not None:
             return np.zeros(num_pairs, np.int64), np.ones(num_pairs, np.int64)
-        lengths = self.responses.lengths_of(responses)
-        padded = np.full((len(responses), int(lengths.max()) + 1), -1, np.int64)
-        for row, response in enumerate(responses):
-            padded[row, : lengths[row]] = self.responses[response]
-        first, second = padded[response_index[:, 0]], padded[response_index[:, 1]]
-        start = np.argmax(first != second, axis=1)
-        return start, lengths[response_index].max(axis=1)
+        return windows_from_first_difference(self.responses, responses, response_index)
 
     def _inputs(self, responses: np.ndarray, response_index: np.ndarray) -> dict[str, Any]:
         if self.packed and not self.stored:
@@ -178,10 +208,10 @@ class Collator:
         prompt_states = prompt_length = None
         if self.response_store is None:
             assert self.data.response_vectors is not None, "neither stored states nor vectors"
-            response_states = _vectors(self.data.response_vectors, responses)
+            response_states = states_of(self.data.response_vectors, responses)
             if self.with_prompt:
                 assert self.data.prompt_vectors is not None, "a head that needs the prompt got none"
-                prompt_states = _vectors(self.data.prompt_vectors, prompts)
+                prompt_states = states_of(self.data.prompt_vectors, prompts)
                 prompt_length = torch.ones(len(prompts), dtype=torch.int64)
         else:
             store = self.response_store
@@ -251,12 +281,12 @@ class Collator:
         head = self.prompts[int(self.data.response_prompt[response])]
         if self.encoding == "separate":
             return head[:num_prefix], tail
-        return _truncate_left(head, num_prefix, tokens["max_length"] - len(tail)), tail
+        return truncate_left(head, num_prefix, tokens["max_length"] - len(tail)), tail
 
     def prompt_sequence(self, prompt: int) -> np.ndarray:
         """The prompt alone, with its marker, as separate encoding reads it."""
         tokens = self.data.info["tokens"]
-        return _truncate_left(self.prompts[prompt], len(tokens["prefix_ids"]), tokens["max_length"])
+        return truncate_left(self.prompts[prompt], len(tokens["prefix_ids"]), tokens["max_length"])
 
 
 def _moved(part: Any, device: torch.device) -> Any:
@@ -267,16 +297,3 @@ def _moved(part: Any, device: torch.device) -> Any:
         inner = [_moved(piece, device) for piece in part]
         return type(part)(*inner) if hasattr(part, "_fields") else tuple(inner)
     return part
-
-
-def _vectors(table: np.ndarray, rows: np.ndarray) -> Float[Tensor, "n one H"]:
-    """Rows of a memory-mapped table as states of one position."""
-    return torch.from_numpy(np.asarray(table[rows]))[:, None]
-
-
-def _truncate_left(ids: np.ndarray, num_prefix: int, budget: int) -> np.ndarray:
-    """Keeps the special tokens in front and the last ids, `budget` in all."""
-    if len(ids) <= budget:
-        return ids
-    kept = budget - num_prefix
-    return np.concatenate([ids[:num_prefix], ids[len(ids) - kept :] if kept else ids[:0]])

@@ -1,7 +1,7 @@
 """Builds the batches of each update, in the rank itself or ahead of it in worker processes: the same either way."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pal_ds.data.batch import Batch, Collator
 from pal_ds.data.costs import padded_lengths, pair_texts
+from pal_ds.data.draws import Draws, keyed_uniform
 from pal_ds.data.plan import UpdatePlan, split_by_tokens, split_update
 from pal_ds.data.split_packed import split_by_cost
 
@@ -17,9 +18,10 @@ class UpdateInputs(NamedTuple):
     """What one rank needs to make one update."""
 
     rows: np.ndarray
-    """Rows of the comparisons table, of the whole update, in global order."""
+    """Rows of the comparisons table, of the whole update, in global order; one that the generic user is trained on,
+    too, stands twice."""
     user_rows: np.ndarray
-    """User table row of each of them."""
+    """User table row for whom each of them is trained."""
     runs: list[list[np.ndarray]]
     """[micro-step][rank] -> positions in `rows`."""
     batches: list[Batch]
@@ -36,15 +38,33 @@ class UpdateSource(Dataset[UpdateInputs]):
     world_size: int
     micro_batch_pairs: int
     micro_batch_tokens: int | None = None
-    noise: tuple[int, int] | None = None
-    """(seed, K): asks for Gumbel noise for the users' mixtures."""
+    draws: Draws | None = None
+    """What the head reads that is drawn at random; its update and epoch are filled in."""
+    generic_fraction: float = 0.0
+    """Probability that a comparison is also trained for the generic user, at `collator.generic_row`."""
 
     def __getitem__(self, update: int) -> UpdateInputs:
         epoch, index = divmod(update, self.plan.updates_per_epoch)
-        rows = self.plan.update(epoch, index)
+        rows, user_rows = self._with_generic(epoch, self.plan.update(epoch, index))
         runs = self.split(rows)
-        batches = [self.batch(update, rows, step_runs[self.rank]) for step_runs in runs]
-        return UpdateInputs(rows, self.collator.user_rows(rows), runs, batches)
+        draws = None if self.draws is None else replace(self.draws, update=update, epoch=epoch)
+        batches = [
+            self.collator(rows[run], run, draws, int(rows[0]), user_rows[run])
+            for run in (step_runs[self.rank] for step_runs in runs)
+        ]
+        return UpdateInputs(rows, user_rows, runs, batches)
+
+    def _with_generic(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of an update with those that are drawn for the generic user twice, side by side; and their users."""
+        users = self.collator.user_rows(rows)
+        if self.generic_fraction == 0:
+            return rows, users
+        key = ("generic", self.plan.seed, epoch)
+        copies = 1 + (keyed_uniform(key, rows) < self.generic_fraction)
+        users = np.repeat(users, copies)
+        # The second of two; the first of each stands where the copies before it end.
+        users[np.cumsum(copies)[copies == 2] - 1] = self.collator.generic_row
+        return np.repeat(rows, copies), users
 
     def split(self, rows: np.ndarray) -> list[list[np.ndarray]]:
         """[micro-step][rank] positions of an update."""
@@ -57,11 +77,6 @@ class UpdateSource(Dataset[UpdateInputs]):
         return split_by_tokens(
             padded_lengths(self.collator, rows), *bounds, self.micro_batch_tokens
         )
-
-    def batch(self, update: int, rows: np.ndarray, positions: np.ndarray) -> Batch:
-        """The micro-batch of these positions of an update."""
-        noise = None if self.noise is None else (self.noise[0], update, self.noise[1])
-        return self.collator(rows[positions], positions, noise, int(rows[0]))
 
 
 def updates_from(

@@ -17,28 +17,6 @@ def keyed_generator(*key: object) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))
 
 
-def gumbel_noise(seed: int, update: int, positions: np.ndarray, num_prototypes: int) -> np.ndarray:
-    """Standard Gumbel noise [B, K] (fp32), keyed by (seed, update, position in the update) per comparison.
-
-    A counter hash rather than one stream, so that a comparison keeps its noise however the update is split.
-    """
-    key = keyed_generator("gumbel", seed, update).integers(0, 2**64, dtype=np.uint64)
-    counter = positions.astype(np.uint64)[:, None] * np.uint64(num_prototypes) + np.arange(
-        num_prototypes, dtype=np.uint64
-    )
-    uniform = (_splitmix64(counter ^ key) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    return (-np.log(-np.log(np.clip(uniform, 1e-12, 1 - 1e-12)))).astype(np.float32)
-
-
-def _splitmix64(value: np.ndarray) -> np.ndarray:
-    """Sebastiano Vigna's splitmix64 finaliser, vectorised; wraps modulo 2**64 by design."""
-    with np.errstate(over="ignore"):
-        value = value + np.uint64(0x9E3779B97F4A7C15)
-        value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return value ^ (value >> np.uint64(31))
-
-
 @dataclass
 class UpdatePlan:
     """Cuts each epoch's permutation of `comparisons` into updates of `batch_pairs`; a short last one is kept.

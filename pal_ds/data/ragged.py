@@ -34,3 +34,15 @@ class Ragged:
         np.cumsum(lengths, out=offsets[1:])
         index = np.arange(offsets[-1]) + np.repeat(self.offsets[rows] - offsets[:-1], lengths)
         return Ragged(self.tokens[index], offsets)
+
+
+def windows_from_first_difference(
+    texts: Ragged, rows: np.ndarray, pairs: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(first place where the two texts of a pair differ, end of the longer one); `pairs` [B, 2]: places in `rows`."""
+    lengths = texts.lengths_of(rows)
+    padded = np.full((len(rows), int(lengths.max()) + 1), -1, np.int64)
+    for place, row in enumerate(rows):
+        padded[place, : lengths[place]] = texts[row]
+    first, second = padded[pairs[:, 0]], padded[pairs[:, 1]]
+    return np.argmax(first != second, axis=1), lengths[pairs].max(axis=1)

@@ -17,11 +17,12 @@ from pal_ds.data.plan import keyed_generator
 from pal_ds.engine.dist import World
 from pal_ds.engine.guard import UpdateGuard
 from pal_ds.engine.optim import schedule_factor
-from pal_ds.heads.base import HeadOutput, Judge, UserState
+from pal_ds.heads.base import HeadOutput, Judge
 from pal_ds.heads.shapes import Float
 from pal_ds.kernels.judge import FusedLoss
 from pal_ds.kernels.reference import PairFacts
 from pal_ds.losses import PreferenceLoss, decision_margin
+from pal_ds.model import user_state
 from pal_ds.users import TrainedUsers
 
 
@@ -76,7 +77,8 @@ class Stepper:
             leaf = None if at_hand is None else at_hand.leaf(batch.user_row)
             # ZeRO averages gradients over ranks, hence the factor world size.
             scale = self.world.world_size / num_pairs
-            output = self.engine(batch, UserState(leaf, batch.gumbel), self._judge(batch, scale))
+            user = user_state(batch, leaf, update=update)
+            output = self.engine(batch, user, self._judge(batch, scale))
             total, scaled = self._losses(output, batch, scale)
             phase.enter("backward")
             self.engine.backward(scaled, scale_wrt_gas=False)

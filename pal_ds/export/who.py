@@ -8,7 +8,7 @@ import torch
 
 from pal_ds.errors import UserError
 from pal_ds.evaluate import user_mixtures
-from pal_ds.exported.simplex import check_mixture
+from pal_ds.exported.simplex import check_point
 from pal_ds.heads.base import Head, UserState
 from pal_ds.users import UserTable
 
@@ -39,7 +39,7 @@ def choose_audience(
     """
     if user is not None and mixture is not None:
         raise UserError("--user and --mixture are two answers to one question: give one of them.")
-    if "logits" not in head.needs:
+    if not head.is_personal:
         if user is not None or mixture is not None:
             raise UserError(
                 f"{type(head).__name__} has one reward for everyone: leave out --user and "
@@ -48,12 +48,18 @@ def choose_audience(
         return Audience(None, "everyone (this reward knows no users)")
     if mixture is not None:
         try:
-            return Audience(check_mixture(mixture, head.num_prototypes), "the mixture it was given")
+            point = check_point(mixture, head.num_prototypes, head.on_simplex)
+            return Audience(point, "the mixture it was given")
         except ValueError as error:
             raise UserError(f"--mixture: {error}") from None
     if user is None:
         population = user_mixtures(head, users)[-1]
         return Audience(population.tolist(), f"the population, the mean of {len(users)} users")
+    if "group" in head.needs:
+        raise UserError(
+            f"--user: {type(head).__name__} asks for the group of a comparison, not for its user. Give --mixture with "
+            "a 1 at the group's place."
+        )
     table = users
     if users_dir is not None:
         adapted = UserTable.load(users_dir)
@@ -63,6 +69,11 @@ def choose_audience(
                 f"{head.num_prototypes}. Adapt them to this run."
             )
         table = adapted if user in adapted or user not in users else users
+    if table is users and "logits" not in head.needs and user in users:
+        raise UserError(
+            f"--user {user}: {type(head).__name__} makes a user's point from comparisons. Run `adapt` with some of "
+            "this user's and give its folder as --users."
+        )
     with torch.no_grad():
         row = head.eval().mixture_weights(UserState(table.logits[table.rows([user])]))[0]
     return Audience(row.tolist(), "one user")

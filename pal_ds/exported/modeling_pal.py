@@ -16,7 +16,7 @@ from .canonical import canonical_ids, find_prompt_length, num_leading
 from .encoding import drop_unused_modules, encode_tokens, hidden_size_of
 from .exported_head import Features, UserState, build_head
 from .rows import pad_right, token_mask
-from .simplex import check_mixture
+from .simplex import check_point
 
 
 class PalRewardConfig(PretrainedConfig):
@@ -47,7 +47,7 @@ class PalRewardConfig(PretrainedConfig):
         Args:
             text_config: the backbone's config, or its dictionary.
             head: {"name", "init"}: the head's class and its constructor's arguments.
-            mixture: the user's point of the simplex over the head's prototypes.
+            mixture: the user's point: of the simplex over the head's prototypes, for most heads.
             encoding: `joint` (the response after its prompt in one pass) or `separate`.
             pool_mean: a score reads the mean over a row (encoders), not its last token.
             prefix_ids, end_ids: special tokens around every text.
@@ -94,15 +94,17 @@ class PalForSequenceClassification(PreTrainedModel):
     _supports_attention_backend = True
 
     def __init__(self, config: PalRewardConfig) -> None:
-        """Raises ValueError where the mixture is no point of the simplex over the prototypes."""
+        """Raises ValueError where the mixture is no point that the head's users may have."""
         super().__init__(config)
         self.backbone = AutoModel.from_config(config.text_config)
         drop_unused_modules(self.backbone)
         head: dict = config.head or {}
         self.head = build_head(head["name"], hidden_size_of(config.text_config), head["init"])
         self.reads_prompt = "prompt" in self.head.needs
-        if "logits" in self.head.needs:
-            config.mixture = check_mixture(config.mixture, self.head.num_prototypes)
+        if self.head.is_personal:
+            config.mixture = check_point(
+                config.mixture, self.head.num_prototypes, self.head.on_simplex
+            )
         self.post_init()
 
     def forward(
@@ -234,7 +236,7 @@ class PalForSequenceClassification(PreTrainedModel):
         index = index[:, None]
         features = Features(response, index, prompt, index, prompt_length)
         mixture = None
-        if "logits" in self.head.needs:
+        if self.head.is_personal:
             weights = torch.tensor(self.config.mixture, device=device)
             mixture = weights.expand(len(texts), -1)
         return self.head.reward(features, UserState(None, None, mixture))[:, 0]

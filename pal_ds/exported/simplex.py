@@ -1,8 +1,21 @@
-"""Checks that a mixture is a point of the simplex; stdlib only, carried by exported folders."""
+"""Checks of the point that stands for a user; stdlib only, carried by exported folders."""
 
+import math
 from collections.abc import Sequence
 
 TOLERANCE = 1e-4
+
+
+def check_point(point: Sequence[float] | None, num: int, on_simplex: bool) -> list[float]:
+    """The point as floats; ValueError unless it is a mixture or, off the simplex, `num` finite numbers."""
+    if on_simplex:
+        return check_mixture(point, num)
+    numbers = [] if point is None else [float(number) for number in point]
+    if len(numbers) != num or not all(map(math.isfinite, numbers)):
+        raise ValueError(
+            f"mixture has {len(numbers)} finite numbers; this head's users are points of {num}."
+        )
+    return numbers
 
 
 def check_mixture(mixture: Sequence[float] | None, num_prototypes: int) -> list[float]:

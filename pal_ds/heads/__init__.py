@@ -2,18 +2,31 @@
 
 from .base import Features, Head, HeadOutput, UserState
 from .bradley_terry import BradleyTerry
+from .categorical import Categorical
+from .lore import Lore
+from .mean_variance import MeanVariance
 from .pal_a import PalA
 from .pal_b import PalB
+from .per_domain import PerDomain
+from .vpl import Vpl
 
-HEADS: dict[str, type[Head]] = {head.__name__: head for head in (PalA, PalB, BradleyTerry)}
+HEADS: dict[str, type[Head]] = {
+    head.__name__: head
+    for head in (PalA, PalB, BradleyTerry, Lore, Vpl, MeanVariance, Categorical, PerDomain)
+}
 
 __all__ = [
     "HEADS",
     "BradleyTerry",
+    "Categorical",
     "Features",
     "Head",
     "HeadOutput",
+    "Lore",
+    "MeanVariance",
     "PalA",
     "PalB",
+    "PerDomain",
     "UserState",
+    "Vpl",
 ]

@@ -41,7 +41,18 @@ class UserState(NamedTuple):
     gumbel: Float[Tensor, "B K"] | None = None
     """Standard Gumbel noise, keyed by (seed, update, comparison); given in training only."""
     mixture: Float[Tensor, "B K"] | None = None
-    """A point of the simplex that replaces softmax(w_u / tau): scoring and export."""
+    """The user's point, in place of what a head would make of the rest: scoring and export. For most heads a point of
+    the simplex, in place of softmax(w_u / tau)."""
+    context: Int[Tensor, "B N 2"] | None = None
+    """Other comparisons of the user: rows of `Features.response` that were preferred and rejected."""
+    context_length: Int[Tensor, "B"] | None = None
+    """How many of the N are there; 0 for a user of whom nothing is known."""
+    group: Int[Tensor, "B"] | None = None
+    """Group of each comparison; -1 where it has none."""
+    normal: Float[Tensor, "B K"] | None = None
+    """Standard normal noise, keyed by (seed, update, comparison); given in training only."""
+    update: int | None = None
+    """Number of the update, for schedules; given in training only."""
 
 
 class HeadOutput(NamedTuple):
@@ -54,6 +65,8 @@ class HeadOutput(NamedTuple):
     """Regulariser per comparison, added to its loss; zeros where a head has none."""
     total: Float[Tensor, ""] | None = None
     """The weighted sum of losses where a judge made it; reward and margin then carry no gradients."""
+    point: Float[Tensor, "B K"] | None = None
+    """Each user's point where the head made it from the context, without noise."""
 
 
 class Placement(NamedTuple):
@@ -75,32 +88,57 @@ class Head(nn.Module, ABC):
     """Maps features and user state to rewards. Concrete heads are final; share by composition, not by subclassing."""
 
     needs: frozenset[str]
-    """Subset of {"prompt", "prompt_tokens", "logits"}: what Features and UserState must carry. `prompt_tokens`
-    asks for every position of the prompt instead of its last."""
+    """Subset of {"prompt", "prompt_tokens", "logits", "gumbel", "context", "group", "normal"}: what Features and
+    UserState must carry. `prompt_tokens` asks for every position of the prompt instead of its last."""
     family: ClassVar[str] = ""
     """Which of the models that people ask for by name this head makes; see `reward_models.py`."""
     num_prototypes: int
-    """K, the width of a user's logits; 1 for a head without users."""
+    """K, the width of a user's point and logits; 1 for a head without users."""
+    on_simplex: ClassVar[bool] = True
+    """Whether users' points are mixtures, at least 0 and summing to 1; else any K numbers."""
+    num_context: int = 0
+    """N, how many of a user's comparisons a head that needs `context` reads in training."""
+    num_context_scored: int = 0
+    """The same in evaluation, where one draw stands for a user."""
 
     @abstractmethod
     def reward(self, features: Features, user: UserState) -> Float[Tensor, "B r T"]:
         """Reward of each response of each comparison for its user, fp32."""
 
-    def compare(self, reward: Float[Tensor, "B r T"]) -> Float[Tensor, "B T"]:
-        """Margin of response_2 over response_1: the difference of rewards."""
-        return reward[:, 1] - reward[:, 0]
+    @property
+    def is_personal(self) -> bool:
+        """Whether rewards depend on a point of K numbers."""
+        return not self.needs.isdisjoint({"logits", "context", "group"})
 
-    def mixture_weights(self, user: UserState) -> Float[Tensor, "B K"]:
-        """The simplex point s_u this head uses for each user; all ones for a head without users."""
-        raise NotImplementedError(f"{type(self).__name__} has no user mixture")
+    @property
+    def has_points(self) -> bool:
+        """Whether the point is the user's own: looked up, fitted or made from comparisons."""
+        return not self.needs.isdisjoint({"logits", "context"})
 
-    def linear_weight(self) -> Float[Tensor, "H"] | None:
-        """v where the reward is <v, h(x)> for everyone, so that an export can be a stock class."""
-        return None
+    def compare(self, features: Features, user: UserState) -> HeadOutput:
+        """Rewards, margins and penalties of comparisons; a margin is a difference of rewards unless overridden."""
+        reward = self.reward(features, user)
+        return HeadOutput(reward, reward[:, 1] - reward[:, 0], self.penalty(user, reward))
 
     def penalty(self, user: UserState, reward: Float[Tensor, "B r T"]) -> Float[Tensor, "B"]:
         """Regulariser per comparison; zeros unless the head overrides it."""
         return reward.new_zeros(reward.shape[0])
+
+    def mixture_weights(self, user: UserState) -> Float[Tensor, "B K"]:
+        """The point s_u this head uses for each user; all ones for a head without users.
+
+        For a head that reads no logits, those of a table that was never trained: the point of a user of whom nothing
+        is known.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no user mixture")
+
+    def encode(self, features: Features, user: UserState) -> Float[Tensor, "B K"]:
+        """The point of each user from the user's comparisons, for a head that needs `context`; without noise."""
+        raise NotImplementedError(f"{type(self).__name__} reads no context")
+
+    def linear_weight(self) -> Float[Tensor, "H"] | None:
+        """v where the reward is <v, h(x)> for everyone, so that an export can be a stock class."""
+        return None
 
     def place(self, features: Features, user: UserState) -> Placement | None:
         """The placement of two responses, for a head whose margin is a difference of distances or cosines."""
@@ -128,5 +166,4 @@ class Head(nn.Module, ABC):
         if judge is not None and placement is not None:
             total, _, reward, margin = judge(placement)
             return HeadOutput(reward, margin, self.penalty(user, reward), total)
-        reward = self.reward(features, user)
-        return HeadOutput(reward, self.compare(reward), self.penalty(user, reward))
+        return self.compare(features, user)

@@ -14,3 +14,9 @@ def check_positive(name: str, value: int | float) -> None:
     """Raise ValueError unless `value` is above zero (and not NaN)."""
     if not value > 0:
         raise ValueError(f"{name} is {value}; it must be above 0.")
+
+
+def check_not_negative(name: str, value: int | float) -> None:
+    """Raise ValueError unless `value` is zero or above (and not NaN)."""
+    if not value >= 0:
+        raise ValueError(f"{name} is {value}; it must be 0 or more.")

@@ -31,6 +31,8 @@ class Mixture(nn.Module):
         check_positive("temperature", temperature)
         check_choice("mixture", kind, get_args(MixtureKind))
         check_choice("evaluation", evaluation, get_args(MixtureEvaluation))
+        self.needs = frozenset({"logits", "gumbel"} if kind == "gumbel" else {"logits"})
+        """What the user state must carry, as `Head.needs`."""
         self.temperature = temperature
         self.kind = kind
         self.evaluation = evaluation

@@ -83,10 +83,10 @@ class PalA(Head):
         self.num_prototypes = num_prototypes
         self.user_point = user_point
         self.similarity = similarity
-        self.bound = bound
-        self.bound_weight = bound_weight
+        self.bound, self.bound_weight = bound, bound_weight
         self.projector = Projector(hidden_size, dim, num_layers, activation, dropout, residual)
         self.mixture = Mixture(temperature, mixture, evaluation)
+        self.needs = self.mixture.needs
         width = dim if user_point == "Pw" else hidden_size
         self.prototypes = nn.Parameter(prototype_std * torch.randn(num_prototypes, width))
         self.log_scale = new_log_scale() if similarity == "cosine" else None

@@ -70,6 +70,7 @@ class PalB(Head):
         self.response_projector = Projector(*shape)
         self.prompt_projectors = StackedProjector(num_prototypes, *shape)
         self.mixture = Mixture(temperature, mixture, evaluation)
+        self.needs = self.needs | self.mixture.needs
         self.log_scale = new_log_scale()
 
     def mixture_weights(self, user: UserState) -> Float[Tensor, "B K"]:

@@ -26,6 +26,9 @@ class UsersConfig:
     max_row_norm: float | None = None
     """Bound on the norm of a user's summed gradient in one update; unset means no bound. Adam
     divides by the gradient's scale, so this matters only against outliers."""
+    generic_fraction: float = 0.0
+    """Probability that a comparison is also trained for the user `population`, who is what users of whom nothing is
+    known get (arXiv 2402.05133); 0: they get the mean of all mixtures."""
     shard_rows_above: int | None = None
     """With more users than this each rank holds a slice of the table, else all of it; execution only. Unset: above
     2 GiB, which is 20 million users at K = 8 and 2.7 million at K = 64. A sharded table asks for one more collective
@@ -40,6 +43,10 @@ class UsersConfig:
             raise UserError(f"users.betas is {self.betas}; both must be at least 0 and below 1.")
         if not self.init_std >= 0:
             raise UserError(f"users.init_std is {self.init_std}; it must be 0 or more.")
+        if not 0 <= self.generic_fraction <= 1:
+            raise UserError(
+                f"users.generic_fraction is {self.generic_fraction}; it must be between 0 and 1."
+            )
         if self.max_row_norm is not None and not self.max_row_norm > 0:
             raise UserError(
                 f"users.max_row_norm is {self.max_row_norm}; it must be above 0, or unset."

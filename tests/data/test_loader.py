@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pal_ds.data.batch import Batch, Collator
 from pal_ds.data.costs import padded_lengths
+from pal_ds.data.draws import Draws
 from pal_ds.data.loader import UpdateInputs, UpdateSource, updates_from
 from pal_ds.data.plan import UpdatePlan, split_by_tokens
 from pal_ds.data.prepare import DataConfig, prepare
@@ -41,7 +42,9 @@ def source_of(
     rows = data.rows("train")
     items = data.response_prompt[data.comparisons["a"][rows]]
     plan = UpdatePlan(rows, items, BATCH_PAIRS, seed, data.hash, unit)
-    return UpdateSource(plan, Collator(data), rank, world_size, pairs, tokens, (seed, 3))
+    return UpdateSource(
+        plan, Collator(data), rank, world_size, pairs, tokens, Draws(seed, 3, frozenset({"gumbel"}))
+    )
 
 
 def order_of(inputs: list[UpdateInputs]) -> list[list[int]]:

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pal_ds.data.plan import UpdatePlan, gumbel_noise, split_update
+from pal_ds.data.draws import gumbel_noise
+from pal_ds.data.plan import UpdatePlan, split_update
 
 
 def plan(

@@ -41,10 +41,25 @@ def _features(response: torch.Tensor | None = None) -> Features:
 
 def _user(head: Head) -> UserState:
     """Only what the head says it needs."""
-    if "logits" not in head.needs:
-        return UserState()
     draw = torch.Generator().manual_seed(2)
-    return UserState(torch.randn(NUM_PAIRS, head.num_prototypes, generator=draw).requires_grad_())
+    needed = {}
+    if "logits" in head.needs:
+        logits = torch.randn(NUM_PAIRS, head.num_prototypes, generator=draw)
+        needed["logits"] = logits.requires_grad_()
+    if "context" in head.needs:
+        needed["context"] = torch.tensor([[[0, 2], [1, 3]], [[3, 0], [2, 1]], [[1, 0], [0, 0]]])
+        needed["context_length"] = torch.tensor([2, 2, 1])
+    if "normal" in head.needs:
+        needed["normal"] = torch.randn(NUM_PAIRS, head.num_prototypes, generator=draw)
+    if "group" in head.needs:
+        needed["group"] = torch.tensor([0, 2, -1])
+    return UserState(**needed)
+
+
+def _points(head: Head, features: Features, user: UserState) -> torch.Tensor:
+    """Where the head sees each user."""
+    reads_context = "context" in head.needs
+    return head.encode(features, user) if reads_context else head.mixture_weights(user)
 
 
 def test_it_is_listed_under_its_name_and_built_from_a_hidden_size() -> None:
@@ -53,7 +68,7 @@ def test_it_is_listed_under_its_name_and_built_from_a_hidden_size() -> None:
         parameters = list(inspect.signature(head_class).parameters.values())
         assert parameters[0].name == "hidden_size"
         assert all(p.default is not p.empty for p in parameters[1:])
-        assert head_class.needs <= {"prompt", "prompt_tokens", "logits"}
+        assert head_class.needs <= {"prompt", "logits", "context", "normal", "group"}
 
 
 def test_shapes_and_dtypes(head: Head) -> None:
@@ -62,10 +77,12 @@ def test_shapes_and_dtypes(head: Head) -> None:
     assert output.margin.shape == (NUM_PAIRS, T)
     assert output.penalty.shape == (NUM_PAIRS,)
     assert all(tensor.dtype == torch.float32 for tensor in output[:3]) and output.total is None
-    assert torch.equal(output.margin, output.reward[:, 1] - output.reward[:, 0])
-    weights = head.mixture_weights(_user(head))
+    if type(head).compare is Head.compare:
+        assert torch.equal(output.margin, output.reward[:, 1] - output.reward[:, 0])
+    weights = _points(head, _features(), _user(head))
     assert weights.shape[1] == head.num_prototypes
-    assert torch.allclose(weights.sum(-1), torch.ones(len(weights)))
+    if head.on_simplex:
+        assert torch.allclose(weights.sum(-1), torch.ones(len(weights)))
 
 
 def test_a_judge_of_the_placement_finds_the_same_rewards(head: Head) -> None:
@@ -120,45 +137,46 @@ def test_more_than_two_responses_have_rewards(head: Head) -> None:
 def test_gradients_reach_users_only_where_tastes_can_differ(head: Head) -> None:
     user = _user(head)
     head(_features(), user).margin.square().sum().backward()
-    if head.num_prototypes > 1:
+    if "logits" in head.needs and head.num_prototypes > 1:
         assert (user.logits.grad.abs().sum(-1) > 0).all()
     else:
         assert user.logits is None or not user.logits.grad.any()
 
 
 def test_every_parameter_learns(head: Head) -> None:
-    head(_features(), _user(head)).reward.square().sum().backward()
+    output = head(_features(), _user(head))
+    (output.reward.square().sum() + output.margin.square().sum() + output.penalty.sum()).backward()
     for name, parameter in head.named_parameters():
         assert parameter.grad is not None and parameter.grad.any(), name
 
 
 def test_a_comparison_does_not_depend_on_its_neighbours(head: Head) -> None:
-    features, user = _features(), _user(head)
+    features, user = _features(), _user(head.eval())
     whole = head(features, user).reward
     for b in range(NUM_PAIRS):
         alone = features._replace(
             response_index=features.response_index[b : b + 1],
             prompt_index=features.prompt_index[b : b + 1],
         )
-        logits = None if user.logits is None else user.logits[b : b + 1]
-        assert torch.allclose(head.reward(alone, UserState(logits))[0], whole[b], atol=1e-5)
+        own = UserState(*(None if part is None else part[b : b + 1] for part in user))
+        assert torch.allclose(head.reward(alone, own)[0], whole[b], atol=1e-5)
 
 
 def test_storing_a_response_twice_changes_nothing(head: Head) -> None:
     features, user = _features(), _user(head)
     index = features.response_index
+    # Behind those that were there: contexts point at them.
     spread = features._replace(
-        response=features.response[index.flatten()],
-        response_index=torch.arange(index.numel()).view_as(index),
+        response=torch.cat([features.response, features.response[index.flatten()]]),
+        response_index=len(features.response) + torch.arange(index.numel()).view_as(index),
     )
     assert torch.allclose(head(features, user).reward, head(spread, user).reward, atol=1e-5)
 
 
 def test_an_explicit_mixture_stands_in_for_the_logits(head: Head) -> None:
     head.eval()
-    user = _user(head)
-    mixed = UserState(mixture=head.mixture_weights(user).expand(NUM_PAIRS, -1))
-    features = _features()
+    user, features = _user(head), _features()
+    mixed = UserState(mixture=_points(head, features, user).expand(NUM_PAIRS, -1))
     assert torch.allclose(head.reward(features, user), head.reward(features, mixed), atol=1e-6)
 
 

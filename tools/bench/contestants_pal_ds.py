@@ -97,7 +97,7 @@ class PalDs(Contestant):
     def judged(self) -> dict[str, Tensor]:
         state, module = self.state, self.state.engine.module
         rows = state.data.rows("dev")
-        batch = self._padded(self.inputs.batch(0, rows, np.arange(len(rows))))
+        batch = self._padded(self.inputs.collator(rows, np.arange(len(rows)), self.inputs.draws))
         leaf = self._leaf(batch.user_row) if state.parts.needs_users else None
         module.train()
         output = module(batch, UserState(leaf, None))

@@ -1,0 +1,84 @@
+"""Users' points from their comparisons, for heads that read those in place of a row of the user table.
+
+In a training the engine's forward makes them (its parameters may be partitioned), elsewhere the head by itself.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pal_ds import phase
+from pal_ds.data.batch import Collator
+from pal_ds.engine.dist import World
+from pal_ds.heads.base import Head
+from pal_ds.heads.shapes import Float
+from pal_ds.model import RewardModel, user_state
+
+PAIRS_PER_FORWARD = 2**12
+
+
+def points_in_training(
+    engine: Any, head: Head, collator: Collator, users: np.ndarray, world: World
+) -> Float[Tensor, "n K"]:
+    """Points of these users of the data from `num_context_scored` comparisons of each; equal on every rank."""
+    assert collator.contexts is not None, "a head that reads contexts came without"
+    num_context = head.num_context_scored
+    share = max(1, PAIRS_PER_FORWARD // num_context)
+    points = [torch.empty(0, head.num_prototypes, device=world.device)]
+    with torch.no_grad():
+        for begin in range(0, len(users), share * world.world_size):
+            phase.enter("evaluate")
+            first = begin + world.rank * share
+            own = users[first : first + share]
+            # A rank without users of its own takes part all the same.
+            context = collator.contexts.known(own if len(own) else users[:1], num_context)
+            batch = collator(context[0][:, 0], np.arange(len(context[0])), context=context)
+            batch = batch.to(world.device)
+            found = engine(batch, user_state(batch)).point
+            assert found is not None, "a head that reads contexts gave no points"
+            padded = found.new_zeros(share, found.shape[1])
+            padded[: len(own)] = found[: len(own)]
+            points.append(world.all_gather(padded).flatten(0, 1))
+    return torch.cat(points)[: len(users)]
+
+
+def encode_users(
+    model: RewardModel,
+    collator: Collator,
+    rows: np.ndarray,
+    user_index: np.ndarray,
+    num_users: int,
+    device: torch.device,
+) -> Float[Tensor, "U K"]:
+    """Points of users 0..num_users-1 from all of the comparisons `rows`, of which `user_index` says whose each is.
+
+    Of a user without comparisons: what the head makes of none.
+    """
+    context, length = _by_user(rows, user_index, num_users)
+    share = max(1, PAIRS_PER_FORWARD // max(1, context.shape[1]))
+    model.head.eval()
+    points = [torch.empty(0, model.head.num_prototypes)]
+    with torch.no_grad():
+        for begin in range(0, num_users, share):
+            part = slice(begin, begin + share)
+            told = context[part], length[part]
+            batch = collator(told[0][:, 0], np.arange(len(told[0])), context=told).to(device)
+            points.append(model.head.encode(model.backbone(batch), user_state(batch)).cpu())
+    return torch.cat(points)
+
+
+def _by_user(
+    rows: np.ndarray, user_index: np.ndarray, num_users: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(comparisons int64 [U, N] of each user, the rest filled up with the first of all; how many count [U])."""
+    length = np.bincount(user_index, minlength=num_users)
+    order = np.argsort(user_index, kind="stable")
+    place = np.arange(len(rows)) - np.repeat(np.cumsum(length) - length, length)
+    context = np.full((num_users, max(1, int(length.max(initial=0)))), rows[0] if len(rows) else 0)
+    context[user_index[order], place] = rows[order]
+    return context, length
+
+
+__all__ = ["encode_users", "points_in_training"]
