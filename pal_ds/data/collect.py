@@ -28,7 +28,8 @@ class Collector:
         self.user_group = array("i")
         self.num_records = self._num_stored = 0
         self._responses: dict[bytes, int] = {}
-        self._ints = {name: array("q") for name in ("user", "a", "b", "label", "group", "prompt")}
+        names = ("user", "a", "b", "label", "group", "controversial", "prompt")
+        self._ints = {name: array("q") for name in names}
         self._floats = {name: array("f") for name in ("margin", "probability")}
 
     def add(self, record: Record) -> None:
@@ -44,7 +45,8 @@ class Collector:
         user = self._add_user(record, group)
         prompt, key = self.members.add_prompt(record, where)
         first, second = (self._add_response(key, prompt, record, i, where) for i in (0, 1))
-        values = (user, first, second, record.label, group, prompt)
+        controversial = -1 if record.controversial is None else int(record.controversial)
+        values = (user, first, second, record.label, group, controversial, prompt)
         for column, value in zip(self._ints.values(), values, strict=True):
             column.append(value)
         self._floats["margin"].append(record.margin)

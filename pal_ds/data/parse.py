@@ -15,8 +15,9 @@ REQUIRED_FORMS = (
     ("response_features", "y"),
 )
 OPTIONAL_KEYS = ("user_id", "prompt", "prompt_features", "group", "margin", "split", "seen")
+FACT_KEYS = ("controversial", "probability")
 KNOWN_KEYS = tuple(
-    dict.fromkeys([*OPTIONAL_KEYS, "probability", *(k for form in REQUIRED_FORMS for k in form)])
+    dict.fromkeys([*OPTIONAL_KEYS, *FACT_KEYS, *(k for form in REQUIRED_FORMS for k in form)])
 )
 SPLIT_FIELD_NAMES = ("train", "dev", "test")
 
@@ -44,7 +45,8 @@ def parse_record(fields: Any, where: str, extra_keys: str = "error") -> Record:
         "margin": _number(fields.get("margin"), where, "margin", 0.0, (0.0, _LARGEST_FLOAT32)),
         "group": _optional_name(fields.get("group"), where, "group"),
         "split": _split(fields.get("split"), where),
-        "seen": _seen(fields.get("seen"), where),
+        "seen": _true_or_false(fields.get("seen"), where, "seen"),
+        "controversial": _true_or_false(fields.get("controversial"), where, "controversial"),
         "probability": _number(fields.get("probability"), where, "probability", None, (0.0, 1.0)),
     }
     if "response_features" in form:
@@ -124,10 +126,10 @@ def _split(value: object, where: str) -> str | None:
     )
 
 
-def _seen(value: object, where: str) -> bool | None:
+def _true_or_false(value: object, where: str, key: str) -> bool | None:
     if value is None or isinstance(value, bool):
         return value
-    raise UserError(f"{where}: 'seen' is {value!r}; it must be true or false")
+    raise UserError(f"{where}: '{key}' is {value!r}; it must be true or false")
 
 
 def _text(value: object, where: str, key: str) -> Text:

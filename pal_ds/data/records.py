@@ -28,5 +28,7 @@ class Record:
     """train, dev or test, read only by `split: field`."""
     seen: bool | None = None
     """False holds this user's every comparison out of training; None leaves it to `unseen_user_fraction`."""
+    controversial: bool | None = None
+    """Whether the dataset's users disagree on this pair; None where its source cannot know."""
     probability: float | None = None
     """Known probability that responses[1] is preferred (synthetic worlds)."""

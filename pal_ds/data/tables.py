@@ -14,7 +14,7 @@ from pal_ds.data.splits import SPLITS
 from pal_ds.errors import UserError
 from pal_ds.user_ids import UserIds
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INFO_NAME = "dataset.json"
 COMPARISON_DTYPE = np.dtype(
     [
@@ -25,10 +25,12 @@ COMPARISON_DTYPE = np.dtype(
         ("margin", np.float32),
         ("group", np.int32),
         ("split", np.int8),
+        ("controversial", np.int8),
         ("probability", np.float32),
     ]
 )
-"""label -1: a is preferred, +1: b; group -1: none; probability: that b is preferred, or NaN."""
+"""label -1: a is preferred, +1: b; group -1: none; controversial 1: users disagree on the pair, 0:
+they agree, -1: unknown; probability: that b is preferred, or NaN."""
 
 
 @dataclass(frozen=True)

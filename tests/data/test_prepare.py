@@ -283,7 +283,7 @@ def test_reader_names_what_is_missing(bpe, tmp_path):
         PreparedData.open(tmp_path / "D")
     info = json.loads((tmp_path / "D/dataset.json").read_text())
     (tmp_path / "D/dataset.json").write_text(json.dumps({**info, "format_version": 9}))
-    with pytest.raises(UserError, match="format_version is 9, this program reads 1"):
+    with pytest.raises(UserError, match="format_version is 9, this program reads 2"):
         PreparedData.open(tmp_path / "D")
 
 
@@ -331,3 +331,10 @@ def test_prepared_data_opens_without_torch_or_transformers(write_lines, tmp_path
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_controversial_pairs_are_marked_in_the_table(bpe, tmp_path):
+    marks = (True, None, False)
+    records = [record(i, controversial=mark) for i, mark in enumerate(marks)]
+    data = build_tables(records, tmp_path / "D", TextEncoder(bpe))
+    assert data.comparisons["controversial"].tolist() == [1, -1, 0]

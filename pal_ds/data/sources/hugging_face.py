@@ -7,11 +7,9 @@ from typing import Any, final
 
 from pal_ds.data.parse import KNOWN_KEYS, nearest, parse_record
 from pal_ds.data.records import Record
-from pal_ds.data.sources.base import Source, check_files, describe_files
+from pal_ds.data.sources.base import Source, describe_files
+from pal_ds.data.sources.hub import BATCH_ROWS, open_split
 from pal_ds.errors import UserError
-
-BUILDERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
-BATCH_ROWS = 1000
 
 
 @final
@@ -110,26 +108,10 @@ class HuggingFace(Source):
 
     @cached_property
     def _dataset(self):
-        import datasets
-
-        path, data_files = self.path, self.data_files
-        builder = BUILDERS.get(Path(path).suffix)
-        if builder and data_files is None:
-            check_files(path)
-            path, data_files = builder, {self.split: self.path}
-        datasets.disable_progress_bars()
-        try:
-            return datasets.load_dataset(
-                path,
-                name=self.name,
-                data_files=data_files,
-                split=self.split,
-                revision=self.revision,
-            )
-        except Exception as error:
-            # datasets raises a dozen unrelated classes here: all mean "cannot be opened".
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(
-                f"{self.path}: datasets cannot open split '{self.split}' ({reason}); check path, "
-                "name, split and data_files, and that this machine can reach the hub"
-            ) from error
+        return open_split(
+            self.path,
+            self.split,
+            name=self.name,
+            data_files=self.data_files,
+            revision=self.revision,
+        )

@@ -17,14 +17,23 @@ def read(write_lines, *rows, **options):
 def test_both_forms_and_optional_keys(write_lines):
     first, second, third = read(
         write_lines,
-        {**GOOD, "group": "g", "margin": 0.5, "split": "dev", "seen": False, "probability": 0.25},
+        {
+            **GOOD,
+            "group": "g",
+            "margin": 0.5,
+            "split": "dev",
+            "seen": False,
+            "probability": 0.25,
+            "controversial": True,
+        },
         "",
         PAIR,
         {**GOOD, "user_id": 7},
     )
     assert (first.user_id, first.label, first.responses) == ("ann", -1, ("c", "r"))
     assert (first.group, first.margin, first.split, first.seen) == ("g", 0.5, "dev", False)
-    assert first.probability == 0.25
+    assert first.probability == 0.25 and first.controversial is True
+    assert second.controversial is None
     assert (second.user_id, second.label, second.responses) == ("population", 1, ("a", "b"))
     assert third.user_id == "7"
 
@@ -99,6 +108,7 @@ BAD = [
     ({**GOOD, "probability": 1.5}, "'probability' is 1.5; .*between 0 and 1"),
     ({**GOOD, "split": "tset"}, r"'split' is 'tset' \(did you mean 'test'\?\)"),
     ({**GOOD, "seen": "no"}, "'seen' is 'no'; it must be true or false"),
+    ({**GOOD, "controversial": 1}, "'controversial' is 1; it must be true or false"),
     ({**GOOD, "group": ""}, "'group' is ''"),
     ({**VECTORS, "prompt": "p"}, "a record holds texts or vectors, never both"),
     ({**VECTORS, "response_features": [[1, 2]]}, "must be a list of two vectors"),

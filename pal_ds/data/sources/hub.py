@@ -1,0 +1,240 @@
+"""Opening what `datasets` reads, on the hub or in local files; what the hub refuses is said within seconds."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from pal_ds.data.parse import nearest
+from pal_ds.data.sources.base import check_files, describe_files
+from pal_ds.errors import UserError
+
+BUILDERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+BATCH_ROWS = 1000
+HUB_TIMEOUT_S = 10.0
+PARQUET_EXPORT = "refs/convert/parquet"
+"""Branch in which the hub keeps every dataset as parquet, also those it publishes as a script."""
+
+HubPath = str | dict[str, str]
+"""A hub id, a folder that mirrors the repository, one file (of the first split), or split -> file."""
+
+
+def open_split(
+    path: str,
+    split: str,
+    *,
+    name: str | None = None,
+    data_dir: str | None = None,
+    data_files: Any = None,
+    revision: str | None = None,
+) -> Any:
+    """The `datasets.Dataset` of one split.
+
+    A hub that does not answer is asked once, not six times with pauses; a copy in the cache of
+    `datasets` then stands in for it.
+
+    Raises:
+        UserError: a file is missing, or the hub cannot be reached, does not know the dataset or
+            keeps it behind a licence gate, or the data cannot be read.
+    """
+    import datasets
+
+    where, builder = path, _builder_of(path)
+    if builder and data_files is None:
+        check_files(path)
+        path, data_files = builder, {split: path}
+    silence = None
+    if path.count("/") == 1 and not Path(path).exists():
+        silence = _ask_hub(path, revision)
+    datasets.disable_progress_bars()
+    try:
+        with _cache_alone() if silence else contextlib.nullcontext():
+            return datasets.load_dataset(
+                path,
+                name=name,
+                data_dir=data_dir,
+                data_files=data_files,
+                split=split,
+                revision=revision,
+            )
+    except Exception as error:
+        # datasets raises a dozen unrelated classes here: all mean "cannot be opened".
+        if silence:
+            at = "" if revision is None else f" --revision {revision}"
+            raise UserError(
+                f"{path}: is no file or folder here, the Hugging Face hub cannot be reached "
+                f"({silence}), and no copy is in its cache; fetch it where there is a network with "
+                f"`hf download {path} --repo-type dataset{at} --local-dir FOLDER`, bring FOLDER "
+                "here and give it as path"
+            ) from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{where}: datasets cannot open split '{split}' ({reason}); check path, "
+            "name, split and data_files, and that this machine can reach the hub"
+        ) from error
+
+
+class HubRows:
+    """Rows of some splits of one published dataset, in the order of the splits; may be read again.
+
+    Args:
+        path: see `HubPath`.
+        splits: the dataset's own names of its splits; one file stands for the first.
+        columns: the columns to read; all others are left where they are.
+        name: configuration, on the hub or in a folder.
+        data_dir: folder inside the repository.
+        revision: branch, tag or commit on the hub.
+    """
+
+    def __init__(
+        self,
+        path: HubPath,
+        splits: tuple[str, ...],
+        columns: tuple[str, ...],
+        *,
+        name: str | None = None,
+        data_dir: str | None = None,
+        revision: str | None = None,
+    ) -> None:
+        self.path = path
+        self.columns = columns
+        self.options = {"name": name, "data_dir": data_dir, "revision": revision}
+        if isinstance(path, Mapping):
+            for split in path:
+                if split not in splits:
+                    raise UserError(
+                        f"path: the dataset has no split '{split}'{nearest(split, splits)}; its "
+                        f"splits are {', '.join(splits)}"
+                    )
+            self.splits = tuple(split for split in splits if split in path)
+        else:
+            self.splits = splits[:1] if _builder_of(path) else splits
+
+    def __iter__(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        """(place for messages, split, {column: value}) of every row."""
+        for split, table in self._tables.items():
+            number = 0
+            for batch in table.iter(batch_size=BATCH_ROWS):
+                for values in zip(*(batch[column] for column in self.columns), strict=True):
+                    yield (
+                        f"{self._path_of(split)}, split {split}, row {number}",
+                        split,
+                        dict(zip(self.columns, values, strict=True)),
+                    )
+                    number += 1
+
+    def __len__(self) -> int:
+        return sum(map(len, self._tables.values()))
+
+    def describe(self) -> dict:
+        """What was opened, rows per split, and content hashes of local files."""
+        files = [Path(self._path_of(split)) for split in self.splits]
+        local = [file for file in files if file.is_file()]
+        return {
+            "path": self.path,
+            **self.options,
+            "rows": {split: len(table) for split, table in self._tables.items()},
+            **({"files": describe_files(local)} if local else {}),
+        }
+
+    def _path_of(self, split: str) -> str:
+        return self.path if isinstance(self.path, str) else self.path[split]
+
+    @cached_property
+    def _tables(self) -> dict[str, Any]:
+        return {split: self._open(split) for split in self.splits}
+
+    def _open(self, split: str) -> Any:
+        path = self._path_of(split)
+        if isinstance(self.path, Mapping):
+            check_files(path)
+            if _builder_of(path) is None:
+                raise UserError(f"{path}: ends in none of {', '.join(BUILDERS)}; give such a file")
+        options = {} if _builder_of(path) else self.options
+        table = open_split(path, split, **options)
+        for column in self.columns:
+            if column not in table.column_names:
+                raise UserError(
+                    f"{path}, split {split}: no column '{column}'"
+                    f"{nearest(column, table.column_names)}; it has "
+                    f"{', '.join(table.column_names)}, which is not the published form"
+                )
+        return table.select_columns([*self.columns])
+
+
+class PromptSplits:
+    """Which split each prompt was first met in: in two, it would carry training data into a test."""
+
+    def __init__(self) -> None:
+        self._splits: dict[int, str] = {}
+
+    def admits(self, prompt: str, split: str) -> bool:
+        """Whether the prompt is new or belongs to this split."""
+        key = xxhash.xxh3_64_intdigest(prompt.encode("utf-8", "surrogatepass"))
+        return self._splits.setdefault(key, split) == split
+
+
+def text_of(value: Any, where: str, key: str) -> str:
+    """A text without blank space around it, empty for null; a UserError for anything else."""
+    if value is None or isinstance(value, str):
+        return (value or "").strip()
+    raise UserError(
+        f"{where}: '{key}' is {type(value).__name__}; the published rows have text there"
+    )
+
+
+def _builder_of(path: str) -> str | None:
+    return BUILDERS.get(Path(path.removesuffix(".gz")).suffix)
+
+
+def _ask_hub(path: str, revision: str | None) -> str | None:
+    """None if the hub would serve the dataset, why not if it is silent; a UserError if it refuses."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+    from huggingface_hub.utils import httpx
+
+    api = HfApi()
+    try:
+        if api.dataset_info(path, revision=revision, timeout=HUB_TIMEOUT_S).gated:
+            api.auth_check(path, repo_type="dataset")
+    except GatedRepoError as error:
+        raise UserError(
+            f"{path}: lies behind a licence gate on the hub; accept its terms at "
+            f"{api.endpoint}/datasets/{path}, then log in here with `hf auth login` or set HF_TOKEN"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"{path}: neither a file or folder here nor a dataset on the hub that this login may "
+            "read; check the name, or log in with `hf auth login` if it is private"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{path}: has no revision '{revision}' on the hub; name another") from error
+    except HfHubHTTPError as error:
+        return f"it answers {error.response.status_code}"
+    except OfflineModeIsEnabled:
+        return "HF_HUB_OFFLINE is set"
+    except httpx.HTTPError as error:
+        return str(error) or type(error).__name__
+    return None
+
+
+@contextlib.contextmanager
+def _cache_alone() -> Iterator[None]:
+    """`datasets` looks into its cache without asking the hub; it has no such switch per call."""
+    import datasets.config
+
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
