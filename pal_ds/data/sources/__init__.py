@@ -2,12 +2,22 @@
 
 from pal_ds.data.sources.base import Source
 from pal_ds.data.sources.dsp import Dsp
+from pal_ds.data.sources.gpt4llm import Gpt4Llm
+from pal_ds.data.sources.hh_rlhf import HhRlhf
 from pal_ds.data.sources.hugging_face import HuggingFace
 from pal_ds.data.sources.jsonl import Jsonl
 from pal_ds.data.sources.persona import Persona
+from pal_ds.data.sources.personalllm import PersonalLlm
+from pal_ds.data.sources.pick_a_filter import PickAFilter
+from pal_ds.data.sources.pick_a_pic import PickAPic
+from pal_ds.data.sources.prism import Prism
+from pal_ds.data.sources.summarize_from_feedback import SummarizeFromFeedback
 from pal_ds.data.sources.synthetic import Synthetic
 from pal_ds.data.sources.text_score import TextScore
+from pal_ds.data.sources.ultrafeedback_p import UltraFeedbackP
 from pal_ds.data.sources.vector_world import VectorWorld
+from pal_ds.data.sources.vpl_pets import VplPets
+from pal_ds.data.sources.webgpt import WebGpt
 
 SOURCES: dict[str, type[Source]] = {
     "jsonl": Jsonl,
@@ -15,6 +25,16 @@ SOURCES: dict[str, type[Source]] = {
     "dsp": Dsp,
     "text_score": TextScore,
     "persona": Persona,
+    "summarize_from_feedback": SummarizeFromFeedback,
+    "pick_a_pic": PickAPic,
+    "pick_a_filter": PickAFilter,
+    "hh_rlhf": HhRlhf,
+    "webgpt": WebGpt,
+    "gpt4llm": Gpt4Llm,
+    "vpl_pets": VplPets,
+    "ultrafeedback_p": UltraFeedbackP,
+    "prism": Prism,
+    "personalllm": PersonalLlm,
     "synthetic": Synthetic,
     "vector_world": VectorWorld,
 }

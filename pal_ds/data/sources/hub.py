@@ -131,14 +131,26 @@ class HubRows:
 
     def describe(self) -> dict:
         """What was opened, rows per split, and content hashes of local files."""
-        files = [Path(self._path_of(split)) for split in self.splits]
-        local = [file for file in files if file.is_file()]
+        rows = self.num_rows
+        local = describe_files(self._local_files())
         return {
             "path": self.path,
             **self.options,
-            "rows": {split: len(table) for split, table in self._tables.items()},
-            **({"files": describe_files(local)} if local else {}),
+            "rows": rows,
+            **({"files": local} if local else {}),
         }
+
+    @property
+    def num_rows(self) -> dict[str, int]:
+        """Rows of each split."""
+        return {split: len(table) for split, table in self._tables.items()}
+
+    def _local_files(self) -> list[Path]:
+        paths = [Path(self._path_of(split)) for split in self.splits]
+        if not paths[0].is_dir():
+            return [path for path in paths if path.is_file()]
+        folder = paths[0] / (self.options["data_dir"] or "")
+        return sorted(path for path in folder.rglob("*") if _builder_of(path.name))
 
     def _path_of(self, split: str) -> str:
         return self.path if isinstance(self.path, str) else self.path[split]
@@ -154,6 +166,9 @@ class HubRows:
             if _builder_of(path) is None:
                 raise UserError(f"{path}: ends in none of {', '.join(BUILDERS)}; give such a file")
         options = {} if _builder_of(path) else self.options
+        if Path(path).exists():
+            # A copy has whatever revision was fetched.
+            options = {**options, "revision": None}
         table = open_split(path, split, **options)
         for column in self.columns:
             if column not in table.column_names:

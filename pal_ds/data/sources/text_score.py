@@ -71,8 +71,7 @@ class TextScore(Source):
     def _cut(self, text: str) -> tuple[str | None, str] | None:
         if self.response_marker is None:
             return None, text
-        prompt, marker, response = text.rpartition(self.response_marker)
-        return (prompt.strip(), response.strip()) if marker else None
+        return cut_transcript(text, self.response_marker)
 
     @staticmethod
     def _check(where: str, item: object) -> tuple[list[str], list[float]]:
@@ -90,3 +89,9 @@ class TextScore(Source):
         ):
             raise UserError(f"{where}: 'score' holds something that is no number; {form}")
         return texts, scores
+
+
+def cut_transcript(text: str, marker: str) -> tuple[str, str] | None:
+    """(prompt, response) around the last marker, without blank space; None where there is none."""
+    prompt, found, response = text.rpartition(marker)
+    return (prompt.strip(), response.strip()) if found else None

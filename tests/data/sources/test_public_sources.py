@@ -10,13 +10,6 @@ from pal_ds.data.sources import SOURCES, Dsp, HuggingFace, Persona, TextScore
 from pal_ds.errors import UserError
 
 
-@pytest.fixture(autouse=True)
-def hf_cache(tmp_path, monkeypatch):
-    import datasets.config
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf_cache"))
-
-
 def prepared(source, tmp_path, **options):
     options = {"vocab_size": 400, "max_length": 8192, **options}
     config = DataConfig(path=str(tmp_path / "DATA"), source=source, **options)

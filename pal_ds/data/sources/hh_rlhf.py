@@ -1,0 +1,93 @@
+"""Anthropic's helpful and harmless comparisons: two transcripts that share all but the last answer."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, final
+
+from pal_ds.data.parse import nearest
+from pal_ds.data.records import POPULATION_USER, Record
+from pal_ds.data.sources.base import Source
+from pal_ds.data.sources.hub import HubRows, PromptSplits, text_of
+from pal_ds.data.sources.text_score import cut_transcript
+from pal_ds.errors import UserError
+
+SUBSETS = ("helpful-base", "helpful-online", "helpful-rejection-sampled", "harmless-base")
+SPLITS = ("train", "test")
+MARKER = "\n\nAssistant:"
+
+
+@final
+class HhRlhf(Source):
+    """The chosen answer before the rejected one; what precedes the last "Assistant:" is the prompt.
+
+    `group` is helpful or harmless, after the subset. `users: objective` makes these two the users
+    (VPL's reading); `population` has one user, for a general reward model (DSP's).
+
+    The records' own split is the hub's train and test. Dropped and counted: `no_response_marker`,
+    `prompt_differs` (the conversations part earlier), `empty_response`, `prompt_in_two_splits`.
+
+    Args:
+        path: hub id, or a folder with a folder per subset.
+        subsets: which of helpful-base, helpful-online, helpful-rejection-sampled, harmless-base.
+        users: population or objective.
+    """
+
+    licence = "MIT (Anthropic/hh-rlhf)"
+
+    def __init__(
+        self,
+        path: str = "Anthropic/hh-rlhf",
+        subsets: tuple[str, ...] = ("helpful-base", "harmless-base"),
+        users: Literal["population", "objective"] = "population",
+    ) -> None:
+        for subset in subsets:
+            if subset not in SUBSETS:
+                raise UserError(
+                    f"hh_rlhf: no subset '{subset}'{nearest(subset, SUBSETS)}; there are "
+                    f"{', '.join(SUBSETS)}"
+                )
+        if Path(path).is_file():
+            raise UserError(f"hh_rlhf: path {path} is a file; give the folder that holds {subsets}")
+        self.path = path
+        self.subsets = tuple(subsets)
+        self.users = users
+        columns = ("chosen", "rejected")
+        self._rows = {name: HubRows(path, SPLITS, columns, data_dir=name) for name in self.subsets}
+
+    def records(self) -> Iterator[Record]:
+        """Subset by subset, the train split before the test split."""
+        self.dropped.clear()
+        prompts = PromptSplits()
+        for subset, rows in self._rows.items():
+            objective = subset.partition("-")[0]
+            for where, split, row in rows:
+                chosen, rejected = (
+                    cut_transcript(text_of(row[key], where, key), MARKER)
+                    for key in ("chosen", "rejected")
+                )
+                if chosen is None or rejected is None:
+                    self.dropped["no_response_marker"] += 1
+                elif chosen[0] != rejected[0]:
+                    self.dropped["prompt_differs"] += 1
+                elif not chosen[1] or not rejected[1]:
+                    self.dropped["empty_response"] += 1
+                elif not prompts.admits(chosen[0], split):
+                    self.dropped["prompt_in_two_splits"] += 1
+                else:
+                    yield Record(
+                        user_id=objective if self.users == "objective" else POPULATION_USER,
+                        label=-1,
+                        prompt=chosen[0],
+                        responses=(chosen[1], rejected[1]),
+                        group=objective,
+                        split=split,
+                    )
+
+    def describe(self) -> dict:
+        """What was read, per subset."""
+        read = {subset: rows.describe() for subset, rows in self._rows.items()}
+        return {"class": "HhRlhf", "subsets": read}
+
+    def num_records(self) -> int:
+        """Rows of all subsets."""
+        return sum(map(len, self._rows.values()))

@@ -1,0 +1,132 @@
+"""Pick-a-Pic: people chose between two generated images; images and captions as CLIP embeddings."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple, final
+
+from pal_ds.data.records import Record
+from pal_ds.data.sources.base import Source
+from pal_ds.data.sources.embeddings import Embeddings
+from pal_ds.data.sources.hub import HubPath, HubRows, PromptSplits, text_of
+from pal_ds.errors import UserError
+
+SPLITS = {"train": "train", "validation": "dev", "test": "test"}
+COLUMNS = (
+    "caption",
+    "image_0_uid",
+    "image_1_uid",
+    "label_0",
+    "label_1",
+    "user_id",
+    "has_label",
+    "are_different",
+)
+
+
+class Judgement(NamedTuple):
+    """One person's choice between two images of one caption; `label` is -1 for the first."""
+
+    split: str
+    user_id: str
+    caption: str
+    images: tuple[str, str]
+    label: int
+
+
+@final
+class PickAPic(Source):
+    """Records of vectors: the caption's embedding as prompt, the images' as responses.
+
+    Rows come from the hub (the version without images is enough), embeddings from the files you
+    give, made with one CLIP model for images and captions alike. The archives that PAL published
+    (ramya-ml/pickapic-embeds) are pickles: convert them where you trust them.
+
+    The records' own split is the hub's (validation is dev). Dropped and counted: `no_label`,
+    `same_image`, `tie`, `no_image_features`, `no_caption_features`, `prompt_in_two_splits`.
+
+    Args:
+        images: embeddings by image uid, a file as `Embeddings` reads it.
+        captions: embeddings by caption.
+        path: hub id (v1 or v2), folder, file, or {split: file}.
+    """
+
+    licence = "see yuvalkirstain/pickapic_v1"
+
+    def __init__(
+        self, images: str, captions: str, path: HubPath = "yuvalkirstain/pickapic_v1_no_images"
+    ) -> None:
+        self.images = images
+        self.captions = captions
+        self.path = path
+        self._images, self._captions = Embeddings(images), Embeddings(captions)
+        self._rows = HubRows(path, tuple(SPLITS), COLUMNS)
+
+    def records(self) -> Iterator[Record]:
+        """In the order of the dataset, split by split."""
+        self.dropped.clear()
+        check_sizes(self._captions, self._images)
+        for item in judgements(self._rows, self._captions, self.dropped):
+            if not all(uid in self._images for uid in item.images):
+                self.dropped["no_image_features"] += 1
+                continue
+            first, second = item.images
+            yield Record(
+                user_id=item.user_id,
+                label=item.label,
+                prompt_features=self._captions[item.caption],
+                response_features=(self._images[first], self._images[second]),
+                split=item.split,
+            )
+
+    def describe(self) -> dict:
+        """What was read, and the embeddings."""
+        return {
+            "class": "PickAPic",
+            **self._rows.describe(),
+            "images": self._images.describe(),
+            "captions": self._captions.describe(),
+        }
+
+    def num_records(self) -> int:
+        """Rows of the dataset."""
+        return len(self._rows)
+
+
+def check_sizes(captions: Embeddings, *images: Embeddings) -> None:
+    """A UserError where vectors of captions and images differ in size."""
+    for embeddings in images:
+        if embeddings.size != captions.size:
+            raise UserError(
+                f"{embeddings.path}: vectors of size {embeddings.size}, but those of captions in "
+                f"{captions.path} have {captions.size}; make all with one model"
+            )
+
+
+def judgements(rows: HubRows, captions: Embeddings, dropped: Counter[str]) -> Iterator[Judgement]:
+    """The rows in which someone preferred one of two different images, others counted by reason."""
+    prompts = PromptSplits()
+    for where, split, row in rows:
+        caption, label = text_of(row["caption"], where, "caption"), _label(where, row)
+        if not row["has_label"] or label is None:
+            dropped["no_label"] += 1
+        elif not row["are_different"] or row["image_0_uid"] == row["image_1_uid"]:
+            dropped["same_image"] += 1
+        elif label == 0:
+            dropped["tie"] += 1
+        elif caption not in captions:
+            dropped["no_caption_features"] += 1
+        elif not prompts.admits(caption, split):
+            dropped["prompt_in_two_splits"] += 1
+        else:
+            images = str(row["image_0_uid"]), str(row["image_1_uid"])
+            yield Judgement(SPLITS[split], str(row["user_id"]), caption, images, label)
+
+
+def _label(where: str, row: dict[str, Any]) -> int | None:
+    """-1: the first image, 1: the second, 0: as good; None where the row does not say."""
+    pair = row["label_0"], row["label_1"]
+    if None in pair:
+        return None
+    if pair not in ((1.0, 0.0), (0.0, 1.0), (0.5, 0.5)):
+        raise UserError(f"{where}: the labels are {pair}; they must be 1 and 0, 0 and 1, or 0.5")
+    return int(pair[1] - pair[0])
