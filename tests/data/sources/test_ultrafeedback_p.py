@@ -133,7 +133,7 @@ def test_one_pair_per_prompt(path):
     assert Counter(r.prompt for r in records)["four"] == 2
     pairs = {
         r.responses
-        for seed in range(20)
+        for seed in range(8)
         for r in UltraFeedbackP(path, pairs_per_prompt=1, seed=seed).records()
         if r.prompt == "four"
     }

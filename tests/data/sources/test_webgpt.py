@@ -31,7 +31,7 @@ def row(question, score, answers=("first [1]", "second")):
 
 
 def test_exact_counts_and_labels(write_parquet):
-    rows = [row(f"q{i}", 0.5) for i in range(8)] + [row(f"q{i}", -1.0) for i in range(6)]
+    rows = [row(f"q{i}", 0.25) for i in range(8)] + [row(f"q{i}", -1.0) for i in range(6)]
     rows += [row("q", 0.0)] * 4 + [row("q", 1.0, ("", "b")), row(" ", 1.0)]
     assert len(rows) == 20
     source = WebGpt(write_parquet(rows, FEATURES))
