@@ -47,12 +47,16 @@ class UpdateSource(Dataset[UpdateInputs]):
         epoch, index = divmod(update, self.plan.updates_per_epoch)
         rows, user_rows = self._with_generic(epoch, self.plan.update(epoch, index))
         runs = self.split(rows)
-        draws = None if self.draws is None else replace(self.draws, update=update, epoch=epoch)
-        batches = [
-            self.collator(rows[run], run, draws, int(rows[0]), user_rows[run])
-            for run in (step_runs[self.rank] for step_runs in runs)
-        ]
+        batches = [self.batch(update, rows, user_rows, step[self.rank]) for step in runs]
         return UpdateInputs(rows, user_rows, runs, batches)
+
+    def batch(
+        self, update: int, rows: np.ndarray, user_rows: np.ndarray, positions: np.ndarray
+    ) -> Batch:
+        """The micro-batch of these positions of an update."""
+        epoch = update // self.plan.updates_per_epoch
+        draws = None if self.draws is None else replace(self.draws, update=update, epoch=epoch)
+        return self.collator(rows[positions], positions, draws, int(rows[0]), user_rows[positions])
 
     def _with_generic(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The rows of an update with those that are drawn for the generic user twice, side by side; and their users."""

@@ -72,8 +72,9 @@ def run_variant(config: RunConfig, accumulation: int, folder: Path, world) -> di
         epoch, index = divmod(update, state.plan.updates_per_epoch)
         rows = state.plan.update(epoch, index)
         runs = split(len(rows), world.world_size, accumulation)
-        batches = [state.inputs.batch(update, rows, step_runs[world.rank]) for step_runs in runs]
-        stats = stepper.run(update, batches, runs, state.collator.user_rows(rows))
+        users = state.collator.user_rows(rows)
+        batches = [state.inputs.batch(update, rows, users, step[world.rank]) for step in runs]
+        stats = stepper.run(update, batches, runs, users)
         user_sums.append(
             torch.zeros(3, 3).index_add_(
                 0, torch.from_numpy(state.collator.user_rows(rows)), gathered[-1]

@@ -1,0 +1,119 @@
+"""Each method beyond PAL through the same trainer: any world size, evaluation, new users, export."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pal_ds.engine.dist import World
+from pal_ds.evaluate_run import evaluate_run
+from pal_ds.export import ExportOptions, export
+from pal_ds.reward_models import load_reward_model
+from pal_ds.run_dir import RunDirectory
+from tests.engine.method_cases import METHODS
+from tests.engine.warm import WarmParent
+
+CASES = "tests.engine.method_cases:"
+ALONE = World(0, 1, torch.device("cpu"))
+PERSONAL = ("vpl", "lore", "per_domain")
+
+
+@pytest.fixture(scope="module")
+def place(warm: WarmParent, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("methods") / "place"
+    warm(f"{CASES}make_place", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(warm: WarmParent, place: Path) -> dict[str, Any]:
+    return {method: warm(f"{CASES}train", place, method) for method in METHODS}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_rank_and_two_train_alike(trained: dict[str, Any], method: str) -> None:
+    """Contexts, noise and the generic user's share belong to a comparison, not to the rank that computes it."""
+    one, two = trained[method]["1"], trained[method]["2"]
+    assert len(one["losses"]) >= 20 and np.ptp(one["losses"]) > 1e-3
+    np.testing.assert_allclose(one["losses"], two["losses"], rtol=2e-3)
+    np.testing.assert_allclose(one["losses"][0], two["losses"][0], rtol=1e-5)
+    assert one["users"] == two["users"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_taste_is_learnt_where_there_can_be_any(trained: dict[str, Any], method: str) -> None:
+    """Half of the users like what the other half does not: who knows no users stays at chance."""
+    accuracy = trained[method]["1"]["dev"]
+    if method in PERSONAL:
+        assert accuracy > 0.9
+    elif method in ("mean_variance", "categorical"):
+        assert abs(accuracy - 0.5) < 0.35
+
+
+def test_the_generic_user_has_a_row(trained: dict[str, Any]) -> None:
+    assert trained["lore"]["1"]["users"]["logits"] == [5, 3]
+    assert trained["vpl"]["1"]["users"]["logits"] == [4, 8]
+
+
+@pytest.mark.parametrize("method", PERSONAL)
+def test_evaluation_finds_what_training_found(
+    trained: dict[str, Any], place: Path, method: str
+) -> None:
+    run = RunDirectory(place / f"{method}_1")
+    assert evaluate_run(run, ALONE, split="dev")["accuracy"] == trained[method]["1"]["dev"]
+
+
+@pytest.mark.parametrize("method", ["vpl", "lore"])
+def test_new_users_join_from_comparisons(
+    warm: WarmParent, trained: dict[str, Any], place: Path, method: str
+) -> None:
+    run, out, pairs = place / f"{method}_1", place / f"{method}_users", place / "new.jsonl"
+    told = warm(
+        f"{CASES}run_commands",
+        place,
+        [
+            ["adapt", f"--run_dir={run}", f"--pairs={pairs}", f"--out={out}"],
+            ["evaluate", f"--run_dir={run}", f"--data={pairs}", f"--users={out}", "--name=new"],
+            ["evaluate", f"--run_dir={run}", f"--data={pairs}", "--name=strangers"],
+        ],
+    )
+    assert [part["code"] for part in told] == [0, 0, 0], told
+    known = json.loads((run / "eval" / "new.json").read_text())
+    unknown = json.loads((run / "eval" / "strangers.json").read_text())["unknown_users"]
+    assert known["pairs"] == unknown["pairs"] == 16
+    assert known["accuracy"] > 0.9 > 0.8 > unknown["accuracy"]
+
+
+@pytest.mark.parametrize("method", PERSONAL)
+def test_exports_score_for_the_point_they_are_given(
+    trained: dict[str, Any], place: Path, method: str
+) -> None:
+    """The export itself checks its scores against the run's; here other points give other scores."""
+    run, out = RunDirectory(place / f"{method}_1"), place / f"{method}_export"
+    facts = export(run, out, ExportOptions(quiet=True))
+    assert facts["head"] == METHODS[method]["head"]["class_path"]
+    width = len(facts["mixture"])
+    corner = [1.0] + [0.0] * (width - 1)
+    ids = torch.randint(5, 90, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        scores = [
+            load_reward_model(out, mixture=point)(ids, torch.ones_like(ids)).logits
+            for point in (None, corner)
+        ]
+    assert scores[0].shape == (2, 1) and not torch.allclose(*scores)
+
+
+def test_a_context_is_no_row_of_the_table(
+    warm: WarmParent, trained: dict[str, Any], place: Path
+) -> None:
+    """Scores for a user of the run need comparisons, or a group: the message names the way."""
+    lines = [
+        ["score", f"--run_dir={place}/{name}_1", "--user=a", f"--input={place}/pairs.jsonl"]
+        for name in ("vpl", "per_domain")
+    ]
+    told = warm(f"{CASES}run_commands", place, lines)
+    assert [part["code"] for part in told] == [2, 2]
+    assert "Run `adapt`" in told[0]["said"] and "Give --mixture" in told[1]["said"]
