@@ -64,7 +64,7 @@ def _body(facts: dict[str, Any]) -> str:
         "Weights": facts["dtype"],
         "Largest difference to the trainer": (
             f"{facts['max_difference']:.2e} on {facts['num_samples']} texts whose scores reach "
-            f"{facts['scale']:.3g} in size"
+            f"{facts['scale']:.3g} in size{facts.get('measured_for', '')}"
         ),
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
@@ -129,10 +129,12 @@ and length are as in training.
     )
 
 
-def write_facts(folder: Path, facts: dict[str, Any]) -> None:
-    """export.json: the facts and the sha256 of every other file."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    hashes = {str(path.relative_to(folder)): _sha256(path) for path in files}
+def write_facts(folder: Path, facts: dict[str, Any], linked: dict[str, str] | None = None) -> None:
+    """export.json: the facts and the sha256 of every other file; of links, what `linked` says."""
+    hashes = {
+        path.name: linked[path.name] if linked and path.is_symlink() else _sha256(path)
+        for path in sorted(folder.iterdir())
+    }
     (folder / FACTS_NAME).write_text(json.dumps({**facts, "sha256": hashes}, indent=1) + "\n")
 
 

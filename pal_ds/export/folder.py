@@ -8,7 +8,6 @@ import gc
 import json
 import logging
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from pal_ds.errors import UserError, writing
+from pal_ds.errors import UserError
 from pal_ds.evaluate import user_mixtures
 from pal_ds.export import card, code, tokenizer
 from pal_ds.export.check import exported_scores, read_samples, trainer_scores
@@ -30,7 +29,7 @@ from pal_ds.export.configs import (
     pal_config,
     stock_class,
 )
-from pal_ds.export.publish import folder_aside, publish
+from pal_ds.export.publish import new_folder, refuse_existing
 from pal_ds.export.weights import Weights, exported_tensors, weights_of
 from pal_ds.export.who import Audience, choose_audience
 from pal_ds.export.writer import write_sharded
@@ -45,7 +44,7 @@ from pal_ds.users import UserTable
 logger = logging.getLogger(__name__)
 
 LARGEST_DIFFERENCE = 1e-4
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -79,29 +78,26 @@ def export(run: RunDirectory, out: Path, options: ExportOptions | None = None) -
         StorageError: `out` cannot be written; no folder of that name was made.
     """
     options = options or ExportOptions()
-    max_shard_bytes = _parse_size(options.max_shard_size)
-    if options.dtype not in _DTYPES:
-        raise UserError(f"--dtype {options.dtype}: must be one of {', '.join(_DTYPES)}.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and is not empty. Name another folder, or remove it first.")
+    opened = open_for_export(run, out, options)
+    with new_folder(out) as folder:
+        return fill_folder(folder, opened, options)
+
+
+def open_for_export(run: RunDirectory, out: Path, options: ExportOptions) -> OpenRun:
+    """The run at the wanted step, once all is refused that can be before anything is written."""
+    _parse_size(options.max_shard_size)
+    if options.dtype not in DTYPES:
+        raise UserError(f"--dtype {options.dtype}: must be one of {', '.join(DTYPES)}.")
+    refuse_existing(out)
     opened = open_run(
         run, options.step, trust=options.trust_checkpoint, data_path=options.data_path
     )
     backbone_config(opened)
-    with writing(out):
-        temporary = folder_aside(out)
-        try:
-            facts = _fill(temporary, opened, options, max_shard_bytes)
-            publish(temporary, out)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-    return facts
+    return opened
 
 
-def _fill(
-    folder: Path, opened: OpenRun, options: ExportOptions, max_shard_bytes: int
-) -> dict[str, Any]:
+def fill_folder(folder: Path, opened: OpenRun, options: ExportOptions) -> dict[str, Any]:
+    """Puts an exported model into an empty folder, checks it against the run, and returns its facts."""
     weights = weights_of(opened)
     head = weights.head
     audience = choose_audience(
@@ -129,8 +125,9 @@ def _fill(
         layout = _stock_layout(folder, opened, weights, stock, linear)
     target, source, prefix, head_tensors = layout
     shapes, read = exported_tensors(target, source, prefix, head_tensors)
+    max_bytes = _parse_size(options.max_shard_size)
     with progress_bar("exporting", len(shapes), shown=not options.quiet, unit="tensors") as advance:
-        write_sharded(folder, shapes, read, _DTYPES[options.dtype], max_shard_bytes, advance)
+        write_sharded(folder, shapes, read, DTYPES[options.dtype], max_bytes, advance)
     del weights, layout, source, head_tensors, read
     facts |= _check(folder, opened, audience, target, options.dtype)
     if options.with_users and "logits" in head.needs:

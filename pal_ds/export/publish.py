@@ -1,16 +1,42 @@
 """How an exported folder comes to its name: all at once, after all of it is on the disk."""
 
+import contextlib
 import glob
 import logging
 import os
 import shutil
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 from pal_ds.engine.faults import reached
+from pal_ds.errors import UserError, writing
 from pal_ds.run_dir import sync_to_disk
 
 logger = logging.getLogger(__name__)
+
+
+def refuse_existing(out: Path) -> None:
+    """Raises UserError where `out` holds something."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists and is not empty. Name another folder, or remove it first.")
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yields a folder that becomes `out` at the end of the block, and goes where anything fails in it.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    with writing(out):
+        temporary = folder_aside(out)
+        try:
+            yield temporary
+            publish(temporary, out)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def folder_aside(out: Path) -> Path:
@@ -30,7 +56,9 @@ def folder_aside(out: Path) -> Path:
 def publish(temporary: Path, out: Path) -> None:
     """The folder gets its name once all of it is on the disk; an empty folder of that name gives way."""
     for path in temporary.rglob("*"):
-        if path.is_file():
+        if path.is_dir():
+            sync_to_disk(path)
+        elif not path.is_symlink():  # what a link leads to is among these files
             with open(path, "rb") as stream:
                 os.fsync(stream.fileno())
     sync_to_disk(temporary)

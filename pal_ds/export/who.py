@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pal_ds.errors import UserError
 from pal_ds.evaluate import user_mixtures
 from pal_ds.exported.simplex import check_point
 from pal_ds.heads.base import Head, UserState
+from pal_ds.heads.shapes import Float
 from pal_ds.users import UserTable
 
 
@@ -55,6 +57,18 @@ def choose_audience(
     if user is None:
         population = user_mixtures(head, users)[-1]
         return Audience(population.tolist(), f"the population, the mean of {len(users)} users")
+    return Audience(mixtures_of(head, users, [user], users_dir)[0].tolist(), "one user")
+
+
+def mixtures_of(
+    head: Head, users: UserTable, user_ids: Sequence[str], users_dir: Path | None = None
+) -> Float[Tensor, "n K"]:
+    """s_u of each user: of the table that `adapt` left in `users_dir` where it has them, else of the run's.
+
+    Raises:
+        UserError: a user that neither has or whose point the run's table does not hold, or an adapted table for
+            another number of prototypes.
+    """
     if "group" in head.needs:
         raise UserError(
             f"--user: {type(head).__name__} asks for the group of a comparison, not for its user. Give --mixture with "
@@ -62,18 +76,22 @@ def choose_audience(
         )
     table = users
     if users_dir is not None:
-        adapted = UserTable.load(users_dir)
-        if adapted.num_prototypes != head.num_prototypes:
+        table = UserTable.load(users_dir)
+        if table.num_prototypes != head.num_prototypes:
             raise UserError(
-                f"{users_dir}: its users have {adapted.num_prototypes} prototypes, the run has "
+                f"{users_dir}: its users have {table.num_prototypes} prototypes, the run has "
                 f"{head.num_prototypes}. Adapt them to this run."
             )
-        table = adapted if user in adapted or user not in users else users
-    if table is users and "logits" not in head.needs and user in users:
+    rows = torch.from_numpy(table.ids.find(user_ids))
+    logits = torch.empty(len(rows), head.num_prototypes)
+    adapted = rows >= 0
+    logits[adapted] = table.logits[rows[adapted]]
+    others = [user_ids[place] for place in (~adapted).nonzero()[:, 0].tolist()]
+    if "logits" not in head.needs and any(user in users for user in others):
         raise UserError(
-            f"--user {user}: {type(head).__name__} makes a user's point from comparisons. Run `adapt` with some of "
-            "this user's and give its folder as --users."
+            f"--user {others[0]}: {type(head).__name__} makes a user's point from comparisons. Run `adapt` with some "
+            "of this user's and give its folder as --users."
         )
+    logits[~adapted] = users.logits[users.rows(others)]
     with torch.no_grad():
-        row = head.eval().mixture_weights(UserState(table.logits[table.rows([user])]))[0]
-    return Audience(row.tolist(), "one user")
+        return head.eval().mixture_weights(UserState(logits))

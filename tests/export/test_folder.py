@@ -62,6 +62,26 @@ def raw_texts(case: Case) -> list[str]:
     return [f"{prompt}{separator}{text}" for prompt, texts in rows for text in texts]
 
 
+def read_as_stranger(jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """What `reader.py` got, in a process without pal_ds."""
+    jobs_file, results_file, home = folder / "jobs.json", folder / "results.json", folder / "home"
+    home.mkdir()
+    jobs_file.write_text(json.dumps(jobs))
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "HF_"))}
+    environment |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-I", str(READER), str(jobs_file), str(results_file)],
+        cwd=home,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(results_file.read_text())
+
+
 @pytest.fixture(scope="session")
 def strangers(runs: Path, exported: dict) -> dict[tuple[str, str], dict[str, Any]]:
     """What a process with transformers alone got; one process reads all folders."""
@@ -82,22 +102,7 @@ def strangers(runs: Path, exported: dict) -> dict[tuple[str, str], dict[str, Any
             add(case, "stock", trust=False, ways=ways, texts=texts)
         elif case.head != "bt":
             add(case, "other", mixture=[0.0, 1.0, 0.0], ways=EVERY_WAY[:1])
-    jobs_file, results_file, home = runs / "jobs.json", runs / "results.json", runs / "home"
-    home.mkdir()
-    jobs_file.write_text(json.dumps(jobs))
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "HF_"))}
-    environment |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-I", str(READER), str(jobs_file), str(results_file)],
-        cwd=home,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return dict(zip(keys, json.loads(results_file.read_text()), strict=True))
+    return dict(zip(keys, read_as_stranger(jobs, runs), strict=True))
 
 
 def assert_close(result: dict[str, Any], expected: np.ndarray) -> None:

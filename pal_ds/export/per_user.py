@@ -1,0 +1,115 @@
+"""One exported folder per user, all on one set of weights.
+
+Users of one run differ by the mixture in config.json alone, so OUT/_shared is an ordinary export (for
+the population) and OUT/USER has a config.json, card and export.json of its own beside relative links to
+the rest. Links, not hard links: `cp -r`, `rsync -a` and `tar` keep them, and would turn each hard link
+into a whole copy of the weights. OUT moves as one; a single user's folder is copied with `cp -rL`.
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from pal_ds.errors import UserError
+from pal_ds.export import card
+from pal_ds.export.folder import ExportOptions, fill_folder, open_for_export
+from pal_ds.export.publish import new_folder
+from pal_ds.export.who import mixtures_of
+from pal_ds.progress import progress_bar
+from pal_ds.run_dir import RunDirectory
+
+SHARED = "_shared"
+INDEX = "users.json"
+_OWN = {"config.json", "README.md", card.FACTS_NAME}
+_PLAIN = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?")
+
+
+def export_users(
+    run: RunDirectory, out: Path, user_ids: list[str], options: ExportOptions | None = None
+) -> dict[str, Any]:
+    """Writes `out` with a folder per user, `_shared` and users.json; returns the facts of `_shared`.
+
+    Raises:
+        UserError: as `export` does, and for options that name someone else, a user who is unknown or a
+            head without users.
+        StorageError: `out` cannot be written; no folder of that name was made.
+    """
+    options = options or ExportOptions()
+    if options.user is not None or options.mixture is not None or options.with_users:
+        raise UserError(
+            "a list of users makes one export for each of them: leave out --user, --mixture and "
+            "--with_users."
+        )
+    opened = open_for_export(run, out, options)
+    head = opened.parts.head
+    if "logits" not in head.needs:
+        raise UserError(
+            f"{type(head).__name__} has one reward for everyone: leave out the list of users."
+        )
+    mixtures = mixtures_of(head, opened.users, user_ids, options.users_dir).tolist()
+    folders = {user_id: folder_name(user_id) for user_id in user_ids}
+    assert len(set(folders.values())) == len(user_ids), "folder names must tell users apart"
+    with new_folder(out) as folder:
+        shared = folder / SHARED
+        shared.mkdir()
+        facts = fill_folder(shared, opened, options)
+        with progress_bar("users", len(user_ids), shown=not options.quiet, unit="users") as advance:
+            for name, mixture in zip(folders.values(), mixtures, strict=True):
+                _write_user(folder / name, shared, facts, mixture)
+                advance(1)
+        text = json.dumps(folders, indent=1, ensure_ascii=False)
+        (folder / INDEX).write_text(text + "\n", encoding="utf-8")
+    return facts
+
+
+def folder_name(user_id: str) -> str:
+    """A name that every file system takes and that depends on the id alone.
+
+    Short ids of lower-case letters, digits and . _ - inside are their own name. Others keep what is
+    legible of them and get a hash of the whole, so Alice and alice stay apart where case does not count.
+    """
+    if _PLAIN.fullmatch(user_id) and user_id != INDEX:
+        return user_id
+    legible = re.sub(r"[^a-z0-9]+", "-", user_id.lower()).strip("-")[:40].strip("-")
+    return f"{legible or 'user'}-{hashlib.sha256(user_id.encode()).hexdigest()[:16]}"
+
+
+def read_user_list(path: Path) -> list[str]:
+    """The ids of a file, one a line. Raises UserError where it is missing, empty or names one twice."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--users {path}: not UTF-8 ({error}). Save the file as UTF-8.") from None
+    seen: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        user_id = line.removesuffix("\r")
+        if user_id in seen:
+            raise UserError(
+                f"--users {path}:{number}: {user_id!r} stands on line {seen[user_id]} already; list "
+                "every user once."
+            )
+        if user_id:
+            seen[user_id] = number
+    if not seen:
+        raise UserError(f"--users {path}: names no user; give one id a line.")
+    return list(seen)
+
+
+def _write_user(folder: Path, shared: Path, facts: dict[str, Any], mixture: list[float]) -> None:
+    folder.mkdir()
+    for file in shared.iterdir():
+        if file.name not in _OWN:
+            (folder / file.name).symlink_to(Path("..") / SHARED / file.name)
+    config = json.loads((shared / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"mixture": mixture}, indent=2) + "\n")
+    own = {
+        "audience": "one user",
+        "mixture": mixture,
+        "measured_for": ", measured for the population on the same weights",
+    }
+    facts = facts | own
+    card.write_card(folder, facts)
+    hashes = json.loads((shared / card.FACTS_NAME).read_text())["sha256"]
+    card.write_facts(folder, facts, linked=hashes)
