@@ -80,13 +80,16 @@ def _from_run(options: Namespace):
 def _from_model(options: Namespace):
     from pal_ds.data.tokenise import TextEncoder
     from pal_ds.export.tokenizer import open_tokenizer
+    from pal_ds.export.who import choose_audience
     from pal_ds.reward_models import load_reward_model, read_facts
     from pal_ds.score import Scorer
+    from pal_ds.users import UserTable
 
     folder = Path(options.model)
-    if options.user is not None or options.users is not None:
+    if (options.user is None) != (options.users is None):
         raise UserError(
-            "score: an exported model knows no user ids. Score with --run_dir, or give --mixture."
+            "score: an exported model knows no user ids. Give --user with the --users folder that holds "
+            "it, score with --run_dir, or give --mixture."
         )
     if not (folder / "export.json").is_file():
         raise UserError(f"--model {folder}: no export.json here; make it by tools/consolidate.py.")
@@ -100,4 +103,19 @@ def _from_model(options: Namespace):
         # The tokenizer of a stock export writes them into every text by itself.
         special_tokens=tokens["special_tokens"] and not facts["stock_class"],
     )
-    return Scorer(load_reward_model(folder, options.mixture), encoder)
+    model = load_reward_model(folder, options.mixture)
+    if options.user is not None:
+        if facts["mixture"] is None:
+            raise UserError(
+                f"{folder}: {facts['head']} has one reward for everyone: leave out --user."
+            )
+        users = Path(options.users)
+        audience = choose_audience(
+            model.head,
+            UserTable.load(users),
+            user=options.user,
+            mixture=options.mixture,
+            users_dir=users,
+        )
+        model.config.mixture = audience.mixture
+    return Scorer(model, encoder)

@@ -58,6 +58,14 @@ def _body(facts: dict[str, Any]) -> str:
         "Head": facts["head"],
         "Scores for": facts["audience"],
         "Mixture": facts["mixture"] or "none",
+        **(_imported(facts) if "imported_from" in facts else _of_run(facts)),
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return f"| | |\n|---|---|\n{table}\n\n## Use\n{_usage(facts)}"
+
+
+def _of_run(facts: dict[str, Any]) -> dict[str, Any]:
+    return {
         "Step of the run": facts["step"],
         "Data": f"hash {facts['dataset_hash']}, licence {facts['licence'] or 'not stated'}",
         "Backbone": f"{facts['backbone']} ({facts['tuning']})",
@@ -67,8 +75,14 @@ def _body(facts: dict[str, Any]) -> str:
             f"{facts['scale']:.3g} in size{facts.get('measured_for', '')}"
         ),
     }
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    return f"| | |\n|---|---|\n{table}\n\n## Use\n{_usage(facts)}"
+
+
+def _imported(facts: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "Imported from": f"{facts['imported_from']}, sha256 {facts['checkpoint_sha256']}",
+        "Backbone": f"{facts['backbone']} ({facts['backbone_weights']})",
+        "Weights": facts["dtype"],
+    }
 
 
 def _usage(facts: dict[str, Any]) -> str:
@@ -95,6 +109,10 @@ every row to the form it was trained on.
 files. `model(..., return_token_scores=True)` gives [batch, length] scores for guided decoding
 (decoders).
 """
+    if facts.get("end_in_tokenizer"):
+        text += f"""This folder's tokenizer writes {facts["end_in_tokenizer"]!r} after every text, as the
+training data had it: ids of another tokenizer lack it.
+"""
     if facts["reads_prompt"]:
         text += """The model finds the response by its marker; `prompt_lengths` (tokens before the
 response in each row as passed) goes first, and a text without exactly the expected markers is
@@ -106,6 +124,10 @@ refused.
 def _text_form(tokens: dict[str, Any]) -> str:
     if tokens["chat_template"]:
         return "A text is the conversation, response last, in the tokenizer's chat template."
+    if not tokens["separator"]:
+        return (
+            "A text is the prompt and, right after it, the response, as the training data had them."
+        )
     return f"A text is the prompt, then {tokens['separator']!r}, then the response."
 
 
@@ -132,12 +154,13 @@ and length are as in training.
 def write_facts(folder: Path, facts: dict[str, Any], linked: dict[str, str] | None = None) -> None:
     """export.json: the facts and the sha256 of every other file; of links, what `linked` says."""
     hashes = {
-        path.name: linked[path.name] if linked and path.is_symlink() else _sha256(path)
+        path.name: linked[path.name] if linked and path.is_symlink() else sha256_of(path)
         for path in sorted(folder.iterdir())
     }
     (folder / FACTS_NAME).write_text(json.dumps({**facts, "sha256": hashes}, indent=1) + "\n")
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

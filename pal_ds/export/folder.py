@@ -85,7 +85,7 @@ def export(run: RunDirectory, out: Path, options: ExportOptions | None = None) -
 
 def open_for_export(run: RunDirectory, out: Path, options: ExportOptions) -> OpenRun:
     """The run at the wanted step, once all is refused that can be before anything is written."""
-    _parse_size(options.max_shard_size)
+    parse_size(options.max_shard_size)
     if options.dtype not in DTYPES:
         raise UserError(f"--dtype {options.dtype}: must be one of {', '.join(DTYPES)}.")
     refuse_existing(out)
@@ -125,7 +125,7 @@ def fill_folder(folder: Path, opened: OpenRun, options: ExportOptions) -> dict[s
         layout = _stock_layout(folder, opened, weights, stock, linear)
     target, source, prefix, head_tensors = layout
     shapes, read = exported_tensors(target, source, prefix, head_tensors)
-    max_bytes = _parse_size(options.max_shard_size)
+    max_bytes = parse_size(options.max_shard_size)
     with progress_bar("exporting", len(shapes), shown=not options.quiet, unit="tensors") as advance:
         write_sharded(folder, shapes, read, DTYPES[options.dtype], max_bytes, advance)
     del weights, layout, source, head_tensors, read
@@ -145,8 +145,8 @@ def _pal_layout(
     config.reward_mean, config.reward_std = options.reward_mean, options.reward_std
     tokenizer.copy_tokenizer(opened.data.tokenizer_path, folder)
     code.write_pal_code(folder, weights.head)
-    target = _on_meta(PalForSequenceClassification, config)
-    _write_config(folder, config, PalForSequenceClassification.__name__, PAL_AUTO_MAP)
+    target = on_meta(PalForSequenceClassification, config)
+    write_config(folder, config, PalForSequenceClassification.__name__, PAL_AUTO_MAP)
     head_tensors = {f"head.{name}": t for name, t in weights.head.state_dict().items()}
     return target, weights, "backbone.", head_tensors
 
@@ -177,12 +177,12 @@ def _stock_layout(
     }
     name = code.write_stock_code(folder, stock.__name__)
     auto_map = {"AutoModelForSequenceClassification": f"modeling_canonical.{name}"}
-    _write_config(folder, config, stock.__name__, auto_map)
-    target = _on_meta(stock, config)
+    write_config(folder, config, stock.__name__, auto_map)
+    target = on_meta(stock, config)
     return target, weights, f"{stock.base_model_prefix}.", {"score.weight": linear[None]}
 
 
-def _on_meta(cls: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+def on_meta(cls: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
     """The class without storage: names and shapes of its tensors."""
     with torch.device("meta"):
         model = cls(config)
@@ -208,9 +208,10 @@ def _with_one_more_row(weights: Weights, vocab_size: int) -> Weights:
     return Weights({**weights.shapes, name: (rows[0] + 1, rows[1])}, read, weights.head)
 
 
-def _write_config(
+def write_config(
     folder: Path, config: PretrainedConfig, architecture: str, auto_map: dict[str, str]
 ) -> None:
+    """config.json, saying which class of which file opens the folder."""
     config.architectures = [architecture]
     config.auto_map = auto_map
     config.save_pretrained(folder)
@@ -271,7 +272,8 @@ def _write_users(folder: Path, opened: OpenRun, head: Head, adapted: Path | None
             stream.write(json.dumps({"user_id": user_id, "mixture": mixture}) + "\n")
 
 
-def _parse_size(text: str) -> int:
+def parse_size(text: str) -> int:
+    """Bytes of `--max_shard_size`. Raises UserError for anything but a number and a unit."""
     found = re.fullmatch(r"(\d+)\s*(KB|MB|GB)", text)
     if found is None or int(found[1]) == 0:
         raise UserError(f"--max_shard_size {text}: must be a number and KB, MB or GB, as in 4GB.")

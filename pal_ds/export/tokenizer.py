@@ -10,10 +10,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, normalizers
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, processors
 from transformers import AutoTokenizer, PretrainedConfig
 
 from pal_ds.data.tokenise import Encoded, load_tokenizer
+from pal_ds.errors import UserError
 
 _NEW_PAD = "<|pal_pad|>"
 
@@ -64,6 +65,41 @@ def write_canonical_tokenizer(
     assert pad_id is not None and pad_id <= vocab_size, (
         f"pad token {pad} has id {pad_id} beyond {vocab_size} rows"
     )
+    return pad_id
+
+
+def write_framed_tokenizer(
+    source: Path,
+    folder: Path,
+    *,
+    prefix_ids: list[int],
+    end_ids: list[int],
+    end_text: str,
+    max_length: int,
+) -> int:
+    """The tokenizer, with these tokens around a text where a caller asks for special tokens; returns its pad id.
+
+    `end_text` goes after every text, asked for or not, before it becomes tokens. Raises UserError for a
+    tokenizer whose normaliser cannot write it.
+    """
+    tokenizer = load_tokenizer(str(source))
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    if end_text:
+        if not _keeps_specials(backend):
+            raise UserError(f"tokenizer {source}: cannot write {end_text!r} after every text.")
+        backend = _with_specials(backend, "", end_text)
+    prefix = [(f"prefix {place}", token) for place, token in enumerate(prefix_ids)]
+    end = [(f"end {place}", token) for place, token in enumerate(end_ids)]
+    backend.post_processor = processors.TemplateProcessing(
+        single=[*(name for name, _ in prefix), "$A", *(name for name, _ in end)],
+        special_tokens=[*prefix, *end],
+    )
+    pad = tokenizer.pad_token or tokenizer.eos_token or str(backend.id_to_token(0))
+    tokenizer.save_pretrained(folder)
+    backend.save(str(folder / "tokenizer.json"))
+    _rewrite_config(folder / "tokenizer_config.json", pad, max_length)
+    pad_id = backend.token_to_id(pad)
+    assert pad_id is not None, f"{pad} is a token of the tokenizer"
     return pad_id
 
 

@@ -81,10 +81,10 @@ def exported_tensors(
     for name, shape in wanted.items():
         if given.get(name) != shape or 0 in shape:
             raise UserError(
-                f"{name}: the exported model needs shape {shape}, the run gives {given.get(name)}."
+                f"{name}: the exported model needs shape {shape}, and was given {given.get(name)}."
             )
     if surplus := sorted(set(given) - set(wanted) - tied):
-        raise UserError(f"{surplus[0]}: the run has this tensor, the exported model has none such.")
+        raise UserError(f"{surplus[0]}: was given, and the exported model has no such tensor.")
 
     def read(name: str) -> Iterator[Tensor]:
         if name in head_tensors:

@@ -86,7 +86,7 @@ def mixtures_of(
     logits = torch.empty(len(rows), head.num_prototypes)
     adapted = rows >= 0
     logits[adapted] = table.logits[rows[adapted]]
-    others = [user_ids[place] for place in (~adapted).nonzero()[:, 0].tolist()]
+    others = [user_id for user_id, row in zip(user_ids, rows.tolist(), strict=True) if row < 0]
     if "logits" not in head.needs and any(user in users for user in others):
         raise UserError(
             f"--user {others[0]}: {type(head).__name__} makes a user's point from comparisons. Run `adapt` with some "

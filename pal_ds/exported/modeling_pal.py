@@ -38,6 +38,8 @@ class PalRewardConfig(PretrainedConfig):
         marker_ids: list[int] | None = None,
         user_marker_ids: list[int] | None = None,
         max_tokens: int | None = None,
+        prompt_end_ids: list[int] | None = None,
+        prompt_end_replaces: int = 0,
         reward_mean: float | None = None,
         reward_std: float | None = None,
         **kwargs: Any,
@@ -53,6 +55,9 @@ class PalRewardConfig(PretrainedConfig):
             prefix_ids, end_ids: special tokens around every text.
             marker_ids, user_marker_ids: tokens that open a response, and a user's message.
             max_tokens: longer texts lose the beginning of their prompt.
+            prompt_end_ids, prompt_end_replaces: tokens at the end of a prompt that is read by itself
+                (`separate`), and how many of its own last tokens they stand for (a tokenizer may
+                join an end with what precedes it).
             reward_mean, reward_std: of the rewards on the run's own data, for whoever wants to
                 normalise; logits are as the trainer scored.
         """
@@ -68,6 +73,8 @@ class PalRewardConfig(PretrainedConfig):
         self.marker_ids = marker_ids
         self.user_marker_ids = user_marker_ids
         self.max_tokens = max_tokens
+        self.prompt_end_ids = prompt_end_ids or []
+        self.prompt_end_replaces = prompt_end_replaces
         self.reward_mean = reward_mean
         self.reward_std = reward_std
         if text_config is not None:
@@ -184,7 +191,9 @@ class PalForSequenceClassification(PreTrainedModel):
             start = num_prefix if starts is None else starts[index]
             if self.config.encoding == "separate":
                 ids = self._cut(row[:num_prefix] + row[start:])
-                texts.append(_Text(ids, len(row) - len(ids), self._cut(row[:start]), 0))
+                prompt = row[: start - self.config.prompt_end_replaces]
+                prompt = self._cut(prompt + self.config.prompt_end_ids)
+                texts.append(_Text(ids, len(row) - len(ids), prompt, 0))
             else:
                 ids = self._cut(row)
                 num_cut = len(row) - len(ids)
