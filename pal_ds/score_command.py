@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -103,7 +104,7 @@ def _from_model(options: Namespace):
         # The tokenizer of a stock export writes them into every text by itself.
         special_tokens=tokens["special_tokens"] and not facts["stock_class"],
     )
-    model = load_reward_model(folder, options.mixture)
+    model: Any = load_reward_model(folder, options.mixture)
     if options.user is not None:
         if facts["mixture"] is None:
             raise UserError(

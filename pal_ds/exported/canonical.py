@@ -60,19 +60,25 @@ def find_prompt_length(
     ids: Sequence[int],
     marker_ids: Sequence[int],
     user_marker_ids: Sequence[int] | None = None,
+    *,
+    may_be_empty: bool = False,
 ) -> int:
     """Number of ids before the response: just past the response marker.
 
     Without `user_marker_ids` the marker must occur exactly once. With them, once per user marker,
     and the last one counts. Anything else raises ValueError, for a response that holds a marker
     could otherwise move its own boundary. A marker with nothing after it starts no response and
-    is not counted: it is the end token where both are one id ([SEP]).
+    is not counted: it is the end token where both are one id ([SEP]). With `may_be_empty` (for ids
+    without the end) it starts an empty response where no other marker can be the response's.
     """
-    starts = [start for start in find_runs(ids, marker_ids) if start + len(marker_ids) < len(ids)]
+    found = find_runs(ids, marker_ids)
+    starts = [start for start in found if start + len(marker_ids) < len(ids)]
+    num_expected = 1 if not user_marker_ids else len(find_runs(ids, user_marker_ids))
+    if may_be_empty and len(starts) < len(found) == num_expected:
+        starts = found
     remedy = "pass prompt_lengths to say where the response begins"
     if not starts:
         raise ValueError(f"no response marker {list(marker_ids)} in the text; {remedy}")
-    num_expected = 1 if not user_marker_ids else len(find_runs(ids, user_marker_ids))
     if len(starts) != num_expected:
         raise ValueError(
             f"{len(starts)} response markers {list(marker_ids)} in the text, but the conversation "

@@ -168,7 +168,8 @@ class PalForSequenceClassification(PreTrainedModel):
             # Without the end, which may be the marker's own token (BERT's [SEP]).
             bodies = [row[: len(row) - len(config.end_ids)] for row in rows]
             markers = config.marker_ids, config.user_marker_ids
-            return [find_prompt_length(body, *markers) for body in bodies]
+            # A policy may end at once; its empty response has a score like any other.
+            return [find_prompt_length(body, *markers, may_be_empty=True) for body in bodies]
         lengths = torch.as_tensor(prompt_lengths).tolist()
         if len(lengths) != len(rows):
             raise ValueError(f"prompt_lengths has {len(lengths)} entries for {len(rows)} rows.")

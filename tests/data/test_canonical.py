@@ -51,3 +51,16 @@ def test_an_end_token_that_is_also_the_marker_starts_no_response():
         find_prompt_length([2, 5, 3], [3])
     with pytest.raises(ValueError, match="2 response markers"):
         find_prompt_length([2, 5, 3, 6, 3, 7, 3], [3])
+
+
+def test_a_response_may_be_empty_where_no_other_marker_can_be_its_own():
+    def length(*arguments: list[int]) -> int:
+        return find_prompt_length(*arguments, may_be_empty=True)
+
+    assert length([5, 7, 8], [7, 8]) == 3
+    assert length([5, 7, 9, 7], [7]) == 2, "the response ends in a marker; it is not the boundary"
+    assert length([6, 5, 7, 5, 6, 5, 7], [7], [6]) == 7
+    with pytest.raises(ValueError, match="no response marker"):
+        length([5, 9], [7])
+    with pytest.raises(ValueError, match="2 response markers"):
+        length([5, 7, 5, 7, 9], [7])

@@ -89,6 +89,16 @@ def test_a_boundary_that_cannot_be_is_refused(rows, extra, words) -> None:
         scores(make("PalB"), rows, **extra)
 
 
+@pytest.mark.parametrize("encoding", ["joint", "separate"])
+def test_an_empty_response_has_a_score(encoding: str) -> None:
+    """A policy under training ends at once now and then; it must not end the training."""
+    model = make("PalB", encoding=encoding)
+    empty = [5, 6, *MARKER]
+    given = scores(model, [[BOS, *empty, EOS]], prompt_lengths=[5])
+    for row in (empty, [BOS, *empty], [*empty, EOS]):
+        assert torch.allclose(scores(model, [row, PLAIN])[:1], given, atol=1e-6)
+
+
 def test_markers_of_earlier_turns_are_explained_by_user_markers() -> None:
     model = make("PalB", user_marker_ids=[29], max_tokens=None)
     talk = [29, 5, *MARKER, 6, 29, 7, *MARKER, 8]

@@ -12,9 +12,12 @@ from pal_ds.train import train
 from tests.export.cases import CASES
 
 
-def main(root: Path) -> None:
+def main(root: Path, names: list[str]) -> None:
+    """Trains the cases of these names, or all of them."""
     with distributed() as world:
         for case in CASES:
+            if names and case.name not in names:
+                continue
             run = RunDirectory(root / case.name)
             config = load_recipe(run.config_file)
             data = PreparedData.open(config.data.path)
@@ -23,5 +26,5 @@ def main(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])
     leave(0)
