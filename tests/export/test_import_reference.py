@@ -221,6 +221,23 @@ def test_texts_are_read_as_in_the_reference(
     close(torch.tensor(scored), expected)
 
 
+def test_users_that_do_not_fit_the_folder_are_named(
+    backbones: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = imported(tmp_path, backbones / "gpt2", A)
+    UserTable(2, ["u0"]).save(tmp_path / "other")
+    (tmp_path / "in.jsonl").write_text(json.dumps({"text": PROMPT + RESPONSES[0]}) + "\n")
+    for user, table, words in (
+        ("nobody", "users", "unknown user 'nobody'; the table holds 5 users"),
+        ("u0", "other", "have 2 prototypes, the run has 3"),
+        ("u0", "nowhere", "users.safetensors is missing"),
+    ):
+        given = ["--model", str(out), "--input", str(tmp_path / "in.jsonl"), "--user", user]
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["score", *given, "--users", str(tmp_path / table)])
+        assert stopped.value.code == 2 and words in capsys.readouterr().err
+
+
 def test_strangers_read_the_folder(backbones: Path, tmp_path: Path) -> None:
     """For the population and for one user, with transformers alone, however a text is padded."""
     ways = [
