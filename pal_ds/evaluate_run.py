@@ -3,7 +3,7 @@
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from pal_ds.asked import Asked, asked_sets
 from pal_ds.backbones.given import GivenStates
 from pal_ds.cache_folders import restored_cache_folders
 from pal_ds.data.batch import Collator
 from pal_ds.data.build import build_tables
+from pal_ds.data.records import Record
 from pal_ds.data.sources import Jsonl
 from pal_ds.data.tables import PreparedData
 from pal_ds.data.tokenise import TextEncoder
@@ -22,10 +24,12 @@ from pal_ds.engine.dist import World
 from pal_ds.engine.frozen import encode_once
 from pal_ds.errors import UserError, writing
 from pal_ds.evaluate import dev_temperature, predict, report_on, user_mixtures
+from pal_ds.findings import findings
 from pal_ds.heads.shapes import Float
 from pal_ds.model import RewardModel
 from pal_ds.restore import Restored, restore
 from pal_ds.run_dir import RunDirectory
+from pal_ds.surface import FormatBaseline
 from pal_ds.user_figures import write_user_figures
 from pal_ds.user_ids import UserIds
 from pal_ds.users import UserTable
@@ -39,6 +43,11 @@ class KnownUsers:
     """Of each table, the rows of one after those of the other; the last that holds a user has the say."""
     mixtures: Float[torch.Tensor, "U+1 K"]
     """Mixtures by row; the last is the population of the run's own users."""
+
+    @property
+    def own(self) -> Float[torch.Tensor, "U K"]:
+        """Mixtures of the run's own users."""
+        return self.mixtures[: len(self.ids[0])]
 
     def table_rows(self, data: PreparedData) -> np.ndarray:
         """Row of each user of `data`, -1 for strangers."""
@@ -67,9 +76,22 @@ def known_users(restored: Restored, adapted: Path | None) -> KnownUsers:
     )
 
 
+def records_of(file: Path) -> Iterable[Record]:
+    """The pairs of a JSONL file."""
+    return Jsonl(str(file)).records()
+
+
 @contextlib.contextmanager
-def opened_pairs(restored: Restored, file: Path | None, world: World) -> Iterator[PreparedData]:
-    """The run's data, or tables of `file` made with the run's tokenizer and template, deleted afterwards."""
+def opened_pairs(
+    restored: Restored,
+    file: Path | None,
+    world: World,
+    read: Callable[[Path], Iterable[Record]] = records_of,
+) -> Iterator[PreparedData]:
+    """The run's data, or tables of `file` made with the run's tokenizer and template, deleted afterwards.
+
+    `read` says which pairs of responses the file holds.
+    """
     if file is None:
         yield restored.data
         return
@@ -83,7 +105,7 @@ def opened_pairs(restored: Restored, file: Path | None, world: World) -> Iterato
             encoder = None
             if tokens is not None:
                 encoder = TextEncoder.from_info(tokens, restored.data.tokenizer_path)
-            build_tables(Jsonl(str(file)).records(), folder, encoder, check_marker=False)
+            build_tables(read(file), folder, encoder, check_marker=False)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -182,31 +204,32 @@ def evaluate_run(
     Raises:
         UserError: no such run, step, split or file; an empty split.
     """
-    if name is not None and (Path(name).name != name or name.startswith(".")):
-        raise UserError(f"--name {name}: must be a plain name, the result goes to eval/NAME.json.")
+    (asked,) = asked_sets(split, [] if file is None else [file], name)
     restored = restore(run, step, world.device, trust=trust_checkpoint)
-    known = known_users(restored, users)
-    mixtures = known.mixtures.to(world.device)
-    with opened_pairs(restored, file, world) as data:
-        rows = data.rows(split) if file is None else np.arange(len(data.comparisons))
-        if len(rows) == 0:
-            raise UserError(
-                f"--split {split}: {data.path} has no pairs in it; it has {data.info['counts']['splits']}."
-            )
-        micro = restored.config.train.micro_batch_pairs
+    return evaluate_set(restored, known_users(restored, users), asked, world)
+
+
+def evaluate_set(
+    restored: Restored, known: KnownUsers, asked: Asked, world: World
+) -> dict[str, Any]:
+    """As `evaluate_run`, of a run in memory."""
+    micro = restored.config.train.micro_batch_pairs
+    with opened_pairs(restored, asked.file, world) as data:
+        rows = asked.rows(data)
         temperature = _temperature(restored, micro, world)
         reader = reader_of(restored, data, rows, known.table_rows(data), world)
+        mixtures = known.mixtures.to(world.device)
         margins = predict(
             reader.model, reader.collator, rows, mixtures, micro, world, label="scoring"
         )
-        figures = report_on(data, rows, margins, reader.collator.user_rows(rows), temperature)
-        if file is not None:
+        user_rows, looks = reader.collator.user_rows(rows), FormatBaseline.of(restored.data)
+        figures = report_on(data, rows, margins, user_rows, temperature, looks)
+        figures |= findings(restored, known.own, data, rows, margins, user_rows, looks, world)
+        if asked.file is not None:
             figures["dropped"] = data.info["dropped"]
             figures["prompts_seen_in_training"] = _num_seen_prompts(restored.data, data)
     figures["step"] = restored.step
-    world.from_rank_zero(
-        lambda: _write(run, name or (split if file is None else file.stem), figures)
-    )
+    world.from_rank_zero(lambda: write_figures(restored.run, asked.name, figures))
     return figures
 
 
@@ -234,7 +257,8 @@ def _num_seen_prompts(trained_on: PreparedData, data: PreparedData) -> int:
     return int(np.isin(data.prompt_hashes(), seen).sum())
 
 
-def _write(run: RunDirectory, name: str, figures: dict[str, Any]) -> None:
+def write_figures(run: RunDirectory, name: str, figures: dict[str, Any]) -> None:
+    """Writes eval/NAME.json. Raises StorageError where it cannot be written."""
     with writing(run.eval):
         run.eval.mkdir(parents=True, exist_ok=True)
     write_user_figures(run.eval / f"{name}.json", figures)
@@ -247,7 +271,8 @@ def summary_line(name: str, figures: dict[str, Any]) -> str:
         low, high = figures["accuracy_ci95"]
         parts.append(f"accuracy {figures['accuracy']:.4f} [{low:.4f}, {high:.4f}]")
         parts.append(f"mean over {len(figures['users'])} users {figures['user_accuracy_mean']:.4f}")
-        parts.append(f"ECE {figures['ece']:.4f}")
+        if figures["ece"] is not None:
+            parts.append(f"ECE {figures['ece']:.4f}")
     unknown = figures["unknown_users"]
     if unknown["pairs"]:
         parts.append(
@@ -256,4 +281,14 @@ def summary_line(name: str, figures: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-__all__ = ["Reader", "evaluate_run", "known_users", "opened_pairs", "reader_of", "summary_line"]
+__all__ = [
+    "KnownUsers",
+    "Reader",
+    "evaluate_run",
+    "evaluate_set",
+    "known_users",
+    "opened_pairs",
+    "reader_of",
+    "summary_line",
+    "write_figures",
+]

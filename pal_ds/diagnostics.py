@@ -1,0 +1,63 @@
+"""What a trained head made of its prototypes and its users made of them: collapse shows here before accuracy does."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pal_ds.heads.base import Head, UserState
+from pal_ds.heads.shapes import Float
+
+
+def diagnose(head: Head, mixtures: Float[Tensor, "U K"]) -> dict[str, Any]:
+    """The "diagnostics" of `eval/NAME.json` from the mixtures s_u of a run's own users.
+
+    Entropies are in nats, at most log K. `effective_prototypes` is exp H(mean of s_u), how many are in use;
+    `effective_prototypes_per_user` the mean of exp H(s_u), how many a user mixes. Where a head has a point for a user
+    (`Head.locate`), prototype k is the point of the user who is all k; of these points come the matrix of Euclidean
+    distances and, between two different ones, the least and mean distance and the largest cosine. Null elsewhere, and
+    for fewer than two prototypes or no users.
+    """
+    num_users, num_prototypes = mixtures.shape
+    weights = mixtures.double().cpu()
+    shares = weights.mean(0)
+    entropies = _entropy(weights)
+    known = num_users > 0
+    return {
+        "users": num_users,
+        "prototypes": num_prototypes,
+        "user_entropy_mean": float(entropies.mean()) if known else None,
+        "effective_prototypes": float(_entropy(shares).exp()) if known else None,
+        "effective_prototypes_per_user": float(entropies.exp().mean()) if known else None,
+        "prototype_shares": shares.tolist() if known else None,
+        **_distances(_prototypes(head, num_prototypes)),
+    }
+
+
+def _entropy(weights: Float[Tensor, "*n K"]) -> Float[Tensor, "*n"]:
+    """-sum_k s_k log s_k, with 0 log 0 = 0."""
+    return -torch.special.xlogy(weights, weights).sum(-1)
+
+
+def _prototypes(head: Head, num_prototypes: int) -> Float[Tensor, "K d"] | None:
+    device = next(head.parameters()).device
+    head.eval()
+    with torch.no_grad():
+        corners = torch.eye(num_prototypes, device=device)
+        points = head.locate(UserState(mixture=corners))
+    return None if points is None else points.double().cpu()
+
+
+def _distances(points: Float[Tensor, "K d"] | None) -> dict[str, Any]:
+    if points is None or len(points) < 2:
+        names = ("prototype_distances", "distance_min", "distance_mean", "cosine_max")
+        return dict.fromkeys(names)
+    distances = torch.linalg.vector_norm(points[:, None] - points, dim=-1)
+    unit = torch.nn.functional.normalize(points, dim=-1)
+    first, second = torch.triu_indices(len(points), len(points), offset=1)
+    return {
+        "prototype_distances": distances.tolist(),
+        "distance_min": float(distances[first, second].min()),
+        "distance_mean": float(distances[first, second].mean()),
+        "cosine_max": float((unit @ unit.T)[first, second].max()),
+    }
