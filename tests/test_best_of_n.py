@@ -1,10 +1,18 @@
-"""Best of n by hand, against scipy, and of a run: from a file, from a split, at any world size."""
+"""Best of n by hand and against scipy, and where its lists come from; of runs in `engine/test_evaluate.py`."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy.stats import kendalltau
 
 from pal_ds.best_of_n import FIGURES, Lists, best_of_n_figures
+from pal_ds.best_of_n_run import compared_candidates, paired, read_lists
+from pal_ds.data.tables import COMPARISON_DTYPE
+from pal_ds.errors import UserError
 
 
 def lists_of(*utilities: list[float], users: str | None = None, prompts: list[int] | None = None):
@@ -84,3 +92,56 @@ def test_a_score_that_is_no_number_is_never_chosen() -> None:
     assert (found["top1"], found["regret"]) == (0, 1)
     # 1 > 0 agrees, 2 > 1 does not, and the two others are tied.
     assert found["kendall_tau_b"] == 0
+
+
+def test_lists_of_a_split_are_what_one_user_compared_for_one_prompt() -> None:
+    """User 1 compared responses 0, 1 and 2 of prompt 0 (one pair twice); everyone else compared two."""
+    rows = [(1, 0, 1, -1), (1, 2, 1, 1), (1, 1, 0, 1), (1, 2, 0, -1)]
+    rows += [(2, 0, 1, 1), (1, 3, 4, 1), (2, 4, 3, 1)]
+    table = np.zeros(len(rows), COMPARISON_DTYPE)
+    for name, column in zip(("user", "a", "b", "label"), np.asarray(rows).T, strict=True):
+        table[name] = column
+    data: Any = SimpleNamespace(comparisons=table, response_prompt=np.array([0, 0, 0, 1, 1]))
+    found = compared_candidates(data, np.arange(len(rows)))
+    assert found.first.tolist() == [0, 3] and found.user.tolist() == [1]
+    assert found.response.tolist() == [0, 1, 2]
+    # Response 0 won both against 1 and lost to 2; 1 won against 2 only; 2 won one of two.
+    assert found.utility == pytest.approx([2 / 3, 1 / 3, 1 / 2])
+    assert len(compared_candidates(data, np.arange(4, 7)).user) == 0
+
+
+def test_every_text_is_in_a_pair() -> None:
+    assert paired(4) == [(0, 1), (2, 3)]
+    assert paired(5) == [(0, 1), (2, 3), (4, 0)]
+    assert paired(2) == [(0, 1)]
+
+
+GOOD = {"user_id": "a", "prompt": "p", "responses": ["x", "y", "x"], "scores": [1, 0, 1]}
+
+
+def test_a_line_names_each_text_once(tmp_path: Path) -> None:
+    file = tmp_path / "lists.jsonl"
+    file.write_text(json.dumps(GOOD))
+    (line,) = read_lists(file)
+    assert (line.distinct, line.place, line.scores) == (["x", "y"], [0, 1, 0], [1.0, 0.0, 1.0])
+    (record,) = line.records(7)
+    assert (record.user_id, record.responses, record.group) == ("a", ("x", "y"), "7")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"score": [1]}, "unknown key 'score'"),
+        ({"responses": ["x"]}, "two or more candidates"),
+        ({"scores": [1, 2]}, "a list of 3 numbers"),
+        ({"scores": [1, 2, "3"]}, "holds '3'"),
+        ({"scores": [1, 2, float("nan")]}, "holds nan"),
+    ],
+)
+def test_a_line_that_is_no_list_is_refused(
+    tmp_path: Path, change: dict[str, Any], match: str
+) -> None:
+    file = tmp_path / "lists.jsonl"
+    file.write_text(json.dumps(GOOD) + "\n" + json.dumps({**GOOD, **change}) + "\n")
+    with pytest.raises(UserError, match=f"lists.jsonl:2: .*{match}"):
+        read_lists(file)
