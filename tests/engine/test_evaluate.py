@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from pal_ds import cli
 from pal_ds import evaluate_run as evaluating
 from pal_ds.best_of_n_run import listed_candidates, read_lists, score_candidates
 from pal_ds.data.records import Record
@@ -165,21 +166,32 @@ def test_best_of_n_is_written_with_strangers_apart(evaluated: Path) -> None:
         evaluate_run(run, ALONE, split="unseen_train")
 
 
-def test_several_files_in_one_call_and_best_of_n(evaluated: Path) -> None:
-    run, other = evaluated / "full", evaluated / "nine_again.jsonl"
-    other.write_text((evaluated / "nine.jsonl").read_text())
-    said = run_command("evaluate", f"--run_dir={run}", f"--data={evaluated / 'nine.jsonl'},{other}")
-    nine, again = (
-        json.loads((run / "eval" / f"{n}.json").read_text()) for n in ("nine", "nine_again")
+def test_several_files_in_one_call_and_best_of_n(
+    evaluated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, nine, other = evaluated / "full", evaluated / "nine.jsonl", evaluated / "copy.jsonl"
+    other.write_text(nine.read_text())
+    cli.main(["evaluate", f"--run_dir={run}", f"--data={nine},{other}"])
+    said = capsys.readouterr().out
+    assert "nine: " in said and "copy: " in said and "warning: " in said
+    first, copy = (
+        json.loads((run / "eval" / f"{name}.json").read_text()) for name in ("nine", "copy")
     )
-    assert nine == again
-    assert "nine: " in said and "nine_again: " in said and "warning: " in said
-    said = run_command(
-        "evaluate", f"--run_dir={run}", f"--data={evaluated / 'lists.jsonl'}", "--best_of_n"
-    )
+    assert first == copy
+    cli.main(["evaluate", f"--run_dir={run}", f"--data={evaluated / 'lists.jsonl'}", "--best_of_n"])
+    said = capsys.readouterr().out
     assert "best_of_n_lists: " in said and "kendall_tau_b" in said
     found = json.loads((run / "eval" / "best_of_n_lists.json").read_text())
     assert found == json.loads((run / "eval" / "lists1.json").read_text())
+    # Results of one name, whether by --name or by the files' own, would hide each other.
+    for files, more in (
+        (f"{nine},{other}", ["--name=x"]),
+        (f"{nine},{evaluated}/deep/nine.jsonl", []),
+    ):
+        with pytest.raises(SystemExit) as end:
+            cli.main(["evaluate", f"--run_dir={run}", f"--data={files}", *more])
+        assert end.value.code == 2
+        assert "would go to one eval/NAME.json" in capsys.readouterr().err
 
 
 def test_strangers_are_apart(evaluated: Path) -> None:
