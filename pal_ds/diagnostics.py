@@ -19,16 +19,19 @@ def diagnose(head: Head, mixtures: Float[Tensor, "U K"]) -> dict[str, Any]:
     for fewer than two prototypes or no users.
     """
     num_users, num_prototypes = mixtures.shape
-    weights = mixtures.double().cpu()
-    shares = weights.mean(0)
+    # Of millions of users: summed in fp64, but never copied to it.
+    weights = mixtures.float().cpu()
+    shares = weights.mean(0, dtype=torch.float64)
     entropies = _entropy(weights)
     known = num_users > 0
     return {
         "users": num_users,
         "prototypes": num_prototypes,
-        "user_entropy_mean": float(entropies.mean()) if known else None,
+        "user_entropy_mean": float(entropies.mean(dtype=torch.float64)) if known else None,
         "effective_prototypes": float(_entropy(shares).exp()) if known else None,
-        "effective_prototypes_per_user": float(entropies.exp().mean()) if known else None,
+        "effective_prototypes_per_user": float(entropies.exp().mean(dtype=torch.float64))
+        if known
+        else None,
         "prototype_shares": shares.tolist() if known else None,
         **_distances(_prototypes(head, num_prototypes)),
     }

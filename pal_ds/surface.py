@@ -44,10 +44,12 @@ class FormatBaseline:
         won = np.where(prefers_b, table["b"], table["a"])
         lost = np.where(prefers_b, table["a"], table["b"])
         num_end = _num_common_end(data.responses, np.unique(np.concatenate([won, lost])))
-        tokens = int(data.responses.tokens.max()) + 1
-        wins = (_counts(ids, tokens) for ids in _ends(data.responses, won, num_end))
-        losses = (_counts(ids, tokens) for ids in _ends(data.responses, lost, num_end))
-        first, last = (np.log(up / down) for up, down in zip(wins, losses, strict=True))
+        wins, losses = _ends(data.responses, won, num_end), _ends(data.responses, lost, num_end)
+        num_tokens = max(int(ids.max()) for ids in (*wins, *losses)) + 1
+        first, last = (
+            np.log(_counts(up, num_tokens) / _counts(down, num_tokens))
+            for up, down in zip(wins, losses, strict=True)
+        )
         return cls(first, last, num_end)
 
     def margins(self, data: PreparedData, table: np.ndarray) -> np.ndarray | None:
