@@ -15,12 +15,13 @@ from pal_ds.data.tables import PreparedData
 from pal_ds.engine.dist import World
 from pal_ds.errors import UserError, writing
 from pal_ds.evaluate import predict, user_mixtures
-from pal_ds.evaluate_run import Reader, opened_pairs, reader_of
+from pal_ds.evaluate_run import opened_pairs
 from pal_ds.fit_shards import FOLDER, FittedShard, ShardFolder
 from pal_ds.heads.base import UserState
 from pal_ds.heads.shapes import Float
 from pal_ds.metrics import correctness
 from pal_ds.progress import progress_bar
+from pal_ds.reading import Reader, reader_of
 from pal_ds.restore import Restored, restore
 from pal_ds.run_dir import RunDirectory
 from pal_ds.user_figures import write_user_figures

@@ -1,6 +1,23 @@
-"""Values that several commands read from the command line."""
+"""Options and values that several commands read from the command line."""
 
 import argparse
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+
+def add_run_arguments(parser: ArgumentParser) -> None:
+    """Which checkpoint of which run."""
+    parser.add_argument("--run_dir", type=str, required=True, help="directory that `train` wrote")
+    parser.add_argument("--step", type=str, default="latest", help="a number, latest or best")
+    parser.add_argument(
+        "--trust_checkpoint", action="store_true", help="read checkpoints of another owner"
+    )
+
+
+def as_path(text: str | None) -> Path | None:
+    """None stays None."""
+    return None if text is None else Path(text)
 
 
 def keys(text: str | list[str]) -> list[str]:

@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from pal_ds.arguments import keys
+from pal_ds.arguments import add_run_arguments, as_path, keys
 from pal_ds.errors import UnfinishedError, UserError
+from pal_ds.evaluate_command import Evaluate, FewShot
 from pal_ds.recipe import add_recipe_arguments, as_recipe, dump_recipe
 from pal_ds.run_dir import RunDirectory
 from pal_ds.score_command import Score
@@ -88,44 +89,6 @@ class Train:
             )
 
 
-class Evaluate:
-    """Accuracy per user of a run on a split or a file; exact at any world size."""
-
-    @staticmethod
-    def add_arguments(parser: ArgumentParser) -> None:
-        add_run_arguments(parser)
-        parser.add_argument("--split", type=str, default="test", help="split of the run's data")
-        parser.add_argument("--data", type=str, help="JSONL of pairs in place of a split")
-        parser.add_argument("--name", type=str, help="result goes to eval/NAME.json")
-        parser.add_argument("--users", type=str, help="users that `adapt` fitted")
-
-    @staticmethod
-    def run(options: Namespace, _: Namespace) -> None:
-        from pal_ds.config import TrainConfig
-        from pal_ds.engine.dist import joined_or_alone
-        from pal_ds.engine.watchdog import watch
-        from pal_ds.evaluate_run import evaluate_run, summary_line
-
-        stacks = Path(options.run_dir, "stacks")
-        # Alone it waits for nobody; who started it sees whether it goes on.
-        with (
-            joined_or_alone() as world,
-            watch(world, stacks, TrainConfig.hang_minutes if world.world_size > 1 else 0),
-        ):
-            figures = evaluate_run(
-                RunDirectory(options.run_dir),
-                world,
-                split=options.split,
-                file=as_path(options.data),
-                name=options.name,
-                users=as_path(options.users),
-                step=options.step,
-                trust_checkpoint=options.trust_checkpoint,
-            )
-            if world.is_rank_zero:
-                print(summary_line(options.name or options.data or options.split, figures))
-
-
 class Adapt:
     """Fit new users to a trained run from a few comparisons each; the model stays as it is."""
 
@@ -204,36 +167,6 @@ class Users:
         )
 
 
-class FewShot:
-    """Accuracy of held-out users after k comparisons, for several k; result goes to eval/few_shot.json."""
-
-    @staticmethod
-    def add_arguments(parser: ArgumentParser) -> None:
-        add_run_arguments(parser)
-        parser.add_argument(
-            "--num_comparisons", type=list[int], default=[0, 1, 2, 4, 8, 16, 32], help="values of k"
-        )
-        parser.add_argument(
-            "--num_draws", type=int, default=3, help="random draws of the k comparisons"
-        )
-
-    @staticmethod
-    def run(options: Namespace, _: Namespace) -> None:
-        from pal_ds.few_shot import evaluate_few_shot
-
-        rows = evaluate_few_shot(
-            RunDirectory(options.run_dir),
-            options.num_comparisons,
-            options.num_draws,
-            step=options.step,
-            trust_checkpoint=options.trust_checkpoint,
-        )
-        print(f"{rows[0]['users']} users, {rows[0]['test_pairs']} test pairs" if rows else "")
-        for row in rows:
-            given = f"{row['num_comparisons']:4d} comparisons (mean {row['mean_comparisons']:.1f})"
-            print(f"{given}: accuracy {row['accuracy']:.4f}")
-
-
 class Report:
     """Pictures and a page for one run, or several side by side."""
 
@@ -259,20 +192,6 @@ class Report:
         for run in runs.values():
             run.require_run()
         print(write_report(runs, Path(options.out)))
-
-
-def add_run_arguments(parser: ArgumentParser) -> None:
-    """Which checkpoint of which run."""
-    parser.add_argument("--run_dir", type=str, required=True, help="directory that `train` wrote")
-    parser.add_argument("--step", type=str, default="latest", help="a number, latest or best")
-    parser.add_argument(
-        "--trust_checkpoint", action="store_true", help="read checkpoints of another owner"
-    )
-
-
-def as_path(text: str | None) -> Path | None:
-    """None stays None."""
-    return None if text is None else Path(text)
 
 
 COMMANDS: dict[str, Any] = {

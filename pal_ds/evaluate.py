@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pal_ds import phase
+from pal_ds.controversial import controversial
 from pal_ds.data.batch import Batch, Collator
 from pal_ds.data.tables import PreparedData
 from pal_ds.engine.dist import World
@@ -20,6 +21,7 @@ from pal_ds.metrics import evaluation_figures, fit_temperature
 from pal_ds.model import user_state
 from pal_ds.points import points_in_training
 from pal_ds.progress import progress_bar
+from pal_ds.surface import FormatBaseline, length_margins
 from pal_ds.user_ids import generic_row_of
 from pal_ds.users import TrainedUsers, UserTable
 from pal_ds.users.rows import blocks
@@ -115,6 +117,60 @@ def predict(
     A user the table does not hold (row -1) gets the last mixture, the population's. Without mixtures, users are what
     the batches say of them (their group).
     """
+
+    def margins_of(batch: Batch, output: HeadOutput) -> Tensor:
+        return decision_margin(output.margin, batch.window_end)[:, None]
+
+    found = _gather(
+        *(forward, collator, rows, mixtures, micro_batch_pairs, world),
+        *(margins_of, 1, label, between_steps),
+    )[:, 0]
+    if world.is_rank_zero and (num_lost := int(np.isnan(found).sum())):
+        logger.warning(
+            "%d of %d pairs have scores that are no numbers; they count as wrong",
+            num_lost,
+            len(found),
+        )
+    return found
+
+
+def predict_rewards(
+    forward: Forward,
+    collator: Collator,
+    rows: np.ndarray,
+    mixtures: Float[Tensor, "U+1 K"] | None,
+    micro_batch_pairs: int,
+    world: World,
+    label: str | None = None,
+) -> np.ndarray:
+    """Rewards of both responses of the comparisons `rows` for their user, at the last token as an export scores.
+
+    fp64 [n, 2], in order, on every rank; the rest as in `predict`.
+    """
+
+    def rewards_of(batch: Batch, output: HeadOutput) -> Tensor:
+        ends = batch.window_end
+        return torch.stack([decision_margin(output.reward[:, side], ends) for side in (0, 1)], 1)
+
+    return _gather(
+        *(forward, collator, rows, mixtures, micro_batch_pairs, world),
+        *(rewards_of, 2, label, lambda: None),
+    )
+
+
+def _gather(
+    forward: Forward,
+    collator: Collator,
+    rows: np.ndarray,
+    mixtures: Float[Tensor, "U+1 K"] | None,
+    micro_batch_pairs: int,
+    world: World,
+    read: Callable[[Batch, HeadOutput], Float[Tensor, "B c"]],
+    num_values: int,
+    label: str | None,
+    between_steps: Callable[[], None],
+) -> np.ndarray:
+    """What `read` finds for each comparison, fp64 [n, num_values], in the order of `rows`, on every rank."""
     mixtures = None if mixtures is None else mixtures.to(world.device)
     prompts = collator.data.response_prompt[collator.data.comparisons["a"][rows]]
     # Comparisons of one prompt side by side: a packed forward then computes it once for them.
@@ -122,7 +178,7 @@ def predict(
     ordered = rows[order]
     run_size = micro_batch_pairs * world.world_size
     num_steps = -(-len(rows) // run_size)
-    margins = []
+    parts = []
     with (
         torch.no_grad(),
         progress_bar(
@@ -137,42 +193,37 @@ def predict(
             batch = collator(share, np.arange(len(share)), stand_in=int(rows[0])).to(world.device)
             points = None if mixtures is None else mixtures[batch.user_row]
             output = forward(batch, user_state(batch, mixture=points))
-            padded = torch.full((micro_batch_pairs,), torch.nan, device=world.device)
-            padded[: len(share)] = decision_margin(output.margin, batch.window_end)[: len(share)]
-            margins.append(world.all_gather(padded).flatten())
+            padded = torch.full((micro_batch_pairs, num_values), torch.nan, device=world.device)
+            padded[: len(share)] = read(batch, output)[: len(share)]
+            parts.append(world.all_gather(padded).flatten(0, 1))
             advance(run_size)
-    if not margins:
-        return np.empty(0)
-    found = np.empty(len(rows))
-    found[order] = torch.cat(margins)[: len(rows)].double().cpu().numpy()
-    if world.is_rank_zero and (num_lost := int(np.isnan(found).sum())):
-        logger.warning(
-            "%d of %d pairs have scores that are no numbers; they count as wrong",
-            num_lost,
-            len(found),
-        )
+    found = np.empty((len(rows), num_values))
+    if parts:
+        found[order] = torch.cat(parts)[: len(rows)].double().cpu().numpy()
     return found
 
 
 def figures_of(
-    data: PreparedData, rows: np.ndarray, margins: np.ndarray, temperature: float = 1.0
+    data: PreparedData,
+    rows: np.ndarray,
+    margins: np.ndarray,
+    temperature: float = 1.0,
+    looks: FormatBaseline | None = None,
 ) -> dict[str, Any]:
-    """The figures of `eval/NAME.json` for comparisons of prepared data."""
+    """The figures of `eval/NAME.json` for comparisons of prepared data; `looks` as counted on the training data."""
     table = data.comparisons[rows]
     owners, owner = np.unique(table["user"], return_inverse=True)
     names = np.asarray([data.users[owner] for owner in owners], str)
-    length_margins = None
-    if data.response_num_chars is not None:
-        chars = data.response_num_chars
-        length_margins = chars[table["b"]].astype(float) - chars[table["a"]]
     return evaluation_figures(
         margins,
         table["label"].astype(float),
         names[owner],
         data.response_prompt[table["a"]],
         temperature=temperature,
-        length_margins=length_margins,
+        length_margins=length_margins(data, table),
+        format_margins=None if looks is None else looks.margins(data, table),
         probabilities=table["probability"].astype(float),
+        controversial=controversial(table),
     )
 
 
@@ -182,11 +233,12 @@ def report_on(
     margins: np.ndarray,
     table_rows: np.ndarray,
     temperature: float = 1.0,
+    looks: FormatBaseline | None = None,
 ) -> dict[str, Any]:
     """Figures over the users the table holds, with those it does not apart under "unknown_users"."""
     known = table_rows >= 0
-    figures = figures_of(data, rows[known], margins[known], temperature)
-    unknown = figures_of(data, rows[~known], margins[~known], temperature)
+    figures = figures_of(data, rows[known], margins[known], temperature, looks)
+    unknown = figures_of(data, rows[~known], margins[~known], temperature, looks)
     return {**figures, "unknown_users": unknown}
 
 
@@ -203,6 +255,7 @@ __all__ = [
     "figures_of",
     "population_mixture",
     "predict",
+    "predict_rewards",
     "report_on",
     "user_mixtures",
     "with_mixtures",

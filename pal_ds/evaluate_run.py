@@ -3,108 +3,46 @@
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from pal_ds.backbones.given import GivenStates
-from pal_ds.cache_folders import restored_cache_folders
-from pal_ds.data.batch import Collator
+from pal_ds.asked import Asked, asked_sets
 from pal_ds.data.build import build_tables
+from pal_ds.data.records import Record
 from pal_ds.data.sources import Jsonl
 from pal_ds.data.tables import PreparedData
 from pal_ds.data.tokenise import TextEncoder
+from pal_ds.diagnostics import context_flip
 from pal_ds.engine.dist import World
-from pal_ds.engine.frozen import encode_once
 from pal_ds.errors import UserError, writing
-from pal_ds.evaluate import dev_temperature, predict, report_on, user_mixtures
-from pal_ds.heads.shapes import Float
-from pal_ds.model import RewardModel
-from pal_ds.points import encode_users
+from pal_ds.evaluate import dev_temperature, predict, report_on
+from pal_ds.findings import findings
+from pal_ds.reading import KnownUsers, known_users, reader_of, with_points
 from pal_ds.restore import Restored, restore
 from pal_ds.run_dir import RunDirectory
+from pal_ds.surface import FormatBaseline
 from pal_ds.user_figures import write_user_figures
-from pal_ds.user_ids import UserIds
-from pal_ds.users import UserTable
 
 
-@dataclass(frozen=True)
-class KnownUsers:
-    """Whom a run can score: its own users and, if given, adapted ones; an adapted user hides a trained one."""
-
-    ids: list[UserIds]
-    """Of each table, the rows of one after those of the other; the last that holds a user has the say."""
-    mixtures: Float[torch.Tensor, "U+1 K"] | None
-    """Mixtures by row; the last is the population of the run's own users. None where users are their groups."""
-
-    def table_rows(self, data: PreparedData) -> np.ndarray:
-        """Row of each user of `data`, -1 for strangers."""
-        rows, first = np.full(len(data.users), -1, np.int64), 0
-        for ids in self.ids:
-            found = ids.find(data.users)
-            rows, first = np.where(found < 0, rows, found + first), first + len(ids)
-        return rows
-
-
-def known_users(restored: Restored, adapted: Path | None) -> KnownUsers:
-    """The users of a run and of an adapted table. Raises UserError where the tables do not fit together."""
-    head = restored.model.head
-    if "group" in head.needs:
-        return KnownUsers([restored.users.ids], None)
-    mixtures = user_mixtures(head, restored.users)
-    if adapted is None:
-        return KnownUsers([restored.users.ids], mixtures)
-    table = UserTable.load(adapted)
-    if table.num_prototypes != restored.users.num_prototypes:
-        raise UserError(
-            f"--users {adapted}: {table.num_prototypes} prototypes, the run has {restored.users.num_prototypes}. "
-            "Adapt the users to this run."
-        )
-    return KnownUsers(
-        [restored.users.ids, table.ids],
-        torch.cat([mixtures[:-1], user_mixtures(head, table)[:-1], mixtures[-1:]]),
-    )
-
-
-def with_points(
-    known: KnownUsers, restored: Restored, data: PreparedData, world: World
-) -> KnownUsers:
-    """The same where the run's users have rows of their own; else with points of those whom `data` names.
-
-    They are made from what the run's train split tells of each, as many comparisons as in the run's own evaluations.
-    """
-    contexts, head = restored.parts.collator.contexts, restored.model.head
-    if contexts is None or known.mixtures is None:
-        return known
-    own = UserIds.of(contexts.data.users)
-    asked = own.find(data.users)
-    codes = np.unique(asked[asked >= 0])
-    rows = restored.users.ids.find(own.take(codes))
-    codes, rows = codes[rows >= 0], rows[rows >= 0]
-    if len(codes) == 0:
-        return known
-    chosen, length = contexts.known(codes, head.num_context_scored)
-    told = np.arange(chosen.shape[1]) < length[:, None]
-    reader = reader_of(
-        *(restored, contexts.data, np.unique(chosen), np.arange(len(contexts.data.users)), world),
-        encode_ahead=True,
-    )
-    owner = np.repeat(np.arange(len(codes)), length)
-    points = encode_users(
-        *(reader.model, reader.collator, chosen[told], owner, len(codes), world.device)
-    )
-    mixtures = known.mixtures.clone()
-    mixtures[torch.from_numpy(rows)] = points
-    return replace(known, mixtures=mixtures)
+def records_of(file: Path) -> Iterable[Record]:
+    """The pairs of a JSONL file."""
+    return Jsonl(str(file)).records()
 
 
 @contextlib.contextmanager
-def opened_pairs(restored: Restored, file: Path | None, world: World) -> Iterator[PreparedData]:
-    """The run's data, or tables of `file` made with the run's tokenizer and template, deleted afterwards."""
+def opened_pairs(
+    restored: Restored,
+    file: Path | None,
+    world: World,
+    read: Callable[[Path], Iterable[Record]] = records_of,
+) -> Iterator[PreparedData]:
+    """The run's data, or tables of `file` made with the run's tokenizer and template, deleted afterwards.
+
+    `read` says which pairs of responses the file holds.
+    """
     if file is None:
         yield restored.data
         return
@@ -118,7 +56,7 @@ def opened_pairs(restored: Restored, file: Path | None, world: World) -> Iterato
             encoder = None
             if tokens is not None:
                 encoder = TextEncoder.from_info(tokens, restored.data.tokenizer_path)
-            build_tables(Jsonl(str(file)).records(), folder, encoder, check_marker=False)
+            build_tables(read(file), folder, encoder, check_marker=False)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -161,54 +99,6 @@ def _refuse_other_kind(file: Path, data: PreparedData, restored: Restored) -> No
         )
 
 
-@dataclass(frozen=True)
-class Reader:
-    """How a run scores comparisons of some data: its collator, and the module that takes the batches."""
-
-    collator: Collator
-    model: RewardModel
-
-
-def reader_of(
-    restored: Restored,
-    data: PreparedData,
-    rows: np.ndarray,
-    table_rows: np.ndarray,
-    world: World,
-    *,
-    encode_ahead: bool = False,
-) -> Reader:
-    """Reads comparisons `rows` of `data` as the run read its own.
-
-    `table_rows` maps users of the data to user table rows. Each distinct text is encoded once, ahead, where the
-    backbone is frozen or the caller is going to score the same texts many times.
-    """
-    parts = restored.parts
-    collator = replace(
-        parts.collator, data=data, table_rows=table_rows, group_codes=_group_codes(restored, data)
-    )
-    if parts.backbone is None or not (parts.needs_store or encode_ahead):
-        return Reader(collator, restored.model)
-    model, config = restored.model, restored.config
-    caches = None
-    if parts.needs_store:
-        dtype = next(model.head.parameters()).dtype
-        precision = "bf16" if dtype == torch.bfloat16 else "fp32"
-        weights = restored.manifest["base_weights"]
-        caches = world.from_rank_zero(
-            lambda: restored_cache_folders(parts, collator, config, weights, precision)
-        )
-    batch_texts = config.backbone.encode_batch_texts
-    collator = encode_once(lambda: model.backbone, collator, rows, batch_texts, world, caches)
-    return Reader(collator, RewardModel(GivenStates(), model.head))
-
-
-def _group_codes(restored: Restored, data: PreparedData) -> np.ndarray:
-    """The run's code of each group of `data`, -1 for one that it does not know."""
-    own = {name: code for code, name in enumerate(restored.data.groups)}
-    return np.asarray([own.get(name, -1) for name in data.groups], np.int64)
-
-
 def evaluate_run(
     run: RunDirectory,
     world: World,
@@ -225,31 +115,36 @@ def evaluate_run(
     Raises:
         UserError: no such run, step, split or file; an empty split.
     """
-    if name is not None and (Path(name).name != name or name.startswith(".")):
-        raise UserError(f"--name {name}: must be a plain name, the result goes to eval/NAME.json.")
+    (asked,) = asked_sets(split, [] if file is None else [file], name)
     restored = restore(run, step, world.device, trust=trust_checkpoint)
-    known = known_users(restored, users)
-    with opened_pairs(restored, file, world) as data:
-        rows = data.rows(split) if file is None else np.arange(len(data.comparisons))
-        if len(rows) == 0:
-            raise UserError(
-                f"--split {split}: {data.path} has no pairs in it; it has {data.info['counts']['splits']}."
-            )
+    return evaluate_set(restored, known_users(restored, users), asked, world)
+
+
+def evaluate_set(
+    restored: Restored, known: KnownUsers, asked: Asked, world: World
+) -> dict[str, Any]:
+    """As `evaluate_run`, of a run in memory."""
+    micro = restored.config.train.micro_batch_pairs
+    with opened_pairs(restored, asked.file, world) as data:
+        rows = asked.rows(data)
         known = with_points(known, restored, data, world)
-        micro = restored.config.train.micro_batch_pairs
         temperature = _temperature(restored, micro, world)
         reader = reader_of(restored, data, rows, known.table_rows(data), world)
         margins = predict(
             reader.model, reader.collator, rows, known.mixtures, micro, world, label="scoring"
         )
-        figures = report_on(data, rows, margins, reader.collator.user_rows(rows), temperature)
-        if file is not None:
+        user_rows, looks = reader.collator.user_rows(rows), FormatBaseline.of(restored.data)
+        figures = report_on(data, rows, margins, user_rows, temperature, looks)
+        figures |= findings(restored, known, data, rows, margins, user_rows, looks, world)
+        if known.encoded is not None:
+            other = with_points(known, restored, data, world, flipped=True)
+            turned = predict(reader.model, reader.collator, rows, other.mixtures, micro, world)
+            figures["context_flip"] = context_flip(margins, turned, user_rows >= 0)
+        if asked.file is not None:
             figures["dropped"] = data.info["dropped"]
             figures["prompts_seen_in_training"] = _num_seen_prompts(restored.data, data)
     figures["step"] = restored.step
-    world.from_rank_zero(
-        lambda: _write(run, name or (split if file is None else file.stem), figures)
-    )
+    world.from_rank_zero(lambda: write_figures(restored.run, asked.name, figures))
     return figures
 
 
@@ -276,7 +171,8 @@ def _num_seen_prompts(trained_on: PreparedData, data: PreparedData) -> int:
     return int(np.isin(data.prompt_hashes(), seen).sum())
 
 
-def _write(run: RunDirectory, name: str, figures: dict[str, Any]) -> None:
+def write_figures(run: RunDirectory, name: str, figures: dict[str, Any]) -> None:
+    """Writes eval/NAME.json. Raises StorageError where it cannot be written."""
     with writing(run.eval):
         run.eval.mkdir(parents=True, exist_ok=True)
     write_user_figures(run.eval / f"{name}.json", figures)
@@ -289,7 +185,8 @@ def summary_line(name: str, figures: dict[str, Any]) -> str:
         low, high = figures["accuracy_ci95"]
         parts.append(f"accuracy {figures['accuracy']:.4f} [{low:.4f}, {high:.4f}]")
         parts.append(f"mean over {len(figures['users'])} users {figures['user_accuracy_mean']:.4f}")
-        parts.append(f"ECE {figures['ece']:.4f}")
+        if figures["ece"] is not None:
+            parts.append(f"ECE {figures['ece']:.4f}")
     unknown = figures["unknown_users"]
     if unknown["pairs"]:
         parts.append(
@@ -298,4 +195,4 @@ def summary_line(name: str, figures: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-__all__ = ["Reader", "evaluate_run", "known_users", "opened_pairs", "reader_of", "summary_line"]
+__all__ = ["evaluate_run", "evaluate_set", "opened_pairs", "summary_line", "write_figures"]

@@ -51,10 +51,12 @@ def encode_users(
     user_index: np.ndarray,
     num_users: int,
     device: torch.device,
+    *,
+    flipped: bool = False,
 ) -> Float[Tensor, "U K"]:
     """Points of users 0..num_users-1 from all of the comparisons `rows`, of which `user_index` says whose each is.
 
-    Of a user without comparisons: what the head makes of none.
+    Of a user without comparisons: what the head makes of none. `flipped`: as if each had gone the other way.
     """
     context, length = _by_user(rows, user_index, num_users)
     share = max(1, PAIRS_PER_FORWARD // max(1, context.shape[1]))
@@ -65,6 +67,8 @@ def encode_users(
             part = slice(begin, begin + share)
             told = context[part], length[part]
             batch = collator(told[0][:, 0], np.arange(len(told[0])), context=told).to(device)
+            if flipped and batch.context is not None:
+                batch = batch._replace(context=batch.context.flip(2))
             points.append(model.head.encode(model.backbone(batch), user_state(batch)).cpu())
     return torch.cat(points)
 

@@ -23,6 +23,8 @@ PICTURES = {
     "learning": "Learning curve",
     "simplex": "Users in the simplex",
     "users": "Accuracy per user",
+    "reliability": "Stated confidence against accuracy",
+    "prototypes": "Prototypes: share of users, distances",
     "new_users": "New users against number of comparisons",
 }
 
@@ -38,9 +40,11 @@ def write_report(
             out / "simplex.png", runs, lambda axes, run: _simplex(axes, run, groups or {})
         ),
         "users": _draw(out / "users.png", runs, _accuracy_per_user),
+        "reliability": _draw(out / "reliability.png", runs, _reliability),
+        "prototypes": _draw(out / "prototypes.png", runs, _prototypes),
         "new_users": _new_users(out / "new_users.png", runs),
     }
-    lines = ["# Report", "", *_table(runs), ""]
+    lines = ["# Report", "", *_table(runs), "", *_warnings(runs)]
     for name, title in PICTURES.items():
         if drawn[name]:
             lines += [f"## {title}", "", f"![{title}]({name}.png)", ""]
@@ -55,26 +59,46 @@ def _evaluation(run: RunDirectory, name: str) -> Any:
 
 def _table(runs: dict[str, RunDirectory]) -> list[str]:
     lines = [
-        "| run | test pairs | accuracy (95% interval) | Bayes | worst tenth of users | ECE |",
-        "|---|---|---|---|---|---|",
+        "| run | test pairs | accuracy (95% interval) | Bayes | worst tenth of users | controversial | ECE | Brier |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, run in runs.items():
         figures = _evaluation(run, "test")
         if figures and figures["pairs"]:
             low, high = figures["accuracy_ci95"]
-            bayes = "" if "bayes_accuracy" not in figures else f"{figures['bayes_accuracy']:.3f}"
+            # An evaluation of an earlier version lacks the newer figures.
+            disputed = figures.get("controversial") or {"pairs": 0}
             cells = (
                 name,
                 figures["pairs"],
                 f"{figures['accuracy']:.3f} ({low:.3f}-{high:.3f})",
-                bayes,
-                f"{figures['worst_decile_user_accuracy']:.3f}",
-                f"{figures['ece']:.3f}",
+                _number(figures.get("bayes_accuracy")),
+                _number(figures["worst_decile_user_accuracy"]),
+                f"{_number(disputed['accuracy'])} of {disputed['pairs']}"
+                if disputed["pairs"]
+                else "",
+                _number(figures["ece"]),
+                _number(figures.get("brier")),
             )
             lines.append("| " + " | ".join(map(str, cells)) + " |")
         else:
-            lines.append(f"| {name} | no eval/test.json: run `evaluate` first | | | | |")
+            lines.append(f"| {name} | no eval/test.json: run `evaluate` first | | | | | | |")
     return lines
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _warnings(runs: dict[str, RunDirectory]) -> list[str]:
+    """A section with what the evaluations of each run warn of; nothing where none does."""
+    found = [
+        f"- {name}, eval/{file}.json: {warning}"
+        for name, run in runs.items()
+        for file in ("test", "few_shot")
+        for warning in (_evaluation(run, file) or {}).get("warnings", [])
+    ]
+    return ["## Warnings", "", *found, ""] if found else []
 
 
 def _draw(path: Path, runs: dict[str, RunDirectory], draw: Any) -> bool:
@@ -165,6 +189,48 @@ def _accuracy_per_user(axes: Axes, run: RunDirectory) -> bool:
     return True
 
 
+def _reliability(axes: Axes, run: RunDirectory) -> bool:
+    """Accuracy of the pairs of each bin of confidence; on the diagonal confidence is deserved."""
+    figures = _evaluation(run, "test")
+    if not figures or not figures.get("reliability"):
+        return False
+    bins = figures["reliability"]
+    stated, right = ([row[key] for row in bins] for key in ("confidence", "accuracy"))
+    share = np.asarray([row["pairs"] for row in bins]) / figures["pairs"]
+    axes.plot([0.5, 1], [0.5, 1], color="0.5", linewidth=1, linestyle=":")
+    axes.plot(stated, right, color="tab:blue", linewidth=1)
+    axes.scatter(stated, right, s=400 * share + 4, color="tab:blue", alpha=0.7)
+    label = f"ECE {figures['ece']:.3f}, Brier {figures['brier']:.3f}"
+    axes.annotate(label, (0.04, 0.92), xycoords="axes fraction", fontsize=8)
+    axes.set_xlabel("stated confidence (area: share of pairs)")
+    axes.set_ylabel("accuracy")
+    axes.set_xlim(0.48, 1.02)
+    axes.set_ylim(-0.05, 1.05)
+    return True
+
+
+def _prototypes(axes: Axes, run: RunDirectory) -> bool:
+    """Mean weight of each prototype, over the distances between them where the head has points."""
+    figures = _evaluation(run, "test")
+    found = figures.get("diagnostics") if figures else None
+    if not found or not found["prototype_shares"]:
+        return False
+    shares, distances = found["prototype_shares"], found["prototype_distances"]
+    ticks = range(len(shares))
+    labels = [f"{k + 1}\n{share:.0%}" for k, share in enumerate(shares)]
+    if distances is None:
+        axes.bar(ticks, shares, color="tab:blue", alpha=0.7)
+        axes.set_ylabel("mean weight")
+    else:
+        image = axes.imshow(distances, cmap="viridis")
+        axes.figure.colorbar(image, ax=axes, label="distance")
+        axes.set_yticks(ticks, [str(k + 1) for k in ticks])
+    axes.set_xticks(ticks, labels, fontsize=8)
+    used, mixed = found["effective_prototypes"], found["effective_prototypes_per_user"]
+    axes.set_xlabel(f"{used:.1f} in use, {mixed:.1f} per user (exp entropy)")
+    return True
+
+
 def _new_users(path: Path, runs: dict[str, RunDirectory]) -> bool:
     """All runs in one picture; few-shot accuracy at 0, 1, 2, 4, ... comparisons on evenly spaced ticks."""
     curves = {name: _evaluation(run, "few_shot") for name, run in runs.items()}
@@ -174,7 +240,12 @@ def _new_users(path: Path, runs: dict[str, RunDirectory]) -> bool:
     axes.set_xticks(range(len(counts)), [str(count) for count in counts])
     for name, curve in curves.items():
         places = [counts.index(row["num_comparisons"]) for row in curve]
-        axes.plot(places, [row["accuracy"] for row in curve], marker="o", label=name)
+        accuracies = [row["accuracy"] for row in curve]
+        (line,) = axes.plot(places, accuracies, marker="o", label=name)
+        # A curve of an earlier version has no intervals.
+        if all("accuracy_ci95" in row for row in curve):
+            low, high = zip(*(row["accuracy_ci95"] for row in curve), strict=True)
+            axes.fill_between(places, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         if "bayes_accuracy" in curve[-1]:
             axes.axhline(curve[-1]["bayes_accuracy"], color="black", linewidth=1, linestyle="--")
     axes.set_xlabel("comparisons per new user")

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,17 @@ from pal_ds import adapt_run as adapt_run_module
 from pal_ds import evaluate_run as evaluate_run_module
 from pal_ds import few_shot, first_order, user_figures
 from pal_ds.adapt_run import adapt_run, few_per_user
-from pal_ds.data.tables import PreparedData
+from pal_ds.data.tables import COMPARISON_DTYPE, PreparedData
 from pal_ds.engine.dist import World
 from pal_ds.errors import UserError
 from pal_ds.evaluate_run import evaluate_run, summary_line
-from pal_ds.few_shot import evaluate_few_shot, few_shot_curve
+from pal_ds.few_shot import (
+    Curve,
+    evaluate_few_shot,
+    few_shot_curve,
+    few_shot_lines,
+    is_monotone,
+)
 from pal_ds.fit_shards import FOLDER, ShardFolder
 from pal_ds.restore import Restored, restore
 from pal_ds.run_dir import RunDirectory
@@ -109,7 +116,7 @@ def test_users_without_test_pairs_change_nothing(restored: Restored) -> None:
     stray = np.isin(table["user"], strays(restored.data))
     without = replace(restored, data=replace(restored.data, comparisons=table[~stray]))
     curve = few_shot_curve(restored, [0, 2], ALONE, seeds=(0, 1))
-    assert few_shot_curve(without, [0, 2], ALONE, seeds=(0, 1)) == curve
+    assert few_shot_curve(without, [0, 2], ALONE, seeds=(0, 1)).rows == curve.rows
 
 
 def test_no_user_to_fit_and_test_is_refused(restored: Restored) -> None:
@@ -123,27 +130,81 @@ def test_no_user_to_fit_and_test_is_refused(restored: Restored) -> None:
 
 def test_curve_is_written(runs: dict[str, RunDirectory]) -> None:
     run = runs["PalA"]
-    curve = evaluate_few_shot(run, [0, 2, 8], 2)
+    figures = evaluate_few_shot(run, [0, 2, 8], 2)
+    curve = figures["curve"]
     assert [row["num_comparisons"] for row in curve] == [0, 2, 8]
     for row in curve:
         assert row["accuracy"] == pytest.approx(np.mean(row["accuracy_by_seed"]))
         assert len(row["accuracy_by_seed"]) == 2
+        low, high = row["accuracy_ci95"]
+        assert 0 <= low < row["accuracy"] < high <= 1
         # How much each user really had to give, and on how many the figure stands.
         assert 0 <= row["mean_comparisons"] <= row["num_comparisons"]
         assert row["users"] > 0
         assert row["test_pairs"] == curve[0]["test_pairs"] > 0
     assert curve[0]["mean_comparisons"] == 0 < curve[1]["mean_comparisons"]
+    # Nobody's comparisons were drawn: strangers as `evaluate` serves them, in every draw.
+    strangers = evaluate_run(run, ALONE, split="unseen_test")["unknown_users"]
+    assert set(curve[0]["accuracy_by_seed"]) == {strangers["accuracy"]}
+    seen = evaluate_run(run, ALONE, split="test")
+    assert figures["seen"] == {key: seen[key] for key in ("pairs", "accuracy", "accuracy_ci95")}
     written = json.loads((run.eval / "few_shot.json").read_text())
-    assert written == {"step": run.complete_steps()[-1], "curve": curve}
+    assert written == {"step": run.complete_steps()[-1], **figures}
+    assert (
+        few_shot_lines(figures)[0]
+        == f"{curve[0]['users']} users, {curve[0]['test_pairs']} test pairs"
+    )
 
 
 def test_a_head_without_users_is_the_same_at_every_k(runs: dict[str, RunDirectory]) -> None:
     run = runs["BradleyTerry"]
-    curve = evaluate_few_shot(run, [0, 1, 4], 2)
-    accuracies = {accuracy for row in curve for accuracy in row["accuracy_by_seed"]}
+    figures = evaluate_few_shot(run, [0, 1, 4], 2)
+    accuracies = {accuracy for row in figures["curve"] for accuracy in row["accuracy_by_seed"]}
     assert len(accuracies) == 1
-    figures = evaluate_run(run, ALONE, split="unseen_test")
-    assert accuracies == {figures["unknown_users"]["accuracy"]}
+    assert figures["monotone_within_ci95"]
+    found = evaluate_run(run, ALONE, split="unseen_test")
+    assert accuracies == {found["unknown_users"]["accuracy"]}
+    assert found["diagnostics"] is None
+
+
+def curve_of(right: list[list[float]], users: list[int]) -> Curve:
+    rows = [{"num_comparisons": k} for k in range(len(right))]
+    return Curve(rows, np.asarray(right, float), np.arange(len(users)), np.asarray(users))
+
+
+def test_a_fall_beyond_its_interval_is_not_monotone() -> None:
+    users = list(range(8))
+    rise, fall = [0.0, 1] * 4, [0.0, 0, 0, 1] * 2
+    # One pair in four is lost for good: its interval is +-1.96 sqrt(8 / 7 * 1.5 / 64) = 0.32.
+    assert is_monotone(curve_of([rise, fall], users))
+    # Sixteen times as many pairs: a quarter of the interval.
+    assert not is_monotone(curve_of([rise * 16, fall * 16], list(range(128))))
+    assert is_monotone(curve_of([fall * 16, rise * 16], list(range(128))))
+    # The same pairs of two users who both lose, or of whom one loses all: users are few, or not alike.
+    assert is_monotone(curve_of([[1.0] * 8, [1.0] * 4 + [0.0] * 4], [0] * 4 + [1] * 4))
+    # Small falls add up: each of them is within its interval.
+    steps = [[1.0] * 32 + [0.0] * 32 for _ in range(4)]
+    for number, row in enumerate(steps):
+        row[: 2 * number] = [0.0] * (2 * number)
+    assert is_monotone(curve_of(steps[:2], list(range(64))))
+    assert is_monotone(curve_of(steps[1:3], list(range(64))))
+    assert not is_monotone(curve_of(steps, list(range(64))))
+
+
+def test_interval_is_over_users_and_draws() -> None:
+    """Two draws of four pairs of two users: means 1, 1/2 for one user and 0, 1/2 for the other."""
+    right = np.array([[[1.0, 1, 0, 1], [1.0, 0, 0, 0]]])
+    table = np.zeros(4, COMPARISON_DTYPE)
+    table["user"], table["a"], table["probability"] = [3, 3, 4, 4], range(4), np.nan
+    data: Any = SimpleNamespace(comparisons=table, response_prompt=np.arange(4))
+    curve = few_shot._curve(data, np.arange(4), right, [(2, 0), (2, 1)], [np.arange(4)] * 2)
+    (row,) = curve.rows
+    assert curve.right.tolist() == [[1, 0.5, 0, 0.5]]
+    assert (row["accuracy"], row["accuracy_by_seed"]) == (0.5, [0.75, 0.25])
+    assert (row["users"], row["mean_comparisons"]) == (2, 2)
+    # Residuals of the users sum to +1/2 and -1/2: variance 2 (1/4 + 1/4) / 16, wider than by prompt.
+    half = 1.96 * np.sqrt(2 * 0.5) / 4
+    assert row["accuracy_ci95"] == pytest.approx([0.5 - half, 0.5 + half])
 
 
 def test_split_of_strangers_has_every_key(runs: dict[str, RunDirectory]) -> None:

@@ -1,4 +1,4 @@
-"""The report of a run: a page, four pictures, none without its data, and a simplex that no legend hides."""
+"""The report of a run: a page, six pictures, warnings, none without its data, and a simplex that no legend hides."""
 
 import json
 import shutil
@@ -68,6 +68,48 @@ def test_page_and_pictures(trained: RunDirectory, tmp_path: Path) -> None:
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(PNG)
     figures = json.loads((trained.eval / "test.json").read_text())
     assert f"| first | {figures['pairs']} | {figures['accuracy']:.3f} (" in page
+    assert f"| {figures['ece']:.3f} | {figures['brier']:.3f} |" in page
+    assert figures["warnings"], "a model of a few random steps beats no baseline"
+    for warning in figures["warnings"]:
+        assert f"- second, eval/test.json: {warning}\n" in page
+
+
+def test_reliability_is_drawn_as_evaluated(trained: RunDirectory) -> None:
+    figure, axes = plt.subplots()
+    assert report._reliability(axes, trained)
+    bins = json.loads((trained.eval / "test.json").read_text())["reliability"]
+    drawn = np.asarray(axes.collections[0].get_offsets())
+    assert drawn == pytest.approx(
+        np.asarray([[row["confidence"], row["accuracy"]] for row in bins])
+    )
+    sizes = np.asarray(axes.collections[0].get_sizes())  # type: ignore[attr-defined]
+    pairs = np.asarray([row["pairs"] for row in bins])
+    assert (sizes - 4) / 400 == pytest.approx(pairs / pairs.sum())
+    plt.close(figure)
+
+
+def test_prototypes_are_drawn_as_evaluated(trained: RunDirectory) -> None:
+    found = json.loads((trained.eval / "test.json").read_text())["diagnostics"]
+    figure, axes = plt.subplots()
+    assert report._prototypes(axes, trained)
+    (image,) = axes.get_images()
+    assert np.asarray(image.get_array()) == pytest.approx(np.asarray(found["prototype_distances"]))
+    assert f"{found['effective_prototypes']:.1f} in use" in axes.get_xlabel()
+    plt.close(figure)
+
+
+def test_an_evaluation_of_an_earlier_version_is_shown(
+    trained: RunDirectory, tmp_path: Path
+) -> None:
+    run = RunDirectory(shutil.copytree(trained.path, tmp_path / "run"))
+    figures = json.loads((run.eval / "test.json").read_text())
+    for key in ("brier", "reliability", "controversial", "diagnostics", "warnings"):
+        del figures[key]
+    (run.eval / "test.json").write_text(json.dumps({**figures, "ece": None}))
+    page = write_report({"run": run}, tmp_path / "out").read_text()
+    assert f"| run | {figures['pairs']} | {figures['accuracy']:.3f} (" in page
+    assert not (tmp_path / "out" / "reliability.png").exists()
+    assert not (tmp_path / "out" / "prototypes.png").exists()
 
 
 def test_pictures_without_data_are_left_out(trained: RunDirectory, tmp_path: Path) -> None:
@@ -79,11 +121,16 @@ def test_pictures_without_data_are_left_out(trained: RunDirectory, tmp_path: Pat
         "simplex.png",
     ]
     assert page.count("![") == 1
-    # An evaluation of strangers alone has no figure to show, nor anything to stumble over.
+    # An evaluation of strangers alone tells of the run's own users' prototypes, and has nothing to stumble over.
     run.eval.mkdir()
     strangers = evaluate_run(trained, ALONE, split="unseen_test")
-    (run.eval / "test.json").write_text(json.dumps(strangers))
-    assert write_report({"run": run}, tmp_path / "out").read_text() == page
+    (run.eval / "test.json").write_text(json.dumps({**strangers, "warnings": []}))
+    more = write_report({"run": run}, tmp_path / "out").read_text()
+    assert more.replace(_section("prototypes"), "") == page
+
+
+def _section(name: str) -> str:
+    return f"\n## {PICTURES[name]}\n\n![{PICTURES[name]}]({name}.png)\n"
 
 
 def test_users_lie_where_the_head_puts_them_and_the_legend_beside(trained: RunDirectory) -> None:

@@ -97,7 +97,8 @@ def run_head(name: str, out: Path, seed: int) -> dict[str, float]:
     print(f"$ python -m pal_ds evaluate --run_dir {run_dir}", flush=True)
     seen = evaluate_run(run, World(0, 1, torch.device("cpu")))
     print(f"$ python -m pal_ds few_shot --run_dir {run_dir}", flush=True)
-    curve = evaluate_few_shot(run, [0, 1, 2, 4, 8, NUM_NEW_USER_COMPARISONS, 32], num_draws=3)
+    counts = [0, 1, 2, 4, 8, NUM_NEW_USER_COMPARISONS, 32]
+    curve = evaluate_few_shot(run, counts, num_draws=3)["curve"]
     new = next(row for row in curve if row["num_comparisons"] == NUM_NEW_USER_COMPARISONS)
     return {
         "seen": seen["accuracy"],

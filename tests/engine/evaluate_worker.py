@@ -1,4 +1,4 @@
-"""Worker of test_evaluate: evaluates a file of pairs and stores margins and figures of rank 0."""
+"""Worker of test_evaluate: evaluates a file of pairs and one of lists; stores margins and figures of rank 0."""
 
 import json
 import sys
@@ -6,14 +6,17 @@ from pathlib import Path
 
 import numpy as np
 
+from pal_ds.asked import Asked
+from pal_ds.best_of_n_run import rank_set
 from pal_ds.engine.dist import distributed, leave
 from pal_ds.evaluate import predict
-from pal_ds.evaluate_run import evaluate_run, known_users, opened_pairs, reader_of
+from pal_ds.evaluate_run import evaluate_run, opened_pairs
+from pal_ds.reading import known_users, reader_of
 from pal_ds.restore import restore
 from pal_ds.run_dir import RunDirectory
 
 
-def main(run_dir: str, pairs: str, out: str) -> None:
+def main(run_dir: str, pairs: str, lists: str, out: str) -> None:
     run, file = RunDirectory(run_dir), Path(pairs)
     with distributed() as world:
         figures = evaluate_run(run, world, file=file, name=f"world{world.world_size}")
@@ -23,7 +26,13 @@ def main(run_dir: str, pairs: str, out: str) -> None:
             rows = np.arange(len(data.comparisons))
             reader = reader_of(restored, data, rows, known.table_rows(data), world)
             margins = predict(reader.model, reader.collator, rows, known.mixtures, 2, world)
+        size = world.world_size
+        ranked = [
+            rank_set(restored, known, Asked(f"lists{size}", "test", Path(lists)), world),
+            rank_set(restored, known, Asked(f"compared{size}", "train", None), world),
+        ]
         if world.is_rank_zero:
+            (Path(out) / f"ranked{size}.json").write_text(json.dumps(ranked))
             np.save(Path(out) / f"margins{world.world_size}.npy", margins)
             (Path(out) / f"figures{world.world_size}.json").write_text(json.dumps(figures))
 

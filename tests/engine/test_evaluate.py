@@ -4,20 +4,29 @@ One of the two runs weighs every token, the other has a hinge loss, whose margin
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from pal_ds import cli
 from pal_ds import evaluate_run as evaluating
+from pal_ds.best_of_n_run import listed_candidates, read_lists, score_candidates
+from pal_ds.data.records import Record
+from pal_ds.data.tokenise import TextEncoder
 from pal_ds.engine.dist import World
 from pal_ds.errors import UserError
 from pal_ds.evaluate_run import evaluate_run, opened_pairs
-from pal_ds.restore import restore
+from pal_ds.export.who import choose_audience
+from pal_ds.reading import known_users
+from pal_ds.restore import open_run, restore
+from pal_ds.reward_models import model_of_run
 from pal_ds.run_dir import RunDirectory
+from pal_ds.score import Row, Scorer
 from tests.spawn import run_command, run_ranks
-from tests.tiny import LLAMA, write_pairs
+from tests.tiny import LLAMA, TOPICS, write_pairs
 
 ALONE = World(0, 1, torch.device("cpu"))
 TUNINGS = {
@@ -26,11 +35,29 @@ TUNINGS = {
 }
 
 
+def write_lists(path: Path) -> Path:
+    """Lists of an odd and an even number of texts, one of them twice; u3 is a stranger, the last line is dropped."""
+    generator = np.random.default_rng(5)
+    lines = []
+    for index in range(7):
+        texts = [
+            f"{TOPICS[index]} is {word}." for word in ("fine", "no good", "what I like", "odd")
+        ]
+        texts = texts[: 3 + index % 2] + texts[:1]
+        row = {"user_id": f"u{index % 4}", "prompt": f"Tell me about {TOPICS[index]}."}
+        scores = generator.integers(0, 4, len(texts)).tolist()
+        lines.append(json.dumps({**row, "responses": texts, "scores": scores}))
+    too_long = {"user_id": "u0", "responses": ["short", "a", "long " * 100], "scores": [1, 2, 3]}
+    path.write_text("\n".join([*lines, json.dumps(too_long)]) + "\n")
+    return path
+
+
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluate")
     pairs = write_pairs(folder / "pairs.jsonl", 60)
     nine = write_pairs(folder / "nine.jsonl", 9, num_users=4, seed=1)
+    lists = write_lists(folder / "lists.jsonl")
     options = [
         f"--data.path={folder / 'data'}",
         "--data.source=Jsonl",
@@ -60,6 +87,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "tests.engine.evaluate_worker",
                 folder / tuning,
                 nine,
+                lists,
                 folder / f"{tuning}_out",
             )
     return folder
@@ -78,6 +106,93 @@ def test_same_on_every_world_size(evaluated: Path, tuning: str) -> None:
             one, many = section(figures[1]), section(figures[num_ranks])
             assert one["users"] == many["users"]
             assert (one["pairs"], one["accuracy"]) == (many["pairs"], many["accuracy"])
+        for key in ("ece", "brier"):
+            assert figures[num_ranks][key] == pytest.approx(figures[1][key], abs=1e-6)
+        for key in ("warnings", "controversial", "diagnostics", "format_baseline_accuracy"):
+            assert figures[num_ranks][key] == figures[1][key]
+        ranked = [json.loads((out / f"ranked{n}.json").read_text()) for n in (1, num_ranks)]
+        assert ranked[0] == ranked[1]
+
+
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_candidates_are_scored_as_an_export_scores_them(evaluated: Path, tuning: str) -> None:
+    """One by one, from their texts, by the code that exported folders carry."""
+    restored = restore(RunDirectory(evaluated / tuning))
+    known, file = known_users(restored, None), evaluated / "lists.jsonl"
+    lines = read_lists(file)
+    opened = open_run(restored.run)
+    model = model_of_run(opened)
+    encoder = TextEncoder.from_info(opened.data.info["tokens"], opened.data.tokenizer_path)
+
+    def pairs_of(_: Path) -> Iterator[Record]:
+        for number, line in enumerate(lines):
+            yield from line.records(number)
+
+    with opened_pairs(restored, file, ALONE, pairs_of) as data:
+        candidates, num_dropped = listed_candidates(data, lines)
+        scores = score_candidates(restored, known, data, candidates, ALONE)
+    assert (len(candidates.user), num_dropped) == (7, 1)
+    expected = []
+    for line in lines[:-1]:
+        user = line.fields["user_id"]
+        audience = choose_audience(
+            model.head,
+            opened.users,
+            user=None if user == "u3" else user,
+            mixture=None,
+            users_dir=None,
+        )
+        model.config.mixture = audience.mixture
+        for text in line.fields["responses"]:
+            row = Row("", {}, None, line.fields["prompt"], text)
+            expected += Scorer(model, encoder).score([row])
+    assert scores == pytest.approx(expected, abs=1e-5)
+    assert np.ptp(scores) > 1e-2
+    assert candidates.utility.tolist() == [s for line in lines[:-1] for s in line.scores]
+
+
+def test_best_of_n_is_written_with_strangers_apart(evaluated: Path) -> None:
+    run = RunDirectory(evaluated / "full")
+    found = json.loads((run.eval / "lists2.json").read_text())
+    assert set(found["users"]) == {"u0", "u1", "u2"}
+    assert set(found["unknown_users"]["users"]) == {"u3"}
+    assert found["lists"] + found["indifferent"] + found["unknown_users"]["lists"] == 7
+    assert found["dropped"]["lists"] == 1 and found["dropped"]["too_long"] > 0
+    assert 0 <= found["regret_normalised"] <= 1
+    assert found["baselines"]["random"]["kendall_tau_b"] == 0
+    # Of a split: what one user compared for one prompt, three texts or more.
+    compared = json.loads((run.eval / "compared2.json").read_text())
+    assert compared["lists"] > 3 and compared["candidates_mean"] >= 3
+    with pytest.raises(UserError, match="no pairs in it"):
+        evaluate_run(run, ALONE, split="unseen_train")
+
+
+def test_several_files_in_one_call_and_best_of_n(
+    evaluated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, nine, other = evaluated / "full", evaluated / "nine.jsonl", evaluated / "copy.jsonl"
+    other.write_text(nine.read_text())
+    cli.main(["evaluate", f"--run_dir={run}", f"--data={nine},{other}"])
+    said = capsys.readouterr().out
+    assert "nine: " in said and "copy: " in said and "warning: " in said
+    first, copy = (
+        json.loads((run / "eval" / f"{name}.json").read_text()) for name in ("nine", "copy")
+    )
+    assert first == copy
+    cli.main(["evaluate", f"--run_dir={run}", f"--data={evaluated / 'lists.jsonl'}", "--best_of_n"])
+    said = capsys.readouterr().out
+    assert "best_of_n_lists: " in said and "kendall_tau_b" in said
+    found = json.loads((run / "eval" / "best_of_n_lists.json").read_text())
+    assert found == json.loads((run / "eval" / "lists1.json").read_text())
+    # Results of one name, whether by --name or by the files' own, would hide each other.
+    for files, more in (
+        (f"{nine},{other}", ["--name=x"]),
+        (f"{nine},{evaluated}/deep/nine.jsonl", []),
+    ):
+        with pytest.raises(SystemExit) as end:
+            cli.main(["evaluate", f"--run_dir={run}", f"--data={files}", *more])
+        assert end.value.code == 2
+        assert "would go to one eval/NAME.json" in capsys.readouterr().err
 
 
 def test_strangers_are_apart(evaluated: Path) -> None:

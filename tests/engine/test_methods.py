@@ -110,8 +110,9 @@ def test_a_context_is_no_row_of_the_table(
     warm: WarmParent, trained: dict[str, Any], place: Path
 ) -> None:
     """Scores for a user of the run need comparisons, or a group: the message names the way."""
+    (place / "texts.jsonl").write_text('{"prompt": "About tea?", "response": "Tea is fine."}\n')
     lines = [
-        ["score", f"--run_dir={place}/{name}_1", "--user=a", f"--input={place}/pairs.jsonl"]
+        ["score", f"--run_dir={place}/{name}_1", "--user=a", f"--input={place}/texts.jsonl"]
         for name in ("vpl", "per_domain")
     ]
     told = warm(f"{CASES}run_commands", place, lines)

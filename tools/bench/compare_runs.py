@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pal_ds.engine.dist import World
 from pal_ds.evaluate import predict
-from pal_ds.evaluate_run import known_users, reader_of
 from pal_ds.metrics import clustered_standard_error, correctness
+from pal_ds.reading import known_users, reader_of
 from pal_ds.restore import restore
 from pal_ds.run_dir import RunDirectory
 
