@@ -40,7 +40,7 @@ def test_log_odds_of_first_and_last_token() -> None:
     # Won: responses 0, 2, 2 and 0; lost: 1, 1, 3 and 1.
     assert looks.first[[1, 2, 3]] == pytest.approx(np.log([5, 1 / 4, 1 / 2]))
     assert looks.last[[4, 5, 6]] == pytest.approx(np.log([3 / 4, 3, 1 / 2]))
-    assert looks.last[7] == looks.first[4] == 0
+    assert looks.last[1] == looks.first[4] == 0
     margins = looks.margins(data, data.comparisons)
     assert margins is not None
     first, second = np.log(5 * 3 / 4), np.log(1 / 4 * 3 / 4)
