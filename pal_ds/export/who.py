@@ -87,9 +87,10 @@ def mixtures_of(
     adapted = rows >= 0
     logits[adapted] = table.logits[rows[adapted]]
     others = [user_id for user_id, row in zip(user_ids, rows.tolist(), strict=True) if row < 0]
-    if "logits" not in head.needs and any(user in users for user in others):
+    of_run = user_ids if users_dir is None else others
+    if "logits" not in head.needs and any(user in users for user in of_run):
         raise UserError(
-            f"--user {others[0]}: {type(head).__name__} makes a user's point from comparisons. Run `adapt` with some "
+            f"--user {of_run[0]}: {type(head).__name__} makes a user's point from comparisons. Run `adapt` with some "
             "of this user's and give its folder as --users."
         )
     logits[~adapted] = users.logits[users.rows(others)]
