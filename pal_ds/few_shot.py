@@ -24,13 +24,21 @@ def evaluate_few_shot(
     *,
     step: str = "latest",
     trust_checkpoint: bool = False,
+    world: World | None = None,
 ) -> list[dict[str, Any]]:
-    """`few_shot_curve` of a run, also written to eval/few_shot.json."""
-    world = World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    """`few_shot_curve` of a run, also written to eval/few_shot.json.
+
+    Ranks of a `world` share texts and scoring out, and each fits all users; without one this process is alone.
+    """
+    world = world or World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     restored = restore(run, step, world.device, trust=trust_checkpoint)
     curve = few_shot_curve(restored, num_comparisons, world, seeds=tuple(range(num_draws)))
-    run.eval.mkdir(parents=True, exist_ok=True)
-    write_json(run.eval / "few_shot.json", {"step": restored.step, "curve": curve})
+
+    def write() -> None:
+        run.eval.mkdir(parents=True, exist_ok=True)
+        write_json(run.eval / "few_shot.json", {"step": restored.step, "curve": curve})
+
+    world.from_rank_zero(write)
     return curve
 
 
