@@ -23,6 +23,7 @@ from pal_ds.data.batch import Collator
 from pal_ds.data.tables import PreparedData
 from pal_ds.engine.dist import World, distributed
 from pal_ds.engine.ds_config import ds_config_of
+from pal_ds.engine.stop import is_asked
 from pal_ds.engine.watchdog import watch
 from pal_ds.errors import UserError, writing
 from pal_ds.evaluate_run import evaluate_run
@@ -53,33 +54,32 @@ def compare(whole: Suite, chosen: Suite, out: Path) -> str | None:
         raise failure
     with distributed(config.train.timeout_minutes) as world:
         data = world.on_every_rank(lambda: open_data(config, failure))
-        world.from_rank_zero(lambda: check_everything(chosen, data))
-        reason = make_runs(chosen, data, world)
+        reading = world.from_rank_zero(lambda: check_everything(chosen, data))
+        reason = make_runs(chosen, reading, data, world)
         if reason is None:
             world.from_rank_zero(lambda: publish(whole, data, out))
     return reason
 
 
-def check_everything(suite: Suite, data: PreparedData) -> None:
-    """Whether every run can start; writes nothing.
+def check_everything(suite: Suite, data: PreparedData) -> dict[str, str]:
+    """Whether every run can start; writes nothing. Methods with equal values read equal states of a frozen backbone.
 
     Raises:
         UserError: the data have no pairs to train on or to score, or nobody held out; a method does not fit them; a
             run directory holds a run with other values.
     """
     settings = suite.settings
-    wanted = ["train", settings.split, *(["unseen_train", "unseen_test"] * bool(settings.few_shot))]
-    for split in wanted:
+    new_users = ("unseen_train", "unseen_test") if settings.few_shot else ()
+    for split in ("train", settings.split, *new_users):
         if len(data.rows(split)) == 0:
             raise UserError(
                 f"{data.path}: its split {split} is empty, and suite {suite.name} needs it; there are "
                 f"{data.info['counts']['splits']}. Change the fractions of `data`, `split` or `few_shot`."
             )
+    reading = {}
     for planned in suite.planned:
-        try:
-            assemble(planned.config, data, planned.run)
-        except UserError as error:
-            raise UserError(f"methods.{planned.method}: {error}") from None
+        if planned.method not in reading:
+            reading[planned.method] = _reading(planned, data)
         file = planned.run.config_file
         changed = changed_keys(file.read_text(), planned.recipe) if file.is_file() else []
         if changed:
@@ -87,9 +87,23 @@ def check_everything(suite: Suite, data: PreparedData) -> None:
                 f"{file}: this run was made with other values of {', '.join(changed)}. Restore them, name another "
                 "--out, or delete that run's folder."
             )
+    return reading
 
 
-def make_runs(suite: Suite, data: PreparedData, world: World) -> str | None:
+def _reading(planned: PlannedRun, data: PreparedData) -> str:
+    """What decides the states that training reads. Raises UserError where the method does not fit the data."""
+    try:
+        parts = assemble(planned.config, data, planned.run)
+    except UserError as error:
+        raise UserError(f"methods.{planned.method}: {error}") from None
+    collator = parts.collator
+    texts = (collator.encoding, collator.scored_positions, collator.with_prompt)
+    return repr((parts.backbone, planned.config.train.precision, texts))
+
+
+def make_runs(
+    suite: Suite, reading: dict[str, str], data: PreparedData, world: World
+) -> str | None:
     """Trains and evaluates what is not yet; the reason, where a training stopped on request."""
     encoded: dict[str, Collator] = {}
     places = world.from_rank_zero(
@@ -98,12 +112,19 @@ def make_runs(suite: Suite, data: PreparedData, world: World) -> str | None:
     if world.is_rank_zero and len(places) < len(suite.planned):
         made = len(suite.planned) - len(places)
         logger.info("%d of %d runs are finished and evaluated", made, len(suite.planned))
+    if not places:
+        return None
     with progress_bar(
         f"comparing {suite.name}", len(places), shown=world.is_rank_zero, unit="runs", outer=True
     ) as advance:
         for planned in [suite.planned[place] for place in places]:
             logger.info("%s, seed %d: %s", planned.method, planned.seed, planned.run.path)
-            stopped = train_one(planned, data, world, encoded)
+            # A training sees to it itself; here it may have come while a run was evaluated.
+            if world.any_rank(is_asked())[0]:
+                return f"stopped before {planned.method}, seed {planned.seed} (signal)"
+            stopped = None
+            if not world.from_rank_zero(lambda planned=planned: is_finished(planned)):
+                stopped = train_one(planned, reading[planned.method], data, world, encoded)
             if stopped is not None:
                 return stopped
             evaluate_one(planned, suite, world)
@@ -112,33 +133,28 @@ def make_runs(suite: Suite, data: PreparedData, world: World) -> str | None:
 
 
 def train_one(
-    planned: PlannedRun, data: PreparedData, world: World, encoded: dict[str, Collator]
+    planned: PlannedRun,
+    reading: str,
+    data: PreparedData,
+    world: World,
+    encoded: dict[str, Collator],
 ) -> str | None:
-    """Trains to the last update, if that is not done; else says where it stopped on request, and why.
+    """Trains to the last update; else says where it stopped on request, and why.
 
-    `encoded` keeps the states of a frozen backbone for the runs that read texts alike.
+    `encoded` keeps the states of a frozen backbone, by `reading`, for the runs that come after.
     """
-    if world.from_rank_zero(lambda: is_finished(planned)):
-        return None
     config, run = planned.config, planned.run
-    parts = assemble(config, data, run)
-    reading = parts.collator
-    states = repr((
-        parts.backbone,
-        config.train.precision,
-        (reading.encoding, reading.scored_positions, reading.with_prompt),
-    ))  # fmt: skip
-    collator = train_among(
-        world, config, planned.recipe, run, lambda: data, encoded=encoded.get(states)
-    )
-    if collator is not None and parts.needs_store:
-        encoded[states] = collator
+    states = encoded.get(reading)
+    collator = train_among(world, config, planned.recipe, run, lambda: data, encoded=states)
+    if collator is not None and collator.response_store is not None:
+        encoded[reading] = collator
     # An engine is full of cycles, and the next one needs the room of its weights.
     gc.collect()
     status = world.from_rank_zero(run.status) or {}
     if status.get("state") == "finished":
         return None
-    return f"{planned.method}, seed {planned.seed}, stopped at update {status.get('step')} ({status.get('reason')})"
+    where = f"update {status.get('step')} ({status.get('reason')})"
+    return f"{planned.method}, seed {planned.seed}, stopped at {where}"
 
 
 def evaluate_one(planned: PlannedRun, suite: Suite, world: World) -> None:

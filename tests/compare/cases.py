@@ -9,6 +9,7 @@ import yaml
 
 from tests.engine.kills import command
 from tests.engine.warm import fork_ranks, kill_at, wait_for
+from tests.tiny import LLAMA, data_keys
 
 NUM_SEEDS = 2
 METHODS: dict[str, Any] = {
@@ -50,6 +51,30 @@ def write_suite(folder: Path, **keys: Any) -> Path:
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(suite, sort_keys=False))
     return path
+
+
+def write_text_suite(folder: str) -> str:
+    """Two heads that read texts alike and one that reads prompts too, on a frozen decoder with random weights."""
+    from pal_ds.backbones.config import BackboneConfig
+    from pal_ds.backbones.transformer import materialise_architecture
+
+    base, vocab_size = Path(folder, "base"), 400
+    materialise_architecture(BackboneConfig(architecture=LLAMA), vocab_size, 0, base)
+    suite = {
+        "data": data_keys(Path(folder), 60, dev_fraction=0.1, test_fraction=0.3),
+        "backbone": {"path": str(base), "tuning": "frozen"},
+        "optim": {"learning_rate": 1e-2},
+        "train": {"ds_config": "zero1", "batch_pairs": 16},
+        "seeds": [0],
+        "methods": {
+            "BTL": {"head": "BradleyTerry"},
+            "A": {"head": {"class_path": "PalA", "init_args": {"num_prototypes": 2}}},
+            "B": {"head": {"class_path": "PalB", "init_args": {"num_prototypes": 2}}},
+        },
+    }
+    path = Path(folder, "text.yaml")
+    path.write_text(yaml.safe_dump(suite, sort_keys=False))
+    return str(path)
 
 
 def start(

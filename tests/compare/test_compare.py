@@ -1,6 +1,7 @@
 """`pal-ds compare` on a tiny suite: its table is what `evaluate` says, a killed one goes on, finished runs are kept."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,23 @@ def test_two_ranks_one_method_at_a_time_and_a_stop(
     assert found["accuracy"]["by_seed"] == pytest.approx(known["accuracy"]["by_seed"], abs=0.01)
     for point, other in zip(found["few_shot"], known["few_shot"], strict=True):
         assert point["accuracy"]["mean"] == pytest.approx(other["accuracy"]["mean"], abs=0.02)
+
+
+def test_methods_share_states_only_where_they_read_alike(warm: WarmParent, tmp_path: Path) -> None:
+    """One after the other in one process they end as each alone; what is shared is not even looked up again."""
+    suite = warm("tests.compare.cases:write_text_suite", tmp_path)
+    assert warm(START, suite, tmp_path / "out", tmp_path / "log") == [0]
+    together = table_of(tmp_path / "out")["methods"]
+    for method in ("A", "B"):
+        alone = tmp_path / method
+        words = (f"--only={method}", f"--backbone.cache={tmp_path / 'out' / 'cache'}")
+        assert warm(START, suite, alone, tmp_path / "log_alone", *words) == [0]
+        found = table_of(alone)["methods"][method]
+        assert {**found, "runs": []} == {**together[method], "runs": []}
+    said = (tmp_path / "log.0").read_text()
+    of_methods = re.split(r"^(?:BTL|A|B), seed 0: ", said, flags=re.MULTILINE)[1:]
+    # Training and evaluation ask the cache for each kind of states; A trains with those of BTL.
+    assert [part.count(" texts are here, ") for part in of_methods] == [2, 1, 4]
 
 
 def test_a_run_with_other_values_is_refused_before_any_is_trained(
