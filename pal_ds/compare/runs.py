@@ -144,9 +144,12 @@ def train_one(
     `encoded` keeps the states of a frozen backbone, by `reading`, for the runs that come after.
     """
     config, run = planned.config, planned.run
-    states = encoded.get(reading)
-    collator = train_among(world, config, planned.recipe, run, lambda: data, encoded=states)
-    if collator is not None and collator.response_store is not None:
+    collator = train_among(
+        world, config, planned.recipe, run, lambda: data, encoded=encoded.get(reading)
+    )
+    # Random weights of `backbone.architecture` are those of one run alone.
+    shared = config.backbone.architecture is None
+    if collator is not None and collator.response_store is not None and shared:
         encoded[reading] = collator
     # An engine is full of cycles, and the next one needs the room of its weights.
     gc.collect()
