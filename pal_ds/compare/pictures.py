@@ -22,16 +22,16 @@ def draw(table: dict[str, Any], out: Path) -> None:
 
 
 def draw_bars(table: dict[str, Any], path: Path) -> None:
-    """Accuracy per method with its interval: over seeds where there are three, else by prompt; a dot per seed."""
+    """Accuracy per method with a dot per seed, its interval over seeds (black) and that within a seed (grey)."""
     methods = table["methods"]
     figure, axes = plt.subplots(figsize=(6.5, 1.2 + 0.42 * len(methods)))
     for place, row in enumerate(methods.values()):
         accuracy = row["accuracy"]
         mean, by_seed = accuracy["mean"], accuracy["by_seed"]
-        low, high = accuracy["ci95_over_seeds"] or accuracy["ci95_by_prompt"]
         axes.barh(place, mean, height=0.7, color="tab:blue", alpha=0.6)
-        error = [[max(0.0, mean - low)], [max(0.0, high - mean)]]
-        axes.errorbar(mean, place, xerr=error, color="black", capsize=3, linewidth=1)
+        for name, colour in (("ci95_within_seed", "0.5"), ("ci95_over_seeds", "black")):
+            if accuracy[name] is not None:
+                axes.plot(accuracy[name], [place] * 2, color=colour, marker="|", linewidth=1)
         axes.scatter(by_seed, [place] * len(by_seed), color="black", s=8, zorder=3)
         if "bayes_accuracy" in row:
             axes.plot([row["bayes_accuracy"]["mean"]] * 2, [place - 0.35, place + 0.35], "k--")
@@ -39,13 +39,15 @@ def draw_bars(table: dict[str, Any], path: Path) -> None:
     axes.set_yticks(range(len(methods)), list(methods))
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
-    axes.set_xlabel(f"accuracy on {table['split']}, seen users (95% interval)")
+    axes.set_xlabel(
+        f"accuracy on {table['split']}, seen users (95%: black over seeds, grey within)"
+    )
     axes.set_title(table["suite"])
     _save(figure, path)
 
 
 def draw_curves(table: dict[str, Any], path: Path) -> None:
-    """Accuracy on new users' pairs at evenly spaced ticks, with the interval over seeds as a band."""
+    """Accuracy on new users' pairs at evenly spaced ticks; the band is the interval over seeds, else within a seed."""
     figure, axes = plt.subplots(figsize=(6.5, 4))
     for method, row in table["methods"].items():
         curve = row["few_shot"]
@@ -53,7 +55,8 @@ def draw_curves(table: dict[str, Any], path: Path) -> None:
         (line,) = axes.plot(
             places, [point["accuracy"]["mean"] for point in curve], marker="o", label=method
         )
-        bands = [point["accuracy"]["ci95_over_seeds"] for point in curve]
+        of_seeds = [point["accuracy"]["ci95_over_seeds"] for point in curve]
+        bands = of_seeds if all(of_seeds) else [p["accuracy"]["ci95_within_seed"] for p in curve]
         if all(bands):
             axes.fill_between(places, *np.transpose(bands), color=line.get_color(), alpha=0.15)
         axes.set_xticks(places, [str(point["num_comparisons"]) for point in curve])

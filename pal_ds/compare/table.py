@@ -1,6 +1,7 @@
 """What is known of a suite's finished runs: one table as numbers (table.json) and as a page (table.md)."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,15 @@ def evaluation_of(planned: PlannedRun, split: str) -> dict[str, Any] | None:
     return _result(planned, split)
 
 
-def few_shot_of(planned: PlannedRun, suite: Suite) -> list[dict[str, Any]] | None:
-    """The few-shot curve with the suite's values and draws at the run's last checkpoint, or None."""
+def few_shot_of(planned: PlannedRun, suite: Suite) -> dict[str, Any] | None:
+    """The few-shot figures with the suite's values and draws at the run's last checkpoint, or None."""
     found = _result(planned, "few_shot")
     if found is None:
         return None
-    settings, curve = suite.settings, found["curve"]
+    settings = suite.settings
     asked = [(count, settings.num_draws) for count in settings.few_shot]
-    made = [(row["num_comparisons"], len(row["accuracy_by_seed"])) for row in curve]
-    return curve if made == asked else None
+    made = [(row["num_comparisons"], len(row["accuracy_by_seed"])) for row in found["curve"]]
+    return found if made == asked else None
 
 
 def _result(planned: PlannedRun, name: str) -> Any:
@@ -64,7 +65,7 @@ def tabulate(suite: Suite, data: dict[str, Any]) -> dict[str, Any]:
     """The content of table.json: every method of the suite whose runs are all evaluated, and the names of the others.
 
     `data` says what was compared on. Intervals "over_seeds" are t-intervals of the mean over runs with different
-    seeds, null for fewer than three; "by_prompt" are those of single runs, clustered by prompt, their ends averaged.
+    seeds, null for fewer than three; "within_seed" are those of single runs, clustered by prompt, their ends averaged.
     """
     settings = suite.settings
     methods, missing = {}, []
@@ -89,11 +90,12 @@ def _method(suite: Suite, runs: list[PlannedRun]) -> dict[str, Any]:
         if all(value is not None for value in values):
             row[name] = summary_of(values)  # type: ignore[arg-type]
             row[name] |= {"pairs": parts[0]["pairs"]} if "pairs" in parts[0] else {}
-    row["accuracy"]["ci95_by_prompt"] = mean_interval([
-        figures["accuracy_ci95"] for figures in evaluations
-    ])  # fmt: skip
-    curves = [few_shot_of(planned, suite) or [] for planned in runs]
+    row["accuracy"]["ci95_within_seed"] = _within_seed(evaluations)
+    few_shot = [few_shot_of(planned, suite) or {"curve": []} for planned in runs]
+    curves = [figures["curve"] for figures in few_shot]
     row["few_shot"] = [_few_shot_row(rows) for rows in zip(*curves, strict=True)]
+    told = [text for part in (*evaluations, *few_shot) for text in part.get("warnings", ())]
+    row["warnings"] = list(dict.fromkeys(told))
     return row
 
 
@@ -102,7 +104,15 @@ def _few_shot_row(rows: tuple[dict[str, Any], ...]) -> dict[str, Any]:
     kept = ("num_comparisons", "users", "test_pairs", "bayes_accuracy")
     facts = {name: rows[0][name] for name in kept if name in rows[0]}
     given = {"mean_comparisons": sum(row["mean_comparisons"] for row in rows) / len(rows)}
-    return {**facts, **given, "accuracy": summary_of([row["accuracy"] for row in rows])}
+    accuracy = summary_of([row["accuracy"] for row in rows])
+    accuracy["ci95_within_seed"] = _within_seed(rows)
+    return {**facts, **given, "accuracy": accuracy}
+
+
+def _within_seed(figures: Sequence[dict[str, Any]]) -> list[float] | None:
+    """Of accuracies of several runs on the same pairs; None where they come without intervals."""
+    found = [part["accuracy_ci95"] for part in figures if "accuracy_ci95" in part]
+    return mean_interval(found) if len(found) == len(figures) else None
 
 
 def write_table(table: dict[str, Any], out: Path) -> None:
@@ -119,13 +129,15 @@ def page(table: dict[str, Any]) -> list[str]:
     lines += [table["about"].strip(), ""] if table["about"] else []
     lines += [
         f"Split {table['split']} of {data['path']} (hash {data['hash']}), seeds {seeds}. Intervals are 95%: over seeds "
-        "by Student's t (from three seeds on), by prompt within a run of one seed (pairs of a prompt together).",
+        "by Student's t (from three seeds on), and within a seed over prompts, whose pairs stand or fall together.",
         "",
     ]
     if methods:
         lines += _accuracy_table(methods)
     if any(row["few_shot"] for row in methods.values()):
         lines += ["", "## New users by number of comparisons", "", *_few_shot_table(methods)]
+    for method, row in methods.items():
+        lines += [line for text in row["warnings"] for line in ("", f"Warning, {method}: {text}")]
     if table["not_finished"]:
         lines += ["", f"Not finished: {', '.join(table['not_finished'])}."]
     pictures = {"table": "Accuracy", "few_shot": "New users"} if methods else {}
@@ -141,11 +153,11 @@ def any_few_shot(table: dict[str, Any]) -> bool:
 def _accuracy_table(methods: dict[str, Any]) -> list[str]:
     names = [name for name in COLUMNS if any(name in row for row in methods.values())]
     headings = ["method", "pairs", *(COLUMNS[name] for name in names)]
-    headings.insert(3, "by prompt, within a seed")
+    headings.insert(3, "within a seed")
     lines = _header(headings)
     for method, row in methods.items():
         cells = [_cell(row.get(name)) for name in names]
-        low, high = row["accuracy"]["ci95_by_prompt"]
+        low, high = row["accuracy"]["ci95_within_seed"]
         cells.insert(1, f"{low:.3f}-{high:.3f}")
         lines.append(_line([method, f"{row['pairs']:,}", *cells]))
     return lines

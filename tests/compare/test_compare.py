@@ -32,6 +32,11 @@ def contents(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
 
 
+def few_shot_again(run: RunDirectory) -> list[dict[str, Any]]:
+    evaluate_few_shot(run, [0, 4], 2)
+    return json.loads((run.eval / "few_shot.json").read_text())["curve"]
+
+
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_suite(tmp_path_factory.mktemp("compare"))
@@ -58,8 +63,8 @@ def test_the_table_is_what_evaluate_says_of_each_run(out: Path) -> None:
             assert row[name]["mean"] == pytest.approx(np.mean([one[name] for one in figures]))
         assert row["pairs"] == figures[0]["pairs"] > 0
         ends = np.mean([one["accuracy_ci95"] for one in figures], axis=0)
-        assert row["accuracy"]["ci95_by_prompt"] == pytest.approx(ends)
-        curves = [evaluate_few_shot(run, [0, 4], 2) for run in runs]
+        assert row["accuracy"]["ci95_within_seed"] == pytest.approx(ends)
+        curves = [few_shot_again(run) for run in runs]
         for index, point in enumerate(row["few_shot"]):
             assert point["num_comparisons"] == [0, 4][index]
             assert point["accuracy"]["by_seed"] == [curve[index]["accuracy"] for curve in curves]
@@ -71,7 +76,7 @@ def test_the_table_is_what_evaluate_says_of_each_run(out: Path) -> None:
 def test_page_and_pictures(out: Path) -> None:
     table, text = table_of(out), (out / "table.md").read_text()
     for method, row in table["methods"].items():
-        low, high = row["accuracy"]["ci95_by_prompt"]
+        low, high = row["accuracy"]["ci95_within_seed"]
         line = (
             f"| {method} | {row['pairs']} | {row['accuracy']['mean']:.3f} | {low:.3f}-{high:.3f} |"
         )
@@ -84,11 +89,14 @@ def test_page_and_pictures(out: Path) -> None:
         assert (out / name).read_bytes().startswith(b"\x89PNG\r\n")
 
 
-def test_a_third_seed_gives_the_page_an_interval(out: Path) -> None:
+def test_the_page_shows_intervals_and_warnings(out: Path) -> None:
     table = table_of(out)
     accuracy = table["methods"]["PAL"]["accuracy"]
     accuracy |= {"mean": 0.7, "ci95_over_seeds": [0.6254759, 0.7745241]}
-    assert any("| 0.700 (0.625-0.775) |" in line for line in page(table))
+    table["methods"]["BTL"]["warnings"] = ["too good to be true"]
+    lines = page(table)
+    assert any("| 0.700 (0.625-0.775) |" in line for line in lines)
+    assert "Warning, BTL: too good to be true" in lines
 
 
 def test_run_directories_are_ordinary(out: Path) -> None:
