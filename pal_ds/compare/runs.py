@@ -147,8 +147,8 @@ def train_one(
     collator = train_among(
         world, config, planned.recipe, run, lambda: data, encoded=encoded.get(reading)
     )
-    # Random weights of `backbone.architecture` are those of one run alone.
-    shared = config.backbone.architecture is None
+    # Weights that come from no path, as those of `backbone.architecture`, are those of one run alone.
+    shared = config.backbone.path is not None
     if collator is not None and collator.response_store is not None and shared:
         encoded[reading] = collator
     # An engine is full of cycles, and the next one needs the room of its weights.
