@@ -7,6 +7,7 @@ from typing import Any
 
 from pal_ds.compare.intervals import mean_interval, summary_of
 from pal_ds.compare.suite import PlannedRun, Suite
+from pal_ds.recipe import changed_keys
 from pal_ds.run_dir import write_atomically, write_json
 
 COLUMNS = {
@@ -48,8 +49,12 @@ def _result(planned: PlannedRun, name: str) -> Any:
 
 
 def is_finished(planned: PlannedRun) -> bool:
-    """Whether the run was trained to its last update."""
-    return (planned.run.status() or {}).get("state") == "finished"
+    """Whether the run of this very recipe was trained to its last update."""
+    run = planned.run
+    if (run.status() or {}).get("state") != "finished" or not run.config_file.is_file():
+        return False
+    # With `--only`, runs are tabulated that nobody has held against the suite as it is now.
+    return not changed_keys(run.config_file.read_text(), planned.recipe)
 
 
 def is_evaluated(planned: PlannedRun, suite: Suite) -> bool:

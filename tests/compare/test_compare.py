@@ -10,7 +10,9 @@ import pytest
 import torch
 import yaml
 
-from pal_ds.compare.table import page
+from pal_ds.cli import build_parser
+from pal_ds.compare.command import suite_of
+from pal_ds.compare.table import page, tabulate
 from pal_ds.engine.dist import World
 from pal_ds.evaluate_run import evaluate_run
 from pal_ds.few_shot import evaluate_few_shot
@@ -186,6 +188,13 @@ def test_a_run_with_other_values_is_refused_before_any_is_trained(
     said = (tmp_path / "log.0").read_text()
     assert "config.yaml: this run was made with other values of optim.learning_rate." in said
     assert contents(out) == before
+    # A table of what is there has nothing to say of a method that is another now.
+    parser = build_parser()
+    parsed = parser.parse_args(
+        ["compare", f"--config={suite}", f"--out={out}", "--loss.kind=hinge"]
+    )
+    other = suite_of(parser.instantiate(parsed)["compare"], parsed["compare"])
+    assert tabulate(other, {})["not_finished"] == list(METHODS)
 
 
 def test_nobody_held_out_is_refused_before_any_is_trained(
