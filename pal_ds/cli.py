@@ -25,11 +25,14 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         # jsonargparse names a command's own options with the command in front, which no one can type.
         message = re.sub(r"(arguments are required: )\w+\.", r"\1--", message)
-        message = _without_noise(message)
-        print(
-            f"pal-ds: error: {message}{_suggestion(message, _option_names(self))}", file=sys.stderr
-        )
+        print(f"pal-ds: error: {explained(message, self)}", file=sys.stderr)
         sys.exit(2)
+
+
+def explained(message: str, parser: ArgumentParser) -> str:
+    """What jsonargparse says of a mistake, without its Python types, and with the nearest option for a typo."""
+    message = _without_noise(message)
+    return message + _suggestion(message, _option_names(parser))
 
 
 def _option_names(parser: ArgumentParser) -> list[str]:
@@ -54,6 +57,11 @@ def _suggestion(message: str, names: list[str]) -> str:
 
 def _without_noise(message: str) -> str:
     """Says plainly what jsonargparse says of Python types: an unknown class, or a choice that is none."""
+    message = re.sub(
+        r"Group '([\w.]+)' does not accept option '([\w.]+)'",
+        r"does not accept option '\1.\2'",
+        message,
+    )
     name = re.search(r"Expected a dot import path string: (\S+)", message)
     key = re.search(r'Parser key "([\w.]+)"', message)
     if name is None or key is None:
@@ -71,6 +79,22 @@ def _without_noise(message: str) -> str:
         f"{key[1]}: there is no class {name[1]}.{hint} Known are {', '.join(classes)}; a class of "
         "your own goes by its import path, package.module.Class."
     )
+
+
+def with_shipped_files(arguments: list[str]) -> list[str]:
+    """The arguments, with its path for each `--config` that is no file but the name of a shipped recipe, or suite."""
+    folder = Path(__file__).with_name("suites" if arguments[:1] == ["compare"] else "recipes")
+    found: list[str] = []
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        apart = found[-1:] == ["--config"]
+        name = argument if apart else value if option == "--config" and equals else None
+        if name is not None and not Path(name).is_file() and Path(name).name == name:
+            shipped = folder / f"{name}.yaml"
+            path = str(shipped) if shipped.is_file() else name
+            argument = path if apart else f"--config={path}"
+        found.append(argument)
+    return found
 
 
 def check_config_files(arguments: list[str]) -> None:
@@ -123,6 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = build_parser()
     from pal_ds import commands
 
+    given = with_shipped_files(given)
     try:
         check_config_files(given)
         options = parser.parse_args(given)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from pal_ds.arguments import add_run_arguments, as_path, keys
+from pal_ds.compare.command import Compare
 from pal_ds.errors import UnfinishedError, UserError
 from pal_ds.evaluate_command import Evaluate, FewShot
 from pal_ds.recipe import add_recipe_arguments, as_recipe, dump_recipe
@@ -204,4 +205,5 @@ COMMANDS: dict[str, Any] = {
     "users": Users,
     "score": Score,
     "report": Report,
+    "compare": Compare,
 }

@@ -44,13 +44,15 @@ def evaluate_few_shot(
     *,
     step: str = "latest",
     trust_checkpoint: bool = False,
+    world: World | None = None,
 ) -> dict[str, Any]:
     """What eval/few_shot.json then holds.
 
     {"step", "curve": rows of `few_shot_curve`, "monotone_within_ci95": see `is_monotone`, "seen": {"pairs", "accuracy",
     "accuracy_ci95"} of the run's own users on `test`, "warnings": where the last k is served better than they are}.
+    Ranks of a `world` share texts and scoring out, and each fits all users; without one this process is alone.
     """
-    world = World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    world = world or World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     restored = restore(run, step, world.device, trust=trust_checkpoint)
     curve = few_shot_curve(restored, num_comparisons, world, seeds=tuple(range(num_draws)))
     seen = _seen(restored, world)
@@ -61,8 +63,12 @@ def evaluate_few_shot(
         "seen": mean_figures(*seen),
         "warnings": unseen_above_seen(seen, Judged(curve.right[-1], curve.prompts)),
     }
-    run.eval.mkdir(parents=True, exist_ok=True)
-    write_json(run.eval / "few_shot.json", figures)
+
+    def write() -> None:
+        run.eval.mkdir(parents=True, exist_ok=True)
+        write_json(run.eval / "few_shot.json", figures)
+
+    world.from_rank_zero(write)
     return figures
 
 

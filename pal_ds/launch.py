@@ -4,15 +4,17 @@ import contextlib
 import functools
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from pal_ds import phase
 from pal_ds.assemble import assemble
 from pal_ds.config import RunConfig
+from pal_ds.data.batch import Collator
 from pal_ds.data.prepare import prepare
 from pal_ds.data.tables import PreparedData
 from pal_ds.engine.checkpoint import refuse_other_launch
-from pal_ds.engine.dist import distributed
+from pal_ds.engine.dist import World, distributed
 from pal_ds.engine.ds_config import check_zero_section, ds_config_of
 from pal_ds.engine.manifest import read_manifest
 from pal_ds.engine.watchdog import watch
@@ -38,15 +40,41 @@ def launch_training(
     run = RunDirectory(run_dir)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     # What needs no data is refused before an hour of tokenising, by every rank alike.
-    ds_config = ds_config_of(config.train, world_size)
+    ds_config_of(config.train, world_size)
     failure = prepare_before_processes_meet(config)
     if failure is not None and world_size == 1:
         raise failure
-    minutes = config.train.hang_minutes
-    with (
-        distributed(config.train.timeout_minutes) as world,
-        contextlib.ExitStack() as held,
-    ):
+    with distributed(config.train.timeout_minutes) as world:
+        train_among(
+            world,
+            config,
+            recipe,
+            run,
+            lambda: open_data(config, failure),
+            fresh=fresh,
+            allow_change=allow_change,
+            trust_checkpoint=trust_checkpoint,
+        )
+
+
+def train_among(
+    world: World,
+    config: RunConfig,
+    recipe: str,
+    run: RunDirectory,
+    tables: Callable[[], PreparedData],
+    *,
+    fresh: bool = False,
+    allow_change: list[str] | None = None,
+    trust_checkpoint: bool = False,
+    encoded: Collator | None = None,
+) -> Collator | None:
+    """One training of ranks that have met, as the run's only writer and under the watchdog; returns what `train` does.
+
+    `tables` opens the prepared data, on every rank.
+    """
+    ds_config = ds_config_of(config.train, world.world_size)
+    with contextlib.ExitStack() as held:
         from pal_ds.forget import recover
         from pal_ds.train import train
 
@@ -54,11 +82,11 @@ def launch_training(
         world.from_rank_zero(lambda: held.enter_context(only_writer(run)))
         # Not before: the watchdog writes into the run, which until now may be another's.
         told = functools.partial(record_loss, run)
-        held.enter_context(watch(world, run.path / "stacks", minutes, told))
+        held.enter_context(watch(world, run.path / "stacks", config.train.hang_minutes, told))
         world.from_rank_zero(run.discard_temporaries)
         # A removal of a user that was cut off leaves a checkpoint under another name.
         world.from_rank_zero(lambda: recover(run))
-        data = world.on_every_rank(lambda: open_data(config, failure))
+        data = world.on_every_rank(tables)
         world.from_rank_zero(
             lambda: check_run_directory(
                 run, recipe, data, fresh=fresh, allow_change=allow_change or []
@@ -69,7 +97,15 @@ def launch_training(
         if config.backbone.architecture is not None and data.info["kind"] == "tokens":
             made_base = world.from_rank_zero(lambda: write_base_weights(config, data, run))
         try:
-            train(config, run, data, world, trust_checkpoint=trust_checkpoint, recipe=recipe)
+            return train(
+                config,
+                run,
+                data,
+                world,
+                encoded=encoded,
+                trust_checkpoint=trust_checkpoint,
+                recipe=recipe,
+            )
         except UserError:
             if world.is_rank_zero and made_base and not run.config_file.is_file():
                 leave_no_trace(run)

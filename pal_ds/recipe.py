@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from pal_ds.config import KEYS_THAT_DO_NOT_ALTER_RESULTS, RunConfig
 from pal_ds.errors import UserError
 from pal_ds.heads.base import Head
+
+# What a key of any type holds is data: jsonargparse would make an object of a class that is named in it.
+set_parsing_settings(instantiate_subclass_spec_in_any=False)
 
 
 def add_recipe_arguments(parser: ArgumentParser, *, require_head: bool = True) -> None:
@@ -31,7 +34,8 @@ def as_recipe(options: Namespace) -> RunConfig:
     return RunConfig(**{name: options[name] for name in RunConfig.__dataclass_fields__})
 
 
-def _recipe_parser() -> ArgumentParser:
+def recipe_parser() -> ArgumentParser:
+    """Of recipes alone; raises ArgumentError for what no recipe has."""
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     add_recipe_arguments(parser)
     return parser
@@ -40,7 +44,7 @@ def _recipe_parser() -> ArgumentParser:
 def dump_recipe(options: Namespace) -> str:
     """The resolved recipe as YAML; `--config` on it gives the same run again."""
     chosen = Namespace(**{name: options[name] for name in RunConfig.__dataclass_fields__})
-    return _recipe_parser().dump(chosen, skip_validation=True)
+    return recipe_parser().dump(chosen, skip_validation=True)
 
 
 def read_recipe(arguments: list[str]) -> tuple[RunConfig, str]:
@@ -49,7 +53,7 @@ def read_recipe(arguments: list[str]) -> tuple[RunConfig, str]:
     Raises:
         UserError: a key or value that no recipe has.
     """
-    parser = _recipe_parser()
+    parser = recipe_parser()
     try:
         options = parser.parse_args(arguments)
         return as_recipe(parser.instantiate(options)), dump_recipe(options)

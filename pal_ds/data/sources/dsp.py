@@ -1,8 +1,9 @@
 """Domain-specific preference (DSP): five writers answer each query, each prefers its own answer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import final
 
+from pal_ds.data.parse import nearest
 from pal_ds.data.records import Record
 from pal_ds.data.sources.base import (
     Source,
@@ -24,19 +25,24 @@ class Dsp(Source):
 
     Args:
         path: the raw JSON list of {"query", "responses": {domain: text}}.
+        users: the domains whose preferences are yielded, against the answers of all; null for all.
     """
 
     licence = "CC BY-NC 4.0 (Linear95/DSP)"
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, users: list[str] | None = None) -> None:
         self.path = path
+        self.users = users
 
     def records(self) -> Iterator[Record]:
         """Queries x domains x (domains - 1) comparisons, query by query."""
         self.dropped.clear()
         for where, item in read_json_list(check_files(self.path)[0]):
             query, responses = self._check(where, item)
+            self._refuse_strangers(where, responses)
             for user, own in responses.items():
+                if user not in (self.users or responses):
+                    continue
                 for other, text in responses.items():
                     if other == user:
                         continue
@@ -68,3 +74,11 @@ class Dsp(Source):
             if not isinstance(text, str):
                 raise UserError(f"{where}: the response of '{domain}' is {text!r}; it must be text")
         return item["query"], item["responses"]
+
+    def _refuse_strangers(self, where: str, domains: Iterable[str]) -> None:
+        for user in self.users or ():
+            if user not in domains:
+                raise UserError(
+                    f"{where}: has no response of '{user}'{nearest(user, domains)}, who is among `users`; there are "
+                    f"{', '.join(domains)}"
+                )

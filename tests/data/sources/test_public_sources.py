@@ -82,6 +82,10 @@ def test_dsp_every_pair_is_judged_both_ways(tmp_path):
         preferred = record.responses[0 if record.label == -1 else 1]
         assert preferred == f"{record.user_id} answers"
     assert list(source.records()) == records and source.dropped == {"empty_response": 6}
+    chosen = list(Dsp(str(path), users=["b", "c"]).records())
+    assert chosen == [record for record in records if record.user_id in ("b", "c")]
+    with pytest.raises(UserError, match="entry 0: has no response of 'd'"):
+        list(Dsp(str(path), users=["a", "d"]).records())
     path.write_text(json.dumps([{"query": "q", "responses": []}]))
     with pytest.raises(UserError, match="entry 0: 'responses' is missing or is no object"):
         list(source.records())

@@ -1,0 +1,38 @@
+"""Means over seeds and their 95% intervals; numpy and scipy alone."""
+
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+MIN_VALUES = 3
+"""Two seeds say too little of their spread: with one degree of freedom t is 12.7."""
+
+
+def t_interval(values: list[float]) -> list[float] | None:
+    """95% interval of the mean of independent values in [0, 1], by Student's t; None for fewer than three.
+
+    mean +- t(0.975, n - 1) * s / sqrt(n), s with n - 1 in the denominator, cut to [0, 1].
+    """
+    num_values = len(values)
+    if num_values < MIN_VALUES:
+        return None
+    spread = float(np.std(values, ddof=1)) / np.sqrt(num_values)
+    half = float(stats.t.ppf(0.975, num_values - 1)) * float(spread)
+    mean = float(np.mean(values))
+    return [max(0.0, mean - half), min(1.0, mean + half)]
+
+
+def mean_interval(intervals: list[list[float]]) -> list[float]:
+    """Mean of the lower and of the upper ends: of figures on the same pairs, whose sampling errors go together."""
+    low, high = np.mean(intervals, axis=0)
+    return [float(low), float(high)]
+
+
+def summary_of(values: list[float]) -> dict[str, Any]:
+    """{"mean", "by_seed", "ci95_over_seeds"} of one figure."""
+    return {
+        "mean": float(np.mean(values)),
+        "by_seed": values,
+        "ci95_over_seeds": t_interval(values),
+    }

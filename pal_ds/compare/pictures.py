@@ -1,0 +1,73 @@
+"""The pictures of a comparison: accuracy per method as bars, and new users against number of comparisons."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+from matplotlib import pyplot as plt
+
+from pal_ds.compare.table import any_few_shot
+
+
+def draw(table: dict[str, Any], out: Path) -> None:
+    """OUT/table.png and, where new users were fitted, OUT/few_shot.png; nothing where no method is finished."""
+    if not table["methods"]:
+        return
+    draw_bars(table, out / "table.png")
+    if any_few_shot(table):
+        draw_curves(table, out / "few_shot.png")
+
+
+def draw_bars(table: dict[str, Any], path: Path) -> None:
+    """Accuracy per method with a dot per seed, its interval over seeds (black) and that within a seed (grey)."""
+    methods = table["methods"]
+    figure, axes = plt.subplots(figsize=(6.5, 1.2 + 0.42 * len(methods)))
+    for place, row in enumerate(methods.values()):
+        accuracy = row["accuracy"]
+        mean, by_seed = accuracy["mean"], accuracy["by_seed"]
+        axes.barh(place, mean, height=0.7, color="tab:blue", alpha=0.6)
+        for name, colour in (("ci95_within_seed", "0.5"), ("ci95_over_seeds", "black")):
+            if accuracy[name] is not None:
+                axes.plot(accuracy[name], [place] * 2, color=colour, marker="|", linewidth=1)
+        axes.scatter(by_seed, [place] * len(by_seed), color="black", s=8, zorder=3)
+        if "bayes_accuracy" in row:
+            axes.plot([row["bayes_accuracy"]["mean"]] * 2, [place - 0.35, place + 0.35], "k--")
+    axes.axvline(0.5, color="0.5", linewidth=1, linestyle=":")
+    axes.set_yticks(range(len(methods)), list(methods))
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.set_xlabel(
+        f"accuracy on {table['split']}, seen users (95%: black over seeds, grey within)"
+    )
+    axes.set_title(table["suite"])
+    _save(figure, path)
+
+
+def draw_curves(table: dict[str, Any], path: Path) -> None:
+    """Accuracy on new users' pairs at evenly spaced ticks; the band is the interval over seeds, else within a seed."""
+    figure, axes = plt.subplots(figsize=(6.5, 4))
+    for method, row in table["methods"].items():
+        curve = row["few_shot"]
+        places = np.arange(len(curve))
+        (line,) = axes.plot(
+            places, [point["accuracy"]["mean"] for point in curve], marker="o", label=method
+        )
+        of_seeds = [point["accuracy"]["ci95_over_seeds"] for point in curve]
+        bands = of_seeds if all(of_seeds) else [p["accuracy"]["ci95_within_seed"] for p in curve]
+        if all(bands):
+            axes.fill_between(places, *np.transpose(bands), color=line.get_color(), alpha=0.15)
+        axes.set_xticks(places, [str(point["num_comparisons"]) for point in curve])
+    axes.set_xlabel("comparisons per new user")
+    axes.set_ylabel("accuracy on their test pairs")
+    axes.set_title(table["suite"])
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

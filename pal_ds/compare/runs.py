@@ -1,0 +1,188 @@
+"""Makes a suite's runs one after the other, each of all ranks, and goes on where it was cut off.
+
+A finished run is not trained again, an evaluation of its last checkpoint is not made again. Everything that can be
+refused is refused before the first update: recipes, data, run directories.
+"""
+
+import gc
+import logging
+import os
+from pathlib import Path
+
+from pal_ds.assemble import assemble
+from pal_ds.compare.suite import PlannedRun, Suite
+from pal_ds.compare.table import (
+    evaluation_of,
+    few_shot_of,
+    is_evaluated,
+    is_finished,
+    tabulate,
+    write_table,
+)
+from pal_ds.data.batch import Collator
+from pal_ds.data.tables import PreparedData
+from pal_ds.engine.dist import World, distributed
+from pal_ds.engine.ds_config import ds_config_of
+from pal_ds.engine.stop import is_asked
+from pal_ds.engine.watchdog import watch
+from pal_ds.errors import UserError, writing
+from pal_ds.evaluate_run import evaluate_run
+from pal_ds.few_shot import evaluate_few_shot
+from pal_ds.launch import open_data, prepare_before_processes_meet, train_among
+from pal_ds.progress import progress_bar
+from pal_ds.recipe import changed_keys
+
+logger = logging.getLogger(__name__)
+
+
+def compare(whole: Suite, chosen: Suite, out: Path) -> str | None:
+    """Trains and evaluates the runs of `chosen`, then writes OUT/table.* about `whole`; returns why it stopped early.
+
+    Raises:
+        UserError: data that are not there or do not fit a method, or a run directory with other values.
+    """
+    config, needs = chosen.planned[0].config, whole.settings.needs
+    if needs:
+        _tell(f"suite {whole.name} needs {needs}")
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    for planned in chosen.planned:
+        ds_config_of(planned.config.train, world_size)
+    failure = prepare_before_processes_meet(config)
+    if failure is not None and needs:
+        failure = type(failure)(f"{failure} (Suite {whole.name} needs {needs})")
+    if failure is not None and world_size == 1:
+        raise failure
+    with distributed(config.train.timeout_minutes) as world:
+        data = world.on_every_rank(lambda: open_data(config, failure))
+        reading = world.from_rank_zero(lambda: check_everything(chosen, data))
+        reason = make_runs(chosen, reading, data, world)
+        if reason is None:
+            world.from_rank_zero(lambda: publish(whole, data, out))
+    return reason
+
+
+def check_everything(suite: Suite, data: PreparedData) -> dict[str, str]:
+    """Whether every run can start; writes nothing. Methods with equal values read equal states of a frozen backbone.
+
+    Raises:
+        UserError: the data have no pairs to train on or to score, or nobody held out; a method does not fit them; a
+            run directory holds a run with other values.
+    """
+    settings = suite.settings
+    new_users = ("unseen_train", "unseen_test") if settings.few_shot else ()
+    for split in ("train", settings.split, *new_users):
+        if len(data.rows(split)) == 0:
+            raise UserError(
+                f"{data.path}: its split {split} is empty, and suite {suite.name} needs it; there are "
+                f"{data.info['counts']['splits']}. Change the fractions of `data`, `split` or `few_shot`."
+            )
+    reading = {}
+    for planned in suite.planned:
+        if planned.method not in reading:
+            reading[planned.method] = _reading(planned, data)
+        file = planned.run.config_file
+        changed = changed_keys(file.read_text(), planned.recipe) if file.is_file() else []
+        if changed:
+            raise UserError(
+                f"{file}: this run was made with other values of {', '.join(changed)}. Restore them, name another "
+                "--out, or delete that run's folder."
+            )
+    return reading
+
+
+def _reading(planned: PlannedRun, data: PreparedData) -> str:
+    """What decides the states that training reads. Raises UserError where the method does not fit the data."""
+    try:
+        parts = assemble(planned.config, data, planned.run)
+    except UserError as error:
+        raise UserError(f"methods.{planned.method}: {error}") from None
+    collator = parts.collator
+    texts = (collator.encoding, collator.scored_positions, collator.with_prompt)
+    return repr((parts.backbone, planned.config.train.precision, texts))
+
+
+def make_runs(
+    suite: Suite, reading: dict[str, str], data: PreparedData, world: World
+) -> str | None:
+    """Trains and evaluates what is not yet; the reason, where a training stopped on request."""
+    encoded: dict[str, Collator] = {}
+    places = world.from_rank_zero(
+        lambda: [i for i, one in enumerate(suite.planned) if not is_evaluated(one, suite)]
+    )
+    if world.is_rank_zero and len(places) < len(suite.planned):
+        made = len(suite.planned) - len(places)
+        logger.info("%d of %d runs are finished and evaluated", made, len(suite.planned))
+    if not places:
+        return None
+    with progress_bar(
+        f"comparing {suite.name}", len(places), shown=world.is_rank_zero, unit="runs", outer=True
+    ) as advance:
+        for planned in [suite.planned[place] for place in places]:
+            logger.info("%s, seed %d: %s", planned.method, planned.seed, planned.run.path)
+            # A training sees to it itself; here it may have come while a run was evaluated.
+            if world.any_rank(is_asked())[0]:
+                return f"stopped before {planned.method}, seed {planned.seed} (signal)"
+            stopped = None
+            if not world.from_rank_zero(lambda planned=planned: is_finished(planned)):
+                stopped = train_one(planned, reading[planned.method], data, world, encoded)
+            if stopped is not None:
+                return stopped
+            evaluate_one(planned, suite, world)
+            advance(last=f"{planned.method} seed {planned.seed}")
+    return None
+
+
+def train_one(
+    planned: PlannedRun,
+    reading: str,
+    data: PreparedData,
+    world: World,
+    encoded: dict[str, Collator],
+) -> str | None:
+    """Trains to the last update; else says where it stopped on request, and why.
+
+    `encoded` keeps the states of a frozen backbone, by `reading`, for the runs that come after.
+    """
+    config, run = planned.config, planned.run
+    collator = train_among(
+        world, config, planned.recipe, run, lambda: data, encoded=encoded.get(reading)
+    )
+    # Weights that come from no path, as those of `backbone.architecture`, are those of one run alone.
+    shared = config.backbone.path is not None
+    if collator is not None and collator.response_store is not None and shared:
+        encoded[reading] = collator
+    # An engine is full of cycles, and the next one needs the room of its weights.
+    gc.collect()
+    status = world.from_rank_zero(run.status) or {}
+    if status.get("state") == "finished":
+        return None
+    where = f"update {status.get('step')} ({status.get('reason')})"
+    return f"{planned.method}, seed {planned.seed}, stopped at {where}"
+
+
+def evaluate_one(planned: PlannedRun, suite: Suite, world: World) -> None:
+    """eval/SPLIT.json and, where the suite asks for it, eval/few_shot.json, as `evaluate` and `few_shot` write them."""
+    settings = suite.settings
+    # Alone it waits for nobody; who started it sees whether it goes on.
+    minutes = planned.config.train.hang_minutes if world.world_size > 1 else 0
+    if world.from_rank_zero(lambda: evaluation_of(planned, settings.split)) is None:
+        with watch(world, planned.run.path / "stacks", minutes):
+            evaluate_run(planned.run, world, split=settings.split)
+    if settings.few_shot and world.from_rank_zero(lambda: few_shot_of(planned, suite)) is None:
+        evaluate_few_shot(planned.run, settings.few_shot, settings.num_draws, world=world)
+
+
+def publish(suite: Suite, data: PreparedData, out: Path) -> None:
+    """OUT/table.md, table.json, table.png and few_shot.png, of all that is finished by now."""
+    from pal_ds.compare.pictures import draw
+
+    table = tabulate(suite, {"path": str(data.path), "hash": data.hash})
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        draw(table, out)
+        write_table(table, out)
+
+
+def _tell(message: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning("%s", message)
