@@ -1,7 +1,6 @@
 """`evaluate --best_of_n`: reads candidates, scores them for their users, and writes D/eval/NAME.json."""
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 
 from pal_ds.asked import Asked
 from pal_ds.best_of_n import FIGURES, Lists, best_of_n_figures
+from pal_ds.data.lists import check_list
 from pal_ds.data.parse import parse_record
 from pal_ds.data.records import Record
 from pal_ds.data.sources.base import check_files, read_lines
@@ -226,23 +226,12 @@ def _line(fields: Any, where: str) -> Line:
         raise UserError(f"{where}: expected an object, found {type(fields).__name__}")
     if unknown := [key for key in fields if key not in _KEYS]:
         raise UserError(f"{where}: unknown key '{unknown[0]}'; a list has {', '.join(_KEYS)}.")
-    key = "response_features" if "response_features" in fields else "responses"
-    responses, scores = fields.get(key), fields.get("scores")
-    if not isinstance(responses, list) or len(responses) < 2:
-        raise UserError(f"{where}: '{key}' must be a list of two or more candidates.")
-    if not isinstance(scores, list) or len(scores) != len(responses):
-        raise UserError(
-            f"{where}: 'scores' must be a list of {len(responses)} numbers, what the user thinks of each candidate."
-        )
-    for score in scores:
-        number = isinstance(score, int | float) and not isinstance(score, bool)
-        if not number or not math.isfinite(score):
-            raise UserError(f"{where}: 'scores' holds {score!r}; each must be a finite number.")
+    _, responses, scores = check_list(fields, where)
     names = [json.dumps(response, sort_keys=True) for response in responses]
     distinct = list(dict.fromkeys(names))
     place = {name: number for number, name in enumerate(distinct)}
     first = [responses[names.index(name)] for name in distinct]
-    return Line(where, fields, first, [place[name] for name in names], [float(s) for s in scores])
+    return Line(where, fields, first, [place[name] for name in names], scores)
 
 
 def ranking_line(name: str, figures: dict[str, Any]) -> str:

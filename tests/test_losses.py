@@ -6,6 +6,7 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
+from pal_ds.data.lists import pairs_of_list
 from pal_ds.errors import UserError
 from pal_ds.losses import (
     PreferenceLoss,
@@ -143,3 +144,35 @@ def test_unknown_choices_are_refused_by_name(choice: dict) -> None:
     # Where the suite runs with type checks, an unknown choice already stops at the signature.
     with pytest.raises((UserError, TypeCheckError), match=next(iter(choice))):
         PreferenceLoss(**choice)
+
+
+def test_the_pairs_of_a_list_have_the_masked_listwise_loss() -> None:
+    """DSP's loss over r responses with padding and ties, in fp64 from its formula, against our mean over pairs."""
+    draw = torch.Generator().manual_seed(0)
+    reward = torch.randn(6, 5, generator=draw)
+    # -1 pads lists of fewer responses.
+    scores = torch.tensor(
+        [[3, 1, 2, 1, 0], [1, 1, 1, 1, 1], [2, 0, -1, -1, -1],
+         [0, 4, 4, 2, -1], [5, 4, 3, 2, 1], [1, 0, -1, -1, -1]]
+    )  # fmt: skip
+    total, count, pairs = torch.zeros((), dtype=torch.float64), 0, []
+    for row in range(6):
+        for i in range(5):
+            for j in range(5):
+                sign = (scores[row, j] - scores[row, i]).sign()
+                if sign != 0 and scores[row, i] >= 0 and scores[row, j] >= 0:
+                    difference = reward[row, j].double() - reward[row, i].double()
+                    total = total - torch.nn.functional.logsigmoid(difference * sign)
+                    count += 1
+        own = [float(score) for score in scores[row] if score >= 0]
+        fields = {"prompt": "p", "responses": list(range(len(own))), "scores": own}
+        pairs += [(row, pair) for pair in pairs_of_list(fields, "here") if pair is not None]
+    margin = torch.stack(
+        [reward[r, p["response_2"]] - reward[r, p["response_1"]] for r, p in pairs]
+    )
+    label = torch.tensor([pair["y"] for _, pair in pairs])
+    ends = torch.ones_like(label)
+    loss = PreferenceLoss()(margin[:, None], label, 0 * ends, ends)
+    # Each unordered pair stands twice in the formula, which leaves its mean as it is.
+    assert 2 * len(pairs) == count
+    assert abs(float(loss.double().mean() - total / count)) <= 1e-6

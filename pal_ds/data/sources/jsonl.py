@@ -1,8 +1,10 @@
 """Preference records in JSON Lines files: `{"user_id", "prompt", "chosen", "rejected"}` and kin."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Literal, final
 
+from pal_ds.data.lists import is_list, pairs_of_list
 from pal_ds.data.parse import parse_record
 from pal_ds.data.records import Record
 from pal_ds.data.sources.base import Source, check_files, describe_files, read_lines
@@ -12,6 +14,9 @@ from pal_ds.errors import UserError
 @final
 class Jsonl(Source):
     """Records of design section 5, one JSON object a line; texts, chat messages or vectors.
+
+    A line of `responses` (or more than two `response_features`) and `scores` is a list: every two of different score
+    are a comparison, ties are dropped and counted (`tie`).
 
     Args:
         path: one file or several, read in the order given.
@@ -32,11 +37,14 @@ class Jsonl(Source):
     def records(self) -> Iterator[Record]:
         """Yield the records of every file; an error names file and line."""
         vector_size = None
+        self.dropped.clear()
         for path in check_files(self.path):
             num_in_file = 0
-            for where, fields in read_lines(path):
-                record = parse_record(fields, where, self.extra_keys)
+            for where, record in self._comparisons(path):
                 num_in_file += 1
+                if record is None:
+                    self.dropped["tie"] += 1
+                    continue
                 if record.response_features is not None:
                     size = len(record.response_features[0])
                     vector_size = vector_size or size
@@ -48,6 +56,15 @@ class Jsonl(Source):
                 yield record
             if not num_in_file:
                 raise UserError(f"{path}: holds no record, only blank lines")
+
+    def _comparisons(self, path: Path) -> Iterator[tuple[str, Record | None]]:
+        """Yield ("file:line", comparison), several of a list; None in place of a tie."""
+        for where, fields in read_lines(path):
+            if not isinstance(fields, Mapping) or not is_list(fields):
+                yield where, parse_record(fields, where, self.extra_keys)
+                continue
+            for pair in pairs_of_list(fields, where):
+                yield where, None if pair is None else parse_record(pair, where, self.extra_keys)
 
     def describe(self) -> dict:
         """Files with their content hashes."""

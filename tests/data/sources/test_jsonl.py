@@ -153,3 +153,42 @@ def test_missing_empty_and_broken_files(tmp_path):
     assert "latin:1: not UTF-8" in message_of(latin)
     with pytest.raises(UserError, match="the list of paths is empty"):
         list(Jsonl([]).records())
+
+
+def test_a_list_is_its_untied_pairs(write_lines):
+    """Four responses, two of one score: five pairs, the higher score preferred; keys of the list are each pair's."""
+    path = write_lines(
+        [
+            {
+                "user_id": "a",
+                "prompt": "p",
+                "responses": list("wxyz"),
+                "scores": [1, 3, 1, 2.5],
+                "group": "g",
+            },
+            {"prompt": "q", "chosen": "c", "rejected": "r"},
+        ]
+    )
+    source = Jsonl(str(path))
+    records = list(source.records())
+    assert [(r.responses, r.label) for r in records[:-1]] == [
+        (("w", "x"), 1), (("w", "z"), 1), (("x", "y"), -1), (("x", "z"), -1), (("y", "z"), 1),
+    ]  # fmt: skip
+    assert {(r.user_id, r.prompt, r.group) for r in records[:-1]} == {("a", "p", "g")}
+    assert records[-1].responses == ("c", "r") and source.dropped == {"tie": 1}
+    assert len(list(source.records())) == 6 and source.dropped == {"tie": 1}
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"responses": ["a"], "scores": [1]}, "two or more"),
+        ({"responses": ["a", "b"], "scores": [1]}, "2 numbers"),
+        ({"responses": ["a", "b"], "scores": [1, "x"]}, "finite number"),
+        ({"responses": ["a", "b"], "scores": [1, 2], "chosen": "a"}, "two record forms"),
+    ],
+)
+def test_a_bad_list_is_named(write_lines, fields, text):
+    path = write_lines([fields])
+    with pytest.raises(UserError, match=text):
+        list(Jsonl(str(path)).records())

@@ -1,0 +1,53 @@
+"""A list of r scored responses: the input of list-wise ranking, and of choosing the best of n."""
+
+import math
+from collections.abc import Iterator, Mapping
+from itertools import combinations
+from typing import Any
+
+from pal_ds.errors import UserError
+
+
+def is_list(fields: Any) -> bool:
+    """Whether an object is a list of responses and not a comparison of two."""
+    return isinstance(fields, Mapping) and "scores" in fields
+
+
+def check_list(fields: Mapping[str, Any], where: str) -> tuple[str, list[Any], list[float]]:
+    """(the key of the responses, the responses, what the user thinks of each).
+
+    Raises:
+        UserError: fewer than two responses, another number of scores, or a score that is no finite number.
+    """
+    key = "response_features" if "response_features" in fields else "responses"
+    responses, scores = fields.get(key), fields.get("scores")
+    if not isinstance(responses, list) or len(responses) < 2:
+        raise UserError(f"{where}: '{key}' must be a list of two or more candidates.")
+    if not isinstance(scores, list) or len(scores) != len(responses):
+        raise UserError(
+            f"{where}: 'scores' must be a list of {len(responses)} numbers, what the user thinks of each candidate."
+        )
+    for score in scores:
+        number = isinstance(score, int | float) and not isinstance(score, bool)
+        if not number or not math.isfinite(score):
+            raise UserError(f"{where}: 'scores' holds {score!r}; each must be a finite number.")
+    return key, responses, [float(score) for score in scores]
+
+
+def pairs_of_list(fields: Mapping[str, Any], where: str) -> Iterator[dict[str, Any] | None]:
+    """Each two responses as a comparison's fields, in the order of the list; None for two of equal score.
+
+    The mean logistic loss over these pairs is the masked list-wise ranking loss of DSP (arXiv 2309.03126): a batch
+    holds each response once, so r of them cost r encodings, and `train.shuffle_unit: item` keeps them together.
+    """
+    key, responses, scores = check_list(fields, where)
+    rest = {name: value for name, value in fields.items() if name not in (key, "scores")}
+    for i, j in combinations(range(len(responses)), 2):
+        if scores[i] == scores[j]:
+            yield None
+            continue
+        both = responses[i], responses[j]
+        pair = {"response_1": both[0], "response_2": both[1]}
+        if key == "response_features":
+            pair = {key: list(both)}
+        yield {**rest, **pair, "y": -1 if scores[i] > scores[j] else 1}
