@@ -4,7 +4,7 @@ import numpy as np
 
 
 def controversial(table: np.ndarray) -> np.ndarray:
-    """Whether others of the same rows judged the same two responses the other way; bool, one per comparison.
+    """Whether users disagree on a comparison, as its source says or else as these rows show; bool [n].
 
     `table` is in `COMPARISON_DTYPE`. A pair of responses, in either order, is controversial where two different users
     prefer different ones of them, and then all comparisons of it are; a user at odds with nobody but themselves makes
@@ -17,4 +17,6 @@ def controversial(table: np.ndarray) -> np.ndarray:
     user = np.unique(table["user"], return_inverse=True)[1]
     judges = np.bincount(np.unique(pair * num_users + user) // max(num_users, 1))
     share = np.bincount(pair, weights=prefers_high) / np.maximum(np.bincount(pair), 1)
-    return ((judges > 1) & (share > 0) & (share < 1))[pair]
+    shown = ((judges > 1) & (share > 0) & (share < 1))[pair]
+    said = table["controversial"]
+    return np.where(said >= 0, said == 1, shown)

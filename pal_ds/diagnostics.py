@@ -58,11 +58,19 @@ def diagnose_latent(points: Float[Tensor, "U K"]) -> dict[str, Any]:
     }
 
 
-def context_flip(margins: np.ndarray, turned: np.ndarray, known: np.ndarray) -> float | None:
-    """Share of the pairs of known users that are judged the other way when the users' own comparisons are."""
-    if not known.any():
-        return None
-    return float((np.sign(margins[known]) == -np.sign(turned[known])).mean())
+def context_flip(
+    margins: np.ndarray, turned: np.ndarray, known: np.ndarray, disputed: np.ndarray
+) -> dict[str, float | None]:
+    """Share of the pairs of known users that are judged the other way when the users' own comparisons are.
+
+    {"all", "controversial"}: a model that knows whom it serves turns around where users disagree, and need not
+    elsewhere; null without such pairs.
+    """
+    flipped = np.sign(margins) == -np.sign(turned)
+    chosen = {"all": known, "controversial": known & disputed}
+    return {
+        name: float(flipped[rows].mean()) if rows.any() else None for name, rows in chosen.items()
+    }
 
 
 def _entropy(weights: Float[Tensor, "*n K"]) -> Float[Tensor, "*n"]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pal_ds.asked import Asked, asked_sets
+from pal_ds.controversial import controversial
 from pal_ds.data.build import build_tables
 from pal_ds.data.records import Record
 from pal_ds.data.sources import Jsonl
@@ -139,7 +140,9 @@ def evaluate_set(
         if known.encoded is not None:
             other = with_points(known, restored, data, world, flipped=True)
             turned = predict(reader.model, reader.collator, rows, other.mixtures, micro, world)
-            figures["context_flip"] = context_flip(margins, turned, user_rows >= 0)
+            figures["context_flip"] = context_flip(
+                margins, turned, user_rows >= 0, controversial(data.comparisons[rows])
+            )
         if asked.file is not None:
             figures["dropped"] = data.info["dropped"]
             figures["prompts_seen_in_training"] = _num_seen_prompts(restored.data, data)

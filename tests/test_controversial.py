@@ -9,6 +9,7 @@ from pal_ds.data.tables import COMPARISON_DTYPE
 def table(*rows: tuple[int, int, int, int]) -> np.ndarray:
     """Of (user, a, b, label)."""
     made = np.zeros(len(rows), COMPARISON_DTYPE)
+    made["controversial"] = -1
     for name, column in zip(("user", "a", "b", "label"), np.asarray(rows).T, strict=True):
         made[name] = column
     return made
@@ -31,6 +32,12 @@ def test_a_user_at_odds_with_themselves_alone_is_none() -> None:
     assert not controversial(table(*rows)).any()
     assert controversial(table(*rows, (8, 1, 2, -1))).all()
     assert controversial(table((0, 0, 1, 1))[:0]).tolist() == []
+
+
+def test_what_a_source_says_goes_first() -> None:
+    rows = table((0, 1, 2, -1), (1, 2, 1, -1), (0, 3, 4, 1))
+    rows["controversial"] = [0, -1, 1]
+    assert controversial(rows).tolist() == [False, True, True]
 
 
 def test_like_a_loop_over_users() -> None:

@@ -2,10 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from pal_ds.diagnostics import diagnose
+from pal_ds.diagnostics import context_flip, diagnose, diagnose_latent
 from pal_ds.heads import HEADS
 
 
@@ -67,3 +68,21 @@ def test_every_head_has_every_key(name: str) -> None:
     nobody = diagnose(head, torch.empty(0, head.num_prototypes))
     assert nobody.keys() == diagnose(head_with([[0.0, 0.0]]), torch.ones(1, 1)).keys()
     assert nobody["user_entropy_mean"] is None and nobody["prototype_shares"] is None
+
+
+def test_active_units_are_those_that_vary_over_users() -> None:
+    points = torch.tensor([[1.0, 0.0, 0.05], [-1.0, 0.0, 0.05], [0.0, 0.0, 0.0]])
+    assert diagnose_latent(points) == {
+        "users": 3,
+        "latent_units": 3,
+        "active_units": pytest.approx(1 / 3),
+    }
+    assert diagnose_latent(points[:1])["active_units"] is None
+
+
+def test_a_context_flip_counts_the_pairs_that_turn_around() -> None:
+    margins, turned = np.array([1.0, -2.0, 3.0, 4.0]), np.array([-0.1, -2.0, -1.0, -4.0])
+    known, disputed = np.array([True, True, True, False]), np.array([True, False, False, True])
+    found = context_flip(margins, turned, known, disputed)
+    assert found == {"all": pytest.approx(2 / 3), "controversial": 1.0}
+    assert context_flip(margins, turned, ~known, ~disputed)["controversial"] is None

@@ -161,9 +161,10 @@ def _judged(rng: np.random.Generator, split: str, texts: _Texts) -> Iterator[Rec
     better_first = bool(rng.integers(2))
     for user in USERS:
         turned = controversial and user == "harmless"
+        label = -1 if better_first != turned else 1
         yield Record(
             user_id=user,
-            label=-1 if better_first != turned else 1,
+            label=label,
             prompt=prompt,
             responses=(sentences[0], sentences[1])
             if better_first
@@ -171,4 +172,6 @@ def _judged(rng: np.random.Generator, split: str, texts: _Texts) -> Iterator[Rec
             group=user,
             split=split,
             controversial=controversial,
+            # Users of a generator do as its rules say.
+            probability=float(label > 0),
         )
