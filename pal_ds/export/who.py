@@ -7,11 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pal_ds.data.records import POPULATION_USER
 from pal_ds.errors import UserError
 from pal_ds.evaluate import user_mixtures
 from pal_ds.exported.simplex import check_point
 from pal_ds.heads.base import Head, UserState
 from pal_ds.heads.shapes import Float
+from pal_ds.user_ids import generic_row_of
 from pal_ds.users import UserTable
 
 
@@ -33,7 +35,7 @@ def choose_audience(
 ) -> Audience:
     """One user of the run (or of an adapted table), a given mixture, or the population.
 
-    The population is the mean of s_u over the run's users, as evaluation uses it.
+    The population is as evaluation uses it: the generic user's s_u, or its mean over the run's users.
 
     Raises:
         UserError: user and mixture both given, an unknown user, a mixture that is no point of the
@@ -56,7 +58,12 @@ def choose_audience(
             raise UserError(f"--mixture: {error}") from None
     if user is None:
         population = user_mixtures(head, users)[-1]
-        return Audience(population.tolist(), f"the population, the mean of {len(users)} users")
+        description = f"the population, the mean of {len(users)} users"
+        if "logits" not in head.needs:
+            description = "a user of whom nothing is known"
+        elif generic_row_of(users.ids) >= 0:
+            description = f"the generic user ({POPULATION_USER})"
+        return Audience(population.tolist(), description)
     return Audience(mixtures_of(head, users, [user], users_dir)[0].tolist(), "one user")
 
 

@@ -11,6 +11,8 @@ import torch
 from pal_ds.engine.dist import World
 from pal_ds.evaluate_run import evaluate_run
 from pal_ds.export import ExportOptions, export
+from pal_ds.reading import known_users
+from pal_ds.restore import restore
 from pal_ds.reward_models import load_reward_model
 from pal_ds.run_dir import RunDirectory
 from tests.engine.method_cases import METHODS
@@ -53,9 +55,15 @@ def test_taste_is_learnt_where_there_can_be_any(trained: dict[str, Any], method:
         assert abs(accuracy - 0.5) < 0.35
 
 
-def test_the_generic_user_has_a_row(trained: dict[str, Any]) -> None:
+def test_the_generic_user_stands_for_strangers(trained: dict[str, Any], place: Path) -> None:
     assert trained["lore"]["1"]["users"]["logits"] == [5, 3]
     assert trained["vpl"]["1"]["users"]["logits"] == [4, 8]
+    restored = restore(RunDirectory(place / "lore_1"))
+    generic = restored.users.logits[restored.users.rows(["population"])].softmax(1)
+    known = known_users(restored, None)
+    torch.testing.assert_close(known.mixtures[-1:], generic)
+    # Trained on both tastes alike, unlike the four others' mean by chance alone.
+    assert not torch.allclose(known.mixtures[:-1].mean(0, keepdim=True), generic, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", PERSONAL)
