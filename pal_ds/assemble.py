@@ -49,8 +49,12 @@ def head_seed(seed: int) -> int:
     return seed + 1
 
 
-def assemble(config: RunConfig, data: PreparedData, run: RunDirectory) -> Parts:
+def assemble(
+    config: RunConfig, data: PreparedData, run: RunDirectory, *, model_config: Any = None
+) -> Parts:
     """Checks how data, backbone, head and loss fit together and builds the head (fp32, seeded).
+
+    `model_config` is the backbone's where `train.init_from` gives one that is not written yet; `path` stays unset then.
 
     Raises:
         UserError: two keys contradict each other, or the data lack what the head reads.
@@ -60,18 +64,9 @@ def assemble(config: RunConfig, data: PreparedData, run: RunDirectory) -> Parts:
     if data.info["kind"] == "vectors":
         hidden_size = int(data.info["vector_size"])
     else:
-        from pal_ds.backbones.transformer import (
-            architecture_config,
-            hidden_size_of,
-            is_encoder,
-            read_model_config,
-        )
+        from pal_ds.backbones.transformer import hidden_size_of, is_encoder
 
-        backbone = resolve_backbone_path(config.backbone, run)
-        if config.backbone.architecture is None:
-            model_config = read_model_config(backbone)
-        else:
-            model_config = architecture_config(backbone, int(data.info["tokens"]["vocab_size"]))
+        backbone, model_config = _describe_backbone(config, data, run, model_config)
         hidden_size, encoder = hidden_size_of(model_config), is_encoder(model_config)
         _check_vocabulary(model_config, data)
         _check_positions(model_config, data)
@@ -106,13 +101,44 @@ def assemble(config: RunConfig, data: PreparedData, run: RunDirectory) -> Parts:
     )
 
 
-def resolve_backbone_path(config: BackboneConfig, run: RunDirectory) -> BackboneConfig:
-    """`path` as given, or the run's base folder for a backbone built from `architecture`."""
-    if (config.path is None) == (config.architecture is None):
+def _describe_backbone(
+    config: RunConfig, data: PreparedData, run: RunDirectory, model_config: Any
+) -> tuple[BackboneConfig, Any]:
+    """(the backbone with its path, its transformers config, which is `model_config` where one is given)."""
+    from pal_ds.backbones.transformer import architecture_config, read_model_config
+
+    _check_one_origin(config)
+    if model_config is not None:
+        return config.backbone, model_config
+    backbone = resolve_backbone_path(config, run)
+    if config.backbone.architecture is None:
+        return backbone, read_model_config(backbone)
+    return backbone, architecture_config(backbone, int(data.info["tokens"]["vocab_size"]))
+
+
+def _check_one_origin(config: RunConfig) -> None:
+    backbone = config.backbone
+    if config.train.init_from is not None:
+        for key in ("path", "architecture"):
+            if getattr(backbone, key) is not None:
+                raise UserError(
+                    f"backbone.{key}: train.init_from gives the backbone. Set backbone.{key} to null, or leave out "
+                    "train.init_from."
+                )
+    elif (backbone.path is None) == (backbone.architecture is None):
         raise UserError(
             "backbone: give exactly one of path (weights to load) and architecture (random weights)."
         )
-    return config if config.path is not None else replace(config, path=str(run.base))
+
+
+def resolve_backbone_path(config: RunConfig, run: RunDirectory) -> BackboneConfig:
+    """`path` as given, or a folder of the run for one built from `architecture` or begun with `train.init_from`."""
+    path = config.backbone.path
+    if config.backbone.architecture is not None:
+        path = str(run.base)
+    elif config.train.init_from is not None:
+        path = run.initial_backbone()
+    return replace(config.backbone, path=path)
 
 
 def _encoding(wanted: str, encoder: bool, with_prompt: bool) -> Literal["joint", "separate"]:

@@ -72,6 +72,10 @@ class TrainConfig:
     ds_config: str = "zero3"
     """A DeepSpeed JSON, or the name of one in ds_configs/."""
     seed: int = 0
+    init_from: str | None = None
+    """Start from another run (its best step, else its latest) or an exported folder: its backbone, in place of
+    `backbone.path`, with adapters merged; its head, where class and shapes are the same; its users by id. Read once:
+    a resumed run has its own copy. The data must be prepared with its tokenizer."""
     eval_every: int = 0
     """Updates between evaluations on dev; 0: at the end of each epoch."""
     save_every: int = 0

@@ -64,15 +64,21 @@ def launch_training(
                 run, recipe, data, fresh=fresh, allow_change=allow_change or []
             )
         )
-        world.on_every_rank(lambda: assemble(config, data, run))
-        made_base = False
-        if config.backbone.architecture is not None and data.info["kind"] == "tokens":
-            made_base = world.from_rank_zero(lambda: write_base_weights(config, data, run))
+        made_base = made_init = False
         try:
+            if config.train.init_from is not None:
+                from pal_ds.take_over import take_over
+
+                made_init = world.from_rank_zero(
+                    lambda: take_over(config, data, run, trust=trust_checkpoint)
+                )
+            world.on_every_rank(lambda: assemble(config, data, run))
+            if config.backbone.architecture is not None and data.info["kind"] == "tokens":
+                made_base = world.from_rank_zero(lambda: write_base_weights(config, data, run))
             train(config, run, data, world, trust_checkpoint=trust_checkpoint, recipe=recipe)
         except UserError:
-            if world.is_rank_zero and made_base and not run.config_file.is_file():
-                leave_no_trace(run)
+            if world.is_rank_zero and not run.config_file.is_file():
+                leave_no_trace(run, base=made_base, init=made_init)
             raise
 
 
@@ -143,9 +149,11 @@ def check_run_directory(
         refuse_other_launch(path, manifest, data.hash, data.path)
 
 
-def leave_no_trace(run: RunDirectory) -> None:
-    """Takes away the base weights that this launch wrote, after a start that never came to its first update."""
-    shutil.rmtree(run.base, ignore_errors=True)
+def leave_no_trace(run: RunDirectory, *, base: bool, init: bool) -> None:
+    """Takes away the weights that this launch wrote, after a start that never came to its first update."""
+    for folder, ours in ((run.base, base), (run.init, init)):
+        if ours:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_base_weights(config: RunConfig, data: PreparedData, run: RunDirectory) -> bool:

@@ -68,6 +68,8 @@ class Training:
     step: int = 0
     best: dict[str, Any] | None = None
     """Step and accuracy of the best dev evaluation so far."""
+    origin: dict[str, Any] | None = None
+    """What a run with `train.init_from` started from."""
     base_weights: str | None = None
     """What the frozen weights are that no checkpoint holds; None where all weights are trained."""
     owes_evaluation: bool = False
@@ -147,6 +149,11 @@ def start_training(
         )
     elif encoded is None:
         backbone = load_partitioned(parts, config, ds_config, world)
+    origin = None
+    if config.train.init_from is not None:
+        from pal_ds.take_over import load_taken_over
+
+        origin = load_taken_over(run, parts.head, users)
     if config.train.precision == "bf16":
         # ZeRO-3 packs all weights into one buffer, so the head shares the backbone's dtype; masters stay fp32.
         parts.head.to(torch.bfloat16)
@@ -159,7 +166,7 @@ def start_training(
     state = Training(
         config, run, world, data, parts, collator, engine, users, plan, guard, watch, tracker
     )
-    state.base_weights = base_weights
+    state.base_weights, state.origin = base_weights, origin
     resume(state, trust=trust_checkpoint)
     held, whole = parameter_bytes_on_this_rank(engine.module)
     num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())

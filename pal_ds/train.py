@@ -262,6 +262,7 @@ def save(state: Training) -> None:
         "num_updates": state.num_updates,
         "best": state.best,
         "base_weights": state.base_weights,
+        "init_from": state.origin,
         "guard": state.guard.state_dict(),
         "owes_evaluation": state.owes_evaluation,
         "save_seconds": state.watch.save_seconds,

@@ -86,6 +86,14 @@ def test_what_is_missing(place: Place, refused: Refused, tmp_path: Path):
         ),
         (["--backbone.architecture=null"], "backbone: give exactly one of path"),
         (
+            ["--backbone.architecture=null", "--train.init_from=nowhere"],
+            "train.init_from nowhere: holds neither config.yaml (a run directory) nor export.json",
+        ),
+        (
+            ["--train.init_from=run"],
+            "train.init_from run: holds neither config.yaml",
+        ),
+        (
             ["--backbone.architecture=null", "--backbone.path=./nowhere"],
             "backbone.path: no folder ./nowhere (looked from ",
         ),
