@@ -180,7 +180,13 @@ def write_base_weights(config: RunConfig, data: PreparedData, run: RunDirectory)
                 shutil.rmtree(stale)
         try:
             vocab_size = data.info["tokens"]["vocab_size"]
-            materialise_architecture(config.backbone, vocab_size, config.train.seed, temporary)
+            materialise_architecture(
+                config.backbone,
+                vocab_size,
+                config.train.seed,
+                temporary,
+                language=config.loss.lm_weight > 0,
+            )
             seeded = {"architecture": config.backbone.architecture, "seed": config.train.seed}
             write_json(temporary / OUR_BASE, seeded)
             os.replace(temporary, run.base)

@@ -1,13 +1,15 @@
 """What a run may start from (`train.init_from`): weights, head and users of another run or of an exported folder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
+from pal_ds.backbones.language import STATE_PREFIX, output_layer_of
 from pal_ds.backbones.transformer import read_model_config
 from pal_ds.errors import UserError
 from pal_ds.export.card import FACTS_NAME
@@ -38,6 +40,9 @@ class Origin:
     frozen_path: str | None
     """Folder or hub id of a backbone that was never trained and lies outside of the run; weights is None then."""
     weights: Callable[[], Tensors] | None
+    """Of the backbone, by the names of its transformers class."""
+    output_layer: Tensors | None
+    """Of the language model, by its full names, where one lies beside the weights and is not tied."""
     head: str
     """Class name."""
     head_tensors: dict[str, Tensor]
@@ -80,6 +85,7 @@ def _of_run(path: Path, *, trust: bool) -> Origin:
         model_config=model_config,
         frozen_path=frozen_path,
         weights=weights,
+        output_layer=None if weights is None else _output_layer(opened, model_config),
         head=type(opened.parts.head).__name__,
         head_tensors=dict(trained_head(opened).state_dict()),
         users=lambda _: (opened.users.ids, opened.users.logits),
@@ -100,6 +106,29 @@ def _backbone_of(opened: OpenRun) -> tuple[Any, str | None, Callable[[], Tensors
             "weights would lose. Train it in one run, or use a model that transformers has a class for."
         )
     return config, None, lambda: weights_of(opened)
+
+
+def _output_layer(opened: OpenRun, config: Any) -> Tensors | None:
+    """As the run trained it (`loss.lm_weight`), or as it lay beside the weights that the run began with."""
+    backbone, checkpoint = opened.parts.backbone, opened.checkpoint
+    assert backbone is not None and backbone.path is not None
+    files = output_layer_of(backbone.path, config)
+    if not files:
+        return None
+    trained = {name: STATE_PREFIX + name.rsplit(".", 1)[-1] for name in files}
+
+    def read(name: str) -> Iterator[Tensor]:
+        if trained[name] in checkpoint:
+            yield from checkpoint.pieces(trained[name])
+            return
+        with safe_open(str(files[name]), "pt") as file:
+            yield file.get_tensor(name).float().flatten()
+
+    shapes = {}
+    for name, path in files.items():
+        with safe_open(str(path), "pt") as file:
+            shapes[name] = tuple(file.get_slice(name).get_shape())
+    return Tensors(shapes, read)
 
 
 def logits_of(head: Head, mixtures: Float[Tensor, "U K"]) -> Float[Tensor, "U K"] | None:

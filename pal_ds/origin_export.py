@@ -75,6 +75,7 @@ def open_export(path: Path, *, trust: bool) -> Origin:
         model_config=model_config,
         frozen_path=None,
         weights=weights,
+        output_layer=None,
         head=facts["head"],
         head_tensors={name: _tensor(files[full], full) for name, full in head.items()},
         users=lambda head: _users(path, head),

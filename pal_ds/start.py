@@ -160,7 +160,7 @@ def start_training(
     guard = UpdateGuard(config.train, world)
     phase.enter("start the engine", patience=SLOW)
     engine = start_training_engine(
-        RewardModel(backbone, parts.head), config.optim, ds_config, guard
+        RewardModel(backbone, parts.head, config.loss.lm_weight), config.optim, ds_config, guard
     )
     tracker = Tracker(run, config, world)
     state = Training(
@@ -207,7 +207,8 @@ def load_partitioned(
     """The backbone for its tuning, partitioned as it is read where the engine is ZeRO-3."""
     phase.enter("load weights", patience=SLOW)
     with partitioned_loading(ds_config):
-        return load_backbone(parts, config, gpu=world.device.type == "cuda")
+        gpu, language = world.device.type == "cuda", config.loss.lm_weight > 0
+        return load_backbone(parts, config, gpu=gpu, language=language)
 
 
 def encode_frozen(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForCausalLM
 
 from pal_ds import phase
 from pal_ds.assemble import assemble
@@ -22,7 +22,7 @@ from pal_ds.data.tables import PreparedData
 from pal_ds.data.vocabulary import refuse_other_tokenizer
 from pal_ds.errors import UserError, writing
 from pal_ds.export.publish import publish
-from pal_ds.export.weights import exported_tensors
+from pal_ds.export.weights import Tensors, exported_tensors
 from pal_ds.export.writer import write_sharded
 from pal_ds.exported.encoding import drop_unused_modules
 from pal_ds.heads.base import Head
@@ -162,11 +162,17 @@ def _write_backbone(folder: Path, origin: Origin, precision: str) -> None:
     folder.mkdir()
     config = origin.model_config
     config._name_or_path = ""
+    kind, prefix, output_layer = AutoModel, "", {}
+    if origin.output_layer is not None:
+        # As a language model, which its base loads from, too.
+        kind, output_layer = AutoModelForCausalLM, _whole(origin.output_layer)
     with torch.device("meta"):
-        target = AutoModel.from_config(config)
+        target = kind.from_config(config)
+    if origin.output_layer is not None:
+        prefix = f"{target.base_model_prefix}."
     drop_unused_modules(target)
     config.save_pretrained(folder)
-    shapes, read = exported_tensors(target, origin.weights(), "", {})
+    shapes, read = exported_tensors(target, origin.weights(), prefix, output_layer)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     with progress_bar("taking over weights", len(shapes), shown=True, unit="tensors") as advance:
 
@@ -175,6 +181,14 @@ def _write_backbone(folder: Path, origin: Origin, precision: str) -> None:
             advance(num_units)
 
         write_sharded(folder, shapes, read, dtype, SHARD_BYTES, tell)
+
+
+def _whole(tensors: Tensors) -> dict[str, Tensor]:
+    """All of them in memory."""
+    return {
+        name: torch.cat(list(tensors.read(name))).view(shape)
+        for name, shape in tensors.shapes.items()
+    }
 
 
 def load_taken_over(run: RunDirectory, head: Head, users: TrainedUsers) -> dict[str, Any]:

@@ -10,11 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pal_ds.data.answers import Answers, answers_of
 from pal_ds.data.feature_cache import FeatureStore, MappedFeatures
 from pal_ds.data.packing import Packing, pack_joint, pack_pooled, pack_separate, pad_right
 from pal_ds.data.plan import gumbel_noise
 from pal_ds.data.ragged import Ragged
 from pal_ds.data.tables import PreparedData
+from pal_ds.data.tokenise import truncation_side
+from pal_ds.exported.canonical import truncated
 from pal_ds.heads.shapes import Float, Int
 
 ScoredPositions = Literal["last", "all"]
@@ -51,6 +54,8 @@ class Batch(NamedTuple):
     packing: Packing | None = None
     """Given where all texts lie in one row (N = 1): response_positions and prompt_rows are then columns of it, the
     latter of each prompt's first token."""
+    answers: Answers | None = None
+    """The tokens of preferred responses, where the loss asks how likely they are."""
 
     def to(self, device: torch.device) -> "Batch":
         return _moved(self, device)
@@ -69,6 +74,8 @@ class Collator:
     """All texts in one row without padding; for decoders with each prompt once for all its responses."""
     pooled: bool = False
     """Whether one mean stands for each text: encoders."""
+    with_answers: bool = False
+    """Whether batches say where the tokens of preferred responses are predicted; joint encoding of token ids."""
     pad_token_id: int = 0
     response_store: FeatureStore | MappedFeatures | None = None
     prompt_store: FeatureStore | MappedFeatures | None = None
@@ -100,8 +107,14 @@ class Collator:
         response_index = response_index.reshape(pairs.shape)
         start, end = self._windows(responses, response_index)
         inputs = self._inputs(responses, response_index)
+        answers = None
+        if self.with_answers and not self.stored:
+            preferred = np.where(table["label"] < 0, response_index[:, 0], response_index[:, 1])
+            first_scored = self._scored_columns(responses)[:, 0]
+            answers = answers_of(inputs, first_scored, responses, self.responses, preferred)
         return Batch(
             **inputs,
+            answers=answers,
             response_index=torch.from_numpy(response_index),
             window_start=torch.from_numpy(start),
             window_end=torch.from_numpy(end),
@@ -245,18 +258,26 @@ class Collator:
         return texts.fields(columns + len(heads[0]), with_prompt=self.with_prompt), slots
 
     def sequence(self, response: int) -> tuple[np.ndarray, np.ndarray]:
-        """(what precedes the response, the response) as token ids; the prompt is truncated first, from the left."""
+        """(what precedes the response, the response) as token ids; the prompt alone is truncated."""
         tokens = self.data.info["tokens"]
         num_prefix, tail = len(tokens["prefix_ids"]), self.responses[response]
         head = self.prompts[int(self.data.response_prompt[response])]
         if self.encoding == "separate":
             return head[:num_prefix], tail
-        return _truncate_left(head, num_prefix, tokens["max_length"] - len(tail)), tail
+        return self._truncated(head, tokens["max_length"] - len(tail)), tail
 
     def prompt_sequence(self, prompt: int) -> np.ndarray:
         """The prompt alone, with its marker, as separate encoding reads it."""
+        return self._truncated(self.prompts[prompt], self.data.info["tokens"]["max_length"])
+
+    def _truncated(self, ids: np.ndarray, budget: int) -> np.ndarray:
+        """Of a prompt's ids at most `budget`; the special tokens in front stay."""
+        if len(ids) <= budget:
+            return ids
         tokens = self.data.info["tokens"]
-        return _truncate_left(self.prompts[prompt], len(tokens["prefix_ids"]), tokens["max_length"])
+        num_marker, side = len(tokens["marker_ids"] or ()), truncation_side(tokens)
+        first, last = truncated(len(ids), len(tokens["prefix_ids"]), budget, num_marker, side)
+        return np.concatenate([ids[:first], ids[last:]])
 
 
 def _moved(part: Any, device: torch.device) -> Any:
@@ -272,11 +293,3 @@ def _moved(part: Any, device: torch.device) -> Any:
 def _vectors(table: np.ndarray, rows: np.ndarray) -> Float[Tensor, "n one H"]:
     """Rows of a memory-mapped table as states of one position."""
     return torch.from_numpy(np.asarray(table[rows]))[:, None]
-
-
-def _truncate_left(ids: np.ndarray, num_prefix: int, budget: int) -> np.ndarray:
-    """Keeps the special tokens in front and the last ids, `budget` in all."""
-    if len(ids) <= budget:
-        return ids
-    kept = budget - num_prefix
-    return np.concatenate([ids[:num_prefix], ids[len(ids) - kept :] if kept else ids[:0]])

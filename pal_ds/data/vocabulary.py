@@ -12,7 +12,7 @@ from pal_ds.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_FORM = ("separator", "chat_template", "max_length")
+_FORM = ("separator", "chat_template", "max_length", "truncation_side")
 
 
 def refuse_other_tokenizer(
@@ -47,10 +47,10 @@ def refuse_other_tokenizer(
             f"Prepare the data with data.tokenizer: {tokenizer}"
         )
     for key in _FORM:
-        if tokens[key] != ours[key]:
+        if tokens.get(key) != ours.get(key):
             logger.warning(
                 "train.init_from %s: learned from texts with data.%s %r, these have %r",
-                *(origin, key, tokens[key], ours[key]),
+                *(origin, key, tokens.get(key), ours.get(key)),
             )
 
 

@@ -183,7 +183,9 @@ def _text_batch(
     fields["attention_mask"] = nn.functional.pad(mask, missing)
     empty = torch.empty(0, dtype=torch.int64)
     blank: dict[str, Tensor | None] = dict.fromkeys(Batch._fields, empty)
-    return Batch(**{**blank, **dict.fromkeys(("gumbel", "prompt_index", "packing")), **fields})
+    return Batch(
+        **{**blank, **dict.fromkeys(("gumbel", "prompt_index", "packing", "answers")), **fields}
+    )
 
 
 def _hand_over(

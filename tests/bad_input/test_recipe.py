@@ -130,6 +130,15 @@ def test_what_is_missing(place: Place, refused: Refused, tmp_path: Path):
             ],
             "backbone.encoding: joint with an encoder mean-pools",
         ),
+        (
+            [f"--backbone.architecture={json.dumps(BERT)}", "--backbone.pooling=eos"],
+            "backbone.pooling: eos, and the last token of an encoder stands for nothing more",
+        ),
+        (
+            ["--backbone.pooling=max", "--loss.token_weighting=mean"],
+            "loss.token_weighting: mean needs a score per response token; backbone.pooling: max gi",
+        ),
+        (["--backbone.tuning=frozen", "--loss.lm_weight=0.1"], "loss.lm_weight: a frozen backbone"),
     ],
 )
 def test_parts_that_do_not_fit(
