@@ -113,6 +113,13 @@ class RunDirectory:
     def initial_backbone(self) -> str:
         """Where the backbone lies that `train.init_from` gave: a folder here, or where its frozen weights always were.
 
+        Raises UserError where D/init is missing.
+        """
+        return self.origin_facts()["frozen_path"] or str(self.init / "backbone")
+
+    def origin_facts(self) -> dict[str, Any]:
+        """What a run with `train.init_from` came from.
+
         Raises:
             UserError: D/init is missing.
         """
@@ -121,9 +128,7 @@ class RunDirectory:
                 f"{self.init}: missing. A run with train.init_from keeps there what it started from, and `train` "
                 "writes it: bring the folder back, or start in another --run_dir."
             )
-        return json.loads(self.origin_file.read_text())["frozen_path"] or str(
-            self.init / "backbone"
-        )
+        return json.loads(self.origin_file.read_text())
 
     def has_checkpoints(self) -> bool:
         return self.checkpoints.is_dir() and any(self.checkpoints.glob("step_*"))
@@ -225,7 +230,7 @@ class RunDirectory:
         """
 
         def stays(row: dict[str, Any]) -> bool:
-            again = owes_evaluation and row["step"] == step and "dev_accuracy" in row
+            again = owes_evaluation and row["step"] == step and "loss" not in row
             return row["step"] <= step and not again
 
         if self.metrics_file.is_file():

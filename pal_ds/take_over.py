@@ -3,7 +3,6 @@
 D/init/ origin.json (what it came from)  backbone/ (weights, adapters merged)  head.safetensors  users.*
 """
 
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -29,14 +28,14 @@ from pal_ds.heads.base import Head
 from pal_ds.origin import STOCK_HEAD, Origin, open_origin
 from pal_ds.progress import progress_bar
 from pal_ds.run_dir import RunDirectory, write_json
+from pal_ds.taken_over import HEAD_FILE
 from pal_ds.user_ids import UserIds
-from pal_ds.users import USER_FILES, StoredUsers, TrainedUsers, UserTable
+from pal_ds.users import UserTable
 
 logger = logging.getLogger(__name__)
 
 PATIENCE = 6.0
 SHARD_BYTES = 4 * 10**9
-_HEAD = "head.safetensors"
 
 
 def take_over(config: RunConfig, data: PreparedData, run: RunDirectory, *, trust: bool) -> bool:
@@ -76,7 +75,7 @@ def take_over(config: RunConfig, data: PreparedData, run: RunDirectory, *, trust
             if origin.weights is not None:
                 _write_backbone(temporary / "backbone", origin, config.train.precision)
             if tensors is not None:
-                save_file({n: t.contiguous() for n, t in tensors.items()}, temporary / _HEAD)
+                save_file({n: t.contiguous() for n, t in tensors.items()}, temporary / HEAD_FILE)
             facts = {"path": str(origin.path), **origin.facts, "frozen_path": origin.frozen_path}
             facts |= {"head": None if tensors is None else origin.head, "users": 0}
             if users is not None:
@@ -107,7 +106,7 @@ def _refuse_other_data(origin: Origin, data: PreparedData) -> None:
         )
     if ours["kind"] == "tokens":
         refuse_other_tokenizer(
-            str(origin.path),
+            f"train.init_from {origin.path}",
             origin.tokenizer,
             theirs["tokens"],
             data,
@@ -189,21 +188,3 @@ def _whole(tensors: Tensors) -> dict[str, Tensor]:
         name: torch.cat(list(tensors.read(name))).view(shape)
         for name, shape in tensors.shapes.items()
     }
-
-
-def load_taken_over(run: RunDirectory, head: Head, users: TrainedUsers) -> dict[str, Any]:
-    """Puts D/init's head and users, where it holds them, into fresh ones; returns what it came from (origin.json).
-
-    Raises:
-        UserError: D/init is missing.
-    """
-    if not run.origin_file.is_file():
-        raise UserError(
-            f"{run.init}: missing, and this run started from it (train.init_from). Bring the folder back, or start "
-            "in another --run_dir."
-        )
-    if (run.init / _HEAD).is_file():
-        head.load_state_dict(load_file(run.init / _HEAD))
-    if (run.init / USER_FILES[0]).is_file():
-        users.restore(StoredUsers(run.init))
-    return json.loads(run.origin_file.read_text())

@@ -21,7 +21,7 @@ def refuse_other_tokenizer(
     """Compares what turns text into ids: vocabulary, merges, how text is cut up, and the special tokens around it.
 
     Args:
-        origin: what the tokenizer belongs to, for the message.
+        origin: the key and the path that the tokenizer comes from, for messages.
         tokenizer: its folder.
         tokens: the `tokens` entry of its dataset.json.
         data: whose tokenizer must be the same.
@@ -43,13 +43,13 @@ def refuse_other_tokenizer(
     )
     if difference:
         raise UserError(
-            f"train.init_from {origin}: its tokenizer is not the one {data.path} was prepared with: {difference}. "
+            f"{origin}: its tokenizer is not the one {data.path} was prepared with: {difference}. "
             f"Prepare the data with data.tokenizer: {tokenizer}"
         )
     for key in _FORM:
         if tokens.get(key) != ours.get(key):
             logger.warning(
-                "train.init_from %s: learned from texts with data.%s %r, these have %r",
+                "%s: texts with data.%s %r, those of the run have %r",
                 *(origin, key, tokens.get(key), ours.get(key)),
             )
 

@@ -11,7 +11,7 @@ from pal_ds.data.prepare import DataConfig
 from pal_ds.data.tables import PreparedData
 from pal_ds.engine.dist import World, distributed, leave
 from pal_ds.heads import BradleyTerry, PalA
-from pal_ds.recipe import recipe_from_arguments
+from pal_ds.recipe import read_recipe
 from pal_ds.run_dir import RunDirectory
 from pal_ds.take_over import take_over
 from pal_ds.train import train
@@ -59,10 +59,7 @@ def write_config(config: RunConfig, head: str, run: RunDirectory) -> None:
     keys += [f"--backbone.path={backbone.path}"] if backbone.path else []
     keys += [f"--train.init_from={start.init_from}"] if start.init_from else []
     keys += [f"--backbone.tuning={backbone.tuning}", "--backbone.lora.rank=4"]
-    from pal_ds.recipe import read_recipe
-
     run.write_config(read_recipe(keys)[1])
-    assert recipe_from_arguments(keys).train.init_from == start.init_from
 
 
 def start(
@@ -81,22 +78,24 @@ def start(
 
 def two_ranks(world: World, out: Path, data: str, other: str, base: str) -> None:
     start(world, out, "base", data, "bt", "full", None, base=base, stop_after=2)
-    start(world, out, "general", data, "bt", "full", out / "base", rate=0.0)
+    scored = {"eval_at_start": True, "eval_sets": {"kept": other}}
+    start(world, out, "general", data, "bt", "full", out / "base", rate=0.0, **scored)
     start(world, out, "customised", other, "pal", "full", out / "general", rate=0.0)
     start(world, out, "adapted", data, "pal", "lora", out / "base", rate=3e-2, stop_after=2)
     start(world, out, "onward", other, "pal", "lora", out / "adapted", rate=0.0)
-    start(world, out, "frozen", data, "pal", "frozen", None, base=base)
+    start(world, out, "frozen", data, "pal", "frozen", None, base=base, **scored)
     world.barrier()
     if world.is_rank_zero:
         shutil.copytree(out / "adapted", out / "leaving")
     world.barrier()
-    start(world, out, "whole", other, "pal", "lora", out / "leaving", stop_after=3)
-    start(world, out, "stopped", other, "pal", "lora", out / "leaving", stop_after=1)
+    scored = {"eval_at_start": True, "eval_sets": {"general": data}}
+    start(world, out, "whole", other, "pal", "lora", out / "leaving", stop_after=3, **scored)
+    start(world, out, "stopped", other, "pal", "lora", out / "leaving", stop_after=1, **scored)
     world.barrier()
     if world.is_rank_zero:
         shutil.rmtree(out / "leaving")
     world.barrier()
-    start(world, out, "stopped", other, "pal", "lora", out / "leaving", stop_after=3)
+    start(world, out, "stopped", other, "pal", "lora", out / "leaving", stop_after=3, **scored)
 
 
 def one_rank(world: World, out: Path, other: str) -> None:

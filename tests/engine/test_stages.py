@@ -12,18 +12,22 @@ import torch
 from safetensors.torch import load_file
 
 from pal_ds.assemble import assemble
+from pal_ds.config import TrainConfig
+from pal_ds.data.batch import Collator
 from pal_ds.data.prepare import DataConfig, prepare
 from pal_ds.data.sources import Jsonl
 from pal_ds.data.tables import PreparedData
 from pal_ds.engine.dist import World
 from pal_ds.engine.shards import ShardedCheckpoint
 from pal_ds.errors import UserError
-from pal_ds.evaluate import predict, user_mixtures
+from pal_ds.eval_in_training import open_eval_sets
+from pal_ds.evaluate import figures_of, predict, user_mixtures
 from pal_ds.export import ExportOptions, export
 from pal_ds.forget import forget_user
 from pal_ds.restore import restore
 from pal_ds.run_dir import RunDirectory
 from pal_ds.take_over import take_over
+from pal_ds.user_ids import UserIds
 from pal_ds.users import UserTable
 from tests.engine.conftest import TinyRun
 from tests.engine.stages_worker import recipe
@@ -173,6 +177,42 @@ def test_the_manifest_says_what_it_came_from(stages: Stages) -> None:
     assert (said["step"], said["hash"]) == (source["step"], source["checksum"])
     of_export = json.loads((stages.step("of_export") / "manifest.json").read_text())["init_from"]
     assert of_export["kind"] == "export" and of_export["hash"].startswith("sha256:")
+
+
+def test_other_sets_are_scored_from_the_start_on(stages: Stages) -> None:
+    """Nothing moves at a rate of 0: before and after are what the origin makes of that set's dev split."""
+    rows = [row for row in figures(stages.out / "general") if "dev_accuracy" in row]
+    assert [row["step"] for row in rows] == [0]
+    other = PreparedData.open(stages.other)
+    dev = other.rows("dev")
+    restored = restore(RunDirectory(stages.out / "base"))
+    collator = replace(restored.parts.collator, data=other)
+    collator = replace(collator, table_rows=np.full(len(other.users), -1))
+    alone = World(0, 1, torch.device("cpu"))
+    found = predict(restored.model, collator, dev, torch.ones(1, 1), 4, alone)
+    assert rows[0]["kept_accuracy"] == pytest.approx(figures_of(other, dev, found)["accuracy"])
+    assert rows[0]["kept_pairs"] == len(dev) != rows[0]["dev_pairs"]
+    assert RunDirectory(stages.out / "general").pointer("best") is None
+
+
+def test_a_stage_tells_what_it_keeps(stages: Stages) -> None:
+    for name in ("whole", "stopped"):
+        rows = [row for row in figures(stages.out / name) if "general_accuracy" in row]
+        assert rows[0]["step"] == 0 and all("dev_accuracy" in row for row in rows)
+    frozen = figures(stages.out / "frozen")[0]
+    assert frozen["step"] == 0 and {"dev_accuracy", "kept_accuracy"} <= frozen.keys()
+
+
+def test_sets_that_cannot_be_scored_are_refused(stages: Stages, tmp_path: Path) -> None:
+    data = PreparedData.open(stages.data)
+    collator, ids = Collator(data), UserIds.of(data.users)
+    strange = prepared(tmp_path, "strange", None, seed=8, num_prompts=3)
+    with pytest.raises(UserError, match=r"train\.eval_sets\.x: .*its tokenizer is not the one"):
+        open_eval_sets({"x": str(strange)}, data, collator, ids)
+    with pytest.raises(UserError, match=r"no such file, so .* holds no prepared data"):
+        open_eval_sets({"x": str(tmp_path)}, data, collator, ids)
+    with pytest.raises(UserError, match=r"train\.eval_sets is dev; it must be names"):
+        TrainConfig(eval_sets={"dev": "x"})
 
 
 def test_refusals_name_what_differs(stages: Stages, tmp_path: Path) -> None:
