@@ -90,12 +90,11 @@ def take_over(config: RunConfig, data: PreparedData, run: RunDirectory, *, trust
 
 
 def _tell(facts: dict[str, Any], data: PreparedData) -> None:
-    logger.warning(
-        "starting from %s (%s, step %d): backbone, %s, %d of %d users",
-        *(facts["path"], facts["kind"], facts["step"]),
-        f"head {facts['head']}" if facts["head"] else "a fresh head",
-        *(facts["users"], int(data.user_seen.sum())),
-    )
+    parts = ["backbone"] if data.info["kind"] == "tokens" else []
+    parts.append(f"head {facts['head']}" if facts["head"] else "a fresh head")
+    parts.append(f"{facts['users']} of {int(data.user_seen.sum())} users")
+    origin = facts["path"], facts["kind"], facts["step"]
+    logger.warning("starting from %s (%s, step %d): %s", *origin, ", ".join(parts))
 
 
 def _refuse_other_data(origin: Origin, data: PreparedData) -> None:

@@ -60,7 +60,7 @@ def load_transformer(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
     if config.tuning == "lora":
-        model = _add_adapters(model, config, seed)
+        model = add_adapters(model, config, seed)
         output = None if output is None else output.requires_grad_(False)
     return model, output
 
@@ -83,7 +83,8 @@ def empty_transformer(
     return model
 
 
-def _add_adapters(model: PreTrainedModel, config: BackboneConfig, seed: int) -> nn.Module:
+def add_adapters(model: PreTrainedModel, config: BackboneConfig, seed: int) -> nn.Module:
+    """Fresh low-rank adapters around a model. Raises UserError where none of its modules has the names given."""
     from peft import LoraConfig, get_peft_model
 
     options = LoraConfig(
