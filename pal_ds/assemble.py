@@ -6,13 +6,22 @@ and refused here, once, before any engine starts.
 
 import logging
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-from pal_ds.backbones.config import BackboneConfig
+from pal_ds.backbones.config import BackboneConfig, Pooling
 from pal_ds.backbones.given import GivenStates
+from pal_ds.combinations import (
+    check_language,
+    check_positions,
+    check_prompt,
+    check_vocabulary,
+    encoding_of,
+    is_packed,
+    pooling_of,
+)
 from pal_ds.config import RunConfig
 from pal_ds.data.batch import Collator
 from pal_ds.data.contexts import Contexts
@@ -32,7 +41,7 @@ class Parts:
     collator: Collator
     backbone: BackboneConfig | None
     """None for vector data; `path` is always set otherwise."""
-    pool_mean: bool
+    pooling: Pooling
     prompt_tokens: bool
 
     @property
@@ -50,8 +59,12 @@ def head_seed(seed: int) -> int:
     return seed + 1
 
 
-def assemble(config: RunConfig, data: PreparedData, run: RunDirectory) -> Parts:
+def assemble(
+    config: RunConfig, data: PreparedData, run: RunDirectory, *, model_config: Any = None
+) -> Parts:
     """Checks how data, backbone, head and loss fit together and builds the head (fp32, seeded).
+
+    `model_config` is the backbone's where `train.init_from` gives one that is not written yet; `path` stays unset then.
 
     Raises:
         UserError: two keys contradict each other, or the data lack what the head reads.
@@ -61,22 +74,13 @@ def assemble(config: RunConfig, data: PreparedData, run: RunDirectory) -> Parts:
     if data.info["kind"] == "vectors":
         hidden_size = int(data.info["vector_size"])
     else:
-        from pal_ds.backbones.transformer import (
-            architecture_config,
-            hidden_size_of,
-            is_encoder,
-            read_model_config,
-        )
+        from pal_ds.backbones.transformer import hidden_size_of, is_encoder
 
-        backbone = resolve_backbone_path(config.backbone, run)
-        if config.backbone.architecture is None:
-            model_config = read_model_config(backbone)
-        else:
-            model_config = architecture_config(backbone, int(data.info["tokens"]["vocab_size"]))
+        backbone, model_config = _describe_backbone(config, data, run, model_config)
         hidden_size, encoder = hidden_size_of(model_config), is_encoder(model_config)
-        _check_vocabulary(model_config, data)
-        _check_positions(model_config, data)
-        packed = _packed(config.backbone, model_config)
+        check_vocabulary(model_config, data)
+        check_positions(model_config, data)
+        packed = is_packed(config.backbone, model_config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(head_seed(config.train.seed))
         try:
@@ -84,15 +88,19 @@ def assemble(config: RunConfig, data: PreparedData, run: RunDirectory) -> Parts:
         except (ValueError, TypeError) as error:
             raise UserError(f"head: {error}") from None
     with_prompt = "prompt" in head.needs
-    encoding = _encoding(config.backbone.encoding, encoder, with_prompt)
+    encoding = encoding_of(config.backbone.encoding, encoder, with_prompt)
     weighting = config.loss.token_weighting
-    if weighting != "last" and (encoder or backbone is None):
+    pooling = pooling_of(config.backbone.pooling, encoder, data)
+    if weighting != "last" and (pooling != "last" or backbone is None):
+        reason = "vector data have one vector per response"
+        if backbone is not None:
+            reason = f"{'an encoder is' if encoder else 'backbone.pooling:'} {pooling}"
+            reason += "-pooled" if encoder else " gives one for all of them"
         raise UserError(
-            f"loss.token_weighting: {weighting} needs a score per response token; "
-            f"{'an encoder is mean-pooled' if encoder else 'vector data have one vector per response'}. "
-            "Set it to last."
+            f"loss.token_weighting: {weighting} needs a score per response token; {reason}. Set it to last."
         )
-    _check_prompt(data, with_prompt)
+    check_prompt(data, with_prompt)
+    check_language(config, model_config, encoding)
     _check_groups(data, head)
     collator = Collator(
         data,
@@ -101,52 +109,41 @@ def assemble(config: RunConfig, data: PreparedData, run: RunDirectory) -> Parts:
         with_prompt=with_prompt,
         packed=packed,
         pooled=encoder,
+        with_answers=config.loss.lm_weight > 0,
         pad_token_id=0 if backbone is None else int(data.info["tokens"]["pad_token_id"]),
         contexts=_contexts(config, data, head, backbone),
     )
-    return Parts(
-        head, collator, backbone, pool_mean=encoder, prompt_tokens="prompt_tokens" in head.needs
-    )
+    return Parts(head, collator, backbone, pooling, prompt_tokens="prompt_tokens" in head.needs)
 
 
-def resolve_backbone_path(config: BackboneConfig, run: RunDirectory) -> BackboneConfig:
-    """`path` as given, or the run's base folder for a backbone built from `architecture`."""
-    if (config.path is None) == (config.architecture is None):
+def _describe_backbone(
+    config: RunConfig, data: PreparedData, run: RunDirectory, model_config: Any
+) -> tuple[BackboneConfig, Any]:
+    """(the backbone with its path, its transformers config, which is `model_config` where one is given)."""
+    from pal_ds.backbones.transformer import architecture_config, read_model_config
+
+    _check_one_origin(config)
+    if model_config is not None:
+        return config.backbone, model_config
+    backbone = resolve_backbone_path(config, run)
+    if config.backbone.architecture is None:
+        return backbone, read_model_config(backbone)
+    return backbone, architecture_config(backbone, int(data.info["tokens"]["vocab_size"]))
+
+
+def _check_one_origin(config: RunConfig) -> None:
+    backbone = config.backbone
+    if config.train.init_from is not None:
+        for key in ("path", "architecture"):
+            if getattr(backbone, key) is not None:
+                raise UserError(
+                    f"backbone.{key}: train.init_from gives the backbone. Set backbone.{key} to null, or leave out "
+                    "train.init_from."
+                )
+    elif (backbone.path is None) == (backbone.architecture is None):
         raise UserError(
             "backbone: give exactly one of path (weights to load) and architecture (random weights)."
         )
-    return config if config.path is not None else replace(config, path=str(run.base))
-
-
-def _encoding(wanted: str, encoder: bool, with_prompt: bool) -> Literal["joint", "separate"]:
-    if wanted == "auto":
-        return "separate" if encoder and with_prompt else "joint"
-    if wanted == "joint" and encoder and with_prompt:
-        raise UserError(
-            "backbone.encoding: joint with an encoder mean-pools prompt and response together, and this head reads "
-            "the prompt by itself. Set it to separate (or auto)."
-        )
-    return "separate" if wanted == "separate" else "joint"
-
-
-def _packed(config: BackboneConfig, model_config: Any) -> bool:
-    """Whether micro-batches are packed. Raises UserError where they shall be and cannot."""
-    from pal_ds.backbones.packed import FAMILIES
-
-    obstacle = None
-    if config.trust_remote_code and getattr(model_config, "auto_map", None):
-        obstacle = "code that comes with the weights may know nothing of packed rows"
-    elif config.tuning == "frozen":
-        obstacle = "a frozen backbone encodes each text by itself: stored states must not depend on neighbours"
-    elif config.attention == "eager":
-        obstacle = "attention: eager knows padded rows only"
-    elif model_config.model_type not in FAMILIES:
-        obstacle = f"{model_config.model_type} is not among the families it is known for: {', '.join(sorted(FAMILIES))}"
-    if config.packing == "packed" and obstacle:
-        raise UserError(f"backbone.packing: packed, but {obstacle}. Set it to auto or padded.")
-    if config.packing == "auto" and obstacle:
-        logger.info("packing: padded rows, as %s", obstacle)
-    return config.packing != "padded" and obstacle is None
 
 
 def _contexts(
@@ -172,46 +169,14 @@ def _check_groups(data: PreparedData, head: Head) -> None:
         )
 
 
-def _check_prompt(data: PreparedData, with_prompt: bool) -> None:
-    if not with_prompt:
-        return
-    if data.info["kind"] == "vectors":
-        if data.prompt_vectors is None:
-            raise UserError(
-                "head: it reads the prompt, and these vector records carry no prompt_features."
-            )
-    elif data.info["tokens"]["marker_ids"] is None:
-        raise UserError(
-            f"head: it reads the prompt, and data.separator {data.info['tokens']['separator']!r} leaves no token of "
-            "its own, so an exported model could not find where the prompt ends. Prepare with a separator that does, "
-            "such as ' [SEP] ' for BERT-like tokenizers or '\\n\\n### Response:\\n'."
-        )
-
-
-def _check_vocabulary(model_config: Any, data: PreparedData) -> None:
-    vocab_size, needed = (
-        getattr(model_config, "vocab_size", None),
-        int(data.info["tokens"]["vocab_size"]),
-    )
-    if vocab_size is not None and vocab_size < needed:
-        raise UserError(
-            f"backbone.path: its vocabulary has {vocab_size} entries, the data's tokenizer has {needed}. "
-            "Prepare the data with the backbone's own tokenizer (data.tokenizer)."
-        )
-
-
-def _check_positions(model_config: Any, data: PreparedData) -> None:
-    positions = getattr(model_config, "max_position_embeddings", None)
-    if positions is None:
-        return
-    if model_config.model_type in ("roberta", "xlm-roberta"):
-        # Their positions start behind the pad id's own.
-        positions -= model_config.pad_token_id + 1
-    if data.info["tokens"]["max_length"] > positions:
-        raise UserError(
-            f"data.max_length: {data.info['tokens']['max_length']}, and the backbone has {positions} positions. "
-            f"Prepare with data.max_length: {positions} or less."
-        )
+def resolve_backbone_path(config: RunConfig, run: RunDirectory) -> BackboneConfig:
+    """`path` as given, or a folder of the run for one built from `architecture` or begun with `train.init_from`."""
+    path = config.backbone.path
+    if config.backbone.architecture is not None:
+        path = str(run.base)
+    elif config.train.init_from is not None:
+        path = run.initial_backbone()
+    return replace(config.backbone, path=path)
 
 
 def base_weights_of(parts: Parts) -> str | None:
@@ -226,16 +191,27 @@ def base_weights_of(parts: Parts) -> str | None:
     return weights_fingerprint(parts.backbone.path, revision)
 
 
-def load_backbone(parts: Parts, config: RunConfig, *, gpu: bool) -> nn.Module:
-    """Given states for vector data, else a transformers model loaded for its tuning."""
+def load_backbone(
+    parts: Parts, config: RunConfig, *, gpu: bool, language: bool = False
+) -> nn.Module:
+    """Given states for vector data, else a transformers model loaded for its tuning.
+
+    `language`: with the output layer that `loss.lm_weight` asks for; training alone reads it.
+    """
     if parts.backbone is None:
         return GivenStates()
+    from pal_ds.backbones.loading import load_transformer
     from pal_ds.backbones.packed import choose_layout, drops_attention
-    from pal_ds.backbones.transformer import TransformerBackbone, load_transformer
+    from pal_ds.backbones.transformer import TransformerBackbone, is_encoder
 
     packed, precision = parts.collator.packed, config.train.precision
-    model = load_transformer(
-        parts.backbone, precision=precision, seed=config.train.seed, gpu=gpu, packed=packed
+    model, output = load_transformer(
+        parts.backbone,
+        precision=precision,
+        seed=config.train.seed,
+        gpu=gpu,
+        packed=packed,
+        language=language,
     )
     layout = None
     if packed:
@@ -243,10 +219,14 @@ def load_backbone(parts: Parts, config: RunConfig, *, gpu: bool) -> nn.Module:
             parts.backbone.attention,
             precision,
             gpu=gpu,
-            causal=not parts.pool_mean,
+            causal=not is_encoder(model.config),
             dropout=drops_attention(model.config),
         )
         logger.info("packed rows: %s", reason)
     return TransformerBackbone(
-        model, pool_mean=parts.pool_mean, prompt_tokens=parts.prompt_tokens, layout=layout
+        model,
+        pooling=parts.pooling,
+        prompt_tokens=parts.prompt_tokens,
+        layout=layout,
+        language=output,
     )

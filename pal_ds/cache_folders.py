@@ -39,7 +39,7 @@ def cache_folders(
         parts.backbone,
         base_weights,
         collator,
-        pool_mean=parts.pool_mean,
+        pooling=parts.pooling,
         prompt_tokens=parts.prompt_tokens,
         precision=precision,
         gpu=gpu,

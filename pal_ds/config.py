@@ -72,8 +72,17 @@ class TrainConfig:
     ds_config: str = "zero3"
     """A DeepSpeed JSON, or the name of one in ds_configs/."""
     seed: int = 0
+    init_from: str | None = None
+    """Start from another run (its best step, else its latest) or an exported folder: its backbone, in place of
+    `backbone.path`, with adapters merged; its head, where class and shapes are the same; its users by id. Read once:
+    a resumed run has its own copy. The data must be prepared with its tokenizer."""
     eval_every: int = 0
     """Updates between evaluations on dev; 0: at the end of each epoch."""
+    eval_at_start: bool = False
+    """Also evaluate before the first update: what a stage begins with (step 0 of metrics.jsonl)."""
+    eval_sets: dict[str, str] = field(default_factory=dict)
+    """Other prepared data whose dev splits are scored at each evaluation, {name: DATA}, with this run's tokenizer:
+    NAME_accuracy in metrics.jsonl beside dev_accuracy. They show what a stage keeps, and never decide what is best."""
     save_every: int = 0
     """Updates between checkpoints; 0: at the end of each epoch."""
     log_every: int = 10
@@ -112,6 +121,9 @@ class TrainConfig:
         for name in ("time_limit_minutes", "skip_spikes_sigmas"):
             value = getattr(self, name)
             check_range(f"train.{name}", value, value is None or value > 0, "above 0")
+        for name in self.eval_sets:
+            plain = name.isidentifier() and name != "dev"
+            check_range("train.eval_sets", name, plain, "names of letters, digits and _ but dev")
         for name in self.stop_signals:
             known = f"SIG{name}" in signal.Signals.__members__ and name not in ("KILL", "STOP")
             check_range("train.stop_signals", name, known, "a signal's name such as USR2 or TERM")
@@ -149,7 +161,7 @@ class RunConfig:
 KEYS_THAT_DO_NOT_ALTER_RESULTS = (
     "data.path",
     "wandb.",
-    "train.eval_every",
+    "train.eval_",
     "train.save_every",
     "train.log_every",
     "train.keep_checkpoints",

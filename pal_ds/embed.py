@@ -61,6 +61,11 @@ def refuse_what_has_no_cache(config: RunConfig) -> None:
             f"backbone.tuning: {backbone.tuning}; only a frozen backbone gives the same states again. Set it to "
             "frozen, or train without `embed`."
         )
+    if config.train.init_from is not None:
+        raise UserError(
+            "train.init_from: its weights are taken over by `train`, which fills backbone.cache itself. Train without "
+            "`embed`, or export the run and set backbone.path."
+        )
     if backbone.architecture is not None:
         raise UserError(
             "backbone.architecture: its random weights belong to a run and are made by `train`. Give backbone.path."

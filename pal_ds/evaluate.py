@@ -49,11 +49,13 @@ def with_mixtures(
     collator: Collator,
     rows: np.ndarray,
     world: World,
+    own: Collator | None = None,
 ) -> tuple[Collator, Float[Tensor, "u+1 K"] | None]:
     """Mixtures of those alone whom the comparisons `rows` name, and a collator that calls them by their place there.
 
     As `user_mixtures` else: the last is the population's, taken over the table block by block where someone is unknown.
-    Points that a head makes from comparisons come from `forward`. None where users are their groups.
+    Points that a head makes from comparisons come from `forward`, over those of the run's own data, which `own` reads
+    where the collator reads others. None where users are their groups.
     """
     if "group" in head.needs:
         return collator, None
@@ -63,7 +65,7 @@ def with_mixtures(
     head.eval()
     mixtures = _mixtures_of(head, users, torch.from_numpy(known))
     if "context" in head.needs:
-        mixtures = points_in_training(forward, head, collator, codes, world)
+        mixtures = points_in_training(forward, head, own or collator, collator, codes, world)
     population = mixtures.new_full((1, mixtures.shape[1]), torch.nan)
     if collator.generic_row >= 0:
         population = _mixtures_of(head, users, torch.tensor([collator.generic_row]))

@@ -73,6 +73,7 @@ def _forget_user(run: RunDirectory, user_id: str) -> dict[str, Any]:
     for leftover in run.path.glob("pairs-of-*.tables*"):
         # What an evaluation that was killed left of a file of pairs, all its users included.
         shutil.rmtree(leftover)
+    _forget_in_origin(run, user_id)
     for step, manifest in manifests.items():
         _rewrite_checkpoint(run.checkpoint(step), manifest, user_id)
     return {"user_id": user_id, "steps": steps, "evaluations": changed}
@@ -140,6 +141,23 @@ def _rewrite_checkpoint(path: Path, manifest: dict[str, Any], user_id: str) -> N
     edited.rename(path)
     sync_to_disk(path.parent)
     shutil.rmtree(old)
+
+
+def _forget_in_origin(run: RunDirectory, user_id: str) -> None:
+    """In the table that the run started from, if it did from another's."""
+    if not (run.init / USER_FILES[0]).is_file():
+        return
+    table = UserTable.load(run.init)
+    if user_id not in table:
+        return
+    table.remove(user_id)
+    edited = run.init / "users.tmp"
+    table.save(edited)
+    for name in USER_FILES:
+        sync_to_disk(edited / name)
+        os.replace(edited / name, run.init / name)
+    edited.rmdir()
+    sync_to_disk(run.init)
 
 
 def _link(source: str, target: str) -> None:

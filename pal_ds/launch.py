@@ -92,11 +92,17 @@ def train_among(
                 run, recipe, data, fresh=fresh, allow_change=allow_change or []
             )
         )
-        world.on_every_rank(lambda: assemble(config, data, run))
-        made_base = False
-        if config.backbone.architecture is not None and data.info["kind"] == "tokens":
-            made_base = world.from_rank_zero(lambda: write_base_weights(config, data, run))
+        made_base = made_init = False
         try:
+            if config.train.init_from is not None:
+                from pal_ds.take_over import take_over
+
+                made_init = world.from_rank_zero(
+                    lambda: take_over(config, data, run, trust=trust_checkpoint)
+                )
+            world.on_every_rank(lambda: assemble(config, data, run))
+            if config.backbone.architecture is not None and data.info["kind"] == "tokens":
+                made_base = world.from_rank_zero(lambda: write_base_weights(config, data, run))
             return train(
                 config,
                 run,
@@ -107,8 +113,8 @@ def train_among(
                 recipe=recipe,
             )
         except UserError:
-            if world.is_rank_zero and made_base and not run.config_file.is_file():
-                leave_no_trace(run)
+            if world.is_rank_zero and not run.config_file.is_file():
+                leave_no_trace(run, base=made_base, init=made_init)
             raise
 
 
@@ -179,9 +185,11 @@ def check_run_directory(
         refuse_other_launch(path, manifest, data.hash, data.path)
 
 
-def leave_no_trace(run: RunDirectory) -> None:
-    """Takes away the base weights that this launch wrote, after a start that never came to its first update."""
-    shutil.rmtree(run.base, ignore_errors=True)
+def leave_no_trace(run: RunDirectory, *, base: bool, init: bool) -> None:
+    """Takes away the weights that this launch wrote, after a start that never came to its first update."""
+    for folder, ours in ((run.base, base), (run.init, init)):
+        if ours:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_base_weights(config: RunConfig, data: PreparedData, run: RunDirectory) -> bool:
@@ -208,7 +216,13 @@ def write_base_weights(config: RunConfig, data: PreparedData, run: RunDirectory)
                 shutil.rmtree(stale)
         try:
             vocab_size = data.info["tokens"]["vocab_size"]
-            materialise_architecture(config.backbone, vocab_size, config.train.seed, temporary)
+            materialise_architecture(
+                config.backbone,
+                vocab_size,
+                config.train.seed,
+                temporary,
+                language=config.loss.lm_weight > 0,
+            )
             seeded = {"architecture": config.backbone.architecture, "seed": config.train.seed}
             write_json(temporary / OUR_BASE, seeded)
             os.replace(temporary, run.base)

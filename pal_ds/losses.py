@@ -45,11 +45,16 @@ class PreferenceLoss:
     """Shape in the signed margin. Only `logistic` makes margins log-odds."""
     token_weighting: TokenWeighting = "last"
     """Which positions of the window count, see `token_weights`."""
+    lm_weight: float = 0.0
+    """Weight of the language-model loss of the preferred response: the mean cross-entropy of its tokens, its end token
+    too, given the prompt (decoders that are trained). The model adds it; 0 loads no output layer."""
 
     def __post_init__(self) -> None:
         """Raises UserError for an unknown choice."""
         _choose("kind", self.kind, _LOSSES)
         _choose("token_weighting", self.token_weighting, _WEIGHTS)
+        if not self.lm_weight >= 0:
+            raise UserError(f"loss.lm_weight is {self.lm_weight}; it must be 0 or more.")
 
     def __call__(
         self,

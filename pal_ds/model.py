@@ -1,5 +1,7 @@
 """The one module the engine shards: a backbone and a head, reached through a single forward."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from pal_ds.data.batch import Batch
@@ -24,10 +26,18 @@ def user_state(
 class RewardModel(nn.Module):
     """`forward` is the only way in: under ZeRO-3 parameters are gathered for the length of that call alone."""
 
-    def __init__(self, backbone: nn.Module, head: Head) -> None:
+    def __init__(self, backbone: nn.Module, head: Head, lm_weight: float = 0.0) -> None:
+        """`lm_weight` > 0 needs a backbone with an output layer (`TransformerBackbone.language`)."""
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.lm_weight = lm_weight
 
     def forward(self, batch: Batch, user: UserState, judge: Judge | None = None) -> HeadOutput:
-        return self.head(self.backbone(batch), user, judge)
+        """In training with `lm_weight`, the language-model loss of each preferred response joins the penalty."""
+        if not (self.lm_weight and self.training):
+            return self.head(self.backbone(batch), user, judge)
+        backbone: Any = self.backbone
+        features, token_losses = backbone.with_token_losses(batch)
+        output = self.head(features, user, judge)
+        return output._replace(penalty=output.penalty + self.lm_weight * token_losses)

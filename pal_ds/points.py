@@ -15,15 +15,22 @@ from pal_ds.engine.dist import World
 from pal_ds.heads.base import Head
 from pal_ds.heads.shapes import Float
 from pal_ds.model import RewardModel, user_state
+from pal_ds.user_ids import UserIds
 
 PAIRS_PER_FORWARD = 2**12
 
 
 def points_in_training(
-    engine: Any, head: Head, collator: Collator, users: np.ndarray, world: World
+    engine: Any, head: Head, collator: Collator, asked: Collator, users: np.ndarray, world: World
 ) -> Float[Tensor, "n K"]:
-    """Points of these users of the data from `num_context_scored` comparisons of each; equal on every rank."""
+    """Points of these users from `num_context_scored` comparisons of each; equal on every rank.
+
+    `users` are codes of the data that `asked` reads; the comparisons are those of `collator`, the run's own.
+    """
     assert collator.contexts is not None, "a head that reads contexts came without"
+    if asked.data is not collator.data:
+        names = UserIds.of(asked.data.users).take(users)
+        users = UserIds.of(collator.data.users).find(names)
     num_context = head.num_context_scored
     share = max(1, PAIRS_PER_FORWARD // num_context)
     points = [torch.empty(0, head.num_prototypes, device=world.device)]

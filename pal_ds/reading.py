@@ -10,7 +10,7 @@ from torch import Tensor
 from pal_ds.backbones.given import GivenStates
 from pal_ds.cache_folders import restored_cache_folders
 from pal_ds.data.batch import Collator
-from pal_ds.data.tables import PreparedData
+from pal_ds.data.tables import PreparedData, group_codes
 from pal_ds.engine.dist import World
 from pal_ds.engine.frozen import encode_once
 from pal_ds.errors import UserError
@@ -47,7 +47,10 @@ def reader_of(
     """
     parts = restored.parts
     collator = replace(
-        parts.collator, data=data, table_rows=table_rows, group_codes=_group_codes(restored, data)
+        parts.collator,
+        data=data,
+        table_rows=table_rows,
+        group_codes=group_codes(restored.data, data),
     )
     if parts.backbone is None or not (parts.needs_store or encode_ahead):
         return Reader(collator, restored.model)
@@ -63,12 +66,6 @@ def reader_of(
     batch_texts = config.backbone.encode_batch_texts
     collator = encode_once(lambda: model.backbone, collator, rows, batch_texts, world, caches)
     return Reader(collator, RewardModel(GivenStates(), model.head))
-
-
-def _group_codes(restored: Restored, data: PreparedData) -> np.ndarray:
-    """The run's code of each group of `data`, -1 for one that it does not know."""
-    own = {name: code for code, name in enumerate(restored.data.groups)}
-    return np.asarray([own.get(name, -1) for name in data.groups], np.int64)
 
 
 @dataclass(frozen=True)

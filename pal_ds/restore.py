@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from pal_ds.assemble import Parts, assemble, base_weights_of, load_backbone
 from pal_ds.backbones.deferred import DeferredBackbone
-from pal_ds.backbones.transformer import TransformerBackbone, empty_transformer
+from pal_ds.backbones.language import STATE_PREFIX
+from pal_ds.backbones.loading import empty_transformer
+from pal_ds.backbones.transformer import TransformerBackbone
 from pal_ds.config import RunConfig
 from pal_ds.data.tables import PreparedData
 from pal_ds.engine.checkpoint import refuse_other_base
@@ -152,7 +154,7 @@ def load_model(
         # Every weight comes from the checkpoint: no need to read those that training began with.
         empty = empty_transformer(parts.backbone, precision, packed=parts.collator.packed)
         backbone: nn.Module = TransformerBackbone(
-            empty, pool_mean=parts.pool_mean, prompt_tokens=parts.prompt_tokens
+            empty, pooling=parts.pooling, prompt_tokens=parts.prompt_tokens
         )
     elif defer_backbone:
         backbone = DeferredBackbone(lambda: load_backbone(parts, config, gpu=False))
@@ -179,6 +181,8 @@ def _load_weights(model: RewardModel, checkpoint: ShardedCheckpoint) -> None:
             "missing): config.yaml of the run describes another model than was trained."
         )
     for name in checkpoint.names:
+        if name.startswith(STATE_PREFIX):
+            continue  # what made text more likely in training, and no score reads
         if name not in own:
             raise UserError(
                 f"{checkpoint.path}: {name} is no tensor of the model that config.yaml describes."

@@ -1,6 +1,6 @@
 """The run directory: resolved config, metrics, pointers, base weights. Rank 0 writes, everyone reads.
 
-D/config.yaml  D/metrics.jsonl  D/checkpoints/step_N/  D/latest.json  D/best.json  D/base/  D/eval/NAME.json
+D/config.yaml  D/metrics.jsonl  D/checkpoints/step_N/  D/latest.json  D/best.json  D/base/  D/init/  D/eval/NAME.json
 """
 
 import contextlib
@@ -73,6 +73,9 @@ class RunDirectory:
         self.metrics_file = self.path / "metrics.jsonl"
         self.base = self.path / "base"
         """Weights of a backbone built from `backbone.architecture`, written once."""
+        self.init = self.path / "init"
+        """What a run with `train.init_from` starts from: weights, head and users of another, written once."""
+        self.origin_file = self.init / "origin.json"
         self.eval = self.path / "eval"
 
     def write_config(self, recipe: str) -> None:
@@ -106,6 +109,26 @@ class RunDirectory:
             raise UserError(
                 f"{self.path}: no config.yaml here. --run_dir names a directory that `train` wrote."
             )
+
+    def initial_backbone(self) -> str:
+        """Where the backbone lies that `train.init_from` gave: a folder here, or where its frozen weights always were.
+
+        Raises UserError where D/init is missing.
+        """
+        return self.origin_facts()["frozen_path"] or str(self.init / "backbone")
+
+    def origin_facts(self) -> dict[str, Any]:
+        """What a run with `train.init_from` came from.
+
+        Raises:
+            UserError: D/init is missing.
+        """
+        if not self.origin_file.is_file():
+            raise UserError(
+                f"{self.init}: missing. A run with train.init_from keeps there what it started from, and `train` "
+                "writes it: bring the folder back, or start in another --run_dir."
+            )
+        return json.loads(self.origin_file.read_text())
 
     def has_checkpoints(self) -> bool:
         return self.checkpoints.is_dir() and any(self.checkpoints.glob("step_*"))
@@ -207,7 +230,7 @@ class RunDirectory:
         """
 
         def stays(row: dict[str, Any]) -> bool:
-            again = owes_evaluation and row["step"] == step and "dev_accuracy" in row
+            again = owes_evaluation and row["step"] == step and "loss" not in row
             return row["step"] <= step and not again
 
         if self.metrics_file.is_file():

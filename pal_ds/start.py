@@ -4,8 +4,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,12 +21,10 @@ from pal_ds.data.draws import Draws
 from pal_ds.data.loader import UpdateSource
 from pal_ds.data.plan import UpdatePlan
 from pal_ds.data.tables import PreparedData
-from pal_ds.engine.checkpoint import load_checkpoint, refuse_other_base, refuse_other_launch
 from pal_ds.engine.dist import World
 from pal_ds.engine.ds_config import ds_config_of
 from pal_ds.engine.frozen import encode_once
 from pal_ds.engine.guard import UpdateGuard
-from pal_ds.engine.optim import apply_settings
 from pal_ds.engine.sharding import (
     parameter_bytes_on_this_rank,
     partitioned_loading,
@@ -36,10 +33,12 @@ from pal_ds.engine.sharding import (
 )
 from pal_ds.engine.step import Stepper
 from pal_ds.engine.stop import StopWatch
-from pal_ds.engine.verify import newest_intact_for_all
 from pal_ds.errors import UserError
+from pal_ds.eval_in_training import EvalSet, open_eval_sets
 from pal_ds.model import RewardModel
+from pal_ds.resume import resume
 from pal_ds.run_dir import RunDirectory
+from pal_ds.taken_over import load_taken_over
 from pal_ds.tracking import Tracker
 from pal_ds.user_start import seen_users
 from pal_ds.users import TrainedUsers
@@ -69,6 +68,10 @@ class Training:
     step: int = 0
     best: dict[str, Any] | None = None
     """Step and accuracy of the best dev evaluation so far."""
+    eval_sets: list[EvalSet] = field(default_factory=list)
+    """What is scored beside dev at each evaluation."""
+    origin: dict[str, Any] | None = None
+    """What a run with `train.init_from` started from."""
     base_weights: str | None = None
     """What the frozen weights are that no checkpoint holds; None where all weights are trained."""
     owes_evaluation: bool = False
@@ -159,19 +162,21 @@ def start_training(
         )
     elif encoded is None:
         backbone = load_partitioned(parts, config, ds_config, world)
+    sets = other_sets(parts, collator, config, base_weights, users, world)
+    origin = load_taken_over(config, run, parts.head, users)
     if config.train.precision == "bf16":
         # ZeRO-3 packs all weights into one buffer, so the head shares the backbone's dtype; masters stay fp32.
         parts.head.to(torch.bfloat16)
     guard = UpdateGuard(config.train, world)
     phase.enter("start the engine", patience=SLOW)
     engine = start_training_engine(
-        RewardModel(backbone, parts.head), config.optim, ds_config, guard
+        RewardModel(backbone, parts.head, config.loss.lm_weight), config.optim, ds_config, guard
     )
     tracker = Tracker(run, config, world)
     state = Training(
         config, run, world, data, parts, collator, engine, users, plan, guard, watch, tracker
     )
-    state.base_weights = base_weights
+    state.base_weights, state.origin, state.eval_sets = base_weights, origin, sets
     resume(state, trust=trust_checkpoint)
     held, whole = parameter_bytes_on_this_rank(engine.module)
     num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
@@ -212,7 +217,8 @@ def load_partitioned(
     """The backbone for its tuning, partitioned as it is read where the engine is ZeRO-3."""
     phase.enter("load weights", patience=SLOW)
     with partitioned_loading(ds_config):
-        return load_backbone(parts, config, gpu=world.device.type == "cuda")
+        gpu, language = world.device.type == "cuda", config.loss.lm_weight > 0
+        return load_backbone(parts, config, gpu=gpu, language=language)
 
 
 def encode_frozen(
@@ -244,39 +250,20 @@ def encode_frozen(
     return encode_once(load, collator, rows, batch_texts, world, caches, between)
 
 
-def resume(state: Training, *, trust: bool) -> None:
-    """Restores the newest intact checkpoint; a directory without any starts at update 0."""
-    world, run = state.world, state.run
-    phase.enter("resume")
-
-    intact = newest_intact_for_all(run, world, trust=trust)
-
-    def choose() -> tuple[str, dict[str, Any], dict[str, Any] | None] | None:
-        if intact is None:
-            run.drop_metrics_after(0)
-            return None
-        path, manifest = intact
-        refuse_other_launch(path, manifest, state.data.hash, state.data.path)
-        refuse_other_base(path, manifest, state.base_weights)
-        # As the checkpoint knew it: best.json may be of a step that is damaged or was never published.
-        best = manifest.get("best")
-        return str(path), manifest, best if best and best["step"] in run.complete_steps() else None
-
-    found = world.from_rank_zero(choose)
-    if found is None:
-        return
-    path, manifest, state.best = found
-    phase.enter("load the checkpoint", int(manifest["step"]))
-    load_checkpoint(state.engine, state.users, Path(path), manifest, world)
-    apply_settings(state.engine.optimizer.param_groups, state.config.optim)
-    state.step = int(manifest["step"])
-    state.owes_evaluation = manifest["owes_evaluation"]
-    state.guard.load_state_dict(manifest["guard"])
-    state.tracker.resume(manifest["unlogged"])
-    state.watch.save_seconds = manifest["save_seconds"]
-    # Last of all: a start that is refused changes nothing.
-    world.from_rank_zero(
-        lambda: run.drop_metrics_after(state.step, owes_evaluation=state.owes_evaluation)
-    )
-    if world.is_rank_zero:
-        logger.warning("resuming from %s at update %d of %d", path, state.step, state.num_updates)
+def other_sets(
+    parts: Parts,
+    collator: Collator,
+    config: RunConfig,
+    base_weights: str | None,
+    users: TrainedUsers,
+    world: World,
+) -> list[EvalSet]:
+    """`train.eval_sets`, their texts encoded where the backbone is frozen. Raises UserError as `open_eval_sets`."""
+    paths = config.train.eval_sets
+    sets = world.on_every_rank(lambda: open_eval_sets(paths, collator.data, collator, users.ids))
+    if not parts.needs_store:
+        return sets
+    return [
+        replace(s, collator=encode_frozen(parts, s.collator, s.rows, config, base_weights, world))
+        for s in sets
+    ]

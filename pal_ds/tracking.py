@@ -81,8 +81,9 @@ class Tracker:
         """Goes on with the sums that a checkpoint kept."""
         self._unlogged = Unlogged(*sums)
 
-    def log_dev(self, step: int, figures: dict[str, Any]) -> None:
-        names = (
+    def log_evaluation(self, step: int, figures: dict[str, dict[str, Any]]) -> None:
+        """One line with the figures of each set under its name: dev_accuracy, NAME_accuracy, ..."""
+        kinds = (
             "pairs",
             "accuracy",
             "user_accuracy_mean",
@@ -90,7 +91,8 @@ class Tracker:
             "ece",
             "temperature",
         )
-        self._write({"step": step, **{f"dev_{name}": figures[name] for name in names}})
+        named = {f"{name}_{kind}": found[kind] for name, found in figures.items() for kind in kinds}
+        self._write({"step": step, **named})
         # The time of an evaluation is not the training's.
         self._since = time.monotonic()
 

@@ -3,8 +3,6 @@
 import logging
 from collections.abc import Iterator
 
-import numpy as np
-
 from pal_ds import phase
 from pal_ds.config import RunConfig
 from pal_ds.data.batch import Collator
@@ -18,7 +16,7 @@ from pal_ds.engine.step import Stepper, UpdateStats
 from pal_ds.engine.stop import StopAsked, ignore_stop_signals
 from pal_ds.engine.watchdog import is_symptom
 from pal_ds.errors import NumericError, StorageError
-from pal_ds.evaluate import dev_temperature, figures_of, predict, with_mixtures
+from pal_ds.eval_in_training import evaluate_in_training
 from pal_ds.progress import progress_bar
 from pal_ds.run_dir import RunDirectory, write_json
 from pal_ds.start import Training, plan_of, start_training
@@ -96,7 +94,7 @@ def run_updates(state: Training) -> None:
     ) as advance:
         for _ in range(state.step):
             advance(0)
-        stop = make_owed_evaluation(state)
+        stop = evaluate_first(state)
         state.watch.begin_lap()
         for inputs in inputs_until(state, state.step if stop else last):
             stats = make_update(state, stepper, inputs)
@@ -115,10 +113,12 @@ def run_updates(state: Training) -> None:
         write_status(state, "stopped", stop or "stop_after")
 
 
-def make_owed_evaluation(state: Training) -> str | None:
-    """Makes the evaluation that an earlier stop left out; the reason to stop, where one comes up again."""
+def evaluate_first(state: Training) -> str | None:
+    """Makes the evaluation before all updates, or one that a stop left out; the reason to stop, where one comes up."""
     try:
-        if state.owes_evaluation and evaluate_on_dev(state):
+        if state.step == 0 and state.config.train.eval_at_start:
+            evaluate_in_training(state, at_start=True)
+        if state.owes_evaluation and evaluate_in_training(state):
             publish_best(state)
     except StopAsked as asked:
         return str(asked)
@@ -183,7 +183,7 @@ def log_evaluate_save(state: Training, stop: str | None) -> str | None:
     state.owes_evaluation = state.due(config.eval_every)
     if state.owes_evaluation and stop in (None, "stop_after"):
         try:
-            improved = evaluate_on_dev(state)
+            improved = evaluate_in_training(state)
         except StopAsked as asked:
             stop = str(asked)
     # While updates are being skipped the run may be lost: its checkpoints must not push out the good ones.
@@ -209,54 +209,6 @@ def write_status(state: Training, name: str, reason: str | None = None) -> None:
     state.world.from_rank_zero(lambda: state.run.write_status(facts))
 
 
-def evaluate_on_dev(state: Training) -> bool:
-    """Logs figures on the dev split (seen users); whether its accuracy is the best of the run so far.
-
-    Raises:
-        StopAsked: a stop was asked for before all was scored.
-    """
-    rows = state.data.rows("dev")
-    if len(rows) == 0:
-        state.owes_evaluation = False
-        return False
-    phase.enter("evaluate")
-    state.engine.eval()
-    with state.watch.timed("evaluation"):
-        collator, mixtures = with_mixtures(
-            state.engine, state.parts.head, state.users, state.collator, rows, state.world
-        )
-        margins = predict(
-            state.engine,
-            collator,
-            rows,
-            mixtures,
-            state.config.train.micro_batch_pairs,
-            state.world,
-            between_steps=lambda: state.watch.leave_if_asked(state.world),
-        )
-    state.owes_evaluation = False
-    temperature = dev_temperature(
-        margins, state.data.comparisons["label"][rows].astype(float), state.config.loss.kind
-    )
-    figures = figures_of(state.data, rows, margins, temperature)
-    state.tracker.log_dev(state.step, figures)
-    best = state.best
-    improved = state.world.from_rank_zero(
-        # A model that has diverged is the best of nothing.
-        lambda: (
-            bool(np.isfinite(margins).all())
-            and (best is None or figures["accuracy"] > best["dev_accuracy"])
-        )
-    )
-    if improved:
-        state.best = {
-            "step": state.step,
-            "dev_accuracy": figures["accuracy"],
-            "temperature": temperature,
-        }
-    return improved
-
-
 def save(state: Training) -> None:
     """One checkpoint, then the best pointer, then the deletion of old ones: never the other way round."""
     facts = {
@@ -264,6 +216,7 @@ def save(state: Training) -> None:
         "num_updates": state.num_updates,
         "best": state.best,
         "base_weights": state.base_weights,
+        "init_from": state.origin,
         "guard": state.guard.state_dict(),
         "owes_evaluation": state.owes_evaluation,
         "save_seconds": state.watch.save_seconds,

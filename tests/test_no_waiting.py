@@ -80,7 +80,7 @@ def models(batch: Batch) -> dict[str, RewardModel]:
     vocabulary = int(batch.input_ids.max()) + 1
     config = architecture_config(BackboneConfig(architecture=LLAMA), vocabulary)
     model = AutoModel.from_config(config, attn_implementation=NAME)
-    backbone = TransformerBackbone(model, pool_mean=False, prompt_tokens=False)
+    backbone = TransformerBackbone(model, prompt_tokens=False)
     heads = {"pal_a": PalA(32, num_prototypes=3), "pal_b": PalB(32, num_prototypes=3)}
     return {name: RewardModel(backbone, head).train() for name, head in heads.items()}
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pal_ds.backbones.config import BackboneConfig
+from pal_ds.backbones.config import BackboneConfig, Pooling
 from pal_ds.backbones.transformer import choose_attention, read_model_config
 from pal_ds.data.batch import Collator
 from pal_ds.errors import UserError
@@ -14,6 +14,7 @@ from pal_ds.errors import UserError
 _SAYS_NOTHING_OF_STATES = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 _TOKEN_KEYS = (
     "max_length",
+    "truncation_side",
     "prefix_ids",
     "end_ids",
     "separator",
@@ -27,7 +28,7 @@ def describe_states(
     weights: str,
     collator: Collator,
     *,
-    pool_mean: bool,
+    pooling: Pooling,
     prompt_tokens: bool,
     precision: str,
     gpu: bool,
@@ -59,15 +60,15 @@ def describe_states(
             backbone.attention, precision, gpu, read_model_config(backbone)
         )[0],
         "tokenizer": _tokenizer_hash(collator.data.tokenizer_path),
-        "tokens": {name: tokens[name] for name in _TOKEN_KEYS},
+        "tokens": {name: tokens[name] for name in _TOKEN_KEYS if name in tokens},
         "encoding": collator.encoding,
     }
     every, last = "every token", "last token"
     response = every if collator.scored_positions == "all" else last
-    described = {"responses": {**common, "pooling": "mean" if pool_mean else response}}
+    described = {"responses": {**common, "pooling": response if pooling == "last" else pooling}}
     if collator.with_prompt:
         prompt = every if prompt_tokens else last
-        described["prompts"] = {**common, "pooling": "mean" if pool_mean else prompt}
+        described["prompts"] = {**common, "pooling": prompt if pooling == "last" else pooling}
     return {
         states: json.loads(json.dumps({"states": states, **content}, default=str))
         for states, content in described.items()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pal_ds.backbones.config import Pooling
 from pal_ds.backbones.packed_blocks import Blocks, blocks_of
 from pal_ds.backbones.packed_spans import Spans, spans_of, varlen_kernel
 from pal_ds.data.batch import Batch
@@ -69,11 +70,10 @@ def drops_attention(model_config: Any) -> bool:
 
 
 def packed_states(
-    model: nn.Module, batch: Batch, layout: Layout, *, prompt_tokens: bool
+    hidden: Float[Tensor, "S H"], batch: Batch, *, prompt_tokens: bool
 ) -> tuple[Float[Tensor, "R T H"], Float[Tensor, "P C H"] | None, Int[Tensor, "P"] | None]:
-    """(responses, prompts, valid positions of each prompt), as `exported.encoding.encode_tokens` for padded rows."""
+    """(responses, prompts, valid positions of each prompt), as `exported.encoding.read_states` for padded rows."""
     assert batch.packing is not None and batch.response_positions is not None
-    hidden = _hidden(model, batch, batch.packing, layout)
     response = hidden[batch.response_positions]
     start, length = batch.prompt_rows, batch.prompt_length
     if start is None or length is None:
@@ -85,14 +85,13 @@ def packed_states(
 
 
 def pooled_states(
-    model: nn.Module, batch: Batch, layout: Layout
+    hidden: Float[Tensor, "S H"], batch: Batch, pooling: Pooling
 ) -> tuple[Float[Tensor, "R 1 H"], Float[Tensor, "P 1 H"] | None, Int[Tensor, "P"] | None]:
-    """As `packed_states`, for encoders: the mean of each text's states, taken in fp32."""
+    """As `packed_states`, for encoders: one state for each text, pooled in fp32."""
     assert batch.packing is not None and batch.response_positions is not None
-    hidden = _hidden(model, batch, batch.packing, layout)
     lengths = batch.packing.sequence_start.diff()
     # In the order of tokens on every device; the lengths are right by construction, and checking them would wait.
-    pooled = torch.segment_reduce(hidden.float(), "mean", lengths=lengths, unsafe=True)
+    pooled = torch.segment_reduce(hidden.float(), pooling, lengths=lengths, unsafe=True)
     texts = pooled.to(hidden.dtype)[:, None]
     rows = batch.prompt_rows
     return (
@@ -102,9 +101,40 @@ def pooled_states(
     )
 
 
-def _hidden(
+def pooled_pairs(
+    hidden: Float[Tensor, "S H"], batch: Batch, pooling: Pooling
+) -> tuple[Float[Tensor, "R 1 H"], Float[Tensor, "P 1 H"] | None, Int[Tensor, "P"] | None]:
+    """As `packed_states`, for decoders: pooled in fp32 over a response and the prompt in front of it.
+
+    Each sequence is reduced once, in the order of its tokens, and a prompt's part then joins its responses'.
+    """
+    packing = batch.packing
+    assert packing is not None
+    lengths, num_prompts = packing.sequence_start.diff(), packing.num_prompts
+    kind, nothing = ("max", -torch.inf) if pooling == "max" else ("sum", 0.0)
+    parts = torch.segment_reduce(
+        hidden.float(), kind, lengths=lengths, unsafe=True, initial=nothing
+    )
+    prompts, pooled = parts[:num_prompts], parts[num_prompts:]
+    if num_prompts:
+        shares = (packing.num_before > 0)[:, None]
+        before = torch.where(shares, prompts[packing.prompt_of_response], nothing)
+        pooled = torch.maximum(pooled, before) if pooling == "max" else pooled + before
+    if pooling == "mean":
+        pooled = pooled / (lengths[num_prompts:] + packing.num_before)[:, None]
+        prompts = prompts / lengths[:num_prompts, None].clamp(min=1)
+    response = pooled.to(hidden.dtype)[:, None]
+    rows = batch.prompt_rows
+    if rows is None:
+        return response, None, None
+    # Where a response leaves no room for a prompt, its own first token stands in.
+    prompts = torch.where(lengths[:num_prompts, None] > 0, prompts, hidden[rows].float())
+    return response, prompts.to(hidden.dtype)[:, None], torch.ones_like(rows)
+
+
+def packed_hidden(
     model: nn.Module, batch: Batch, packing: Packing, layout: Layout
-) -> Float[Tensor, "S H"]:
+) -> Float[Tensor, "1 S H"]:
     """Hidden states of all tokens of the row."""
     assert batch.input_ids is not None, "a packed batch has token ids"
     config: Any = model.config
@@ -118,4 +148,4 @@ def _hidden(
         pal_layout=layout(packing),
         **({"use_cache": False} if config.model_type in DECODERS else {}),
     )
-    return output.last_hidden_state[0]
+    return output.last_hidden_state

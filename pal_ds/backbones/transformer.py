@@ -1,11 +1,10 @@
-"""A transformers decoder or encoder as a backbone; the only place that imports transformers models.
+"""A transformers decoder or encoder as a backbone; this folder is the only place that imports transformers models.
 
 It knows nothing of heads, users or losses: token ids and positions in, hidden states out.
 """
 
 import difflib
 import logging
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,22 +13,35 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedModel
-from transformers.initialization import no_init_weights
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+)
 
-from pal_ds.backbones.config import BackboneConfig
+from pal_ds.backbones.config import BackboneConfig, Pooling
+from pal_ds.backbones.language import LanguageHead
 from pal_ds.backbones.packed import (
     Layout,
+    packed_hidden,
     packed_states,
+    pooled_pairs,
     pooled_states,
     refuse_without_flash,
 )
-from pal_ds.backbones.packed_attention import NAME as PACKED
 from pal_ds.backbones.packed_blocks import blocks_of
 from pal_ds.data.batch import Batch
 from pal_ds.errors import UserError
-from pal_ds.exported.encoding import drop_unused_modules, encode_tokens, hidden_size_of, is_encoder
+from pal_ds.exported.encoding import (
+    hidden_size_of,
+    hidden_states,
+    is_encoder,
+    read_states,
+)
 from pal_ds.heads.base import Features
+from pal_ds.heads.shapes import Float
 
 logger = logging.getLogger(__name__)
 
@@ -44,39 +56,64 @@ class TransformerBackbone(nn.Module):
         self,
         model: nn.Module,
         *,
-        pool_mean: bool,
+        pooling: Pooling = "last",
         prompt_tokens: bool,
         layout: Layout | None = None,
+        language: LanguageHead | None = None,
     ) -> None:
-        """`pool_mean`: one mean per row (encoders); `prompt_tokens`: every prompt position, not the last.
+        """`prompt_tokens`: every prompt position, not the last, where texts are not pooled.
 
-        `layout`: how attention sees packed batches; SDPA over blocks where unset.
+        `layout`: how attention sees packed batches; SDPA over blocks where unset. `language`: the model's output
+        layer, where the loss asks how likely preferred answers are.
         """
         super().__init__()
         self.model = model
-        self.layout = layout or partial(blocks_of, causal=not pool_mean)
-        self.pool_mean, self.prompt_tokens = pool_mean, prompt_tokens
+        self.encoder = is_encoder(model.config)
+        self.layout = layout or partial(blocks_of, causal=not self.encoder)
+        self.pooling: Pooling = pooling
+        self.prompt_tokens = prompt_tokens
+        # Behind the model, so that an embedding they share goes by the model's name for it.
+        self.language = language
 
     def forward(self, batch: Batch) -> Features:
-        response, prompt, prompt_length = self.states(batch)
+        return self._features(batch, self._hidden(batch))
+
+    def with_token_losses(self, batch: Batch) -> tuple[Features, Float[Tensor, "B"]]:
+        """Also the mean cross-entropy over the tokens of each comparison's preferred response, fp32."""
+        assert self.language is not None and batch.answers is not None
+        hidden = self._hidden(batch)
+        return self._features(batch, hidden), self.language.mean_losses(hidden, batch.answers)
+
+    def _hidden(self, batch: Batch) -> Float[Tensor, "N S H"]:
+        """Of every token of the batch."""
+        if batch.packing is not None:
+            return packed_hidden(self.model, batch, batch.packing, self.layout)
+        assert batch.input_ids is not None and batch.attention_mask is not None
+        return hidden_states(self.model, batch.input_ids, batch.attention_mask)
+
+    def _features(self, batch: Batch, hidden: Float[Tensor, "N S H"]) -> Features:
+        response, prompt, prompt_length = self._states(batch, hidden)
         return Features(response, batch.response_index, prompt, batch.prompt_index, prompt_length)
 
-    def states(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _states(
+        self, batch: Batch, hidden: Float[Tensor, "N S H"]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(responses [R, T, H], prompts [P, C, H], valid positions of each prompt [P])."""
         if batch.packing is not None:
-            if self.pool_mean:
-                return pooled_states(self.model, batch, self.layout)
-            return packed_states(self.model, batch, self.layout, prompt_tokens=self.prompt_tokens)
-        assert batch.input_ids is not None and batch.attention_mask is not None
+            if self.encoder:
+                return pooled_states(hidden[0], batch, self.pooling)
+            if self.pooling != "last":
+                return pooled_pairs(hidden[0], batch, self.pooling)
+            return packed_states(hidden[0], batch, prompt_tokens=self.prompt_tokens)
+        assert batch.attention_mask is not None
         assert batch.response_positions is not None, "this batch carries states, not token ids"
-        return encode_tokens(
-            self.model,
-            batch.input_ids,
+        return read_states(
+            hidden,
             batch.attention_mask,
             batch.response_positions,
             batch.prompt_rows,
             batch.prompt_length,
-            pool_mean=self.pool_mean,
+            pooling=self.pooling,
             prompt_tokens=self.prompt_tokens,
         )
 
@@ -132,96 +169,20 @@ def architecture_config(config: BackboneConfig, vocab_size: int) -> Any:
 
 
 def materialise_architecture(
-    config: BackboneConfig, vocab_size: int, seed: int, folder: Path
+    config: BackboneConfig, vocab_size: int, seed: int, folder: Path, *, language: bool = False
 ) -> None:
     """Builds `config.architecture` with random weights from `seed` and saves it (fp32 safetensors) to `folder`.
 
+    `language`: with the output layer of a language model.
     Random weights are written once and then loaded like any other, so that they are the same on every world size
     and ZeRO stage, and a run's folder names what it started from.
     """
     model_config = architecture_config(config, vocab_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModel.from_config(model_config, dtype=torch.float32)
+        kind = AutoModelForCausalLM if language else AutoModel
+        model = kind.from_config(model_config, dtype=torch.float32)
     model.save_pretrained(folder)
-
-
-def load_transformer(
-    config: BackboneConfig, *, precision: str, seed: int, gpu: bool, packed: bool = False
-) -> PreTrainedModel | Any:
-    """Loads `config.path` for its tuning: trainable, with adapters, or frozen.
-
-    `packed`: with the attention that packed batches need; padded ones it leaves to SDPA.
-    Call it inside the engine's loading context: under ZeRO-3 the weights are then partitioned as they are read.
-    """
-    assert config.path is not None, "materialise `backbone.architecture` first"
-    attention = PACKED
-    if not packed:
-        choice = choose_attention(config.attention, precision, gpu, read_model_config(config))
-        attention, reason = choice
-        logger.info("attention: %s (%s)", attention, reason)
-    model = AutoModel.from_pretrained(
-        config.path,
-        dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
-        attn_implementation=attention,
-        trust_remote_code=config.trust_remote_code,
-    )
-    drop_unused_modules(model)
-    if config.tuning == "frozen":
-        return model.requires_grad_(False).eval()
-    if config.gradient_checkpointing:
-        with warnings.catch_warnings():
-            # The name that newer transformers prefer is missing in the older ones we support.
-            warnings.filterwarnings("ignore", category=FutureWarning)
-            model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
-    if config.tuning == "lora":
-        model = _add_adapters(model, config, seed)
-    return model
-
-
-def empty_transformer(
-    config: BackboneConfig, precision: str, *, packed: bool
-) -> PreTrainedModel | Any:
-    """The model of `config.path` without its weights, which the caller fills in; for the CPU."""
-    model_config = read_model_config(config)
-    choice = choose_attention(config.attention, precision, gpu=False, model_config=model_config)
-    attention = PACKED if packed else choice[0]
-    with no_init_weights():
-        model = AutoModel.from_config(
-            model_config,
-            dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
-            attn_implementation=attention,
-            trust_remote_code=config.trust_remote_code,
-        )
-    drop_unused_modules(model)
-    return model
-
-
-def _add_adapters(model: PreTrainedModel, config: BackboneConfig, seed: int) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    options = LoraConfig(
-        r=config.lora.rank,
-        lora_alpha=config.lora.alpha,  # pyright: ignore[reportArgumentType]  peft takes any number
-        lora_dropout=config.lora.dropout,
-        target_modules=config.lora.target_modules or "all-linear",
-    )
-    if config.gradient_checkpointing:
-        model.enable_input_require_grads()
-    torch.manual_seed(seed)
-    # One dtype per engine: fp32 adapters beside a bf16 base break ZeRO-3's coalesced gathers.
-    try:
-        with warnings.catch_warnings():
-            # About GPT-2's transposed weights, which peft handles, and between peft and transformers.
-            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
-            return get_peft_model(model, options, autocast_adapter_dtype=False)
-    except ValueError as error:
-        raise UserError(
-            f"backbone.lora: {error} Name modules of {config.path}, or null for all linear layers."
-        ) from None
 
 
 def choose_attention(
@@ -256,7 +217,6 @@ __all__ = [
     "choose_attention",
     "hidden_size_of",
     "is_encoder",
-    "load_transformer",
     "materialise_architecture",
     "read_model_config",
 ]

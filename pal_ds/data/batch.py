@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pal_ds.data.answers import Answers, answers_of
 from pal_ds.data.contexts import Contexts, preferred_first
 from pal_ds.data.draws import Draws
 from pal_ds.data.feature_cache import FeatureStore, MappedFeatures
@@ -19,11 +20,12 @@ from pal_ds.data.packing import (
     pack_pooled,
     pack_separate,
     pad_right,
-    truncate_left,
 )
 from pal_ds.data.ragged import Ragged, windows_from_first_difference
 from pal_ds.data.tables import PreparedData
+from pal_ds.data.tokenise import truncation_side
 from pal_ds.data.vectors import states_of
+from pal_ds.exported.canonical import truncated
 from pal_ds.heads.shapes import Float, Int
 
 ScoredPositions = Literal["last", "all"]
@@ -67,6 +69,8 @@ class Batch(NamedTuple):
     packing: Packing | None = None
     """Given where all texts lie in one row (N = 1): response_positions and prompt_rows are then columns of it, the
     latter of each prompt's first token."""
+    answers: Answers | None = None
+    """The tokens of preferred responses, where the loss asks how likely they are."""
 
     def to(self, device: torch.device) -> "Batch":
         return _moved(self, device)
@@ -85,6 +89,8 @@ class Collator:
     """All texts in one row without padding; for decoders with each prompt once for all its responses."""
     pooled: bool = False
     """Whether one mean stands for each text: encoders."""
+    with_answers: bool = False
+    """Whether batches say where the tokens of preferred responses are predicted; joint encoding of token ids."""
     pad_token_id: int = 0
     response_store: FeatureStore | MappedFeatures | None = None
     prompt_store: FeatureStore | MappedFeatures | None = None
@@ -132,8 +138,14 @@ class Collator:
             told["context_length"] = torch.from_numpy(np.where(is_generic, 0, context[1]))
         start, end = self._windows(responses, response_index)
         inputs = self._inputs(responses, response_index)
+        answers = None
+        if self.with_answers and not self.stored:
+            preferred = np.where(table["label"] < 0, response_index[:, 0], response_index[:, 1])
+            first_scored = self._scored_columns(responses)[:, 0]
+            answers = answers_of(inputs, first_scored, responses, self.responses, preferred)
         return Batch(
             **inputs,
+            answers=answers,
             response_index=torch.from_numpy(response_index),
             window_start=torch.from_numpy(start),
             window_end=torch.from_numpy(end),
@@ -275,18 +287,26 @@ class Collator:
         return texts.fields(columns + len(heads[0]), with_prompt=self.with_prompt), slots
 
     def sequence(self, response: int) -> tuple[np.ndarray, np.ndarray]:
-        """(what precedes the response, the response) as token ids; the prompt is truncated first, from the left."""
+        """(what precedes the response, the response) as token ids; the prompt alone is truncated."""
         tokens = self.data.info["tokens"]
         num_prefix, tail = len(tokens["prefix_ids"]), self.responses[response]
         head = self.prompts[int(self.data.response_prompt[response])]
         if self.encoding == "separate":
             return head[:num_prefix], tail
-        return truncate_left(head, num_prefix, tokens["max_length"] - len(tail)), tail
+        return self._truncated(head, tokens["max_length"] - len(tail)), tail
 
     def prompt_sequence(self, prompt: int) -> np.ndarray:
         """The prompt alone, with its marker, as separate encoding reads it."""
+        return self._truncated(self.prompts[prompt], self.data.info["tokens"]["max_length"])
+
+    def _truncated(self, ids: np.ndarray, budget: int) -> np.ndarray:
+        """Of a prompt's ids at most `budget`; the special tokens in front stay."""
+        if len(ids) <= budget:
+            return ids
         tokens = self.data.info["tokens"]
-        return truncate_left(self.prompts[prompt], len(tokens["prefix_ids"]), tokens["max_length"])
+        num_marker, side = len(tokens["marker_ids"] or ()), truncation_side(tokens)
+        first, last = truncated(len(ids), len(tokens["prefix_ids"]), budget, num_marker, side)
+        return np.concatenate([ids[:first], ids[last:]])
 
 
 def _moved(part: Any, device: torch.device) -> Any:

@@ -226,11 +226,3 @@ def pad_right(
     ids = np.full(mask.shape, pad_token_id, np.int64)
     ids[mask] = np.concatenate(sequences)
     return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
-
-
-def truncate_left(ids: np.ndarray, num_prefix: int, budget: int) -> np.ndarray:
-    """Keeps the special tokens in front and the last ids, `budget` in all."""
-    if len(ids) <= budget:
-        return ids
-    kept = budget - num_prefix
-    return np.concatenate([ids[:num_prefix], ids[len(ids) - kept :] if kept else ids[:0]])

@@ -44,7 +44,10 @@ class DataConfig:
     vocab_size: int = 2048
     """Of a tokenizer trained here."""
     max_length: int = 1024
-    """Tokens of prompt + response; prompts are truncated first, from the left."""
+    """Tokens of prompt + response; the prompt alone is truncated."""
+    truncation_side: Literal["left", "right"] = "left"
+    """Which end of a long prompt goes: its beginning, or what stands just in front of the response marker, which
+    stays. The response and its end token are never cut."""
     separator: str = DEFAULT_SEPARATOR
     """Between prompt and response where there is no chat template. It marks where the response
     starts, so choose one that no text contains and that ends in a newline."""
@@ -103,6 +106,9 @@ def settings_of(config: DataConfig, read_source: bool = True) -> dict:
     Without `read_source` the raw files are not touched and their hashes are left out.
     """
     own = {key: value for key, value in vars(config).items() if key not in ("path", "source")}
+    if config.truncation_side == "left":
+        # As in the tables that were prepared before there was a choice.
+        del own["truncation_side"]
     source = _source(config)
     described = {
         "class": type(source).__name__,
@@ -192,6 +198,7 @@ def _encoder(config: DataConfig, source: Source, quiet: bool) -> TextEncoder | N
         separator=config.separator,
         chat_template=config.chat_template,
         special_tokens=config.special_tokens,
+        truncation_side=config.truncation_side,
         name=config.tokenizer or "trained",
     )
 

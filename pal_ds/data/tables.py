@@ -116,6 +116,12 @@ class PreparedData:
         return np.fromiter((xxhash.xxh3_64_intdigest(row) for row in rows), np.uint64, len(table))
 
 
+def group_codes(own: PreparedData, data: PreparedData) -> np.ndarray:
+    """The code that `own` has for each group of `data`, -1 for one that it does not know; int64."""
+    codes = {name: code for code, name in enumerate(own.groups)}
+    return np.asarray([codes.get(name, -1) for name in data.groups], np.int64)
+
+
 def read_info(path: Path) -> dict:
     """dataset.json, once its format version is one we read."""
     file = path / INFO_NAME

@@ -45,6 +45,7 @@ class TextEncoder:
         separator: str = DEFAULT_SEPARATOR,
         chat_template: Literal["auto", "never"] = "auto",
         special_tokens: bool = True,
+        truncation_side: str = "left",
         name: str = "trained",
     ) -> None:
         if chat_template not in ("auto", "never"):
@@ -59,6 +60,7 @@ class TextEncoder:
         self.max_length = max_length
         self.separator = separator
         self.special_tokens = special_tokens
+        self.truncation_side = truncation_side
         self.uses_template = chat_template == "auto" and bool(tokenizer.chat_template)
         self.prefix_ids, self.end_ids = [], []
         if special_tokens:
@@ -107,6 +109,7 @@ class TextEncoder:
             "tokenizer": self.name,
             "vocab_size": len(self.tokenizer),
             "max_length": self.max_length,
+            **({} if self.truncation_side == "left" else {"truncation_side": "right"}),
             "prefix_ids": self.prefix_ids,
             "end_ids": self.end_ids,
             "marker_ids": marker_ids,
@@ -126,6 +129,7 @@ class TextEncoder:
             separator=tokens["separator"] or "",
             chat_template="auto" if tokens["chat_template"] else "never",
             special_tokens=tokens["special_tokens"],
+            truncation_side=truncation_side(tokens),
             name=tokens["tokenizer"],
         )
 
@@ -198,6 +202,11 @@ class TextEncoder:
         found = [_inside(ids, offsets, end - shared, end) for end in ends]
         width = _common_suffix(*found)
         return found[0][len(found[0]) - width :] or None
+
+
+def truncation_side(tokens: dict) -> Literal["left", "right"]:
+    """Where prompts of a dataset are cut, from the `tokens` entry of its dataset.json."""
+    return tokens.get("truncation_side", "left")
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False):

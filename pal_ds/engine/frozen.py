@@ -187,7 +187,15 @@ def _text_batch(
         **{
             **blank,
             **dict.fromkeys(
-                ("gumbel", "normal", "context", "context_length", "prompt_index", "packing")
+                (
+                    "gumbel",
+                    "normal",
+                    "context",
+                    "context_length",
+                    "prompt_index",
+                    "packing",
+                    "answers",
+                )
             ),
             **fields,
         }

@@ -28,7 +28,7 @@ def describe(
         "step": opened.step,
         "dataset_hash": data["hash"],
         "licence": data.get("licence"),
-        "backbone": backbone.path or "random weights of the run",
+        "backbone": backbone.path or opened.config.train.init_from or "random weights of the run",
         "tuning": backbone.tuning,
         "dtype": dtype,
         "tokens": data["tokens"],

@@ -10,6 +10,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from pal_ds.data.tokenise import truncation_side
 from pal_ds.errors import UserError
 from pal_ds.exported.canonical_rows import CanonicalRows
 from pal_ds.exported.modeling_pal import PalRewardConfig
@@ -58,7 +59,8 @@ def pal_config(opened: OpenRun, mixture: list[float] | None) -> PalRewardConfig:
         head={"name": type(parts.head).__name__, "init": head_arguments(opened)},
         mixture=mixture,
         encoding=parts.collator.encoding,
-        pool_mean=parts.pool_mean,
+        pooling=parts.pooling,
+        truncation_side=truncation_side(tokens),
         prefix_ids=tokens["prefix_ids"],
         end_ids=tokens["end_ids"],
         marker_ids=tokens["marker_ids"],

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from pal_ds.data.tokenise import truncation_side
 from pal_ds.errors import UserError
 from pal_ds.evaluate import user_mixtures
 from pal_ds.export import card, code, tokenizer
@@ -111,7 +112,8 @@ def fill_folder(folder: Path, opened: OpenRun, options: ExportOptions) -> dict[s
     stock = None
     if (
         linear is not None
-        and not opened.parts.pool_mean
+        and opened.parts.pooling == "last"
+        and truncation_side(opened.data.info["tokens"]) == "left"
         and opened.parts.collator.encoding == "joint"
     ):
         stock = stock_class(backbone_config(opened))

@@ -18,13 +18,18 @@ _TRAINED_BACKBONE = "backbone.model."
 
 
 @dataclass(frozen=True)
-class Weights:
-    """Backbone tensors by their name in the transformers base model, and the trained head."""
+class Tensors:
+    """Backbone tensors by their name in the transformers base model."""
 
     shapes: Shapes
-    """Of the backbone."""
     read: Callable[[str], Iterator[Tensor]]
-    """The values of a backbone tensor in order, in flat pieces, fp32."""
+    """The values of a tensor in order, in flat pieces, fp32."""
+
+
+@dataclass(frozen=True)
+class Weights(Tensors):
+    """The same, and the trained head."""
+
     head: Head
 
 
@@ -37,7 +42,7 @@ def weights_of(opened: OpenRun) -> Weights:
     if opened.parts.backbone is not None and opened.parts.backbone.tuning == "full":
         names = [n for n in checkpoint.names if n.startswith(_TRAINED_BACKBONE)]
         shapes = {n.removeprefix(_TRAINED_BACKBONE): checkpoint.shape(n) for n in names}
-        head = _trained_head(opened)
+        head = trained_head(opened)
         return Weights(shapes, lambda name: checkpoint.pieces(_TRAINED_BACKBONE + name), head)
     model = load_model(opened)
     tensors = dict(plain_backbone(model).state_dict())
@@ -53,7 +58,8 @@ def plain_backbone(model: RewardModel) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def _trained_head(opened: OpenRun) -> Head:
+def trained_head(opened: OpenRun) -> Head:
+    """The head of an open run with its trained weights, in eval mode. Raises UserError where they do not fit."""
     head = opened.parts.head
     for name, tensor in head.state_dict().items():
         full = f"head.{name}"
@@ -67,7 +73,7 @@ def _trained_head(opened: OpenRun) -> Head:
 
 
 def exported_tensors(
-    target: PreTrainedModel, weights: Weights, backbone_prefix: str, head_tensors: dict[str, Tensor]
+    target: PreTrainedModel, weights: Tensors, backbone_prefix: str, head_tensors: dict[str, Tensor]
 ) -> tuple[Shapes, Callable[[str], Iterator[Tensor]]]:
     """(shapes, read) for `write_sharded` of all tensors of `target` (on the meta device), which must all be there.
 

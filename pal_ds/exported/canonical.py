@@ -43,6 +43,21 @@ def canonical_ids(
     return [*prefix_ids, *body]
 
 
+def truncated(
+    length: int, num_prefix: int, budget: int, num_marker: int, side: str
+) -> tuple[int, int]:
+    """Which of a prompt's `length` ids go to leave `budget`: from the first number up to the second.
+
+    The prefix stays. `left` cuts behind it; `right` in front of the response marker, the last
+    `num_marker` ids, of which as many stay as there is room for.
+    """
+    num_cut = max(length - budget, 0)
+    first = num_prefix
+    if side == "right":
+        first = max(length - num_cut - num_marker, num_prefix)
+    return first, first + num_cut
+
+
 def find_runs(ids: Sequence[int], marker_ids: Sequence[int]) -> list[int]:
     """Start of every occurrence of `marker_ids` in `ids`."""
     marker, width = list(marker_ids), len(marker_ids)

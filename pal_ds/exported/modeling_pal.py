@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from .canonical import canonical_ids, find_prompt_length, num_leading
-from .encoding import drop_unused_modules, encode_tokens, hidden_size_of
+from .canonical import canonical_ids, find_prompt_length, num_leading, truncated
+from .encoding import drop_unused_modules, hidden_size_of, hidden_states, read_states
 from .exported_head import Features, UserState, build_head
 from .rows import pad_right, token_mask
 from .simplex import check_point
@@ -32,7 +32,7 @@ class PalRewardConfig(PretrainedConfig):
         head: dict | None = None,
         mixture: list[float] | None = None,
         encoding: str = "joint",
-        pool_mean: bool = False,
+        pooling: str = "last",
         prefix_ids: list[int] | None = None,
         end_ids: list[int] | None = None,
         marker_ids: list[int] | None = None,
@@ -40,6 +40,7 @@ class PalRewardConfig(PretrainedConfig):
         max_tokens: int | None = None,
         prompt_end_ids: list[int] | None = None,
         prompt_end_replaces: int = 0,
+        truncation_side: str = "left",
         reward_mean: float | None = None,
         reward_std: float | None = None,
         **kwargs: Any,
@@ -51,10 +52,11 @@ class PalRewardConfig(PretrainedConfig):
             head: {"name", "init"}: the head's class and its constructor's arguments.
             mixture: the user's point: of the simplex over the head's prototypes, for most heads.
             encoding: `joint` (the response after its prompt in one pass) or `separate`.
-            pool_mean: a score reads the mean over a row (encoders), not its last token.
+            pooling: a score reads a row's last token, or the mean or largest entry over the row.
             prefix_ids, end_ids: special tokens around every text.
             marker_ids, user_marker_ids: tokens that open a response, and a user's message.
-            max_tokens: longer texts lose the beginning of their prompt.
+            max_tokens, truncation_side: longer texts lose the beginning of their prompt, or (`right`)
+                its end in front of the response marker.
             prompt_end_ids, prompt_end_replaces: tokens at the end of a prompt that is read by itself
                 (`separate`), and how many of its own last tokens they stand for (a tokenizer may
                 join an end with what precedes it).
@@ -67,7 +69,8 @@ class PalRewardConfig(PretrainedConfig):
         self.head = head
         self.mixture = mixture
         self.encoding = encoding
-        self.pool_mean = pool_mean
+        self.pooling = pooling
+        self.truncation_side = truncation_side
         self.prefix_ids = prefix_ids or []
         self.end_ids = end_ids or []
         self.marker_ids = marker_ids
@@ -130,7 +133,7 @@ class PalForSequenceClassification(PreTrainedModel):
             prompt_lengths: tokens before the response in each row as passed, padding not counted.
                 Where the model must know the prompt, this goes before the response marker.
             return_token_scores: logits [B, L] instead: the score of the text as if it ended at each
-                token; 0 on padding and on what was cut to fit. Decoders only.
+                token; 0 on padding and on what was cut to fit. Not where a text is pooled.
 
         Raises:
             ValueError: a row without tokens, padding that cannot be told, a boundary that cannot be
@@ -138,8 +141,10 @@ class PalForSequenceClassification(PreTrainedModel):
         """
         if kwargs.get("inputs_embeds") is not None:
             raise ValueError("inputs_embeds is not supported: scores are defined on token ids.")
-        if return_token_scores and self.config.pool_mean:
-            raise ValueError("return_token_scores: an encoder scores whole texts, not tokens.")
+        if return_token_scores and self.config.pooling != "last":
+            raise ValueError(
+                "return_token_scores: an encoder, and a model that pools, scores whole texts."
+            )
         config = self.config
         mask = token_mask(input_ids, attention_mask, config.pad_token_id, config.end_ids)
         given = [ids[keep].tolist() for ids, keep in zip(input_ids.cpu(), mask, strict=True)]
@@ -160,7 +165,9 @@ class PalForSequenceClassification(PreTrainedModel):
     ) -> list[int] | None:
         """Where the response begins in each canonical row, if anything here depends on it."""
         config = self.config
-        if not self.reads_prompt and config.encoding == "joint":
+        always = self.reads_prompt or config.encoding == "separate"
+        cuts_right = config.truncation_side == "right" and any(map(self._is_long, rows))
+        if not always and not cuts_right:
             return None
         if prompt_lengths is None:
             if not config.marker_ids:
@@ -169,7 +176,12 @@ class PalForSequenceClassification(PreTrainedModel):
             bodies = [row[: len(row) - len(config.end_ids)] for row in rows]
             markers = config.marker_ids, config.user_marker_ids
             # A policy may end at once; its empty response has a score like any other.
-            return [find_prompt_length(body, *markers, may_be_empty=True) for body in bodies]
+            return [
+                find_prompt_length(body, *markers, may_be_empty=True)
+                if always or self._is_long(row)
+                else len(config.prefix_ids)
+                for body, row in zip(bodies, rows, strict=True)
+            ]
         lengths = torch.as_tensor(prompt_lengths).tolist()
         if len(lengths) != len(rows):
             raise ValueError(f"prompt_lengths has {len(lengths)} entries for {len(rows)} rows.")
@@ -191,22 +203,36 @@ class PalForSequenceClassification(PreTrainedModel):
         for index, row in enumerate(rows):
             start = num_prefix if starts is None else starts[index]
             if self.config.encoding == "separate":
-                ids = self._cut(row[:num_prefix] + row[start:])
+                ids, _ = self._cut(row[:num_prefix] + row[start:], num_prefix)
                 prompt = row[: start - self.config.prompt_end_replaces]
-                prompt = self._cut(prompt + self.config.prompt_end_ids)
-                texts.append(_Text(ids, len(row) - len(ids), prompt, 0))
+                prompt = prompt + self.config.prompt_end_ids
+                prompt, _ = self._cut(prompt, len(prompt))
+                texts.append(_Text(ids, num_prefix, len(row) - len(ids), prompt, 0))
             else:
-                ids = self._cut(row)
+                ids, first_cut = self._cut(row, start)
                 num_cut = len(row) - len(ids)
-                texts.append(_Text(ids, num_cut, [], max(start - num_cut, num_prefix, 1)))
+                length = max(start - num_cut, num_prefix, 1)
+                texts.append(_Text(ids, first_cut, num_cut, [], length))
         return texts
 
-    def _cut(self, row: list[int]) -> list[int]:
-        """The prefix and the last ids, `max_tokens` in all."""
+    def _is_long(self, row: list[int]) -> bool:
+        limit = self.config.max_tokens
+        return limit is not None and len(row) > limit
+
+    def _cut(self, row: list[int], start: int) -> tuple[list[int], int]:
+        """(at most `max_tokens` ids of a row whose response begins at `start`, where the cut is).
+
+        A response that is too long by itself loses its beginning, which no text of training did.
+        """
         limit, num_prefix = self.config.max_tokens, len(self.config.prefix_ids)
         if limit is None or len(row) <= limit:
-            return row
-        return row[:num_prefix] + row[len(row) - (limit - num_prefix) :]
+            return row, num_prefix
+        budget, num_marker = limit - (len(row) - start), len(self.config.marker_ids or [])
+        if self.config.truncation_side == "right" and budget >= num_prefix:
+            first, last = truncated(start, num_prefix, budget, num_marker, "right")
+        else:
+            first, last = truncated(len(row), num_prefix, limit, 0, "left")
+        return row[:first] + row[last:], first
 
     def _place(self, token: int, given: list[int], row: list[int], text: "_Text") -> int:
         """Index in `text.ids` of a token of the row as passed; -1 where it is not read there."""
@@ -215,8 +241,10 @@ class PalForSequenceClassification(PreTrainedModel):
         if token < num_leads:
             return token % len(prefix_ids)
         # Repeated end tokens all stand for the one that is kept.
-        kept = min(len(prefix_ids) + token - num_leads, len(row) - 1) - text.num_cut
-        return kept if kept >= len(prefix_ids) else -1
+        kept = min(len(prefix_ids) + token - num_leads, len(row) - 1)
+        if kept < text.first_cut:
+            return kept
+        return kept - text.num_cut if kept >= text.first_cut + text.num_cut else -1
 
     def _rewards(self, texts: list["_Text"], positions: list[list[int]]) -> Tensor:
         """fp32 [B, T]: each text's reward at these positions of its ids; shorter rows repeat."""
@@ -233,14 +261,13 @@ class PalForSequenceClassification(PreTrainedModel):
                 prompt_rows, lengths = index + len(texts), [len(text.prompt) for text in texts]
             prompt_length = torch.tensor(lengths, device=device)
         ids, mask = pad_right(sequences, self.config.pad_token_id, device)
-        response, prompt, prompt_length = encode_tokens(
-            self.backbone,
-            ids,
+        response, prompt, prompt_length = read_states(
+            hidden_states(self.backbone, ids, mask),
             mask,
             torch.tensor(columns, device=device),
             prompt_rows,
             prompt_length,
-            pool_mean=self.config.pool_mean,
+            pooling=self.config.pooling,
             prompt_tokens=False,
         )
         index = index[:, None]
@@ -257,8 +284,9 @@ class _Text(NamedTuple):
 
     ids: list[int]
     """The row that holds the response."""
+    first_cut: int
     num_cut: int
-    """Ids of the canonical row that are missing between the prefix and the rest of `ids`."""
+    """Ids of the canonical row that are missing from `first_cut` on."""
     prompt: list[int]
     """The prompt's own row (separate encoding)."""
     prompt_length: int

@@ -110,7 +110,7 @@ def backbone_of(
     model = AutoModel.from_config(
         architecture_config(config, data.info["tokens"]["vocab_size"]), attn_implementation=NAME
     )
-    defaults: dict[str, Any] = {"pool_mean": False, "prompt_tokens": False}
+    defaults: dict[str, Any] = {"prompt_tokens": False}
     return TransformerBackbone(model, **{**defaults, **arguments}).train()
 
 
@@ -259,7 +259,7 @@ def test_encoders(data: PreparedData, family: str, layout: str) -> None:
     chosen = spans if layout == "spans" else None
     # XLM-R's positions begin behind its pad id.
     pad = {"pad_token_id": 3} if family == "xlm-roberta" else {}
-    backbone = backbone_of(family, data, pad, pool_mean=True, layout=chosen)
+    backbone = backbone_of(family, data, pad, pooling="mean", layout=chosen)
     options = {"pooled": True, "pad_token_id": backbone.model.config.pad_token_id}
     assert_same(backbone, Collator(data, with_prompt=True, encoding="separate", **options))
     joint = Collator(data, **options)
@@ -268,6 +268,63 @@ def test_encoders(data: PreparedData, family: str, layout: str) -> None:
     assert torch.allclose(padded, packed, atol=1e-5)
     assert batches[1].input_ids is not None and batches[0].attention_mask is not None
     assert batches[1].input_ids.numel() == int(batches[0].attention_mask.sum())
+
+
+def one_by_one(backbone: TransformerBackbone, collator: Collator, pooling: str) -> Tensor:
+    """States of the responses of ROWS and then of their prompts, each text encoded and pooled by itself."""
+    states: list[Tensor] = []
+    table = collator.data.comparisons[ROWS]
+    responses = np.unique(np.concatenate([table["a"], table["b"]])).tolist()
+    for part in (slice(None), 0):
+        for response in responses:
+            head, tail = collator.sequence(response)
+            ids = np.concatenate([head, tail]) if part != 0 else head
+            if part == 0 and collator.encoding == "separate":
+                ids = collator.prompt_sequence(int(collator.data.response_prompt[response]))
+            ids = torch.from_numpy(ids.astype(np.int64))[None]
+            hidden = backbone.model(input_ids=ids, attention_mask=torch.ones_like(ids))
+            hidden = hidden.last_hidden_state[0].double()
+            states.append(hidden.mean(0) if pooling == "mean" else hidden.amax(0))
+    return torch.stack(states)
+
+
+@pytest.mark.parametrize("encoding", ["joint", "separate"])
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+@pytest.mark.parametrize("max_length", [80, 60])
+def test_pooled_decoders(data: PreparedData, pooling: Any, encoding: Any, max_length: int) -> None:
+    """Over prompt and response, and a prompt over its own, whatever the layout and however much was cut."""
+    tokens = {**data.info["tokens"], "max_length": max_length}
+    cut = dataclasses.replace(data, info={**data.info, "tokens": tokens})
+    backbone = backbone_of("llama", data, pooling=pooling)
+    collator = Collator(cut, with_prompt=True, encoding=encoding)
+    assert_same(backbone, collator)
+    batch = collator(ROWS, np.arange(len(ROWS)))
+    features = backbone(batch)
+    slots = torch.zeros(len(features.response), dtype=torch.int64)
+    assert features.prompt is not None and features.prompt_index is not None
+    slots[features.response_index.flatten()] = features.prompt_index.flatten()
+    found = torch.cat([features.response[:, 0], features.prompt[slots][:, 0]])
+    wanted = one_by_one(backbone, collator, pooling)
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_pooled_without_room_for_a_prompt(data: PreparedData, pooling: Any) -> None:
+    longest = int(data.responses.lengths.max())
+    tokens = {**data.info["tokens"], "max_length": longest}
+    cut = dataclasses.replace(data, info={**data.info, "tokens": tokens})
+    response = int(np.argmax(data.responses.lengths))
+    table = cut.comparisons
+    rows = np.flatnonzero((table["a"] == response) | (table["b"] == response))
+    assert_same(backbone_of("gpt2", data, pooling=pooling), Collator(cut, with_prompt=True), rows)
+
+
+@pytest.mark.parametrize("family", sorted(ENCODERS))
+def test_largest_entries_of_encoders(data: PreparedData, family: str) -> None:
+    pad = {"pad_token_id": 3} if family == "xlm-roberta" else {}
+    backbone = backbone_of(family, data, pad, pooling="max")
+    options = {"pooled": True, "pad_token_id": backbone.model.config.pad_token_id}
+    assert_same(backbone, Collator(data, with_prompt=True, encoding="separate", **options))
 
 
 def test_responses_alone(data: PreparedData) -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from pal_ds.backbones.config import BackboneConfig
+from pal_ds.backbones.loading import load_transformer
 from pal_ds.backbones.transformer import (
     choose_attention,
-    load_transformer,
     materialise_architecture,
 )
 from tests.tiny import LLAMA
@@ -24,14 +24,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("wanted", [True, False])
 def test_activation_checkpointing_is_on_where_asked(base: str, tuning: str, wanted: bool) -> None:
     config = BackboneConfig(path=base, tuning=tuning, gradient_checkpointing=wanted)
-    model = load_transformer(config, precision="fp32", seed=0, gpu=False)
+    model, _ = load_transformer(config, precision="fp32", seed=0, gpu=False)
     layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
     assert layers
     assert any(layer.gradient_checkpointing for layer in layers) == wanted
 
 
 def test_frozen_weights_ask_for_no_gradient(base: str) -> None:
-    model = load_transformer(
+    model, _ = load_transformer(
         BackboneConfig(path=base, tuning="frozen"),
         precision="fp32",
         seed=0,

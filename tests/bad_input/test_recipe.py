@@ -86,6 +86,14 @@ def test_what_is_missing(place: Place, refused: Refused, tmp_path: Path):
         ),
         (["--backbone.architecture=null"], "backbone: give exactly one of path"),
         (
+            ["--backbone.architecture=null", "--train.init_from=nowhere"],
+            "train.init_from nowhere: holds neither config.yaml (a run directory) nor export.json",
+        ),
+        (
+            ["--train.init_from=run"],
+            "train.init_from run: holds neither config.yaml",
+        ),
+        (
             ["--backbone.architecture=null", "--backbone.path=./nowhere"],
             "backbone.path: no folder ./nowhere (looked from ",
         ),
@@ -122,6 +130,15 @@ def test_what_is_missing(place: Place, refused: Refused, tmp_path: Path):
             ],
             "backbone.encoding: joint with an encoder mean-pools",
         ),
+        (
+            [f"--backbone.architecture={json.dumps(BERT)}", "--backbone.pooling=eos"],
+            "backbone.pooling: eos, and the last token of an encoder stands for nothing more",
+        ),
+        (
+            ["--backbone.pooling=max", "--loss.token_weighting=mean"],
+            "loss.token_weighting: mean needs a score per response token; backbone.pooling: max gi",
+        ),
+        (["--backbone.tuning=frozen", "--loss.lm_weight=0.1"], "loss.lm_weight: a frozen backbone"),
     ],
 )
 def test_parts_that_do_not_fit(

@@ -1,6 +1,7 @@
 """Batches against an independent reading of the tables: every distinct text once, windows, truncation, stand-ins."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from pal_ds.data.feature_cache import FeatureStore
 from pal_ds.data.prepare import DataConfig, prepare
 from pal_ds.data.sources import Jsonl
 from pal_ds.data.tables import PreparedData
+from pal_ds.errors import UserError
 from tests.tiny import write_pairs
 
 
@@ -140,3 +142,46 @@ def test_separate_prompts_alone_have_integer_positions(data: PreparedData) -> No
         fields = collator.tokens(np.empty(0, np.int64), np.array([0, 1]))
         assert fields["response_positions"].dtype == torch.int64
         assert fields["prompt_length"].tolist() == [len(data.prompts[0]), len(data.prompts[1])]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("max_length", [48, 40, 36])
+def test_prompts_cut_at_their_end_keep_the_response_marker(
+    data: PreparedData, max_length: int, packed: bool
+) -> None:
+    """What stands in front of the marker goes, token by token; marker, response and end token stay while they fit."""
+    info = data.info["tokens"]
+    marker, prefix = info["marker_ids"], info["prefix_ids"]
+    tokens = {**info, "max_length": max_length, "truncation_side": "right"}
+    cut = replace(data, info={**data.info, "tokens": tokens})
+    collator = Collator(cut, with_prompt=True, packed=packed)
+    num_cut = 0
+    for response in range(len(data.responses)):
+        answer = list(data.responses[response])
+        if len(answer) + len(prefix) > max_length:
+            continue
+        prompt = list(data.prompts[int(data.response_prompt[response])])
+        assert prompt[-len(marker) :] == marker
+        while len(prompt) + len(answer) > max_length:
+            num_cut += 1
+            del prompt[
+                len(prompt) - len(marker) - 1
+                if len(prompt) > len(marker) + len(prefix)
+                else len(prefix)
+            ]
+        head, tail = collator.sequence(response)
+        assert head.tolist() == prompt and tail.tolist() == answer
+        assert answer[-len(info["end_ids"]) :] == info["end_ids"]
+    assert num_cut > 10
+
+
+def test_truncation_side_is_kept_with_the_tables(tmp_path: Path) -> None:
+    """Another side is another dataset; the default leaves tables of before as they were."""
+    source = Jsonl(str(write_pairs(tmp_path / "pairs.jsonl", 8)))
+    settings = {"max_length": 40, "vocab_size": 300, "dev_fraction": 0.0, "test_fraction": 0.0}
+    left = DataConfig(path=str(tmp_path / "left"), source=source, **settings)
+    right = replace(left, path=str(tmp_path / "right"), truncation_side="right")
+    assert "truncation_side" not in prepare(left, quiet=True).info["tokens"]
+    assert prepare(right, quiet=True).info["tokens"]["truncation_side"] == "right"
+    with pytest.raises(UserError, match="truncation_side"):
+        prepare(replace(right, truncation_side="left"), quiet=True)

@@ -14,9 +14,9 @@ from torch import nn
 from pal_ds.backbones.cache_key import describe_states, key_of
 from pal_ds.backbones.config import BackboneConfig
 from pal_ds.backbones.fingerprint import weights_fingerprint
+from pal_ds.backbones.loading import load_transformer
 from pal_ds.backbones.transformer import (
     TransformerBackbone,
-    load_transformer,
     materialise_architecture,
 )
 from pal_ds.cache_folders import check_cache_path
@@ -46,8 +46,8 @@ class Counting(nn.Module):
     def __init__(self, base: Path, prompt_tokens: bool) -> None:
         super().__init__()
         config = BackboneConfig(path=str(base), tuning="frozen", attention="sdpa")
-        model = load_transformer(config, precision="fp32", seed=0, gpu=False)
-        self.backbone = TransformerBackbone(model, pool_mean=False, prompt_tokens=prompt_tokens)
+        model, _ = load_transformer(config, precision="fp32", seed=0, gpu=False)
+        self.backbone = TransformerBackbone(model, prompt_tokens=prompt_tokens)
         self.num_rows, self.shapes = 0, set()
 
     def forward(self, batch: Any) -> Any:
@@ -57,7 +57,7 @@ class Counting(nn.Module):
 
 
 def folders(cache: Path, collator: Collator, base: Path, **options: Any) -> dict[str, CacheFolder]:
-    chosen = {"pool_mean": False, "prompt_tokens": True, "precision": "fp32", "gpu": False}
+    chosen = {"pooling": "last", "prompt_tokens": True, "precision": "fp32", "gpu": False}
     weights = weights_fingerprint(str(base), None)
     backbone = BackboneConfig(path=str(base), tuning="frozen")
     described = describe_states(backbone, weights, collator, **{**chosen, **options})
@@ -173,7 +173,7 @@ def test_keys_tell_apart_what_gives_other_states(
         "precision": key(precision="bf16"),
         "positions": key(of=replace(collator, scored_positions="all")),
         "encoding": key(of=replace(collator, encoding="separate")),
-        "pooling": key(pool_mean=True),
+        "pooling": key(pooling="mean"),
     }
     for name, options in other_data.items():
         options = {"max_length": 64, **options}
@@ -183,7 +183,7 @@ def test_keys_tell_apart_what_gives_other_states(
     assert key(prompt_tokens=False) == keys["this"]  # of responses alone
     with pytest.raises(UserError, match="Download the model"):
         backbone = BackboneConfig(path="hub/id", tuning="frozen")
-        described = {"pool_mean": False, "prompt_tokens": False, "precision": "fp32", "gpu": False}
+        described = {"pooling": "last", "prompt_tokens": False, "precision": "fp32", "gpu": False}
         describe_states(backbone, "hub:hub/id@unknown", collator, **described)
 
 

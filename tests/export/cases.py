@@ -60,14 +60,23 @@ class Case(NamedTuple):
     head: str
     tuning: str
     stage: int
+    pooling: str = "auto"
+    truncation_side: str = "left"
 
     @property
     def name(self) -> str:
-        return f"{self.backbone}_{self.head}_{self.tuning}"
+        other = "" if self.pooling == "auto" else f"_{self.pooling}_{self.truncation_side}"
+        return f"{self.backbone}_{self.head}_{self.tuning}{other}"
+
+    @property
+    def data(self) -> str:
+        """Name of the folder of its prepared data."""
+        return f"data_{self.backbone}" + ("_right" if self.truncation_side == "right" else "")
 
     @property
     def is_stock(self) -> bool:
-        return self.head == "bt" and self.backbone not in ("bert", "mistral")
+        plain = self.backbone not in ("bert", "mistral") and self.pooling == "auto"
+        return self.head == "bt" and plain
 
 
 def _matrix() -> list[Case]:
@@ -79,7 +88,14 @@ def _matrix() -> list[Case]:
     ]
     cases += [("gpt2", "pal_a_cosine", "full"), ("gpt2", "pal_b", "lora"), ("gpt2", "bt", "full")]
     cases += [("mistral", "bt", "full")]
-    return [Case(*case, stage=index % 4) for index, case in enumerate(cases)]
+    matrix = [Case(*case, stage=index % 4) for index, case in enumerate(cases)]
+    return [
+        *matrix,
+        Case("llama", "pal_b", "full", 3, "max", "right"),
+        Case("llama", "bt", "lora", 2, "mean", "right"),
+        Case("gpt2", "bt", "full", 1, "mean", "left"),
+        Case("gpt2", "bt", "full", 0, "eos", "right"),
+    ]
 
 
 CASES = _matrix()
@@ -173,10 +189,11 @@ def write_inputs(root: Path) -> None:
 def recipe(case: Case, root: Path) -> dict[str, Any]:
     source = {"class_path": "Jsonl", "init_args": {"path": str(root / "pairs.jsonl")}}
     data = {
-        "path": str(root / f"data_{case.backbone}"),
+        "path": str(root / case.data),
         "source": source,
         "tokenizer": str(root / f"tokenizer_{case.backbone}"),
         "max_length": MAX_LENGTH,
+        "truncation_side": case.truncation_side,
         "separator": SEPARATORS.get(case.backbone, "\n\n### Response:\n"),
         "dev_fraction": 0.1,
         "test_fraction": 0.1,
@@ -187,6 +204,7 @@ def recipe(case: Case, root: Path) -> dict[str, Any]:
         "backbone": {
             "architecture": ARCHITECTURES[case.backbone],
             "tuning": case.tuning,
+            "pooling": case.pooling,
             "lora": {"rank": 4},
         },
         "users": {"learning_rate": 0.5, "init_std": 1.0},

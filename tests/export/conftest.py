@@ -9,7 +9,7 @@ from pal_ds.data.prepare import prepare
 from pal_ds.export import ExportOptions, export
 from pal_ds.recipe import load_recipe
 from pal_ds.run_dir import RunDirectory
-from tests.export.cases import ARCHITECTURES, CASES, audience_of, write_inputs
+from tests.export.cases import CASES, audience_of, write_inputs
 from tests.spawn import run_ranks
 
 
@@ -18,8 +18,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one trained run per case."""
     root = tmp_path_factory.mktemp("export")
     write_inputs(root)
-    for backbone in ARCHITECTURES:
-        case = next(case for case in CASES if case.backbone == backbone)
+    for case in {case.data: case for case in CASES}.values():
         prepare(load_recipe(root / case.name / "config.yaml").data, quiet=True)
     run_ranks(2, "tests.export.worker", root)
     return root

@@ -152,7 +152,7 @@ def test_token_scores_of_cut_and_separate_texts() -> None:
     apart = scores(make("PalB", encoding="separate"), [PLAIN], return_token_scores=True)[0]
     assert (apart[:4] == 0).all() and (apart[4:] != 0).all()
     with pytest.raises(ValueError, match="encoder"):
-        scores(make(pool_mean=True), [PLAIN], return_token_scores=True)
+        scores(make(pooling="mean"), [PLAIN], return_token_scores=True)
 
 
 @pytest.mark.parametrize(
@@ -195,3 +195,36 @@ def test_config_survives_json(tmp_path) -> None:
     again = PalRewardConfig.from_pretrained(tmp_path)
     assert again.num_labels == 1 and again.get_text_config().model_type == "llama"
     assert type(again.text_config) is type(AutoConfig.for_model("llama"))
+
+
+@pytest.mark.parametrize("head", ["PalA", "PalB"])
+def test_texts_cut_in_front_of_the_marker(head: str) -> None:
+    """As if what was cut had never been there; a row that fits needs no marker unless the head reads the prompt."""
+    model = make(head, truncation_side="right")
+    long = [*range(3, 20), *MARKER, 7, 8, 9]
+    # 12 ids: BOS, three of them the response, one the end, two the marker; five are left of the prompt.
+    short = [*range(3, 8), *MARKER, 7, 8, 9]
+    assert torch.allclose(scores(model, [long]), scores(model, [short]), atol=1e-6)
+    other = scores(make(head), [long])
+    assert not torch.allclose(scores(model, [long]), other, atol=1e-4)
+    found = scores(model, [long], return_token_scores=True)[0]
+    kept = scores(model, [short], return_token_scores=True)[0]
+    assert torch.allclose(found[[*range(5), *range(17, 22)]], kept, atol=1e-6)
+    assert (found[5:17] == 0).all() and (kept != 0).all()
+    given = scores(model, [long], prompt_lengths=[19])
+    assert torch.allclose(given, scores(model, [long]), atol=1e-6)
+    if head == "PalA":
+        scores(model, [[5, 6, 7]])
+        with pytest.raises(ValueError, match="no response marker"):
+            scores(model, [[*range(3, 20)]])
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+@pytest.mark.parametrize("encoding", ["joint", "separate"])
+def test_pooled_scores_do_not_depend_on_padding(pooling: str, encoding: str) -> None:
+    model = make("PalB", pooling=pooling, encoding=encoding)
+    batch = scores(model, [*WAYS, [5, *MARKER, 6]], "left")
+    assert torch.allclose(batch[:5], batch[:1].expand(5, -1), atol=1e-5)
+    assert torch.allclose(scores(model, [PLAIN]), batch[:1], atol=1e-5)
+    last = scores(make("PalB", encoding=encoding), [PLAIN])
+    assert not torch.allclose(last, batch[:1], atol=1e-4)
