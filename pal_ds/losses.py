@@ -71,19 +71,20 @@ class PreferenceLoss:
         window reach neither value nor gradient, whatever they hold.
         """
         outside, weight = _window(self.token_weighting, start, end, margin.shape[1])
-        # Before anything is computed from them: what lies outside may be NaN, and 0 * NaN is NaN.
-        margin = margin.float().masked_fill(outside, 0.0)
-        label = label.unsqueeze(-1)
+        margin, label = margin.float(), label.unsqueeze(-1)
         needed = None if required_margin is None else required_margin.float().unsqueeze(-1)
         if self.kind == "hinge":
             # w max(0, 1 + r - y m) = max(0, w (1 + r) - w y m) as w >= 0: two steps of the graph
-            # in place of four, which is what a loss of four pairs costs.
+            # in place of four, which is what a loss of four pairs costs. Linear up to the mask, so
+            # that what lies outside, be it NaN, meets only finite factors on the way back.
             most = weight if needed is None else weight * (1 + needed)
-            return torch.addcmul(most, weight * label, margin, value=-1).relu().sum(-1)
-        signed = label * margin
+            slack = torch.addcmul(most, weight * label, margin, value=-1)
+            return slack.masked_fill(outside, 0.0).relu().sum(-1)
+        # Before anything is computed from them: what lies outside may be NaN, and 0 * NaN is NaN.
+        signed = label * margin.masked_fill(outside, 0.0)
         if needed is not None:
             signed = signed - needed
-        return (weight * _LOSSES[self.kind](signed)).sum(-1)
+        return (weight.masked_fill(outside, 0.0) * _LOSSES[self.kind](signed)).sum(-1)
 
 
 def token_weights(
@@ -97,21 +98,22 @@ def token_weights(
     With n = end - start and t counted from start: `last` 1 at t = n - 1; `mean` 1 / n; `cumulative`
     (t + 1) / (n (n + 1) / 2), the closed form of the reference's running sum.
     """
-    return _window(weighting, start, end, num_positions)[1]
+    outside, weight = _window(weighting, start, end, num_positions)
+    return weight.masked_fill(outside, 0.0)
 
 
 def _window(
     weighting: TokenWeighting, start: Tensor, end: Tensor, num_positions: int
 ) -> tuple[Tensor, Tensor]:
-    """(whether a position has weight 0 [B, T] bool, weights [B, T] fp32).
+    """(whether a position has weight 0 [B, T] bool, weights of the others, fp32, [B, T] or [B, 1]).
 
-    In few operations, some in place: on a small batch each costs as much as its arithmetic.
+    In few operations, few of them over positions: on a small batch each costs as much as its
+    arithmetic.
     """
-    rank = torch.arange(1, num_positions + 1, device=start.device) - start.unsqueeze(-1)
-    length = (end - start).unsqueeze(-1)
-    beyond = rank != length if weighting == "last" else rank > length
-    outside = beyond.logical_or_(rank <= 0)
-    return outside, _WEIGHTS[weighting](rank, length).masked_fill_(outside, 0.0)
+    position = torch.arange(num_positions, device=start.device)
+    start, end = start.unsqueeze(-1), end.unsqueeze(-1)
+    beyond = position != end - 1 if weighting == "last" else position >= end
+    return beyond.logical_or_(position < start), _WEIGHTS[weighting](position, start, end)
 
 
 def decision_margin(margin: Float[Tensor, "B T"], end: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
@@ -124,15 +126,18 @@ def decision_margin(margin: Float[Tensor, "B T"], end: Int[Tensor, "B"]) -> Floa
     return margin.float().gather(1, last).squeeze(1)
 
 
-# Of 1-based ranks in a window of `length`, each a new tensor. Counts stay int64 until the division:
-# n (n + 1) leaves int32 at 46,341 tokens and exact fp32 at 4,096.
+# Of positions in windows, whatever they are outside. Counts stay int64 until the division: n (n + 1)
+# leaves int32 at 46,341 tokens and exact fp32 at 4,096.
 _WEIGHTS = {
-    "last": lambda rank, length: torch.ones(rank.shape, device=rank.device),
-    "mean": lambda rank, length: length.clamp(min=1).reciprocal().repeat(1, rank.shape[1]),
-    "cumulative": lambda rank, length: (
-        rank / torch.addcmul(length, length, length).bitwise_right_shift_(1).clamp_(min=1)
-    ),
+    "last": lambda position, start, end: torch.ones(start.shape, device=start.device),
+    "mean": lambda position, start, end: (end - start).clamp_(min=1).reciprocal(),
+    "cumulative": lambda position, start, end: (position - (start - 1)) / _triangular(end - start),
 }
+
+
+def _triangular(n: Int[Tensor, "B 1"]) -> Int[Tensor, "B 1"]:
+    """n (n + 1) / 2, at least 1."""
+    return torch.addcmul(n, n, n).bitwise_right_shift_(1).clamp_(min=1)
 
 
 def _choose(name: str, value: str, table: dict) -> None:
