@@ -166,9 +166,9 @@ def reference_adamw(choices: Choices, initial: Float[Tensor, "U K"]) -> Float[Te
     )
     logits, first, second = initial.clone(), torch.zeros_like(initial), torch.zeros_like(initial)
     steps = torch.zeros_like(counts)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(REFERENCE_EPOCHS):
-        # A user's order depends on how many comparisons they have, and on nobody else's.
+    for epoch in range(REFERENCE_EPOCHS):
+        # A stream for each epoch: a user's order is then nobody else's matter, however many comparisons others have.
+        generator = torch.Generator().manual_seed(epoch)
         noise = torch.rand(int(counts.max()), generator=generator).to(owner.device)[place]
         shuffled = order[torch.argsort(noise, stable=True)]
         shuffled = shuffled[torch.argsort(owner[shuffled], stable=True)]

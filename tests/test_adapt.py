@@ -141,6 +141,25 @@ def test_the_reference_optimiser_is_adamw_stopped_early(
         assert (found[user] - begin[user]).abs().max() > 0.01
 
 
+def test_the_reference_optimiser_orders_a_user_alone() -> None:
+    """A neighbour with more comparisons moves no draw of any epoch."""
+    generator = torch.Generator().manual_seed(0)
+    slopes = torch.randn(46, 3, generator=generator)
+    owner = torch.tensor([0] * 6 + [1] * 40)
+
+    def fitted(num_pairs: int) -> torch.Tensor:
+        def margins(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+            mixture = torch.softmax(logits, -1)[:, owner[rows]]
+            return (mixture * slopes[rows]).sum(-1, keepdim=True)
+
+        zeros = torch.zeros(num_pairs, dtype=torch.int64)
+        facts = (owner[:num_pairs], zeros + 1, zeros, zeros + 1, torch.zeros(num_pairs))
+        choices = first_order.Choices(margins, PreferenceLoss(), *facts)
+        return first_order.reference_adamw(choices, torch.zeros(2, 3))[0]
+
+    torch.testing.assert_close(fitted(6), fitted(46), rtol=0, atol=1e-6)
+
+
 def test_newton_is_refused_where_a_head_gives_no_statistics(
     world: tuple[PreparedData, RewardModel],
 ) -> None:
