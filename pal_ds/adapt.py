@@ -74,6 +74,15 @@ Solver = Literal["auto", "newton", "adam", "reference"]
 """`newton`: `localise.solve`. `adam`: the same objective by Adam. `reference`: early-stopped AdamW without a prior."""
 
 
+def refuse_newton(solver: Solver, head: Head, loss: PreferenceLoss) -> None:
+    """Raises UserError where `newton` is asked for by name and cannot be."""
+    if solver == "newton" and not (head.has_statistics and loss.kind in SHAPES):
+        raise UserError(
+            "--solver newton: this run's head gives no statistics of a mixture (its users' points do not lie in the "
+            f"span of K), or its loss is not one of {', '.join(SHAPES)}. Use --solver auto or adam."
+        )
+
+
 def fit_users(
     model: RewardModel,
     loss: PreferenceLoss,
@@ -97,6 +106,7 @@ def fit_users(
     Raises:
         UserError: `newton` for a head or a loss that it cannot do.
     """
+    refuse_newton(solver, model.head, loss)
     if "context" in model.head.needs:
         if solver != "auto":
             raise UserError(
@@ -196,16 +206,9 @@ def _fit_chunk(
     with torch.no_grad():
         statistics = head.statistics(features)
     facts = (batch.label, batch.window_start, batch.window_end, batch.required_margin)
-    solvable = statistics is not None and loss.kind in SHAPES
-    if solver == "newton" and not solvable:
-        raise UserError(
-            "--solver newton: this run's head gives no statistics of a mixture (its users' points do not lie in the "
-            "span of K), or its loss is not one of "
-            f"{', '.join(SHAPES)}. Use --solver auto or adam."
-        )
     starts = VERTEX_LOGIT * torch.eye(num_prototypes, device=device)
     starts = torch.cat([torch.zeros_like(starts[:1]), starts])
-    if statistics is not None and solvable and solver in ("auto", "newton"):
+    if statistics is not None and loss.kind in SHAPES and solver in ("auto", "newton"):
         window = token_weights(
             loss.token_weighting, *facts[1:3], num_positions=statistics.linear.shape[1]
         )

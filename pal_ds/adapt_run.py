@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import xxhash
 
-from pal_ds.adapt import LogitPrior, Solver, fit_users, pairs_per_chunk
+from pal_ds.adapt import LogitPrior, Solver, fit_users, pairs_per_chunk, refuse_newton
 from pal_ds.data.plan import keyed_generator
 from pal_ds.data.tables import PreparedData
 from pal_ds.engine.dist import World
@@ -67,6 +67,7 @@ def adapt_run(
         raise UserError(
             f"{run.path}: its head has no users to adapt; every user gets the same scores."
         )
+    refuse_newton(solver, restored.model.head, restored.config.loss)
     with opened_pairs(restored, pairs, world) as data:
         rows = data.rows(split) if pairs is None else np.arange(len(data.comparisons))
         if num_pairs is not None:

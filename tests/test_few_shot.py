@@ -338,6 +338,15 @@ def test_shards_of_other_inputs_are_not_taken(
     assert files_in(out).keys() == {"users.safetensors", "users.arrow", "report.json"}
 
 
+def test_newton_is_refused_before_any_text_is_read(
+    runs: dict[str, RunDirectory], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(adapt_run_module, "opened_pairs")
+    with pytest.raises(UserError, match="--solver newton: this run's head gives no statistics"):
+        adapt_run(runs["PalA"], tmp_path / "users", solver="newton")
+    assert not (tmp_path / "users").exists()
+
+
 def test_texts_that_do_not_fit_into_memory_together_are_encoded_by_shard(
     runs: dict[str, RunDirectory], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -144,11 +144,13 @@ class Head(nn.Module, ABC):
         """The placement of two responses, for a head whose margin is a difference of distances or cosines."""
         return None
 
-    def statistics(self, features: Features) -> MixtureStatistics | None:
-        """For a head whose rewards depend on a mixture through K numbers per position: these, in place of features.
+    @property
+    def has_statistics(self) -> bool:
+        """Whether the rewards depend on a mixture through K numbers per position, whatever the features."""
+        return False
 
-        None where there are no such numbers. Without dropout: in eval mode.
-        """
+    def statistics(self, features: Features) -> MixtureStatistics | None:
+        """These numbers, in place of features, for a head that has them; else None. Without dropout: in eval mode."""
         return None
 
     def locate(self, user: UserState) -> Float[Tensor, "B d"] | None:

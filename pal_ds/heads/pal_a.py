@@ -119,12 +119,17 @@ class PalA(Head):
         projected = self.projector(features.response)
         return Placement(projected, features.response_index, self.locate(user).unsqueeze(1), scale)
 
-    def statistics(self, features: Features) -> MixtureStatistics | None:
-        """By the K points that are mixed; None for `f(Pw)` through more than one layer, which mixes before f.
+    @property
+    def has_statistics(self) -> bool:
+        """False for `f(Pw)` through more than one layer, which mixes before f.
 
         One layer is affine, and weights that sum to 1 pass through it.
         """
-        if self.user_point == "f(Pw)" and len(self.projector.layers) > 1:
+        return self.user_point != "f(Pw)" or len(self.projector.layers) == 1
+
+    def statistics(self, features: Features) -> MixtureStatistics | None:
+        """By the K points that are mixed."""
+        if not self.has_statistics:
             return None
         points = self.prototypes if self.user_point == "Pw" else self.projector(self.prototypes)
         response, tau = self.projector(features.response), self.mixture.temperature

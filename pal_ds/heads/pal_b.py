@@ -97,9 +97,14 @@ class PalB(Head):
             bounded_scale(self.log_scale),
         )
 
+    @property
+    def has_statistics(self) -> bool:
+        """False for aligned positions, which have K maps per token."""
+        return self.prompt_position == "last"
+
     def statistics(self, features: Features) -> MixtureStatistics | None:
-        """By the K maps of each prompt; None for aligned positions, which have K maps per token."""
-        if self.prompt_position == "aligned":
+        """By the K maps of each prompt."""
+        if not self.has_statistics:
             return None
         maps, prompt_index = self.maps(features)
         maps = maps[:, 0]

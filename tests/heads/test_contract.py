@@ -108,6 +108,7 @@ def test_what_a_head_offers_to_fit_users_by_agrees_with_its_rewards(head: Head) 
     """Statistics make its rewards; a user's own point is where `place` puts the user."""
     features, user = _features(), _user(head)
     statistics = head.eval().statistics(features)
+    assert head.has_statistics == (statistics is not None)
     if statistics is not None:
         mixture = head.mixture_weights(user)
         reward = head.reward(features, user)

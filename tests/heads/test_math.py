@@ -201,9 +201,9 @@ def test_a_user_who_sits_on_a_response_has_finite_statistics() -> None:
 
 
 def test_heads_without_statistics() -> None:
-    assert PalA(H, 3, num_layers=2).statistics(_features(1)) is None
-    assert PalB(H, 3, prompt_position="aligned").statistics(_features()) is None
-    assert BradleyTerry(H).statistics(_features(1)) is None
+    without = [PalA(H, 3, num_layers=2), PalB(H, 3, prompt_position="aligned"), BradleyTerry(H)]
+    for head in without:
+        assert head.statistics(_features()) is None and not head.has_statistics
 
 
 def test_pal_a_is_residual_by_default_where_the_widths_allow_it() -> None:
