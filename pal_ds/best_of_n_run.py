@@ -156,6 +156,7 @@ def score_candidates(
         *(reader.model, reader.collator, rows, known.mixtures),
         *(restored.config.train.micro_batch_pairs, world),
         label="scoring",
+        micro_batch_tokens=restored.config.train.micro_batch_tokens,
     )
     found = np.empty(len(entries))
     found[other] = rewards[:, 1]

@@ -62,8 +62,8 @@ class TrainConfig:
     micro_batch_pairs: int = 16
     """Most comparisons per rank in one forward; execution only."""
     micro_batch_tokens: int | None = None
-    """Most tokens per rank in one forward, for a backbone that is trained: distinct ones where rows are packed (see
-    `backbone.packing`), padded ones of responses with their prompts elsewhere."""
+    """Most tokens per rank in one forward, of training and evaluation, for a backbone that is trained: distinct ones
+    where rows are packed (see `backbone.packing`), padded ones of responses with their prompts elsewhere."""
     num_workers: int = 0
     """Processes per rank that build batches ahead of the updates; 0: the rank itself. Results do not depend on it."""
     gradient_clipping: float = 1.0

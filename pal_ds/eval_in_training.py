@@ -118,4 +118,5 @@ def _margins(state: "Training", collator: Collator, rows: np.ndarray) -> np.ndar
         state.config.train.micro_batch_pairs,
         state.world,
         between_steps=lambda: state.watch.leave_if_asked(state.world),
+        micro_batch_tokens=state.config.train.micro_batch_tokens,
     )

@@ -12,6 +12,8 @@ from torch import Tensor
 from pal_ds import phase
 from pal_ds.controversial import controversial
 from pal_ds.data.batch import Batch, Collator
+from pal_ds.data.loader import split_rows
+from pal_ds.data.plan import split_update
 from pal_ds.data.tables import PreparedData
 from pal_ds.engine.dist import World
 from pal_ds.heads.base import Head, HeadOutput, UserState
@@ -112,12 +114,13 @@ def predict(
     world: World,
     label: str | None = None,
     between_steps: Callable[[], None] = lambda: None,
+    micro_batch_tokens: int | None = None,
 ) -> np.ndarray:
     """Margins (> 0 prefers response_2) of the comparisons `rows`, in their order, fp64 [n], on every rank.
 
-    Pair i of a forward is the same at every world size up to which pairs share it, so margins agree to rounding.
-    A user the table does not hold (row -1) gets the last mixture, the population's. Without mixtures, users are what
-    the batches say of them (their group).
+    Which pairs share a forward depends on the world size, so margins agree to rounding. `micro_batch_tokens` bounds
+    a forward as it does in training. A user the table does not hold (row -1) gets the last mixture, the population's.
+    Without mixtures, users are what the batches say of them (their group).
     """
 
     def margins_of(batch: Batch, output: HeadOutput) -> Tensor:
@@ -125,7 +128,7 @@ def predict(
 
     found = _gather(
         *(forward, collator, rows, mixtures, micro_batch_pairs, world),
-        *(margins_of, 1, label, between_steps),
+        *(margins_of, 1, label, between_steps, micro_batch_tokens),
     )[:, 0]
     if world.is_rank_zero and (num_lost := int(np.isnan(found).sum())):
         logger.warning(
@@ -144,6 +147,7 @@ def predict_rewards(
     micro_batch_pairs: int,
     world: World,
     label: str | None = None,
+    micro_batch_tokens: int | None = None,
 ) -> np.ndarray:
     """Rewards of both responses of the comparisons `rows` for their user, at the last token as an export scores.
 
@@ -156,7 +160,7 @@ def predict_rewards(
 
     return _gather(
         *(forward, collator, rows, mixtures, micro_batch_pairs, world),
-        *(rewards_of, 2, label, lambda: None),
+        *(rewards_of, 2, label, lambda: None, micro_batch_tokens),
     )
 
 
@@ -171,6 +175,7 @@ def _gather(
     num_values: int,
     label: str | None,
     between_steps: Callable[[], None],
+    micro_batch_tokens: int | None,
 ) -> np.ndarray:
     """What `read` finds for each comparison, fp64 [n, num_values], in the order of `rows`, on every rank."""
     mixtures = None if mixtures is None else mixtures.to(world.device)
@@ -178,31 +183,54 @@ def _gather(
     # Comparisons of one prompt side by side: a packed forward then computes it once for them.
     order = np.argsort(prompts, kind="stable")
     ordered = rows[order]
-    run_size = micro_batch_pairs * world.world_size
-    num_steps = -(-len(rows) // run_size)
+    steps = _forwards(collator, ordered, world.world_size, micro_batch_pairs, micro_batch_tokens)
     parts = []
     with (
         torch.no_grad(),
         progress_bar(
-            label or "", num_steps, shown=world.is_rank_zero and label is not None, unit="pairs"
+            label or "", len(steps), shown=world.is_rank_zero and label is not None, unit="pairs"
         ) as advance,
     ):
-        for step in range(num_steps):
+        for places in steps:
             phase.enter("evaluate")
             between_steps()
-            begin = step * run_size + world.rank * micro_batch_pairs
-            share = ordered[begin : min(begin + micro_batch_pairs, len(rows))]
+            share = ordered[places[world.rank]]
             batch = collator(share, np.arange(len(share)), stand_in=int(rows[0])).to(world.device)
             points = None if mixtures is None else mixtures[batch.user_row]
             output = forward(batch, user_state(batch, mixture=points))
             padded = torch.full((micro_batch_pairs, num_values), torch.nan, device=world.device)
             padded[: len(share)] = read(batch, output)[: len(share)]
-            parts.append(world.all_gather(padded).flatten(0, 1))
-            advance(run_size)
+            parts.append(world.all_gather(padded))
+            advance(sum(len(part) for part in places))
     found = np.empty((len(rows), num_values))
-    if parts:
-        found[order] = torch.cat(parts)[: len(rows)].double().cpu().numpy()
+    for places, gathered in zip(
+        steps, torch.stack(parts).double().cpu() if steps else (), strict=True
+    ):
+        for part, values in zip(places, gathered.numpy(), strict=True):
+            found[order[part]] = values[: len(part)]
     return found
+
+
+def _forwards(
+    collator: Collator,
+    rows: np.ndarray,
+    world_size: int,
+    micro_batch_pairs: int,
+    micro_batch_tokens: int | None,
+) -> list[list[np.ndarray]]:
+    """[step][rank] places in `rows` of the comparisons of one forward."""
+    if micro_batch_tokens is None:
+        return split_update(len(rows), world_size, micro_batch_pairs) if len(rows) else []
+    # In pieces, as an update is: the whole at once would be long in the cutting.
+    size = world_size * micro_batch_pairs
+    return [
+        [begin + part for part in step]
+        for begin in range(0, len(rows), size)
+        for step in split_rows(
+            *(collator, rows[begin : begin + size], world_size),
+            *(micro_batch_pairs, micro_batch_tokens),
+        )
+    ]
 
 
 def figures_of(

@@ -125,21 +125,18 @@ def evaluate_set(
     restored: Restored, known: KnownUsers, asked: Asked, world: World
 ) -> dict[str, Any]:
     """As `evaluate_run`, of a run in memory."""
-    micro = restored.config.train.micro_batch_pairs
     with opened_pairs(restored, asked.file, world) as data:
         rows = asked.rows(data)
         known = with_points(known, restored, data, world)
-        temperature = _temperature(restored, micro, world)
+        temperature = _temperature(restored, world)
         reader = reader_of(restored, data, rows, known.table_rows(data), world)
-        margins = predict(
-            reader.model, reader.collator, rows, known.mixtures, micro, world, label="scoring"
-        )
+        margins = _predict(restored, reader, rows, known.mixtures, world, label="scoring")
         user_rows, looks = reader.collator.user_rows(rows), FormatBaseline.of(restored.data)
         figures = report_on(data, rows, margins, user_rows, temperature, looks)
         figures |= findings(restored, known, data, rows, margins, user_rows, looks, world)
         if known.encoded is not None:
             other = with_points(known, restored, data, world, flipped=True)
-            turned = predict(reader.model, reader.collator, rows, other.mixtures, micro, world)
+            turned = _predict(restored, reader, rows, other.mixtures, world)
             figures["context_flip"] = context_flip(
                 margins, turned, user_rows >= 0, controversial(data.comparisons[rows])
             )
@@ -151,7 +148,23 @@ def evaluate_set(
     return figures
 
 
-def _temperature(restored: Restored, micro: int, world: World) -> float:
+def _predict(
+    restored: Restored,
+    reader: Reader,
+    rows: np.ndarray,
+    mixtures: Float[torch.Tensor, "U+1 K"],
+    world: World,
+    label: str | None = None,
+) -> np.ndarray:
+    """As `predict`, in forwards of the size that the run's own updates had."""
+    train = restored.config.train
+    return predict(
+        *(reader.model, reader.collator, rows, mixtures, train.micro_batch_pairs, world, label),
+        micro_batch_tokens=train.micro_batch_tokens,
+    )
+
+
+def _temperature(restored: Restored, world: World) -> float:
     """At the restored step, from the run's own users and dev pairs, whichever pairs and users are evaluated.
 
     Margins of the logistic loss are log-odds already: nothing is read or scored for it.
@@ -162,7 +175,7 @@ def _temperature(restored: Restored, micro: int, world: World) -> float:
         return 1.0
     own = with_points(known_users(restored, None), restored, data, world)
     reader = reader_of(restored, data, rows, own.table_rows(data), world)
-    margins = predict(reader.model, reader.collator, rows, own.mixtures, micro, world)
+    margins = _predict(restored, reader, rows, own.mixtures, world)
     return dev_temperature(margins, data.comparisons["label"][rows].astype(float), kind)
 
 

@@ -96,8 +96,11 @@ def _seen(restored: Restored, world: World) -> Judged:
         return Judged(np.empty(0), np.empty(0, np.int64))
     known = with_points(known_users(restored, None), restored, data, world)
     reader = reader_of(restored, data, rows, known.table_rows(data), world)
-    micro = restored.config.train.micro_batch_pairs
-    margins = predict(reader.model, reader.collator, rows, known.mixtures, micro, world)
+    train = restored.config.train
+    margins = predict(
+        *(reader.model, reader.collator, rows, known.mixtures, train.micro_batch_pairs, world),
+        micro_batch_tokens=train.micro_batch_tokens,
+    )
     return judged(data, rows, margins)
 
 

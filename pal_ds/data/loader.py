@@ -72,15 +72,26 @@ class UpdateSource(Dataset[UpdateInputs]):
 
     def split(self, rows: np.ndarray) -> list[list[np.ndarray]]:
         """[micro-step][rank] positions of an update."""
-        bounds = (self.world_size, self.micro_batch_pairs)
-        if self.collator.packed and not self.collator.stored:
-            texts = pair_texts(self.collator, rows)
-            return split_by_cost(texts, *bounds, self.micro_batch_tokens)
-        if self.micro_batch_tokens is None:
-            return split_update(len(rows), *bounds)
-        return split_by_tokens(
-            padded_lengths(self.collator, rows), *bounds, self.micro_batch_tokens
+        return split_rows(
+            *(self.collator, rows, self.world_size),
+            *(self.micro_batch_pairs, self.micro_batch_tokens),
         )
+
+
+def split_rows(
+    collator: Collator,
+    rows: np.ndarray,
+    world_size: int,
+    micro_batch_pairs: int,
+    micro_batch_tokens: int | None,
+) -> list[list[np.ndarray]]:
+    """[micro-step][rank] positions in `rows` of the comparisons of one forward, within both bounds."""
+    bounds = (world_size, micro_batch_pairs)
+    if collator.packed and not collator.stored:
+        return split_by_cost(pair_texts(collator, rows), *bounds, micro_batch_tokens)
+    if micro_batch_tokens is None:
+        return split_update(len(rows), *bounds)
+    return split_by_tokens(padded_lengths(collator, rows), *bounds, micro_batch_tokens)
 
 
 def updates_from(

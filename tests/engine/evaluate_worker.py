@@ -25,7 +25,10 @@ def main(run_dir: str, pairs: str, lists: str, out: str) -> None:
         with opened_pairs(restored, file, world) as data:
             rows = np.arange(len(data.comparisons))
             reader = reader_of(restored, data, rows, known.table_rows(data), world)
-            margins = predict(reader.model, reader.collator, rows, known.mixtures, 2, world)
+            margins = predict(
+                *(reader.model, reader.collator, rows, known.mixtures, 2, world),
+                micro_batch_tokens=restored.config.train.micro_batch_tokens,
+            )
         size = world.world_size
         ranked = [
             rank_set(restored, known, Asked(f"lists{size}", "test", Path(lists)), world),

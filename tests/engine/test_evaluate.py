@@ -14,12 +14,16 @@ import torch
 from pal_ds import cli
 from pal_ds import evaluate_run as evaluating
 from pal_ds.best_of_n_run import listed_candidates, read_lists, score_candidates
+from pal_ds.data.batch import Batch, Collator
 from pal_ds.data.records import Record
+from pal_ds.data.tables import PreparedData
 from pal_ds.data.tokenise import TextEncoder
 from pal_ds.engine.dist import World
 from pal_ds.errors import UserError
+from pal_ds.evaluate import predict
 from pal_ds.evaluate_run import evaluate_run, opened_pairs
 from pal_ds.export.who import choose_audience
+from pal_ds.heads.base import HeadOutput, UserState
 from pal_ds.reading import known_users
 from pal_ds.restore import open_run, restore
 from pal_ds.reward_models import model_of_run
@@ -30,7 +34,11 @@ from tests.tiny import LLAMA, TOPICS, write_pairs
 
 ALONE = World(0, 1, torch.device("cpu"))
 TUNINGS = {
-    "full": ["--loss.token_weighting=cumulative", "--train.shuffle_unit=item"],
+    "full": [
+        "--loss.token_weighting=cumulative",
+        "--train.shuffle_unit=item",
+        "--train.micro_batch_tokens=80",
+    ],
     "frozen": ["--loss.kind=hinge"],
 }
 
@@ -193,6 +201,36 @@ def test_several_files_in_one_call_and_best_of_n(
             cli.main(["evaluate", f"--run_dir={run}", f"--data={files}", *more])
         assert end.value.code == 2
         assert "would go to one eval/NAME.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_forwards_keep_to_the_budget_of_tokens(evaluated: Path, packed: bool) -> None:
+    """And margins come back in the order of the rows, whatever forward they were made in."""
+    data, budget, sizes = PreparedData.open(evaluated / "data"), 100, []
+
+    def forward(batch: Batch, user: UserState) -> HeadOutput:
+        assert batch.input_ids is not None and batch.response_positions is not None
+        sizes.append((len(batch.label), batch.input_ids.numel()))
+        # Of responses that differ in their ids: the first tells which comparison it is.
+        ids = batch.input_ids.flatten() if packed else batch.input_ids
+        at = batch.response_positions[:, 0]
+        tokens = ids[at] if packed else ids.gather(1, at[:, None])[:, 0]
+        mark = tokens[batch.response_index].float() + batch.user_row[:, None]
+        margin = (mark[:, 1] + 1000 * mark[:, 0])[:, None].expand(-1, int(batch.window_end.max()))
+        return HeadOutput(margin[:, None], margin, margin[:, 0])
+
+    rows = np.random.default_rng(0).permutation(data.rows("train"))
+    collator = Collator(data, scored_positions="all", packed=packed)
+    mixtures = torch.zeros(len(data.users), 1)
+    bounded, free = (
+        predict(forward, collator, rows, mixtures, 8, ALONE, micro_batch_tokens=tokens)
+        for tokens in (budget, None)
+    )
+    assert np.array_equal(bounded, free) and len(np.unique(free)) > 1
+    of_budget = sizes[: -(-len(rows) // 8) * -1]
+    assert sum(count for count, _ in of_budget) == len(rows)
+    assert all(count == 1 or tokens <= budget for count, tokens in of_budget)
+    assert max(tokens for _, tokens in sizes) > budget
 
 
 def test_strangers_are_apart(evaluated: Path) -> None:
