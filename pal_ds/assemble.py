@@ -6,6 +6,7 @@ and refused here, once, before any engine starts.
 
 import logging
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -113,6 +114,7 @@ def assemble(
         pad_token_id=0 if backbone is None else int(data.info["tokens"]["pad_token_id"]),
         contexts=_contexts(config, data, head, backbone),
     )
+    refuse_empty_prompts(collator, data.path)
     return Parts(head, collator, backbone, pooling, prompt_tokens="prompt_tokens" in head.needs)
 
 
@@ -166,6 +168,19 @@ def _check_groups(data: PreparedData, head: Head) -> None:
         raise UserError(
             f"head.num_prototypes: {head.num_prototypes}, and the data have {len(data.groups)} groups "
             f"({', '.join(data.groups)}). Set it to {len(data.groups)}."
+        )
+
+
+def refuse_empty_prompts(collator: Collator, where: Path) -> None:
+    """Raises UserError where a prompt that is read by itself has no token: nothing could stand for it."""
+    prompts = collator.data.prompts
+    if prompts is None or not collator.with_prompt or collator.encoding == "joint":
+        return
+    num_empty = int((prompts.lengths == 0).sum())
+    if num_empty:
+        raise UserError(
+            f"{where}: {num_empty} of {len(prompts)} prompts have no token, and the head reads each by itself "
+            "(backbone.encoding: separate). Give every record a prompt; a decoder may also use joint encoding."
         )
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from pal_ds.asked import Asked, asked_sets
+from pal_ds.assemble import refuse_empty_prompts
 from pal_ds.controversial import controversial
 from pal_ds.data.build import build_tables
 from pal_ds.data.records import Record
@@ -21,7 +23,8 @@ from pal_ds.engine.dist import World
 from pal_ds.errors import UserError, writing
 from pal_ds.evaluate import dev_temperature, predict, report_on
 from pal_ds.findings import findings
-from pal_ds.reading import KnownUsers, known_users, reader_of, with_points
+from pal_ds.heads.shapes import Float
+from pal_ds.reading import KnownUsers, Reader, known_users, reader_of, with_points
 from pal_ds.restore import Restored, restore
 from pal_ds.run_dir import RunDirectory
 from pal_ds.surface import FormatBaseline
@@ -98,6 +101,7 @@ def _refuse_other_kind(file: Path, data: PreparedData, restored: Restored) -> No
         raise UserError(
             f"{file}: the run's head reads the prompt, and these records carry no prompt_features."
         )
+    refuse_empty_prompts(replace(restored.parts.collator, data=data), file)
 
 
 def evaluate_run(
@@ -152,7 +156,7 @@ def _predict(
     restored: Restored,
     reader: Reader,
     rows: np.ndarray,
-    mixtures: Float[torch.Tensor, "U+1 K"],
+    mixtures: Float[Tensor, "U+1 K"] | None,
     world: World,
     label: str | None = None,
 ) -> np.ndarray:

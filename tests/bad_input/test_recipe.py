@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from pal_ds.data.prepare import DataConfig, prepare
+from pal_ds.data.sources import Jsonl
 from pal_ds.engine.ds_config import load_ds_config
 from tests.bad_input.conftest import Place, Refused
 
@@ -157,6 +159,22 @@ def test_head_that_reads_the_prompt_needs_a_marker(place: Place, refused: Refuse
     message = refused(*place.train(*options, run=tmp_path / "new"))
     assert "head: it reads the prompt, and data.separator ' ' leaves no token" in message
     assert "Prepare with a separator that does" in message
+
+
+def test_prompts_read_by_themselves_have_tokens(place: Place, refused: Refused, tmp_path: Path):
+    """The tokenizer that is made here puts nothing in front: a record without a prompt has an empty one."""
+    pairs = [json.loads(line) for line in place.pairs.read_text().splitlines()]
+    for pair in pairs[:3]:
+        pair["prompt"] = None
+    file = tmp_path / "some_without.jsonl"
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    settings = {"vocab_size": 400, "max_length": 64, "dev_fraction": 0, "test_fraction": 0}
+    config = DataConfig(path=str(tmp_path / "data"), source=Jsonl(str(file)), **settings)
+    num_prompts = prepare(config, quiet=True).info["counts"]["prompts"]
+    options = [f"--data.path={tmp_path / 'data'}", "--data.source=null"]
+    options += ["--head=PalB", "--backbone.encoding=separate"]
+    message = refused(*place.train(*options, run=tmp_path / "new"))
+    assert f" of {num_prompts} prompts have no token, and the head reads each by itself" in message
 
 
 @pytest.mark.parametrize(
