@@ -63,7 +63,8 @@ class TrainConfig:
     """Most comparisons per rank in one forward; execution only."""
     micro_batch_tokens: int | None = None
     """Most tokens per rank in one forward, of training and evaluation, for a backbone that is trained: distinct ones
-    where rows are packed (see `backbone.packing`), padded ones of responses with their prompts elsewhere."""
+    where rows are packed (see `backbone.packing`), with one more for every 12 of a prompt that a response looks at, as
+    their keys and values are copied; padded ones of responses with their prompts elsewhere."""
     num_workers: int = 0
     """Processes per rank that build batches ahead of the updates; 0: the rank itself. Results do not depend on it."""
     gradient_clipping: float = 1.0

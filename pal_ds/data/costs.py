@@ -31,7 +31,8 @@ def pair_texts(collator: Collator, rows: np.ndarray) -> PairTexts:
         room = tokens["max_length"] * int(collator.with_prompt)
         response_tokens = response_tokens + len(tokens["prefix_ids"])
     prompt_tokens = np.minimum(prompt_tokens, room)
-    if collator.packed and collator.pooled and collator.encoding == "joint":
+    joint = collator.encoding == "joint"
+    if collator.packed and collator.pooled and joint:
         # A text that sees all of itself shares no prefix.
         prompt_tokens, response_tokens = 0 * prompt_tokens, response_tokens + prompt_tokens
-    return PairTexts(prompts[:, 0], responses, prompt_tokens, response_tokens)
+    return PairTexts(prompts[:, 0], responses, prompt_tokens, response_tokens, joint)

@@ -5,6 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+COPIES_PER_TOKEN = 12
+"""Tokens of which a response holds the keys and values for the memory of a token of its own: in a Llama layer without
+grouped heads a token keeps 24 hidden sizes for the backward pass, a copied key with its value 2."""
+
 
 class PairTexts(NamedTuple):
     """The texts of n comparisons and what they cost."""
@@ -17,12 +21,14 @@ class PairTexts(NamedTuple):
     """Tokens of the prompt in front of each response, int64 [n, 2]: truncation depends on the response."""
     response_tokens: np.ndarray
     """Tokens of each response, int64 [n, 2]."""
+    joint: bool
+    """Whether a response looks at its prompt, and so holds a copy of the prompt's keys and values."""
 
 
 def split_by_cost(
     texts: PairTexts, world_size: int, most_pairs: int, most_tokens: int | None
 ) -> list[list[np.ndarray]]:
-    """Cuts an update into [micro-step][rank] positions: comparisons of one prompt together, ranks' tokens even.
+    """Cuts an update into [micro-step][rank] positions: comparisons of one prompt together, ranks' costs even.
 
     Every rank gets the same number of micro-steps, as few as Graham's rule can fill; a position list is ascending and
     may be empty where an update is smaller than the world. A comparison dearer than the budget makes a run of its
@@ -30,7 +36,7 @@ def split_by_cost(
 
     Args:
         most_pairs: comparisons in a run.
-        most_tokens: distinct tokens in a run; None sets no bound.
+        most_tokens: distinct tokens in a run, with one for every COPIES_PER_TOKEN copied; None sets no bound.
     """
     num_pairs = len(texts.prompt)
     # A prompt with more than a rank's share of the update is computed on several, lest the others wait.
@@ -54,7 +60,7 @@ def split_by_cost(
 
 
 Piece = tuple[int, list[int]]
-"""Distinct tokens and the positions of some comparisons of one prompt."""
+"""Cost in tokens and the positions of some comparisons of one prompt."""
 
 
 def _pieces(texts: PairTexts, most_pairs: int, most_tokens: int | None) -> list[Piece]:
@@ -63,7 +69,7 @@ def _pieces(texts: PairTexts, most_pairs: int, most_tokens: int | None) -> list[
     seen: set[tuple[str, int]] = set()
     last_prompt = -1
     for position in np.argsort(texts.prompt, kind="stable").tolist():
-        tokens = _distinct_texts(texts, position)
+        tokens = _text_costs(texts, position)
         new = sum(cost for key, cost in tokens.items() if key not in seen)
         cost, members = pieces[-1] if pieces else (0, [])
         full = len(members) == most_pairs or (most_tokens is not None and cost + new > most_tokens)
@@ -76,14 +82,15 @@ def _pieces(texts: PairTexts, most_pairs: int, most_tokens: int | None) -> list[
     return pieces
 
 
-def _distinct_texts(texts: PairTexts, position: int) -> dict[tuple[str, int], int]:
-    """Tokens of each distinct text of one comparison; keys are unique among those of its prompt."""
+def _text_costs(texts: PairTexts, position: int) -> dict[tuple[str, int], int]:
+    """What each distinct text of one comparison costs; keys are unique among those of its prompt."""
     tokens = {}
     for side in (0, 1):
         kept = int(texts.prompt_tokens[position, side])
         tokens["prompt", kept] = kept
         response = int(texts.response[position, side])
-        tokens["response", response] = int(texts.response_tokens[position, side])
+        copied = kept // COPIES_PER_TOKEN if texts.joint else 0
+        tokens["response", response] = int(texts.response_tokens[position, side]) + copied
     return tokens
 
 

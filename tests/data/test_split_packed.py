@@ -12,20 +12,20 @@ from pal_ds.data.costs import pair_texts
 from pal_ds.data.packing import SMALL_LENGTH, pack_joint
 from pal_ds.data.prepare import DataConfig, prepare
 from pal_ds.data.sources import Jsonl
-from pal_ds.data.split_packed import PairTexts, split_by_cost
+from pal_ds.data.split_packed import COPIES_PER_TOKEN, PairTexts, split_by_cost
 from pal_ds.data.tables import PreparedData
 from tests.tiny import write_pairs
 
 CASES = [("joint", False), ("joint", True), ("separate", False), ("separate", True)]
 
 
-def random_texts(seed: int, num_pairs: int, num_prompts: int) -> PairTexts:
+def random_texts(seed: int, num_pairs: int, num_prompts: int, *, joint: bool = True) -> PairTexts:
     """Pairs of few prompts and responses, so that texts repeat; lengths are functions of the rows."""
     generator = np.random.default_rng(seed)
     prompt = generator.integers(num_prompts, size=num_pairs)
     response = prompt[:, None] * 4 + np.sort(generator.integers(4, size=(num_pairs, 2)), axis=1)
     kept = np.repeat(5 + prompt[:, None] % 37, 2, axis=1) - (response % 4 == 3)
-    return PairTexts(prompt, response, kept, 1 + response % 23)
+    return PairTexts(prompt, response, kept, 1 + response % 23, joint)
 
 
 def distinct_tokens(texts: PairTexts, positions: np.ndarray) -> int:
@@ -38,8 +38,19 @@ def distinct_tokens(texts: PairTexts, positions: np.ndarray) -> int:
     return int(sum(length for _, length in (*prompts, *responses)))
 
 
+def copied_tokens(texts: PairTexts, positions: np.ndarray) -> int:
+    """In tokens' worth, counted likewise: each distinct response copies what stands before it."""
+    before = {
+        int(texts.response[position, side]): int(texts.prompt_tokens[position, side])
+        for position in positions
+        for side in (0, 1)
+    }
+    return sum(kept // COPIES_PER_TOKEN for kept in before.values()) if texts.joint else 0
+
+
 @settings(deadline=None, max_examples=300)
 @given(
+    joint=st.booleans(),
     seed=st.integers(0, 10**6),
     num_pairs=st.integers(1, 70),
     num_prompts=st.integers(1, 40),
@@ -48,6 +59,7 @@ def distinct_tokens(texts: PairTexts, positions: np.ndarray) -> int:
     most_tokens=st.none() | st.integers(1, 400),
 )
 def test_every_comparison_once_within_the_bounds(
+    joint: bool,
     seed: int,
     num_pairs: int,
     num_prompts: int,
@@ -55,7 +67,7 @@ def test_every_comparison_once_within_the_bounds(
     most_pairs: int,
     most_tokens: int | None,
 ) -> None:
-    texts = random_texts(seed, num_pairs, num_prompts)
+    texts = random_texts(seed, num_pairs, num_prompts, joint=joint)
     steps = split_by_cost(texts, world_size, most_pairs, most_tokens)
     assert all(len(step) == world_size for step in steps)
     runs = [run for step in steps for run in step]
@@ -64,7 +76,19 @@ def test_every_comparison_once_within_the_bounds(
         assert len(run) <= most_pairs
         assert run.tolist() == sorted(run.tolist())
         if most_tokens is not None and len(run) > 1:
-            assert distinct_tokens(texts, run) <= most_tokens
+            assert distinct_tokens(texts, run) + copied_tokens(texts, run) <= most_tokens
+
+
+def test_a_budget_counts_what_many_responses_copy_of_their_prompt() -> None:
+    """512 short responses to one long prompt: its keys outnumber all tokens by far."""
+    prompt, response = np.zeros(256, np.int64), np.arange(512).reshape(256, 2)
+    kept, tokens = np.full((256, 2), 1000), np.full((256, 2), 4)
+    apart = PairTexts(prompt, response, kept, tokens, joint=False)
+    assert len(split_by_cost(apart, 1, 256, 4096)) == 1
+    budget, steps = 4096, split_by_cost(apart._replace(joint=True), 1, 256, 4096)
+    # 1,000 tokens of the prompt, and 4 + 83 for each of at most 35 responses.
+    assert max(len(step[0]) for step in steps) == (budget - 1000) // (2 * (4 + 1000 // 12))
+    assert sorted(np.concatenate([step[0] for step in steps]).tolist()) == list(range(256))
 
 
 def test_a_prompt_stays_in_one_run() -> None:
@@ -84,7 +108,7 @@ def test_ranks_share_tokens_evenly() -> None:
     generator = np.random.default_rng(1)
     prompt = np.arange(64)
     tokens = generator.integers(1, 500, size=(64, 1)).repeat(2, axis=1)
-    texts = PairTexts(prompt, np.arange(128).reshape(64, 2), tokens, tokens // 4 + 1)
+    texts = PairTexts(prompt, np.arange(128).reshape(64, 2), tokens, tokens // 4 + 1, joint=False)
     (step,) = split_by_cost(texts, 4, 64, None)
     loads = [distinct_tokens(texts, run) for run in step]
     assert max(loads) <= 1.01 * min(loads)
@@ -96,6 +120,7 @@ def test_one_prompt_for_everyone_is_shared_out() -> None:
         np.arange(32).reshape(16, 2),
         np.full((16, 2), 9),
         np.full((16, 2), 3),
+        joint=True,
     )
     (step,) = split_by_cost(texts, 4, 16, None)
     assert [len(run) for run in step] == [4, 4, 4, 4]
