@@ -102,7 +102,10 @@ def _encode(
     # On every rank alike, as the keepers agree on what is lacking.
     backbone = load() if batches else None
     try:
-        with torch.no_grad(), progress_bar(label, num_rounds, shown=world.is_rank_zero) as advance:
+        with (
+            torch.no_grad(),
+            progress_bar(label, num_rounds, shown=world.is_rank_zero and num_rounds > 0) as advance,
+        ):
             for first in range(0, len(batches), world.world_size):
                 phase.enter(label)
                 between()
