@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pal_ds.data.batch import Batch, Collator
+from pal_ds.data.batch import Batch
+from pal_ds.data.collator import Collator
 from pal_ds.errors import UserError
 from pal_ds.first_order import Choices, adam, margins_of, reference_adamw
 from pal_ds.heads.base import Features, Head

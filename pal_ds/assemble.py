@@ -24,7 +24,7 @@ from pal_ds.combinations import (
     pooling_of,
 )
 from pal_ds.config import RunConfig
-from pal_ds.data.batch import Collator
+from pal_ds.data.collator import Collator
 from pal_ds.data.contexts import Contexts
 from pal_ds.data.tables import PreparedData
 from pal_ds.errors import UserError

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pal_ds.assemble import Parts
 from pal_ds.config import RunConfig
-from pal_ds.data.batch import Collator
+from pal_ds.data.collator import Collator
 from pal_ds.engine.keepers import CacheFolder
 from pal_ds.errors import UserError
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pal_ds import phase
-from pal_ds.data.batch import Collator
+from pal_ds.data.collator import Collator
 from pal_ds.data.tables import PreparedData, group_codes
 from pal_ds.data.vocabulary import refuse_other_tokenizer
 from pal_ds.errors import UserError

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pal_ds import phase
 from pal_ds.controversial import controversial
-from pal_ds.data.batch import Batch, Collator
+from pal_ds.data.batch import Batch
+from pal_ds.data.collator import Collator
 from pal_ds.data.loader import split_rows
 from pal_ds.data.plan import split_update
 from pal_ds.data.tables import PreparedData

@@ -10,7 +10,7 @@ from pathlib import Path
 from pal_ds import phase
 from pal_ds.assemble import assemble
 from pal_ds.config import RunConfig
-from pal_ds.data.batch import Collator
+from pal_ds.data.collator import Collator
 from pal_ds.data.prepare import prepare
 from pal_ds.data.tables import PreparedData
 from pal_ds.engine.checkpoint import refuse_other_launch

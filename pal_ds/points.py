@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pal_ds import phase
-from pal_ds.data.batch import Collator
+from pal_ds.data.collator import Collator
 from pal_ds.engine.dist import World
 from pal_ds.heads.base import Head
 from pal_ds.heads.shapes import Float

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pal_ds.backbones.given import GivenStates
 from pal_ds.cache_folders import restored_cache_folders
-from pal_ds.data.batch import Collator
+from pal_ds.data.collator import Collator
 from pal_ds.data.tables import PreparedData, group_codes
 from pal_ds.engine.dist import World
 from pal_ds.engine.frozen import encode_once

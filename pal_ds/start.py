@@ -16,7 +16,7 @@ from pal_ds.assemble import Parts, assemble, base_weights_of, load_backbone
 from pal_ds.backbones.given import GivenStates
 from pal_ds.cache_folders import cache_folders
 from pal_ds.config import RunConfig
-from pal_ds.data.batch import Collator
+from pal_ds.data.collator import Collator
 from pal_ds.data.draws import Draws
 from pal_ds.data.loader import UpdateSource
 from pal_ds.data.plan import UpdatePlan

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from pal_ds import phase
 from pal_ds.config import RunConfig
-from pal_ds.data.batch import Collator
+from pal_ds.data.collator import Collator
 from pal_ds.data.loader import UpdateInputs, updates_from
 from pal_ds.data.tables import PreparedData
 from pal_ds.engine.checkpoint import save_checkpoint

@@ -8,7 +8,7 @@ from pal_ds import first_order
 from pal_ds.adapt import LogitPrior, fit_users
 from pal_ds.adapt_run import few_per_user
 from pal_ds.backbones.given import GivenStates
-from pal_ds.data.batch import Collator
+from pal_ds.data.collator import Collator
 from pal_ds.data.prepare import DataConfig, prepare
 from pal_ds.data.sources import VectorWorld
 from pal_ds.data.tables import PreparedData

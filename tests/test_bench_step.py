@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pal_ds.data.batch import Collator
+from pal_ds.data.collator import Collator
 from tests.spawn import run_command
 from tools.bench.bench_step import LARGEST_ERROR, largest_error
 from tools.bench.step_case import END, PAD, Case, make_pairs, prepared

@@ -16,7 +16,8 @@ from pal_ds.backbones.config import BackboneConfig
 from pal_ds.backbones.packed_attention import NAME
 from pal_ds.backbones.packed_spans import spans_of
 from pal_ds.backbones.transformer import TransformerBackbone, architecture_config
-from pal_ds.data.batch import Batch, Collator
+from pal_ds.data.batch import Batch
+from pal_ds.data.collator import Collator
 from pal_ds.data.prepare import DataConfig, prepare
 from pal_ds.data.sources import Jsonl
 from pal_ds.heads import PalA, PalB

@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pal_ds.data.batch import Collator
+from pal_ds.data.collator import Collator
 from pal_ds.data.tables import COMPARISON_DTYPE, PreparedData
 from pal_ds.engine.dist import World
 from pal_ds.evaluate import user_mixtures, with_mixtures

@@ -8,7 +8,7 @@ from typing import Any
 
 from pal_ds.backbones.config import BackboneConfig, Pooling
 from pal_ds.backbones.transformer import choose_attention, read_model_config
-from pal_ds.data.batch import Collator
+from pal_ds.data.collator import Collator
 from pal_ds.errors import UserError
 
 _SAYS_NOTHING_OF_STATES = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")

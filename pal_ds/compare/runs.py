@@ -19,7 +19,7 @@ from pal_ds.compare.table import (
     tabulate,
     write_table,
 )
-from pal_ds.data.batch import Collator
+from pal_ds.data.collator import Collator
 from pal_ds.data.tables import PreparedData
 from pal_ds.engine.dist import World, distributed
 from pal_ds.engine.ds_config import ds_config_of

@@ -60,7 +60,9 @@ class Contexts:
 
         Of a user with at most so many all are looked at, in hashed order; of others that many, at hashed places.
         """
-        count = (self.first[users + 1] - self.first[users])[:, None]
+        # A user whom the data do not hold has none.
+        users, known = np.maximum(users, 0), users >= 0
+        count = np.where(known, self.first[users + 1] - self.first[users], 0)[:, None]
         place = np.arange(hashes.shape[1])[None, :]
         few = np.argsort(np.where(place < count, hashes, np.iinfo(np.uint64).max), axis=1)
         many = (hashes % np.maximum(count, 1).astype(np.uint64)).astype(np.int64)

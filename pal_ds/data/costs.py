@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pal_ds.data.batch import Collator
+from pal_ds.data.collator import Collator
 from pal_ds.data.split_packed import PairTexts
 
 

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from pal_ds.data.batch import Batch, Collator
+from pal_ds.data.batch import Batch
+from pal_ds.data.collator import Collator
 from pal_ds.data.costs import padded_lengths, pair_texts
 from pal_ds.data.draws import Draws, keyed_uniform
 from pal_ds.data.plan import UpdatePlan, split_by_tokens, split_update

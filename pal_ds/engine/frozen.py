@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pal_ds import phase
-from pal_ds.data.batch import Batch, Collator
+from pal_ds.data.batch import Batch
+from pal_ds.data.collator import Collator
 from pal_ds.data.state_shards import address_of, as_addresses
 from pal_ds.engine.dist import World
 from pal_ds.engine.keepers import CacheFolder, Keeper, MemoryKeeper

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pal_ds.data.batch import Collator
+from pal_ds.data.collator import Collator
 from pal_ds.data.ragged import Ragged
 from pal_ds.data.tables import COMPARISON_DTYPE, PreparedData
 from pal_ds.data.tokenise import Encoded, TextEncoder

@@ -55,6 +55,11 @@ class Lore(Head):
         scores = take(self._scores(features), features.response_index)
         return torch.einsum("bk,brtk->brt", self.mixture(user), scores)
 
+    @property
+    def has_statistics(self) -> bool:
+        """Always."""
+        return True
+
     def statistics(self, features: Features) -> MixtureStatistics:
         """The K rewards of each response; s^T 1 s = 1 for every mixture, so the quadratic form drops out."""
         scores = self._scores(features)

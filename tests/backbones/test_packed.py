@@ -24,7 +24,8 @@ from pal_ds.backbones.transformer import (
     architecture_config,
     choose_attention,
 )
-from pal_ds.data.batch import Batch, Collator
+from pal_ds.data.batch import Batch
+from pal_ds.data.collator import Collator
 from pal_ds.data.prepare import DataConfig, prepare
 from pal_ds.data.sources import Jsonl
 from pal_ds.data.tables import PreparedData

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pal_ds.data.batch import Collator
+from pal_ds.data.collator import Collator
 from pal_ds.data.feature_cache import FeatureStore
 from pal_ds.data.prepare import DataConfig, prepare
 from pal_ds.data.sources import Jsonl

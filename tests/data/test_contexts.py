@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pal_ds.data.batch import Collator
+from pal_ds.data.collator import Collator
 from pal_ds.data.contexts import Contexts
 from pal_ds.data.draws import Draws, normal_noise
 from pal_ds.data.loader import UpdateSource
@@ -81,8 +81,8 @@ def test_every_comparison_of_a_user_is_drawn_as_often(data: PreparedData) -> Non
 def test_what_is_known_of_a_user(data: PreparedData) -> None:
     rows = data.rows("train")
     contexts = Contexts.of(data, rows[data.comparisons["user"][rows] != 2], seed=0)
-    chosen, length = contexts.known(np.array([0, 2, 3]), 5)
-    assert length.tolist() == [5, 0, 5]
+    chosen, length = contexts.known(np.array([0, 2, 3, -1]), 5)
+    assert length.tolist() == [5, 0, 5, 0]
     assert (data.comparisons["user"][chosen[0]] == 0).all()
     assert np.array_equal(contexts.known(np.array([3]), 5)[0][0], chosen[2])
 

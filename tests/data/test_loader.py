@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pal_ds.data.batch import Batch, Collator
+from pal_ds.data.batch import Batch
+from pal_ds.data.collator import Collator
 from pal_ds.data.costs import padded_lengths
 from pal_ds.data.draws import Draws
 from pal_ds.data.loader import UpdateInputs, UpdateSource, updates_from

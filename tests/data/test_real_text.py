@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from pal_ds.cli import main
-from pal_ds.data.batch import Collator
 from pal_ds.data.build import build_tables
+from pal_ds.data.collator import Collator
 from pal_ds.data.records import Record
 from pal_ds.data.sources import Dsp, Persona
 from pal_ds.data.tables import PreparedData

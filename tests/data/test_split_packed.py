@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pal_ds.data.batch import Collator
+from pal_ds.data.collator import Collator
 from pal_ds.data.costs import pair_texts
 from pal_ds.data.packing import SMALL_LENGTH, pack_joint
 from pal_ds.data.prepare import DataConfig, prepare

@@ -14,7 +14,8 @@ import torch
 from pal_ds import cli
 from pal_ds import evaluate_run as evaluating
 from pal_ds.best_of_n_run import listed_candidates, read_lists, score_candidates
-from pal_ds.data.batch import Batch, Collator
+from pal_ds.data.batch import Batch
+from pal_ds.data.collator import Collator
 from pal_ds.data.records import Record
 from pal_ds.data.tables import PreparedData
 from pal_ds.data.tokenise import TextEncoder

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from pal_ds.assemble import assemble
 from pal_ds.config import TrainConfig
-from pal_ds.data.batch import Collator
+from pal_ds.data.collator import Collator
 from pal_ds.data.prepare import DataConfig, prepare
 from pal_ds.data.sources import Jsonl
 from pal_ds.data.tables import PreparedData

@@ -21,7 +21,7 @@ from pal_ds.backbones.transformer import (
 )
 from pal_ds.cache_folders import check_cache_path
 from pal_ds.data import state_shards
-from pal_ds.data.batch import Collator
+from pal_ds.data.collator import Collator
 from pal_ds.data.prepare import DataConfig, prepare
 from pal_ds.data.sources import Jsonl
 from pal_ds.data.tables import PreparedData

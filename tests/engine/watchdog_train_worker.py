@@ -7,7 +7,7 @@ import pal_ds.forget
 import pal_ds.train  # noqa: F401  (imported at the start of a training, which takes seconds)
 from pal_ds import phase
 from pal_ds.cli import console
-from pal_ds.data.batch import Collator
+from pal_ds.data.collator import Collator
 
 ASLEEP_IN_UPDATE = 2
 

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pal_ds.backbones.given import GivenStates
 from pal_ds.config import OptimConfig, TrainConfig
-from pal_ds.data.batch import Collator
+from pal_ds.data.collator import Collator
 from pal_ds.data.loader import UpdateSource
 from pal_ds.data.plan import UpdatePlan
 from pal_ds.data.tables import COMPARISON_DTYPE, PreparedData
