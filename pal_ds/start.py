@@ -156,10 +156,8 @@ def start_training(
     base_weights = world.from_rank_zero(lambda: base_weights_of(parts))
     if encoded is None and parts.needs_store:
         judged = np.concatenate([plan.comparisons, data.rows("dev")])
-        leave_if_asked = functools.partial(watch.leave_if_asked, world)
-        collator = encode_frozen(
-            parts, collator, judged, config, base_weights, world, leave_if_asked
-        )
+        leave = functools.partial(watch.leave_if_asked, world)
+        collator = encode_frozen(parts, collator, judged, config, base_weights, world, leave)
     elif encoded is None:
         backbone = load_partitioned(parts, config, ds_config, world)
     sets = other_sets(parts, collator, config, base_weights, users, world)

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from .canonical import canonical_ids, find_prompt_length, num_leading, truncated
 from .encoding import drop_unused_modules, hidden_size_of, hidden_states, read_states
 from .exported_head import Features, UserState, build_head
-from .rows import pad_right, token_mask
+from .rows import pad_right, spread, token_mask
 from .simplex import check_point
 
 
@@ -158,7 +158,7 @@ class PalForSequenceClassification(PreTrainedModel):
             for ids, row, text in zip(given, rows, texts, strict=True)
         ]
         rewards = self._rewards(texts, places)
-        return SequenceClassifierOutput(logits=_spread(rewards, places, mask))
+        return SequenceClassifierOutput(logits=spread(rewards, places, mask))
 
     def _response_starts(
         self, given: list[list[int]], rows: list[list[int]], prompt_lengths: Any
@@ -291,16 +291,6 @@ class _Text(NamedTuple):
     """The prompt's own row (separate encoding)."""
     prompt_length: int
     """The prompt's length within `ids` (joint encoding)."""
-
-
-def _spread(rewards: Tensor, places: list[list[int]], mask: Tensor) -> Tensor:
-    """Rewards [B, T] of the tokens of each text, put where `mask` [B, L] has them; else 0."""
-    scores = rewards.new_zeros(mask.shape)
-    for row, place in enumerate(places):
-        read = torch.tensor(place, device=rewards.device) >= 0
-        values = torch.where(read, rewards[row, : len(place)], 0.0)
-        scores[row, mask[row].to(rewards.device)] = values
-    return scores
 
 
 # The classes are not registered with AutoConfig: a second folder, of another head, would then be

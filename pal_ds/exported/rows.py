@@ -59,3 +59,13 @@ def pad_right(
     ids = [[*row, *[fill] * (longest - len(row))] for row in rows]
     mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def spread(rewards: Tensor, places: list[list[int]], mask: Tensor) -> Tensor:
+    """Rewards [B, T] of the tokens of each text, put where `mask` [B, L] has them; else 0."""
+    scores = rewards.new_zeros(mask.shape)
+    for row, place in enumerate(places):
+        read = torch.tensor(place, device=rewards.device) >= 0
+        values = torch.where(read, rewards[row, : len(place)], 0.0)
+        scores[row, mask[row].to(rewards.device)] = values
+    return scores
