@@ -37,7 +37,7 @@ from tests.tiny import write_pairs
 
 
 class Stages(NamedTuple):
-    """Runs by name, and the data: `other` has users u2, u1 of `data` and new ones, and the same tokenizer."""
+    """Runs by name, and the data: `other` has the users of `data` in another order, and new ones."""
 
     out: Path
     data: Path
@@ -50,7 +50,10 @@ class Stages(NamedTuple):
 
 
 def prepared(folder: Path, name: str, tokenizer: Path | None, **options: Any) -> Path:
-    source = Jsonl(str(write_pairs(folder / f"{name}.jsonl", 64, **options)))
+    pairs = write_pairs(folder / f"{name}.jsonl", 64, **options)
+    # Backwards, so that users have other rows than in the data of before.
+    pairs.write_text("".join(reversed(pairs.read_text().splitlines(keepends=True))))
+    source = Jsonl(str(pairs))
     settings = {"max_length": 64, "vocab_size": 400, "dev_fraction": 0.2, "test_fraction": 0}
     chosen = None if tokenizer is None else str(tokenizer)
     config = DataConfig(path=str(folder / name), source=source, tokenizer=chosen, **settings)
