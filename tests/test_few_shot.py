@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from pal_ds import adapt_run as adapt_run_module
-from pal_ds import evaluate_run as evaluate_run_module
 from pal_ds import few_shot, first_order, user_figures
+from pal_ds import reading as reading_module
 from pal_ds.adapt_run import adapt_run, few_per_user
 from pal_ds.data.tables import COMPARISON_DTYPE, PreparedData
 from pal_ds.engine.dist import World
@@ -350,13 +350,13 @@ def test_newton_is_refused_before_any_text_is_read(
 def test_texts_that_do_not_fit_into_memory_together_are_encoded_by_shard(
     runs: dict[str, RunDirectory], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, encode, calls = runs["PalA"], evaluate_run_module.encode_once, []
+    run, encode, calls = runs["PalA"], reading_module.encode_once, []
 
     def recording(*arguments: Any) -> Any:
         calls.append(arguments[2])
         return encode(*arguments)
 
-    monkeypatch.setattr(evaluate_run_module, "encode_once", recording)
+    monkeypatch.setattr(reading_module, "encode_once", recording)
     monkeypatch.setattr(first_order, "NUM_STEPS", 10)
     together = adapt_run(run, tmp_path / "together")
     assert len(calls) == 1

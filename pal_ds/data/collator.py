@@ -25,8 +25,8 @@ from pal_ds.data.packing import (
 from pal_ds.data.ragged import Ragged, windows_from_first_difference
 from pal_ds.data.tables import PreparedData
 from pal_ds.data.tokenise import truncation_side
-from pal_ds.data.vectors import states_of
 from pal_ds.exported.canonical import truncated
+from pal_ds.heads.shapes import Float
 
 ScoredPositions = Literal["last", "all"]
 
@@ -175,10 +175,10 @@ class Collator:
         prompt_states = prompt_length = None
         if self.response_store is None:
             assert self.data.response_vectors is not None, "neither stored states nor vectors"
-            response_states = states_of(self.data.response_vectors, responses)
+            response_states = _states_of(self.data.response_vectors, responses)
             if self.with_prompt:
                 assert self.data.prompt_vectors is not None, "a head that needs the prompt got none"
-                prompt_states = states_of(self.data.prompt_vectors, prompts)
+                prompt_states = _states_of(self.data.prompt_vectors, prompts)
                 prompt_length = torch.ones(len(prompts), dtype=torch.int64)
         else:
             store = self.response_store
@@ -262,3 +262,8 @@ class Collator:
         num_marker, side = len(tokens["marker_ids"] or ()), truncation_side(tokens)
         first, last = truncated(len(ids), len(tokens["prefix_ids"]), budget, num_marker, side)
         return np.concatenate([ids[:first], ids[last:]])
+
+
+def _states_of(table: np.ndarray, rows: np.ndarray) -> Float[Tensor, "n one H"]:
+    """Rows of a memory-mapped table as states of one position."""
+    return torch.from_numpy(np.asarray(table[rows]))[:, None]

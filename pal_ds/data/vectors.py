@@ -3,11 +3,8 @@
 from array import array
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from pal_ds.errors import UserError
-from pal_ds.heads.shapes import Float
 
 
 class VectorStore:
@@ -62,8 +59,3 @@ class VectorStore:
                     "drop its records"
                 )
         return responses, prompts, np.frombuffer(self.response_prompt, np.int64)
-
-
-def states_of(table: np.ndarray, rows: np.ndarray) -> Float[Tensor, "n one H"]:
-    """Rows of a memory-mapped table as states of one position."""
-    return torch.from_numpy(np.asarray(table[rows]))[:, None]

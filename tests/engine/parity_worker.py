@@ -31,7 +31,10 @@ def recipe(data: str, base: str, tuning: str, stage: int) -> RunConfig:
     """
     return RunConfig(
         data=DataConfig(path=data, source=None),
-        head=lambda hidden_size: PalA(hidden_size, num_prototypes=3, prototype_std=1.5),
+        # Without kinks: at one, a rounding decides about a gradient.
+        head=lambda hidden_size: PalA(
+            hidden_size, num_prototypes=3, prototype_std=1.5, activation="gelu"
+        ),
         backbone=BackboneConfig(
             path=base,
             tuning=tuning,

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pal_ds import phase
+from pal_ds import eval_in_training, phase
 from pal_ds import train as loop
 from pal_ds.config import RunConfig
 from pal_ds.data.tables import PreparedData
@@ -80,7 +80,7 @@ def stopped_run(
     name: str, config: RunConfig, folder: Path, data: PreparedData, world: World
 ) -> None:
     """The first start of a scenario; what this rank saved goes to saves_RANK.json."""
-    make_update, save, predict = loop.make_update, loop.save, loop.predict
+    make_update, save, predict = loop.make_update, loop.save, eval_in_training.predict
     saves: list[int] = []
 
     def disturbed_update(state: Any, *arguments: Any) -> Any:
@@ -99,13 +99,14 @@ def stopped_run(
             signal_self(signal.SIGUSR2)
         return predict(*arguments, **options)
 
-    loop.make_update, loop.save, loop.predict = disturbed_update, recorded_save, disturbed_predict
+    loop.make_update, loop.save = disturbed_update, recorded_save
+    eval_in_training.predict = disturbed_predict
     phase.STARTED = time.monotonic()
     try:
         with listening(config.train.stop_signals):
             loop.train(config, RunDirectory(folder), data, world)
     finally:
-        loop.make_update, loop.save, loop.predict = make_update, save, predict
+        loop.make_update, loop.save, eval_in_training.predict = make_update, save, predict
     (folder / f"saves_{world.rank}.json").write_text(json.dumps(saves))
 
 

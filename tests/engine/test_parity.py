@@ -19,7 +19,7 @@ from pal_ds.engine.optim import parameter_groups, schedule_factor
 from pal_ds.heads.base import UserState
 from pal_ds.model import RewardModel
 from pal_ds.run_dir import RunDirectory
-from pal_ds.start import seen_users
+from pal_ds.user_start import seen_users
 from tests.engine.parity_worker import NUM_UPDATES, recipe
 from tests.spawn import run_ranks
 from tests.tiny import LLAMA, write_pairs
@@ -59,7 +59,7 @@ def plain_torch_run(folder: Path) -> dict[str, np.ndarray]:
     data, run = PreparedData.open(config.data.path), RunDirectory(folder / "plain")
     parts = assemble(config, data, run)
     model = RewardModel(load_backbone(parts, config, gpu=False), parts.head)
-    users, _ = seen_users(config, data, 3, World(0, 1, torch.device("cpu")))
+    users, *_ = seen_users(config, data, parts.head, World(0, 1, torch.device("cpu")))
     logits = users.logits.clone()
     moments, squares, steps = (
         torch.zeros_like(logits),
