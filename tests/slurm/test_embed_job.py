@@ -1,6 +1,7 @@
 """Two nodes fill a cache, preempted or not; a training that waits for them reads it and loads no weights."""
 
 import json
+import time
 from pathlib import Path
 
 from pal_ds.backbones.config import BackboneConfig
@@ -62,6 +63,8 @@ def test_a_preempted_embed_is_not_taken_for_done(cluster: Cluster) -> None:
     train = cluster.sbatch(waits, "--output=/dev/null", *shape, "--wrap=true")
     # The folder is made when the first text is about to be encoded.
     until(lambda: list((folder / "cache").glob("responses_*")), "texts are being encoded")
+    # What a rank has encoded is written when it is told to leave: each should have something by then.
+    time.sleep(1)
     nodes = f"--nodelist={cluster.facts(embed)['NodeList']}"
     wanted = ("--partition=high", "--nodes=2", "--exclusive", nodes, "--output=/dev/null")
     cluster.sbatch(*wanted, "--wrap=true")
