@@ -19,7 +19,7 @@ from pal_ds.heads.shapes import Float
 from pal_ds.model import RewardModel
 from pal_ds.points import encode_users
 from pal_ds.restore import Restored
-from pal_ds.user_ids import UserIds
+from pal_ds.user_ids import UserIds, generic_row_of
 from pal_ds.users import UserTable
 
 
@@ -134,7 +134,9 @@ def with_points(
     asked = own.find(data.users)
     codes = np.unique(asked[asked >= 0])
     rows = restored.users.ids.find(own.take(codes))
-    codes, rows = codes[rows >= 0], rows[rows >= 0]
+    # Of the generic user nothing is known, whoever left comparisons without a name.
+    named = (rows >= 0) & (rows != generic_row_of(restored.users.ids))
+    codes, rows = codes[named], rows[named]
     if len(codes) == 0:
         return known
     chosen, length = contexts.known(codes, head.num_context_scored)

@@ -1,7 +1,12 @@
 """Contexts: a user's own comparisons about other prompts, none twice, the same however they are asked for."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +18,9 @@ from pal_ds.data.plan import UpdatePlan
 from pal_ds.data.prepare import DataConfig, prepare
 from pal_ds.data.sources import Jsonl
 from pal_ds.data.tables import PreparedData
+from pal_ds.engine.dist import World
+from pal_ds.reading import KnownUsers, with_points
+from pal_ds.users import UserTable
 from tests.tiny import write_pairs
 
 
@@ -110,6 +118,32 @@ def test_a_batch_holds_the_responses_of_its_contexts(data: PreparedData) -> None
     ]
     assert texts == wanted
     assert np.array_equal(batch.normal.numpy(), normal_noise(0, 0, np.arange(4), 3))
+
+
+def test_comparisons_of_nobody_in_particular_keep_their_group(data: PreparedData) -> None:
+    """Records without a user are the generic user's own; what is borrowed from another user loses the group."""
+    rows = data.rows("train")[:6]
+    owner = int(data.comparisons["user"][rows[0]])
+    table = data.comparisons[rows].copy()
+    table["group"] = 1
+    grouped = replace(data, comparisons=table)
+    collator = Collator(grouped, generic_row=owner)
+    own = collator(np.arange(6), np.arange(6))
+    assert owner in own.user_row and (own.group == 1).all()
+    borrowed = collator(np.arange(6), np.arange(6), users=np.full(6, owner))
+    assert borrowed.group.tolist() == np.where(own.user_row == owner, 1, -1).tolist()
+
+
+def test_comparisons_of_nobody_in_particular_tell_of_nobody() -> None:
+    """In evaluation as in training: no point is made of records without a user."""
+    nobody: Any = SimpleNamespace(users=["population"])
+    restored: Any = SimpleNamespace(
+        parts=SimpleNamespace(collator=SimpleNamespace(contexts=SimpleNamespace(data=nobody))),
+        model=SimpleNamespace(head=None),
+        users=UserTable(2, nobody.users),
+    )
+    known = KnownUsers([restored.users.ids], torch.zeros(2, 2))
+    assert with_points(known, restored, nobody, World(0, 1, torch.device("cpu"))) is known
 
 
 def preferred_first_in(batch: object) -> list[int]:
