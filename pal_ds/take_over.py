@@ -29,7 +29,7 @@ from pal_ds.origin import STOCK_HEAD, Origin, open_origin
 from pal_ds.progress import progress_bar
 from pal_ds.run_dir import RunDirectory, write_json
 from pal_ds.taken_over import HEAD_FILE
-from pal_ds.user_ids import UserIds
+from pal_ds.user_start import ids_of_table
 from pal_ds.users import UserTable
 
 logger = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ def _table(
     if "logits" not in head.needs:
         return None
     theirs, logits = origin.users(head)
-    ids = UserIds.of(data.users).take(np.flatnonzero(data.user_seen))
+    ids = ids_of_table(config, data)
     table = UserTable(head.num_prototypes, ids, config.users, config.train.seed)
     found = theirs.find(ids)
     rows = np.flatnonzero(found >= 0)
