@@ -57,8 +57,7 @@ def take_over(config: RunConfig, data: PreparedData, run: RunDirectory, *, trust
             "Name another --run_dir."
         )
     phase.enter("take over weights", patience=PATIENCE)
-    origin = open_origin(Path(config.train.init_from), trust=trust)
-    _refuse_other_data(origin, data)
+    origin = origin_for(config.train.init_from, data, trust=trust)
     head = assemble(config, data, run, model_config=origin.model_config).head
     tensors = _head_for(origin, head)
     users = None
@@ -95,6 +94,13 @@ def _tell(facts: dict[str, Any], data: PreparedData) -> None:
     parts.append(f"{facts['users']} of {int(data.user_seen.sum())} users")
     origin = facts["path"], facts["kind"], facts["step"]
     logger.warning("starting from %s (%s, step %d): %s", *origin, ", ".join(parts))
+
+
+def origin_for(init_from: str, data: PreparedData, *, trust: bool = False) -> Origin:
+    """What `train.init_from` names, for a run on `data`. Raises UserError as `take_over` does."""
+    origin = open_origin(Path(init_from), trust=trust)
+    _refuse_other_data(origin, data)
+    return origin
 
 
 def _refuse_other_data(origin: Origin, data: PreparedData) -> None:

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from pal_ds.assemble import assemble
+from pal_ds.compare.runs import check_everything
+from pal_ds.compare.suite import PlannedRun, Suite, SuiteConfig
 from pal_ds.config import TrainConfig
 from pal_ds.data.collator import Collator
 from pal_ds.data.prepare import DataConfig, prepare
@@ -274,6 +276,18 @@ def test_forgotten_users_leave_what_the_run_started_from(stages: Stages) -> None
     table, _, _ = seen_users(config, data, head, World(0, 1, torch.device("cpu")))
     with pytest.raises(UserError, match=f"user '{user}' was removed from this run"):
         load_taken_over(config, run, head, table)
+
+
+def test_a_comparison_checks_a_stage_before_anything_is_taken_over(
+    stages: Stages, tmp_path: Path
+) -> None:
+    run, data = RunDirectory(tmp_path / "run"), PreparedData.open(stages.other)
+    for origin, kind in (("base", "full"), ("frozen", "frozen")):
+        config = recipe(str(stages.other), "pal", kind, str(stages.out / origin), None)
+        planned = PlannedRun("stage", 0, config, "", run)
+        settings = SuiteConfig(methods={"stage": {}}, split="dev")
+        assert list(check_everything(Suite("stages", settings, [planned]), data)) == ["stage"]
+    assert not run.path.exists()
 
 
 def test_the_generic_user_keeps_a_row_where_users_are_taken_over(
