@@ -98,6 +98,11 @@ def known_users(restored: Restored, adapted: Path | None) -> KnownUsers:
     """The users of a run and of an adapted table. Raises UserError where the tables do not fit together."""
     head = restored.model.head
     if "group" in head.needs:
+        if adapted is not None:
+            raise UserError(
+                f"--users {adapted}: this run's head asks for the group of a comparison, not for its user. Leave out "
+                "--users."
+            )
         return KnownUsers([restored.users.ids], None)
     mixtures = user_mixtures(head, restored.users)
     if adapted is None:

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from pal_ds.data.splits import SPLITS
 from pal_ds.engine.dist import World
 from pal_ds.errors import UserError
 from pal_ds.evaluate_run import evaluate_run
 from pal_ds.export import ExportOptions, export, export_users
+from pal_ds.few_shot import few_shot_curve
 from pal_ds.reading import known_users
 from pal_ds.restore import restore
 from pal_ds.reward_models import load_reward_model
@@ -115,6 +117,19 @@ def test_exports_score_for_the_point_they_are_given(
             for point in (None, corner)
         ]
     assert scores[0].shape == (2, 1) and not torch.allclose(*scores)
+
+
+def test_groups_of_new_users_are_known(trained: dict[str, Any], place: Path) -> None:
+    """A head that asks for groups serves a stranger as it does everybody, after any number of comparisons."""
+    restored = restore(RunDirectory(place / "per_domain_1"))
+    table, rows = np.array(restored.data.comparisons), restored.data.rows("dev")
+    table["split"][rows] = SPLITS.index("unseen_test")
+    table["split"][restored.data.rows("train")] = SPLITS.index("unseen_train")
+    data = replace(restored.data, comparisons=table)
+    curve = few_shot_curve(replace(restored, data=data), [0, 2], ALONE)
+    assert [row["accuracy"] for row in curve.rows] == [trained["per_domain"]["1"]["dev"]] * 2
+    with pytest.raises(UserError, match="asks for the group of a comparison"):
+        known_users(restored, place / "vpl_users")
 
 
 def test_each_adapted_user_has_a_folder(
