@@ -102,7 +102,8 @@ def _reading(planned: PlannedRun, data: PreparedData) -> str:
         raise UserError(f"methods.{planned.method}: {error}") from None
     collator = parts.collator
     texts = (collator.encoding, collator.scored_positions, collator.with_prompt)
-    return repr((parts.backbone, planned.config.train.precision, texts))
+    states = (parts.pooling, parts.prompt_tokens)
+    return repr((parts.backbone, planned.config.train.precision, texts, states))
 
 
 def make_runs(
