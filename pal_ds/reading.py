@@ -79,6 +79,8 @@ class KnownUsers:
 
     encoded: Float[Tensor, "n K"] | None = None
     """Points that were made from comparisons, of the run's users who are asked for."""
+    encoded_rows: np.ndarray | None = None
+    """Whose points these are, as rows of `mixtures`."""
 
     @property
     def own(self) -> Float[Tensor, "U K"] | None:
@@ -157,7 +159,7 @@ def with_points(
     )
     mixtures = known.mixtures.clone()
     mixtures[torch.from_numpy(rows)] = points
-    return replace(known, mixtures=mixtures, encoded=points)
+    return replace(known, mixtures=mixtures, encoded=points, encoded_rows=rows)
 
 
 __all__ = ["KnownUsers", "Reader", "known_users", "reader_of", "with_points"]

@@ -119,6 +119,21 @@ def test_exports_score_for_the_point_they_are_given(
     assert scores[0].shape == (2, 1) and not torch.allclose(*scores)
 
 
+def test_contexts_are_flipped_of_users_who_have_them(
+    trained: dict[str, Any], place: Path, tmp_path: Path
+) -> None:
+    """Whoever else is scored beside them: an adapted user's point is not made again."""
+    UserTable(8, ["x", "y"]).save(tmp_path / "users")
+    own, new = ((place / f"{name}.jsonl").read_text() for name in ("pairs", "new"))
+    found = {}
+    for name, text, users in (("own", own, None), ("both", own + new, tmp_path / "users")):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text(text)
+        found[name] = evaluate_run(RunDirectory(place / "vpl_1"), ALONE, file=file, users=users)
+    assert found["both"]["pairs"] == found["own"]["pairs"] + 16
+    assert found["both"]["context_flip"]["all"] == found["own"]["context_flip"]["all"] > 0.5
+
+
 def test_groups_of_new_users_are_known(trained: dict[str, Any], place: Path) -> None:
     """A head that asks for groups serves a stranger as it does everybody, after any number of comparisons."""
     restored = restore(RunDirectory(place / "per_domain_1"))
