@@ -143,18 +143,20 @@ def with_points(
     rows = restored.users.ids.find(own.take(codes))
     # Of the generic user nothing is known, whoever left comparisons without a name.
     named = (rows >= 0) & (rows != generic_row_of(restored.users.ids))
-    codes, rows = codes[named], rows[named]
-    if len(codes) == 0:
+    chosen, length = contexts.known(codes[named], head.num_context_scored)
+    # Who has no comparison in the train split is where the table has everybody: at the prior's mean.
+    met = length > 0
+    rows, chosen, length = rows[named][met], chosen[met], length[met]
+    if len(rows) == 0:
         return known
-    chosen, length = contexts.known(codes, head.num_context_scored)
     told = np.arange(chosen.shape[1]) < length[:, None]
     reader = reader_of(
         *(restored, contexts.data, np.unique(chosen), np.arange(len(contexts.data.users)), world),
         encode_ahead=True,
     )
-    owner = np.repeat(np.arange(len(codes)), length)
+    owner = np.repeat(np.arange(len(rows)), length)
     points = encode_users(
-        *(reader.model, reader.collator, chosen[told], owner, len(codes), world.device),
+        *(reader.model, reader.collator, chosen[told], owner, len(rows), world.device),
         flipped=flipped,
     )
     mixtures = known.mixtures.clone()

@@ -162,16 +162,21 @@ def test_points_take_no_more_room_than_updates_where_the_backbone_runs(data: Pre
     assert torch.equal(points, torch.cat(one))
 
 
-def test_comparisons_of_nobody_in_particular_tell_of_nobody() -> None:
-    """In evaluation as in training: no point is made of records without a user."""
-    nobody: Any = SimpleNamespace(users=["population"])
+@pytest.mark.parametrize("user", ["population", "not met in training"])
+def test_no_point_is_made_of_nothing(user: str) -> None:
+    """Records without a user tell of nobody, in evaluation as in training."""
+    contexts = SimpleNamespace(
+        data=SimpleNamespace(users=[user]),
+        known=lambda codes, _: (codes[:, None], 0 * codes + (user == "population")),
+    )
     restored: Any = SimpleNamespace(
-        parts=SimpleNamespace(collator=SimpleNamespace(contexts=SimpleNamespace(data=nobody))),
-        model=SimpleNamespace(head=None),
-        users=UserTable(2, nobody.users),
+        parts=SimpleNamespace(collator=SimpleNamespace(contexts=contexts)),
+        model=SimpleNamespace(head=SimpleNamespace(num_context_scored=1)),
+        users=UserTable(2, [user]),
     )
     known = KnownUsers([restored.users.ids], torch.zeros(2, 2))
-    assert with_points(known, restored, nobody, World(0, 1, torch.device("cpu"))) is known
+    data: Any = contexts.data
+    assert with_points(known, restored, data, World(0, 1, torch.device("cpu"))) is known
 
 
 def preferred_first_in(batch: object) -> list[int]:
