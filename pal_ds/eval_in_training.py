@@ -109,6 +109,7 @@ def _margins(state: "Training", collator: Collator, rows: np.ndarray) -> np.ndar
     collator, mixtures = with_mixtures(
         *(state.engine, state.parts.head, state.users, collator, rows, state.world),
         own=state.collator,
+        micro_batch_pairs=state.config.train.micro_batch_pairs,
     )
     return predict(
         state.engine,

@@ -22,7 +22,7 @@ from pal_ds.heads.shapes import Float
 from pal_ds.losses import decision_margin
 from pal_ds.metrics import evaluation_figures, fit_temperature
 from pal_ds.model import user_state
-from pal_ds.points import points_in_training
+from pal_ds.points import pairs_per_forward, points_in_training
 from pal_ds.progress import progress_bar
 from pal_ds.surface import FormatBaseline, length_margins
 from pal_ds.user_ids import generic_row_of
@@ -53,12 +53,14 @@ def with_mixtures(
     rows: np.ndarray,
     world: World,
     own: Collator | None = None,
+    micro_batch_pairs: int = 1,
 ) -> tuple[Collator, Float[Tensor, "u+1 K"] | None]:
     """Mixtures of those alone whom the comparisons `rows` name, and a collator that calls them by their place there.
 
     As `user_mixtures` else: the last is the population's, taken over the table block by block where someone is unknown.
     Points that a head makes from comparisons come from `forward`, over those of the run's own data, which `own` reads
-    where the collator reads others. None where users are their groups.
+    where the collator reads others; `micro_batch_pairs` is what a forward of the training holds. None where users are
+    their groups.
     """
     if "group" in head.needs:
         return collator, None
@@ -68,7 +70,9 @@ def with_mixtures(
     head.eval()
     mixtures = _mixtures_of(head, users, torch.from_numpy(known))
     if "context" in head.needs:
-        mixtures = points_in_training(forward, head, own or collator, collator, codes, world)
+        own = own or collator
+        most_pairs = pairs_per_forward(head, own, micro_batch_pairs)
+        mixtures = points_in_training(forward, head, own, collator, codes, world, most_pairs)
     population = mixtures.new_full((1, mixtures.shape[1]), torch.nan)
     if collator.generic_row >= 0:
         population = _mixtures_of(head, users, torch.tensor([collator.generic_row]))

@@ -139,11 +139,13 @@ def evaluate_set(
         user_rows, looks = reader.collator.user_rows(rows), FormatBaseline.of(restored.data)
         figures = report_on(data, rows, margins, user_rows, temperature, looks)
         figures |= findings(restored, known, data, rows, margins, user_rows, looks, world)
-        if known.encoded is not None:
+        if known.encoded_rows is not None:
             other = with_points(known, restored, data, world, flipped=True)
             turned = _predict(restored, reader, rows, other.mixtures, world)
+            # Points of adapted users were made elsewhere, and stay as they are.
+            could_turn = np.isin(user_rows, known.encoded_rows)
             figures["context_flip"] = context_flip(
-                margins, turned, user_rows >= 0, controversial(data.comparisons[rows])
+                margins, turned, could_turn, controversial(data.comparisons[rows])
             )
         if asked.file is not None:
             figures["dropped"] = data.info["dropped"]

@@ -221,15 +221,16 @@ def _right(
     found = np.empty((len(per_draw), len(rows)))
     num_pairs = pairs_per_chunk(restored.model.head, reader.collator, rows)
     scored: dict[bytes, np.ndarray] = {}
+    # Where users are their groups, a comparison's own is known, of whomever it is.
+    by_group = "group" in restored.model.head.needs
     with progress_bar("testing new users", len(per_draw), shown=True, unit="pairs") as advance:
         for index, mixtures in enumerate(per_draw):
             of_draw = torch.cat([mixtures, population])
             # Without comparisons, or without users, all draws are alike.
             key = xxhash.xxh3_128_digest(of_draw.cpu().numpy().tobytes())
             if key not in scored:
-                margins = predict(
-                    reader.model, reader.collator, rows, of_draw.to(world.device), num_pairs, world
-                )
+                points = None if by_group else of_draw.to(world.device)
+                margins = predict(reader.model, reader.collator, rows, points, num_pairs, world)
                 scored[key] = judged(restored.data, rows, margins).right
             found[index] = scored[key]
             advance(len(rows))

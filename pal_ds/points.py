@@ -20,19 +20,31 @@ from pal_ds.user_ids import UserIds
 PAIRS_PER_FORWARD = 2**12
 
 
+def pairs_per_forward(head: Head, collator: Collator, micro_batch_pairs: int) -> int:
+    """How many comparisons have room at once: where the backbone runs for them, those of a training's forward."""
+    return PAIRS_PER_FORWARD if collator.stored else micro_batch_pairs * (1 + head.num_context)
+
+
 def points_in_training(
-    engine: Any, head: Head, collator: Collator, asked: Collator, users: np.ndarray, world: World
+    engine: Any,
+    head: Head,
+    collator: Collator,
+    asked: Collator,
+    users: np.ndarray,
+    world: World,
+    most_pairs: int = PAIRS_PER_FORWARD,
 ) -> Float[Tensor, "n K"]:
     """Points of these users from `num_context_scored` comparisons of each; equal on every rank.
 
-    `users` are codes of the data that `asked` reads; the comparisons are those of `collator`, the run's own.
+    `users` are codes of the data that `asked` reads; the comparisons are those of `collator`, the run's own. A forward
+    reads `most_pairs` of them, or those of one user where that is more.
     """
     assert collator.contexts is not None, "a head that reads contexts came without"
     if asked.data is not collator.data:
         names = UserIds.of(asked.data.users).take(users)
         users = UserIds.of(collator.data.users).find(names)
     num_context = head.num_context_scored
-    share = max(1, PAIRS_PER_FORWARD // num_context)
+    share = max(1, most_pairs // num_context)
     points = [torch.empty(0, head.num_prototypes, device=world.device)]
     with torch.no_grad():
         for begin in range(0, len(users), share * world.world_size):
@@ -92,4 +104,4 @@ def _by_user(
     return context, length
 
 
-__all__ = ["encode_users", "points_in_training"]
+__all__ = ["encode_users", "pairs_per_forward", "points_in_training"]

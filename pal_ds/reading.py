@@ -19,7 +19,7 @@ from pal_ds.heads.shapes import Float
 from pal_ds.model import RewardModel
 from pal_ds.points import encode_users
 from pal_ds.restore import Restored
-from pal_ds.user_ids import UserIds
+from pal_ds.user_ids import UserIds, generic_row_of
 from pal_ds.users import UserTable
 
 
@@ -79,6 +79,8 @@ class KnownUsers:
 
     encoded: Float[Tensor, "n K"] | None = None
     """Points that were made from comparisons, of the run's users who are asked for."""
+    encoded_rows: np.ndarray | None = None
+    """Whose points these are, as rows of `mixtures`."""
 
     @property
     def own(self) -> Float[Tensor, "U K"] | None:
@@ -98,6 +100,11 @@ def known_users(restored: Restored, adapted: Path | None) -> KnownUsers:
     """The users of a run and of an adapted table. Raises UserError where the tables do not fit together."""
     head = restored.model.head
     if "group" in head.needs:
+        if adapted is not None:
+            raise UserError(
+                f"--users {adapted}: this run's head asks for the group of a comparison, not for its user. Leave out "
+                "--users."
+            )
         return KnownUsers([restored.users.ids], None)
     mixtures = user_mixtures(head, restored.users)
     if adapted is None:
@@ -134,23 +141,27 @@ def with_points(
     asked = own.find(data.users)
     codes = np.unique(asked[asked >= 0])
     rows = restored.users.ids.find(own.take(codes))
-    codes, rows = codes[rows >= 0], rows[rows >= 0]
-    if len(codes) == 0:
+    # Of the generic user nothing is known, whoever left comparisons without a name.
+    named = (rows >= 0) & (rows != generic_row_of(restored.users.ids))
+    chosen, length = contexts.known(codes[named], head.num_context_scored)
+    # Who has no comparison in the train split is where the table has everybody: at the prior's mean.
+    met = length > 0
+    rows, chosen, length = rows[named][met], chosen[met], length[met]
+    if len(rows) == 0:
         return known
-    chosen, length = contexts.known(codes, head.num_context_scored)
     told = np.arange(chosen.shape[1]) < length[:, None]
     reader = reader_of(
         *(restored, contexts.data, np.unique(chosen), np.arange(len(contexts.data.users)), world),
         encode_ahead=True,
     )
-    owner = np.repeat(np.arange(len(codes)), length)
+    owner = np.repeat(np.arange(len(rows)), length)
     points = encode_users(
-        *(reader.model, reader.collator, chosen[told], owner, len(codes), world.device),
+        *(reader.model, reader.collator, chosen[told], owner, len(rows), world.device),
         flipped=flipped,
     )
     mixtures = known.mixtures.clone()
     mixtures[torch.from_numpy(rows)] = points
-    return replace(known, mixtures=mixtures, encoded=points)
+    return replace(known, mixtures=mixtures, encoded=points, encoded_rows=rows)
 
 
 __all__ = ["KnownUsers", "Reader", "known_users", "reader_of", "with_points"]

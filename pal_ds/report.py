@@ -213,7 +213,8 @@ def _prototypes(axes: Axes, run: RunDirectory) -> bool:
     """Mean weight of each prototype, over the distances between them where the head has points."""
     figures = _evaluation(run, "test")
     found = figures.get("diagnostics") if figures else None
-    if not found or not found["prototype_shares"]:
+    # A head that makes points from comparisons has latent units and no prototypes.
+    if not found or not found.get("prototype_shares"):
         return False
     shares, distances = found["prototype_shares"], found["prototype_distances"]
     ticks = range(len(shares))

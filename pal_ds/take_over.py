@@ -29,7 +29,7 @@ from pal_ds.origin import STOCK_HEAD, Origin, open_origin
 from pal_ds.progress import progress_bar
 from pal_ds.run_dir import RunDirectory, write_json
 from pal_ds.taken_over import HEAD_FILE
-from pal_ds.user_ids import UserIds
+from pal_ds.user_start import ids_of_table
 from pal_ds.users import UserTable
 
 logger = logging.getLogger(__name__)
@@ -57,8 +57,7 @@ def take_over(config: RunConfig, data: PreparedData, run: RunDirectory, *, trust
             "Name another --run_dir."
         )
     phase.enter("take over weights", patience=PATIENCE)
-    origin = open_origin(Path(config.train.init_from), trust=trust)
-    _refuse_other_data(origin, data)
+    origin = origin_for(config.train.init_from, data, trust=trust)
     head = assemble(config, data, run, model_config=origin.model_config).head
     tensors = _head_for(origin, head)
     users = None
@@ -95,6 +94,13 @@ def _tell(facts: dict[str, Any], data: PreparedData) -> None:
     parts.append(f"{facts['users']} of {int(data.user_seen.sum())} users")
     origin = facts["path"], facts["kind"], facts["step"]
     logger.warning("starting from %s (%s, step %d): %s", *origin, ", ".join(parts))
+
+
+def origin_for(init_from: str, data: PreparedData, *, trust: bool = False) -> Origin:
+    """What `train.init_from` names, for a run on `data`. Raises UserError as `take_over` does."""
+    origin = open_origin(Path(init_from), trust=trust)
+    _refuse_other_data(origin, data)
+    return origin
 
 
 def _refuse_other_data(origin: Origin, data: PreparedData) -> None:
@@ -146,7 +152,7 @@ def _table(
     if "logits" not in head.needs:
         return None
     theirs, logits = origin.users(head)
-    ids = UserIds.of(data.users).take(np.flatnonzero(data.user_seen))
+    ids = ids_of_table(config, data)
     table = UserTable(head.num_prototypes, ids, config.users, config.train.seed)
     found = theirs.find(ids)
     rows = np.flatnonzero(found >= 0)

@@ -20,7 +20,7 @@ def load_taken_over(
     None for a run without `train.init_from`.
 
     Raises:
-        UserError: D/init is missing.
+        UserError: D/init is missing, or its table lacks a user who was removed from the run.
     """
     if config.train.init_from is None:
         return None
@@ -28,5 +28,8 @@ def load_taken_over(
     if (run.init / HEAD_FILE).is_file():
         head.load_state_dict(load_file(run.init / HEAD_FILE))
     if (run.init / USER_FILES[0]).is_file():
-        users.restore(StoredUsers(run.init))
+        stored = StoredUsers(run.init)
+        # Here, too: the checkpoint's table is held against this one.
+        stored.refuse_removed(users.ids)
+        users.restore(stored)
     return facts

@@ -13,19 +13,26 @@ from pal_ds.user_ids import UserIds, generic_row_of
 from pal_ds.users import Shard, TrainedUsers, trained_users
 
 
+def ids_of_table(config: RunConfig, data: PreparedData) -> UserIds:
+    """Who has a row, in order: the users who may be trained on, and behind them the generic one.
+
+    The latter where a share of the training is asked for this user, who may be among the former.
+    """
+    ids = UserIds.of(data.users).take(np.flatnonzero(data.user_seen))
+    if config.users.generic_fraction > 0 and POPULATION_USER not in ids:
+        ids = ids.joined(UserIds.of([POPULATION_USER]))
+    return ids
+
+
 def seen_users(
     config: RunConfig, data: PreparedData, head: Head, world: World
 ) -> tuple[TrainedUsers, np.ndarray, int]:
     """(fresh table of the users who may be trained on, each data user's row in it (-1: held out), the generic one's).
 
-    The generic user is the one whom records without a user id name; who asks for a share of the training for this
-    user gets the row in any case, behind all others.
+    The generic user is the one whom records without a user id name.
     """
-    ids = UserIds.of(data.users).take(np.flatnonzero(data.user_seen))
+    ids, users = ids_of_table(config, data), config.users
     table_rows = np.where(data.user_seen, np.cumsum(data.user_seen) - 1, -1)
-    if config.users.generic_fraction > 0 and POPULATION_USER not in ids:
-        ids = ids.joined(UserIds.of([POPULATION_USER]))
-    users = config.users
     if "logits" not in head.needs:
         # Nobody trains these: they stand for users of whom nothing is known.
         users = replace(users, init_std=0.0)

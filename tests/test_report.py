@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from pal_ds import report
+from pal_ds.diagnostics import diagnose_latent
 from pal_ds.engine.dist import World
 from pal_ds.errors import UserError
 from pal_ds.evaluate_run import evaluate_run
@@ -96,6 +97,16 @@ def test_prototypes_are_drawn_as_evaluated(trained: RunDirectory) -> None:
     assert np.asarray(image.get_array()) == pytest.approx(np.asarray(found["prototype_distances"]))
     assert f"{found['effective_prototypes']:.1f} in use" in axes.get_xlabel()
     plt.close(figure)
+
+
+def test_latent_units_are_no_prototypes(trained: RunDirectory, tmp_path: Path) -> None:
+    """Of a head that makes users' points from comparisons the page shows the rest."""
+    run = RunDirectory(shutil.copytree(trained.path, tmp_path / "run"))
+    figures = json.loads((run.eval / "test.json").read_text())
+    figures["diagnostics"] = diagnose_latent(torch.eye(3))
+    (run.eval / "test.json").write_text(json.dumps(figures))
+    page = write_report({"run": run}, tmp_path / "out").read_text()
+    assert "learning.png" in page and "prototypes.png" not in page
 
 
 def test_an_evaluation_of_an_earlier_version_is_shown(

@@ -31,6 +31,7 @@ from pal_ds.few_shot import evaluate_few_shot
 from pal_ds.launch import open_data, prepare_before_processes_meet, train_among
 from pal_ds.progress import progress_bar
 from pal_ds.recipe import changed_keys
+from pal_ds.take_over import origin_for
 
 logger = logging.getLogger(__name__)
 
@@ -92,13 +93,17 @@ def check_everything(suite: Suite, data: PreparedData) -> dict[str, str]:
 
 def _reading(planned: PlannedRun, data: PreparedData) -> str:
     """What decides the states that training reads. Raises UserError where the method does not fit the data."""
+    init_from, model_config = planned.config.train.init_from, None
     try:
-        parts = assemble(planned.config, data, planned.run)
+        if init_from is not None and not planned.run.origin_file.is_file():
+            model_config = origin_for(init_from, data).model_config
+        parts = assemble(planned.config, data, planned.run, model_config=model_config)
     except UserError as error:
         raise UserError(f"methods.{planned.method}: {error}") from None
     collator = parts.collator
     texts = (collator.encoding, collator.scored_positions, collator.with_prompt)
-    return repr((parts.backbone, planned.config.train.precision, texts))
+    states = (parts.pooling, parts.prompt_tokens)
+    return repr((parts.backbone, planned.config.train.precision, texts, states))
 
 
 def make_runs(

@@ -55,7 +55,7 @@ class Collator:
     group_codes: np.ndarray | None = None
     """The run's code of each group of the data, -1 for one it does not know; None: the same codes."""
     generic_row: int = -1
-    """User table row of the generic user, of whom nothing is known: no context and no group."""
+    """User table row of the generic user, of whom nothing is known: no context, no group of a borrowed comparison."""
     contexts: Contexts | None = None
     """What other comparisons of a user are drawn from; given where the head reads them."""
 
@@ -82,6 +82,8 @@ class Collator:
         if context is None and self.contexts is not None and draws is not None:
             context = self.contexts.draw(rows, draws.epoch, draws.num_context)
         is_generic = (users == self.generic_row) & (self.generic_row >= 0)
+        # Records that name no user are the generic user's own, and their group is known all the same.
+        is_borrowed = is_generic & (self.user_rows(rows) != self.generic_row)
         table = self.data.comparisons[rows]
         pairs = np.stack([table["a"], table["b"]], axis=1)
         others = pairs[:0] if context is None else preferred_first(self.data, context[0].ravel())
@@ -109,7 +111,7 @@ class Collator:
             weight=torch.from_numpy(weight),
             user_row=torch.from_numpy(users),
             position=torch.from_numpy(positions.astype(np.int64)),
-            group=torch.from_numpy(np.where(is_generic, -1, self._groups(rows))),
+            group=torch.from_numpy(np.where(is_borrowed, -1, self._groups(rows))),
             **({} if draws is None else draws.noise(positions)),
             **told,
         )

@@ -169,11 +169,7 @@ def load_checkpoint(
             manifest["num_threads"],
         )
     stored = StoredUsers(path)
-    if users.ids != stored.ids and (gone := users.ids.missing_from(stored.ids)):
-        raise UserError(
-            f"{path}: user {gone[0]!r} was removed from this run, and the data still hold their comparisons "
-            f"({len(gone)} such users). Prepare the data without them and start in another --run_dir."
-        )
+    stored.refuse_removed(users.ids)
     engine.checkpoint_engine = shards_for(engine, path, world)
     try:
         users.restore(stored)

@@ -132,7 +132,7 @@ def fill_folder(folder: Path, opened: OpenRun, options: ExportOptions) -> dict[s
         write_sharded(folder, shapes, read, DTYPES[options.dtype], max_bytes, advance)
     del weights, layout, source, head_tensors, read
     facts |= _check(folder, opened, audience, target, options.dtype)
-    if options.with_users and "logits" in head.needs:
+    if options.with_users and head.has_points:
         _write_users(folder, opened, head, options.users_dir)
     card.write_card(folder, facts)
     card.write_facts(folder, facts)
@@ -264,8 +264,12 @@ def _check(
 
 
 def _write_users(folder: Path, opened: OpenRun, head: Head, adapted: Path | None) -> None:
-    """users.jsonl: the run's users and those of an adapted table, which hide trained ones of the same id."""
-    tables = [opened.users, *([] if adapted is None else [UserTable.load(adapted)])]
+    """users.jsonl: the run's users and those of an adapted table, which hide trained ones of the same id.
+
+    The run's table holds no points of a head that makes them from comparisons.
+    """
+    tables = [opened.users] if opened.parts.needs_users else []
+    tables += [] if adapted is None else [UserTable.load(adapted)]
     mixtures: dict[str, list[float]] = {}
     for table in tables:
         mixtures |= dict(zip(table.ids, user_mixtures(head, table)[:-1].tolist(), strict=True))

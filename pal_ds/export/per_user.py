@@ -44,7 +44,7 @@ def export_users(
         )
     opened = open_for_export(run, out, options)
     head = opened.parts.head
-    if "logits" not in head.needs:
+    if not head.is_personal:
         raise UserError(
             f"{type(head).__name__} has one reward for everyone: leave out the list of users."
         )

@@ -60,7 +60,7 @@ class ContextEncoder(nn.Module):
         second: Float[Tensor, "B N H"],
         there: Bool[Tensor, "B N"],
     ) -> tuple[Float[Tensor, "B L"], Float[Tensor, "B L"]]:
-        h = self.pair(torch.cat([first, second], dim=-1))
+        h = self.pair(torch.cat([first, second], dim=-1).to(self.query.weight.dtype))
         weight = (self.query(h) @ self.key(h).mT).float() / math.sqrt(h.shape[-1])
         # Finite, so that a user without any comparison has no NaN in the gradient either.
         weight = weight.masked_fill(~there.unsqueeze(1), torch.finfo(torch.float32).min)

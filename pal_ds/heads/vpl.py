@@ -125,14 +125,15 @@ class Vpl(Head):
 
     def _reward(self, features: Features, point: Float[Tensor, "B K"]) -> Float[Tensor, "B r T"]:
         index = features.response_index
+        # States may be fp32 where a bf16 run has vectors for data.
+        response = features.response.to(next(self.parameters()).dtype)
         if self.reward_form == "bilinear":
-            mapped = take(self.map(features.response).float(), index)
+            mapped = take(self.map(response).float(), index)
             personal = torch.einsum("bk,brtk->brt", point, mapped[..., :-1])
             return personal / math.sqrt(self.num_prototypes) + mapped[..., -1]
-        dtype = self.of_latent.weight.dtype
-        mapped = take(self.of_response(features.response).float(), index)
-        latent = self.of_latent(point.to(dtype)).float()
-        return self.rest((mapped + latent[:, None, None]).to(dtype))[..., 0].float()
+        mapped = take(self.of_response(response).float(), index)
+        latent = self.of_latent(point.to(response.dtype)).float()
+        return self.rest((mapped + latent[:, None, None]).to(response.dtype))[..., 0].float()
 
     def _pairs(self, features: Features, user: UserState) -> tuple[Tensor, Tensor, Tensor]:
         """(preferred [B, N, H], rejected, how many of the N count [B]), at the end of each response."""

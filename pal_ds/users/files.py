@@ -137,6 +137,14 @@ class StoredUsers:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def refuse_removed(self, ids: UserIds) -> None:
+        """Raises UserError where a table of `ids` is to be restored and not all of them are stored."""
+        if ids != self.ids and (gone := ids.missing_from(self.ids)):
+            raise UserError(
+                f"{self._path.parent}: user {gone[0]!r} was removed from this run, and the data still hold their "
+                f"comparisons ({len(gone)} such users). Prepare the data without them and start in another --run_dir."
+            )
+
     def read(self, rows: UserRows, first: int = 0) -> UserRows:
         """Fills `rows` with the stored ones from `first` on; of the file, only those are read."""
         from safetensors import safe_open

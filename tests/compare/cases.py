@@ -54,12 +54,13 @@ def write_suite(folder: Path, **keys: Any) -> Path:
 
 
 def write_text_suite(folder: str) -> str:
-    """Two heads that read texts alike and one that reads prompts too, on a frozen decoder with random weights."""
+    """Two heads that read texts alike and two that read prompts too, one every token of them; on a frozen decoder."""
     from pal_ds.backbones.config import BackboneConfig
     from pal_ds.backbones.transformer import materialise_architecture
 
     base, vocab_size = Path(folder, "base"), 400
     materialise_architecture(BackboneConfig(architecture=LLAMA), vocab_size, 0, base)
+    aligned = {"num_prototypes": 2, "prompt_position": "aligned"}
     suite = {
         "data": data_keys(Path(folder), 60, dev_fraction=0.1, test_fraction=0.3),
         "backbone": {"path": str(base), "tuning": "frozen"},
@@ -70,6 +71,7 @@ def write_text_suite(folder: str) -> str:
             "BTL": {"head": "BradleyTerry"},
             "A": {"head": {"class_path": "PalA", "init_args": {"num_prototypes": 2}}},
             "B": {"head": {"class_path": "PalB", "init_args": {"num_prototypes": 2}}},
+            "C": {"head": {"class_path": "PalB", "init_args": aligned}},
         },
     }
     path = Path(folder, "text.yaml")

@@ -168,16 +168,16 @@ def test_methods_share_states_only_where_they_read_alike(warm: WarmParent, tmp_p
     suite = warm("tests.compare.cases:write_text_suite", tmp_path)
     assert warm(START, suite, tmp_path / "out", tmp_path / "log") == [0]
     together = table_of(tmp_path / "out")["methods"]
-    for method in ("A", "B"):
+    for method in ("A", "B", "C"):
         alone = tmp_path / method
         words = (f"--only={method}", f"--backbone.cache={tmp_path / 'out' / 'cache'}")
         assert warm(START, suite, alone, tmp_path / "log_alone", *words) == [0]
         found = table_of(alone)["methods"][method]
         assert {**found, "runs": []} == {**together[method], "runs": []}
     said = (tmp_path / "log.0").read_text()
-    of_methods = re.split(r"^(?:BTL|A|B), seed 0: ", said, flags=re.MULTILINE)[1:]
+    of_methods = re.split(r"^(?:BTL|A|B|C), seed 0: ", said, flags=re.MULTILINE)[1:]
     # Training and evaluation ask the cache for each kind of states; A trains with those of BTL.
-    assert [part.count(" texts are here, ") for part in of_methods] == [2, 1, 4]
+    assert [part.count(" texts are here, ") for part in of_methods] == [2, 1, 4, 4]
 
 
 def test_a_run_with_other_values_is_refused_before_any_is_trained(

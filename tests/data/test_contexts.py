@@ -1,10 +1,16 @@
 """Contexts: a user's own comparisons about other prompts, none twice, the same however they are asked for."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pal_ds.data.batch import Batch
 from pal_ds.data.collator import Collator
 from pal_ds.data.contexts import Contexts
 from pal_ds.data.draws import Draws, normal_noise
@@ -13,6 +19,11 @@ from pal_ds.data.plan import UpdatePlan
 from pal_ds.data.prepare import DataConfig, prepare
 from pal_ds.data.sources import Jsonl
 from pal_ds.data.tables import PreparedData
+from pal_ds.engine.dist import World
+from pal_ds.heads import HeadOutput, UserState, Vpl
+from pal_ds.points import pairs_per_forward, points_in_training
+from pal_ds.reading import KnownUsers, with_points
+from pal_ds.users import UserTable
 from tests.tiny import write_pairs
 
 
@@ -110,6 +121,62 @@ def test_a_batch_holds_the_responses_of_its_contexts(data: PreparedData) -> None
     ]
     assert texts == wanted
     assert np.array_equal(batch.normal.numpy(), normal_noise(0, 0, np.arange(4), 3))
+
+
+def test_comparisons_of_nobody_in_particular_keep_their_group(data: PreparedData) -> None:
+    """Records without a user are the generic user's own; what is borrowed from another user loses the group."""
+    rows = data.rows("train")[:6]
+    owner = int(data.comparisons["user"][rows[0]])
+    table = data.comparisons[rows].copy()
+    table["group"] = 1
+    grouped = replace(data, comparisons=table)
+    collator = Collator(grouped, generic_row=owner)
+    own = collator(np.arange(6), np.arange(6))
+    assert owner in own.user_row and (own.group == 1).all()
+    borrowed = collator(np.arange(6), np.arange(6), users=np.full(6, owner))
+    assert borrowed.group.tolist() == np.where(own.user_row == owner, 1, -1).tolist()
+
+
+def test_points_take_no_more_room_than_updates_where_the_backbone_runs(data: PreparedData) -> None:
+    """However many users are asked for; who shares a forward does not matter."""
+    collator = Collator(data, contexts=Contexts.of(data, data.rows("train"), 0))
+    head = Vpl(4, latent_dim=2, width=4, num_context=3, num_context_scored=4)
+    sizes = []
+
+    def engine(batch: Batch, user: UserState) -> HeadOutput:
+        assert batch.context is not None
+        sizes.append(batch.context.shape[0])
+        told = batch.input_ids[batch.context].double().sum((1, 2)).float()
+        return HeadOutput(told, told, told, None, told[:, :2])
+
+    users, alone = np.array([3, 0, 2]), World(0, 1, torch.device("cpu"))
+    most = pairs_per_forward(head, collator, micro_batch_pairs=2)
+    points = points_in_training(engine, head, collator, collator, users, alone, most)
+    assert sizes == [
+        2,
+        1,
+    ]  # of 4 comparisons each, where an update's forward has 2 and 3 others for each
+    one = [
+        points_in_training(engine, head, collator, collator, users[[i]], alone) for i in range(3)
+    ]
+    assert torch.equal(points, torch.cat(one))
+
+
+@pytest.mark.parametrize("user", ["population", "not met in training"])
+def test_no_point_is_made_of_nothing(user: str) -> None:
+    """Records without a user tell of nobody, in evaluation as in training."""
+    contexts = SimpleNamespace(
+        data=SimpleNamespace(users=[user]),
+        known=lambda codes, _: (codes[:, None], 0 * codes + (user == "population")),
+    )
+    restored: Any = SimpleNamespace(
+        parts=SimpleNamespace(collator=SimpleNamespace(contexts=contexts)),
+        model=SimpleNamespace(head=SimpleNamespace(num_context_scored=1)),
+        users=UserTable(2, [user]),
+    )
+    known = KnownUsers([restored.users.ids], torch.zeros(2, 2))
+    data: Any = contexts.data
+    assert with_points(known, restored, data, World(0, 1, torch.device("cpu"))) is known
 
 
 def preferred_first_in(batch: object) -> list[int]:

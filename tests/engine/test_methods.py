@@ -1,6 +1,7 @@
 """Each method beyond PAL through the same trainer: any world size, evaluation, new users, export."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+from pal_ds.data.splits import SPLITS
 from pal_ds.engine.dist import World
+from pal_ds.errors import UserError
 from pal_ds.evaluate_run import evaluate_run
-from pal_ds.export import ExportOptions, export
+from pal_ds.export import ExportOptions, export, export_users
+from pal_ds.few_shot import few_shot_curve
 from pal_ds.reading import known_users
 from pal_ds.restore import restore
 from pal_ds.reward_models import load_reward_model
 from pal_ds.run_dir import RunDirectory
+from pal_ds.users import UserTable
 from tests.engine.method_cases import METHODS
 from tests.engine.warm import WarmParent
 
@@ -112,6 +117,55 @@ def test_exports_score_for_the_point_they_are_given(
             for point in (None, corner)
         ]
     assert scores[0].shape == (2, 1) and not torch.allclose(*scores)
+
+
+def test_contexts_are_flipped_of_users_who_have_them(
+    trained: dict[str, Any], place: Path, tmp_path: Path
+) -> None:
+    """Whoever else is scored beside them: an adapted user's point is not made again."""
+    UserTable(8, ["x", "y"]).save(tmp_path / "users")
+    own, new = ((place / f"{name}.jsonl").read_text() for name in ("pairs", "new"))
+    found = {}
+    for name, text, users in (("own", own, None), ("both", own + new, tmp_path / "users")):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text(text)
+        found[name] = evaluate_run(RunDirectory(place / "vpl_1"), ALONE, file=file, users=users)
+    assert found["both"]["pairs"] == found["own"]["pairs"] + 16
+    assert found["both"]["context_flip"]["all"] == found["own"]["context_flip"]["all"] > 0.5
+
+
+def test_groups_of_new_users_are_known(trained: dict[str, Any], place: Path) -> None:
+    """A head that asks for groups serves a stranger as it does everybody, after any number of comparisons."""
+    restored = restore(RunDirectory(place / "per_domain_1"))
+    table, rows = np.array(restored.data.comparisons), restored.data.rows("dev")
+    table["split"][rows] = SPLITS.index("unseen_test")
+    table["split"][restored.data.rows("train")] = SPLITS.index("unseen_train")
+    data = replace(restored.data, comparisons=table)
+    curve = few_shot_curve(replace(restored, data=data), [0, 2], ALONE)
+    assert [row["accuracy"] for row in curve.rows] == [trained["per_domain"]["1"]["dev"]] * 2
+    with pytest.raises(UserError, match="asks for the group of a comparison"):
+        known_users(restored, place / "vpl_users")
+
+
+def test_each_adapted_user_has_a_folder(
+    trained: dict[str, Any], place: Path, tmp_path: Path
+) -> None:
+    """Points of a head that reads contexts come from the table that `adapt` leaves; the run's own table has none."""
+    table = UserTable(8, ["x"])
+    table.logits.fill_(0.5)
+    table.save(tmp_path / "users")
+    run, options = RunDirectory(place / "vpl_1"), ExportOptions(quiet=True)
+    adapted = replace(options, users_dir=tmp_path / "users")
+    export_users(run, tmp_path / "out", ["x"], adapted)
+    facts = json.loads((tmp_path / "out" / "x" / "export.json").read_text())
+    assert facts["mixture"] == [0.5] * 8
+    with pytest.raises(UserError, match="Run `adapt`"):
+        export_users(run, tmp_path / "other", ["a"], options)
+    export(run, tmp_path / "whole", replace(adapted, with_users=True))
+    assert json.loads((tmp_path / "whole" / "users.jsonl").read_text()) == {
+        "user_id": "x",
+        "mixture": [0.5] * 8,
+    }
 
 
 def test_a_context_is_no_row_of_the_table(

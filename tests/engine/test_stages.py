@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from pal_ds.assemble import assemble
+from pal_ds.compare.runs import check_everything
+from pal_ds.compare.suite import PlannedRun, Suite, SuiteConfig
 from pal_ds.config import TrainConfig
 from pal_ds.data.collator import Collator
 from pal_ds.data.prepare import DataConfig, prepare
@@ -24,10 +26,13 @@ from pal_ds.eval_in_training import open_eval_sets
 from pal_ds.evaluate import figures_of, predict, user_mixtures
 from pal_ds.export import ExportOptions, export
 from pal_ds.forget import forget_user
+from pal_ds.recipe import load_recipe
 from pal_ds.restore import restore
 from pal_ds.run_dir import RunDirectory
 from pal_ds.take_over import take_over
+from pal_ds.taken_over import load_taken_over
 from pal_ds.user_ids import UserIds
+from pal_ds.user_start import seen_users
 from pal_ds.users import UserTable
 from tests.engine.conftest import TinyRun
 from tests.engine.stages_worker import recipe
@@ -265,3 +270,34 @@ def test_forgotten_users_leave_what_the_run_started_from(stages: Stages) -> None
     user = UserTable.load(run.init).ids[0]
     forget_user(run, user)
     assert user not in UserTable.load(run.init)
+    # Rows of the others have moved: a resumed run must not go on with them.
+    config, data = load_recipe(run.config_file), PreparedData.open(stages.other)
+    head = assemble(config, data, run).head
+    table, _, _ = seen_users(config, data, head, World(0, 1, torch.device("cpu")))
+    with pytest.raises(UserError, match=f"user '{user}' was removed from this run"):
+        load_taken_over(config, run, head, table)
+
+
+def test_a_comparison_checks_a_stage_before_anything_is_taken_over(
+    stages: Stages, tmp_path: Path
+) -> None:
+    run, data = RunDirectory(tmp_path / "run"), PreparedData.open(stages.other)
+    for origin, kind in (("base", "full"), ("frozen", "frozen")):
+        config = recipe(str(stages.other), "pal", kind, str(stages.out / origin), None)
+        planned = PlannedRun("stage", 0, config, "", run)
+        settings = SuiteConfig(methods={"stage": {}}, split="dev")
+        assert list(check_everything(Suite("stages", settings, [planned]), data)) == ["stage"]
+    assert not run.path.exists()
+
+
+def test_the_generic_user_keeps_a_row_where_users_are_taken_over(
+    stages: Stages, tmp_path: Path
+) -> None:
+    run, data = RunDirectory(tmp_path / "new"), PreparedData.open(stages.other)
+    config = recipe(str(stages.other), "pal", "full", str(stages.out / "adapted"), None)
+    config = replace(config, users=replace(config.users, generic_fraction=0.5))
+    assert take_over(config, data, run, trust=False)
+    head = assemble(config, data, run).head
+    table, _, generic_row = seen_users(config, data, head, World(0, 1, torch.device("cpu")))
+    load_taken_over(config, run, head, table)
+    assert table.ids[generic_row] == "population"

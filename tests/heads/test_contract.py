@@ -85,6 +85,12 @@ def test_shapes_and_dtypes(head: Head) -> None:
         assert torch.allclose(weights.sum(-1), torch.ones(len(weights)))
 
 
+def test_features_of_any_dtype_are_read(head: Head) -> None:
+    """Vectors are fp32 in a bf16 run."""
+    output = head.bfloat16()(_features(), _user(head))
+    assert output.reward.dtype == torch.float32 and output.reward.isfinite().all()
+
+
 def test_a_judge_of_the_placement_finds_the_same_rewards(head: Head) -> None:
     """What `place` says is all that the rewards depend on, so that a fused loss may replace them."""
     zeros = torch.zeros(NUM_PAIRS, dtype=torch.int64)
