@@ -27,6 +27,7 @@ from pal_ds.model import RewardModel
 from pal_ds.points import encode_users
 from pal_ds.progress import progress_bar
 from pal_ds.terms import Comparisons
+from pal_ds.user_ids import generic_row_of
 from pal_ds.users import UserTable
 
 VERTEX_LOGIT = 2.0
@@ -47,13 +48,20 @@ class LogitPrior:
 
     @staticmethod
     def of(users: UserTable) -> "LogitPrior":
-        """From the run's users; shrunk to their mean variance, since there may be fewer users than prototypes."""
+        """From the run's users; shrunk to their mean variance, since there may be fewer users than prototypes.
+
+        Where the run has a generic user, who is what users get at zero comparisons, the prior is centred there.
+        """
         logits = users.logits.double().cpu()
         centred = logits - logits.mean(1, keepdim=True)
+        generic, generic_row = None, generic_row_of(users.ids)
+        if generic_row >= 0 and len(centred) > 1:
+            generic = centred[generic_row]
+            centred = torch.cat([centred[:generic_row], centred[generic_row + 1 :]])
         num_users, num_prototypes = centred.shape
         if num_users == 0:
             return LogitPrior(torch.zeros(num_prototypes), torch.eye(num_prototypes))
-        mean = centred.mean(0)
+        mean = centred.mean(0) if generic is None else generic
         spread = centred - mean
         covariance = spread.T @ spread / num_users
         isotropic = covariance.diagonal().mean().clamp(min=0.1) * torch.eye(

@@ -211,3 +211,17 @@ def test_prior_is_that_of_the_users() -> None:
 def test_prior_without_users_is_flat_around_zero() -> None:
     prior = LogitPrior.of(UserTable(4))
     assert prior.mean.tolist() == [0.0] * 4
+
+
+def test_the_prior_is_centred_on_the_generic_user() -> None:
+    """Who is what users get at zero comparisons; the others tell how far users lie from there."""
+    table = UserTable(3, ["ann", "population", "bob"])
+    table.logits.copy_(torch.tensor([[4.0, 0.0, -4.0], [1.0, 1.0, -2.0], [4.0, 2.0, -6.0]]))
+    prior = LogitPrior.of(table)
+    torch.testing.assert_close(prior.mean, torch.tensor([1.0, 1.0, -2.0]))
+    others = UserTable(3, ["ann", "bob"])
+    others.logits.copy_(table.logits[[0, 2]])
+    assert not torch.allclose(LogitPrior.of(others).mean, prior.mean)
+    alone = UserTable(3, ["population"])
+    alone.logits.copy_(table.logits[1:2])
+    torch.testing.assert_close(LogitPrior.of(alone).mean, prior.mean)
