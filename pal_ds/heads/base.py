@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .shapes import Float, Int
@@ -130,7 +131,9 @@ class Head(nn.Module, ABC):
         For a head that reads no logits, those of a table that was never trained: the point of a user of whom nothing
         is known.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no user mixture")
+        given = user.mixture if user.mixture is not None else user.logits
+        num_rows = 1 if given is None else len(given)
+        return torch.ones(num_rows, 1, device=next(self.parameters()).device)
 
     def encode(self, features: Features, user: UserState) -> Float[Tensor, "B K"]:
         """The point of each user from the user's comparisons, for a head that needs `context`; without noise."""

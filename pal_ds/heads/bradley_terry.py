@@ -26,12 +26,6 @@ class BradleyTerry(Head):
         self.num_prototypes = 1
         self.direction = nn.Parameter(torch.randn(hidden_size) / math.sqrt(hidden_size))
 
-    def mixture_weights(self, user: UserState) -> Float[Tensor, "B 1"]:
-        """Ones, one row per given user, or a single row where the state is empty."""
-        given = user.mixture if user.mixture is not None else user.logits
-        num_rows = 1 if given is None else given.shape[0]
-        return torch.ones(num_rows, 1, device=self.direction.device)
-
     def linear_weight(self) -> Float[Tensor, "H"]:
         """v, fp32."""
         return self.direction.float()

@@ -45,11 +45,6 @@ class Categorical(Head):
         self.weight = nn.Parameter(torch.randn(num_atoms, hidden_size) / math.sqrt(hidden_size))
         self.bias = nn.Parameter(torch.zeros(num_atoms))
 
-    def mixture_weights(self, user: UserState) -> Float[Tensor, "B 1"]:
-        """Ones: everyone is the same."""
-        given = user.mixture if user.mixture is not None else user.logits
-        return torch.ones(1 if given is None else len(given), 1, device=self.weight.device)
-
     def reward(self, features: Features, user: UserState) -> Float[Tensor, "B r T"]:
         """Expected utilities in [0, 1], fp32."""
         return self._expected(self._distributions(features))

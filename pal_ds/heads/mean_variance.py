@@ -38,11 +38,6 @@ class MeanVariance(Head):
         self.weight = nn.Parameter(torch.randn(2, hidden_size) / math.sqrt(hidden_size))
         self.bias = nn.Parameter(torch.zeros(2))
 
-    def mixture_weights(self, user: UserState) -> Float[Tensor, "B 1"]:
-        """Ones: everyone is the same."""
-        given = user.mixture if user.mixture is not None else user.logits
-        return torch.ones(1 if given is None else len(given), 1, device=self.weight.device)
-
     def reward(self, features: Features, user: UserState) -> Float[Tensor, "B r T"]:
         """The means, fp32."""
         return self._moments(features)[0]
