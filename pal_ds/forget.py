@@ -25,8 +25,10 @@ EDITED, OLD = "edited-", "old-"
 """Prefixes of a step while it is exchanged; not `step_*`, of which retention deletes what is no complete step."""
 
 
-def list_users(run: RunDirectory, step: str = "latest") -> list[tuple[str, list[float]]]:
+def list_users(run: RunDirectory, step: str = "latest") -> list[tuple[str, list[float] | None]]:
     """(user id, mixture as the run's head uses it in evaluation) of every user of a checkpoint.
+
+    None for a head whose table tells nothing of its users: it knows them by comparisons or groups.
 
     Raises:
         UserError: the run or its data cannot be opened.
@@ -41,7 +43,10 @@ def list_users(run: RunDirectory, step: str = "latest") -> list[tuple[str, list[
             logger.warning("a step is being exchanged; listed is what is whole now (%s)", error)
     # No weights are read here, and opening a run unpickles nothing that could run code.
     opened = open_run(run, step, trust=True)
-    mixtures = user_mixtures(opened.parts.head, opened.users)[:-1]
+    head = opened.parts.head
+    if head.is_personal and "logits" not in head.needs:
+        return [(user_id, None) for user_id in opened.users.ids]
+    mixtures = user_mixtures(head, opened.users)[:-1]
     return list(zip(opened.users.ids, mixtures.tolist(), strict=True))
 
 

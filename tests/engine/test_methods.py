@@ -15,6 +15,7 @@ from pal_ds.errors import UserError
 from pal_ds.evaluate_run import evaluate_run
 from pal_ds.export import ExportOptions, export, export_users
 from pal_ds.few_shot import few_shot_curve
+from pal_ds.forget import list_users
 from pal_ds.reading import known_users
 from pal_ds.restore import restore
 from pal_ds.reward_models import load_reward_model
@@ -177,6 +178,7 @@ def test_a_context_is_no_row_of_the_table(
         ["score", f"--run_dir={place}/{name}_1", "--user=a", f"--input={place}/texts.jsonl"]
         for name in ("vpl", "per_domain")
     ]
+    assert dict(list_users(RunDirectory(place / "vpl_1"))) == dict.fromkeys("abcd")
     told = warm(f"{CASES}run_commands", place, lines)
     assert [part["code"] for part in told] == [2, 2]
     assert "Run `adapt`" in told[0]["said"] and "Give --mixture" in told[1]["said"]
