@@ -89,6 +89,9 @@ def run_updates(state: Training) -> None:
     last = min(state.config.train.stop_after or state.num_updates, state.num_updates)
     tracker, stepper = state.tracker, state.stepper
     write_status(state, "running")
+    if state.step == state.num_updates:
+        # An earlier start may have ended between its last save and the deletion of old checkpoints.
+        publish_best(state)
     with progress_bar(
         "training", state.num_updates, shown=state.world.is_rank_zero, unit="pairs"
     ) as advance:

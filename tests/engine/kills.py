@@ -5,8 +5,10 @@ For a parent that called `warm_up`: every start forks two ranks from it.
 
 import functools
 import json
+import os
 import random
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -242,6 +244,21 @@ def kill_at_every_stage(folder: str) -> list[dict[str, Any]]:
     harness.finish(run)
     told.append({"left": pending, "num_values": harness.check_same(run)})
     return told
+
+
+def kill_before_the_last_deletion(folder: str) -> int:
+    """Both ranks end between the last save and the deletion of old ones; returns `check_same` after another start."""
+    harness = harness_in(folder)
+    run, last = RunDirectory(harness.folder / "undeleted"), max(harness.whole.complete_steps())
+
+    def hook(number: int, moment: str) -> None:
+        done = run.pointer("latest") or {"step": 0}
+        if number == 0 and moment == "latest.json written" and done["step"] == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    harness.kill_at(run, hook, 0)
+    harness.finish(run)
+    return harness.check_same(run)
 
 
 def kill_at_random(folder: str, num_trainings: int, num_exports: int, seed: int) -> dict[str, Any]:

@@ -17,6 +17,12 @@ def test_killed_at_every_stage_of_a_save(warm: WarmParent, harness_folder: Path)
     assert end["num_values"] > 200
 
 
+def test_a_finished_run_deletes_what_a_killed_start_left(
+    warm: WarmParent, harness_folder: Path
+) -> None:
+    assert warm("tests.engine.kills:kill_before_the_last_deletion", harness_folder) > 100
+
+
 def test_killed_at_random_moments(warm: WarmParent, harness_folder: Path) -> None:
     """tools/bench/bench_kill.py does a hundred of these."""
     found = warm("tests.engine.kills:kill_at_random", harness_folder, 8, 2, 0)
