@@ -1,14 +1,12 @@
 """New users from a few comparisons: everything is frozen but their logits, all of them fitted at once.
 
-Each user's logits maximise the likelihood of the user's comparisons times a Gaussian prior whose mean and covariance
-are those of the run's own users (empirical Bayes): with no comparison a user is the typical one, with many the
-prior fades; nothing is left to tune, and comparisons that can be separated send no logit to infinity. The objective
-is not convex where rewards are distances or cosines, hence one start per prototype beside the prior's mean; the best of
-them is kept. Who minimises it is the solver's choice: `localise.py` from statistics, `first_order.py` by gradients.
+Each user's logits maximise the likelihood of the user's comparisons times the density of the run's own users
+(empirical Bayes, `prior.py`): with no comparison a user is the typical one, with few the clusters of users whom they
+fit are a guide, with many the prior fades; nothing is left to tune, and comparisons that can be separated send no logit
+to infinity. Who maximises it is the solver's choice: `localise.py` from statistics, `first_order.py` by gradients.
 """
 
 import math
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -21,62 +19,20 @@ from pal_ds.errors import UserError
 from pal_ds.first_order import Choices, adam, margins_of, reference_adamw
 from pal_ds.heads.base import Features, Head
 from pal_ds.heads.shapes import Float, Int
-from pal_ds.localise import SHAPES, solve
+from pal_ds.localise import solve
 from pal_ds.losses import PreferenceLoss, token_weights
 from pal_ds.model import RewardModel
+from pal_ds.objective import SHAPES
 from pal_ds.points import encode_users
+from pal_ds.prior import LogitPrior
 from pal_ds.progress import progress_bar
 from pal_ds.terms import Comparisons
-from pal_ds.user_ids import generic_row_of
-from pal_ds.users import UserTable
 
-VERTEX_LOGIT = 2.0
-"""How far a start leans towards its prototype."""
 PAIRS_PER_CHUNK = 2**15
 FLOATS_PER_CHUNK = 2**25
 """Hidden states that are in memory at once: 128 MB, of which a fit holds a few copies."""
 PAIRS_PER_FORWARD = 256
 """Comparisons per chunk where the backbone itself runs for each."""
-
-
-@dataclass(frozen=True)
-class LogitPrior:
-    """Gaussian over logits; a softmax ignores a shift, so logits are centred before they are measured."""
-
-    mean: Float[Tensor, "K"]
-    precision: Float[Tensor, "K K"]
-
-    @staticmethod
-    def of(users: UserTable) -> "LogitPrior":
-        """From the run's users; shrunk to their mean variance, since there may be fewer users than prototypes.
-
-        Where the run has a generic user, who is what users get at zero comparisons, the prior is centred there.
-        """
-        logits = users.logits.double().cpu()
-        centred = logits - logits.mean(1, keepdim=True)
-        generic, generic_row = None, generic_row_of(users.ids)
-        if generic_row >= 0 and len(centred) > 1:
-            generic = centred[generic_row]
-            centred = torch.cat([centred[:generic_row], centred[generic_row + 1 :]])
-        num_users, num_prototypes = centred.shape
-        if num_users == 0:
-            return LogitPrior(torch.zeros(num_prototypes), torch.eye(num_prototypes))
-        mean = centred.mean(0) if generic is None else generic
-        spread = centred - mean
-        covariance = spread.T @ spread / num_users
-        isotropic = covariance.diagonal().mean().clamp(min=0.1) * torch.eye(
-            num_prototypes, dtype=torch.float64
-        )
-        weight = num_users / (num_users + 4.0 * num_prototypes)
-        blended = weight * covariance + (1 - weight) * isotropic
-        # The direction along which a softmax is blind has no variance of its own.
-        blended = blended + 1e-3 * torch.eye(num_prototypes, dtype=torch.float64)
-        return LogitPrior(mean.float(), torch.linalg.inv(blended).float())
-
-    def penalty(self, logits: Float[Tensor, "U K"]) -> Float[Tensor, "U"]:
-        """Minus the log density, up to a constant."""
-        away = logits - logits.mean(1, keepdim=True) - self.mean
-        return 0.5 * ((away @ self.precision) * away).sum(1)
 
 
 Solver = Literal["auto", "newton", "adam", "reference"]
@@ -210,24 +166,19 @@ def _fit_chunk(
     initial: Float[Tensor, "U K"] | None,
 ) -> Float[Tensor, "U K"]:
     head, features, batch, owner, num_users = chunk
-    device, num_prototypes = owner.device, head.num_prototypes
-    prior = LogitPrior(prior.mean.to(device), prior.precision.to(device))
+    prior = prior.to(owner.device)
     with torch.no_grad():
         statistics = head.statistics(features)
     facts = (batch.label, batch.window_start, batch.window_end, batch.required_margin)
-    starts = VERTEX_LOGIT * torch.eye(num_prototypes, device=device)
-    starts = torch.cat([torch.zeros_like(starts[:1]), starts])
     if statistics is not None and loss.kind in SHAPES and solver in ("auto", "newton"):
         window = token_weights(
             loss.token_weighting, *facts[1:3], num_positions=statistics.linear.shape[1]
         )
         comparisons = Comparisons(owner, batch.label, batch.required_margin, window)
-        # The simplex's centre beside the prior's mean: a population may have taste.
-        starts = torch.cat([starts, -prior.mean[None]])
-        return solve(statistics, comparisons, num_users, prior, starts, loss.kind)
+        return solve(statistics, comparisons, num_users, prior, loss.kind)
     margins = margins_of(head, features, statistics, owner)
     choices = Choices(margins, loss, owner, *facts)
     if solver == "reference":
         begins = prior.mean.repeat(num_users, 1) if initial is None else initial
         return reference_adamw(choices, begins)
-    return adam(choices, num_users, prior, starts)
+    return adam(choices, num_users, prior, head.temperature)

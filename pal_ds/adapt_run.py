@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import xxhash
 
-from pal_ds.adapt import LogitPrior, Solver, fit_users, pairs_per_chunk, refuse_newton
+from pal_ds.adapt import Solver, fit_users, pairs_per_chunk, refuse_newton
 from pal_ds.data.plan import keyed_generator
 from pal_ds.data.tables import PreparedData
 from pal_ds.engine.dist import World
@@ -20,6 +20,7 @@ from pal_ds.fit_shards import FOLDER, FittedShard, ShardFolder
 from pal_ds.heads.base import UserState
 from pal_ds.heads.shapes import Float
 from pal_ds.metrics import correctness
+from pal_ds.prior import LogitPrior
 from pal_ds.progress import progress_bar
 from pal_ds.reading import Reader, reader_of
 from pal_ds.restore import Restored, restore
@@ -206,6 +207,8 @@ class Fitting:
             logger.info("%d of %d shards are there already", len(shards), len(users.spans))
         common = self._common_reader(missing, positions)
         prior = LogitPrior.of(self.restored.users)
+        if prior.num_components > 1:
+            logger.info("prior: the run's users fall into %d clusters", prior.num_components - 1)
         with progress_bar("fitting users", len(missing), shown=True, unit="users") as advance:
             for number in missing:
                 shards[number] = self._shard(users.spans[number], common, prior)

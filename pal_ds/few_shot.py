@@ -7,7 +7,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from pal_ds.adapt import LogitPrior, fit_users, pairs_per_chunk
+from pal_ds.adapt import fit_users, pairs_per_chunk
 from pal_ds.adapt_run import few_per_user
 from pal_ds.data.tables import PreparedData
 from pal_ds.engine.dist import World
@@ -18,6 +18,7 @@ from pal_ds.guards import Judged, unseen_above_seen
 from pal_ds.heads.base import UserState
 from pal_ds.heads.shapes import Float
 from pal_ds.metrics import clustered_standard_error, mean_figures
+from pal_ds.prior import LogitPrior
 from pal_ds.progress import progress_bar
 from pal_ds.reading import Reader, known_users, reader_of, with_points
 from pal_ds.restore import Restored, restore

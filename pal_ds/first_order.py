@@ -7,7 +7,6 @@ whose regulariser is that it stops early. Axes: S starts, U users, B comparisons
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +16,10 @@ from pal_ds.heads.geometry import unit
 from pal_ds.heads.shapes import Float, Int
 from pal_ds.heads.statistics import MixtureStatistics, combine
 from pal_ds.losses import PreferenceLoss
+from pal_ds.prior import LogitPrior, posterior_mean, without_repetition
 
+NUM_KEPT = 3
+"""Starts that are followed, per user: those with the lowest objective."""
 NUM_STEPS = 100
 LEARNING_RATE = 0.1
 REFERENCE_EPOCHS = 20
@@ -25,14 +27,6 @@ REFERENCE_LEARNING_RATE = 5e-3
 
 Margins = Callable[[Float[Tensor, "S U K"], Int[Tensor, "b"]], Float[Tensor, "S b T"]]
 """Margins of the comparisons in these rows under the logits of their users, for each start."""
-
-
-class Prior(Protocol):
-    """What `adapt.LogitPrior` gives: a mean, and minus the log density of logits."""
-
-    @property
-    def mean(self) -> Tensor: ...
-    def penalty(self, logits: Tensor, /) -> Tensor: ...
 
 
 def margins_of(
@@ -124,32 +118,42 @@ class Choices:
 
 
 def adam(
-    choices: Choices, num_users: int, prior: Prior, starts: Float[Tensor, "S K"]
+    choices: Choices, num_users: int, prior: LogitPrior, temperature: float
 ) -> Float[Tensor, "U K"]:
-    """Adam (arXiv 1412.6980) on the logits of all users and starts at once; the best start, per user.
+    """Adam (arXiv 1412.6980) on the logits of all users side by side, each from the prior's NUM_KEPT best starts.
 
-    `starts` are added to the prior's mean. NUM_STEPS steps at a rate that falls to 0 as a cosine does.
+    NUM_STEPS steps at a rate that falls to 0 as a cosine does. The best of a user's ends is kept, or where the prior
+    has clusters their mean mixture, weighted by the objective; `temperature` is the tau of mixtures.
     """
-    num_starts = len(starts)
-    logits = (prior.mean + starts[:, None, :]).repeat(1, num_users, 1).requires_grad_()
-    optimizer = torch.optim.Adam([logits], lr=LEARNING_RATE)
     owner = choices.owner
     everything = torch.arange(len(owner), device=owner.device)
 
-    def objective() -> Float[Tensor, "S U"]:
+    def likelihood(logits: Float[Tensor, "n U K"]) -> Float[Tensor, "n U"]:
         each = choices.losses(logits, everything)
-        likelihood = each.new_zeros(num_starts, num_users).index_add(1, owner, each)
-        return likelihood + prior.penalty(logits.flatten(0, 1)).view(num_starts, num_users)
+        return each.new_zeros(len(logits), num_users).index_add(1, owner, each)
 
+    starts = prior.starts()
+    with torch.no_grad():
+        likelihoods = torch.cat([likelihood(p.expand(1, num_users, -1)) for p in starts.points])
+        cost = prior.penalty(starts.points[starts.point], starts.component)
+    values = (likelihoods[starts.point] + cost[:, None]).nan_to_num(nan=torch.inf)
+    order = torch.argsort(values, dim=0, stable=True)[:NUM_KEPT]
+    component = starts.component[order]
+    logits = starts.points[starts.point[order]].requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=LEARNING_RATE)
     for step in range(NUM_STEPS):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / NUM_STEPS))
         optimizer.zero_grad(set_to_none=True)
-        objective().sum().backward(inputs=[logits])
+        (likelihood(logits) + prior.penalty(logits, component)).sum().backward(inputs=[logits])
         optimizer.step()
     with torch.no_grad():
-        best = objective().argmin(0)
-        return logits[best, torch.arange(num_users, device=owner.device)]
+        value = likelihood(logits) + prior.penalty(logits, component)
+        if prior.num_components > 1:
+            candidates = logits.transpose(1, 2)
+            evidence = without_repetition(-value, component)
+            return posterior_mean(candidates, evidence, temperature).T
+        return logits[value.argmin(0), torch.arange(num_users, device=owner.device)]
 
 
 def reference_adamw(choices: Choices, initial: Float[Tensor, "U K"]) -> Float[Tensor, "U K"]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pal_ds import first_order
-from pal_ds.adapt import LogitPrior, fit_users
+from pal_ds.adapt import fit_users
 from pal_ds.adapt_run import few_per_user
 from pal_ds.backbones.given import GivenStates
 from pal_ds.data.collator import Collator
@@ -18,6 +18,7 @@ from pal_ds.heads import Features, PalA, UserState
 from pal_ds.heads.pal_a import Similarity
 from pal_ds.losses import PreferenceLoss, TokenWeighting
 from pal_ds.model import RewardModel
+from pal_ds.prior import LogitPrior
 from pal_ds.users import UserTable
 
 CPU = torch.device("cpu")
@@ -51,7 +52,7 @@ def fit(
     world: tuple[PreparedData, RewardModel], rows: np.ndarray, owners: np.ndarray, num_users: int
 ) -> torch.Tensor:
     data, model = world
-    prior = LogitPrior(torch.zeros(3), 0.1 * torch.eye(3))
+    prior = LogitPrior.gaussian(torch.zeros(3), 0.1 * torch.eye(3))
     return fit_users(model, PreferenceLoss(), Collator(data), rows, owners, num_users, prior, CPU)
 
 
@@ -72,7 +73,10 @@ def test_newton_and_adam_minimise_the_same(
 ) -> None:
     data, model = world
     rows = few_per_user(data, data.rows("train"), 10, 0)
-    owners, prior = data.comparisons["user"][rows], LogitPrior(torch.zeros(3), 0.1 * torch.eye(3))
+    owners, prior = (
+        data.comparisons["user"][rows],
+        LogitPrior.gaussian(torch.zeros(3), 0.1 * torch.eye(3)),
+    )
     loss, table = PreferenceLoss(token_weighting=weighting), data.comparisons[rows]
     features = model.backbone(Collator(data)(rows, np.arange(len(rows))))
 
@@ -80,7 +84,7 @@ def test_newton_and_adam_minimise_the_same(
         margin = model.head(features, UserState(logits[owners])).margin[:, 0]
         each = -torch.nn.functional.logsigmoid(torch.from_numpy(table["label"]) * margin)
         likelihood = torch.zeros(len(logits)).index_add(0, torch.from_numpy(owners), each)
-        return likelihood + prior.penalty(logits)
+        return likelihood + prior.penalty(logits, torch.zeros(len(logits), dtype=torch.int64))
 
     newton, adam = (
         fit_users(
@@ -122,7 +126,7 @@ def test_the_reference_optimiser_is_adamw_stopped_early(
     rows = few_per_user(data, data.rows("train"), 1, 0)
     owners = data.comparisons["user"][rows]
     begin = torch.randn(len(data.users), 3, generator=torch.Generator().manual_seed(0))
-    prior = LogitPrior(torch.zeros(3), torch.eye(3))
+    prior = LogitPrior.gaussian(torch.zeros(3), torch.eye(3))
     found = fit_users(
         *(model, PreferenceLoss(), Collator(data), rows, owners, len(begin), prior, CPU),
         solver="reference",
@@ -166,7 +170,7 @@ def test_newton_is_refused_where_a_head_gives_no_statistics(
     data, _ = world
     model = RewardModel(GivenStates(), PalA(data.info["vector_size"], 3, num_layers=2))
     rows, owner = data.rows("train")[:4], np.zeros(4, np.int64)
-    prior = LogitPrior(torch.zeros(3), torch.eye(3))
+    prior = LogitPrior.gaussian(torch.zeros(3), torch.eye(3))
     arguments = (model, PreferenceLoss(), Collator(data), rows, owner, 1, prior, CPU)
     with pytest.raises(UserError, match="--solver newton: this run's head gives no statistics"):
         fit_users(*arguments, solver="newton")
@@ -205,7 +209,9 @@ def test_prior_is_that_of_the_users() -> None:
     assert prior.mean.tolist() == pytest.approx([2 / 3, -1 / 3, -1 / 3], abs=0.1)
     # A shift of all logits is the same mixture, hence costs nothing.
     logits = torch.randn(4, 3, generator=generator)
-    assert torch.allclose(prior.penalty(logits), prior.penalty(logits + 5.0), atol=1e-3)
+    everybody = torch.zeros(4, dtype=torch.int64)
+    shifted = prior.penalty(logits + 5.0, everybody)
+    assert torch.allclose(prior.penalty(logits, everybody), shifted, atol=1e-3)
 
 
 def test_prior_without_users_is_flat_around_zero() -> None:

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from pal_ds import localise
-from pal_ds.adapt import LogitPrior
 from pal_ds.heads import Features, Head, PalA, PalB
 from pal_ds.heads.statistics import MixtureStatistics
-from pal_ds.localise import SHAPES, solve, solve_positive_definite
+from pal_ds.localise import solve, solve_positive_definite
 from pal_ds.losses import PreferenceLoss, token_weights
+from pal_ds.objective import SHAPES
+from pal_ds.prior import LogitPrior
 from pal_ds.terms import Comparisons, padded_size
 
 H = 6
@@ -63,13 +64,11 @@ def case(
 
 def prior_of(num_prototypes: int) -> LogitPrior:
     mean = torch.linspace(-0.4, 0.4, num_prototypes) if num_prototypes > 1 else torch.zeros(1)
-    return LogitPrior(mean, 0.4 * torch.eye(num_prototypes) + 0.05)
+    return LogitPrior.gaussian(mean, 0.4 * torch.eye(num_prototypes) + 0.05)
 
 
 def fit(case: Case, kind: str = "logistic", num_users: int = len(COUNTS)) -> Tensor:
-    num_prototypes = case[0].linear.shape[-1]
-    starts = torch.cat([torch.zeros(1, num_prototypes), 2 * torch.eye(num_prototypes)])
-    return solve(*case, num_users, prior_of(num_prototypes), starts, kind)
+    return solve(*case, num_users, prior_of(case[0].linear.shape[-1]), kind)
 
 
 def objective(case: Case, logits: Tensor, user: int, kind: str = "logistic") -> Tensor:
@@ -78,7 +77,7 @@ def objective(case: Case, logits: Tensor, user: int, kind: str = "logistic") -> 
     mine = (comparisons.user == user).nonzero().squeeze(1)
     prior = prior_of(logits.shape[1])
     away = (logits - logits.mean(1, keepdim=True)).double() - prior.mean
-    total = 0.5 * ((away @ prior.precision.double()) * away).sum(1)
+    total = 0.5 * ((away @ prior.precisions[0].double()) * away).sum(1)
     double = statistics._replace(
         linear=statistics.linear.double(), quadratic=statistics.quadratic.double()
     )

@@ -116,6 +116,11 @@ class Head(nn.Module, ABC):
         """Whether the point is the user's own: looked up, fitted or made from comparisons."""
         return not self.needs.isdisjoint({"logits", "context"})
 
+    @property
+    def temperature(self) -> float:
+        """tau of s_u = softmax(w_u / tau), for a head whose points are mixtures of logits."""
+        return 1.0
+
     def compare(self, features: Features, user: UserState) -> HeadOutput:
         """Rewards, margins and penalties of comparisons; a margin is a difference of rewards unless overridden."""
         reward = self.reward(features, user)

@@ -56,6 +56,11 @@ class Lore(Head):
         return torch.einsum("bk,brtk->brt", self.mixture(user), scores)
 
     @property
+    def temperature(self) -> float:
+        """tau of the mixture."""
+        return self.mixture.temperature
+
+    @property
     def has_statistics(self) -> bool:
         """Always."""
         return True

@@ -120,6 +120,11 @@ class PalA(Head):
         return Placement(projected, features.response_index, self.locate(user).unsqueeze(1), scale)
 
     @property
+    def temperature(self) -> float:
+        """tau of the mixture."""
+        return self.mixture.temperature
+
+    @property
     def has_statistics(self) -> bool:
         """False for `f(Pw)` through more than one layer, which mixes before f.
 

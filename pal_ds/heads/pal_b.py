@@ -98,6 +98,11 @@ class PalB(Head):
         )
 
     @property
+    def temperature(self) -> float:
+        """tau of the mixture."""
+        return self.mixture.temperature
+
+    @property
     def has_statistics(self) -> bool:
         """False for aligned positions, which have K maps per token."""
         return self.prompt_position == "last"

@@ -31,12 +31,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pal_ds.adapt import VERTEX_LOGIT, LogitPrior
 from pal_ds.first_order import Choices, adam, margins_of, reference_adamw
 from pal_ds.heads import Features, Head, PalA, PalB, UserState
 from pal_ds.heads.statistics import MixtureStatistics
 from pal_ds.localise import solve
 from pal_ds.losses import PreferenceLoss, token_weights
+from pal_ds.prior import LogitPrior
 from pal_ds.terms import Comparisons
 from pal_ds.users import UserTable
 from tools.bench.environment import describe_environment
@@ -119,15 +119,13 @@ class Fits:
     def __init__(self, world: World) -> None:
         self.world, self.users = world, len(world.truth)
         length = world.features.response.shape[1]
-        num_pairs, num_prototypes = len(world.owner), world.head.num_prototypes
+        num_pairs = len(world.owner)
         weighting = "last" if length == 1 else "mean"
         self.loss = PreferenceLoss("logistic", weighting)
         start = torch.zeros(num_pairs, dtype=torch.int64)
         self.facts = (world.label, start, start + length, torch.zeros(num_pairs))
         weight = token_weights(weighting, *self.facts[1:3], length)
         self.comparisons = Comparisons(world.owner, world.label, self.facts[3], weight)
-        eye = VERTEX_LOGIT * torch.eye(num_prototypes)
-        self.starts = torch.cat([torch.zeros_like(eye[:1]), eye])
         self.statistics = self.make_statistics()
         margins = margins_of(world.head, world.features, self.statistics, world.owner)
         self.choices = Choices(margins, self.loss, world.owner, *self.facts)
@@ -139,9 +137,8 @@ class Fits:
         """The default solver."""
         prior, found = self.world.prior, statistics or self.statistics
         if found is None:
-            return adam(self.choices, self.users, prior, self.starts)
-        starts = torch.cat([self.starts, -prior.mean[None]])
-        return solve(found, self.comparisons, self.users, prior, starts, "logistic")
+            return adam(self.choices, self.users, prior, self.world.head.temperature)
+        return solve(found, self.comparisons, self.users, prior, "logistic")
 
     def both(self) -> Tensor:
         return self.ours(self.make_statistics())
