@@ -14,9 +14,10 @@ from pal_ds.data.plan import keyed_generator
 from pal_ds.data.tables import PreparedData
 from pal_ds.engine.dist import World
 from pal_ds.errors import UserError, writing
-from pal_ds.evaluate import predict, user_mixtures
+from pal_ds.evaluate import user_mixtures
 from pal_ds.evaluate_run import opened_pairs
 from pal_ds.fit_shards import FOLDER, FittedShard, ShardFolder
+from pal_ds.forwards import Forwards
 from pal_ds.heads.base import UserState
 from pal_ds.heads.shapes import Float
 from pal_ds.metrics import correctness
@@ -255,7 +256,8 @@ class Fitting:
         with torch.no_grad():
             mixtures = head.mixture_weights(UserState(logits.to(device)))
         num_pairs = pairs_per_chunk(head, collator, rows)
-        margins = predict(reader.model, collator, rows, mixtures, num_pairs, self.world)
+        forwards = Forwards(reader.model, collator, num_pairs, self.world)
+        margins = forwards.margins(rows, mixtures)
         right = correctness(margins, self.data.comparisons["label"][rows].astype(float))
         return FittedShard(
             logits,

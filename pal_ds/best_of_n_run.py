@@ -17,7 +17,6 @@ from pal_ds.data.sources.base import check_files, read_lines
 from pal_ds.data.tables import COMPARISON_DTYPE, PreparedData
 from pal_ds.engine.dist import World
 from pal_ds.errors import UserError
-from pal_ds.evaluate import predict_rewards
 from pal_ds.evaluate_run import opened_pairs, write_figures
 from pal_ds.reading import KnownUsers, reader_of, with_points
 from pal_ds.restore import Restored
@@ -152,12 +151,7 @@ def score_candidates(
     table["a"], table["b"] = response[one], response[other]
     data, rows = replace(data, comparisons=table), np.arange(len(table))
     reader = reader_of(restored, data, rows, known.table_rows(data), world)
-    rewards = predict_rewards(
-        *(reader.model, reader.collator, rows, known.mixtures),
-        *(restored.config.train.micro_batch_pairs, world),
-        label="scoring",
-        micro_batch_tokens=restored.config.train.micro_batch_tokens,
-    )
+    rewards = reader.forwards(world, "scoring").rewards(rows, known.mixtures)
     found = np.empty(len(entries))
     found[other] = rewards[:, 1]
     found[one] = rewards[:, 0]

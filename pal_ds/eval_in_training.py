@@ -11,7 +11,8 @@ from pal_ds.data.collator import Collator
 from pal_ds.data.tables import PreparedData, group_codes
 from pal_ds.data.vocabulary import refuse_other_tokenizer
 from pal_ds.errors import UserError
-from pal_ds.evaluate import dev_temperature, figures_of, predict, with_mixtures
+from pal_ds.evaluate import dev_temperature, figures_of, with_mixtures
+from pal_ds.forwards import Forwards
 from pal_ds.user_ids import UserIds
 
 if TYPE_CHECKING:
@@ -111,13 +112,9 @@ def _margins(state: "Training", collator: Collator, rows: np.ndarray) -> np.ndar
         own=state.collator,
         micro_batch_pairs=state.config.train.micro_batch_pairs,
     )
-    return predict(
-        state.engine,
-        collator,
-        rows,
-        mixtures,
-        state.config.train.micro_batch_pairs,
-        state.world,
+    train = state.config.train
+    forwards = Forwards(
+        *(state.engine, collator, train.micro_batch_pairs, state.world, train.micro_batch_tokens),
         between_steps=lambda: state.watch.leave_if_asked(state.world),
-        micro_batch_tokens=state.config.train.micro_batch_tokens,
     )
+    return forwards.margins(rows, mixtures)

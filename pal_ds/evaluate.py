@@ -1,7 +1,5 @@
-"""Exact evaluation at any world size: every pair is scored once, figures come from the gathered margins."""
+"""What an evaluation says: whose mixtures are asked for, and the figures that gathered margins give."""
 
-import logging
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,29 +7,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pal_ds import phase
 from pal_ds.controversial import controversial
-from pal_ds.data.batch import Batch
 from pal_ds.data.collator import Collator
-from pal_ds.data.loader import split_rows
-from pal_ds.data.plan import split_update
 from pal_ds.data.tables import PreparedData
 from pal_ds.engine.dist import World
-from pal_ds.heads.base import Head, HeadOutput, UserState
+from pal_ds.forwards import Forward
+from pal_ds.heads.base import Head, UserState
 from pal_ds.heads.shapes import Float
-from pal_ds.losses import decision_margin
 from pal_ds.metrics import evaluation_figures, fit_temperature
-from pal_ds.model import user_state
 from pal_ds.points import pairs_per_forward, points_in_training
-from pal_ds.progress import progress_bar
 from pal_ds.surface import FormatBaseline, length_margins
 from pal_ds.user_ids import generic_row_of
 from pal_ds.users import TrainedUsers, UserTable
 from pal_ds.users.rows import blocks
-
-logger = logging.getLogger(__name__)
-
-Forward = Callable[[Batch, UserState], HeadOutput]
 
 
 def user_mixtures(head: Head, users: UserTable) -> Float[Tensor, "U+1 K"]:
@@ -110,134 +98,6 @@ def population_mixture(
     return mixtures.mean(0, keepdim=True)
 
 
-def predict(
-    forward: Forward,
-    collator: Collator,
-    rows: np.ndarray,
-    mixtures: Float[Tensor, "U+1 K"] | None,
-    micro_batch_pairs: int,
-    world: World,
-    label: str | None = None,
-    between_steps: Callable[[], None] = lambda: None,
-    micro_batch_tokens: int | None = None,
-) -> np.ndarray:
-    """Margins (> 0 prefers response_2) of the comparisons `rows`, in their order, fp64 [n], on every rank.
-
-    Which pairs share a forward depends on the world size, so margins agree to rounding. `micro_batch_tokens` bounds
-    a forward as it does in training. A user the table does not hold (row -1) gets the last mixture, the population's.
-    Without mixtures, users are what the batches say of them (their group).
-    """
-
-    def margins_of(batch: Batch, output: HeadOutput) -> Tensor:
-        return decision_margin(output.margin, batch.window_end)[:, None]
-
-    found = _gather(
-        *(forward, collator, rows, mixtures, micro_batch_pairs, world),
-        *(margins_of, 1, label, between_steps, micro_batch_tokens),
-    )[:, 0]
-    if world.is_rank_zero and (num_lost := int(np.isnan(found).sum())):
-        logger.warning(
-            "%d of %d pairs have scores that are no numbers; they count as wrong",
-            num_lost,
-            len(found),
-        )
-    return found
-
-
-def predict_rewards(
-    forward: Forward,
-    collator: Collator,
-    rows: np.ndarray,
-    mixtures: Float[Tensor, "U+1 K"] | None,
-    micro_batch_pairs: int,
-    world: World,
-    label: str | None = None,
-    micro_batch_tokens: int | None = None,
-) -> np.ndarray:
-    """Rewards of both responses of the comparisons `rows` for their user, at the last token as an export scores.
-
-    fp64 [n, 2], in order, on every rank; the rest as in `predict`.
-    """
-
-    def rewards_of(batch: Batch, output: HeadOutput) -> Tensor:
-        ends = batch.window_end
-        return torch.stack([decision_margin(output.reward[:, side], ends) for side in (0, 1)], 1)
-
-    return _gather(
-        *(forward, collator, rows, mixtures, micro_batch_pairs, world),
-        *(rewards_of, 2, label, lambda: None, micro_batch_tokens),
-    )
-
-
-def _gather(
-    forward: Forward,
-    collator: Collator,
-    rows: np.ndarray,
-    mixtures: Float[Tensor, "U+1 K"] | None,
-    micro_batch_pairs: int,
-    world: World,
-    read: Callable[[Batch, HeadOutput], Float[Tensor, "B c"]],
-    num_values: int,
-    label: str | None,
-    between_steps: Callable[[], None],
-    micro_batch_tokens: int | None,
-) -> np.ndarray:
-    """What `read` finds for each comparison, fp64 [n, num_values], in the order of `rows`, on every rank."""
-    mixtures = None if mixtures is None else mixtures.to(world.device)
-    prompts = collator.data.response_prompt[collator.data.comparisons["a"][rows]]
-    # Comparisons of one prompt side by side: a packed forward then computes it once for them.
-    order = np.argsort(prompts, kind="stable")
-    ordered = rows[order]
-    steps = _forwards(collator, ordered, world.world_size, micro_batch_pairs, micro_batch_tokens)
-    parts = []
-    with (
-        torch.no_grad(),
-        progress_bar(
-            label or "", len(steps), shown=world.is_rank_zero and label is not None, unit="pairs"
-        ) as advance,
-    ):
-        for places in steps:
-            phase.enter("evaluate")
-            between_steps()
-            share = ordered[places[world.rank]]
-            batch = collator(share, np.arange(len(share)), stand_in=int(rows[0])).to(world.device)
-            points = None if mixtures is None else mixtures[batch.user_row]
-            output = forward(batch, user_state(batch, mixture=points))
-            padded = torch.full((micro_batch_pairs, num_values), torch.nan, device=world.device)
-            padded[: len(share)] = read(batch, output)[: len(share)]
-            parts.append(world.all_gather(padded))
-            advance(sum(len(part) for part in places))
-    found = np.empty((len(rows), num_values))
-    for places, gathered in zip(
-        steps, torch.stack(parts).double().cpu() if steps else (), strict=True
-    ):
-        for part, values in zip(places, gathered.numpy(), strict=True):
-            found[order[part]] = values[: len(part)]
-    return found
-
-
-def _forwards(
-    collator: Collator,
-    rows: np.ndarray,
-    world_size: int,
-    micro_batch_pairs: int,
-    micro_batch_tokens: int | None,
-) -> list[list[np.ndarray]]:
-    """[step][rank] places in `rows` of the comparisons of one forward."""
-    if micro_batch_tokens is None:
-        return split_update(len(rows), world_size, micro_batch_pairs) if len(rows) else []
-    # In pieces, as an update is: the whole at once would be long in the cutting.
-    size = world_size * micro_batch_pairs
-    return [
-        [begin + part for part in step]
-        for begin in range(0, len(rows), size)
-        for step in split_rows(
-            *(collator, rows[begin : begin + size], world_size),
-            *(micro_batch_pairs, micro_batch_tokens),
-        )
-    ]
-
-
 def figures_of(
     data: PreparedData,
     rows: np.ndarray,
@@ -285,12 +145,9 @@ def dev_temperature(margins: np.ndarray, labels: np.ndarray, loss_kind: str) -> 
 
 
 __all__ = [
-    "Forward",
     "dev_temperature",
     "figures_of",
     "population_mixture",
-    "predict",
-    "predict_rewards",
     "report_on",
     "user_mixtures",
     "with_mixtures",

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from pal_ds.asked import Asked, asked_sets
 from pal_ds.assemble import refuse_empty_prompts
@@ -22,10 +21,9 @@ from pal_ds.data.tokenise import TextEncoder
 from pal_ds.diagnostics import context_flip
 from pal_ds.engine.dist import World
 from pal_ds.errors import UserError, writing
-from pal_ds.evaluate import dev_temperature, predict, report_on
+from pal_ds.evaluate import dev_temperature, report_on
 from pal_ds.findings import findings
-from pal_ds.heads.shapes import Float
-from pal_ds.reading import KnownUsers, Reader, known_users, reader_of, with_points
+from pal_ds.reading import KnownUsers, known_users, reader_of, with_points
 from pal_ds.restore import Restored, restore
 from pal_ds.run_dir import RunDirectory
 from pal_ds.surface import FormatBaseline
@@ -135,13 +133,13 @@ def evaluate_set(
         known = with_points(known, restored, data, world)
         temperature = _temperature(restored, world)
         reader = reader_of(restored, data, rows, known.table_rows(data), world)
-        margins = _predict(restored, reader, rows, known.mixtures, world, label="scoring")
+        margins = reader.forwards(world, "scoring").margins(rows, known.mixtures)
         user_rows, looks = reader.collator.user_rows(rows), FormatBaseline.of(restored.data)
         figures = report_on(data, rows, margins, user_rows, temperature, looks)
         figures |= findings(restored, known, data, rows, margins, user_rows, looks, world)
         if known.encoded_rows is not None:
             other = with_points(known, restored, data, world, flipped=True)
-            turned = _predict(restored, reader, rows, other.mixtures, world)
+            turned = reader.forwards(world).margins(rows, other.mixtures)
             # Points of adapted users were made elsewhere, and stay as they are.
             could_turn = np.isin(user_rows, known.encoded_rows)
             figures["context_flip"] = context_flip(
@@ -155,22 +153,6 @@ def evaluate_set(
     return figures
 
 
-def _predict(
-    restored: Restored,
-    reader: Reader,
-    rows: np.ndarray,
-    mixtures: Float[Tensor, "U+1 K"] | None,
-    world: World,
-    label: str | None = None,
-) -> np.ndarray:
-    """As `predict`, in forwards of the size that the run's own updates had."""
-    train = restored.config.train
-    return predict(
-        *(reader.model, reader.collator, rows, mixtures, train.micro_batch_pairs, world, label),
-        micro_batch_tokens=train.micro_batch_tokens,
-    )
-
-
 def _temperature(restored: Restored, world: World) -> float:
     """At the restored step, from the run's own users and dev pairs, whichever pairs and users are evaluated.
 
@@ -182,7 +164,7 @@ def _temperature(restored: Restored, world: World) -> float:
         return 1.0
     own = with_points(known_users(restored, None), restored, data, world)
     reader = reader_of(restored, data, rows, own.table_rows(data), world)
-    margins = _predict(restored, reader, rows, own.mixtures, world)
+    margins = reader.forwards(world).margins(rows, own.mixtures)
     return dev_temperature(margins, data.comparisons["label"][rows].astype(float), kind)
 
 

@@ -12,8 +12,9 @@ from pal_ds.adapt_run import few_per_user
 from pal_ds.data.tables import PreparedData
 from pal_ds.engine.dist import World
 from pal_ds.errors import UserError
-from pal_ds.evaluate import predict, user_mixtures
+from pal_ds.evaluate import user_mixtures
 from pal_ds.findings import judged
+from pal_ds.forwards import Forwards
 from pal_ds.guards import Judged, unseen_above_seen
 from pal_ds.heads.base import UserState
 from pal_ds.heads.shapes import Float
@@ -97,11 +98,7 @@ def _seen(restored: Restored, world: World) -> Judged:
         return Judged(np.empty(0), np.empty(0, np.int64))
     known = with_points(known_users(restored, None), restored, data, world)
     reader = reader_of(restored, data, rows, known.table_rows(data), world)
-    train = restored.config.train
-    margins = predict(
-        *(reader.model, reader.collator, rows, known.mixtures, train.micro_batch_pairs, world),
-        micro_batch_tokens=train.micro_batch_tokens,
-    )
+    margins = reader.forwards(world).margins(rows, known.mixtures)
     return judged(data, rows, margins)
 
 
@@ -221,6 +218,7 @@ def _right(
     """`metrics.correctness` of the test pairs under the mixtures of each draw, fp64 [draws, n]."""
     found = np.empty((len(per_draw), len(rows)))
     num_pairs = pairs_per_chunk(restored.model.head, reader.collator, rows)
+    forwards = Forwards(reader.model, reader.collator, num_pairs, world)
     scored: dict[bytes, np.ndarray] = {}
     # Where users are their groups, a comparison's own is known, of whomever it is.
     by_group = "group" in restored.model.head.needs
@@ -231,7 +229,7 @@ def _right(
             key = xxhash.xxh3_128_digest(of_draw.cpu().numpy().tobytes())
             if key not in scored:
                 points = None if by_group else of_draw.to(world.device)
-                margins = predict(reader.model, reader.collator, rows, points, num_pairs, world)
+                margins = forwards.margins(rows, points)
                 scored[key] = judged(restored.data, rows, margins).right
             found[index] = scored[key]
             advance(len(rows))

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from pal_ds.backbones.given import GivenStates
 from pal_ds.cache_folders import restored_cache_folders
+from pal_ds.config import TrainConfig
 from pal_ds.data.collator import Collator
 from pal_ds.data.tables import PreparedData, group_codes
 from pal_ds.engine.dist import World
 from pal_ds.engine.frozen import encode_once
 from pal_ds.errors import UserError
 from pal_ds.evaluate import user_mixtures
+from pal_ds.forwards import Forwards
 from pal_ds.heads.shapes import Float
 from pal_ds.model import RewardModel
 from pal_ds.points import encode_users
@@ -29,6 +31,15 @@ class Reader:
 
     collator: Collator
     model: RewardModel
+    train: TrainConfig
+
+    def forwards(self, world: World, label: str | None = None) -> Forwards:
+        """Forwards of the size that the run's own updates had."""
+        train = self.train
+        return Forwards(
+            *(self.model, self.collator, train.micro_batch_pairs, world, train.micro_batch_tokens),
+            label=label,
+        )
 
 
 def reader_of(
@@ -53,7 +64,7 @@ def reader_of(
         group_codes=group_codes(restored.data, data),
     )
     if parts.backbone is None or not (parts.needs_store or encode_ahead):
-        return Reader(collator, restored.model)
+        return Reader(collator, restored.model, restored.config.train)
     model, config = restored.model, restored.config
     caches = None
     if parts.needs_store:
@@ -65,7 +76,7 @@ def reader_of(
         )
     batch_texts = config.backbone.encode_batch_texts
     collator = encode_once(lambda: model.backbone, collator, rows, batch_texts, world, caches)
-    return Reader(collator, RewardModel(GivenStates(), model.head))
+    return Reader(collator, RewardModel(GivenStates(), model.head), config.train)
 
 
 @dataclass(frozen=True)

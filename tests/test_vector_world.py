@@ -11,8 +11,9 @@ from scipy.special import expit
 
 from pal_ds.engine.dist import World
 from pal_ds.errors import UserError
-from pal_ds.evaluate import figures_of, predict, user_mixtures
+from pal_ds.evaluate import figures_of, user_mixtures
 from pal_ds.evaluate_run import evaluate_run
+from pal_ds.forwards import Forwards
 from pal_ds.restore import Restored, restore
 from pal_ds.run_dir import RunDirectory
 from tests.spawn import ROOT, run_command
@@ -36,9 +37,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Restored:
 @pytest.fixture(scope="module")
 def test_margins(trained: Restored) -> np.ndarray:
     mixtures = user_mixtures(trained.model.head, trained.users)
-    return predict(
-        trained.model, trained.parts.collator, trained.data.rows("test"), mixtures, 1024, ALONE
-    )
+    forwards = Forwards(trained.model, trained.parts.collator, 1024, ALONE)
+    return forwards.margins(trained.data.rows("test"), mixtures)
 
 
 def pure(trained: Restored) -> np.ndarray:

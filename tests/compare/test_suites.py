@@ -41,7 +41,8 @@ def test_shipped_suites_resolve(name: str) -> None:
 def test_the_seeds_experiments_are_there() -> None:
     wanted = {"dsp_five_users", "dsp_four_domains", "persona_groups", "pets", "tldr", "prism"}
     assert wanted | {"ultrafeedback_p2", "ultrafeedback_p4", "pick_a_pic"} == set(SHIPPED)
-    assert [*read("persona_groups").settings.methods] == [f"K={k}" for k in range(1, 9)]
+    curves = [f"{kind}K={k}" for kind in ("", "hard-") for k in range(1, 9)]
+    assert [*read("persona_groups").settings.methods] == curves
 
 
 @pytest.mark.parametrize(

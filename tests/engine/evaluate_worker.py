@@ -9,8 +9,8 @@ import numpy as np
 from pal_ds.asked import Asked
 from pal_ds.best_of_n_run import rank_set
 from pal_ds.engine.dist import distributed, leave
-from pal_ds.evaluate import predict
 from pal_ds.evaluate_run import evaluate_run, opened_pairs
+from pal_ds.forwards import Forwards
 from pal_ds.reading import known_users, reader_of
 from pal_ds.restore import restore
 from pal_ds.run_dir import RunDirectory
@@ -25,10 +25,9 @@ def main(run_dir: str, pairs: str, lists: str, out: str) -> None:
         with opened_pairs(restored, file, world) as data:
             rows = np.arange(len(data.comparisons))
             reader = reader_of(restored, data, rows, known.table_rows(data), world)
-            margins = predict(
-                *(reader.model, reader.collator, rows, known.mixtures, 2, world),
-                micro_batch_tokens=restored.config.train.micro_batch_tokens,
-            )
+            tokens = restored.config.train.micro_batch_tokens
+            forwards = Forwards(reader.model, reader.collator, 2, world, tokens)
+            margins = forwards.margins(rows, known.mixtures)
         size = world.world_size
         ranked = [
             rank_set(restored, known, Asked(f"lists{size}", "test", Path(lists)), world),

@@ -10,12 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pal_ds import eval_in_training, phase
+from pal_ds import phase
 from pal_ds import train as loop
 from pal_ds.config import RunConfig
 from pal_ds.data.tables import PreparedData
 from pal_ds.engine.dist import World, distributed, leave
 from pal_ds.engine.stop import listening
+from pal_ds.forwards import Forwards
 from pal_ds.run_dir import RunDirectory
 from tests.engine.resume_worker import recipe
 
@@ -80,7 +81,7 @@ def stopped_run(
     name: str, config: RunConfig, folder: Path, data: PreparedData, world: World
 ) -> None:
     """The first start of a scenario; what this rank saved goes to saves_RANK.json."""
-    make_update, save, predict = loop.make_update, loop.save, eval_in_training.predict
+    make_update, save, margins = loop.make_update, loop.save, Forwards.margins
     saves: list[int] = []
 
     def disturbed_update(state: Any, *arguments: Any) -> Any:
@@ -94,19 +95,20 @@ def stopped_run(
         saves.append(state.step)
         save(state)
 
-    def disturbed_predict(*arguments: Any, **options: Any) -> Any:
+    def disturbed_margins(*arguments: Any, **options: Any) -> Any:
         if name == "evaluating" and world.rank == 1:
             signal_self(signal.SIGUSR2)
-        return predict(*arguments, **options)
+        return margins(*arguments, **options)
 
     loop.make_update, loop.save = disturbed_update, recorded_save
-    eval_in_training.predict = disturbed_predict
+    Forwards.margins = disturbed_margins  # type: ignore[method-assign]
     phase.STARTED = time.monotonic()
     try:
         with listening(config.train.stop_signals):
             loop.train(config, RunDirectory(folder), data, world)
     finally:
-        loop.make_update, loop.save, eval_in_training.predict = make_update, save, predict
+        loop.make_update, loop.save = make_update, save
+        Forwards.margins = margins  # type: ignore[method-assign]
     (folder / f"saves_{world.rank}.json").write_text(json.dumps(saves))
 
 

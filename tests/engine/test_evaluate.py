@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from pal_ds import cli
-from pal_ds import evaluate_run as evaluating
 from pal_ds.best_of_n_run import listed_candidates, read_lists, score_candidates
 from pal_ds.data.batch import Batch
 from pal_ds.data.collator import Collator
@@ -21,9 +20,9 @@ from pal_ds.data.tables import PreparedData
 from pal_ds.data.tokenise import TextEncoder
 from pal_ds.engine.dist import World
 from pal_ds.errors import UserError
-from pal_ds.evaluate import predict
 from pal_ds.evaluate_run import evaluate_run, opened_pairs
 from pal_ds.export.who import choose_audience
+from pal_ds.forwards import Forwards
 from pal_ds.heads.base import HeadOutput, UserState
 from pal_ds.reading import known_users
 from pal_ds.restore import open_run, restore
@@ -224,7 +223,7 @@ def test_forwards_keep_to_the_budget_of_tokens(evaluated: Path, packed: bool) ->
     collator = Collator(data, scored_positions="all", packed=packed)
     mixtures = torch.zeros(len(data.users), 1)
     bounded, free = (
-        predict(forward, collator, rows, mixtures, 8, ALONE, micro_batch_tokens=tokens)
+        Forwards(forward, collator, 8, ALONE, tokens).margins(rows, mixtures)
         for tokens in (budget, None)
     )
     assert np.array_equal(bounded, free) and len(np.unique(free)) > 1
@@ -306,7 +305,7 @@ def test_nothing_is_left_of_a_file_that_is_refused(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(evaluating, "predict", fail)
+    monkeypatch.setattr(Forwards, "margins", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         evaluate_run(hinge_run, ALONE, file=evaluated / "nine.jsonl")
     assert not list(hinge_run.path.glob("pairs-of-*"))

@@ -23,9 +23,10 @@ from pal_ds.engine.dist import World
 from pal_ds.engine.shards import ShardedCheckpoint
 from pal_ds.errors import UserError
 from pal_ds.eval_in_training import open_eval_sets
-from pal_ds.evaluate import figures_of, predict, user_mixtures
+from pal_ds.evaluate import figures_of, user_mixtures
 from pal_ds.export import ExportOptions, export
 from pal_ds.forget import forget_user
+from pal_ds.forwards import Forwards
 from pal_ds.recipe import load_recipe
 from pal_ds.restore import restore
 from pal_ds.run_dir import RunDirectory
@@ -96,7 +97,8 @@ def margins(run: Path, data: Path) -> np.ndarray:
     collator = replace(collator, table_rows=np.zeros(len(collator.data.users), np.int64))
     mixtures = user_mixtures(restored.model.head, restored.users)
     mixtures = torch.full_like(mixtures, 1 / mixtures.shape[1])
-    return predict(restored.model, collator, rows, mixtures, 4, World(0, 1, torch.device("cpu")))
+    alone = World(0, 1, torch.device("cpu"))
+    return Forwards(restored.model, collator, 4, alone).margins(rows, mixtures)
 
 
 def test_weights_and_head_go_on_to_the_bit(stages: Stages) -> None:
@@ -197,7 +199,7 @@ def test_other_sets_are_scored_from_the_start_on(stages: Stages) -> None:
     collator = replace(restored.parts.collator, data=other)
     collator = replace(collator, table_rows=np.full(len(other.users), -1))
     alone = World(0, 1, torch.device("cpu"))
-    found = predict(restored.model, collator, dev, torch.ones(1, 1), 4, alone)
+    found = Forwards(restored.model, collator, 4, alone).margins(dev, torch.ones(1, 1))
     assert rows[0]["kept_accuracy"] == pytest.approx(figures_of(other, dev, found)["accuracy"])
     assert rows[0]["kept_pairs"] == len(dev) != rows[0]["dev_pairs"]
     assert RunDirectory(stages.out / "general").pointer("best") is None

@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pal_ds.engine.dist import World
-from pal_ds.evaluate import predict
+from pal_ds.forwards import Forwards
 from pal_ds.metrics import clustered_standard_error, correctness
 from pal_ds.reading import known_users, reader_of
 from pal_ds.restore import restore
@@ -52,7 +52,7 @@ def scored(path: Path, split: str) -> tuple[np.ndarray, str, np.ndarray]:
     rows = data.rows(split)
     known = known_users(restored, None)
     reader = reader_of(restored, data, rows, known.table_rows(data), world, encode_ahead=True)
-    margins = predict(reader.model, reader.collator, rows, known.mixtures, 128, world)
+    margins = Forwards(reader.model, reader.collator, 128, world).margins(rows, known.mixtures)
     labels = data.comparisons["label"][rows].astype(float)
     return (
         correctness(margins, labels),
