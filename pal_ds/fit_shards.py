@@ -1,7 +1,7 @@
 """Fitted users on the disk, shard by shard, so that fitting many of them can be cut off and taken up again.
 
-OUT/fitting/KEY/00012.safetensors is whole or absent. KEY is a hash of everything that the numbers depend on: shards of
-other inputs are never taken for these.
+OUT/fitting/KEY/00012.safetensors is whole or absent, and holds a hash of its own numbers: a flipped bit is found. KEY
+is a hash of everything that the numbers depend on: shards of other inputs are never taken for these.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from pal_ds.errors import writing
@@ -20,7 +21,7 @@ from pal_ds.run_dir import replacing
 logger = logging.getLogger(__name__)
 
 FOLDER = "fitting"
-_VERSION = 1
+_VERSION = 2
 
 
 class FittedShard(NamedTuple):
@@ -52,8 +53,12 @@ class ShardFolder:
         if not path.is_file():
             return None
         try:
-            shard = FittedShard(**load_file(path))
-        except (SafetensorError, TypeError) as error:
+            parts = load_file(path)
+            told = bytes(parts.pop("hash", torch.empty(0)).tolist())
+            shard = FittedShard(**parts)
+            if told != _hash_of(shard):
+                raise ValueError("not the numbers that were written")
+        except (SafetensorError, TypeError, ValueError) as error:
             logger.warning("%s: damaged (%s); its users are fitted again", path, error)
             return None
         return shard if len(shard.logits) == num_users else None
@@ -64,7 +69,8 @@ class ShardFolder:
 
         path = self._file(number)
         with writing(path), replacing(path) as aside:
-            save_file(shard._asdict(), aside)
+            own = torch.tensor(list(_hash_of(shard)), dtype=torch.uint8)
+            save_file({**shard._asdict(), "hash": own}, aside)
 
     def remove(self) -> None:
         """Shards of these inputs and of any others: the result has been written."""
@@ -72,3 +78,11 @@ class ShardFolder:
 
     def _file(self, number: int) -> Path:
         return self.path / f"{number:05d}.safetensors"
+
+
+def _hash_of(shard: FittedShard) -> bytes:
+    """Of its tensors, 16 bytes."""
+    found = hashlib.blake2b(digest_size=16)
+    for part in shard:
+        found.update(part.contiguous().numpy().tobytes())
+    return found.digest()

@@ -99,8 +99,11 @@ def _method(suite: Suite, runs: list[PlannedRun]) -> dict[str, Any]:
     few_shot = [few_shot_of(planned, suite) or {"curve": []} for planned in runs]
     curves = [figures["curve"] for figures in few_shot]
     row["few_shot"] = [_few_shot_row(rows) for rows in zip(*curves, strict=True)]
-    told = [text for part in (*evaluations, *few_shot) for text in part.get("warnings", ())]
-    row["warnings"] = list(dict.fromkeys(told))
+    told: dict[str, list[int]] = {}
+    for seed, *parts in zip(suite.settings.seeds, evaluations, few_shot, strict=True):
+        for text in dict.fromkeys(text for part in parts for text in part.get("warnings", ())):
+            told.setdefault(text, []).append(seed)
+    row["warnings"] = [{"seeds": seeds, "text": text} for text, seeds in told.items()]
     return row
 
 
@@ -142,7 +145,9 @@ def page(table: dict[str, Any]) -> list[str]:
     if any(row["few_shot"] for row in methods.values()):
         lines += ["", "## New users by number of comparisons", "", *_few_shot_table(methods)]
     for method, row in methods.items():
-        lines += [line for text in row["warnings"] for line in ("", f"Warning, {method}: {text}")]
+        for told in row["warnings"]:
+            seeds = f"seed {', '.join(map(str, told['seeds']))}"
+            lines += ["", f"Warning, {method}, {seeds}: {told['text']}"]
     if table["not_finished"]:
         lines += ["", f"Not finished: {', '.join(table['not_finished'])}."]
     pictures = {"table": "Accuracy", "few_shot": "New users"} if methods else {}

@@ -95,10 +95,10 @@ def test_the_page_shows_intervals_and_warnings(out: Path) -> None:
     table = table_of(out)
     accuracy = table["methods"]["PAL"]["accuracy"]
     accuracy |= {"mean": 0.7, "ci95_over_seeds": [0.6254759, 0.7745241]}
-    table["methods"]["BTL"]["warnings"] = ["too good to be true"]
+    table["methods"]["BTL"]["warnings"] = [{"seeds": [0, 2], "text": "too good to be true"}]
     lines = page(table)
     assert any("| 0.700 (0.625-0.775) |" in line for line in lines)
-    assert "Warning, BTL: too good to be true" in lines
+    assert "Warning, BTL, seed 0, 2: too good to be true" in lines
 
 
 def test_run_directories_are_ordinary(out: Path) -> None:
