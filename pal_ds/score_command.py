@@ -22,6 +22,7 @@ class Score:
         parser.add_argument("--output", type=str, default="-", help="JSONL with scores; - prints")
         parser.add_argument("--mixture", type=mixture, help="w1,..,wK in place of a user")
         parser.add_argument("--user", type=str, help="user id of the run, or of --users")
+        parser.add_argument("--group", type=str, help="group of the run's data, of --run_dir")
         parser.add_argument("--users", type=str, help="users that `adapt` fitted")
         parser.add_argument("--step", type=str, default="latest", help="a number, latest or best")
         parser.add_argument("--batch_texts", type=int, default=16, help="texts per forward")
@@ -72,6 +73,8 @@ def _from_run(options: Namespace):
         user=options.user,
         mixture=options.mixture,
         users_dir=Path(options.users) if options.users else None,
+        group=options.group,
+        groups=opened.data.groups,
     )
     model.config.mixture = audience.mixture
     encoder = TextEncoder.from_info(opened.data.info["tokens"], opened.data.tokenizer_path)
@@ -87,6 +90,11 @@ def _from_model(options: Namespace):
     from pal_ds.users import UserTable
 
     folder = Path(options.model)
+    if options.group is not None:
+        raise UserError(
+            "score: an exported model knows no groups. Export one of a group (consolidate --group), score with "
+            "--run_dir, or give --mixture."
+        )
     if (options.user is None) != (options.users is None):
         raise UserError(
             "score: an exported model knows no user ids. Give --user with the --users folder that holds "

@@ -1,7 +1,7 @@
 """Sharded checkpoint -> scalar reward model that transformers opens by itself.
 
-python tools/consolidate.py RUN OUT [--step N|latest|best] [--user ID | --mixture w1,..,wK |
-    --population] [--users U] [--with_users] [--dtype fp32|bf16]
+python tools/consolidate.py RUN OUT [--step N|latest|best] [--user ID | --group NAME |
+    --mixture w1,..,wK | --population] [--users U] [--with_users] [--dtype fp32|bf16]
 python tools/consolidate.py RUN OUT --users FILE [--users U]      # OUT/USER for every id in FILE
 
 --users names a folder that `adapt` wrote, in which users are looked up first, or a file of user ids,
@@ -29,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--step", default="latest", help="a number, latest or best")
     whom = parser.add_mutually_exclusive_group()
     whom.add_argument("--user", metavar="ID", help="score for this user")
+    whom.add_argument("--group", metavar="NAME", help="score for this group (PerDomain)")
     whom.add_argument("--mixture", type=mixture, metavar="w1,..,wK")
     whom.add_argument("--population", action="store_true", help="mean of seen users (default)")
     parser.add_argument(
@@ -90,6 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
             step=options.step,
             user=options.user,
             mixture=options.mixture,
+            group=options.group,
             users_dir=adapted,
             with_users=options.with_users,
             dtype=options.dtype,

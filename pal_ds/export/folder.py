@@ -56,6 +56,8 @@ class ExportOptions:
     step: str = "latest"
     user: str | None = None
     mixture: Sequence[float] | None = None
+    group: str | None = None
+    """A group of the run's data, for a head that asks for it."""
     users_dir: Path | None = None
     """Users fitted by `adapt`, among whom `user` is looked up first."""
     with_users: bool = False
@@ -107,6 +109,8 @@ def fill_folder(folder: Path, opened: OpenRun, options: ExportOptions) -> dict[s
         user=options.user,
         mixture=options.mixture,
         users_dir=options.users_dir,
+        group=options.group,
+        groups=opened.data.groups,
     )
     linear = head.linear_weight()
     stock = None

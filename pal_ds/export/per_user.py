@@ -37,10 +37,11 @@ def export_users(
         StorageError: `out` cannot be written; no folder of that name was made.
     """
     options = options or ExportOptions()
-    if options.user is not None or options.mixture is not None or options.with_users:
+    one = (options.user, options.mixture, options.group)
+    if any(who is not None for who in one) or options.with_users:
         raise UserError(
-            "a list of users makes one export for each of them: leave out --user, --mixture and "
-            "--with_users."
+            "a list of users makes one export for each of them: leave out --user, --group, --mixture "
+            "and --with_users."
         )
     opened = open_for_export(run, out, options)
     head = opened.parts.head

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pal_ds.data.parse import nearest
 from pal_ds.data.records import POPULATION_USER
 from pal_ds.errors import UserError
 from pal_ds.evaluate import user_mixtures
@@ -32,22 +33,27 @@ def choose_audience(
     user: str | None = None,
     mixture: Sequence[float] | None = None,
     users_dir: Path | None = None,
+    group: str | None = None,
+    groups: Sequence[str] = (),
 ) -> Audience:
-    """One user of the run (or of an adapted table), a given mixture, or the population.
+    """One user of the run (or of an adapted table), one of its groups, a given mixture, or the population.
 
-    The population is as evaluation uses it: the generic user's s_u, or its mean over the run's users.
+    `groups` are those of the run's data, in the order of their codes. The population is as evaluation uses it: the
+    generic user's s_u, or its mean over the run's users.
 
     Raises:
-        UserError: user and mixture both given, an unknown user, a mixture that is no point of the
-            simplex, or either of them for a head without users.
+        UserError: two of user, group and mixture given, an unknown user or group, a mixture that is no point of the
+            simplex, any of them for a head without users, or a group for a head that does not ask for it.
     """
-    if user is not None and mixture is not None:
-        raise UserError("--user and --mixture are two answers to one question: give one of them.")
+    given = {"--user": user, "--group": group, "--mixture": mixture}
+    if len(named := [name for name, value in given.items() if value is not None]) > 1:
+        raise UserError(
+            f"{' and '.join(named)} are {len(named)} answers to one question: give one of them."
+        )
     if not head.is_personal:
-        if user is not None or mixture is not None:
+        if named:
             raise UserError(
-                f"{type(head).__name__} has one reward for everyone: leave out --user and "
-                "--mixture."
+                f"{type(head).__name__} has one reward for everyone: leave out {named[0]}."
             )
         return Audience(None, "everyone (this reward knows no users)")
     if mixture is not None:
@@ -56,15 +62,37 @@ def choose_audience(
             return Audience(point, "the mixture it was given")
         except ValueError as error:
             raise UserError(f"--mixture: {error}") from None
+    if group is not None:
+        return _of_group(head, group, groups)
     if user is None:
         population = user_mixtures(head, users)[-1]
         description = f"the population, the mean of {len(users)} users"
-        if "logits" not in head.needs:
+        if "group" in head.needs:
+            description = "no group in particular, the mean of all"
+        elif "logits" not in head.needs:
             description = "a user of whom nothing is known"
         elif generic_row_of(users.ids) >= 0:
             description = f"the generic user ({POPULATION_USER})"
         return Audience(population.tolist(), description)
     return Audience(mixtures_of(head, users, [user], users_dir)[0].tolist(), "one user")
+
+
+def _of_group(head: Head, group: str, groups: Sequence[str]) -> Audience:
+    if "group" not in head.needs:
+        raise UserError(
+            f"--group: {type(head).__name__} does not ask for the group of a comparison. Give --user or --mixture."
+        )
+    if group not in groups:
+        raise UserError(
+            f"--group {group}: the run's data have no such group{nearest(group, groups)}; there are "
+            f"{', '.join(groups)}."
+        )
+    place = torch.tensor([groups.index(group)])
+    with torch.no_grad():
+        point = head.eval().mixture_weights(
+            UserState(group=place.to(next(head.parameters()).device))
+        )
+    return Audience(point[0].tolist(), f"the group {group}")
 
 
 def mixtures_of(
@@ -78,8 +106,7 @@ def mixtures_of(
     """
     if "group" in head.needs:
         raise UserError(
-            f"--user: {type(head).__name__} asks for the group of a comparison, not for its user. Give --mixture with "
-            "a 1 at the group's place."
+            f"--user: {type(head).__name__} asks for the group of a comparison, not for its user. Give --group NAME."
         )
     table = users
     if users_dir is not None:

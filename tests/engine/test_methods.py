@@ -1,6 +1,7 @@
 """Each method beyond PAL through the same trainer: any world size, evaluation, new users, export."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from pal_ds.engine.dist import World
 from pal_ds.errors import UserError
 from pal_ds.evaluate_run import evaluate_run
 from pal_ds.export import ExportOptions, export, export_users
+from pal_ds.export.who import choose_audience
 from pal_ds.few_shot import few_shot_curve
 from pal_ds.forget import list_users
 from pal_ds.reading import known_users
@@ -120,6 +122,45 @@ def test_exports_score_for_the_point_they_are_given(
     assert scores[0].shape == (2, 1) and not torch.allclose(*scores)
 
 
+def test_a_group_has_a_model_of_its_own(
+    warm: WarmParent, trained: dict[str, Any], place: Path, tmp_path: Path
+) -> None:
+    """By name, exported or scored from the run: each likes the answers of its own group."""
+    run, texts = place / "per_domain_1", tmp_path / "texts.jsonl"
+    long = "Well, tea is something one could talk about for hours 3."
+    answers = ["Tea is fine 3.", long]
+    rows = [{"prompt": "About tea 3?", "response": answer} for answer in answers]
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = {}
+    for group in ("brief", "wordy"):
+        facts = export(RunDirectory(run), tmp_path / group, ExportOptions(group=group, quiet=True))
+        assert facts["audience"] == f"the group {group}" and sum(facts["mixture"]) == 1
+        out = [f"--input={texts}", f"--output={tmp_path / group}.jsonl"]
+        lines = [
+            ["score", f"--model={tmp_path / group}", *out],
+            ["score", f"--run_dir={run}", f"--group={group}", *out],
+        ]
+        for line in lines:
+            told = warm(f"{CASES}run_commands", place, [line])
+            assert told[0]["code"] == 0, told
+            scored = (tmp_path / f"{group}.jsonl").read_text().splitlines()
+            found.setdefault(group, []).append([json.loads(row)["score"] for row in scored])
+        np.testing.assert_allclose(*found[group], rtol=1e-5)
+    assert found["brief"][0][0] > found["brief"][0][1]
+    assert found["wordy"][0][0] < found["wordy"][0][1]
+    head = restore(RunDirectory(run)).model.head
+    wrong = {
+        "no such group (did you mean 'brief'?)": {"group": "breif", "groups": ["brief", "wordy"]},
+        "--user and --group are 2 answers": {"user": "a", "group": "brief"},
+    }
+    for message, options in wrong.items():
+        with pytest.raises(UserError, match=re.escape(message)):
+            choose_audience(head, UserTable(2, ["a"]), **options)
+    lore = restore(RunDirectory(place / "lore_1")).model.head
+    with pytest.raises(UserError, match="does not ask for the group"):
+        choose_audience(lore, UserTable(3, ["a"]), group="brief")
+
+
 def test_contexts_are_flipped_of_users_who_have_them(
     trained: dict[str, Any], place: Path, tmp_path: Path
 ) -> None:
@@ -181,4 +222,4 @@ def test_a_context_is_no_row_of_the_table(
     assert dict(list_users(RunDirectory(place / "vpl_1"))) == dict.fromkeys("abcd")
     told = warm(f"{CASES}run_commands", place, lines)
     assert [part["code"] for part in told] == [2, 2]
-    assert "Run `adapt`" in told[0]["said"] and "Give --mixture" in told[1]["said"]
+    assert "Run `adapt`" in told[0]["said"] and "Give --group" in told[1]["said"]
