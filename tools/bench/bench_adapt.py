@@ -1,13 +1,15 @@
 """Localising new users: users per second on one core, and accuracy against the reference's optimiser.
 
-    python tools/bench/bench_adapt.py [--rounds 7] [--users 4000] [--comparisons 10] [--heads NAME ...] [--out FILE]
+    python tools/bench/bench_adapt.py [--rounds 7] [--users 4000] [--comparisons 10] [--heads NAME ...]
+        [--population dirichlet | clusters] [--out FILE]
 
-A synthetic world: a head with random prototypes and maps is the truth, users' mixtures are Dirichlet(1/2), choices
-follow the truth's own log-odds at the last position, so that the best possible accuracy is known. Each user has 10
-comparisons (last position, or windows of 40 whose earlier rewards are noisier) and 40 held-out ones. Per head:
-first the held-out accuracy of this solver and of the reference's optimiser (AdamW, 20 epochs, rate 5e-3, one comparison
-per step, from N(0, 1) as there and from the population's mean), on the same statistics; a row whose accuracy is more
-than 0.1 point below is named so. Then interleaved rounds, on one thread:
+A synthetic world: a head with random prototypes and maps is the truth, users' mixtures are Dirichlet(1/2), or lie close
+to NUM_CLUSTERS points, choices follow the truth's own log-odds at the last position, so that the best possible accuracy
+is known. Each user has 10 comparisons (last position, or windows of 40 whose earlier rewards are noisier) and 40
+held-out ones. Per head: first the held-out accuracy of this solver, of the same under a prior without clusters, and of
+the reference's optimiser (AdamW, 20 epochs, rate 5e-3, one comparison per step, from N(0, 1) as there and from the
+population's mean), on the same statistics; a row whose accuracy is more than 0.1 point below is named so. Then
+interleaved rounds, on one thread:
     solve       from statistics to logits
     statistics  hidden states to statistics, the head's own f and maps included (H = d = 64), without a backbone
     both        the one after the other
@@ -47,6 +49,9 @@ WINDOW = 40
 NUM_TEST = 40
 SCALE, COSINE_SCALE = 6.0, 40.0
 """Of states and prototypes, and of cosines: choices that are seldom a matter of luck."""
+NUM_CLUSTERS = 6
+CLUSTER_SPREAD = 0.3
+"""Of the logits in a cluster, standard deviation."""
 FLOORS = {1: 2e4, WINDOW: 5e2}
 WORST_LOSS = 0.1
 HEADS: dict[str, Callable[[int], Head]] = {
@@ -74,7 +79,20 @@ class World(NamedTuple):
     prior: LogitPrior
 
 
-def make_world(name: str, num_prototypes: int, length: int, users: int, comparisons: int) -> World:
+def mixtures_of(population: str, num_prototypes: int, num_users: int) -> Tensor:
+    """[num_users, K]"""
+    dirichlet = torch.distributions.Dirichlet(torch.full((num_prototypes,), 0.5))
+    if population == "dirichlet":
+        return dirichlet.sample((num_users,))
+    draw = torch.Generator().manual_seed(7)
+    centres = torch.randn(NUM_CLUSTERS, num_prototypes, generator=draw).mul(2)
+    own = centres[torch.randint(NUM_CLUSTERS, (num_users,))]
+    return torch.softmax(own + CLUSTER_SPREAD * torch.randn_like(own), 1)
+
+
+def make_world(
+    name: str, num_prototypes: int, length: int, users: int, comparisons: int, population: str
+) -> World:
     torch.manual_seed(0)
     head = HEADS[name](num_prototypes).eval().requires_grad_(False)
     for key, parameter in head.named_parameters():
@@ -83,10 +101,9 @@ def make_world(name: str, num_prototypes: int, length: int, users: int, comparis
         elif key == "log_scale":
             parameter.fill_(math.log(COSINE_SCALE))
     seen = UserTable(num_prototypes, [f"seen {number}" for number in range(1000)])
-    dirichlet = torch.distributions.Dirichlet(torch.full((num_prototypes,), 0.5))
     # The run's own users, of whom the prior is made: logits as training leaves them, bounded.
-    seen.logits.copy_(dirichlet.sample((1000,)).clamp(min=0.02).log())
-    truth = dirichlet.sample((users,))
+    seen.logits.copy_(mixtures_of(population, num_prototypes, 1000).clamp(min=0.02).log())
+    truth = mixtures_of(population, num_prototypes, users)
 
     def draw(count: int, positions: int) -> tuple[Features, Tensor, Tensor]:
         owner = torch.arange(users).repeat_interleave(count)
@@ -140,6 +157,14 @@ class Fits:
             return adam(self.choices, self.users, prior, self.world.head.temperature)
         return solve(found, self.comparisons, self.users, prior, "logistic")
 
+    def one_gaussian(self) -> Tensor:
+        """The default solver under a prior without clusters."""
+        prior = self.world.prior
+        alone = LogitPrior(prior.means[:1], prior.precisions[:1], prior.heights[:1])
+        if self.statistics is None:
+            return adam(self.choices, self.users, alone, self.world.head.temperature)
+        return solve(self.statistics, self.comparisons, self.users, alone, "logistic")
+
     def both(self) -> Tensor:
         return self.ours(self.make_statistics())
 
@@ -162,6 +187,7 @@ class Fits:
         population = torch.softmax(self.world.prior.mean, 0).repeat(self.users, 1)
         found = {
             "ours": torch.softmax(self.ours(), 1),
+            "one Gaussian": torch.softmax(self.one_gaussian(), 1),
             "reference": torch.softmax(self.reference(), 1),
             "reference from the mean": torch.softmax(self.reference(from_mean=True), 1),
             "population": population,
@@ -185,12 +211,16 @@ def timed(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[
 def measure(name: str, num_prototypes: int, length: int, options: argparse.Namespace) -> dict:
     users = options.users if length == 1 else max(1, options.users // 20)
     # Accuracy wants many users; the fits of all of them are timed in one call each.
-    fits = Fits(make_world(name, num_prototypes, length, users, options.comparisons))
+    world = make_world(
+        *(name, num_prototypes, length, users, options.comparisons, options.population)
+    )
+    fits = Fits(world)
     row: dict[str, Any] = {
         "head": name,
         "num_prototypes": num_prototypes,
         "positions": length,
         "users": users,
+        "clusters": world.prior.num_components - 1,
         "accuracy": fits.accuracies(),
     }
     row["points_above_reference"] = row["accuracy"]["ours"] - row["accuracy"]["reference"]
@@ -210,7 +240,8 @@ def show(row: dict[str, Any]) -> None:
     accuracy, solve_rate = row["accuracy"], row["solve"]
     kept = row["points_above_reference"] >= -WORST_LOSS
     print(
-        f"{row['head']}, K {row['num_prototypes']}, {row['positions']} positions, {row['users']} users"
+        f"{row['head']}, K {row['num_prototypes']}, {row['positions']} positions, {row['users']} users, "
+        f"{row['clusters']} clusters in the prior"
         + ("" if kept else ": LESS ACCURATE THAN THE REFERENCE'S OPTIMISER")
     )
     figures = ", ".join(f"{name} {value:.2f}" for name, value in accuracy.items())
@@ -231,6 +262,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--users", type=int, default=4000, help="a twentieth of them with windows")
     parser.add_argument("--comparisons", type=int, default=10)
+    parser.add_argument("--population", choices=("dirichlet", "clusters"), default="dirichlet")
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS))
     parser.add_argument("--out", type=Path, help="JSON of all figures")
     options = parser.parse_args()
