@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pal_ds import clusters
 from pal_ds.clusters import Clusters, _log_density, find_clusters
 from pal_ds.heads import Features, Lore
 from pal_ds.localise import solve
@@ -43,6 +44,30 @@ def test_finds_the_clusters_that_are_there(num_each: int) -> None:
 def test_a_single_gaussian_has_no_clusters(num_points: int) -> None:
     draw = torch.Generator().manual_seed(num_points)
     assert find_clusters(torch.randn(num_points, 5, generator=draw).double()) is None
+
+
+@pytest.mark.parametrize("num_points", [8, 12, 16, 24])
+def test_a_few_points_of_one_gaussian_have_no_clusters(num_points: int) -> None:
+    """The best of their partitions is a little better than none: in a third of these draws, of 8 points."""
+    for seed in range(20):
+        draw = torch.Generator().manual_seed(seed)
+        assert find_clusters(torch.randn(num_points, 3, generator=draw).double()) is None
+
+
+@pytest.mark.parametrize("num_each", [300, 2000, 2500])
+def test_users_may_come_in_a_fixed_turn_of_groups(num_each: int) -> None:
+    """As user 0, 4, 8 .. of one group and 1, 5, 9 .. of another do: whoever is looked at is of all of them."""
+    found = find_clusters(blobs(num_each, 0.3).view(4, num_each, 4).transpose(0, 1).reshape(-1, 4))
+    assert found is not None and len(found.weight) == 4
+    assert found.weight.tolist() == pytest.approx([0.25] * 4, abs=0.05)
+
+
+def test_a_fit_that_has_not_converged_is_judged_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(clusters, "MAX_STEPS", 1)
+    found = find_clusters(blobs(30, 0.3))
+    assert found is not None and len(found.weight) == 4
 
 
 def test_alike_users_and_one_prototype_have_no_clusters() -> None:
