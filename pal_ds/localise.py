@@ -44,8 +44,8 @@ def solve(
 ) -> Float[Tensor, "U K"]:
     """Centred logits of each user, fp32: the lowest objective that descent from any of the prior's starts finds.
 
-    Where the prior has clusters, the mean mixture over components (see above). A user without comparisons gets the
-    prior's mean. `kind` is one of SHAPES.
+    Where the prior has clusters, the mean mixture over components (see above). A user without comparisons, or with
+    features that are no numbers, gets the prior's mean. `kind` is one of SHAPES.
     """
     logits = prior.mean.repeat(num_users, 1)
     for block in blocks(statistics, comparisons, num_users):
@@ -131,9 +131,10 @@ def _mean_over_components(
     rest = torch.where(followed[1:], -torch.inf, rest)
     clusters = starts.points[-num_clusters:].T[:, :, None].expand(-1, -1, rest.shape[1])
     candidates = torch.cat([logits, clusters], 1).transpose(0, 1)
-    # Comparisons whose features are no numbers say nothing.
     log_evidence = torch.cat([evidence, rest]).nan_to_num(nan=torch.finfo(rest.dtype).min)
-    return posterior_mean(candidates, log_evidence, objective.temperature)
+    found = posterior_mean(candidates, log_evidence, objective.temperature)
+    # Comparisons whose features are no numbers say nothing.
+    return torch.where(begun.isfinite().any(0), found, objective.prior.mean[:, None])
 
 
 def _leaders(values: Float[Tensor, "M U"]) -> Tensor:

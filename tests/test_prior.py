@@ -8,8 +8,11 @@ from torch import Tensor
 
 from pal_ds import clusters
 from pal_ds.clusters import Clusters, _log_density, find_clusters
+from pal_ds.first_order import Choices, adam, margins_of
 from pal_ds.heads import Features, Lore
+from pal_ds.heads.statistics import MixtureStatistics
 from pal_ds.localise import solve
+from pal_ds.losses import PreferenceLoss
 from pal_ds.prior import LogitPrior, posterior_mean, without_repetition
 from pal_ds.terms import Comparisons
 from pal_ds.users import UserTable
@@ -193,3 +196,31 @@ def test_fits_are_the_means_of_the_posterior(num_each: int) -> None:
     expected = torch.softmax(likelihood, 1) @ mixtures
     assert (found - expected).abs().max() < 0.1
     assert (found - expected).abs().mean() < 0.02
+
+
+def test_features_that_are_no_numbers_leave_the_typical_user() -> None:
+    """As no comparisons do, and nobody else hears of it; with clusters and without."""
+    statistics, comparisons, _ = choices(4, 3, seed=4, spread=0.3)
+    linear = statistics.linear.clone()
+    linear[statistics.response_index[comparisons.user == 2]] = torch.nan
+    broken = statistics._replace(linear=linear)
+    zeros = torch.zeros_like(comparisons.user)
+    facts = (comparisons.user, comparisons.label, zeros, zeros + 1, comparisons.required)
+
+    def adam_of(statistics: MixtureStatistics, prior: LogitPrior) -> Tensor:
+        margins = margins_of(Lore(H, 4), Features(linear, zeros), statistics, comparisons.user)
+        return adam(Choices(margins, PreferenceLoss(), *facts), 4, prior, 1.0)
+
+    def newton_of(statistics: MixtureStatistics, prior: LogitPrior) -> Tensor:
+        return solve(statistics, comparisons, 4, prior, "logistic")
+
+    clustered = LogitPrior.of(table_of(blobs(20, 0.3)))
+    gaussian = LogitPrior.gaussian(torch.tensor([0.3, 0.1, -0.2, -0.2]), torch.eye(4))
+    others = torch.tensor([0, 1, 3])
+    for prior in (clustered, gaussian):
+        for fit in (adam_of, newton_of):
+            found = fit(broken, prior)
+            torch.testing.assert_close(found[2], prior.mean)
+            torch.testing.assert_close(
+                found[others], fit(statistics, prior)[others], atol=1e-3, rtol=0
+            )
