@@ -16,7 +16,7 @@ from pal_ds.heads.geometry import unit
 from pal_ds.heads.shapes import Float, Int
 from pal_ds.heads.statistics import MixtureStatistics, combine
 from pal_ds.losses import PreferenceLoss
-from pal_ds.prior import LogitPrior, posterior_mean, without_repetition
+from pal_ds.prior import LogitPrior, mean_over_components
 
 NUM_KEPT = 3
 """Starts that are followed, per user: those with the lowest objective."""
@@ -154,9 +154,8 @@ def adam(
         logits = torch.where(value.isnan().unsqueeze(-1), prior.mean, logits)
         value = value.nan_to_num(nan=torch.finfo(value.dtype).max)
         if prior.num_components > 1:
-            candidates = logits.transpose(1, 2)
-            evidence = without_repetition(-value, component)
-            return posterior_mean(candidates, evidence, temperature).T
+            lanes = logits.permute(2, 0, 1)
+            return mean_over_components(prior, temperature, values, order, lanes, -value).T
         return logits[value.argmin(0), torch.arange(num_users, device=owner.device)]
 
 

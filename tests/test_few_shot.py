@@ -19,6 +19,7 @@ from pal_ds.adapt_run import adapt_run, few_per_user
 from pal_ds.data.tables import COMPARISON_DTYPE, PreparedData
 from pal_ds.engine.dist import World
 from pal_ds.errors import UserError
+from pal_ds.evaluate import user_mixtures
 from pal_ds.evaluate_run import evaluate_run, summary_line
 from pal_ds.few_shot import (
     Curve,
@@ -135,6 +136,22 @@ def test_values_that_say_nothing_are_refused(
 ) -> None:
     with pytest.raises(UserError, match="must be"):
         evaluate_few_shot(runs["PalA"], values, num_draws)
+
+
+def test_no_comparisons_leave_the_mixture_of_strangers(restored: Restored) -> None:
+    """Their mean of mixtures, which is not that of the mean logits: no accuracy of so small a run tells them apart."""
+    told = []
+
+    class Listening(World):
+        def from_rank_zero(self, decide: Callable[[], Any]) -> Any:
+            told.append(decide())
+            return told[-1]
+
+    few_shot_curve(restored, [0, 8], Listening(0, 1, torch.device("cpu")))
+    population = user_mixtures(restored.model.head, restored.users)[-1:]
+    without, fitted = told[-1].chunk(2)
+    assert torch.equal(without, population.expand_as(without))
+    assert not torch.equal(fitted, population.expand_as(fitted))
 
 
 class SecondRank(World):
