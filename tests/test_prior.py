@@ -13,7 +13,12 @@ from pal_ds.heads import Features, Lore
 from pal_ds.heads.statistics import MixtureStatistics
 from pal_ds.localise import solve
 from pal_ds.losses import PreferenceLoss
-from pal_ds.prior import LogitPrior, posterior_mean, without_repetition
+from pal_ds.prior import (
+    LogitPrior,
+    mean_over_components,
+    posterior_mean,
+    without_repetition,
+)
 from pal_ds.terms import Comparisons
 from pal_ds.users import UserTable
 
@@ -188,6 +193,19 @@ def test_repetitions_count_once() -> None:
     left = without_repetition(evidence, component)
     inf = math.inf
     assert left.T.tolist() == [[-inf, 2.0, 0.0], [1.0, -inf, -inf], [5.0, -inf, -inf]]
+
+
+def test_lanes_that_end_in_one_minimum_weigh_as_one() -> None:
+    prior = LogitPrior.of(table_of(blobs(10, 0.3)))
+    starts = prior.starts()
+    values = torch.full((len(starts.point), 1), 100.0)
+    own = [int((starts.component == m).nonzero()[-1]) for m in (1, 2)]
+    order = torch.tensor([[own[0]], [own[0]], [own[1]]])
+    values[own] = 1.0
+    logits = CORNERS[[0, 0, 1]].T.unsqueeze(-1)
+    found = mean_over_components(prior, 1.0, values, order, logits, torch.full((3, 1), -2.0))
+    expected = torch.softmax(CORNERS[:2], 1).mean(0)
+    torch.testing.assert_close(torch.softmax(found[:, 0], 0), expected)
 
 
 def test_posterior_mean_is_that_of_mixtures() -> None:
