@@ -49,14 +49,23 @@ def _suggestion(message: str, names: list[str]) -> str:
     if not any(part in message for part in ("nrecognized arguments", "not accept")):
         return ""
     for word in message.replace("'", " ").replace('"', " ").replace("=", " ").split():
-        near = difflib.get_close_matches(word.lstrip("-").rstrip(".,:"), names, n=1, cutoff=0.75)
-        if near and near[0] != word.lstrip("-"):
-            return f". Did you mean {near[0]}?"
+        word = word.lstrip("-").rstrip(".,:")
+        # Or of a key that holds others.
+        for part in dict.fromkeys((word, word.partition(".")[0])):
+            near = difflib.get_close_matches(part, names, n=1, cutoff=0.75)
+            if near and near[0] != part:
+                return f". Did you mean {near[0]}?"
     return ". `pal-ds COMMAND --help` lists what there is."
 
 
 def _without_noise(message: str) -> str:
     """Says plainly what jsonargparse says of Python types: an unknown class, or a choice that is none."""
+    message = re.sub(
+        r"Type [\w.]*Callable\[.*?expects a function or a callable class: (.*?)\.? Got value: .*",
+        r"\1",
+        message,
+        flags=re.DOTALL,
+    )
     message = re.sub(
         r"Group '([\w.]+)' does not accept option '([\w.]+)'",
         r"does not accept option '\1.\2'",
@@ -67,6 +76,7 @@ def _without_noise(message: str) -> str:
     if name is None or key is None:
         message = re.sub(r"Expected a typing.Literal\[(.*?)\]", r"it must be one of \1", message)
         message = re.sub(r"Expected an? <class '(\w+)'>", r"it must be of type \1", message)
+        message = re.sub(r"(of type list)(\. Got)", r"\1, as [0,1]\2", message)
         return re.sub(r'Parser key "([\w.]+)":\s*', r"\1: ", message)
     from pal_ds.data.sources import SOURCES
     from pal_ds.heads import HEADS
@@ -83,7 +93,7 @@ def _without_noise(message: str) -> str:
 
 def with_shipped_files(arguments: list[str]) -> list[str]:
     """The arguments, with its path for each `--config` that is no file but the name of a shipped recipe, or suite."""
-    folder = Path(__file__).with_name("suites" if arguments[:1] == ["compare"] else "recipes")
+    folder = _shipped_folder(arguments)
     found: list[str] = []
     for argument in arguments:
         option, equals, value = argument.partition("=")
@@ -97,6 +107,10 @@ def with_shipped_files(arguments: list[str]) -> list[str]:
     return found
 
 
+def _shipped_folder(arguments: list[str]) -> Path:
+    return Path(__file__).with_name("suites" if arguments[:1] == ["compare"] else "recipes")
+
+
 def check_config_files(arguments: list[str]) -> None:
     """Raises UserError, with file and line, for a `--config` that is missing or no YAML mapping."""
     for position, argument in enumerate(arguments):
@@ -105,7 +119,9 @@ def check_config_files(arguments: list[str]) -> None:
             continue
         path = Path(value if equals else "".join(arguments[position + 1 : position + 2]))
         if not path.is_file():
-            raise UserError(f"--config {path}: no such file (looked from {Path.cwd()}).")
+            shipped = sorted(file.stem for file in _shipped_folder(arguments).glob("*.yaml"))
+            named = f" Shipped are {', '.join(shipped)}." if path.name == str(path) else ""
+            raise UserError(f"--config {path}: no such file (looked from {Path.cwd()}).{named}")
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except yaml.MarkedYAMLError as error:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pal_ds.adapt import fit_users, pairs_per_chunk
 from pal_ds.adapt_run import few_per_user
+from pal_ds.config import check_range
 from pal_ds.data.tables import PreparedData
 from pal_ds.engine.dist import World
 from pal_ds.errors import UserError
@@ -53,7 +54,13 @@ def evaluate_few_shot(
     {"step", "curve": rows of `few_shot_curve`, "monotone_within_ci95": see `is_monotone`, "seen": {"pairs", "accuracy",
     "accuracy_ci95"} of the run's own users on `test`, "warnings": where the last k is served better than they are}.
     Ranks of a `world` share texts and scoring out, and each fits all users; without one this process is alone.
+
+    Raises:
+        UserError: no k or no draw, or a negative k; or see `few_shot_curve`.
     """
+    sound = bool(num_comparisons) and min(num_comparisons) >= 0
+    check_range("num_comparisons", num_comparisons, sound, "numbers of 0 or more, at least one")
+    check_range("num_draws", num_draws, num_draws >= 1, "at least 1")
     world = world or World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     restored = restore(run, step, world.device, trust=trust_checkpoint)
     curve = few_shot_curve(restored, num_comparisons, world, seeds=tuple(range(num_draws)))
@@ -176,6 +183,8 @@ def few_shot_curve(
         fitted = np.unique(owner)
         restored.model.head.eval()
         mixtures[fitted] = restored.model.head.mixture_weights(UserState(logits[fitted]))
+    # Each rank fitted them, and which draws are alike decides which are scored, together: to the bit or not at all.
+    mixtures = world.from_rank_zero(lambda: mixtures)
     right = _right(restored, reader, test_rows, mixtures.split(len(owners)), population, world)
     return _curve(data, test_rows, right.reshape(-1, len(seeds), len(test_rows)), draws, drawn)
 

@@ -16,7 +16,7 @@ from pal_ds.heads.geometry import unit
 from pal_ds.heads.shapes import Float, Int
 from pal_ds.heads.statistics import MixtureStatistics, combine
 from pal_ds.losses import PreferenceLoss
-from pal_ds.prior import LogitPrior, posterior_mean, without_repetition
+from pal_ds.prior import LogitPrior, mean_over_components
 
 NUM_KEPT = 3
 """Starts that are followed, per user: those with the lowest objective."""
@@ -123,7 +123,8 @@ def adam(
     """Adam (arXiv 1412.6980) on the logits of all users side by side, each from the prior's NUM_KEPT best starts.
 
     NUM_STEPS steps at a rate that falls to 0 as a cosine does. The best of a user's ends is kept, or where the prior
-    has clusters their mean mixture, weighted by the objective; `temperature` is the tau of mixtures.
+    has clusters their mean mixture, weighted by the objective; `temperature` is the tau of mixtures. A user whose
+    objective is no number gets the prior's mean.
     """
     owner = choices.owner
     everything = torch.arange(len(owner), device=owner.device)
@@ -149,10 +150,12 @@ def adam(
         optimizer.step()
     with torch.no_grad():
         value = likelihood(logits) + prior.penalty(logits, component)
+        # Comparisons whose features are no numbers say nothing.
+        logits = torch.where(value.isnan().unsqueeze(-1), prior.mean, logits)
+        value = value.nan_to_num(nan=torch.finfo(value.dtype).max)
         if prior.num_components > 1:
-            candidates = logits.transpose(1, 2)
-            evidence = without_repetition(-value, component)
-            return posterior_mean(candidates, evidence, temperature).T
+            lanes = logits.permute(2, 0, 1)
+            return mean_over_components(prior, temperature, values, order, lanes, -value).T
         return logits[value.argmin(0), torch.arange(num_users, device=owner.device)]
 
 

@@ -19,10 +19,10 @@ positions of all their comparisons, padded), K prototypes.
 import torch
 from torch import Tensor
 
-from pal_ds.heads.shapes import Float, Int
+from pal_ds.heads.shapes import Float
 from pal_ds.heads.statistics import MixtureStatistics
 from pal_ds.objective import SHAPES, Objective, Point
-from pal_ds.prior import LogitPrior, posterior_mean, without_repetition
+from pal_ds.prior import LogitPrior, mean_over_components
 from pal_ds.terms import Comparisons, blocks
 
 NUM_KEPT = 3
@@ -44,8 +44,8 @@ def solve(
 ) -> Float[Tensor, "U K"]:
     """Centred logits of each user, fp32: the lowest objective that descent from any of the prior's starts finds.
 
-    Where the prior has clusters, the mean mixture over components (see above). A user without comparisons gets the
-    prior's mean. `kind` is one of SHAPES.
+    Where the prior has clusters, the mean mixture over components (see above). A user without comparisons, or with
+    features that are no numbers, gets the prior's mean. `kind` is one of SHAPES.
     """
     logits = prior.mean.repeat(num_users, 1)
     for block in blocks(statistics, comparisons, num_users):
@@ -70,7 +70,8 @@ def _descend(objective: Objective) -> Float[Tensor, "K U"]:
     least = pivots(objective.prior.precisions.permute(1, 2, 0))
     volume = pivots(found.curvature, least[:, starts.component[order].flatten().clamp(max=1)])
     evidence = -found.value - 0.5 * volume.log().sum(0)
-    return _mean_over_components(objective, values, order, logits, evidence.view(order.shape))
+    prior, tau = objective.prior, objective.temperature
+    return mean_over_components(prior, tau, values, order, logits, evidence.view(order.shape))
 
 
 def _follow(objective: Objective, begin: Float[Tensor, "K L"], num_kept: int) -> Point:
@@ -105,35 +106,6 @@ def _follow(objective: Objective, begin: Float[Tensor, "K L"], num_kept: int) ->
             objective.keep(kept)
     ended.put(left, point)
     return ended
-
-
-def _mean_over_components(
-    objective: Objective,
-    values: Float[Tensor, "S U"],
-    order: Int[Tensor, "n U"],
-    logits: Float[Tensor, "K n U"],
-    evidence: Float[Tensor, "n U"],
-) -> Float[Tensor, "K U"]:
-    """The mean mixture of a user over the components of the prior.
-
-    Of components that were followed, the best lane; of clusters that were not, the cluster's mean, whose value there
-    is taken to be as far from its evidence as those of the lanes that were followed are, on the mean.
-    """
-    starts = objective.prior.starts()
-    mine = starts.component[order]
-    begun = -values.gather(0, order)
-    gain = (evidence - begun).mean(0)
-    evidence = without_repetition(evidence, mine)
-    num_clusters = objective.prior.num_components - 1
-    rest = gain - values[-num_clusters:]
-    followed = torch.zeros(num_clusters + 1, rest.shape[1], dtype=torch.bool, device=rest.device)
-    followed.scatter_(0, mine, True)
-    rest = torch.where(followed[1:], -torch.inf, rest)
-    clusters = starts.points[-num_clusters:].T[:, :, None].expand(-1, -1, rest.shape[1])
-    candidates = torch.cat([logits, clusters], 1).transpose(0, 1)
-    # Comparisons whose features are no numbers say nothing.
-    log_evidence = torch.cat([evidence, rest]).nan_to_num(nan=torch.finfo(rest.dtype).min)
-    return posterior_mean(candidates, log_evidence, objective.temperature)
 
 
 def _leaders(values: Float[Tensor, "M U"]) -> Tensor:

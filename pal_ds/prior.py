@@ -125,6 +125,45 @@ class LogitPrior:
         return cost - self.heights[component]
 
 
+def mean_over_components(
+    prior: LogitPrior,
+    temperature: float,
+    values: Float[Tensor, "S U"],
+    order: Int[Tensor, "n U"],
+    logits: Float[Tensor, "K n U"],
+    evidence: Float[Tensor, "n U"],
+) -> Float[Tensor, "K U"]:
+    """The mean mixture of each user over the components of a prior with clusters, as centred logits.
+
+    Of components that were followed, the best lane; of clusters that were not, the cluster's mean, whose value there
+    is taken to be as far from its evidence as those of the lanes that were followed are, on the mean. A user whose
+    objective is no number gets the prior's mean: comparisons whose features are no numbers say nothing.
+
+    Args:
+        prior: whose `starts` these are.
+        temperature: tau of mixtures.
+        values: objective at each start; inf where it is no number.
+        order: which n starts were followed.
+        logits: where that ended.
+        evidence: log evidence of the component of each, there.
+    """
+    starts = prior.starts()
+    mine = starts.component[order]
+    begun = -values.gather(0, order)
+    gain = (evidence - begun).mean(0)
+    evidence = without_repetition(evidence, mine)
+    num_clusters = prior.num_components - 1
+    rest = gain - values[-num_clusters:]
+    followed = torch.zeros(num_clusters + 1, rest.shape[1], dtype=torch.bool, device=rest.device)
+    followed.scatter_(0, mine, True)
+    rest = torch.where(followed[1:], -torch.inf, rest)
+    clusters = starts.points[-num_clusters:].T[:, :, None].expand(-1, -1, rest.shape[1])
+    candidates = torch.cat([logits, clusters], 1).transpose(0, 1)
+    log_evidence = torch.cat([evidence, rest]).nan_to_num(nan=torch.finfo(rest.dtype).min)
+    found = posterior_mean(candidates, log_evidence, temperature)
+    return torch.where(begun.isfinite().any(0), found, prior.mean[:, None])
+
+
 def posterior_mean(
     logits: Float[Tensor, "n K *U"],
     log_evidence: Float[Tensor, "n *U"],

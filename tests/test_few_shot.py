@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from pal_ds.adapt_run import adapt_run, few_per_user
 from pal_ds.data.tables import COMPARISON_DTYPE, PreparedData
 from pal_ds.engine.dist import World
 from pal_ds.errors import UserError
+from pal_ds.evaluate import user_mixtures
 from pal_ds.evaluate_run import evaluate_run, summary_line
 from pal_ds.few_shot import (
     Curve,
@@ -126,6 +128,46 @@ def test_no_user_to_fit_and_test_is_refused(restored: Restored) -> None:
         few_shot_curve(
             replace(restored, data=replace(restored.data, comparisons=table[kept])), [1], ALONE
         )
+
+
+@pytest.mark.parametrize(("values", "num_draws"), [([], 20), ([-1], 20), ([0, 1], 0)])
+def test_values_that_say_nothing_are_refused(
+    runs: dict[str, RunDirectory], values: list[int], num_draws: int
+) -> None:
+    with pytest.raises(UserError, match="must be"):
+        evaluate_few_shot(runs["PalA"], values, num_draws)
+
+
+def test_no_comparisons_leave_the_mixture_of_strangers(restored: Restored) -> None:
+    """Their mean of mixtures, which is not that of the mean logits: no accuracy of so small a run tells them apart."""
+    told = []
+
+    class Listening(World):
+        def from_rank_zero(self, decide: Callable[[], Any]) -> Any:
+            told.append(decide())
+            return told[-1]
+
+    few_shot_curve(restored, [0, 8], Listening(0, 1, torch.device("cpu")))
+    population = user_mixtures(restored.model.head, restored.users)[-1:]
+    without, fitted = told[-1].chunk(2)
+    assert torch.equal(without, population.expand_as(without))
+    assert not torch.equal(fitted, population.expand_as(fitted))
+
+
+class SecondRank(World):
+    """Hears that rank 0 found no numbers."""
+
+    def from_rank_zero(self, decide: Callable[[], Any]) -> Any:
+        found = decide()
+        assert isinstance(found, torch.Tensor)
+        return torch.full_like(found, torch.nan)
+
+
+def test_ranks_score_what_rank_zero_fitted(restored: Restored) -> None:
+    """Else two that differ in a last digit would not agree on which draws are alike, and wait for each other."""
+    told = few_shot_curve(restored, [0, 8], SecondRank(0, 1, torch.device("cpu")), seeds=(0, 1))
+    own = few_shot_curve(restored, [0, 8], ALONE, seeds=(0, 1))
+    assert not told.right.any() and own.right.any(1).all()
 
 
 def test_curve_is_written(runs: dict[str, RunDirectory]) -> None:

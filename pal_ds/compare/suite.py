@@ -146,8 +146,9 @@ def only(suite: Suite, methods: list[str]) -> Suite:
     """The suite's runs of these methods alone; of all where none is named. Raises UserError for an unknown name."""
     for name in methods:
         if name not in suite.settings.methods:
-            near = difflib.get_close_matches(name, suite.settings.methods, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
+            plain = {method.casefold(): method for method in suite.settings.methods}
+            near = difflib.get_close_matches(name.casefold(), plain, n=1)
+            hint = f" Did you mean {plain[near[0]]}?" if near else ""
             raise UserError(
                 f"--only {name}: suite {suite.name} has no such method.{hint} It has "
                 f"{', '.join(suite.settings.methods)}."

@@ -14,6 +14,7 @@ from pal_ds.recipe import changed_keys, dump_recipe
 from tests.compare.cases import METHODS, write_suite
 from tests.spawn import ROOT
 
+PAL_B = {"class_path": "PalB"}
 SHIPPED = sorted(path.stem for path in (ROOT / "pal_ds" / "suites").glob("*.yaml"))
 
 
@@ -100,7 +101,9 @@ def test_a_methods_keys_lie_over_the_shared_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "words", "message"),
     [
-        ({"sedes": [0]}, [], "sedes"),
+        ({"sedes": [0]}, [], "'sedes'. Did you mean seeds?"),
+        ({"metods": METHODS}, [], "Did you mean methods?"),
+        ({}, ["--seeds=0"], "seeds: it must be of type list, as [0,1]. Got value: 0"),
         ({"methods": {}}, [], "methods is empty; it must be a mapping of names to recipe keys"),
         ({"seeds": []}, [], "seeds is empty; it must be at least one number"),
         ({"seeds": [1, 1]}, [], "seeds is [1, 1]; it must be different numbers, 0 or more"),
@@ -110,6 +113,16 @@ def test_a_methods_keys_lie_over_the_shared_ones(tmp_path: Path) -> None:
             {"methods": {**METHODS, "last": {"head": {"class_path": "PalC"}}}},
             [],
             "methods.last: head: there is no class PalC. Did you mean PalB?",
+        ),
+        (
+            {
+                "methods": {
+                    **METHODS,
+                    "last": {"head": {**PAL_B, "init_args": {"num_protoypes": 2}}},
+                }
+            },
+            [],
+            "methods.last: head: Option 'num_protoypes' is not accepted. `pal-ds COMMAND --help`",
         ),
         (
             {"methods": {**METHODS, "last": {"head": "PalA", "train": {"batch_pears": 1}}}},
@@ -126,6 +139,7 @@ def test_a_methods_keys_lie_over_the_shared_ones(tmp_path: Path) -> None:
         ({"methods": {"a": {"train": {"seed": 3}}}}, [], "methods.a: sets train.seed."),
         ({"methods": {"../a": {"head": "PalA"}}}, [], "methods: '../a' names a folder"),
         ({}, ["--only=PAT"], "--only PAT: suite tiny has no such method. Did you mean PAL?"),
+        ({}, ["--only=pal"], "--only pal: suite tiny has no such method. Did you mean PAL?"),
         ({}, ["--data.source.path=nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (
             {"needs": "a file of yours."},
@@ -157,7 +171,8 @@ def test_names(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert found.endswith("pal_ds/recipes/persona_groups.yaml")
     with pytest.raises(SystemExit):
         main(["compare", "--config=dsp_five_user", f"--out={tmp_path}"])
-    assert "--config dsp_five_user: no such file" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--config dsp_five_user: no such file" in said and "Shipped are dsp_five_users" in said
     with pytest.raises(SystemExit):
         main(["compare", f"--out={tmp_path}", "--data.path=x"])
     assert "give --config SUITE" in capsys.readouterr().err

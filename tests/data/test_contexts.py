@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pal_ds.data.batch import Batch
@@ -45,6 +45,7 @@ def prompts_of(data: PreparedData, rows: np.ndarray) -> np.ndarray:
     epoch=st.integers(0, 3),
     keep=st.lists(st.integers(0, 70), min_size=1, max_size=70, unique=True),
 )
+@example(num_pairs=4, epoch=0, keep=[*range(71)])
 def test_what_is_drawn(data: PreparedData, num_pairs: int, epoch: int, keep: list[int]) -> None:
     """For few and for many comparisons of a user, and for users without any."""
     support = data.rows("train")[[k for k in keep if k < len(data.rows("train"))]]

@@ -220,6 +220,9 @@ def test_training_and_scoring_see_points_of_one_scale() -> None:
     }
     silent = UserState(**context, normal=torch.zeros(4, L))
     point = head.encode(features(), UserState(**context))
-    torch.testing.assert_close(
-        head(features(), silent).reward, head.reward(features(), UserState(mixture=point))
-    )
+    still = head.reward(features(), UserState(mixture=point))
+    torch.testing.assert_close(head(features(), silent).reward, still)
+    noisy = UserState(**context, normal=torch.ones(4, L))
+    assert not torch.allclose(head(features(), noisy).reward, still)
+    torch.testing.assert_close(head.eval()(features(), noisy).reward, still)
+    head.train()

@@ -47,8 +47,9 @@ def open_split(
         check_files(path)
         path, data_files = builder, {split: path}
     silence = None
-    if path.count("/") == 1 and not Path(path).exists():
-        silence = _ask_hub(path, revision)
+    if not Path(path).exists():
+        _check_id(path)
+        silence = _ask_hub(path, revision) if "/" in path else None
     datasets.disable_progress_bars()
     try:
         with _cache_alone() if silence else contextlib.nullcontext():
@@ -203,6 +204,19 @@ def text_of(value: Any, where: str, key: str) -> str:
 
 def _builder_of(path: str) -> str | None:
     return BUILDERS.get(Path(path.removesuffix(".gz")).suffix)
+
+
+def _check_id(path: str) -> None:
+    """Raises UserError for what is no file or folder, and cannot be the name of a dataset on the hub either."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        raise UserError(
+            f"{path}: no such file or folder (looked from {Path.cwd()}), and no id of a dataset on the hub, which is "
+            "OWNER/NAME; check the path"
+        ) from None
 
 
 def _ask_hub(path: str, revision: str | None) -> str | None:

@@ -93,6 +93,12 @@ def test_a_hub_that_cannot_be_reached(refused, monkeypatch, name):
     assert "hf download " in said and "--repo-type dataset" in said
 
 
+@pytest.mark.parametrize("path", ["./wrong", "../wrong", "~/wrong", "/no/such/folder", "a/b/c"])
+def test_a_wrong_path_is_not_asked_of_the_hub(refused, hub, path):
+    assert f"{path}: no such file or folder (looked from " in refused("HhRlhf", path=path)
+    assert hub[1] == []
+
+
 def test_offline_by_choice_asks_nobody(refused, hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in refused("UltraFeedbackP")
