@@ -31,6 +31,8 @@ from pal_ds.users import UserTable
 
 logger = logging.getLogger(__name__)
 
+FIT_VERSION = 2
+"""Counted up with every change that gives fits other numbers: a fit that an older program began is begun anew."""
 PAIRS_PER_SHARD = 2**14
 """What is lost at most when a fit is cut off."""
 POSITIONS_PER_SHARD = 2**18
@@ -130,6 +132,7 @@ def _inputs(
 ) -> dict[str, Any]:
     """All that the fitted numbers depend on, as JSON."""
     return {
+        "fit": FIT_VERSION,
         "data": data.hash,
         "rows": xxhash.xxh3_128_hexdigest(users.rows.tobytes()),
         "config": xxhash.xxh3_128_hexdigest(restored.run.config_file.read_bytes()),

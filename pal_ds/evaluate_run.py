@@ -149,6 +149,7 @@ def evaluate_set(
             figures["dropped"] = data.info["dropped"]
             figures["prompts_seen_in_training"] = _num_seen_prompts(restored.data, data)
     figures["step"] = restored.step
+    figures["adapted_users"] = sum(len(ids) for ids in known.ids[1:])
     world.from_rank_zero(lambda: write_figures(restored.run, asked.name, figures))
     return figures
 

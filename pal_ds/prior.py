@@ -14,6 +14,7 @@ from pal_ds.clusters import find_clusters, shrunk
 from pal_ds.heads.shapes import Float, Int
 from pal_ds.user_ids import generic_row_of
 from pal_ds.users import UserTable
+from pal_ds.users.rows import BLOCK_ROWS
 
 VERTEX_LOGIT = 2.0
 """How far a start leans towards its prototype."""
@@ -52,22 +53,23 @@ class LogitPrior:
 
         Where the run has a generic user, who is what users get at zero comparisons, everybody is centred there.
         """
-        logits = users.logits.double().cpu()
-        centred = logits - logits.mean(1, keepdim=True)
+        num_users, num_prototypes = users.logits.shape
+        basis = _basis(num_prototypes)
+        # Block by block: of a table of millions one copy in fp64 is enough.
+        blocks_of = [block.cpu().double() @ basis for block in users.logits.split(BLOCK_ROWS)]
+        points = torch.cat(blocks_of) if blocks_of else basis.new_empty(0, num_prototypes - 1)
         generic, generic_row = None, generic_row_of(users.ids)
-        if generic_row >= 0 and len(centred) > 1:
-            generic = centred[generic_row]
-            centred = torch.cat([centred[:generic_row], centred[generic_row + 1 :]])
-        num_users, num_prototypes = centred.shape
+        if generic_row >= 0 and num_users > 1:
+            generic, num_users = points[generic_row].clone(), num_users - 1
+            points = torch.cat([points[:generic_row], points[generic_row + 1 :]])
         if num_users == 0:
             return LogitPrior.gaussian(torch.zeros(num_prototypes), torch.eye(num_prototypes))
-        mean = centred.mean(0) if generic is None else generic
-        basis = _basis(num_prototypes)
-        spread = (centred - mean) @ basis
+        mean = points.mean(0) if generic is None else generic
+        spread = points.sub_(mean)
         covariances = [shrunk(spread.T @ spread / num_users, num_users)]
-        means, weights = mean[None], torch.ones(1, dtype=mean.dtype)
+        means, weights = (mean @ basis.T)[None], torch.ones(1, dtype=mean.dtype)
         if (clusters := find_clusters(spread)) is not None:
-            means = torch.cat([means, mean + clusters.mean @ basis.T])
+            means = torch.cat([means, (mean + clusters.mean) @ basis.T])
             covariances.append(clusters.covariance)
             weights = torch.cat([weights, num_users * clusters.weight]) / (num_users + 1)
         inverses = torch.linalg.inv(torch.stack(covariances))

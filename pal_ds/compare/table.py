@@ -44,8 +44,9 @@ def _result(planned: PlannedRun, name: str) -> Any:
     if not path.is_file():
         return None
     found = json.loads(path.read_text())
-    # An evaluation of an earlier checkpoint is not that of the finished run.
-    return found if found["step"] in planned.run.complete_steps()[-1:] else None
+    # An evaluation of an earlier checkpoint, or with users of another table, is not that of the finished run.
+    own = found["step"] in planned.run.complete_steps()[-1:] and not found.get("adapted_users")
+    return found if own else None
 
 
 def is_finished(planned: PlannedRun) -> bool:

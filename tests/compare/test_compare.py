@@ -197,6 +197,23 @@ def test_a_run_with_other_values_is_refused_before_any_is_trained(
     assert tabulate(other, {})["not_finished"] == list(METHODS)
 
 
+def test_figures_of_adapted_users_are_not_those_of_the_run(out: Path, suite: Path) -> None:
+    """Someone evaluated a suite's run with `--users`, under the name that the table reads."""
+    parser = build_parser()
+    parsed = parser.parse_args(["compare", f"--config={suite}", f"--out={out}"])
+    own = suite_of(parser.instantiate(parsed)["compare"], parsed["compare"])
+    assert tabulate(own, {})["not_finished"] == []
+    method = list(METHODS)[0]
+    file = out / "runs" / method / "seed_0" / "eval" / "test.json"
+    text = file.read_text()
+    assert json.loads(text)["adapted_users"] == 0
+    try:
+        file.write_text(json.dumps({**json.loads(text), "adapted_users": 3}))
+        assert tabulate(own, {})["not_finished"] == [method]
+    finally:
+        file.write_text(text)
+
+
 def test_nobody_held_out_is_refused_before_any_is_trained(
     warm: WarmParent, suite: Path, tmp_path: Path
 ) -> None:

@@ -100,6 +100,7 @@ def test_new_users_join_from_comparisons(
     known = json.loads((run / "eval" / "new.json").read_text())
     unknown = json.loads((run / "eval" / "strangers.json").read_text())["unknown_users"]
     assert known["pairs"] == unknown["pairs"] == 16
+    assert known["adapted_users"] == 2
     assert known["accuracy"] > 0.9 > 0.8 > unknown["accuracy"]
 
 
