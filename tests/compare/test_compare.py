@@ -203,7 +203,7 @@ def test_figures_of_adapted_users_are_not_those_of_the_run(out: Path, suite: Pat
     parsed = parser.parse_args(["compare", f"--config={suite}", f"--out={out}"])
     own = suite_of(parser.instantiate(parsed)["compare"], parsed["compare"])
     assert tabulate(own, {})["not_finished"] == []
-    method = list(METHODS)[0]
+    method = next(iter(METHODS))
     file = out / "runs" / method / "seed_0" / "eval" / "test.json"
     text = file.read_text()
     assert json.loads(text)["adapted_users"] == 0
