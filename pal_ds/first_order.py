@@ -136,11 +136,11 @@ def adam(
     starts = prior.starts()
     with torch.no_grad():
         likelihoods = torch.cat([likelihood(p.expand(1, num_users, -1)) for p in starts.points])
-        cost = prior.penalty(starts.points[starts.point], starts.component)
-    values = (likelihoods[starts.point] + cost[:, None]).nan_to_num(nan=torch.inf)
+        cost = prior.penalty(starts.points[starts.point_index], starts.component)
+    values = (likelihoods[starts.point_index] + cost[:, None]).nan_to_num(nan=torch.inf)
     order = torch.argsort(values, dim=0, stable=True)[:NUM_KEPT]
     component = starts.component[order]
-    logits = starts.points[starts.point[order]].requires_grad_()
+    logits = starts.points[starts.point_index[order]].requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=LEARNING_RATE)
     for step in range(NUM_STEPS):
         for group in optimizer.param_groups:

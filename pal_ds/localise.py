@@ -61,7 +61,7 @@ def _descend(objective: Objective) -> Float[Tensor, "K U"]:
     values = objective.values_of_all(starts).nan_to_num(nan=torch.inf)
     order = torch.argsort(values, dim=0, stable=True)[:NUM_KEPT]
     objective.follow(starts.component[order])
-    found = _follow(objective, starts.points[starts.point[order.flatten()]].T, len(order))
+    found = _follow(objective, starts.points[starts.point_index[order.flatten()]].T, len(order))
     logits = found.logits.view(-1, *order.shape)
     if objective.prior.num_components == 1:
         leads = _leaders(found.value.view(order.shape)).view(order.shape)

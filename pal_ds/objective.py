@@ -101,8 +101,8 @@ class Objective:
             form = form.gather(2, block.comparison.expand(*form.shape[:2], *block.comparison.shape))
         margin = _between(combine(linear, form, self.by_distance))
         value = self.shape(block.label * margin - block.required)[0]
-        cost = self.prior.penalty(starts.points[starts.point], starts.component)
-        return (block.weight * value).sum(1)[starts.point] + cost[:, None]
+        cost = self.prior.penalty(starts.points[starts.point_index], starts.component)
+        return (block.weight * value).sum(1)[starts.point_index] + cost[:, None]
 
     def __call__(self, logits: Float[Tensor, "K L"]) -> Point:
         """The objective with its gradient and its Gauss-Newton curvature in the logits."""

@@ -24,7 +24,7 @@ class Starts(NamedTuple):
     """S pairs of a point and a component of the prior. Where there are clusters, the last are their means, in order."""
 
     points: Float[Tensor, "n K"]
-    point: Int[Tensor, "S"]
+    point_index: Int[Tensor, "S"]
     component: Int[Tensor, "S"]
 
 
@@ -107,15 +107,15 @@ class LogitPrior:
         if self.mean.norm() > 0.5 * VERTEX_LOGIT:
             around = torch.cat([around, torch.zeros_like(around[:1])])
         points = torch.cat([around, self.means[1:]])
-        point = torch.arange(len(points), device=points.device)
-        everybody = torch.zeros_like(point[: len(around)])
+        index = torch.arange(len(points), device=points.device)
+        everybody = torch.zeros_like(index[: len(around)])
         if self.num_components == 1:
-            return Starts(points, point, everybody)
+            return Starts(points, index, everybody)
         clusters = torch.arange(1, self.num_components, device=points.device)
         costs = [self.penalty(around, one.expand(len(around))) for one in clusters]
         likeliest = clusters[torch.stack(costs).argmin(0)]
-        point = torch.cat([point[: len(around)], point])
-        return Starts(points, point, torch.cat([everybody, likeliest, clusters]))
+        index = torch.cat([index[: len(around)], index])
+        return Starts(points, index, torch.cat([everybody, likeliest, clusters]))
 
     def penalty(
         self, logits: Float[Tensor, "*n K"], component: Int[Tensor, "*n"]
