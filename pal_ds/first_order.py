@@ -133,7 +133,7 @@ def adam(
         each = choices.losses(logits, everything)
         return each.new_zeros(len(logits), num_users).index_add(1, owner, each)
 
-    starts = prior.starts()
+    starts = prior.starts
     with torch.no_grad():
         likelihoods = torch.cat([likelihood(p.expand(1, num_users, -1)) for p in starts.points])
         cost = prior.penalty(starts.points[starts.point_index], starts.component)

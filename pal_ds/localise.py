@@ -56,7 +56,7 @@ def solve(
 
 def _descend(objective: Objective) -> Float[Tensor, "K U"]:
     """The logits of each user of the objective's block."""
-    starts = objective.prior.starts()
+    starts = objective.prior.starts
     # A value that is no number is the last choice, but a choice.
     values = objective.values_of_all(starts).nan_to_num(nan=torch.inf)
     order = torch.argsort(values, dim=0, stable=True)[:NUM_KEPT]

@@ -5,6 +5,7 @@ A new user is like none of the run's U users with probability 1 / (U + 1), as in
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -93,6 +94,7 @@ class LogitPrior:
         names = ("means", "precisions", "heights")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
+    @cached_property
     def starts(self) -> Starts:
         """Where to look for the best logits of a user, under which component.
 
@@ -149,7 +151,7 @@ def mean_over_components(
         logits: where that ended.
         evidence: log evidence of the component of each, there.
     """
-    starts = prior.starts()
+    starts = prior.starts
     mine = starts.component[order]
     begun = -values.gather(0, order)
     gain = (evidence - begun).mean(0)

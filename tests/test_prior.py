@@ -84,7 +84,7 @@ def test_the_generic_user_is_none_of_the_users() -> None:
 
 def test_a_start_towards_a_prototype_lies_in_its_cluster_too() -> None:
     prior = LogitPrior.of(table_of(blobs(10, 0.3)))
-    starts = prior.starts()
+    starts = prior.starts
     again = starts.component[6:10] - 1
     assert starts.point_index[6:10].tolist() == [1, 2, 3, 4]
     assert prior.means[1:][again].argmax(1).tolist() == [0, 1, 2, 3]
@@ -93,14 +93,14 @@ def test_a_start_towards_a_prototype_lies_in_its_cluster_too() -> None:
 def test_the_centre_is_a_start_where_the_population_is_far_from_it() -> None:
     far = torch.tensor([2.0, -1.0, -1.0])
     for mean, expected in ((far, 5), (0.1 * far, 4)):
-        starts = LogitPrior.gaussian(mean, torch.eye(3)).starts()
+        starts = LogitPrior.gaussian(mean, torch.eye(3)).starts
         assert len(starts.point_index) == expected
         assert (starts.points == 0).all(1).any() == (expected == 5)
 
 
 def test_starts_lie_under_components_and_clusters_come_last() -> None:
     prior = LogitPrior.of(table_of(blobs(10, 0.3)))
-    starts = prior.starts()
+    starts = prior.starts
     assert starts.component[-4:].tolist() == [1, 2, 3, 4]
     assert torch.equal(starts.points[starts.point_index[-4:]], prior.means[1:])
     assert (starts.component == 0).sum() == 5
@@ -117,7 +117,7 @@ def test_repetitions_count_once() -> None:
 
 def test_lanes_that_end_in_one_minimum_weigh_as_one() -> None:
     prior = LogitPrior.of(table_of(blobs(10, 0.3)))
-    starts = prior.starts()
+    starts = prior.starts
     values = torch.full((len(starts.point_index), 1), 100.0)
     own = [int((starts.component == m).nonzero()[-1]) for m in (1, 2)]
     order = torch.tensor([[own[0]], [own[0]], [own[1]]])

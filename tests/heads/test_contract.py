@@ -180,6 +180,21 @@ def test_storing_a_response_twice_changes_nothing(head: Head) -> None:
     assert torch.allclose(head(features, user).reward, head(spread, user).reward, atol=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize("name", HEADS)
+def test_the_temperature_is_that_of_the_mixture(name: str, temperature: float) -> None:
+    """Whoever fits users goes from mixtures back to logits by it."""
+    takes_it = "temperature" in inspect.signature(HEADS[name]).parameters
+    head = HEADS[name](H, **({"temperature": temperature} if takes_it else {})).eval()
+    if not (head.on_simplex and "logits" in head.needs):
+        assert head.temperature == 1.0
+        return
+    assert head.temperature == (temperature if takes_it else 1.0)
+    logits = torch.randn(5, head.num_prototypes)
+    expected = torch.softmax(logits / head.temperature, 1)
+    torch.testing.assert_close(head.mixture_weights(UserState(logits)), expected)
+
+
 def test_an_explicit_mixture_stands_in_for_the_logits(head: Head) -> None:
     head.eval()
     user, features = _user(head), _features()
