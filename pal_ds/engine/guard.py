@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pal_ds.config import TrainConfig
-from pal_ds.engine.dist import World
+from pal_ds.config.run_config import TrainConfig
+from pal_ds.distributed.world import World
 from pal_ds.errors import NumericError
 
 logger = logging.getLogger(__name__)
