@@ -61,13 +61,13 @@ RECIPE: dict[str, Any] = {
 
 def command(*words: object) -> Callable[[], None]:
     """A command of pal_ds whose parser is built now, in the parent, as that costs most of a second."""
-    from pal_ds.cli.main import main
+    from pal_ds.cli import main as cli
 
-    parser = main.build_parser()
+    parser = cli.build_parser()
 
     def run() -> None:
-        main.build_parser = lambda: parser
-        main([str(word) for word in words])
+        cli.build_parser = lambda: parser
+        cli.main([str(word) for word in words])
 
     return run
 
