@@ -104,7 +104,10 @@ def _warn_of_known(restored: Restored, ids: list[str]) -> None:
         logger.warning(
             "%d of %d users are in the run already (%s%s): fitted from these pairs alone, and with --users this "
             "fit stands for them in place of the trained one",
-            *(len(known), len(ids), ", ".join(known[:3]), ", ..." if len(known) > 3 else ""),
+            len(known),
+            len(ids),
+            ", ".join(known[:3]),
+            ", ..." if len(known) > 3 else "",
         )
 
 
@@ -237,7 +240,12 @@ class Fitting:
 
     def _reader(self, rows: np.ndarray) -> Reader:
         return reader_of(
-            *(self.restored, self.data, rows, self.users.table_rows, self.world), encode_ahead=True
+            restored=self.restored,
+            data=self.data,
+            rows=rows,
+            table_rows=self.users.table_rows,
+            world=self.world,
+            encode_ahead=True,
         )
 
     def _shard(
@@ -251,7 +259,14 @@ class Fitting:
         owner = collator.user_rows(rows)
         loss, device = self.restored.config.loss, self.world.device
         logits = fit_users(
-            *(reader.model, loss, collator, rows, owner, end - begin, prior, device),
+            model=reader.model,
+            loss=loss,
+            collator=collator,
+            rows=rows,
+            user_index=owner,
+            num_users=end - begin,
+            prior=prior,
+            device=device,
             solver=self.solver,
             initial=self.fresh[begin:end],
         )

@@ -89,7 +89,10 @@ class UpdateGuard:
         if self._world.is_rank_zero:
             logger.warning(
                 "update %d skipped: %s (%d in a row, the run ends at %d)",
-                *(self._update, self.reason, self.num_in_a_row, self._max_in_a_row),
+                self._update,
+                self.reason,
+                self.num_in_a_row,
+                self._max_in_a_row,
             )
         if self.num_in_a_row >= self._max_in_a_row:
             raise NumericError(

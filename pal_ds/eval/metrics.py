@@ -128,7 +128,9 @@ def user_figures(
     return {
         str(name): {"pairs": count, "accuracy": mean, **_named(calibration)}
         for name, count, mean, calibration in zip(
-            *(names, counts.tolist(), means.tolist()),
+            names,
+            counts.tolist(),
+            means.tolist(),
             calibrations(margins / temperature, labels, index),
             strict=True,
         )

@@ -80,7 +80,10 @@ class CacheKeeper:
         if self._world.is_rank_zero:
             logger.info(
                 "%s: %d texts are here, %d of the %d that are read have to be encoded",
-                *(self._folder.path, len(self._index), len(missing), len(first_of_each(addresses))),
+                self._folder.path,
+                len(self._index),
+                len(missing),
+                len(first_of_each(addresses)),
             )
         return rows[missing]
 
@@ -188,7 +191,8 @@ class CacheKeeper:
                 else:
                     logger.warning(
                         "%s: of another backbone or reading (key %s); passing over it",
-                        *(self._folder.path / name, shard.key),
+                        self._folder.path / name,
+                        shard.key,
                     )
 
         self._world.on_every_rank(open_shards)

@@ -37,7 +37,11 @@ class Reader:
         """Forwards of the size that the run's own updates had."""
         train = self.train
         return Forwards(
-            *(self.model, self.collator, train.micro_batch_pairs, world, train.micro_batch_tokens),
+            forward=self.model,
+            collator=self.collator,
+            micro_batch_pairs=train.micro_batch_pairs,
+            world=world,
+            micro_batch_tokens=train.micro_batch_tokens,
             label=label,
         )
 
@@ -162,12 +166,21 @@ def with_points(
         return known
     told = np.arange(chosen.shape[1]) < length[:, None]
     reader = reader_of(
-        *(restored, contexts.data, np.unique(chosen), np.arange(len(contexts.data.users)), world),
+        restored=restored,
+        data=contexts.data,
+        rows=np.unique(chosen),
+        table_rows=np.arange(len(contexts.data.users)),
+        world=world,
         encode_ahead=True,
     )
     owner = np.repeat(np.arange(len(rows)), length)
     points = encode_users(
-        *(reader.model, reader.collator, chosen[told], owner, len(rows), world.device),
+        model=reader.model,
+        collator=reader.collator,
+        rows=chosen[told],
+        user_index=owner,
+        num_users=len(rows),
+        device=world.device,
         flipped=flipped,
     )
     mixtures = known.mixtures.clone()

@@ -56,7 +56,8 @@ class Forwards:
         if self.world.is_rank_zero and (num_lost := int(np.isnan(found).sum())):
             logger.warning(
                 "%d of %d pairs have scores that are no numbers; they count as wrong",
-                *(num_lost, len(found)),
+                num_lost,
+                len(found),
             )
         return found
 
@@ -123,7 +124,10 @@ class Forwards:
             [begin + part for part in step]
             for begin in range(0, len(rows), size)
             for step in split_rows(
-                *(self.collator, rows[begin : begin + size], world_size),
-                *(pairs, self.micro_batch_tokens),
+                collator=self.collator,
+                rows=rows[begin : begin + size],
+                world_size=world_size,
+                micro_batch_pairs=pairs,
+                micro_batch_tokens=self.micro_batch_tokens,
             )
         ]

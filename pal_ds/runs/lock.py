@@ -103,6 +103,7 @@ def _is_at(path: Path, descriptor: int) -> bool:
 def _unlocked(path: Path, error: OSError) -> int:
     logger.warning(
         "%s: this file system has no locks (%s); nothing keeps two trainings out of this run",
-        *(path, os.strerror(error.errno or 0)),
+        path,
+        os.strerror(error.errno or 0),
     )
     return os.open(os.devnull, os.O_RDONLY)

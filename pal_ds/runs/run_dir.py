@@ -145,7 +145,9 @@ class RunDirectory:
             if named is not None and named["step"] > steps[-1]:
                 logger.warning(
                     "%s: latest.json names step %d, of which there is no whole checkpoint; taking step %d",
-                    *(self.path, named["step"], steps[-1]),
+                    self.path,
+                    named["step"],
+                    steps[-1],
                 )
             return steps[-1]
         if step == "best":

@@ -100,13 +100,22 @@ def evaluate_in_training(state: "Training", *, at_start: bool = False) -> bool:
 
 def _margins(state: "Training", collator: Collator, rows: np.ndarray) -> np.ndarray:
     collator, mixtures = with_mixtures(
-        *(state.engine, state.parts.head, state.users, collator, rows, state.world),
+        forward=state.engine,
+        head=state.parts.head,
+        users=state.users,
+        collator=collator,
+        rows=rows,
+        world=state.world,
         own=state.collator,
         micro_batch_pairs=state.config.train.micro_batch_pairs,
     )
     train = state.config.train
     forwards = Forwards(
-        *(state.engine, collator, train.micro_batch_pairs, state.world, train.micro_batch_tokens),
+        forward=state.engine,
+        collator=collator,
+        micro_batch_pairs=train.micro_batch_pairs,
+        world=state.world,
+        micro_batch_tokens=train.micro_batch_tokens,
         between_steps=lambda: state.watch.leave_if_asked(state.world),
     )
     return forwards.margins(rows, mixtures)

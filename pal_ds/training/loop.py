@@ -74,7 +74,9 @@ def end_before_updates(
         num_updates = config.train.epochs * plan_of(config, data).updates_per_epoch
         logger.warning(
             "stopping while texts are being encoded, at update %d of %d (%s): %s; the same command resumes",
-            *(step, num_updates, reason),
+            step,
+            num_updates,
+            reason,
             "what was encoded is kept"
             if config.backbone.cache
             else "the next start encodes them anew",
@@ -171,7 +173,9 @@ def agree_on_stop(state: Training) -> str | None:
     if reason and state.world.is_rank_zero:
         logger.warning(
             "stopping after update %d of %d (%s): saving; the same command resumes",
-            *(state.step, state.num_updates, reason),
+            state.step,
+            state.num_updates,
+            reason,
         )
     return reason
 

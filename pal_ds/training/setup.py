@@ -101,8 +101,11 @@ def start_training(
     num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     logger.info(
         "ready at update %d of %d after %.1f s: %s parameters, %.3f of their bytes on this rank",
-        *(state.step, state.num_updates, time.monotonic() - started),
-        *(f"{num_parameters:,}", held / max(whole, 1)),
+        state.step,
+        state.num_updates,
+        time.monotonic() - started,
+        f"{num_parameters:,}",
+        held / max(whole, 1),
     )
     return state
 

@@ -200,8 +200,11 @@ class UserTable:
             return
         records = self._rows.records
         write_users(
-            *(Path(directory), self.ids, self.seed, self.num_prototypes),
-            lambda begin, end: records[begin:end].cpu(),
+            directory=Path(directory),
+            ids=self.ids,
+            seed=self.seed,
+            num_prototypes=self.num_prototypes,
+            read_block=lambda begin, end: records[begin:end].cpu(),
         )
 
     def restore(self, stored: StoredUsers) -> None:

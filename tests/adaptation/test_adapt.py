@@ -88,7 +88,15 @@ def test_newton_and_adam_minimise_the_same(
 
     newton, adam = (
         fit_users(
-            *(model, loss, Collator(data), rows, owners, len(data.users), prior, CPU), solver=solver
+            model=model,
+            loss=loss,
+            collator=Collator(data),
+            rows=rows,
+            user_index=owners,
+            num_users=len(data.users),
+            prior=prior,
+            device=CPU,
+            solver=solver,
         )
         for solver in ("newton", "adam")
     )
@@ -128,7 +136,14 @@ def test_the_reference_optimiser_is_adamw_stopped_early(
     begin = torch.randn(len(data.users), 3, generator=torch.Generator().manual_seed(0))
     prior = LogitPrior.gaussian(torch.zeros(3), torch.eye(3))
     found = fit_users(
-        *(model, PreferenceLoss(), Collator(data), rows, owners, len(begin), prior, CPU),
+        model=model,
+        loss=PreferenceLoss(),
+        collator=Collator(data),
+        rows=rows,
+        user_index=owners,
+        num_users=len(begin),
+        prior=prior,
+        device=CPU,
         solver="reference",
         initial=begin,
     )

@@ -136,7 +136,12 @@ def test_evaluation_looks_up_the_users_it_meets_alone() -> None:
     everyone, world = user_mixtures(head, table), World(0, 1, torch.device("cpu"))
     for asked in (np.arange(5), np.array([0, 2])):
         collator, mixtures = with_mixtures(
-            *(head, head, table, Collator(data, table_rows=table_rows), asked, world)
+            forward=head,
+            head=head,
+            users=table,
+            collator=Collator(data, table_rows=table_rows),
+            rows=asked,
+            world=world,
         )
         found = mixtures[collator.user_rows(asked)]
         wanted = everyone[table_rows[comparisons["user"][asked]]]

@@ -212,7 +212,12 @@ def measure(name: str, num_prototypes: int, length: int, options: argparse.Names
     users = options.users if length == 1 else max(1, options.users // 20)
     # Accuracy wants many users; the fits of all of them are timed in one call each.
     world = make_world(
-        *(name, num_prototypes, length, users, options.comparisons, options.population)
+        name=name,
+        num_prototypes=num_prototypes,
+        length=length,
+        users=users,
+        comparisons=options.comparisons,
+        population=options.population,
     )
     fits = Fits(world)
     row: dict[str, Any] = {
