@@ -12,15 +12,21 @@ from jaxtyping import install_import_hook
 
 install_import_hook(["pal_ds.heads", "pal_ds.losses", "pal_ds.users"], "beartype.beartype")
 
-from tests.engine.warm import WarmParent  # noqa: E402 (after the hook)
+from tests.engine.warm import WarmParent, warm_parent  # noqa: E402 (after the hook)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _close_warm_parent() -> Iterator[None]:
+    """Of the helpers in `spawn.py`, too, which start it at their first use."""
+    yield
+    if warm_parent.cache_info().currsize:
+        warm_parent().close()
 
 
 @pytest.fixture(scope="session")
-def warm() -> Iterator[WarmParent]:
+def warm() -> WarmParent:
     """Forks ranks in a second; see `engine/warm.py`."""
-    parent = WarmParent()
-    yield parent
-    parent.close()
+    return warm_parent()
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.spawn import ROOT, environment, run_command, run_ranks
+from tests.spawn import ROOT, environment, run_command, run_process, run_ranks, torchrun
 from tests.tiny import LLAMA, data_keys
 
 NUM_UPDATES = 10
@@ -73,7 +73,7 @@ def distance(a: Path, b: Path) -> float:
 def test_plain_python(recipe: Path, variants: Path) -> None:
     run_dir = recipe.parent / "python"
     tracking = ["--wandb.project=test", "--wandb.mode=offline"]
-    run_command("train", f"--config={recipe}", f"--run_dir={run_dir}", *tracking)
+    run_process("train", f"--config={recipe}", f"--run_dir={run_dir}", *tracking)
     assert list(run_dir.glob("wandb/offline-run-*"))
     assert distance(recipe.parent / "python", variants / "plain") <= 2e-6
 
@@ -126,6 +126,7 @@ def test_gumbel_noise_belongs_to_the_comparison(variants: Path) -> None:
 
 def test_torchrun_command_line(recipe: Path, variants: Path) -> None:
     run_dir = recipe.parent / "torchrun"
-    run_ranks(2, "pal_ds", "train", f"--config={recipe}", f"--run_dir={run_dir}")
+    done = torchrun(2, "pal_ds", "train", f"--config={recipe}", f"--run_dir={run_dir}")
+    assert done.returncode == 0, done.stderr[-6000:]
     assert losses(run_dir) == losses(variants / "plain")
     assert shutil.which("torchrun", path=str(Path(sys.executable).parent)) is not None

@@ -5,15 +5,18 @@ compiled operators: a process that is killed while it loads them leaves a lock t
 """
 
 import contextlib
+import functools
 import gc
 import importlib
 import json
 import mmap
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -27,6 +30,10 @@ from pal_ds.engine import faults
 from tests.spawn import ROOT, environment
 
 KILLED = -signal.SIGKILL
+LAUNCHER_VARIABLES = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT"),
+)
 _MOMENT_BYTES = 64
 
 Hook = Callable[[int, str], None]
@@ -125,9 +132,10 @@ def _live_as_rank(
         import torch
 
         torch.set_num_threads(1)
-        world = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": num_ranks}
-        place = {"LOCAL_WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({key: str(value) for key, value in (world | place).items()})
+        values = (number, number, num_ranks, num_ranks, "127.0.0.1", port)
+        os.environ.update(zip(LAUNCHER_VARIABLES, map(str, values), strict=True))
+        # A job's time limit counts from the start of its process.
+        phase.STARTED = time.monotonic()
 
         def reached(name: str) -> None:
             moment[:] = name.encode().ljust(_MOMENT_BYTES, b"\0")
@@ -188,6 +196,27 @@ def kill_at(rank: int, moment: str, occurrence: int = 1) -> Hook:
     return hook
 
 
+def run_module(num_ranks: int, words: list[str], seconds: float) -> tuple[list[int], str]:
+    """`python -m WORDS...` as each of so many ranks, or as one process that no launcher started where that is 0.
+
+    Returns the exit statuses and what was printed, rank after rank.
+    """
+
+    def work() -> None:
+        if num_ranks == 0:
+            for name in LAUNCHER_VARIABLES:
+                os.environ.pop(name)
+        sys.argv = list(words)
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        ranks = fork_ranks(max(num_ranks, 1), work, log)
+        codes = wait_for(ranks, seconds=seconds)
+        said = [Path(f"{log}.{rank.number}").read_text() for rank in ranks]
+    return codes, "\n".join(said)
+
+
 class WarmParent:
     """A process that is warmed up, for tests: it calls functions by name, and they may fork ranks from it."""
 
@@ -215,6 +244,12 @@ class WarmParent:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(timeout=20)
+
+
+@functools.cache
+def warm_parent() -> WarmParent:
+    """The one of this session, which `conftest.py` closes at its end."""
+    return WarmParent()
 
 
 def serve() -> None:
