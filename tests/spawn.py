@@ -42,11 +42,18 @@ def run_command(*words: object, module: str = "pal_ds", timeout: int = 300) -> s
     return _forked(0, [module, *map(str, words)], timeout)
 
 
-def _forked(num_ranks: int, words: list[str], timeout: int) -> str:
+def outcome_of(*words: object, num_ranks: int = 0, timeout: int = 300) -> list[tuple[int, str]]:
+    """Exit status and output of each rank of `python -m WORDS...`, whatever they are; 0 ranks: without a launcher."""
     from tests.engine.warm import warm_parent  # which imports this module
 
-    codes, said = warm_parent()("tests.engine.warm:run_module", num_ranks, words, timeout)
-    assert not any(codes), f"{words} failed with {codes}\n{said}"
+    run = "tests.engine.warm:run_module"
+    return [tuple(rank) for rank in warm_parent()(run, num_ranks, [*map(str, words)], timeout)]
+
+
+def _forked(num_ranks: int, words: list[str], timeout: int) -> str:
+    outcome = outcome_of(*words, num_ranks=num_ranks, timeout=timeout)
+    said = "\n".join(text for _, text in outcome)
+    assert not any(code for code, _ in outcome), f"{words}: {outcome}\n{said}"
     return said
 
 

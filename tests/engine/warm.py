@@ -196,10 +196,10 @@ def kill_at(rank: int, moment: str, occurrence: int = 1) -> Hook:
     return hook
 
 
-def run_module(num_ranks: int, words: list[str], seconds: float) -> tuple[list[int], str]:
+def run_module(num_ranks: int, words: list[str], seconds: float) -> list[tuple[int, str]]:
     """`python -m WORDS...` as each of so many ranks, or as one process that no launcher started where that is 0.
 
-    Returns the exit statuses and what was printed, rank after rank.
+    Returns exit status and output of each.
     """
 
     def work() -> None:
@@ -214,7 +214,7 @@ def run_module(num_ranks: int, words: list[str], seconds: float) -> tuple[list[i
         ranks = fork_ranks(max(num_ranks, 1), work, log)
         codes = wait_for(ranks, seconds=seconds)
         said = [Path(f"{log}.{rank.number}").read_text() for rank in ranks]
-    return codes, "\n".join(said)
+    return list(zip(codes, said, strict=True))
 
 
 class WarmParent:
