@@ -12,7 +12,9 @@ from jaxtyping import install_import_hook
 
 install_import_hook(["pal_ds.heads", "pal_ds.losses", "pal_ds.users"], "beartype.beartype")
 
-from tests.engine.warm import WarmParent, warm_parent  # noqa: E402 (after the hook)
+from tests.engine.warm import WarmParent, keep_recipe_parser, warm_parent  # noqa: E402 (after the hook)
+
+keep_recipe_parser()
 
 
 @pytest.fixture(scope="session", autouse=True)

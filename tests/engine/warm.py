@@ -34,19 +34,38 @@ LAUNCHER_VARIABLES = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
     *("MASTER_ADDR", "MASTER_PORT"),
 )
+LATE_IMPORTS = (
+    *("deepspeed.runtime.superoffload.superoffload_stage3", "deepspeed.ops.op_builder.all_ops"),
+    *("deepspeed.module_inject.auto_ep_layer", "deepspeed.comm.mori", "docstring_parser"),
+    *("pal_ds.backbones.transformer", "pal_ds.compare.suite", "peft", "pyarrow.pandas_compat"),
+    *("setuptools", "torch._dynamo", "torch.utils.serialization.config"),
+    *("transformers.generation.utils", "transformers.models.gpt2.modeling_gpt2"),
+    *("transformers.models.llama.modeling_llama", "transformers.processing_utils"),
+)
+"""What each rank would else import for itself."""
 _MOMENT_BYTES = 64
 
 Hook = Callable[[int, str], None]
 """Called in a rank with its number and each moment that it reaches."""
 
 
+def keep_recipe_parser() -> None:
+    """One parser of recipes for all tests of this process: each is built of every class that a recipe may name.
+
+    A parser keeps nothing of what it has read. `restore` builds one each time, and the suite calls it by the hundred.
+    """
+    from pal_ds import recipe
+
+    recipe.recipe_parser = functools.cache(recipe.recipe_parser)
+
+
 def warm_up() -> None:
     """Imports and loads what a training needs, once; the process that calls it may fork ranks."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    import deepspeed
-
     # What DeepSpeed and pyarrow would import at their first use takes seconds, too.
+    import cpuinfo
+    import deepspeed
     import deepspeed.runtime.zero.muon.muon_optimizer
     import pandas  # noqa: F401
     import torch
@@ -57,8 +76,16 @@ def warm_up() -> None:
     import pal_ds.export
     import pal_ds.forget
     import pal_ds.launch
-    import pal_ds.train  # noqa: F401
+    import pal_ds.recipe
+    import pal_ds.train
 
+    for name in LATE_IMPORTS:
+        importlib.import_module(name)
+    # DeepSpeed's CPU Adam asks for the processor's maker, in a process of its own, each time.
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+    cpuinfo.get_cpu_info()
+    keep_recipe_parser()
+    pal_ds.recipe.recipe_parser()
     torch.set_num_threads(1)
     # Else every child's first collection copies the pages of all that was imported.
     gc.freeze()
