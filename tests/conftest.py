@@ -6,6 +6,8 @@ from pathlib import Path
 
 # Before torch is imported: the suite compares with CPU figures, and its two ranks would share one GPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Small tensors: a second thread of OpenMP's spends as much again on waiting. Whoever names a number gets it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from jaxtyping import install_import_hook
@@ -35,3 +37,18 @@ def warm() -> WarmParent:
 def harness_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the warm parent keeps the undisturbed run that others are compared with; see `engine/kills.py`."""
     return tmp_path_factory.mktemp("harness")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Computes as a forked rank does, on one thread.
+
+    Figures of two processes are the same bits on one machine, at one world size and with as many threads in each: a
+    sum that is split among threads is taken in another order.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
