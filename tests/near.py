@@ -15,12 +15,12 @@ from pal_ds.metrics import NUM_CALIBRATION_BINS
 
 FP32_STEP = 2.0**-23
 """Of neighbouring fp32 numbers, as a share of their size, at most."""
-ROUNDINGS = 16
+ROUNDINGS = 8
 """What other orders of sums make of a reward, in FP32_STEPs of the largest reward.
 
 A reward of these small models goes through some 40 roundings (two layers of norm, attention and MLP, then the head).
 Independent, of half a step each, they add up to about 3 steps; a margin is the difference of two rewards, and two
-runs are compared, so 6. Sums whose terms cancel lose a few more.
+runs are compared, so 6.
 """
 
 

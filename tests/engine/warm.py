@@ -239,7 +239,7 @@ def run_module(num_ranks: int, words: list[str], seconds: float) -> list[tuple[i
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         ranks = fork_ranks(max(num_ranks, 1), work, log)
-        codes = wait_for(ranks, seconds=seconds)
+        codes = wait_for(ranks, seconds=seconds, grace=30)
         said = [Path(f"{log}.{rank.number}").read_text() for rank in ranks]
     return list(zip(codes, said, strict=True))
 
