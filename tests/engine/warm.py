@@ -31,16 +31,30 @@ from tests.spawn import ROOT, environment
 
 KILLED = -signal.SIGKILL
 LAUNCHER_VARIABLES = (
-    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
-    *("MASTER_ADDR", "MASTER_PORT"),
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
 )
 LATE_IMPORTS = (
-    *("deepspeed.runtime.superoffload.superoffload_stage3", "deepspeed.ops.op_builder.all_ops"),
-    *("deepspeed.module_inject.auto_ep_layer", "deepspeed.comm.mori", "docstring_parser"),
-    *("pal_ds.backbones.transformer", "pal_ds.compare.suite", "peft", "pyarrow.pandas_compat"),
-    *("setuptools", "torch._dynamo", "torch.utils.serialization.config"),
-    *("transformers.generation.utils", "transformers.models.gpt2.modeling_gpt2"),
-    *("transformers.models.llama.modeling_llama", "transformers.processing_utils"),
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.comm.mori",
+    "docstring_parser",
+    "pal_ds.backbones.transformer",
+    "pal_ds.compare.suite",
+    "peft",
+    "pyarrow.pandas_compat",
+    "setuptools",
+    "torch._dynamo",
+    "torch.utils.serialization.config",
+    "transformers.generation.utils",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama",
+    "transformers.processing_utils",
 )
 """What each rank would else import for itself."""
 _MOMENT_BYTES = 64
