@@ -8,8 +8,8 @@ import xxhash
 from torch import Tensor
 
 from pal_ds.adaptation.fit import UserPairs, fit_users, pairs_per_chunk
+from pal_ds.adaptation.new_users import few_per_user
 from pal_ds.adaptation.prior import LogitPrior
-from pal_ds.adaptation.run import few_per_user
 from pal_ds.config.run_config import check_range
 from pal_ds.data.tables import PreparedData
 from pal_ds.distributed.world import World

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 import xxhash
 
+from pal_ds.adaptation import new_users
 from pal_ds.adaptation.fit import Solver, UserPairs, fit_users, pairs_per_chunk, refuse_newton
+from pal_ds.adaptation.new_users import NewUsers, few_per_user, num_positions
 from pal_ds.adaptation.prior import LogitPrior
 from pal_ds.adaptation.shards import FOLDER, FittedShard, ShardFolder
-from pal_ds.data.plan import keyed_generator
 from pal_ds.data.tables import PreparedData
 from pal_ds.distributed.world import World
 from pal_ds.errors import UserError, writing
@@ -33,10 +34,6 @@ logger = logging.getLogger(__name__)
 
 FIT_VERSION = 2
 """Counted up with every change that gives fits other numbers: a fit that an older program began is begun anew."""
-PAIRS_PER_SHARD = 2**14
-"""What is lost at most when a fit is cut off."""
-POSITIONS_PER_SHARD = 2**18
-"""Hidden states of a backbone that are in memory at once: 4 GB at 4,096 numbers each."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ def adapt_run(
             rows = few_per_user(data, rows, num_pairs, seed)
         if len(rows) == 0:
             raise UserError(f"{pairs or f'--split {options.split}'}: no pairs to adapt to.")
-        positions = _positions(restored, data)
+        positions = num_positions(restored, data)
         users = NewUsers.of(data, rows, positions)
         _warn_of_known(restored, users.ids)
         inputs = _inputs(restored, data, users, solver, seed, world)
@@ -119,24 +116,10 @@ def _warn_of_known(restored: OpenRun, ids: list[str]) -> None:
         )
 
 
-def few_per_user(data: PreparedData, rows: np.ndarray, num_pairs: int, seed: int) -> np.ndarray:
-    """At most `num_pairs` of the comparisons `rows` per user, drawn by (seed, user id): other users do not matter."""
-    if len(rows) == 0:
-        return rows
-    users = data.comparisons["user"][rows]
-    by_user = np.argsort(users, kind="stable")
-    owners, first = np.unique(users[by_user], return_index=True)
-    kept = [
-        keyed_generator("few", seed, data.users[owner]).permutation(own)[:num_pairs]
-        for owner, own in zip(owners, np.split(rows[by_user], first[1:]), strict=True)
-    ]
-    return np.sort(np.concatenate(kept))
-
-
 def _inputs(
     restored: OpenRun,
     data: PreparedData,
-    users: "NewUsers",
+    users: NewUsers,
     solver: Solver,
     seed: int,
     world: World,
@@ -153,49 +136,6 @@ def _inputs(
         "device": world.device.type,
         "shards": users.spans,
     }
-
-
-@dataclass(frozen=True)
-class NewUsers:
-    """Whom to fit from which comparisons, and which of them are fitted together."""
-
-    ids: list[str]
-    table_rows: np.ndarray
-    """Place in `ids` of each user of the data, -1 for those without comparisons here."""
-    rows: np.ndarray
-    """Comparisons, by user."""
-    first: np.ndarray
-    """Place in `rows` of each user's first comparison, and the end; int64 [U + 1]."""
-    spans: list[tuple[int, int]]
-    """Users of each shard."""
-
-    @staticmethod
-    def of(data: PreparedData, rows: np.ndarray, positions: np.ndarray) -> "NewUsers":
-        """The users of the comparisons `rows`; `positions` are those scored of each response of the data."""
-        user = data.comparisons["user"][rows]
-        rows = rows[np.argsort(user, kind="stable")]
-        owners, first = np.unique(data.comparisons["user"][rows], return_index=True)
-        table_rows = np.full(len(data.users), -1, np.int64)
-        table_rows[owners] = np.arange(len(owners))
-        table = data.comparisons[rows]
-        share = (positions[table["a"]] + positions[table["b"]]) / POSITIONS_PER_SHARD
-        shares = np.add.reduceat(np.maximum(share, 1 / PAIRS_PER_SHARD), first)
-        ids = [data.users[owner] for owner in owners]
-        return NewUsers(ids, table_rows, rows, np.append(first, len(rows)), _spans(shares))
-
-    def rows_of(self, span: tuple[int, int]) -> np.ndarray:
-        return self.rows[self.first[span[0]] : self.first[span[1]]]
-
-
-def _spans(shares: np.ndarray) -> list[tuple[int, int]]:
-    """Runs of users that fill at most one shard together; a user who fills more has one alone."""
-    spans, begin, filled = [], 0, 0.0
-    for user, share in enumerate(shares.tolist()):
-        if filled + share > 1 and user > begin:
-            spans.append((begin, user))
-            begin, filled = user, 0.0
-        filled += share
-    return [*spans, (begin, len(shares))]
 
 
 @dataclass(frozen=True)
@@ -242,7 +182,7 @@ class Fitting:
             self.restored.config.backbone.cache is not None and self.restored.parts.needs_store
         )
         on_disk = on_disk or self.data.response_vectors is not None
-        if positions[texts].sum() > POSITIONS_PER_SHARD and not on_disk:
+        if positions[texts].sum() > new_users.POSITIONS_PER_SHARD and not on_disk:
             return None
         return self._reader(rows)
 
@@ -287,14 +227,6 @@ class Fitting:
             torch.from_numpy(np.bincount(owner, minlength=end - begin)),
             torch.from_numpy(np.bincount(owner, weights=right, minlength=end - begin)),
         )
-
-
-def _positions(restored: OpenRun, data: PreparedData) -> np.ndarray:
-    """Scored positions of each response."""
-    num_responses = len(data.response_prompt)
-    if data.responses is None or restored.parts.collator.scored_positions == "last":
-        return np.ones(num_responses, np.int64)
-    return data.responses.lengths_of(np.arange(num_responses))
 
 
 def _report(restored: OpenRun, table: UserTable, shards: list[FittedShard]) -> dict[str, Any]:

@@ -115,7 +115,9 @@ def _store_point(out, gradient, a, inverse, columns, dim, cosine: tl.constexpr):
 
 
 @triton.jit
-def _judge(facts, pair, t, exists, reward_0, reward_1, scores, num_positions, kinds: tl.constexpr):
+def _score_pair(
+    facts, pair, t, exists, reward_0, reward_1, scores, num_positions, kinds: tl.constexpr
+):
     """Stores rewards and margin of positions t; (their loss, weight * d loss / d margin [t])."""
     label, start, end, required, weight = facts
     first = tl.load(start + pair)
@@ -177,7 +179,7 @@ def pair_loss_kernel(
         place_1 = (row_1 * num_positions + t)[:, None] * dim + columns[None, :]
         value_0, near_0, vector_0 = _compare(inputs[0], place_0, reads, a_0, cosine)
         value_1, near_1, vector_1 = _compare(inputs[0], place_1, reads, a_1, cosine)
-        part_loss, g = _judge(
+        part_loss, g = _score_pair(
             facts, pair, t, exists, factor * value_0, factor * value_1, scores, num_positions, kinds
         )
         loss += part_loss

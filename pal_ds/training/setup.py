@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from pal_ds.engine.zero import (
 from pal_ds.errors import UserError
 from pal_ds.feature_cache.encode import encode_once
 from pal_ds.feature_cache.folders import cache_folders
+from pal_ds.heads.base import Head
 from pal_ds.model import RewardModel
 from pal_ds.modeling.build import Parts, base_weights_of, load_backbone
 from pal_ds.modeling.context import RunContext
@@ -84,17 +86,12 @@ def start_training(
         backbone = load_partitioned(context, parts)
     sets = other_sets(context, parts, collator, users, base_weights)
     origin = load_taken_over(config, context.run, parts.head, users)
-    if config.train.precision == "bf16":
-        # ZeRO-3 packs all weights into one buffer, so the head shares the backbone's dtype; masters stay fp32.
-        parts.head.to(torch.bfloat16)
     guard = UpdateGuard(config.train, world)
-    phase.enter("start the engine", patience=SLOW)
-    model = RewardModel(backbone, parts.head, config.loss.lm_weight)
     state = Training(
         context=context,
         parts=parts,
         collator=collator,
-        engine=start_training_engine(model, config.optim, context.ds_config, guard),
+        engine=start_engine(context, backbone, parts.head, guard),
         users=users,
         plan=plan,
         guard=guard,
@@ -107,6 +104,17 @@ def start_training(
     resume(state, trust=trust_checkpoint)
     log_size(state, time.monotonic() - started)
     return state
+
+
+def start_engine(context: RunContext, backbone: nn.Module, head: Head, guard: UpdateGuard) -> Any:
+    """Hand backbone and head to DeepSpeed as one module."""
+    config = context.config
+    if config.train.precision == "bf16":
+        # ZeRO-3 packs all weights into one buffer, so the head shares the backbone's dtype; masters stay fp32.
+        head.to(torch.bfloat16)
+    phase.enter("start the engine", patience=SLOW)
+    model = RewardModel(backbone, head, config.loss.lm_weight)
+    return start_training_engine(model, config.optim, context.ds_config, guard)
 
 
 def log_size(state: Training, seconds: float) -> None:

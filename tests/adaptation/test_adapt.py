@@ -7,8 +7,8 @@ import torch
 from pal_ds.adaptation import gradient
 from pal_ds.adaptation.fit import UserPairs, fit_users
 from pal_ds.adaptation.gradient import margins_of
+from pal_ds.adaptation.new_users import few_per_user
 from pal_ds.adaptation.prior import LogitPrior
-from pal_ds.adaptation.run import few_per_user
 from pal_ds.backbones.given import GivenStates
 from pal_ds.data.collator import Collator
 from pal_ds.data.prepare import DataConfig, prepare

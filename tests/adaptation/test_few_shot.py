@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from pal_ds.adaptation import few_shot, gradient
+from pal_ds.adaptation import few_shot, gradient, new_users
 from pal_ds.adaptation import run as adapt_run_module
 from pal_ds.adaptation.few_shot import (
     Curve,
@@ -21,7 +21,8 @@ from pal_ds.adaptation.few_shot import (
     few_shot_lines,
     is_monotone,
 )
-from pal_ds.adaptation.run import AdaptOptions, adapt_run, few_per_user
+from pal_ds.adaptation.new_users import few_per_user
+from pal_ds.adaptation.run import AdaptOptions, adapt_run
 from pal_ds.adaptation.shards import FOLDER, ShardFolder
 from pal_ds.data.tables import COMPARISON_DTYPE, PreparedData
 from pal_ds.distributed.world import World
@@ -339,7 +340,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return fit(*arguments, **options)
 
     monkeypatch.setattr(adapt_run_module, "fit_users", recording)
-    monkeypatch.setattr(adapt_run_module, "PAIRS_PER_SHARD", 6)
+    monkeypatch.setattr(new_users, "PAIRS_PER_SHARD", 6)
     monkeypatch.setattr(gradient, "NUM_STEPS", 10)
     return calls
 
@@ -424,7 +425,7 @@ def test_texts_that_do_not_fit_into_memory_together_are_encoded_by_shard(
     monkeypatch.setattr(gradient, "NUM_STEPS", 10)
     together = adapt_run(run, tmp_path / "together", AdaptOptions())
     assert len(calls) == 1
-    monkeypatch.setattr(adapt_run_module, "POSITIONS_PER_SHARD", 100)
+    monkeypatch.setattr(new_users, "POSITIONS_PER_SHARD", 100)
     apart = adapt_run(run, tmp_path / "apart", AdaptOptions())
     assert len(calls) > 3
     for user, entry in together["users"].items():

@@ -15,8 +15,12 @@ from tools.bench.step_report import CLOCKS, interleave
 def test_every_layout_of_ours_passes_the_gate() -> None:
     """PAL-A and PAL-B on a tiny OPT, without the contestants that others must install."""
     printed = run_process(
-        *("--families", "opt", "--hidden_size", 16, "--num_layers", 1, "--vocab_size", 64),
-        *("--pairs", 1, "--rounds", 1),
+        "--families=opt",
+        "--hidden_size=16",
+        "--num_layers=1",
+        "--vocab_size=64",
+        "--pairs=1",
+        "--rounds=1",
         launcher=("tools/bench/bench_step.py",),
     )
     assert "NOT MEASURED" not in printed

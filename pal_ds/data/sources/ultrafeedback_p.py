@@ -82,7 +82,7 @@ class UltraFeedbackP(Source):
                 continue
             completions = [self._check(where, item) for item in row["completions"] or ()]
             for i, j in self._pairs(prompt, len(completions)):
-                yield from self._judge(prompt, (i, j), completions[i], completions[j])
+                yield from self._preference_of(prompt, (i, j), completions[i], completions[j])
 
     def describe(self) -> dict:
         """What was read."""
@@ -95,7 +95,7 @@ class UltraFeedbackP(Source):
         drawn = sorted(pairs, key=lambda pair: stable_fraction("pair", self.seed, prompt, *pair))
         return sorted(drawn[: self.pairs_per_prompt])
 
-    def _judge(
+    def _preference_of(
         self, prompt: str, pair: tuple[int, int], first: _Completion, second: _Completion
     ) -> Iterator[Record]:
         if first.ratings is None or second.ratings is None:

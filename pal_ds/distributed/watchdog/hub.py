@@ -99,7 +99,7 @@ class Hub:
                 if time.monotonic() >= next_beat:
                     self._ledger.hear(self._beat(), self._clock.now)
                     next_beat = time.monotonic() + self._interval
-                self._judge()
+                self._settle()
         except Exception:
             logger.exception(
                 "The watchdog itself failed (a bug): training goes on without it, and train.timeout_minutes holds."
@@ -112,7 +112,7 @@ class Hub:
                 connection.close()
             self._selector.close()
 
-    def _judge(self) -> None:
+    def _settle(self) -> None:
         while self._own_failures:
             self._ledger.hear(self._beat(), self._clock.now)
             self._ledger.failed(self._own_failures.pop(0), self._clock.now)
