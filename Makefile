@@ -30,7 +30,7 @@ spell: install
 
 # Node.js comes with the requirements; nothing is downloaded here. About three minutes of processor time.
 types: install
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # The manual, into site/: open site/index.html, or look at it while you write with `.venv/bin/mkdocs serve`.
 docs: install
