@@ -67,8 +67,9 @@ def _run_command(command: str, folder: Path, log: Path) -> str | None:
     words = shlex.split(command, comments=True)
     ours = our_commands(command)
     if ours:
-        num_ranks = _num_ranks(words)
-        failures = _in_child(lambda: call(ours[0]), folder, log, num_ranks)
+        # Python puts the folder on the path of a module that it runs, and not on that of a script.
+        path = str(folder) if words[0] != "pal-ds" else None
+        failures = _in_child(lambda: call(ours[0], path), folder, log, _num_ranks(words))
         return failures[0] if failures else None
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
@@ -133,12 +134,14 @@ def _in_child(work: Callable[[], Any], folder: Path, log: Path, num_ranks: int =
     return [part for part in answers.read_text().split("\0") if part] if answers.exists() else []
 
 
-def call(words: list[str]) -> None:
+def call(words: list[str], first_on_path: str | None = None) -> None:
     """`pal-ds WORDS...` in this process."""
-    if words[0] not in _commands():
+    if first_on_path is not None:
+        sys.path.insert(0, first_on_path)
+    if words[0] in _commands():
+        _cli().main(words)
+    else:
         _tool(words[0]).main(words[1:])
-        return
-    _cli().main(words)
 
 
 def _parse_blocks(blocks: list[Block]) -> list[str]:
