@@ -18,8 +18,14 @@ def user_state(
 ) -> UserState:
     """What a head may know of the users of a batch; `mixture` stands in for all of it."""
     return UserState(
-        *(logits, batch.gumbel, mixture, batch.context, batch.context_length),
-        *(batch.group, batch.normal, update),
+        logits=logits,
+        gumbel=batch.gumbel,
+        mixture=mixture,
+        context=batch.context,
+        context_length=batch.context_length,
+        group=batch.group,
+        normal=batch.normal,
+        update=update,
     )
 
 

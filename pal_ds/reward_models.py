@@ -13,13 +13,13 @@ import torch
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, PreTrainedModel
 
 from pal_ds.errors import UserError
+from pal_ds.export.audience import choose_audience
 from pal_ds.export.card import FACTS_NAME, FORMAT_VERSION
 from pal_ds.export.configs import canonical_class, pal_config
 from pal_ds.export.weights import plain_backbone
-from pal_ds.export.who import choose_audience
-from pal_ds.exported.modeling_pal import PalForSequenceClassification
-from pal_ds.restore import OpenRun, load_model, open_run
-from pal_ds.run_dir import RunDirectory
+from pal_ds.inference.load_run import OpenRun, load_model, open_run
+from pal_ds.remote_code.modeling_pal import PalForSequenceClassification
+from pal_ds.runs.run_dir import RunDirectory
 
 
 def load_reward_model(path: str | Path, mixture: Sequence[float] | None = None) -> PreTrainedModel:

@@ -90,7 +90,7 @@ run_ranks() { # words of a pal_ds command, on every task of the job -> the worst
   export MASTER_PORT
   # One rank's end must not kill the others while they save (KillOnBadExit); --wait ends those that hang for good.
   PYTHONPATH=$code${PYTHONPATH:+:$PYTHONPATH} attend srun --kill-on-bad-exit=0 --wait=600 \
-    --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${srun_options[@]}" "${container[@]}" python -P -m pal_ds.engine.slurm "$@"
+    --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${srun_options[@]}" "${container[@]}" python -P -m pal_ds.distributed.slurm "$@"
 }
 
 run_one() { # words for Python, in one process where ranks would run: in their container -> $exit_code

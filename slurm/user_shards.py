@@ -33,7 +33,7 @@ def merge(out: Path) -> None:
     """Writes the table and the report of all shards, as `adapt` would have written them of the whole file."""
     import torch
 
-    from pal_ds.user_figures import read_user_figures, write_user_figures
+    from pal_ds.eval.results import read_user_figures, write_user_figures
     from pal_ds.users import UserTable
 
     folders = sorted(

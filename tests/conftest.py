@@ -12,12 +12,12 @@ from jaxtyping import install_import_hook
 
 install_import_hook(["pal_ds.heads", "pal_ds.losses", "pal_ds.users"], "beartype.beartype")
 
-from tests.engine.warm import WarmParent  # noqa: E402 (after the hook)
+from tests.warm import WarmParent  # noqa: E402 (after the hook)
 
 
 @pytest.fixture(scope="session")
 def warm() -> Iterator[WarmParent]:
-    """Forks ranks in a second; see `engine/warm.py`."""
+    """Forks ranks in a second; see `warm.py`."""
     parent = WarmParent()
     yield parent
     parent.close()

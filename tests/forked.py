@@ -16,7 +16,8 @@ from collections.abc import Callable
 
 import cpuinfo
 
-from pal_ds.engine.dist import World, distributed, leave
+from pal_ds.distributed.world import World, leave
+from pal_ds.engine.process_group import distributed
 
 LATE_IMPORTS = (
     "deepspeed.runtime.superoffload.superoffload_stage3",

@@ -1,6 +1,8 @@
 """The countable rules of the house: who may import what, sizes, docstrings, no head named outside heads/."""
 
 import ast
+import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ MODULES = sorted(
         *(ROOT / "slurm").rglob("*.py"),
     ]
 )
+SOURCES = sorted(PACKAGE.rglob("*.py"))
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 300, 60
 
 
@@ -34,8 +37,38 @@ def imported(path: Path) -> set[str]:
     return names
 
 
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1]
+
+
+def imports_of(path: Path, modules: set[str]) -> set[str]:
+    """Modules of the package that a file imports, wherever in it: in functions and under TYPE_CHECKING too."""
+    here = module_name(path).split(".")
+    package = here if path.name == "__init__.py" else here[:-1]
+    names: set[str] = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            for alias in node.names:
+                whole = f"{base}.{alias.name}"
+                names.add(whole if whole in modules else base)
+    return names & modules - {module_name(path)}
+
+
 def inside(path: Path, folder: str) -> bool:
     return path.is_relative_to(PACKAGE / folder)
+
+
+IMPORTS = {
+    module_name(path): imports_of(path, {module_name(path) for path in SOURCES}) for path in SOURCES
+}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -57,7 +90,7 @@ def test_only_engine_imports_deepspeed(path: Path) -> None:
 
 def test_heads_and_exported_files_need_torch_alone() -> None:
     """They travel in exported folders: no pal_ds beyond siblings, no jaxtyping but through heads/shapes.py."""
-    for path in [*(PACKAGE / "heads").glob("*.py"), *(PACKAGE / "exported").glob("*.py")]:
+    for path in [*(PACKAGE / "heads").glob("*.py"), *(PACKAGE / "remote_code").glob("*.py")]:
         if path.name in ("__init__.py", "exported_head.py"):
             continue
         roots = {name.split(".")[0] for name in imported(path)}
@@ -66,29 +99,32 @@ def test_heads_and_exported_files_need_torch_alone() -> None:
             assert not roots & {"jaxtyping", "transformers", "numpy"}, path
 
 
-def test_dependencies_point_one_way() -> None:
-    """data -> backbones -> (heads stand alone) -> engine -> loop; nothing imports what comes after it."""
-    forbidden = {
-        "data": (
-            "pal_ds.backbones",
-            "pal_ds.engine",
-            "pal_ds.train",
-            "pal_ds.losses",
-            "pal_ds.users",
-        ),
-        "backbones": ("pal_ds.engine", "pal_ds.train", "pal_ds.losses", "pal_ds.users"),
-        "engine": (
-            "pal_ds.train",
-            "pal_ds.start",
-            "pal_ds.evaluate_run",
-            "pal_ds.export",
-            "pal_ds.cli",
-        ),
-    }
-    for folder, names in forbidden.items():
-        for path in (PACKAGE / folder).rglob("*.py"):
-            found = [name for name in imported(path) if name.startswith(names)]
-            assert not found, f"{path} imports {found}"
+def test_packages_import_one_way() -> None:
+    """A package imports only what stands below it in the layers of pyproject.toml, lazily or for types too."""
+    layers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pal_ds"]["layers"]
+    level = {room: level for level, rooms in enumerate(layers) for room in rooms}
+    rooms = {path.stem if path.is_file() else path.name for path in PACKAGE.iterdir()}
+    rooms -= {"__init__", "__pycache__", "recipes", "suites", "py"}
+    assert rooms == set(level), "pyproject.toml lists the packages and top-level modules"
+    upward = [
+        f"{module} imports {other}"
+        for module, others in IMPORTS.items()
+        for other in others
+        if "." in module
+        and "." in other
+        and room_of(module) != room_of(other)
+        and level[room_of(other)] >= level[room_of(module)]
+    ]
+    assert not upward, upward
+
+
+def test_no_circle_of_imports() -> None:
+    """Modules have an order in which each could be imported after all that it names."""
+    TopologicalSorter(IMPORTS).prepare()
+
+
+def test_few_modules_lie_loose() -> None:
+    assert len(list(PACKAGE.glob("*.py"))) <= 8
 
 
 def test_no_head_is_named_outside_heads() -> None:

@@ -8,8 +8,8 @@ from typing import NoReturn
 import pytest
 
 import pal_ds.export
-from pal_ds import commands
-from pal_ds.cli import main
+from pal_ds.cli import commands
+from pal_ds.cli.main import main
 from pal_ds.errors import BusyError, RankLostError, UnfinishedError, UserError, end_with
 from tools import consolidate, reshard
 

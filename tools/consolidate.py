@@ -16,7 +16,7 @@ import logging
 import os
 from pathlib import Path
 
-from pal_ds.arguments import mixture
+from pal_ds.cli.arguments import mixture
 from pal_ds.errors import UserError, end_with
 
 
@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Imported here: torch takes seconds, and `--help` should not pay for it.
     from pal_ds.export import ExportOptions, export, export_users, read_user_list
-    from pal_ds.run_dir import RunDirectory
+    from pal_ds.runs.run_dir import RunDirectory
 
     # Nothing imported goes away: a full collection over all of it takes a quarter of a second.
     gc.freeze()

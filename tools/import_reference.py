@@ -13,7 +13,7 @@ import logging
 import os
 from pathlib import Path
 
-from pal_ds.arguments import mixture
+from pal_ds.cli.arguments import mixture
 from pal_ds.errors import UserError, end_with
 
 
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Imported here: torch takes seconds, and `--help` should not pay for it.
-    from pal_ds.export.reference import ImportOptions, import_checkpoint
+    from pal_ds.export.pal_reference.checkpoint import ImportOptions, import_checkpoint
 
     given = {key: value for key, value in vars(options).items() if key != "population"}
     checkpoint, out = given.pop("checkpoint"), given.pop("out")

@@ -21,8 +21,8 @@ def main(arguments: list[str] | None = None) -> None:
     options, recipe = parser.parse_known_args(arguments)
     # Imported here: torch takes seconds, and `--help` should not pay for it.
     from pal_ds.backbones.transformer import architecture_config, read_model_config
-    from pal_ds.memory_plan import plan_memory
-    from pal_ds.recipe import recipe_from_arguments
+    from pal_ds.config.recipe import recipe_from_arguments
+    from pal_ds.modeling.memory_plan import plan_memory
 
     try:
         config = recipe_from_arguments(recipe)

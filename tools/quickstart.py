@@ -88,10 +88,10 @@ def run_head(name: str, out: Path, seed: int) -> dict[str, float]:
     call([*launcher, "train", *recipe, *overrides, f"--run_dir={run_dir}"])
     import torch
 
-    from pal_ds.engine.dist import World
-    from pal_ds.evaluate_run import evaluate_run
-    from pal_ds.few_shot import evaluate_few_shot
-    from pal_ds.run_dir import RunDirectory
+    from pal_ds.adaptation.few_shot import evaluate_few_shot
+    from pal_ds.distributed.world import World
+    from pal_ds.eval.evaluate import evaluate_run
+    from pal_ds.runs.run_dir import RunDirectory
 
     run = RunDirectory(run_dir)
     print(f"$ python -m pal_ds evaluate --run_dir {run_dir}", flush=True)
@@ -132,8 +132,8 @@ def print_table(summary: dict[str, dict[str, float]]) -> None:
 def report(out: Path) -> Path:
     """The page with pictures, users coloured by their planted group."""
     from pal_ds.data.tables import PreparedData
-    from pal_ds.report import write_report
-    from pal_ds.run_dir import RunDirectory
+    from pal_ds.eval.report import write_report
+    from pal_ds.runs.run_dir import RunDirectory
 
     data = PreparedData.open(out / "data")
     groups = dict(zip(data.users, data.user_group, strict=True))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from pal_ds.errors import UserError, end_with, writing
 
 if TYPE_CHECKING:
-    from pal_ds.run_dir import RunDirectory
+    from pal_ds.runs.run_dir import RunDirectory
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,8 +41,8 @@ def reshard(run_dir: Path, world_size: int, step: str, *, trust: bool) -> str:
         StorageError: the new step cannot be written; the old one is as it was.
         UserError: no such run or step, a damaged checkpoint, or no number of ranks.
     """
-    from pal_ds.run_dir import RunDirectory
-    from pal_ds.run_lock import only_writer
+    from pal_ds.runs.lock import only_writer
+    from pal_ds.runs.run_dir import RunDirectory
 
     if world_size < 1:
         raise UserError(f"--world_size is {world_size}; it must be at least 1.")
@@ -54,11 +54,11 @@ def reshard(run_dir: Path, world_size: int, step: str, *, trust: bool) -> str:
 
 def exchange(run: "RunDirectory", world_size: int, step: str, *, trust: bool) -> str:
     """`reshard`, of a run that nobody else writes to."""
-    from pal_ds.engine.manifest import verify_checkpoint
-    from pal_ds.engine.reshard import write_resharded
-    from pal_ds.forget import EDITED, OLD, recover
+    from pal_ds.engine.checkpoint.forget import EDITED, OLD, recover
+    from pal_ds.engine.checkpoint.manifest import verify_checkpoint
+    from pal_ds.engine.checkpoint.reshard import write_resharded
+    from pal_ds.io.files import sync_to_disk
     from pal_ds.progress import progress_bar
-    from pal_ds.run_dir import sync_to_disk
 
     # Gives a step its name back that an interrupted exchange, of this tool or of `users`, left under another.
     recover(run)

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from pal_ds.arguments import keys
+from pal_ds.cli.arguments import keys
 from pal_ds.errors import UserError, end_with
-from pal_ds.run_dir import RunDirectory, write_atomically, write_json
+from pal_ds.io.files import write_atomically, write_json
+from pal_ds.runs.run_dir import RunDirectory
 
 Figures = dict[str, Any]
 

@@ -24,10 +24,11 @@ from jsonargparse import Namespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pal_ds.cli import Parser, build_parser, check_config_files
+from pal_ds.cli.main import build_parser, check_config_files
+from pal_ds.config.parser import Parser
 from pal_ds.errors import UserError
-from pal_ds.run_dir import RunDirectory
-from pal_ds.run_lock import LOCK
+from pal_ds.runs.lock import LOCK
+from pal_ds.runs.run_dir import RunDirectory
 from tools.job_shape import array_bounds, check_shape
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "slurm"
@@ -123,8 +124,8 @@ def check_recipe(options: Namespace, recipe: str, run_dir: Path, words: list[str
     check_config_files(arguments)
     parser = build_parser()
     parsed = parser.parse_args(arguments)
+    from pal_ds.config.recipe import as_recipe, dump_recipe, refuse_changes
     from pal_ds.engine.ds_config import ds_config_of
-    from pal_ds.recipe import as_recipe, dump_recipe, refuse_changes
 
     config = as_recipe(parser.instantiate(parsed)["train"])
     world_size = options.nodes * options.ntasks_per_node
@@ -173,8 +174,8 @@ def check_prepared(options: Namespace, recipe: str, data: str) -> None:
 
 
 def check_embed(options: Namespace, words: list[str]) -> Checked:
-    from pal_ds.embed import refuse_what_has_no_cache
-    from pal_ds.recipe import recipe_from_arguments
+    from pal_ds.config.recipe import recipe_from_arguments
+    from pal_ds.training.embed import refuse_what_has_no_cache
 
     for name in ("run_dir", "array"):
         if options[name] is not None:

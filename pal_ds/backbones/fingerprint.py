@@ -4,7 +4,7 @@ from pathlib import Path
 
 import xxhash
 
-from pal_ds import phase
+from pal_ds.distributed import phase
 from pal_ds.errors import UserError
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin")

@@ -14,7 +14,7 @@ from pal_ds.backbones.language import LanguageHead, with_language_head
 from pal_ds.backbones.packed_attention import NAME as PACKED
 from pal_ds.backbones.transformer import choose_attention, read_model_config
 from pal_ds.errors import UserError
-from pal_ds.exported.encoding import drop_unused_modules
+from pal_ds.remote_code.encoding import drop_unused_modules
 
 logger = logging.getLogger(__name__)
 

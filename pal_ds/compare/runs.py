@@ -9,7 +9,7 @@ import logging
 import os
 from pathlib import Path
 
-from pal_ds.assemble import assemble
+from pal_ds.adaptation.few_shot import evaluate_few_shot
 from pal_ds.compare.suite import PlannedRun, Suite
 from pal_ds.compare.table import (
     evaluation_of,
@@ -19,19 +19,20 @@ from pal_ds.compare.table import (
     tabulate,
     write_table,
 )
+from pal_ds.config.recipe import changed_keys
 from pal_ds.data.collator import Collator
 from pal_ds.data.tables import PreparedData
-from pal_ds.engine.dist import World, distributed
+from pal_ds.distributed.preemption import is_asked
+from pal_ds.distributed.watchdog import watch
+from pal_ds.distributed.world import World
 from pal_ds.engine.ds_config import ds_config_of
-from pal_ds.engine.stop import is_asked
-from pal_ds.engine.watchdog import watch
+from pal_ds.engine.process_group import distributed
 from pal_ds.errors import UserError, writing
-from pal_ds.evaluate_run import evaluate_run
-from pal_ds.few_shot import evaluate_few_shot
-from pal_ds.launch import open_data, prepare_before_processes_meet, train_among
+from pal_ds.eval.evaluate import evaluate_run
+from pal_ds.modeling.build import assemble
 from pal_ds.progress import progress_bar
-from pal_ds.recipe import changed_keys
-from pal_ds.take_over import origin_for
+from pal_ds.training.init_from.copy import origin_for
+from pal_ds.training.launch import open_data, prepare_before_processes_meet, train_among
 
 logger = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentParser
 
-from pal_ds.config import RunConfig, check_range
+from pal_ds.config.recipe import as_recipe, dump_recipe, recipe_parser
+from pal_ds.config.run_config import RunConfig, check_range
 from pal_ds.errors import UserError
-from pal_ds.recipe import as_recipe, dump_recipe, recipe_parser
-from pal_ds.run_dir import RunDirectory
+from pal_ds.runs.run_dir import RunDirectory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +126,7 @@ def _resolve(
     seeds: list[int],
 ) -> Iterator[tuple[int, RunConfig, str]]:
     """Seed, recipe and its YAML, for each seed."""
-    from pal_ds.cli import explained
+    from pal_ds.config.parser import explained
 
     if "head" not in {**common, **keys}:
         raise UserError(f"methods.{method}: has no head, and the shared keys have none either.")

@@ -7,8 +7,8 @@ from typing import Any
 
 from pal_ds.compare.intervals import mean_interval, summary_of
 from pal_ds.compare.suite import PlannedRun, Suite
-from pal_ds.recipe import changed_keys
-from pal_ds.run_dir import write_atomically, write_json
+from pal_ds.config.recipe import changed_keys
+from pal_ds.io.files import write_atomically, write_json
 
 COLUMNS = {
     "accuracy": "seen users",

@@ -15,7 +15,7 @@ from pal_ds.data.answers import answers_of
 from pal_ds.data.batch import Batch
 from pal_ds.data.contexts import Contexts, preferred_first
 from pal_ds.data.draws import Draws
-from pal_ds.data.feature_cache import FeatureStore, MappedFeatures
+from pal_ds.data.features import FeatureStore, MappedFeatures
 from pal_ds.data.packing import (
     pack_joint,
     pack_pooled,
@@ -25,8 +25,8 @@ from pal_ds.data.packing import (
 from pal_ds.data.ragged import Ragged, windows_from_first_difference
 from pal_ds.data.tables import PreparedData
 from pal_ds.data.tokenise import truncation_side
-from pal_ds.exported.canonical import truncated
 from pal_ds.heads.shapes import Float
+from pal_ds.remote_code.canonical import truncated
 
 ScoredPositions = Literal["last", "all"]
 

@@ -74,8 +74,11 @@ class UpdateSource(Dataset[UpdateInputs]):
     def split(self, rows: np.ndarray) -> list[list[np.ndarray]]:
         """[micro-step][rank] positions of an update."""
         return split_rows(
-            *(self.collator, rows, self.world_size),
-            *(self.micro_batch_pairs, self.micro_batch_tokens),
+            collator=self.collator,
+            rows=rows,
+            world_size=self.world_size,
+            micro_batch_pairs=self.micro_batch_pairs,
+            micro_batch_tokens=self.micro_batch_tokens,
         )
 
 

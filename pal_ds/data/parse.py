@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pal_ds.data.chat import check_messages, is_empty, split_conversations
-from pal_ds.data.records import POPULATION_USER, Record, Text
+from pal_ds.data.records import Record, Text
 from pal_ds.errors import UserError
+from pal_ds.users.ids import POPULATION_USER
 
 REQUIRED_FORMS = (
     ("chosen", "rejected"),

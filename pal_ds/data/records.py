@@ -5,8 +5,6 @@ from dataclasses import dataclass
 Text = str | list[dict[str, str]]
 """A plain string, or chat messages `[{"role": ..., "content": ...}, ...]`."""
 
-POPULATION_USER = "population"
-
 
 @dataclass(frozen=True, slots=True)
 class Record:

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pal_ds.arrow_columns import values_of
 from pal_ds.data.ragged import Ragged
 from pal_ds.data.splits import SPLITS
 from pal_ds.errors import UserError
-from pal_ds.user_ids import UserIds
+from pal_ds.io.arrow import values_of
+from pal_ds.users.ids import UserIds
 
 FORMAT_VERSION = 2
 INFO_NAME = "dataset.json"

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from pal_ds.data.chat import as_messages, render_plain
 from pal_ds.data.records import Text
 from pal_ds.errors import UserError
-from pal_ds.exported.canonical import canonical_ids, num_leading
+from pal_ds.remote_code.canonical import canonical_ids, num_leading
 
 DEFAULT_SEPARATOR = "\n\n### Response:\n"
 _PROBES = ("Pearl 17 glows", "Quartz 29 hums", "Raven 38 sings")

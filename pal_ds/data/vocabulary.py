@@ -50,7 +50,10 @@ def refuse_other_tokenizer(
         if tokens.get(key) != ours.get(key):
             logger.warning(
                 "%s: texts with data.%s %r, those of the run have %r",
-                *(origin, key, tokens.get(key), ours.get(key)),
+                origin,
+                key,
+                tokens.get(key),
+                ours.get(key),
             )
 
 

@@ -33,14 +33,17 @@ def _wait_or_remove(lock: Path, stale_after: float) -> None:
             lock.unlink(missing_ok=True)
             logger.warning(
                 "%s: removed; whoever built %s was killed, and every start would have waited for it",
-                *(lock, lock.parent.name),
+                lock,
+                lock.parent.name,
             )
             return
         if not told and time.monotonic() - seen_at > 2:
             told = True
             logger.warning(
                 "%s: waiting for a build of %s that no process here makes; removed after %.0f s without a change",
-                *(lock, lock.parent.name, stale_after),
+                lock,
+                lock.parent.name,
+                stale_after,
             )
         time.sleep(0.2)
 

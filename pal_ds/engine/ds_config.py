@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pal_ds.config import TrainConfig
+from pal_ds.config.run_config import TrainConfig
 from pal_ds.errors import UserError
 
 _CHECKOUT, _INSTALLED = (

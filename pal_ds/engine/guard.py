@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pal_ds.config import TrainConfig
-from pal_ds.engine.dist import World
+from pal_ds.config.run_config import TrainConfig
+from pal_ds.distributed.world import World
 from pal_ds.errors import NumericError
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,10 @@ class UpdateGuard:
         if self._world.is_rank_zero:
             logger.warning(
                 "update %d skipped: %s (%d in a row, the run ends at %d)",
-                *(self._update, self.reason, self.num_in_a_row, self._max_in_a_row),
+                self._update,
+                self.reason,
+                self.num_in_a_row,
+                self._max_in_a_row,
             )
         if self.num_in_a_row >= self._max_in_a_row:
             raise NumericError(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pal_ds.config import OptimConfig
+from pal_ds.config.run_config import OptimConfig
 from pal_ds.errors import UserError
 
 GROUPS = ("backbone", "prototypes", "scale", "projectors")

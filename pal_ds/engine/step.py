@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pal_ds import phase
-from pal_ds.config import OptimConfig
+from pal_ds.config.run_config import OptimConfig
 from pal_ds.data.batch import Batch
 from pal_ds.data.plan import keyed_generator
-from pal_ds.engine.dist import World
+from pal_ds.distributed import phase
+from pal_ds.distributed.world import World
 from pal_ds.engine.guard import UpdateGuard
 from pal_ds.engine.optim import schedule_factor
 from pal_ds.heads.base import HeadOutput, Judge

@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pal_ds.export.who import Audience
-from pal_ds.restore import OpenRun
+from pal_ds.export.audience import Audience
+from pal_ds.inference.load_run import OpenRun
 
 FACTS_NAME = "export.json"
 FORMAT_VERSION = 1

@@ -12,9 +12,9 @@ from transformers import (
 
 from pal_ds.data.tokenise import truncation_side
 from pal_ds.errors import UserError
-from pal_ds.exported.canonical_rows import CanonicalRows
-from pal_ds.exported.modeling_pal import PalRewardConfig
-from pal_ds.restore import OpenRun
+from pal_ds.inference.load_run import OpenRun
+from pal_ds.remote_code.canonical_rows import CanonicalRows
+from pal_ds.remote_code.modeling_pal import PalRewardConfig
 
 PAL_AUTO_MAP = {
     "AutoConfig": "modeling_pal.PalRewardConfig",

@@ -20,9 +20,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from pal_ds.data.tokenise import truncation_side
 from pal_ds.errors import UserError
-from pal_ds.evaluate import user_mixtures
-from pal_ds.export import card, code, tokenizer
-from pal_ds.export.check import exported_scores, read_samples, trainer_scores
+from pal_ds.export import bundle_code, card, tokenizer
+from pal_ds.export.audience import Audience, choose_audience
 from pal_ds.export.configs import (
     PAL_AUTO_MAP,
     backbone_config,
@@ -30,16 +29,17 @@ from pal_ds.export.configs import (
     pal_config,
     stock_class,
 )
+from pal_ds.export.parity import exported_scores, read_samples, trainer_scores
 from pal_ds.export.publish import new_folder, refuse_existing
 from pal_ds.export.weights import Weights, exported_tensors, weights_of
-from pal_ds.export.who import Audience, choose_audience
 from pal_ds.export.writer import write_sharded
-from pal_ds.exported.encoding import drop_unused_modules
-from pal_ds.exported.modeling_pal import PalForSequenceClassification
 from pal_ds.heads.base import Head
+from pal_ds.inference.load_run import OpenRun, load_model, open_run
+from pal_ds.inference.mixtures import user_mixtures
 from pal_ds.progress import progress_bar
-from pal_ds.restore import OpenRun, load_model, open_run
-from pal_ds.run_dir import RunDirectory
+from pal_ds.remote_code.encoding import drop_unused_modules
+from pal_ds.remote_code.modeling_pal import PalForSequenceClassification
+from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.users import UserTable
 
 logger = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ def _pal_layout(
     config = pal_config(opened, audience.mixture)
     config.reward_mean, config.reward_std = options.reward_mean, options.reward_std
     tokenizer.copy_tokenizer(opened.data.tokenizer_path, folder)
-    code.write_pal_code(folder, weights.head)
+    bundle_code.write_pal_code(folder, weights.head)
     target = on_meta(PalForSequenceClassification, config)
     write_config(folder, config, PalForSequenceClassification.__name__, PAL_AUTO_MAP)
     head_tensors = {f"head.{name}": t for name, t in weights.head.state_dict().items()}
@@ -181,7 +181,7 @@ def _stock_layout(
         "end_ids": tokens["end_ids"],
         "max_tokens": tokens["max_length"],
     }
-    name = code.write_stock_code(folder, stock.__name__)
+    name = bundle_code.write_stock_code(folder, stock.__name__)
     auto_map = {"AutoModelForSequenceClassification": f"modeling_canonical.{name}"}
     write_config(folder, config, stock.__name__, auto_map)
     target = on_meta(stock, config)

@@ -9,9 +9,9 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from pal_ds.engine.faults import reached
 from pal_ds.errors import UserError, writing
-from pal_ds.run_dir import sync_to_disk
+from pal_ds.io.fault_points import reached
+from pal_ds.io.files import sync_to_disk
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from pal_ds.errors import UserError
 from pal_ds.export.writer import Shapes
 from pal_ds.heads.base import Head
+from pal_ds.inference.load_run import OpenRun, load_model
 from pal_ds.model import RewardModel
-from pal_ds.restore import OpenRun, load_model
 
 _TRAINED_BACKBONE = "backbone.model."
 

@@ -67,8 +67,15 @@ class _Mix(torch.autograd.Function):
         mixture = buffer(len(user), num_prototypes, like=prototypes)
         block_k, block_h = _blocks(num_prototypes, width)
         programs(kernels.mix_kernel, len(user), -(-width // block_h))(
-            *(logits, user.contiguous(), prototypes, source.contiguous(), mixed, mixture),
-            *(temperature, num_prototypes, width),
+            logits,
+            user.contiguous(),
+            prototypes,
+            source.contiguous(),
+            mixed,
+            mixture,
+            temperature,
+            num_prototypes,
+            width,
             block_k=block_k,
             block_h=block_h,
         )
@@ -108,8 +115,15 @@ def _logits_gradient(
     block_k, block_h = _blocks(num_prototypes, width)
     out = buffer(*mixture.shape, like=mixture)
     programs(kernels.mix_logits_backward_kernel, len(mixture))(
-        *(mixture, prototypes, source.contiguous(), d_mixed, d_mixture, out),
-        *(temperature, num_prototypes, width),
+        mixture,
+        prototypes,
+        source.contiguous(),
+        d_mixed,
+        d_mixture,
+        out,
+        temperature,
+        num_prototypes,
+        width,
         block_k=block_k,
         block_h=block_h,
     )
@@ -128,7 +142,12 @@ def _prototypes_gradient(
     block_k, block_h = _blocks(num_prototypes, width)
     out = buffer(*prototypes.shape, like=prototypes, dtype=prototypes.dtype)
     programs(kernels.mix_prototypes_backward_kernel, num_sources, -(-width // block_h))(
-        *(mixture, d_mixed, *owners(source, num_sources), out, num_prototypes, width),
+        mixture,
+        d_mixed,
+        *owners(source, num_sources),
+        out,
+        num_prototypes,
+        width,
         block_k=block_k,
         block_h=block_h,
     )

@@ -46,9 +46,7 @@ def pair_loss(
     chosen = choose("pair_loss", response, {"d": response.shape[-1]}, implementation)
     if chosen == "triton":
         return Judged(
-            *_PairLoss.apply(
-                *(response, point, scale, response_index, facts, kind, weighting),
-            )
+            *_PairLoss.apply(response, point, scale, response_index, facts, kind, weighting)
         )
     judge = reference.pair_loss if chosen == "reference" else compiled(reference.pair_loss)
     return judge(response, response_index, point, scale, facts, kind, weighting)

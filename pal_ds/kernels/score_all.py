@@ -103,14 +103,27 @@ def _launch(mixture: Tensor, from_items: Statistics) -> Tensor:
     squares = buffer(num_users, num_sources, like=mixture)
     user_blocks = -(-num_users // BLOCK_USERS)
     programs(kernels.squares_kernel, user_blocks * num_sources)(
-        *(mixture, from_items.gram.contiguous(), squares, num_users, num_sources, num_prototypes),
+        mixture,
+        from_items.gram.contiguous(),
+        squares,
+        num_users,
+        num_sources,
+        num_prototypes,
         block_u=BLOCK_USERS,
         block_k=power_of_two(num_prototypes),
     )
     out = buffer(num_users, num_items, like=mixture)
     programs(kernels.score_all_kernel, user_blocks * -(-num_items // BLOCK_ITEMS))(
-        *(mixture, from_items.dots.contiguous(), from_items.item, squares, from_items.source, out),
-        *(num_users, num_items, num_sources, num_prototypes),
+        mixture,
+        from_items.dots.contiguous(),
+        from_items.item,
+        squares,
+        from_items.source,
+        out,
+        num_users,
+        num_items,
+        num_sources,
+        num_prototypes,
         cosine=from_items.cosine,
         block_u=BLOCK_USERS,
         block_n=BLOCK_ITEMS,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pal_ds.errors import UserError
 from pal_ds.heads.shapes import Float
-from pal_ds.user_ids import UserIds
+from pal_ds.users.ids import UserIds
 from pal_ds.users.rows import UserRows, blocks
 
 USER_FILES = ("users.safetensors", "users.arrow")
@@ -106,7 +106,7 @@ class StoredUsers:
         import pyarrow as pa
         from safetensors import safe_open
 
-        from pal_ds.arrow_columns import values_of
+        from pal_ds.io.arrow import values_of
 
         self._path, index_path = (Path(directory) / name for name in USER_FILES)
         for path in (self._path, index_path):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from pal_ds.heads.shapes import Float, Int
-from pal_ds.user_ids import UserIds
 from pal_ds.users.config import UsersConfig
+from pal_ds.users.ids import UserIds
 
 BLOCK_ROWS = 2**16
 """Rows that are made, read or written at a time."""

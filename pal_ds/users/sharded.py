@@ -13,9 +13,9 @@ from torch import Tensor
 
 from pal_ds.errors import UserError
 from pal_ds.heads.shapes import Float, Int
-from pal_ds.user_ids import UserIds, named
 from pal_ds.users.config import UsersConfig
 from pal_ds.users.files import StoredUsers, check_shapes, write_users
+from pal_ds.users.ids import UserIds, named
 from pal_ds.users.rows import UserRows, fresh_rows, width_of
 from pal_ds.users.table import TrainedUsers, UserTable
 

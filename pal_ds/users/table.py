@@ -10,9 +10,9 @@ from torch import Tensor
 
 from pal_ds.errors import UserError
 from pal_ds.heads.shapes import Float, Int
-from pal_ds.user_ids import UserIds, named
 from pal_ds.users.config import UsersConfig
 from pal_ds.users.files import StoredUsers, check_shapes, write_users
+from pal_ds.users.ids import UserIds, named
 from pal_ds.users.rows import TENSORS, UserRows, fresh_rows
 
 
@@ -200,8 +200,11 @@ class UserTable:
             return
         records = self._rows.records
         write_users(
-            *(Path(directory), self.ids, self.seed, self.num_prototypes),
-            lambda begin, end: records[begin:end].cpu(),
+            directory=Path(directory),
+            ids=self.ids,
+            seed=self.seed,
+            num_prototypes=self.num_prototypes,
+            read_block=lambda begin, end: records[begin:end].cpu(),
         )
 
     def restore(self, stored: StoredUsers) -> None:

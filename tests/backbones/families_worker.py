@@ -3,11 +3,12 @@
 import sys
 from pathlib import Path
 
+from pal_ds.config.recipe import load_recipe
 from pal_ds.data.tables import PreparedData
-from pal_ds.engine.dist import distributed, leave
-from pal_ds.recipe import load_recipe
-from pal_ds.run_dir import RunDirectory
-from pal_ds.train import train
+from pal_ds.distributed.world import leave
+from pal_ds.engine.process_group import distributed
+from pal_ds.runs.run_dir import RunDirectory
+from pal_ds.training.loop import train
 from tests.backbones.families import FAMILIES, TUNINGS
 
 

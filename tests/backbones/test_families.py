@@ -10,7 +10,7 @@ from pal_ds.backbones.transformer import materialise_architecture
 from pal_ds.data.prepare import DataConfig, prepare
 from pal_ds.data.sources import Jsonl
 from pal_ds.export.folder import ExportOptions, export
-from pal_ds.run_dir import RunDirectory
+from pal_ds.runs.run_dir import RunDirectory
 from tests.backbones.families import FAMILIES, TUNINGS
 from tests.spawn import run_ranks
 from tests.tiny import write_pairs

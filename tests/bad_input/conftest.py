@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pal_ds.cli import main
+from pal_ds.cli.main import main
 from tests.spawn import ROOT, environment
 from tests.tiny import LLAMA, write_pairs
 

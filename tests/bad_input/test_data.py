@@ -90,7 +90,7 @@ def test_prepared_data_of_other_settings_or_of_someone_else(
 
 def test_everything_held_out(place: Place, refused: Refused, tmp_path: Path, capsys):
     """Preparing is a command of its own and may stand; the run directory is not begun."""
-    from pal_ds.cli import main
+    from pal_ds.cli.main import main
 
     options = [f"--data.path={tmp_path / 'data'}", "--data.dev_fraction=1", "--data.max_length=200"]
     main(["prepare", f"--config={place.recipe}", *options])

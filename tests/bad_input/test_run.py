@@ -222,6 +222,6 @@ def test_two_ranks_say_it_once_and_leave(place: Place, tmp_path: Path):
     assert done.returncode != 0
     assert done.stderr.count("pal-ds: error: head: num_prototypes is 0; it must be above 0.") == 1
     assert said.count("exitcode  : 2 ") == 2, done.stderr
-    assert "pal_ds/cli.py" not in done.stderr
+    assert "pal_ds/cli/main.py" not in done.stderr
     assert contents(place.folder) == before
     assert not (tmp_path / "new").exists()

@@ -8,8 +8,8 @@ import numpy as np
 import yaml
 
 from tests.engine.kills import command
-from tests.engine.warm import fork_ranks, kill_at, wait_for
 from tests.tiny import LLAMA, data_keys
+from tests.warm import fork_ranks, kill_at, wait_for
 
 NUM_SEEDS = 2
 METHODS: dict[str, Any] = {

@@ -10,15 +10,15 @@ import pytest
 import torch
 import yaml
 
-from pal_ds.cli import build_parser
-from pal_ds.compare.command import suite_of
+from pal_ds.adaptation.few_shot import evaluate_few_shot
+from pal_ds.cli.compare import suite_of
+from pal_ds.cli.main import build_parser
 from pal_ds.compare.table import page, tabulate
-from pal_ds.engine.dist import World
-from pal_ds.evaluate_run import evaluate_run
-from pal_ds.few_shot import evaluate_few_shot
-from pal_ds.run_dir import RunDirectory
+from pal_ds.distributed.world import World
+from pal_ds.eval.evaluate import evaluate_run
+from pal_ds.runs.run_dir import RunDirectory
 from tests.compare.cases import METHODS, NUM_SEEDS, write_suite
-from tests.engine.warm import KILLED, WarmParent
+from tests.warm import KILLED, WarmParent
 
 ALONE = World(0, 1, torch.device("cpu"))
 START = "tests.compare.cases:start"

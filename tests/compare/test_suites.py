@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import yaml
 
-from pal_ds.cli import build_parser, main, with_shipped_files
-from pal_ds.compare.command import suite_of
+from pal_ds.cli.compare import suite_of
+from pal_ds.cli.main import build_parser, main, with_shipped_files
 from pal_ds.compare.suite import Suite
-from pal_ds.recipe import changed_keys, dump_recipe
+from pal_ds.config.recipe import changed_keys, dump_recipe
 from tests.compare.cases import METHODS, write_suite
 from tests.spawn import ROOT
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pal_ds.data.collator import Collator
-from pal_ds.data.feature_cache import FeatureStore
+from pal_ds.data.features import FeatureStore
 from pal_ds.data.prepare import DataConfig, prepare
 from pal_ds.data.sources import Jsonl
 from pal_ds.data.tables import PreparedData

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pal_ds.exported.canonical import canonical_ids, find_prompt_length
+from pal_ds.remote_code.canonical import canonical_ids, find_prompt_length
 
 IDS = st.lists(st.integers(10, 20), min_size=1, max_size=30)
 

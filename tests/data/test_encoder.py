@@ -4,7 +4,7 @@ import pytest
 
 from pal_ds.data.tokenise import TextEncoder, load_tokenizer
 from pal_ds.errors import UserError
-from pal_ds.exported.canonical import canonical_ids, find_prompt_length
+from pal_ds.remote_code.canonical import canonical_ids, find_prompt_length
 
 PROMPT, RESPONSE = "What is the best way to bake bread?", "Use warm water."
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from pal_ds.data.markers import common_marker
 from pal_ds.data.ragged import Ragged
 from pal_ds.data.stores import CODE, TokenTables, _misplaced
-from pal_ds.exported.canonical import find_prompt_length
+from pal_ds.remote_code.canonical import find_prompt_length
 
 TOKENS = st.lists(st.integers(0, 2), max_size=8)
 MARKER = st.lists(st.integers(0, 2), min_size=1, max_size=3)

@@ -17,7 +17,7 @@ from pal_ds.data.splits import SPLITS, SplitOptions
 from pal_ds.data.tables import PreparedData
 from pal_ds.data.tokenise import TextEncoder
 from pal_ds.errors import UserError
-from pal_ds.exported.canonical import canonical_ids, find_prompt_length
+from pal_ds.remote_code.canonical import canonical_ids, find_prompt_length
 
 
 def record(i: int, prompt: str | None = None, **fields) -> Record:

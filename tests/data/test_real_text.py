@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from pal_ds.cli import main
+from pal_ds.cli.main import main
 from pal_ds.data.build import build_tables
 from pal_ds.data.collator import Collator
 from pal_ds.data.records import Record

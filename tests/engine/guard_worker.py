@@ -10,18 +10,20 @@ from typing import Any
 
 import torch
 
-from pal_ds import train as loop
 from pal_ds.data.loader import UpdateInputs
 from pal_ds.data.tables import PreparedData
+from pal_ds.distributed.world import World, leave
 from pal_ds.engine import guard
-from pal_ds.engine.dist import World, distributed, leave
+from pal_ds.engine.process_group import distributed
 from pal_ds.engine.step import Stepper, UpdateStats
 from pal_ds.errors import NumericError
 from pal_ds.heads.base import Features
-from pal_ds.run_dir import RunDirectory
-from pal_ds.start import Training, start_training
-from pal_ds.train import make_update, save
-from tests.engine.resume_worker import recipe
+from pal_ds.runs.run_dir import RunDirectory
+from pal_ds.training import loop
+from pal_ds.training.loop import make_update, save
+from pal_ds.training.setup import start_training
+from pal_ds.training.state import Training
+from tests.training.resume_worker import recipe
 
 NUM_UPDATES = 5
 POISONED = {0: "the loss of rank 1 is not finite", 2: "a gradient is not finite"}

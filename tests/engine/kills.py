@@ -17,11 +17,11 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from pal_ds.engine.manifest import newest_intact, verify_checkpoint
-from pal_ds.run_dir import RunDirectory
-from tests.engine.warm import KILLED, Hook, Rank, fork_ranks, kill_at, wait_for
+from pal_ds.engine.checkpoint.manifest import newest_intact, verify_checkpoint
+from pal_ds.runs.run_dir import RunDirectory
 from tests.same_run import figures, leaves, load
 from tests.tiny import LLAMA, write_pairs
+from tests.warm import KILLED, Hook, Rank, fork_ranks, kill_at, wait_for
 
 NUM_RANKS = 2
 MOMENTS_OF_RANK_0 = (
@@ -61,7 +61,7 @@ RECIPE: dict[str, Any] = {
 
 def command(*words: object) -> Callable[[], None]:
     """A command of pal_ds whose parser is built now, in the parent, as that costs most of a second."""
-    from pal_ds import cli
+    from pal_ds.cli import main as cli
 
     parser = cli.build_parser()
 

@@ -9,14 +9,15 @@ import numpy as np
 import torch
 
 from pal_ds.backbones.config import BackboneConfig, LoraOptions
-from pal_ds.config import OptimConfig, RunConfig, TrainConfig
+from pal_ds.config.run_config import OptimConfig, RunConfig, TrainConfig
 from pal_ds.data.plan import split_update
 from pal_ds.data.prepare import DataConfig
 from pal_ds.data.tables import PreparedData
-from pal_ds.engine.dist import distributed, leave
+from pal_ds.distributed.world import leave
+from pal_ds.engine.process_group import distributed
 from pal_ds.heads import PalA
-from pal_ds.run_dir import RunDirectory
-from pal_ds.start import start_training
+from pal_ds.runs.run_dir import RunDirectory
+from pal_ds.training.setup import start_training
 from pal_ds.users import UsersConfig
 
 NUM_UPDATES = 20

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from pal_ds.engine.manifest import MANIFEST, entry_of, write_manifest
-from pal_ds.run_dir import RunDirectory
+from pal_ds.engine.checkpoint.manifest import MANIFEST, entry_of, write_manifest
+from pal_ds.runs.run_dir import RunDirectory
 
 SHARDS = {"a_model_states.pt": 10, "b_model_states.pt": 3000, "c_optim_states.pt": 500}
 """Name and number of values of each."""

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pal_ds.config import TrainConfig
-from pal_ds.engine.dist import World
+from pal_ds.config.run_config import TrainConfig
+from pal_ds.distributed.world import World
+from pal_ds.engine.checkpoint.shard_reader import ShardedCheckpoint
 from pal_ds.engine.guard import MIN_SEEN, WINDOW, UpdateGuard, is_spike
-from pal_ds.engine.shards import ShardedCheckpoint
 from pal_ds.errors import NumericError
-from pal_ds.run_dir import RunDirectory
+from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.users import UserTable
 from tests.engine.conftest import TinyRun
 from tests.engine.guard_worker import (

@@ -10,16 +10,16 @@ import torch
 
 from pal_ds.backbones.config import BackboneConfig
 from pal_ds.backbones.transformer import materialise_architecture
-from pal_ds.config import RunConfig
+from pal_ds.config.run_config import RunConfig
 from pal_ds.data.prepare import DataConfig, prepare
 from pal_ds.data.sources import Jsonl
 from pal_ds.data.tables import PreparedData
-from pal_ds.engine.dist import World
+from pal_ds.distributed.world import World
 from pal_ds.engine.optim import parameter_groups, schedule_factor
 from pal_ds.heads.base import UserState
 from pal_ds.model import RewardModel
-from pal_ds.run_dir import RunDirectory
-from pal_ds.user_start import seen_users
+from pal_ds.runs.run_dir import RunDirectory
+from pal_ds.training.users import seen_users
 from tests.engine.parity_worker import NUM_UPDATES, recipe
 from tests.spawn import run_ranks
 from tests.tiny import LLAMA, write_pairs
@@ -52,7 +52,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def plain_torch_run(folder: Path) -> dict[str, np.ndarray]:
     """The same updates without DeepSpeed: padded batches, torch's AdamW and clipping, row Adam written out."""
-    from pal_ds.assemble import assemble, load_backbone
+    from pal_ds.modeling.build import assemble, load_backbone
 
     config: RunConfig = recipe(str(folder / "data"), str(folder / "base"), "full", 0)
     config = replace(config, backbone=replace(config.backbone, packing="padded"))

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
+from pal_ds.config.recipe import load_recipe
 from pal_ds.data.prepare import prepare
 from pal_ds.export import ExportOptions, export
-from pal_ds.recipe import load_recipe
-from pal_ds.run_dir import RunDirectory
+from pal_ds.runs.run_dir import RunDirectory
 from tests.export.cases import CASES, audience_of, write_inputs
 from tests.spawn import run_ranks
 

@@ -19,9 +19,9 @@ from pal_ds.errors import UserError
 from pal_ds.export import ExportOptions, export
 from pal_ds.export.tokenizer import write_canonical_tokenizer
 from pal_ds.heads.base import UserState
-from pal_ds.restore import restore
+from pal_ds.inference.load_run import restore
 from pal_ds.reward_models import load_pal_rm_a, load_pal_rm_b, load_reward_model
-from pal_ds.run_dir import RunDirectory
+from pal_ds.runs.run_dir import RunDirectory
 from tests.export.cases import CASES, MIXTURE, Case, audience_of, texts_of_rows
 
 BOUND = 1e-5

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from pal_ds.exported.modeling_pal import PalForSequenceClassification, PalRewardConfig
+from pal_ds.remote_code.modeling_pal import PalForSequenceClassification, PalRewardConfig
 
 LLAMA = {
     "model_type": "llama",

@@ -9,9 +9,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from pal_ds import cli
+from pal_ds.cli.main import main
 from pal_ds.export import ExportOptions, export_users
-from pal_ds.run_dir import RunDirectory
+from pal_ds.runs.run_dir import RunDirectory
 from tests.export.cases import texts_of_rows
 
 SOURCE = Path(__file__).parents[2] / "tools" / "openrlhf_reward.py"
@@ -50,7 +50,7 @@ def rewards(module: ModuleType, labels: list[str], end: str) -> list[float]:
 def scores_of(folder: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> list[float]:
     source.write_text("".join(json.dumps({"text": p + t}) + "\n" for p, t in ROWS))
     capsys.readouterr()
-    cli.main(["score", "--model", str(folder), "--input", str(source)])
+    main(["score", "--model", str(folder), "--input", str(source)])
     return [json.loads(line)["score"] for line in capsys.readouterr().out.splitlines()]
 
 

@@ -9,7 +9,7 @@ import pytest
 from pal_ds.errors import UserError
 from pal_ds.export import ExportOptions, export_users, read_user_list
 from pal_ds.export.per_user import folder_name
-from pal_ds.run_dir import RunDirectory
+from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.users import UserTable
 from tests.export.cases import CASES
 from tests.export.test_folder import assert_close, raw_texts, read_as_stranger, trainer_rewards

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pal_ds import cli
+from pal_ds.cli.main import main
 from tests.export.cases import MIXTURE, texts_of_rows
 
 ROWS = texts_of_rows()[:4]
@@ -18,7 +18,7 @@ def score(capsys: pytest.CaptureFixture[str], tmp_path: Path, lines: list[Any], 
     texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
     source.write_text("".join(f"{text}\n" for text in texts))
     try:
-        cli.main(["score", "--input", str(source), *map(str, options)])
+        main(["score", "--input", str(source), *map(str, options)])
     except SystemExit as stop:
         code = int(str(stop.code))
     caught = capsys.readouterr()
@@ -128,5 +128,5 @@ def test_missing_and_empty_input(runs: Path, capsys, tmp_path) -> None:
     where = ["--run_dir", runs / "llama_pal_a_full"]
     assert "is empty" in score(capsys, tmp_path, [], *where)[2]
     with pytest.raises(SystemExit):
-        cli.main(["score", "--input", str(tmp_path / "none"), *map(str, where)])
+        main(["score", "--input", str(tmp_path / "none"), *map(str, where)])
     assert "no such file" in capsys.readouterr().err

@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pal_ds import cli
+from pal_ds.cli.main import main
+from pal_ds.config.recipe import load_recipe
 from pal_ds.data.prepare import prepare
 from pal_ds.export import ExportOptions, export, export_users
-from pal_ds.recipe import load_recipe
-from pal_ds.run_dir import RunDirectory
+from pal_ds.runs.run_dir import RunDirectory
 from tests.export.cases import ARCHITECTURES, make_tokenizer, write_inputs
 from tests.spawn import run_ranks
 
@@ -58,7 +58,7 @@ def scores_of(folder: Path, texts: list[str], capsys: pytest.CaptureFixture[str]
     source = folder.parent / "texts.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     capsys.readouterr()
-    cli.main(["score", "--model", str(folder), "--input", str(source)])
+    main(["score", "--model", str(folder), "--input", str(source)])
     return [json.loads(line)["score"] for line in capsys.readouterr().out.splitlines()]
 
 

@@ -98,8 +98,14 @@ def test_a_judge_of_the_placement_finds_the_same_rewards(head: Head) -> None:
 
     def judge(placement: Placement) -> tuple[torch.Tensor, ...]:
         return pair_loss(
-            *(placement.response, placement.response_index, placement.point, facts),
-            *(placement.scale, "logistic", "mean", "reference"),
+            placement.response,
+            placement.response_index,
+            placement.point,
+            facts,
+            placement.scale,
+            "logistic",
+            "mean",
+            "reference",
         )
 
     plain, judged = head(_features(), _user(head)), head(_features(), _user(head), judge)

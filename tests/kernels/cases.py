@@ -32,7 +32,13 @@ class Comparisons:
         )
         scale = None if self.scale is None else self.scale.clone().requires_grad_()
         judged: Judged = pair_loss(
-            *(response, self.index, point, self.facts, scale, kind, weighting),
+            response=response,
+            response_index=self.index,
+            point=point,
+            facts=self.facts,
+            scale=scale,
+            kind=kind,
+            weighting=weighting,
             implementation=implementation,
         )
         judged.total.backward()

@@ -131,7 +131,11 @@ def test_forward_without_gradients_makes_none() -> None:
     case = comparisons(3, 5, 8)
     with torch.no_grad():
         judged = pair_loss(
-            *(case.response, case.index, case.point, case.facts), implementation="triton"
+            response=case.response,
+            response_index=case.index,
+            point=case.point,
+            facts=case.facts,
+            implementation="triton",
         )
     wanted = case.judge("logistic", "last", "triton")
     assert torch.equal(judged.margin, wanted["margin"]) and not judged.total.requires_grad
@@ -145,7 +149,13 @@ def test_upstream_factors_and_a_second_backward() -> None:
     for leaf in leaves:
         leaf.requires_grad_()
     judged = pair_loss(
-        *(leaves[0], case.index, leaves[1], case.facts, leaves[2], "logistic", "mean"),
+        response=leaves[0],
+        response_index=case.index,
+        point=leaves[1],
+        facts=case.facts,
+        scale=leaves[2],
+        kind="logistic",
+        weighting="mean",
         implementation="triton",
     )
     (2.5 * judged.total).backward(retain_graph=True)

@@ -86,9 +86,14 @@ def test_pal_a_end_to_end(
     mixed, _ = mix(user.logits, rows, head.prototypes[None], zeros, 0.8, implementation)
     scale = bounded_scale(head.log_scale) if similarity == "cosine" else None
     judged = pair_loss(
-        *(head.projector(features.response), features.response_index),
-        *(head.projector(mixed)[:, None], reference.PairFacts(**facts), scale),
-        *("logistic", "cumulative", implementation),
+        head.projector(features.response),
+        features.response_index,
+        head.projector(mixed)[:, None],
+        reference.PairFacts(**facts),
+        scale,
+        "logistic",
+        "cumulative",
+        implementation,
     )
     fused, plain = gradients(judged.total, head, user), by_head(head, features, user, facts)
     for made, wanted in zip(fused, plain, strict=True):
@@ -107,9 +112,14 @@ def test_pal_b_end_to_end(request: pytest.FixtureRequest, implementation: str) -
     prompts = features.prompt_index.flatten()
     mixed, _ = mix(user.logits, rows, maps, prompts, 0.8, implementation)
     judged = pair_loss(
-        *(head.response_projector(features.response), features.response_index),
-        *(mixed.view(B, 2, H), reference.PairFacts(**facts), bounded_scale(head.log_scale)),
-        *("logistic", "cumulative", implementation),
+        head.response_projector(features.response),
+        features.response_index,
+        mixed.view(B, 2, H),
+        reference.PairFacts(**facts),
+        bounded_scale(head.log_scale),
+        "logistic",
+        "cumulative",
+        implementation,
     )
     fused, plain = gradients(judged.total, head, user), by_head(head, features, user, facts)
     for made, wanted in zip(fused, plain, strict=True):

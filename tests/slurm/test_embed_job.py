@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pal_ds.backbones.config import BackboneConfig
 from pal_ds.backbones.transformer import materialise_architecture
+from pal_ds.config.recipe import load_recipe
 from pal_ds.data.prepare import prepare
-from pal_ds.recipe import load_recipe
 from tests.slurm.cluster import Cluster, rows, until
 from tests.spawn import ROOT
 from tests.tiny import LLAMA, data_keys

@@ -30,7 +30,9 @@ def test_a_full_cache_ends_the_job(tmp_path: Path) -> None:
     job = job_in(tmp_path)
     code, log = job.start("--backbone.cache=d", script="embed")
     assert code == 0 and not job.requeued() and "done" in log
-    assert job.srun().endswith("pal_ds.engine.slurm embed --config recipe.yaml --backbone.cache=d")
+    assert job.srun().endswith(
+        "pal_ds.distributed.slurm embed --config recipe.yaml --backbone.cache=d"
+    )
 
 
 @pytest.mark.parametrize("code", [2, 4])

@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pal_ds.engine.slurm import FIRST_PORT, NUM_PORTS, first_host, rank_variables, tasks_on_node
+from pal_ds.distributed.slurm import (
+    FIRST_PORT,
+    NUM_PORTS,
+    first_host,
+    rank_variables,
+    tasks_on_node,
+)
 
 NAMES = st.from_regex(r"[a-z][a-z0-9-]{0,6}[a-z]", fullmatch=True)
 NUMBERS = st.integers(0, 999).map(str) | st.integers(0, 99).map("{:03d}".format)

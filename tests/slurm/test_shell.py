@@ -27,7 +27,7 @@ def test_a_finished_run_ends_the_job(tmp_path: Path) -> None:
     assert code == 0 and not job.calls.exists() and "finished by an earlier start" in log
     record = job.run / "slurm" / "7"
     assert (record / "recipe.yaml").read_text() == "train: {}\n"
-    assert (record / "code" / "pal_ds" / "cli.py").is_file()
+    assert (record / "code" / "pal_ds" / "cli" / "main.py").is_file()
     assert not list((record / "code").rglob("__pycache__"))
 
 
@@ -240,8 +240,8 @@ def test_fresh_is_for_the_first_start(tmp_path: Path) -> None:
 
 
 def test_training_itself_starts_fresh_beside_the_record_of_a_job(tmp_path: Path) -> None:
-    from pal_ds.launch import check_run_directory
-    from pal_ds.run_dir import RunDirectory
+    from pal_ds.runs.run_dir import RunDirectory
+    from pal_ds.training.launch import check_run_directory
 
     (tmp_path / "slurm").mkdir()
     check = functools.partial(
@@ -311,7 +311,7 @@ def test_a_signal_while_data_are_prepared_is_no_end(tmp_path: Path) -> None:
     array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
     job = Job(tmp_path, variables=array, prepare_seconds=20)
     code, log = job.signalled("USR2", "prepare", script="sweep")
-    assert code == 0 and job.requeued() and "engine.slurm" not in job.calls.read_text(), log
+    assert code == 0 and job.requeued() and "distributed.slurm" not in job.calls.read_text(), log
 
 
 def test_a_sweep_over_seeds_and_over_recipes(tmp_path: Path) -> None:

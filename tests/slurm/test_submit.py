@@ -39,8 +39,8 @@ def a_run(path: Path, world_size: int) -> None:
     step.mkdir(parents=True)
     (step / "manifest.json").write_text(json.dumps({"world_size": world_size, "step": 20}))
     words = ["train", "--config=tiny.yaml", f"--run_dir={path}"]
-    from pal_ds.cli import build_parser
-    from pal_ds.recipe import dump_recipe
+    from pal_ds.cli.main import build_parser
+    from pal_ds.config.recipe import dump_recipe
 
     parsed = build_parser().parse_args(words)
     (path / "config.yaml").write_text(dump_recipe(parsed["train"]))

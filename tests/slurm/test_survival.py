@@ -122,7 +122,7 @@ def test_code_and_recipes_are_kept_and_secrets_are_not(runs: Runs) -> None:
     record = runs.path("whole") / "slurm" / runs.jobs["whole"]
     assert (record / "recipe.yaml").read_text() == runs.recipe.read_text()
     assert (record / "config.yaml").read_text() == (runs.path("whole") / "config.yaml").read_text()
-    for name in ("pal_ds/train.py", "ds_configs/zero3.json", "slurm/common.sh"):
+    for name in ("pal_ds/training/loop.py", "ds_configs/zero3.json", "slurm/common.sh"):
         assert (record / "code" / name).read_bytes() == (ROOT / name).read_bytes()
     folder = runs.cluster.folder
     found = subprocess.run(["grep", "-rlF", SECRET, str(folder)], capture_output=True, text=True)

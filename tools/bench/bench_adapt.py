@@ -33,13 +33,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pal_ds.first_order import Choices, adam, margins_of, reference_adamw
+from pal_ds.adaptation.blocks import Comparisons
+from pal_ds.adaptation.gradient import Choices, adam, margins_of, reference_adamw
+from pal_ds.adaptation.newton import solve
+from pal_ds.adaptation.prior import LogitPrior
 from pal_ds.heads import Features, Head, PalA, PalB, UserState
 from pal_ds.heads.statistics import MixtureStatistics
-from pal_ds.localise import solve
 from pal_ds.losses import PreferenceLoss, token_weights
-from pal_ds.prior import LogitPrior
-from pal_ds.terms import Comparisons
 from pal_ds.users import UserTable
 from tools.bench.environment import describe_environment
 from tools.bench.interleaved import ratio
@@ -212,7 +212,12 @@ def measure(name: str, num_prototypes: int, length: int, options: argparse.Names
     users = options.users if length == 1 else max(1, options.users // 20)
     # Accuracy wants many users; the fits of all of them are timed in one call each.
     world = make_world(
-        *(name, num_prototypes, length, users, options.comparisons, options.population)
+        name=name,
+        num_prototypes=num_prototypes,
+        length=length,
+        users=users,
+        comparisons=options.comparisons,
+        population=options.population,
     )
     fits = Fits(world)
     row: dict[str, Any] = {

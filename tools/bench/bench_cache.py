@@ -64,12 +64,12 @@ def main() -> None:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All figures, in seconds."""
-    from pal_ds.assemble import assemble, base_weights_of, load_backbone
-    from pal_ds.cache_folders import cache_folders
     from pal_ds.data.prepare import prepare
-    from pal_ds.engine.dist import World
-    from pal_ds.engine.frozen import encode_once
-    from pal_ds.run_dir import RunDirectory
+    from pal_ds.distributed.world import World
+    from pal_ds.feature_cache.encode import encode_once
+    from pal_ds.feature_cache.folders import cache_folders
+    from pal_ds.modeling.build import assemble, base_weights_of, load_backbone
+    from pal_ds.runs.run_dir import RunDirectory
 
     out = Path(options.out)
     cache = out / "cache"
@@ -119,7 +119,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def recipe_of(options: argparse.Namespace, cache: Path) -> Any:
     """DSP's frozen recipe with a cache."""
-    from pal_ds.recipe import read_recipe
+    from pal_ds.config.recipe import read_recipe
 
     words = [
         f"--config={RECIPE}",
@@ -166,10 +166,10 @@ def whole_runs(
     options: argparse.Namespace, config: Any, data: Any, cache: Path
 ) -> dict[str, float]:
     """Seconds of a training with an empty cache, and of its parts: the cache filled, then the same on a full one."""
-    from pal_ds.embed import encode_all
-    from pal_ds.engine.dist import distributed
-    from pal_ds.run_dir import RunDirectory
-    from pal_ds.train import train
+    from pal_ds.engine.process_group import distributed
+    from pal_ds.runs.run_dir import RunDirectory
+    from pal_ds.training.embed import encode_all
+    from pal_ds.training.loop import train
 
     out = Path(options.out)
 
@@ -194,6 +194,6 @@ def whole_runs(
 
 if __name__ == "__main__":
     main()
-    from pal_ds.engine.dist import leave
+    from pal_ds.distributed.world import leave
 
     leave(0)

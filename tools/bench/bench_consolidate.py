@@ -165,7 +165,7 @@ CONSOLIDATE = """
 import gc, json, resource, sys, time
 from pathlib import Path
 from pal_ds.export import ExportOptions, export, folder
-from pal_ds.run_dir import RunDirectory
+from pal_ds.runs.run_dir import RunDirectory
 clock = time.process_time if sys.argv[3] == "cpu" else time.perf_counter
 scoring, check = [], folder._check
 def timed(*arguments):

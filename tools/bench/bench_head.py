@@ -196,7 +196,7 @@ def fused(case: tuple, scale: Tensor | None, implementation: Implementation) -> 
     def run() -> list[Tensor]:
         leaves = [response.detach().requires_grad_(), point.detach().requires_grad_()]
         judged = pair_loss(
-            *(leaves[0], index, leaves[1], facts, scale, "logistic", "mean", implementation)
+            leaves[0], index, leaves[1], facts, scale, "logistic", "mean", implementation
         )
         return [judged.total.detach(), *torch.autograd.grad(judged.total, leaves)]
 

@@ -33,7 +33,7 @@ def main() -> None:
     options.out.mkdir(parents=True)
 
     from tests.engine.kills import Harness, make_place
-    from tests.engine.warm import warm_up
+    from tests.warm import warm_up
 
     warm_up()
     folder = options.out.resolve()
@@ -92,7 +92,7 @@ def kill_trainings(harness: Any, generator: random.Random, count: int, kills_per
 def kill_once(harness: Any, run: Any, generator: random.Random) -> Any:
     """One kill at a random time, or at a random stage of a save; None where the run had ended before."""
     from tests.engine.kills import draw
-    from tests.engine.warm import kill_at
+    from tests.warm import kill_at
 
     if generator.random() < 5 / 8:
         seconds = generator.uniform(0, harness.seconds)
@@ -105,7 +105,7 @@ def kill_once(harness: Any, run: Any, generator: random.Random) -> Any:
 def kill_exports(harness: Any, generator: random.Random, count: int) -> dict:
     """Kills of consolidation: no folder or a whole one, and a repeat that works."""
     from tests.engine.kills import contents, export_once
-    from tests.engine.warm import KILLED, wait_for
+    from tests.warm import KILLED, wait_for
 
     folder = harness.folder
     begin = time.monotonic()
@@ -133,7 +133,7 @@ def kill_exports(harness: Any, generator: random.Random, count: int) -> dict:
 
 
 def _new_run(harness: Any, number: int) -> Any:
-    from pal_ds.run_dir import RunDirectory
+    from pal_ds.runs.run_dir import RunDirectory
 
     return RunDirectory(harness.folder / f"run_{number}")
 

@@ -24,7 +24,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pal_ds.engine.dist import World, distributed
+from pal_ds.distributed.world import World
+from pal_ds.engine.process_group import distributed
 from tools.bench.contestants_pal_ds import Method, PalDs
 from tools.bench.environment import describe_environment
 from tools.bench.step_case import Case, Contestant, Unavailable, make_case

@@ -28,21 +28,22 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pal_ds.backbones.given import GivenStates
-from pal_ds.config import OptimConfig, TrainConfig
+from pal_ds.config.run_config import OptimConfig, TrainConfig
 from pal_ds.data.collator import Collator
 from pal_ds.data.loader import UpdateSource
 from pal_ds.data.plan import UpdatePlan
 from pal_ds.data.tables import COMPARISON_DTYPE, PreparedData
-from pal_ds.engine.dist import distributed, leave
+from pal_ds.distributed.world import leave
 from pal_ds.engine.ds_config import ds_config_of
 from pal_ds.engine.guard import UpdateGuard
-from pal_ds.engine.sharding import start_training_engine
+from pal_ds.engine.process_group import distributed
 from pal_ds.engine.step import Stepper
+from pal_ds.engine.zero import start_training_engine
 from pal_ds.heads import PalA
 from pal_ds.losses import PreferenceLoss
 from pal_ds.model import RewardModel
-from pal_ds.user_ids import UserIds
 from pal_ds.users import UserTable
+from pal_ds.users.ids import UserIds
 from pal_ds.users.rows import UserRows
 from tools.bench.environment import describe_environment
 from tools.bench.interleaved import row

@@ -13,12 +13,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pal_ds.engine.dist import World
-from pal_ds.forwards import Forwards
-from pal_ds.metrics import clustered_standard_error, correctness
-from pal_ds.reading import known_users, reader_of
-from pal_ds.restore import restore
-from pal_ds.run_dir import RunDirectory
+from pal_ds.distributed.world import World
+from pal_ds.eval.metrics import clustered_standard_error, correctness
+from pal_ds.inference.load_run import restore
+from pal_ds.inference.readers import known_users, reader_of
+from pal_ds.inference.scoring import Forwards
+from pal_ds.runs.run_dir import RunDirectory
 
 
 def main() -> None:

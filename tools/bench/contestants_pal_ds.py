@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 
 from pal_ds.backbones.config import BackboneConfig
-from pal_ds.config import OptimConfig, RunConfig, TrainConfig
+from pal_ds.config.run_config import OptimConfig, RunConfig, TrainConfig
 from pal_ds.data.batch import Batch
 from pal_ds.data.prepare import DataConfig
-from pal_ds.engine.dist import World
+from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
 from pal_ds.heads import BradleyTerry, PalA, PalB
 from pal_ds.heads.base import UserState
 from pal_ds.losses import PreferenceLoss
-from pal_ds.run_dir import RunDirectory
-from pal_ds.start import Training, start_training
-from pal_ds.train import make_update
+from pal_ds.runs.run_dir import RunDirectory
+from pal_ds.training.loop import make_update
+from pal_ds.training.setup import start_training
+from pal_ds.training.state import Training
 from tools.bench.step_case import PAD, Case, Contestant, Unavailable, prepared
 
 Method = Literal["pal_a", "pal_b", "pal_b_aligned", "bradley_terry"]

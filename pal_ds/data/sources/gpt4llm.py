@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from itertools import combinations
 from typing import final
 
-from pal_ds.data.records import POPULATION_USER, Record
+from pal_ds.data.records import Record
 from pal_ds.data.sources.base import Source, check_files, describe_files, read_json_list
 from pal_ds.data.sources.hub import text_of
 from pal_ds.errors import UserError
+from pal_ds.users.ids import POPULATION_USER
 
 
 @final

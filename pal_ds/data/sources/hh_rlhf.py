@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Literal, final
 
 from pal_ds.data.parse import nearest
-from pal_ds.data.records import POPULATION_USER, Record
+from pal_ds.data.records import Record
 from pal_ds.data.sources.base import Source
 from pal_ds.data.sources.hub import HubRows, PromptSplits, text_of
 from pal_ds.data.sources.text_score import cut_transcript
 from pal_ds.errors import UserError
+from pal_ds.users.ids import POPULATION_USER
 
 SUBSETS = ("helpful-base", "helpful-online", "helpful-rejection-sampled", "harmless-base")
 SPLITS = ("train", "test")

@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from typing import final
 
-from pal_ds.data.records import POPULATION_USER, Record
+from pal_ds.data.records import Record
 from pal_ds.data.sources.base import Source
 from pal_ds.data.sources.hub import PARQUET_EXPORT, HubPath, HubRows, text_of
 from pal_ds.errors import UserError
+from pal_ds.users.ids import POPULATION_USER
 
 
 @final

@@ -9,10 +9,10 @@ import huggingface_hub.constants
 import pytest
 import yaml
 
-from pal_ds.cli import main
+from pal_ds.cli.main import main
+from pal_ds.config.recipe import read_recipe
 from pal_ds.data.prepare import settings_of
 from pal_ds.data.sources.hub import open_split
-from pal_ds.recipe import read_recipe
 
 HUB_SOURCES = {
     "SummarizeFromFeedback": {},

@@ -1,0 +1,264 @@
+"""How well new users are served after k comparisons: the curve that few-shot adaptation is judged by."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from pal_ds.adaptation.fit import fit_users, pairs_per_chunk
+from pal_ds.adaptation.prior import LogitPrior
+from pal_ds.adaptation.run import few_per_user
+from pal_ds.config.run_config import check_range
+from pal_ds.data.tables import PreparedData
+from pal_ds.distributed.world import World
+from pal_ds.errors import UserError
+from pal_ds.eval.findings import judged
+from pal_ds.eval.metrics import clustered_standard_error, mean_figures
+from pal_ds.eval.sanity_checks import Judged, unseen_above_seen
+from pal_ds.heads.base import UserState
+from pal_ds.heads.shapes import Float
+from pal_ds.inference.load_run import Restored, restore
+from pal_ds.inference.mixtures import user_mixtures
+from pal_ds.inference.readers import Reader, known_users, reader_of, with_points
+from pal_ds.inference.scoring import Forwards
+from pal_ds.io.files import write_json
+from pal_ds.progress import progress_bar
+from pal_ds.runs.run_dir import RunDirectory
+
+
+class Curve(NamedTuple):
+    """Accuracy of held-out users against the number of comparisons they gave."""
+
+    rows: list[dict[str, Any]]
+    """One per k, see `few_shot_curve`."""
+    right: np.ndarray
+    """Whether each test pair was judged rightly, mean over draws; fp64 [k, n]."""
+    prompts: np.ndarray
+    """Of each test pair, int64 [n]."""
+    users: np.ndarray
+    """Of each test pair, int64 [n]."""
+
+
+def evaluate_few_shot(
+    run: RunDirectory,
+    num_comparisons: list[int],
+    num_draws: int,
+    *,
+    step: str = "latest",
+    trust_checkpoint: bool = False,
+    world: World | None = None,
+) -> dict[str, Any]:
+    """What eval/few_shot.json then holds.
+
+    {"step", "curve": rows of `few_shot_curve`, "monotone_within_ci95": see `is_monotone`, "seen": {"pairs", "accuracy",
+    "accuracy_ci95"} of the run's own users on `test`, "warnings": where the last k is served better than they are}.
+    Ranks of a `world` share texts and scoring out, and each fits all users; without one this process is alone.
+
+    Raises:
+        UserError: no k or no draw, or a negative k; or see `few_shot_curve`.
+    """
+    sound = bool(num_comparisons) and min(num_comparisons) >= 0
+    check_range("num_comparisons", num_comparisons, sound, "numbers of 0 or more, at least one")
+    check_range("num_draws", num_draws, num_draws >= 1, "at least 1")
+    world = world or World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    restored = restore(run, step, world.device, trust=trust_checkpoint)
+    curve = few_shot_curve(restored, num_comparisons, world, seeds=tuple(range(num_draws)))
+    seen = _seen(restored, world)
+    figures = {
+        "step": restored.step,
+        "curve": curve.rows,
+        "monotone_within_ci95": is_monotone(curve),
+        "seen": mean_figures(*seen),
+        "warnings": unseen_above_seen(seen, Judged(curve.right[-1], curve.prompts)),
+    }
+
+    def write() -> None:
+        run.eval.mkdir(parents=True, exist_ok=True)
+        write_json(run.eval / "few_shot.json", figures)
+
+    world.from_rank_zero(write)
+    return figures
+
+
+def few_shot_lines(figures: dict[str, Any]) -> list[str]:
+    """Lines for people."""
+    rows, seen = figures["curve"], figures["seen"]
+    lines = [f"{rows[0]['users']} users, {rows[0]['test_pairs']} test pairs"]
+    for row in rows:
+        low, high = row["accuracy_ci95"]
+        lines.append(
+            f"{row['num_comparisons']:4d} comparisons (mean {row['mean_comparisons']:.1f}): "
+            f"accuracy {row['accuracy']:.4f} [{low:.4f}, {high:.4f}]"
+        )
+    if seen["pairs"]:
+        lines.append(f"seen users: accuracy {seen['accuracy']:.4f}")
+    if not figures["monotone_within_ci95"]:
+        lines.append("accuracy falls with more comparisons by more than its 95% interval")
+    return lines + [f"warning: {warning}" for warning in figures["warnings"]]
+
+
+def _seen(restored: Restored, world: World) -> Judged:
+    """The run's own users on `test`."""
+    data, rows = restored.data, restored.data.rows("test")
+    if len(rows) == 0:
+        return Judged(np.empty(0), np.empty(0, np.int64))
+    known = with_points(known_users(restored, None), restored, data, world)
+    reader = reader_of(restored, data, rows, known.table_rows(data), world)
+    margins = reader.forwards(world).margins(rows, known.mixtures)
+    return judged(data, rows, margins)
+
+
+def is_monotone(curve: Curve) -> bool:
+    """Whether no k is worse than a smaller one by more than the 95% interval of the difference.
+
+    The same test pairs are judged at both, so the interval is that of the difference per pair.
+    """
+    order = np.argsort([row["num_comparisons"] for row in curve.rows], kind="stable")
+    for place, less in enumerate(order):
+        for more in order[place + 1 :]:
+            loss = curve.right[less] - curve.right[more]
+            if loss.mean() > 1.96 * _standard_error(loss, curve):
+                return False
+    return True
+
+
+def _standard_error(values: np.ndarray, curve: Curve) -> float:
+    """Of a mean over test pairs: clustered by user, which has the noise of draws in it, or by prompt if wider."""
+    return max(
+        clustered_standard_error(values, curve.users),
+        clustered_standard_error(values, curve.prompts),
+    )
+
+
+def few_shot_curve(
+    restored: Restored, num_comparisons: list[int], world: World, *, seeds: tuple[int, ...] = (0,)
+) -> Curve:
+    """Accuracy of held-out users on `unseen_test` after fitting k pairs of `unseen_train`, one row per k.
+
+    k = 0 scores with the population mixture; a head without users gives the same accuracy at every k. Rows:
+    {"num_comparisons", "mean_comparisons", "accuracy", "accuracy_ci95", "accuracy_by_seed", "users", "test_pairs",
+    "bayes_accuracy"?}; each seed is one draw of the k pairs, of which a user may have fewer (see the mean). The
+    interval is over users, prompts and draws: of the mean over draws per test pair, clustered by user or by prompt,
+    whichever is wider.
+
+    Raises:
+        UserError: no unseen user of the data can be fitted and tested.
+    """
+    data = restored.data
+    fit_rows, test_rows = data.rows("unseen_train"), data.rows("unseen_test")
+    user_of = data.comparisons["user"]
+    owners = np.unique(user_of[test_rows])
+    # Who has no pair to be tested on is not fitted either: the curve is about the users of `unseen_test`.
+    fit_rows = fit_rows[np.isin(user_of[fit_rows], owners)]
+    if len(fit_rows) == 0:
+        raise UserError(
+            f"{data.path}: no unseen user has pairs in both unseen_train and unseen_test."
+        )
+    table_rows = np.full(len(data.users), -1, np.int64)
+    table_rows[owners] = np.arange(len(owners))
+    everything = np.union1d(fit_rows, test_rows)
+    reader = reader_of(restored, data, everything, table_rows, world, encode_ahead=True)
+    population = user_mixtures(restored.model.head, restored.users)[-1:]
+    prior = LogitPrior.of(restored.users)
+    draws = [(count, seed) for count in dict.fromkeys(num_comparisons) for seed in seeds]
+    drawn = [_draw(data, fit_rows, count, seed) for count, seed in draws]
+    # Each (k, seed, user) is fitted as a user of its own, all of them in one go.
+    rows = np.concatenate(drawn)
+    owner = np.concatenate([
+        draw * len(owners) + table_rows[user_of[part]] for draw, part in enumerate(drawn)
+    ])  # fmt: skip
+    mixtures = population.repeat(len(draws) * len(owners), 1)
+    if restored.model.head.has_points and len(rows):
+        logits = fit_users(
+            reader.model,
+            restored.config.loss,
+            reader.collator,
+            rows,
+            owner,
+            len(mixtures),
+            prior,
+            world.device,
+        )
+        fitted = np.unique(owner)
+        restored.model.head.eval()
+        mixtures[fitted] = restored.model.head.mixture_weights(UserState(logits[fitted]))
+    # Each rank fitted them, and which draws are alike decides which are scored, together: to the bit or not at all.
+    mixtures = world.from_rank_zero(lambda: mixtures)
+    right = _right(restored, reader, test_rows, mixtures.split(len(owners)), population, world)
+    return _curve(data, test_rows, right.reshape(-1, len(seeds), len(test_rows)), draws, drawn)
+
+
+def _curve(
+    data: PreparedData,
+    test_rows: np.ndarray,
+    right: np.ndarray,
+    draws: list[tuple[int, int]],
+    drawn: list[np.ndarray],
+) -> Curve:
+    """From `right` [k, draws, n], the (k, seed) of each draw and what was drawn."""
+    table = data.comparisons[test_rows]
+    curve = Curve([], right.mean(1), data.response_prompt[table["a"]], table["user"])
+    num_users, num_seeds = len(np.unique(table["user"])), right.shape[1]
+    facts = {"users": num_users, "test_pairs": len(test_rows), **_bayes(table)}
+    for index, of_count in enumerate(right):
+        first = index * num_seeds
+        curve.rows.append(
+            {
+                "num_comparisons": draws[first][0],
+                "mean_comparisons": len(drawn[first]) / num_users,
+                "accuracy": float(of_count.mean()),
+                "accuracy_ci95": _interval(curve.right[index], curve),
+                "accuracy_by_seed": of_count.mean(1).tolist(),
+                **facts,
+            }
+        )
+    return curve
+
+
+def _right(
+    restored: Restored,
+    reader: Reader,
+    rows: np.ndarray,
+    per_draw: tuple[Float[Tensor, "U K"], ...],
+    population: Float[Tensor, "one K"],
+    world: World,
+) -> np.ndarray:
+    """`metrics.correctness` of the test pairs under the mixtures of each draw, fp64 [draws, n]."""
+    found = np.empty((len(per_draw), len(rows)))
+    num_pairs = pairs_per_chunk(restored.model.head, reader.collator, rows)
+    forwards = Forwards(reader.model, reader.collator, num_pairs, world)
+    scored: dict[bytes, np.ndarray] = {}
+    # Where users are their groups, a comparison's own is known, of whomever it is.
+    by_group = "group" in restored.model.head.needs
+    with progress_bar("testing new users", len(per_draw), shown=True, unit="pairs") as advance:
+        for index, mixtures in enumerate(per_draw):
+            of_draw = torch.cat([mixtures, population])
+            # Without comparisons, or without users, all draws are alike.
+            key = xxhash.xxh3_128_digest(of_draw.cpu().numpy().tobytes())
+            if key not in scored:
+                points = None if by_group else of_draw.to(world.device)
+                margins = forwards.margins(rows, points)
+                scored[key] = judged(restored.data, rows, margins).right
+            found[index] = scored[key]
+            advance(len(rows))
+    return found
+
+
+def _interval(right: np.ndarray, curve: Curve) -> list[float]:
+    mean, half = right.mean(), 1.96 * _standard_error(right, curve)
+    return [float(max(0.0, mean - half)), float(min(1.0, mean + half))]
+
+
+def _bayes(table: np.ndarray) -> dict[str, float]:
+    """The best possible accuracy on these comparisons, where the data know it of all of them."""
+    probability = table["probability"].astype(float)
+    if not np.isfinite(probability).all():
+        return {}
+    return {"bayes_accuracy": float(np.maximum(probability, 1 - probability).mean())}
+
+
+def _draw(data: PreparedData, rows: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """At most `count` comparisons of each user among `rows`."""
+    return few_per_user(data, rows, count, seed) if count else rows[:0]

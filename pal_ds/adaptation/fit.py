@@ -1,0 +1,184 @@
+"""New users from a few comparisons: everything is frozen but their logits, all of them fitted at once.
+
+Each user's logits maximise the likelihood of the user's comparisons times the density of the run's own users
+(empirical Bayes, `prior.py`): with no comparison a user is the typical one, with few the clusters of users whom they
+fit are a guide, with many the prior fades; nothing is left to tune, and comparisons that can be separated send no logit
+to infinity. Who maximises it is the solver's choice: `newton.py` from statistics, `gradient.py` by gradients.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pal_ds.adaptation.blocks import Comparisons
+from pal_ds.adaptation.gradient import Choices, adam, margins_of, reference_adamw
+from pal_ds.adaptation.newton import solve
+from pal_ds.adaptation.objective import SHAPES
+from pal_ds.adaptation.prior import LogitPrior
+from pal_ds.data.batch import Batch
+from pal_ds.data.collator import Collator
+from pal_ds.errors import UserError
+from pal_ds.heads.base import Features, Head
+from pal_ds.heads.shapes import Float, Int
+from pal_ds.inference.context_points import encode_users
+from pal_ds.losses import PreferenceLoss, token_weights
+from pal_ds.model import RewardModel
+from pal_ds.progress import progress_bar
+
+PAIRS_PER_CHUNK = 2**15
+FLOATS_PER_CHUNK = 2**25
+"""Hidden states that are in memory at once: 128 MB, of which a fit holds a few copies."""
+PAIRS_PER_FORWARD = 256
+"""Comparisons per chunk where the backbone itself runs for each."""
+
+
+Solver = Literal["auto", "newton", "adam", "reference"]
+"""`newton`: `localise.solve`. `adam`: the same objective by Adam. `reference`: early-stopped AdamW without a prior."""
+
+
+def refuse_newton(solver: Solver, head: Head, loss: PreferenceLoss) -> None:
+    """Raises UserError where `newton` is asked for by name and cannot be."""
+    if solver == "newton" and not (head.has_statistics and loss.kind in SHAPES):
+        raise UserError(
+            "--solver newton: this run's head gives no statistics of a mixture (its users' points do not lie in the "
+            f"span of K), or its loss is not one of {', '.join(SHAPES)}. Use --solver auto or adam."
+        )
+
+
+def fit_users(
+    model: RewardModel,
+    loss: PreferenceLoss,
+    collator: Collator,
+    rows: np.ndarray,
+    user_index: np.ndarray,
+    num_users: int,
+    prior: LogitPrior,
+    device: torch.device,
+    *,
+    solver: Solver = "auto",
+    initial: Float[Tensor, "U K"] | None = None,
+    shown: bool = False,
+) -> Float[Tensor, "U K"]:
+    """Logits of users 0..num_users-1 from the comparisons `rows`, of which `user_index` says whose each is.
+
+    Users are independent of each other: they are fitted in chunks, and which share a chunk changes no result but
+    its rounding. One without comparisons gets the prior's mean. `auto` takes `newton` where the head gives statistics
+    and knows the loss, `adam` elsewhere. `initial` is where `reference` starts, the prior's mean where unset.
+
+    Raises:
+        UserError: `newton` for a head or a loss that it cannot do.
+    """
+    refuse_newton(solver, model.head, loss)
+    if "context" in model.head.needs:
+        if solver != "auto":
+            raise UserError(
+                f"--solver {solver}: this run's head makes users' points from their comparisons; nothing is fitted. "
+                "Leave --solver out."
+            )
+        return encode_users(model, collator, rows, user_index, num_users, device)
+    model.eval()
+    for module in model.head.modules():
+        # A hard mixture has no gradient; without dropout and noise, training mode is the soft one.
+        module.train(not isinstance(module, nn.Dropout))
+    logits = prior.mean.repeat(num_users, 1)
+    order = np.argsort(user_index, kind="stable")
+    chunks = _chunks(user_index[order], pairs_per_chunk(model.head, collator, rows))
+    with progress_bar("fitting users", len(chunks), shown=shown, unit="users") as advance:
+        for begin, end in chunks:
+            chosen = order[begin:end]
+            users, index = np.unique(user_index[chosen], return_inverse=True)
+            batch = collator(rows[chosen], np.arange(len(chosen))).to(device)
+            with torch.no_grad():
+                features = model.backbone(batch)
+            chunk = _Chunk(
+                model.head, features, batch, torch.from_numpy(index).to(device), len(users)
+            )
+            begins = None if initial is None else initial[users].to(device)
+            fitted = _fit_chunk(chunk, loss, prior, solver, begins)
+            logits[torch.from_numpy(users)] = fitted.cpu()
+            advance(len(users))
+    model.eval()
+    return logits
+
+
+def pairs_per_chunk(head: Head, collator: Collator, rows: np.ndarray) -> int:
+    """Comparisons whose hidden states, with what the head makes of prompts, fill about FLOATS_PER_CHUNK.
+
+    PAIRS_PER_CHUNK at most.
+    """
+    data, store = collator.data, collator.response_store
+    if data.response_vectors is not None:
+        width, longest = data.response_vectors.shape[1], 1
+    elif store is not None:
+        pairs = np.stack([data.comparisons[side][rows] for side in ("a", "b")])
+        width, longest = store.width, int(store.lengths_of(pairs).max(initial=1))
+    else:
+        return PAIRS_PER_FORWARD
+    floats = 2 * longest * width
+    if "prompt" in head.needs:
+        # K maps of each prompt; where every position of it is read, for each start of the solver by itself.
+        floats += head.num_prototypes * width * _prompt_copies(head, collator, rows)
+    return max(1, min(PAIRS_PER_CHUNK, FLOATS_PER_CHUNK // floats))
+
+
+def _prompt_copies(head: Head, collator: Collator, rows: np.ndarray) -> int:
+    """Positions whose K maps a comparison holds at once."""
+    store = collator.prompt_store
+    if "prompt_tokens" not in head.needs or store is None:
+        return 1
+    prompts = collator.data.comparisons["a"][rows]
+    if collator.encoding == "separate":
+        prompts = collator.data.response_prompt[prompts]
+    return 2 * (head.num_prototypes + 1) * int(store.lengths_of(prompts).max(initial=1))
+
+
+def _chunks(sorted_users: np.ndarray, num_pairs: int) -> list[tuple[int, int]]:
+    """Runs of whole users, of about `num_pairs` comparisons each."""
+    if len(sorted_users) == 0:
+        return []
+    ends = np.append(np.flatnonzero(np.diff(sorted_users)) + 1, len(sorted_users))
+    chunks, begin = [], 0
+    for end, following in zip(ends, np.append(ends[1:], math.inf), strict=True):
+        if following - begin > num_pairs:
+            chunks.append((begin, int(end)))
+            begin = int(end)
+    return chunks
+
+
+class _Chunk(NamedTuple):
+    """Comparisons of some users with what a head reads of them."""
+
+    head: Head
+    features: Features
+    batch: Batch
+    owner: Int[Tensor, "n"]
+    num_users: int
+
+
+def _fit_chunk(
+    chunk: _Chunk,
+    loss: PreferenceLoss,
+    prior: LogitPrior,
+    solver: Solver,
+    initial: Float[Tensor, "U K"] | None,
+) -> Float[Tensor, "U K"]:
+    head, features, batch, owner, num_users = chunk
+    prior = prior.to(owner.device)
+    with torch.no_grad():
+        statistics = head.statistics(features)
+    facts = (batch.label, batch.window_start, batch.window_end, batch.required_margin)
+    if statistics is not None and loss.kind in SHAPES and solver in ("auto", "newton"):
+        window = token_weights(
+            loss.token_weighting, *facts[1:3], num_positions=statistics.linear.shape[1]
+        )
+        comparisons = Comparisons(owner, batch.label, batch.required_margin, window)
+        return solve(statistics, comparisons, num_users, prior, loss.kind)
+    margins = margins_of(head, features, statistics, owner)
+    choices = Choices(margins, loss, owner, *facts)
+    if solver == "reference":
+        begins = prior.mean.repeat(num_users, 1) if initial is None else initial
+        return reference_adamw(choices, begins)
+    return adam(choices, num_users, prior, head.temperature)

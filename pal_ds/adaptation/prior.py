@@ -1,0 +1,199 @@
+"""What is known of a new user before any comparison: the density of the run's own users' logits (empirical Bayes).
+
+A mixture of Gaussians: one of everybody, and one around each cluster of the run's users where they fall into clusters.
+A new user is like none of the run's U users with probability 1 / (U + 1), as in a Dirichlet process of concentration 1.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pal_ds.adaptation.gaussian_mixture import find_clusters, shrunk
+from pal_ds.heads.shapes import Float, Int
+from pal_ds.users import UserTable
+from pal_ds.users.ids import generic_row_of
+from pal_ds.users.rows import BLOCK_ROWS
+
+VERTEX_LOGIT = 2.0
+"""How far a start leans towards its prototype."""
+
+
+class Starts(NamedTuple):
+    """S pairs of a point and a component of the prior. Where there are clusters, the last are their means, in order."""
+
+    points: Float[Tensor, "n K"]
+    point_index: Int[Tensor, "S"]
+    component: Int[Tensor, "S"]
+
+
+@dataclass(frozen=True)
+class LogitPrior:
+    """Over centred logits: a softmax ignores a shift. Axes: M components, the first of which is everybody."""
+
+    means: Float[Tensor, "M K"]
+    """Centred. The first is the typical user, whom one without comparisons gets."""
+    precisions: Float[Tensor, "P K K"]
+    """Of everybody, and if M > 1 the one that all clusters share. Orthogonal to the constant direction but for a
+    curvature of 1 along it, which keeps them regular."""
+    heights: Float[Tensor, "M"]
+    """Log density at the mean, up to a constant of all."""
+
+    @staticmethod
+    def gaussian(mean: Float[Tensor, "K"], precision: Float[Tensor, "K K"]) -> "LogitPrior":
+        """One Gaussian, of everybody."""
+        centring = torch.eye(len(mean)) - 1 / len(mean)
+        precisions = (centring @ precision @ centring + 1 / len(mean))[None]
+        return LogitPrior((mean - mean.mean())[None], precisions, torch.zeros(1))
+
+    @staticmethod
+    def of(users: UserTable) -> "LogitPrior":
+        """From the run's users.
+
+        Where the run has a generic user, who is what users get at zero comparisons, everybody is centred there.
+        """
+        num_users, num_prototypes = users.logits.shape
+        basis = _basis(num_prototypes)
+        # Block by block: of a table of millions one copy in fp64 is enough.
+        blocks_of = [block.cpu().double() @ basis for block in users.logits.split(BLOCK_ROWS)]
+        points = torch.cat(blocks_of) if blocks_of else basis.new_empty(0, num_prototypes - 1)
+        generic, generic_row = None, generic_row_of(users.ids)
+        if generic_row >= 0 and num_users > 1:
+            generic, num_users = points[generic_row].clone(), num_users - 1
+            points = torch.cat([points[:generic_row], points[generic_row + 1 :]])
+        if num_users == 0:
+            return LogitPrior.gaussian(torch.zeros(num_prototypes), torch.eye(num_prototypes))
+        mean = points.mean(0) if generic is None else generic
+        spread = points.sub_(mean)
+        covariances = [shrunk(spread.T @ spread / num_users, num_users)]
+        means, weights = (mean @ basis.T)[None], torch.ones(1, dtype=mean.dtype)
+        if (clusters := find_clusters(spread)) is not None:
+            means = torch.cat([means, (mean + clusters.mean) @ basis.T])
+            covariances.append(clusters.covariance)
+            weights = torch.cat([weights, num_users * clusters.weight]) / (num_users + 1)
+        inverses = torch.linalg.inv(torch.stack(covariances))
+        roots = 0.5 * torch.logdet(inverses)
+        heights = weights.log() + torch.cat([roots[:1], roots[-1:].expand(len(means) - 1)])
+        precisions = basis @ inverses @ basis.T + 1 / num_prototypes
+        return LogitPrior(means.float(), precisions.float(), heights.float())
+
+    @property
+    def mean(self) -> Float[Tensor, "K"]:
+        """Logits of the typical user."""
+        return self.means[0]
+
+    @property
+    def num_components(self) -> int:
+        """M."""
+        return len(self.means)
+
+    def to(self, device: torch.device) -> "LogitPrior":
+        """The same on a device."""
+        names = ("means", "precisions", "heights")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+    @cached_property
+    def starts(self) -> Starts:
+        """Where to look for the best logits of a user, under which component.
+
+        Everybody's mean and around it one towards each prototype, since the objective is not convex; the simplex's
+        centre, where the population has taste and its mean is far from there; the means of clusters. The former under
+        everybody and again under the cluster that they are likeliest in.
+        """
+        num_prototypes = self.means.shape[1]
+        towards = VERTEX_LOGIT * torch.eye(num_prototypes, device=self.means.device)
+        towards = towards - towards.mean(1, keepdim=True)
+        around = torch.cat([self.mean[None], self.mean + towards])
+        if self.mean.norm() > 0.5 * VERTEX_LOGIT:
+            around = torch.cat([around, torch.zeros_like(around[:1])])
+        points = torch.cat([around, self.means[1:]])
+        index = torch.arange(len(points), device=points.device)
+        everybody = torch.zeros_like(index[: len(around)])
+        if self.num_components == 1:
+            return Starts(points, index, everybody)
+        clusters = torch.arange(1, self.num_components, device=points.device)
+        costs = [self.penalty(around, one.expand(len(around))) for one in clusters]
+        likeliest = clusters[torch.stack(costs).argmin(0)]
+        index = torch.cat([index[: len(around)], index])
+        return Starts(points, index, torch.cat([everybody, likeliest, clusters]))
+
+    def penalty(
+        self, logits: Float[Tensor, "*n K"], component: Int[Tensor, "*n"]
+    ) -> Float[Tensor, "*n"]:
+        """Minus the log density of logits in a component, up to a constant of all."""
+        away = logits - logits.mean(-1, keepdim=True) - self.means[component]
+        costs = torch.stack([0.5 * ((away @ each) * away).sum(-1) for each in self.precisions])
+        cost = costs[0] if len(costs) == 1 else torch.where(component > 0, costs[1], costs[0])
+        return cost - self.heights[component]
+
+
+def mean_over_components(
+    prior: LogitPrior,
+    temperature: float,
+    values: Float[Tensor, "S U"],
+    order: Int[Tensor, "n U"],
+    logits: Float[Tensor, "K n U"],
+    evidence: Float[Tensor, "n U"],
+) -> Float[Tensor, "K U"]:
+    """The mean mixture of each user over the components of a prior with clusters, as centred logits.
+
+    Of components that were followed, the best lane; of clusters that were not, the cluster's mean, whose value there
+    is taken to be as far from its evidence as those of the lanes that were followed are, on the mean. A user whose
+    objective is no number gets the prior's mean: comparisons whose features are no numbers say nothing.
+
+    Args:
+        prior: whose `starts` these are.
+        temperature: tau of mixtures.
+        values: objective at each start; inf where it is no number.
+        order: which n starts were followed.
+        logits: where that ended.
+        evidence: log evidence of the component of each, there.
+    """
+    starts = prior.starts
+    mine = starts.component[order]
+    begun = -values.gather(0, order)
+    gain = (evidence - begun).mean(0)
+    evidence = without_repetition(evidence, mine)
+    num_clusters = prior.num_components - 1
+    rest = gain - values[-num_clusters:]
+    followed = torch.zeros(num_clusters + 1, rest.shape[1], dtype=torch.bool, device=rest.device)
+    followed.scatter_(0, mine, True)
+    rest = torch.where(followed[1:], -torch.inf, rest)
+    clusters = starts.points[-num_clusters:].T[:, :, None].expand(-1, -1, rest.shape[1])
+    candidates = torch.cat([logits, clusters], 1).transpose(0, 1)
+    log_evidence = torch.cat([evidence, rest]).nan_to_num(nan=torch.finfo(rest.dtype).min)
+    found = posterior_mean(candidates, log_evidence, temperature)
+    return torch.where(begun.isfinite().any(0), found, prior.mean[:, None])
+
+
+def posterior_mean(
+    logits: Float[Tensor, "n K *U"],
+    log_evidence: Float[Tensor, "n *U"],
+    temperature: float,
+) -> Float[Tensor, "K *U"]:
+    """Centred logits of the mean mixture of n candidates for each user, weighted by their evidence."""
+    weight = torch.softmax(log_evidence, 0).unsqueeze(1)
+    mixture = (weight * torch.softmax(logits / temperature, 1)).sum(0)
+    found = temperature * mixture.clamp(min=torch.finfo(mixture.dtype).tiny).log()
+    return found - found.mean(0, keepdim=True)
+
+
+def without_repetition(
+    log_evidence: Float[Tensor, "n U"], component: Int[Tensor, "n U"]
+) -> Float[Tensor, "n U"]:
+    """-inf for all but the best candidate of each component, the first of equals: two may be the same optimum."""
+    found = log_evidence.clone()
+    for second in range(1, len(found)):
+        for first in range(second):
+            same, worse = component[first] == component[second], found[first] < found[second]
+            found[first] = torch.where(same & worse, -torch.inf, found[first])
+            found[second] = torch.where(same & ~worse, -torch.inf, found[second])
+    return found
+
+
+def _basis(num_prototypes: int) -> Float[Tensor, "K D"]:
+    """Orthonormal, of what is orthogonal to the constant direction; D is K - 1, fp64."""
+    centring = torch.eye(num_prototypes, dtype=torch.float64) - 1 / num_prototypes
+    return torch.linalg.qr(centring[:, 1:]).Q

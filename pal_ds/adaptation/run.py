@@ -1,0 +1,313 @@
+"""`adapt`: few-shot logits for the users of a file or a split, written as a user table with a report."""
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+from pal_ds.adaptation.fit import Solver, fit_users, pairs_per_chunk, refuse_newton
+from pal_ds.adaptation.prior import LogitPrior
+from pal_ds.adaptation.shards import FOLDER, FittedShard, ShardFolder
+from pal_ds.data.plan import keyed_generator
+from pal_ds.data.tables import PreparedData
+from pal_ds.distributed.world import World
+from pal_ds.errors import UserError, writing
+from pal_ds.eval.evaluate import opened_pairs
+from pal_ds.eval.metrics import correctness
+from pal_ds.eval.results import write_user_figures
+from pal_ds.heads.base import UserState
+from pal_ds.heads.shapes import Float
+from pal_ds.inference.load_run import Restored, restore
+from pal_ds.inference.mixtures import user_mixtures
+from pal_ds.inference.readers import Reader, reader_of
+from pal_ds.inference.scoring import Forwards
+from pal_ds.progress import progress_bar
+from pal_ds.runs.run_dir import RunDirectory
+from pal_ds.users import UserTable
+
+logger = logging.getLogger(__name__)
+
+FIT_VERSION = 2
+"""Counted up with every change that gives fits other numbers: a fit that an older program began is begun anew."""
+PAIRS_PER_SHARD = 2**14
+"""What is lost at most when a fit is cut off."""
+POSITIONS_PER_SHARD = 2**18
+"""Hidden states of a backbone that are in memory at once: 4 GB at 4,096 numbers each."""
+
+
+def adapt_run(
+    run: RunDirectory,
+    out: Path,
+    *,
+    pairs: Path | None = None,
+    split: str = "unseen_train",
+    num_pairs: int | None = None,
+    step: str = "latest",
+    seed: int = 0,
+    solver: Solver = "auto",
+    trust_checkpoint: bool = False,
+    device: torch.device | None = None,
+) -> dict[str, Any]:
+    """Fits every user of `pairs` (a JSONL file) or of a split of the run's data; returns the report.
+
+    `num_pairs` keeps that many comparisons per user, drawn by (seed, user). Users are fitted in shards, each of which
+    is kept in OUT/fitting until all are done: called again after it was cut off, this goes on, to the same bytes.
+
+    Raises:
+        UserError: a head without users, or one that the solver cannot do; no such file or split, or no pairs in it.
+    """
+    if num_pairs is not None and num_pairs < 1:
+        raise UserError(f"--num_pairs is {num_pairs}; it must be at least 1, or unset for all.")
+    begun = (out / FOLDER).is_dir()
+    if out.exists() and not begun and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out}: not empty. Name an empty or new directory.")
+    world = World(0, 1, device or torch.device("cpu"))
+    restored = restore(run, step, world.device, trust=trust_checkpoint)
+    if not restored.model.head.has_points:
+        raise UserError(
+            f"{run.path}: its head has no users to adapt; every user gets the same scores."
+        )
+    refuse_newton(solver, restored.model.head, restored.config.loss)
+    with opened_pairs(restored, pairs, world) as data:
+        rows = data.rows(split) if pairs is None else np.arange(len(data.comparisons))
+        if num_pairs is not None:
+            rows = few_per_user(data, rows, num_pairs, seed)
+        if len(rows) == 0:
+            raise UserError(f"{pairs or f'--split {split}'}: no pairs to adapt to.")
+        positions = _positions(restored, data)
+        users = NewUsers.of(data, rows, positions)
+        _warn_of_known(restored, users.ids)
+        inputs = _inputs(restored, data, users, solver, seed, world)
+        folder = ShardFolder(out, inputs)
+        table = UserTable(
+            restored.users.num_prototypes, users.ids, restored.config.users, seed=seed
+        )
+        fitting = Fitting(restored, data, users, table.logits, solver, world)
+        shards = fitting.all_shards(folder, positions)
+    table.logits.copy_(torch.cat([shard.logits for shard in shards]))
+    table.seen.fill_(True)
+    report = _report(restored, table, shards)
+    with writing(out):
+        table.save(out)
+    write_user_figures(out / "report.json", report)
+    folder.remove()
+    return report
+
+
+def _warn_of_known(restored: Restored, ids: list[str]) -> None:
+    known = sorted(user for user in ids if user in restored.users)
+    if known:
+        logger.warning(
+            "%d of %d users are in the run already (%s%s): fitted from these pairs alone, and with --users this "
+            "fit stands for them in place of the trained one",
+            len(known),
+            len(ids),
+            ", ".join(known[:3]),
+            ", ..." if len(known) > 3 else "",
+        )
+
+
+def few_per_user(data: PreparedData, rows: np.ndarray, num_pairs: int, seed: int) -> np.ndarray:
+    """At most `num_pairs` of the comparisons `rows` per user, drawn by (seed, user id): other users do not matter."""
+    if len(rows) == 0:
+        return rows
+    users = data.comparisons["user"][rows]
+    by_user = np.argsort(users, kind="stable")
+    owners, first = np.unique(users[by_user], return_index=True)
+    kept = [
+        keyed_generator("few", seed, data.users[owner]).permutation(own)[:num_pairs]
+        for owner, own in zip(owners, np.split(rows[by_user], first[1:]), strict=True)
+    ]
+    return np.sort(np.concatenate(kept))
+
+
+def _inputs(
+    restored: Restored,
+    data: PreparedData,
+    users: "NewUsers",
+    solver: Solver,
+    seed: int,
+    world: World,
+) -> dict[str, Any]:
+    """All that the fitted numbers depend on, as JSON."""
+    return {
+        "fit": FIT_VERSION,
+        "data": data.hash,
+        "rows": xxhash.xxh3_128_hexdigest(users.rows.tobytes()),
+        "config": xxhash.xxh3_128_hexdigest(restored.run.config_file.read_bytes()),
+        "checkpoint": restored.manifest,
+        "solver": solver,
+        "seed": seed,
+        "device": world.device.type,
+        "shards": users.spans,
+    }
+
+
+@dataclass(frozen=True)
+class NewUsers:
+    """Whom to fit from which comparisons, and which of them are fitted together."""
+
+    ids: list[str]
+    table_rows: np.ndarray
+    """Place in `ids` of each user of the data, -1 for those without comparisons here."""
+    rows: np.ndarray
+    """Comparisons, by user."""
+    first: np.ndarray
+    """Place in `rows` of each user's first comparison, and the end; int64 [U + 1]."""
+    spans: list[tuple[int, int]]
+    """Users of each shard."""
+
+    @staticmethod
+    def of(data: PreparedData, rows: np.ndarray, positions: np.ndarray) -> "NewUsers":
+        """The users of the comparisons `rows`; `positions` are those scored of each response of the data."""
+        user = data.comparisons["user"][rows]
+        rows = rows[np.argsort(user, kind="stable")]
+        owners, first = np.unique(data.comparisons["user"][rows], return_index=True)
+        table_rows = np.full(len(data.users), -1, np.int64)
+        table_rows[owners] = np.arange(len(owners))
+        table = data.comparisons[rows]
+        share = (positions[table["a"]] + positions[table["b"]]) / POSITIONS_PER_SHARD
+        shares = np.add.reduceat(np.maximum(share, 1 / PAIRS_PER_SHARD), first)
+        ids = [data.users[owner] for owner in owners]
+        return NewUsers(ids, table_rows, rows, np.append(first, len(rows)), _spans(shares))
+
+    def rows_of(self, span: tuple[int, int]) -> np.ndarray:
+        return self.rows[self.first[span[0]] : self.first[span[1]]]
+
+
+def _spans(shares: np.ndarray) -> list[tuple[int, int]]:
+    """Runs of users that fill at most one shard together; a user who fills more has one alone."""
+    spans, begin, filled = [], 0, 0.0
+    for user, share in enumerate(shares.tolist()):
+        if filled + share > 1 and user > begin:
+            spans.append((begin, user))
+            begin, filled = user, 0.0
+        filled += share
+    return [*spans, (begin, len(shares))]
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """How the shards of one call are fitted."""
+
+    restored: Restored
+    data: PreparedData
+    users: NewUsers
+    fresh: Float[torch.Tensor, "U K"]
+    """Logits that the users would start with in training."""
+    solver: Solver
+    world: World
+
+    def all_shards(self, folder: ShardFolder, positions: np.ndarray) -> list[FittedShard]:
+        """Every shard: read where an earlier start left it, else fitted and written."""
+        users = self.users
+        shards: dict[int, FittedShard] = {}
+        for number, (begin, end) in enumerate(users.spans):
+            if (shard := folder.read(number, end - begin)) is not None:
+                shards[number] = shard
+        missing = [number for number in range(len(users.spans)) if number not in shards]
+        if shards:
+            logger.info("%d of %d shards are there already", len(shards), len(users.spans))
+        common = self._common_reader(missing, positions)
+        prior = LogitPrior.of(self.restored.users)
+        if prior.num_components > 1:
+            logger.info("prior: the run's users fall into %d clusters", prior.num_components - 1)
+        with progress_bar("fitting users", len(missing), shown=True, unit="users") as advance:
+            for number in missing:
+                shards[number] = self._shard(users.spans[number], common, prior)
+                folder.write(number, shards[number])
+                advance(len(shards[number].logits))
+        return [shards[number] for number in range(len(users.spans))]
+
+    def _common_reader(self, missing: list[int], positions: np.ndarray) -> Reader | None:
+        """One for all shards, with each text encoded once, where the states have room together or lie on disk."""
+        if not missing:
+            return None
+        rows = np.concatenate([self.users.rows_of(self.users.spans[n]) for n in missing])
+        table = self.data.comparisons[rows]
+        texts = np.unique(np.concatenate([table["a"], table["b"]]))
+        on_disk = (
+            self.restored.config.backbone.cache is not None and self.restored.parts.needs_store
+        )
+        on_disk = on_disk or self.data.response_vectors is not None
+        if positions[texts].sum() > POSITIONS_PER_SHARD and not on_disk:
+            return None
+        return self._reader(rows)
+
+    def _reader(self, rows: np.ndarray) -> Reader:
+        return reader_of(
+            restored=self.restored,
+            data=self.data,
+            rows=rows,
+            table_rows=self.users.table_rows,
+            world=self.world,
+            encode_ahead=True,
+        )
+
+    def _shard(
+        self, span: tuple[int, int], common: Reader | None, prior: LogitPrior
+    ) -> FittedShard:
+        """Fits the users of a span and scores the pairs they were fitted from as an evaluation would."""
+        begin, end = span
+        rows = self.users.rows_of(span)
+        reader = common or self._reader(rows)
+        collator = replace(reader.collator, table_rows=self.users.table_rows - begin)
+        owner = collator.user_rows(rows)
+        loss, device = self.restored.config.loss, self.world.device
+        logits = fit_users(
+            model=reader.model,
+            loss=loss,
+            collator=collator,
+            rows=rows,
+            user_index=owner,
+            num_users=end - begin,
+            prior=prior,
+            device=device,
+            solver=self.solver,
+            initial=self.fresh[begin:end],
+        )
+        head = self.restored.model.head.eval()
+        with torch.no_grad():
+            mixtures = head.mixture_weights(UserState(logits.to(device)))
+        num_pairs = pairs_per_chunk(head, collator, rows)
+        forwards = Forwards(reader.model, collator, num_pairs, self.world)
+        margins = forwards.margins(rows, mixtures)
+        right = correctness(margins, self.data.comparisons["label"][rows].astype(float))
+        return FittedShard(
+            logits,
+            torch.from_numpy(np.bincount(owner, minlength=end - begin)),
+            torch.from_numpy(np.bincount(owner, weights=right, minlength=end - begin)),
+        )
+
+
+def _positions(restored: Restored, data: PreparedData) -> np.ndarray:
+    """Scored positions of each response."""
+    num_responses = len(data.response_prompt)
+    if data.responses is None or restored.parts.collator.scored_positions == "last":
+        return np.ones(num_responses, np.int64)
+    return data.responses.lengths_of(np.arange(num_responses))
+
+
+def _report(restored: Restored, table: UserTable, shards: list[FittedShard]) -> dict[str, Any]:
+    """Who was fitted from how much, and how well the fit explains it (an optimistic figure, named as such)."""
+    mixtures = user_mixtures(restored.model.head, table)[:-1].tolist()
+    num_pairs = torch.cat([shard.num_pairs for shard in shards])
+    num_right = torch.cat([shard.num_right for shard in shards])
+    accuracy = (num_right / num_pairs).tolist()
+    users = {
+        user: {"pairs": count, "accuracy_on_these_pairs": share, "mixture": mixture}
+        for user, count, share, mixture in zip(
+            table.ids, num_pairs.tolist(), accuracy, mixtures, strict=True
+        )
+    }
+    total = int(num_pairs.sum())
+    figures = {
+        "step": restored.step,
+        "pairs": total,
+        "accuracy_on_these_pairs": float(num_right.sum()) / total,
+    }
+    return {**figures, "users": users}

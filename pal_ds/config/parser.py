@@ -1,0 +1,86 @@
+"""The parser of commands and suites: refuses abbreviations, and words its errors for people."""
+
+import difflib
+import re
+import sys
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+
+from pal_ds.distributed import phase  # noqa: F401  (first of ours: its clock tells how long this process has run)
+
+
+class Parser(ArgumentParser):
+    """Refuses abbreviations (they set the wrong key silently) and suggests the nearest option for a typo."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs["allow_abbrev"] = False
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        # jsonargparse names a command's own options with the command in front, which no one can type.
+        message = re.sub(r"(arguments are required: )\w+\.", r"\1--", message)
+        print(f"pal-ds: error: {explained(message, self)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def explained(message: str, parser: ArgumentParser) -> str:
+    """What jsonargparse says of a mistake, without its Python types, and with the nearest option for a typo."""
+    message = _without_noise(message)
+    return message + _suggestion(message, _option_names(parser))
+
+
+def _option_names(parser: ArgumentParser) -> list[str]:
+    """Option names of a parser and of its commands, without dashes."""
+    names = {option.lstrip("-") for option in parser._option_string_actions}
+    for action in parser._actions:
+        for command in (getattr(action, "_name_parser_map", None) or {}).values():
+            names |= {option.lstrip("-") for option in command._option_string_actions}
+    return sorted(names)
+
+
+def _suggestion(message: str, names: list[str]) -> str:
+    """What to do about the unknown option that a message of jsonargparse names."""
+    if not any(part in message for part in ("nrecognized arguments", "not accept")):
+        return ""
+    for word in message.replace("'", " ").replace('"', " ").replace("=", " ").split():
+        word = word.lstrip("-").rstrip(".,:")
+        # Or of a key that holds others.
+        for part in dict.fromkeys((word, word.partition(".")[0])):
+            near = difflib.get_close_matches(part, names, n=1, cutoff=0.75)
+            if near and near[0] != part:
+                return f". Did you mean {near[0]}?"
+    return ". `pal-ds COMMAND --help` lists what there is."
+
+
+def _without_noise(message: str) -> str:
+    """Says plainly what jsonargparse says of Python types: an unknown class, or a choice that is none."""
+    message = re.sub(
+        r"Type [\w.]*Callable\[.*?expects a function or a callable class: (.*?)\.? Got value: .*",
+        r"\1",
+        message,
+        flags=re.DOTALL,
+    )
+    message = re.sub(
+        r"Group '([\w.]+)' does not accept option '([\w.]+)'",
+        r"does not accept option '\1.\2'",
+        message,
+    )
+    name = re.search(r"Expected a dot import path string: (\S+)", message)
+    key = re.search(r'Parser key "([\w.]+)"', message)
+    if name is None or key is None:
+        message = re.sub(r"Expected a typing.Literal\[(.*?)\]", r"it must be one of \1", message)
+        message = re.sub(r"Expected an? <class '(\w+)'>", r"it must be of type \1", message)
+        message = re.sub(r"(of type list)(\. Got)", r"\1, as [0,1]\2", message)
+        return re.sub(r'Parser key "([\w.]+)":\s*', r"\1: ", message)
+    from pal_ds.data.sources import SOURCES
+    from pal_ds.heads import HEADS
+
+    known = {"head": list(HEADS), "data.source": [cls.__name__ for cls in SOURCES.values()]}
+    classes = known.get(key[1].rpartition("train.")[2], [])
+    near = difflib.get_close_matches(name[1], classes, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return (
+        f"{key[1]}: there is no class {name[1]}.{hint} Known are {', '.join(classes)}; a class of "
+        "your own goes by its import path, package.module.Class."
+    )

@@ -1,0 +1,107 @@
+"""Reads and writes recipes as YAML, and tells which keys two of them differ in."""
+
+from argparse import ArgumentError
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from pal_ds.config.run_config import KEYS_THAT_DO_NOT_ALTER_RESULTS, RunConfig
+from pal_ds.errors import UserError
+from pal_ds.heads.base import Head
+
+# What a key of any type holds is data: jsonargparse would make an object of a class that is named in it.
+set_parsing_settings(instantiate_subclass_spec_in_any=False)
+
+
+def add_recipe_arguments(parser: ArgumentParser, *, require_head: bool = True) -> None:
+    """--config and every key of a recipe."""
+    import pal_ds.data.sources
+    import pal_ds.heads  # noqa: F401  short class names resolve once their modules are imported
+
+    parser.add_argument(
+        "--config", action="config", help="YAML recipe; repeat to layer, later wins"
+    )
+    parser.add_class_arguments(RunConfig, nested_key=None, skip=set() if require_head else {"head"})
+    if not require_head:
+        parser.add_argument("--head", type=Callable[[int], Head] | None, default=None)
+
+
+def as_recipe(options: Namespace) -> RunConfig:
+    """The recipe among the instantiated options of a command."""
+    return RunConfig(**{name: options[name] for name in RunConfig.__dataclass_fields__})
+
+
+def recipe_parser() -> ArgumentParser:
+    """Of recipes alone; raises ArgumentError for what no recipe has."""
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    add_recipe_arguments(parser)
+    return parser
+
+
+def dump_recipe(options: Namespace) -> str:
+    """The resolved recipe as YAML; `--config` on it gives the same run again."""
+    chosen = Namespace(**{name: options[name] for name in RunConfig.__dataclass_fields__})
+    return recipe_parser().dump(chosen, skip_validation=True)
+
+
+def read_recipe(arguments: list[str]) -> tuple[RunConfig, str]:
+    """The recipe that these command-line arguments (--config and dotted keys) describe, and its YAML.
+
+    Raises:
+        UserError: a key or value that no recipe has.
+    """
+    parser = recipe_parser()
+    try:
+        options = parser.parse_args(arguments)
+        return as_recipe(parser.instantiate(options)), dump_recipe(options)
+    except ArgumentError as error:
+        raise UserError(f"{' '.join(arguments)}: {error}") from None
+
+
+def recipe_from_arguments(arguments: list[str]) -> RunConfig:
+    """As `read_recipe`, without the YAML."""
+    return read_recipe(arguments)[0]
+
+
+def load_recipe(path: Path) -> RunConfig:
+    """The recipe of a run's config.yaml."""
+    return recipe_from_arguments([f"--config={path}"])
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict) or not tree:
+        return {prefix.rstrip("."): tree}
+    merged: dict[str, Any] = {}
+    for key, value in tree.items():
+        merged |= _flat(value, f"{prefix}{key}.")
+    return merged
+
+
+def changed_keys(old: str, new: str) -> list[str]:
+    """Dotted keys that differ between two recipes (YAML text) and may alter the result."""
+    before, after = _flat(yaml.safe_load(old)), _flat(yaml.safe_load(new))
+    differing = (key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    return sorted(key for key in differing if not key.startswith(KEYS_THAT_DO_NOT_ALTER_RESULTS))
+
+
+def refuse_changes(run_config_file: Path, new: str, allowed: list[str]) -> None:
+    """Raises UserError, naming the keys, where a resumed run would not be the run that was started."""
+    old = run_config_file.read_text()
+    try:
+        yaml.safe_load(old)
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"{run_config_file}: not valid YAML ({' '.join(str(error).split())}). Restore it, or start in another "
+            "--run_dir."
+        ) from None
+    refused = [key for key in changed_keys(old, new) if key not in allowed]
+    if refused:
+        before, after = _flat(yaml.safe_load(old)), _flat(yaml.safe_load(new))
+        listing = "; ".join(f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in refused)
+        raise UserError(
+            f"{run_config_file}: this run was started with other values: {listing}. Restore them, pass "
+            f"--allow_change {','.join(refused)}, or start in another --run_dir."
+        )

@@ -1,0 +1,118 @@
+"""Stopping on request: a signal or the clock sets a flag, the ranks agree on it between two updates, one checkpoint.
+
+A signal may reach one rank or all of them, once or often, in the middle of a collective; so a handler only notes it.
+"""
+
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from pal_ds.distributed import phase
+
+if TYPE_CHECKING:
+    from pal_ds.distributed.world import World
+
+logger = logging.getLogger(__name__)
+
+
+class StopAsked(Exception):  # noqa: N818  (it is a request, not an error)
+    """Raised on every rank alike in the middle of work that can be left and made again."""
+
+
+_noted: list[int] = []
+"""Numbers of the stop signals that reached this process."""
+
+
+def _note(number: int, _: FrameType | None) -> None:
+    _noted.append(number)
+
+
+def is_asked() -> bool:
+    """Whether a stop signal has reached this process; others may not have got one."""
+    return bool(_noted)
+
+
+@contextlib.contextmanager
+def listening(names: Sequence[str]) -> Iterator[None]:
+    """Inside, the signals of these names (`USR2`, `TERM`) ask for a stop instead of ending the process."""
+    numbers = [signal.Signals[f"SIG{name}"] for name in names]
+    _noted.clear()
+    before = [(number, signal.signal(number, _note)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+        _noted.clear()
+
+
+def ignore_stop_signals(names: Sequence[str]) -> None:
+    """For a data loader's worker: it must not die of what asks its rank to save first."""
+    for name in (*names, "INT"):
+        signal.signal(signal.Signals[f"SIG{name}"], signal.SIG_IGN)
+
+
+@dataclass
+class StopWatch:
+    """Knows how long updates, evaluations and saves take, and says when the ranks should stop.
+
+    With a time limit the run stops when what is left would not surely hold another update, a due evaluation and a
+    save, each taken as long as the longest so far (the save twice: file systems vary).
+    """
+
+    time_limit_minutes: float | None = None
+    save_seconds: float | None = None
+    """Longest save; of an earlier start, where a checkpoint tells. Unknown: a twentieth of the limit is set aside."""
+    _longest: dict[str, float] = field(default_factory=dict)
+    _lap_began: float = field(default_factory=time.monotonic)
+
+    def begin_lap(self) -> None:
+        """An update begins, with the wait for its batches."""
+        self._lap_began = time.monotonic()
+
+    def end_lap(self) -> None:
+        """The update is made."""
+        self._note("update", time.monotonic() - self._lap_began)
+
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Measures an `evaluation` or a `save`."""
+        begin = time.monotonic()
+        yield
+        self._note(what, time.monotonic() - begin)
+
+    def _note(self, what: str, seconds: float) -> None:
+        if what == "save":
+            self.save_seconds = max(self.save_seconds or 0.0, seconds)
+        else:
+            self._longest[what] = max(self._longest.get(what, 0.0), seconds)
+
+    def out_of_time(self, *, evaluation_due: bool) -> bool:
+        """Whether another update might not be followed by a save within the limit."""
+        if self.time_limit_minutes is None:
+            return False
+        limit = 60 * self.time_limit_minutes
+        save = limit / 20 if self.save_seconds is None else 2 * self.save_seconds
+        needed = save + self._longest.get("update", 0.0)
+        if evaluation_due:
+            needed += self._longest.get("evaluation", 0.0)
+        return time.monotonic() - phase.STARTED + needed > limit
+
+    def reason_to_stop(self, world: "World", *, evaluation_due: bool) -> str | None:
+        """`signal`, `time limit` or None, the same on every rank; call it on all of them between two updates."""
+        # The clock of rank 0 counts; a signal counts wherever it arrived.
+        late = world.is_rank_zero and self.out_of_time(evaluation_due=evaluation_due)
+        signalled, late = world.any_rank(is_asked(), late)
+        if signalled:
+            return "signal"
+        return "time limit" if late else None
+
+    def leave_if_asked(self, world: "World") -> None:
+        """Raises StopAsked with the reason, on every rank, where a stop is asked for."""
+        if reason := self.reason_to_stop(world, evaluation_due=False):
+            raise StopAsked(reason)

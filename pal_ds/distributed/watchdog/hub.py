@@ -1,0 +1,233 @@
+"""Rank 0's side of the watchdog's connections: hears every rank, judges, and tells the verdict."""
+
+import contextlib
+import hmac
+import logging
+import secrets
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pal_ds.distributed.watchdog.heartbeat import Beat, Failure, Ledger, Verdict, spoken
+from pal_ds.distributed.watchdog.lines import (
+    HELD_SOCKETS,
+    LONGEST_LINE,
+    AwakeClock,
+    Lines,
+    as_line,
+    prepared,
+)
+
+logger = logging.getLogger(__name__)
+
+
+SECONDS_TO_SHOW_TOKEN = 10.0
+MOST_STRANGERS = 64
+"""Open connections that have shown no token, beyond one for each rank."""
+
+
+@dataclass
+class _Stranger:
+    """A connection that has not shown the token yet."""
+
+    since: float
+    shown: bytes = b""
+
+
+class Hub:
+    """Rank 0's side: hears everyone, judges, and tells the verdict. `run` is for a thread of its own."""
+
+    def __init__(
+        self,
+        world_size: int,
+        ledger: Ledger,
+        interval: float,
+        beat: Callable[[], Beat],
+        learn: Callable[[Verdict], None],
+    ) -> None:
+        self._world_size, self._ledger, self._interval = world_size, ledger, interval
+        self._beat, self._learn = beat, learn
+        self._clock = AwakeClock(2 * interval)
+        self._slept, self._woke_at = 0.0, float("-inf")
+        self._verdict: Verdict | None = None
+        self._own_failures: list[Failure] = []
+        self._closing, self._alone = threading.Event(), threading.Event()
+        self._ranks: dict[socket.socket, int] = {}
+        self._lines: dict[socket.socket, Lines] = {}
+        self._strangers: dict[socket.socket, _Stranger] = {}
+        self._selector = selectors.DefaultSelector()
+        self._wake, self._woken = socket.socketpair()
+        self._selector.register(self._woken, selectors.EVENT_READ)
+        self._listener: socket.socket | None = None
+        self.token = secrets.token_hex(16)
+        self.port = 0
+        if world_size > 1:
+            self._listener = _listener()
+            self.port = self._listener.getsockname()[1]
+            self._selector.register(self._listener, selectors.EVENT_READ)
+
+    def report(self, failure: Failure) -> None:
+        """Rank 0's own failure, from any thread."""
+        self._own_failures.append(failure)
+        self._wake.send(b"!")
+
+    def wait_until_told(self, seconds: float) -> None:
+        """Until the others have heard the verdict and left, at most so long."""
+        self._alone.wait(seconds)
+
+    def close(self) -> None:
+        """Tells the others that the watch is over; from another thread."""
+        self._closing.set()
+        with contextlib.suppress(OSError):  # the thread saw it first, and has closed this, too
+            self._wake.send(b"!")
+
+    def run(self) -> None:
+        try:
+            next_beat = 0.0
+            self._ledger.hear(self._beat(), self._clock.now)
+            while not self._closing.is_set():
+                for key, _ in self._selector.select(max(0.0, next_beat - time.monotonic())):
+                    self._serve(key.fileobj)  # type: ignore[arg-type]
+                self._drop_strangers()
+                slept = self._clock.tick()
+                if slept:
+                    self._slept, self._woke_at = slept, self._clock.now
+                if time.monotonic() >= next_beat:
+                    self._ledger.hear(self._beat(), self._clock.now)
+                    next_beat = time.monotonic() + self._interval
+                self._judge()
+        except Exception:
+            logger.exception(
+                "The watchdog itself failed (a bug): training goes on without it, and train.timeout_minutes holds."
+            )
+        finally:
+            self._tell_all({"bye": True})
+            self._alone.set()
+            own = (self._listener, self._wake, self._woken)
+            for connection in (*self._strangers, *self._lines, *filter(None, own)):
+                connection.close()
+            self._selector.close()
+
+    def _judge(self) -> None:
+        while self._own_failures:
+            self._ledger.hear(self._beat(), self._clock.now)
+            self._ledger.failed(self._own_failures.pop(0), self._clock.now)
+        if self._verdict is None:
+            self._verdict = self._ledger.verdict(self._clock.now)
+            if self._verdict is not None:
+                self._verdict = self._as_seen_after_sleep(self._verdict)
+                # Here first: others may leave at once, and launchers then end this process, too.
+                self._learn(self._verdict)
+                self._tell_all({"verdict": self._verdict})
+        if self._verdict is not None and not self._ranks:
+            self._alone.set()
+
+    def _as_seen_after_sleep(self, verdict: Verdict) -> Verdict:
+        """Of a rank 0 that was stopped the others take leave; it must not put the blame on them."""
+        if verdict.kind != "died" or self._clock.now - self._woke_at > self._interval:
+            return verdict
+        asleep = f"rank 0 itself was stopped, or stuck in native code, for {spoken(self._slept)}"
+        return verdict._replace(ranks=(0,), text=f"{asleep}; meanwhile {verdict.text}")
+
+    def _serve(self, ready: socket.socket) -> None:
+        if ready is self._listener:
+            with contextlib.suppress(OSError):  # whoever it was has gone again
+                connection = prepared(ready.accept()[0])
+                connection.setblocking(False)
+                self._strangers[connection] = _Stranger(self._clock.now)
+                self._selector.register(connection, selectors.EVENT_READ)
+        elif ready is self._woken:
+            ready.recv(64)
+        else:
+            try:
+                data = ready.recv(LONGEST_LINE)
+                keep = bool(data) and self._hear(ready, data)
+            except BlockingIOError:
+                return
+            # Whatever one connection brings, the watch over the others goes on.
+            except Exception as error:
+                rank = self._ranks.get(ready)
+                logger.debug("watchdog: connection of rank %s: %s", rank, type(error).__name__)
+                keep = False
+            if not keep:
+                self._drop(ready)
+
+    def _hear(self, connection: socket.socket, data: bytes) -> bool:
+        """Whether the connection stays. Nothing is parsed before it has shown the token, which only ranks know."""
+        stranger = self._strangers.get(connection)
+        if stranger is not None:
+            stranger.shown += data
+            own = self.token.encode() + b"\n"
+            if len(stranger.shown) < len(own):
+                return True
+            if not hmac.compare_digest(stranger.shown[: len(own)], own):
+                return False
+            data = stranger.shown[len(own) :]
+            del self._strangers[connection]
+            self._lines[connection] = Lines()
+        messages = self._lines[connection].feed(data)
+        return all(self._take(connection, message) for message in messages)
+
+    def _drop_strangers(self) -> None:
+        """Those who have not shown the token in time, and the first of too many: ranks show it at once."""
+        too_many = len(self._strangers) - self._world_size - MOST_STRANGERS
+        for place, (connection, stranger) in enumerate(list(self._strangers.items())):
+            if place < too_many or self._clock.now - stranger.since > SECONDS_TO_SHOW_TOKEN:
+                self._drop(connection)
+
+    def _take(self, connection: socket.socket, message: dict[str, Any]) -> bool:
+        """Whether the connection stays. The first message must name a rank that has none yet."""
+        if connection not in self._ranks:
+            rank = message["rank"]
+            if type(rank) is not int or not 0 < rank < self._world_size:
+                return False
+            if rank in self._ranks.values():
+                return False
+            self._ranks[connection] = rank
+        elif "bye" in message:
+            self._ledger.left(self._ranks.pop(connection))
+            return False
+        beat = Beat(*message["beat"])._replace(rank=self._ranks[connection])
+        self._ledger.hear(beat, self._clock.now)
+        if "failed" in message:
+            self._ledger.failed(Failure(*message["failed"]), self._clock.now)
+        self._tell(connection, {"beat": self._ledger.latest(0)})
+        return True
+
+    def _drop(self, connection: socket.socket) -> None:
+        rank = self._ranks.pop(connection, None)
+        self._lines.pop(connection, None)
+        self._strangers.pop(connection, None)
+        self._selector.unregister(connection)
+        connection.close()
+        if rank is not None:
+            self._ledger.died(rank, self._clock.now)
+
+    def _tell(self, connection: socket.socket, message: dict[str, Any]) -> None:
+        try:
+            connection.send(as_line(message))
+        except OSError as error:
+            # It will show as the end of the connection, or as silence.
+            logger.debug("watchdog: rank %s: %s", self._ranks.get(connection), error)
+
+    def _tell_all(self, message: dict[str, Any]) -> None:
+        for connection in list(self._ranks):
+            self._tell(connection, message)
+
+
+def _listener() -> socket.socket:
+    """On any free port, of either family where the system has both."""
+    if socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):  # compiled in, and switched off
+            listener = socket.create_server(
+                ("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024
+            )
+            HELD_SOCKETS.add(listener)
+            return listener
+    listener = socket.create_server(("", 0), backlog=1024)
+    HELD_SOCKETS.add(listener)
+    return listener

@@ -1,0 +1,287 @@
+"""One rank's watchdog: what the rank is doing, and how it ends."""
+
+import contextlib
+import faulthandler
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pal_ds.distributed import phase
+from pal_ds.distributed.watchdog.frames import look
+from pal_ds.distributed.watchdog.heartbeat import Beat, Failure, Ledger, Verdict
+from pal_ds.distributed.watchdog.hub import Hub
+from pal_ds.distributed.watchdog.link import Link
+from pal_ds.distributed.world import World, leave
+from pal_ds.errors import RankLostError, StorageError, UserError, storage_error
+
+logger = logging.getLogger(__name__)
+
+SECONDS_TO_WRITE_STACKS = 10
+"""A file system that no longer answers, which may be why the rank hangs, must not keep it alive."""
+SECONDS_TO_LEAVE = 30
+"""A rank that raised may hang once more while it tidies up after peers that are gone."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long the watchdog waits for what."""
+
+    hang_seconds: float
+    world_size: int
+
+    @property
+    def interval(self) -> float:
+        """Between two heartbeats; rank 0 hears 200 of them in a second at most, for 1% of a core."""
+        return min(max(1.0, self.world_size / 200), self.hang_seconds / 6)
+
+    @property
+    def patience(self) -> float:
+        """For a cause after a symptom, or for other ranks to raise the same by themselves."""
+        return max(2 * self.interval, 1.0)
+
+
+@contextlib.contextmanager
+def watch(
+    world: World,
+    stacks: Path,
+    hang_minutes: float,
+    on_loss: Callable[[str], None] = lambda _: None,
+) -> Iterator[None]:
+    """Inside, no rank waits for ever for one that hangs (no progress of any rank for `hang_minutes`), dies or fails.
+
+    Every rank must enter alike; 0 minutes is no watch at all. `on_loss` is called on one rank, with the reason of an
+    end that came from another rank, or seems to.
+
+    Raises:
+        RankLostError: another rank failed or died, where this one would have raised what it saw of that.
+    """
+    if not hang_minutes:
+        try:
+            yield
+        except Exception as error:
+            if world.is_rank_zero and is_symptom(error):
+                record(on_loss, told(error))
+            raise
+        return
+    watcher = Watcher(world, stacks, Pace(60 * hang_minutes, world.world_size), on_loss)
+    try:
+        watcher.start()
+        yield
+        phase.enter("wait for the others at the end")
+        world.barrier()
+    except BaseException as error:
+        cause = watcher.cause_of(error)
+        if cause is not None:
+            raise cause from error
+        raise
+    finally:
+        watcher.close()
+
+
+class Watcher:
+    """The watchdog of this rank."""
+
+    def __init__(
+        self, world: World, stacks: Path, pace: Pace, on_loss: Callable[[str], None]
+    ) -> None:
+        self.world, self.stacks, self.pace, self.on_loss = world, stacks, pace, on_loss
+        self.verdict: Verdict | None = None
+        self._known, self._main_leaves = threading.Event(), threading.Event()
+        self._written = threading.Event()
+        self._lock, self._thread_ends = threading.Lock(), False
+        self._host = socket.gethostname()
+        self._line: Hub | Link | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Connects the ranks. Raises UserError on all of them where one cannot be reached."""
+        address = self.world.from_rank_zero(self._open_hub)
+        self.world.on_every_rank(lambda: self._connect(*address))
+
+    def _open_hub(self) -> tuple[int, str]:
+        pace, size = self.pace, self.world.world_size
+        ledger = Ledger(pace.hang_seconds, pace.patience, f"{self.stacks}/")
+        hub = Hub(size, ledger, pace.interval, self.beat, self.learn)
+        self._run(hub)
+        return hub.port, hub.token
+
+    def _connect(self, port: int, token: str) -> None:
+        if self.world.is_rank_zero:
+            return
+        pace, address = self.pace, (os.environ["MASTER_ADDR"], port)
+        # Rank 0 judges first; this is for a rank 0 that cannot.
+        silence = pace.hang_seconds + 4 * pace.patience
+        places = (pace.interval, silence, f"{self.stacks}/")
+        try:
+            link = Link(address, token, *places, self.beat, self.learn)
+        except OSError as error:
+            raise UserError(
+                f"{self._host} cannot reach the watchdog of rank 0 at {address[0]}:{port} ({error}). Let ranks connect "
+                "to each other on any port, or set train.hang_minutes=0 to do without."
+            ) from None
+        self._run(link)
+
+    def _run(self, line: Hub | Link) -> None:
+        self._line = line
+        self._thread = threading.Thread(target=line.run, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def beat(self) -> Beat:
+        """What this rank is doing now. Its watchdog thread calls this at every heartbeat."""
+        now = phase.current()
+        own = (threading.get_ident(), self._thread.ident if self._thread else None)
+        where, waiting = look(own)
+        self._arm_native_dump()
+        place = (now.name, now.step, time.monotonic() - now.since)
+        counts = (now.num_entered, now.num_in_step)
+        return Beat(self.world.rank, self._host, *place, *counts, where, waiting, now.patience)
+
+    def _arm_native_dump(self) -> None:
+        """Where native code keeps the interpreter to itself, no thread of ours runs, but faulthandler's timer does."""
+        if sys.__stderr__ is not None:
+            faulthandler.dump_traceback_later(self.pace.hang_seconds, file=sys.__stderr__)
+
+    def learn(self, verdict: Verdict) -> None:
+        """Called by the watchdog thread, once; it returns at once, and the process ends a little later."""
+        self.verdict = verdict
+        with self._lock:
+            # Else the main thread may be about to raise the same, with its own exit code and message.
+            if not verdict.may_be_shared:
+                self._thread_ends = not self._main_leaves.is_set()
+        if not verdict.may_be_shared:
+            self._say(verdict)
+        self._known.set()
+        threading.Thread(target=self._end, args=(verdict,), name="end", daemon=True).start()
+
+    def _say(self, verdict: Verdict) -> None:
+        rank = self.world.rank
+        concerned = rank in verdict.ranks or (verdict.kind == "died" and 0 in verdict.ranks)
+        if verdict.kind == "failed" and rank in verdict.ranks:
+            return  # it raises, with its own message or traceback
+        if rank == 0 or concerned:
+            print(f"pal-ds: error: {verdict.text}", file=sys.stderr, flush=True)
+
+    def _end(self, verdict: Verdict) -> None:
+        """Writes stacks, lets the others hear, and ends the process unless the main thread does."""
+        if verdict.kind != "failed":
+            within(SECONDS_TO_WRITE_STACKS, lambda: self._write_stacks(verdict))
+        self._written.set()
+        if verdict.may_be_shared:
+            self._main_leaves.wait(self.pace.patience)
+            with self._lock:
+                self._thread_ends = not self._main_leaves.is_set()
+            if self._thread_ends:
+                self._say(verdict)
+        if not self._thread_ends:
+            return
+        within(SECONDS_TO_WRITE_STACKS, lambda: self._record(verdict.text, verdict))
+        assert self._line is not None
+        self._line.wait_until_told(self.pace.patience)
+        within(SECONDS_TO_WRITE_STACKS, lambda: leave(verdict.code))
+        os._exit(verdict.code)
+
+    def _write_stacks(self, verdict: Verdict) -> None:
+        self.stacks.mkdir(parents=True, exist_ok=True)
+        with open(self.stacks / f"rank_{self.world.rank}.txt", "w") as stream:
+            stream.write(f"{time.strftime('%F %T')} {verdict.text}\n{self.beat()}\n\n")
+            stream.flush()
+            faulthandler.dump_traceback(stream, all_threads=True)
+
+    def _record(self, reason: str, verdict: Verdict | None) -> None:
+        """On one rank: where rank 0 died, on the next."""
+        if self.world.rank != int(verdict is not None and verdict[:2] == ("died", (0,))):
+            return
+        record(self.on_loss, reason)
+
+    def cause_of(self, error: BaseException) -> RankLostError | None:
+        """Tells the others of `error`; what to raise instead of it, where it came of another rank's end."""
+        code = exit_code_of(error)
+        if code == 0 or self._line is None:
+            return None
+        with self._lock:
+            self._main_leaves.set()
+        if self._thread_ends:
+            threading.Event().wait()  # the end of the process is under way
+        symptom = is_symptom(error)
+        self._line.report(Failure(self.world.rank, told(error), code, symptom))
+        # A bit longer than rank 0 waits for a cause; where this is the cause, it is known at once.
+        self._known.wait(2 * self.pace.patience + self.pace.interval)
+        verdict = self.verdict
+        if verdict is not None:
+            self._written.wait(SECONDS_TO_WRITE_STACKS)
+        if self.world.world_size > 1:
+            self._line.wait_until_told(self.pace.patience)
+            timer = threading.Timer(SECONDS_TO_LEAVE, os._exit, (code,))
+            timer.daemon = True
+            timer.start()
+        if not symptom:
+            return None
+        found = None if verdict is None or self.world.rank in verdict.ranks else verdict
+        self._record(found.text if found else told(error), found)
+        if found is None:
+            return None
+        lost = RankLostError(found.text)
+        # What one rank could not do, and a person can mend, ends the whole job with that code.
+        lost.exit_code, lost.told = found.code, not found.may_be_shared
+        return lost
+
+    def close(self) -> None:
+        """The watch is over, because the work is done or the process is about to end."""
+        faulthandler.cancel_dump_traceback_later()
+        if self._line is not None and self._thread is not None:
+            self._line.close()
+            self._thread.join(self.pace.interval)
+
+
+def record(on_loss: Callable[[str], None], reason: str) -> None:
+    """Calls `on_loss`; where it cannot write, the end goes on as it would have."""
+    try:
+        on_loss(reason)
+    except (OSError, StorageError) as error:
+        logger.warning("the end of the run could not be recorded: %s", error)
+
+
+def within(seconds: float, work: Callable[[], object]) -> None:
+    """Does `work`, and goes on without it where it takes longer."""
+
+    def do() -> None:
+        try:
+            work()
+        except Exception:
+            logger.exception("the watchdog could not do all it should before the end")
+
+    thread = threading.Thread(target=do, daemon=True)
+    thread.start()
+    thread.join(seconds)
+
+
+def is_symptom(error: BaseException) -> bool:
+    """Whether it was raised where ranks meet, as it is when a peer is gone."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    place = frames[-1][0].f_code.co_filename if frames else ""
+    meeting = ("/torch/distributed/", "/deepspeed/", "/pal_ds/engine/dist.py")
+    return isinstance(error, RuntimeError) and any(part in place for part in meeting)
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The code that the command line ends with."""
+    mendable = error if isinstance(error, UserError) else storage_error(error)
+    if mendable is not None:
+        return mendable.exit_code
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
+def told(error: BaseException) -> str:
+    """One line about it for other ranks."""
+    text = " ".join(str(error).split())[:1000]
+    name = [] if isinstance(error, UserError) else [type(error).__name__]
+    return ": ".join([*name, *filter(None, [text])])

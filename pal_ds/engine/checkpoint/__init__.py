@@ -1,0 +1,1 @@
+"""Sharded checkpoints: write, verify, read without DeepSpeed, reshard, delete."""

@@ -1,0 +1,200 @@
+"""A person asks to be forgotten: the user's row leaves every checkpoint of a run and every evaluation of it.
+
+At every moment each step is whole under its own name or under one of two names that training and its clean-up do
+not look at; `recover` gives an interrupted step its name back.
+"""
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pal_ds.engine.checkpoint.manifest import (
+    FormatError,
+    entry_of,
+    verify_checkpoint,
+    write_manifest,
+)
+from pal_ds.errors import BusyError, StorageError, UserError
+from pal_ds.io.files import replacing, sync_to_disk, write_json
+from pal_ds.runs.lock import only_writer
+from pal_ds.runs.run_dir import RunDirectory
+from pal_ds.users import USER_FILES, UserTable
+
+logger = logging.getLogger(__name__)
+
+EDITED, OLD = "edited-", "old-"
+"""Prefixes of a step while it is exchanged; not `step_*`, of which retention deletes what is no complete step."""
+
+
+def forget_user(run: RunDirectory, user_id: str) -> dict[str, Any]:
+    """Removes a user from all checkpoints and evaluation files; says what was changed.
+
+    The raw and prepared data are not this run's to change: the caller says so.
+
+    Raises:
+        UserError: no checkpoint of the run holds this user, or one that does is damaged; nothing was changed.
+    """
+    run.require_run()
+    with only_writer(run):
+        return _forget_user(run, user_id)
+
+
+def _forget_user(run: RunDirectory, user_id: str) -> dict[str, Any]:
+    recover(run)
+    steps = [
+        step for step in run.complete_steps() if user_id in UserTable.load(run.checkpoint(step))
+    ]
+    if not steps:
+        raise UserError(
+            f"--remove {user_id}: no checkpoint of {run.path} holds this user; --list shows who is there."
+        )
+    manifests = {step: verify_checkpoint(run.checkpoint(step)) for step in steps}
+    # Checkpoints last: as long as one holds the user, an interrupted removal can be asked for again.
+    changed = _forget_in_evaluations(run, user_id)
+    for leftover in run.path.glob("pairs-of-*.tables*"):
+        # What an evaluation that was killed left of a file of pairs, all its users included.
+        shutil.rmtree(leftover)
+    _forget_in_origin(run, user_id)
+    for step, manifest in manifests.items():
+        _rewrite_checkpoint(run.checkpoint(step), manifest, user_id)
+    return {"user_id": user_id, "steps": steps, "evaluations": changed}
+
+
+def recover(run: RunDirectory) -> None:
+    """Finishes the exchange of steps that `forget_user` was interrupted in; does nothing where none was.
+
+    For the only writer of the run: a copy that another process is writing would be deleted.
+
+    Raises:
+        FormatError: a copy is of another version of pal_ds; nothing was deleted.
+        UserError: a step has lost its name and neither copy of it is intact; nothing was deleted.
+    """
+    aside = _copies_aside(run)
+    for name in sorted({path.name.removeprefix(EDITED).removeprefix(OLD) for path in aside}):
+        path = run.checkpoints / name
+        edited, old = _aside(path)
+        if not path.exists() and edited.exists():
+            if _is_intact(edited):
+                edited.rename(path)
+            elif old.exists():
+                verify_checkpoint(old)
+                old.rename(path)
+        # An old copy without an edited one was replaced before: it must not come back, the user is in it.
+        for leftover in (edited, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        sync_to_disk(run.checkpoints)
+
+
+def finish_interrupted_removal(run: RunDirectory) -> None:
+    """Call `recover` for a reader of the run; where another process writes it, say so in the log and leave it alone."""
+    if not _copies_aside(run):
+        return
+    try:
+        # Whose copies these are: under the lock nobody is writing them any more.
+        with only_writer(run, wait_seconds=0):
+            recover(run)
+    except (BusyError, StorageError) as error:
+        logger.warning("a step is being exchanged; listed is what is whole now (%s)", error)
+
+
+def _copies_aside(run: RunDirectory) -> list[Path]:
+    return [path for stage in (EDITED, OLD) for path in run.checkpoints.glob(f"{stage}step_*")]
+
+
+def _aside(path: Path) -> tuple[Path, Path]:
+    """Where the edited and the old copy of a step lie while one takes the other's place."""
+    return path.with_name(EDITED + path.name), path.with_name(OLD + path.name)
+
+
+def _is_intact(path: Path) -> bool:
+    try:
+        verify_checkpoint(path)
+    except FormatError:
+        raise
+    except UserError:
+        return False
+    return True
+
+
+def _rewrite_checkpoint(path: Path, manifest: dict[str, Any], user_id: str) -> None:
+    """A complete edited copy takes the step's place; `recover` finishes this wherever it is interrupted."""
+    table = UserTable.load(path)
+    table.remove(user_id)
+    edited, old = _aside(path)
+    left_out = shutil.ignore_patterns(*USER_FILES, "manifest.json")
+    shutil.copytree(path, edited, copy_function=_link, ignore=left_out)
+    table.save(edited)
+    files = dict(manifest["files"])
+    for name in USER_FILES:
+        files[name] = entry_of(edited / name)
+    write_manifest(edited, {**manifest, "files": files})
+    sync_to_disk(edited)
+    sync_to_disk(path.parent)
+    path.rename(old)
+    edited.rename(path)
+    sync_to_disk(path.parent)
+    shutil.rmtree(old)
+
+
+def _forget_in_origin(run: RunDirectory, user_id: str) -> None:
+    """In the table that the run started from, if it did from another's."""
+    if not (run.init / USER_FILES[0]).is_file():
+        return
+    table = UserTable.load(run.init)
+    if user_id not in table:
+        return
+    table.remove(user_id)
+    edited = run.init / "users.tmp"
+    table.save(edited)
+    for name in USER_FILES:
+        sync_to_disk(edited / name)
+        os.replace(edited / name, run.init / name)
+    edited.rmdir()
+    sync_to_disk(run.init)
+
+
+def _link(source: str, target: str) -> None:
+    """Shards are large and never written again, so both copies may share them where the file system can."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+        sync_to_disk(Path(target))
+
+
+def _forget_in_evaluations(run: RunDirectory, user_id: str) -> list[str]:
+    """Names of the files that held the user."""
+    changed = [
+        path.name for path in sorted(run.eval.glob("*.json")) if _rewrite_figures(path, user_id)
+    ]
+    tables = sorted(run.eval.glob("*.parquet"))
+    return changed + [path.name for path in tables if _rewrite_rows(path, user_id)]
+
+
+def _rewrite_figures(path: Path, user_id: str) -> bool:
+    figures = json.loads(path.read_text())
+    found = False
+    for section in (figures, figures.get("unknown_users", {})):
+        users = section.get("users")
+        if isinstance(users, dict) and users.pop(user_id, None) is not None:
+            found = True
+    if found:
+        write_json(path, figures)
+    return found
+
+
+def _rewrite_rows(path: Path, user_id: str) -> bool:
+    """As `_rewrite_figures`, of a table with one row per user."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
+    kept = table.filter(pc.field("user_id") != user_id)
+    if len(kept) == len(table):
+        return False
+    with replacing(path) as edited:
+        pq.write_table(kept, edited)
+    return True

@@ -1,0 +1,221 @@
+"""Reads what `torch.save` wrote without running it; tensors stay on disk until a slice is wanted.
+
+A pickle names the functions that rebuild its objects. Here each name that a DeepSpeed shard uses
+stands for a harmless one of ours, and any other name is refused, so a shard cannot run code.
+Tensors are placeholders that know their bytes' place in the file: opening a shard of any size
+costs kilobytes, and what has been read is never kept by the page tables of this process.
+"""
+
+import math
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pal_ds.distributed import phase
+from pal_ds.errors import UserError
+
+CHUNK = 1 << 24
+"""Bytes that are read or written at a time, so that a large tensor shows progress."""
+_LOCAL_HEADER = struct.Struct("<26xHH")
+_CONTAINERS = {
+    kind.__name__: kind for kind in (bool, bytearray, dict, float, frozenset, int, list, set, tuple)
+}
+_STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
+
+class ForeignObjectError(UserError):
+    """A shard asks for an object that pal_ds never writes. That is no accident, so no older checkpoint takes over."""
+
+
+def foreign_object(path: Path | str, name: str) -> ForeignObjectError:
+    """The refusal of a shard that names something which reading it would run."""
+    return ForeignObjectError(
+        f"{path}: names {name}, which no checkpoint of pal_ds holds; reading it would run foreign "
+        "code, so it is not read. Find out who wrote it, and delete this step."
+    )
+
+
+class Storage(NamedTuple):
+    """A run of elements in an uncompressed record of an archive."""
+
+    path: Path
+    begin: int
+    """Of the first element, in bytes from the file's start."""
+    num_elements: int
+    dtype: torch.dtype
+
+
+class StoredTensor(NamedTuple):
+    """A tensor that still lies in its file."""
+
+    storage: Storage
+    offset: int
+    """Of the first element, in elements from the storage's start."""
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def is_floating_point(self) -> bool:
+        return self.storage.dtype.is_floating_point
+
+    def read(self) -> Tensor:
+        """The tensor, in the dtype it was stored in."""
+        if self.stride == _contiguous_stride(self.shape):
+            return self.read_flat(0, self.numel).view(self.shape)
+        whole = StoredTensor(self.storage, 0, (self.storage.num_elements,), (1,)).read()
+        return whole.as_strided(self.shape, self.stride, self.offset).contiguous()
+
+    def read_flat(self, start: int, count: int) -> Tensor:
+        """Elements [start, start + count) of a contiguous tensor, flattened."""
+        values = torch.empty(count, dtype=self.storage.dtype)
+        self.read_into(values, start)
+        return values
+
+    def read_into(self, values: Tensor, start: int) -> None:
+        """Fills `values`, contiguous and of the stored dtype, with the elements from `start` of a contiguous tensor."""
+        if values.numel():
+            with open(self.storage.path, "rb", buffering=0) as stream:
+                stream.seek(self.storage.begin + (self.offset + start) * values.element_size())
+                _fill(stream, values.view(torch.uint8).numpy().data, self.storage.path)
+
+
+def load_archive(path: Path) -> Any:
+    """The object that `torch.save` wrote to `path`, its tensors as `StoredTensor`.
+
+    Raises:
+        ForeignObjectError: a pickle with names that no DeepSpeed shard uses.
+        UserError: no torch archive, or damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as stream:
+            names = archive.namelist()
+            root = next(n for n in names if n.endswith("/data.pkl")).removesuffix("data.pkl")
+            if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
+                raise UserError(f"{path}: written on a big-endian machine, which is not supported.")
+            return _Unpickler(path, archive, stream, root).load()
+    except (UserError, OSError, MemoryError):
+        raise
+    # A pickle is a program: a broken one may fail in any way.
+    except Exception as error:
+        raise UserError(
+            f"{path}: cannot be read as a torch archive ({error}). Take another checkpoint of the "
+            "run (--step)."
+        ) from None
+
+
+class _Unpickler(pickle.Unpickler):
+    """Rebuilds containers, numbers and tensor placeholders; everything else is inert or refused."""
+
+    def __init__(self, path: Path, archive: zipfile.ZipFile, stream: Any, root: str) -> None:
+        super().__init__(archive.open(f"{root}data.pkl"))
+        self.path, self.archive, self.stream, self.root = path, archive, stream, root
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch._utils" and name in _REBUILD:
+            return _REBUILD[name]
+        if (module, name) == ("torch._tensor", "_rebuild_from_type_v2"):
+            return _rebuild_from_type
+        if module in ("torch", "torch.storage"):
+            if name == "Size":
+                return tuple
+            if name in _STORAGES:
+                return _STORAGES[name]
+            if isinstance(getattr(torch, name, None), torch.dtype):
+                return getattr(torch, name)
+            if name in ("Tensor", "device"):
+                return Inert
+        if module in ("builtins", "__builtin__") and name in _CONTAINERS:
+            return _CONTAINERS[name]
+        if module.split(".")[0] in ("deepspeed", "numpy"):
+            return Inert
+        raise foreign_object(self.path, f"{module}.{name}")
+
+    def persistent_load(self, pid: Any) -> Storage:
+        kind, dtype, key, _, num_elements = pid
+        if kind != "storage" or not isinstance(dtype, torch.dtype):
+            raise pickle.UnpicklingError(f"unknown reference {kind!r}")
+        record = self.archive.getinfo(f"{self.root}data/{key}")
+        size = num_elements * torch.empty(0, dtype=dtype).element_size()
+        if record.compress_type != zipfile.ZIP_STORED or record.file_size != size:
+            raise pickle.UnpicklingError(f"record {key} has {record.file_size} bytes, not {size}")
+        # The local header repeats the name and may pad: only it says where the bytes begin.
+        self.stream.seek(record.header_offset)
+        name_length, extra_length = _LOCAL_HEADER.unpack(self.stream.read(_LOCAL_HEADER.size))
+        begin = record.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+        return Storage(self.path, begin, num_elements, dtype)
+
+
+class Inert:
+    """Stands for an object of DeepSpeed or numpy: takes any arguments and state, does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.arguments = args
+
+    def __setstate__(self, state: Any) -> None:
+        """State is dropped."""
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+def _rebuild_tensor(
+    storage: Storage, offset: int, shape: tuple, stride: tuple, *_: Any
+) -> StoredTensor:
+    return StoredTensor(storage, offset, tuple(shape), tuple(stride))
+
+
+def _rebuild_parameter(data: StoredTensor, *_: Any) -> StoredTensor:
+    return data
+
+
+def _rebuild_from_type(rebuild: Any, _: Any, arguments: tuple, __: Any) -> StoredTensor:
+    if rebuild not in _REBUILD.values():
+        raise pickle.UnpicklingError("a tensor of an unknown kind")
+    return rebuild(*arguments)
+
+
+_REBUILD = {
+    "_rebuild_tensor": _rebuild_tensor,
+    "_rebuild_tensor_v2": _rebuild_tensor,
+    "_rebuild_parameter": _rebuild_parameter,
+    "_rebuild_parameter_with_state": _rebuild_parameter,
+}
+
+
+def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()
+
+
+def _fill(stream: Any, view: memoryview, path: Path) -> None:
+    done = 0
+    while done < len(view):
+        num_read = stream.readinto(view[done : done + CHUNK])
+        phase.progress()
+        if not num_read:
+            raise UserError(
+                f"{path}: ends before its tensors do; take another checkpoint (--step)."
+            )
+        done += num_read

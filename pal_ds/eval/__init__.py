@@ -1,0 +1,1 @@
+"""Figures of an evaluation: accuracy, calibration, diagnostics, best of n, warnings, report."""

@@ -1,0 +1,242 @@
+"""`evaluate --best_of_n`: reads candidates, scores them for their users, and writes D/eval/NAME.json."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pal_ds.data.lists import check_list
+from pal_ds.data.parse import parse_record
+from pal_ds.data.records import Record
+from pal_ds.data.sources.base import check_files, read_lines
+from pal_ds.data.tables import COMPARISON_DTYPE, PreparedData
+from pal_ds.distributed.world import World
+from pal_ds.errors import UserError
+from pal_ds.eval.best_of_n_metrics import FIGURES, Lists, best_of_n_figures
+from pal_ds.eval.evaluate import opened_pairs, write_figures
+from pal_ds.eval.requests import Asked
+from pal_ds.inference.load_run import Restored
+from pal_ds.inference.readers import KnownUsers, reader_of, with_points
+
+NAME_PREFIX = "best_of_n_"
+FEWEST_COMPARED = 3
+"""Responses of a list from a split: two are a pair, of which accuracy tells."""
+_KEYS = ("user_id", "prompt", "responses", "prompt_features", "response_features", "scores")
+
+
+class Candidates(NamedTuple):
+    """What users may choose from; axes as in `best_of_n`."""
+
+    first: np.ndarray
+    """int64 [L + 1]."""
+    response: np.ndarray
+    """Row of each candidate, int64 [N]; a list may hold a response twice."""
+    utility: np.ndarray
+    """fp64 [N]."""
+    user: np.ndarray
+    """Row of each list's user in the data, int64 [L]."""
+
+
+class Line(NamedTuple):
+    """One line of a file of candidates."""
+
+    where: str
+    fields: dict[str, Any]
+    distinct: list[Any]
+    """Its distinct responses, in order of appearance."""
+    place: list[int]
+    """Of each candidate, in `distinct`."""
+    scores: list[float]
+
+    def records(self, number: int) -> Iterator[Record]:
+        """Pairs that name each distinct response once, or the first twice; their group is the line's number."""
+        kept = ("user_id", "prompt", "prompt_features")
+        whole = {key: self.fields[key] for key in kept if key in self.fields}
+        for one, other in paired(len(self.distinct)):
+            both = [self.distinct[one], self.distinct[other]]
+            pair = {"response_1": both[0], "response_2": both[1]}
+            if "response_features" in self.fields:
+                pair = {"response_features": both}
+            yield parse_record({**whole, **pair, "y": 1, "group": str(number)}, self.where)
+
+
+def paired(size: int) -> list[tuple[int, int]]:
+    """0 with 1, 2 with 3, ...; where one is left over, it with 0 (alone: a pair that `build_tables` drops)."""
+    return [(place, place + 1 if place + 1 < size else 0) for place in range(0, size, 2)]
+
+
+def rank_set(restored: Restored, known: KnownUsers, asked: Asked, world: World) -> dict[str, Any]:
+    """The figures of eval/NAME.json for best of n, written by rank 0 and returned on every rank.
+
+    Of a file each line is a list: {"user_id", "prompt", "responses": [..], "scores": [..]}, the scores being the
+    user's own utilities. Of a split it is the responses to one prompt that a user compared, at least three, and the
+    utility of each is the share of its comparisons that it won.
+
+    Raises:
+        UserError: a line that is no such list, or no list at all.
+    """
+    if "group" in restored.model.head.needs:
+        raise UserError(
+            "--best_of_n: this run's head asks for the group of a comparison, and lists have none. Export a domain "
+            "with --mixture and score the candidates with `score`."
+        )
+    lines: list[Line] = []
+    if asked.file is not None:
+        file = asked.file
+        lines = world.on_every_rank(lambda: read_lists(file))
+
+    def pairs_of(_: Path) -> Iterator[Record]:
+        for number, line in enumerate(lines):
+            yield from line.records(number)
+
+    with opened_pairs(restored, asked.file, world, pairs_of) as data:
+        dropped = {}
+        if asked.file is None:
+            candidates = compared_candidates(data, asked.rows(data))
+        else:
+            candidates, num_dropped = listed_candidates(data, lines)
+            dropped = {"dropped": {"lists": num_dropped, **data.info["dropped"]}}
+        if len(candidates.user) == 0:
+            raise UserError(
+                f"--best_of_n, {asked.name}: no user compared {FEWEST_COMPARED} or more responses to one prompt."
+            )
+        known = with_points(known, restored, data, world)
+        scores = score_candidates(restored, known, data, candidates, world)
+        figures = _figures(data, candidates, scores, known.table_rows(data))
+    figures = {**figures, **dropped, "step": restored.step}
+    world.from_rank_zero(lambda: write_figures(restored.run, asked.name, figures))
+    return figures
+
+
+def _figures(
+    data: PreparedData, candidates: Candidates, scores: np.ndarray, table_rows: np.ndarray
+) -> dict[str, Any]:
+    """Of lists whose users the run knows, and under "unknown_users" of those of strangers."""
+    names = np.asarray([data.users[user] for user in candidates.user], str)
+    prompts = data.response_prompt[candidates.response[candidates.first[:-1]]]
+    lists = Lists(candidates.first, candidates.utility, names, prompts)
+    lengths = None
+    if data.response_num_chars is not None:
+        lengths = data.response_num_chars[candidates.response].astype(float)
+    found = []
+    is_known = table_rows[candidates.user] >= 0
+    for chosen in (is_known, ~is_known):
+        part, places = lists.take(chosen)
+        found.append(
+            best_of_n_figures(part, scores[places], None if lengths is None else lengths[places])
+        )
+    return {**found[0], "unknown_users": found[1]}
+
+
+def score_candidates(
+    restored: Restored, known: KnownUsers, data: PreparedData, candidates: Candidates, world: World
+) -> np.ndarray:
+    """Reward of each candidate for its user, fp64 [N], on every rank; a response twice in a list is scored once."""
+    sizes = np.diff(candidates.first)
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    num_responses = len(data.response_prompt)
+    entries, entry = np.unique(owner * num_responses + candidates.response, return_inverse=True)
+    owner, response = np.divmod(entries, num_responses)
+    begin = np.searchsorted(owner, np.arange(len(sizes)))
+    place = np.arange(len(entries)) - begin[owner]
+    one = np.flatnonzero(place % 2 == 0)
+    # Two by two, so that each is read once; what is left over goes with the first of its list.
+    follows = np.append(owner[1:] == owner[:-1], False)[one]
+    other = np.where(follows, np.minimum(one + 1, len(entries) - 1), begin[owner[one]])
+    table = np.zeros(len(one), COMPARISON_DTYPE)
+    table["user"] = candidates.user[owner[one]]
+    table["a"], table["b"] = response[one], response[other]
+    data, rows = replace(data, comparisons=table), np.arange(len(table))
+    reader = reader_of(restored, data, rows, known.table_rows(data), world)
+    rewards = reader.forwards(world, "scoring").rewards(rows, known.mixtures)
+    found = np.empty(len(entries))
+    found[other] = rewards[:, 1]
+    found[one] = rewards[:, 0]
+    return found[entry]
+
+
+def compared_candidates(data: PreparedData, rows: np.ndarray) -> Candidates:
+    """Lists from comparisons: what one user compared for one prompt, with the share of comparisons each won."""
+    table = data.comparisons[rows]
+    num_prompts, num_responses = int(data.response_prompt.max()) + 1, len(data.response_prompt)
+    keys = table["user"] * num_prompts + data.response_prompt[table["a"]]
+    lists, owner = np.unique(keys, return_inverse=True)
+    sides = np.concatenate([owner * num_responses + table[side] for side in ("a", "b")])
+    entries, entry = np.unique(sides, return_inverse=True)
+    won = np.concatenate([table["label"] < 0, table["label"] > 0]).astype(float)
+    utility = np.bincount(entry, weights=won) / np.bincount(entry)
+    owner, response = np.divmod(entries, num_responses)
+    sizes = np.bincount(owner, minlength=len(lists))
+    kept = sizes >= FEWEST_COMPARED
+    return Candidates(
+        first=np.concatenate([[0], np.cumsum(sizes[kept])]),
+        response=response[kept[owner]],
+        utility=utility[kept[owner]],
+        user=lists[kept] // num_prompts,
+    )
+
+
+def listed_candidates(data: PreparedData, lines: list[Line]) -> tuple[Candidates, int]:
+    """The lists of a file from the tables made of its pairs, and how many were dropped.
+
+    A list is dropped where one of its texts was, see "dropped" in dataset.json.
+    """
+    number = np.asarray([int(name) for name in data.groups])[data.comparisons["group"]]
+    places: dict[int, list[int]] = {}
+    for row, line in enumerate(number.tolist()):
+        places.setdefault(line, []).append(row)
+    sizes, response, utility, users = [], [], [], []
+    for line_number, rows in places.items():
+        line, table = lines[line_number], data.comparisons[rows]
+        pairs = paired(len(line.distinct))
+        if len(pairs) != len(rows):
+            continue
+        row_of = {}
+        for (one, other), pair in zip(pairs, table, strict=True):
+            row_of |= {one: int(pair["a"]), other: int(pair["b"])}
+        sizes.append(len(line.place))
+        response += [row_of[place] for place in line.place]
+        utility += line.scores
+        users.append(int(table["user"][0]))
+    first = np.concatenate([[0], np.cumsum(np.asarray(sizes, np.int64))])
+    columns = (
+        np.asarray(response, np.int64),
+        np.asarray(utility, float),
+        np.asarray(users, np.int64),
+    )
+    return Candidates(first, *columns), len(lines) - len(users)
+
+
+def read_lists(file: Path) -> list[Line]:
+    """The lines of a JSONL file of candidates, checked. Raises UserError with file and line."""
+    (path,) = check_files(file)
+    return [_line(fields, where) for where, fields in read_lines(path)]
+
+
+def _line(fields: Any, where: str) -> Line:
+    if not isinstance(fields, dict):
+        raise UserError(f"{where}: expected an object, found {type(fields).__name__}")
+    if unknown := [key for key in fields if key not in _KEYS]:
+        raise UserError(f"{where}: unknown key '{unknown[0]}'; a list has {', '.join(_KEYS)}.")
+    _, responses, scores = check_list(fields, where)
+    names = [json.dumps(response, sort_keys=True) for response in responses]
+    distinct = list(dict.fromkeys(names))
+    place = {name: number for number, name in enumerate(distinct)}
+    first = [responses[names.index(name)] for name in distinct]
+    return Line(where, fields, first, [place[name] for name in names], scores)
+
+
+def ranking_line(name: str, figures: dict[str, Any]) -> str:
+    """One line for people."""
+    parts = [f"{name}: {figures['lists']} lists"]
+    for who, found in (("", figures), ("users not in the run: ", figures["unknown_users"])):
+        if found["lists"]:
+            shown = ", ".join(
+                f"{figure} {found[figure]:.4f} (random {found['baselines']['random'][figure]:.4f})"
+                for figure in FIGURES
+            )
+            parts.append(f"{who}{found['lists']} lists, {shown}" if who else shown)
+    return "; ".join(parts)

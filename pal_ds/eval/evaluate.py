@@ -1,0 +1,204 @@
+"""Evaluates a finished run on a split or a file of pairs, alone or over ranks, and writes D/eval/NAME.json."""
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pal_ds.data.build import build_tables
+from pal_ds.data.records import Record
+from pal_ds.data.sources import Jsonl
+from pal_ds.data.tables import PreparedData
+from pal_ds.data.tokenise import TextEncoder
+from pal_ds.distributed.world import World
+from pal_ds.errors import UserError, writing
+from pal_ds.eval.baselines import FormatBaseline
+from pal_ds.eval.diagnostics import context_flip
+from pal_ds.eval.disagreement import controversial
+from pal_ds.eval.figures import dev_temperature, report_on
+from pal_ds.eval.findings import findings
+from pal_ds.eval.requests import Asked, asked_sets
+from pal_ds.eval.results import write_user_figures
+from pal_ds.inference.load_run import Restored, restore
+from pal_ds.inference.readers import KnownUsers, known_users, reader_of, with_points
+from pal_ds.modeling.build import refuse_empty_prompts
+from pal_ds.runs.run_dir import RunDirectory
+
+
+def records_of(file: Path) -> Iterable[Record]:
+    """The pairs of a JSONL file."""
+    return Jsonl(str(file)).records()
+
+
+@contextlib.contextmanager
+def opened_pairs(
+    restored: Restored,
+    file: Path | None,
+    world: World,
+    read: Callable[[Path], Iterable[Record]] = records_of,
+) -> Iterator[PreparedData]:
+    """The run's data, or tables of `file` made with the run's tokenizer and template, deleted afterwards.
+
+    `read` says which pairs of responses the file holds.
+    """
+    if file is None:
+        yield restored.data
+        return
+
+    def build() -> Path:
+        # A name of its own: others may be evaluating a file of this name on this run right now.
+        name = {"prefix": f"pairs-of-{file.stem}-", "suffix": ".tables"}
+        folder = Path(tempfile.mkdtemp(**name, dir=restored.run.path))
+        tokens = restored.data.info["tokens"]
+        try:
+            encoder = None
+            if tokens is not None:
+                encoder = TextEncoder.from_info(tokens, restored.data.tokenizer_path)
+            build_tables(read(file), folder, encoder, check_marker=False)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return folder
+
+    folder = world.from_rank_zero(build)
+
+    def open_tables() -> PreparedData:
+        data = PreparedData.open(folder)
+        _refuse_other_kind(file, data, restored)
+        return data
+
+    try:
+        yield world.on_every_rank(open_tables)
+        # Nobody may still be reading; after a failure on one rank alone the others would not come here.
+        world.barrier()
+    finally:
+        if world.is_rank_zero:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _refuse_other_kind(file: Path, data: PreparedData, restored: Restored) -> None:
+    """Raises UserError where the records are not of the kind and size that the run was trained on."""
+    own = restored.data
+    if data.info["kind"] != own.info["kind"]:
+        raise UserError(
+            f"{file}: holds {data.info['kind']}, and the run was trained on {own.info['kind']}."
+        )
+    if data.info["vector_size"] != own.info["vector_size"]:
+        raise UserError(
+            f"{file}: vectors of {data.info['vector_size']} numbers, the run was trained on {own.info['vector_size']}."
+        )
+    if (
+        data.info["kind"] == "vectors"
+        and restored.parts.collator.with_prompt
+        and data.prompt_vectors is None
+    ):
+        raise UserError(
+            f"{file}: the run's head reads the prompt, and these records carry no prompt_features."
+        )
+    refuse_empty_prompts(replace(restored.parts.collator, data=data), file)
+
+
+def evaluate_run(
+    run: RunDirectory,
+    world: World,
+    *,
+    split: str = "test",
+    file: Path | None = None,
+    name: str | None = None,
+    users: Path | None = None,
+    step: str = "latest",
+    trust_checkpoint: bool = False,
+) -> dict[str, Any]:
+    """The figures of `eval/NAME.json`, written by rank 0 and returned on every rank.
+
+    Raises:
+        UserError: no such run, step, split or file; an empty split.
+    """
+    (asked,) = asked_sets(split, [] if file is None else [file], name)
+    restored = restore(run, step, world.device, trust=trust_checkpoint)
+    return evaluate_set(restored, known_users(restored, users), asked, world)
+
+
+def evaluate_set(
+    restored: Restored, known: KnownUsers, asked: Asked, world: World
+) -> dict[str, Any]:
+    """As `evaluate_run`, of a run in memory."""
+    with opened_pairs(restored, asked.file, world) as data:
+        rows = asked.rows(data)
+        known = with_points(known, restored, data, world)
+        temperature = _temperature(restored, world)
+        reader = reader_of(restored, data, rows, known.table_rows(data), world)
+        margins = reader.forwards(world, "scoring").margins(rows, known.mixtures)
+        user_rows, looks = reader.collator.user_rows(rows), FormatBaseline.of(restored.data)
+        figures = report_on(data, rows, margins, user_rows, temperature, looks)
+        figures |= findings(restored, known, data, rows, margins, user_rows, looks, world)
+        if known.encoded_rows is not None:
+            other = with_points(known, restored, data, world, flipped=True)
+            turned = reader.forwards(world).margins(rows, other.mixtures)
+            # Points of adapted users were made elsewhere, and stay as they are.
+            could_turn = np.isin(user_rows, known.encoded_rows)
+            figures["context_flip"] = context_flip(
+                margins, turned, could_turn, controversial(data.comparisons[rows])
+            )
+        if asked.file is not None:
+            figures["dropped"] = data.info["dropped"]
+            figures["prompts_seen_in_training"] = _num_seen_prompts(restored.data, data)
+    figures["step"] = restored.step
+    figures["adapted_users"] = sum(len(ids) for ids in known.ids[1:])
+    world.from_rank_zero(lambda: write_figures(restored.run, asked.name, figures))
+    return figures
+
+
+def _temperature(restored: Restored, world: World) -> float:
+    """At the restored step, from the run's own users and dev pairs, whichever pairs and users are evaluated.
+
+    Margins of the logistic loss are log-odds already: nothing is read or scored for it.
+    """
+    data, kind = restored.data, restored.config.loss.kind
+    rows = data.rows("dev")
+    if kind == "logistic" or len(rows) == 0:
+        return 1.0
+    own = with_points(known_users(restored, None), restored, data, world)
+    reader = reader_of(restored, data, rows, own.table_rows(data), world)
+    margins = reader.forwards(world).margins(rows, own.mixtures)
+    return dev_temperature(margins, data.comparisons["label"][rows].astype(float), kind)
+
+
+def _num_seen_prompts(trained_on: PreparedData, data: PreparedData) -> int:
+    if data.prompts is None and (data.prompt_vectors is None or trained_on.prompt_vectors is None):
+        return 0  # vector records without prompts have none to meet again
+    responses = trained_on.comparisons["a"][trained_on.rows("train")]
+    seen = trained_on.prompt_hashes()[np.unique(trained_on.response_prompt[responses])]
+    return int(np.isin(data.prompt_hashes(), seen).sum())
+
+
+def write_figures(run: RunDirectory, name: str, figures: dict[str, Any]) -> None:
+    """Writes eval/NAME.json. Raises StorageError where it cannot be written."""
+    with writing(run.eval):
+        run.eval.mkdir(parents=True, exist_ok=True)
+    write_user_figures(run.eval / f"{name}.json", figures)
+
+
+def summary_line(name: str, figures: dict[str, Any]) -> str:
+    """One line for people."""
+    parts = [f"{name}: {figures['pairs']} pairs"]
+    if figures["pairs"]:
+        low, high = figures["accuracy_ci95"]
+        parts.append(f"accuracy {figures['accuracy']:.4f} [{low:.4f}, {high:.4f}]")
+        parts.append(f"mean over {len(figures['users'])} users {figures['user_accuracy_mean']:.4f}")
+        if figures["ece"] is not None:
+            parts.append(f"ECE {figures['ece']:.4f}")
+    unknown = figures["unknown_users"]
+    if unknown["pairs"]:
+        parts.append(
+            f"users not in the run: {unknown['pairs']} pairs, accuracy {unknown['accuracy']:.4f}"
+        )
+    return "; ".join(parts)
+
+
+__all__ = ["evaluate_run", "evaluate_set", "opened_pairs", "summary_line", "write_figures"]

@@ -1,0 +1,72 @@
+"""What an evaluation says beside its figures: diagnostics of the head, accuracy in training, warnings."""
+
+from typing import Any
+
+import numpy as np
+
+from pal_ds.data.tables import PreparedData
+from pal_ds.distributed.world import World
+from pal_ds.eval.baselines import FormatBaseline, length_margins
+from pal_ds.eval.diagnostics import diagnose, diagnose_latent
+from pal_ds.eval.metrics import correctness
+from pal_ds.eval.sanity_checks import (
+    Judged,
+    both_nearly_perfect,
+    no_better_than_surface,
+    training_accuracy,
+    unseen_above_seen,
+)
+from pal_ds.inference.load_run import Restored
+from pal_ds.inference.readers import KnownUsers
+
+
+def findings(
+    restored: Restored,
+    users: KnownUsers,
+    data: PreparedData,
+    rows: np.ndarray,
+    margins: np.ndarray,
+    table_rows: np.ndarray,
+    looks: FormatBaseline | None,
+    world: World,
+) -> dict[str, Any]:
+    """{"train_accuracy", "diagnostics", "warnings"} of a run whose `margins` for comparisons `rows` are known.
+
+    `table_rows` is the row of each comparison's user, -1 for strangers.
+    Of users the run knows and strangers in one set, the former are held against baselines.
+    """
+    trained = world.from_rank_zero(
+        lambda: training_accuracy(restored.run.read_metrics(), restored.step)
+    )
+    table, known = data.comparisons[rows], table_rows >= 0
+    seen, unseen = (
+        judged(data, rows[known], margins[known]),
+        judged(data, rows[~known], margins[~known]),
+    )
+    subject, chosen = (seen, known) if known.any() else (unseen, ~known)
+    labels = table["label"].astype(float)
+    lengths = length_margins(data, table)
+    formats = None if looks is None else looks.margins(data, table)
+    baselines = (
+        None if found is None else correctness(found, labels)[chosen]
+        for found in (lengths, formats)
+    )
+    held_out = not (data is restored.data and (table["split"] == 0).all())
+    warnings = [
+        *unseen_above_seen(seen, unseen),
+        *(both_nearly_perfect(trained, subject, restored.data.info) if held_out else []),
+        *no_better_than_surface(subject, *baselines),
+    ]
+    diagnostics = None
+    if restored.parts.needs_users and users.own is not None:
+        diagnostics = diagnose(restored.model.head, users.own)
+    elif users.encoded is not None:
+        diagnostics = diagnose_latent(users.encoded)
+    return {"train_accuracy": trained, "diagnostics": diagnostics, "warnings": warnings}
+
+
+def judged(data: PreparedData, rows: np.ndarray, margins: np.ndarray) -> Judged:
+    """Comparisons of prepared data with the margins found for them."""
+    table = data.comparisons[rows]
+    right = correctness(margins, table["label"].astype(float))
+    return Judged(right, data.response_prompt[table["a"]])

@@ -1,0 +1,197 @@
+"""From margins of judged pairs to the figures of an evaluation; numpy in fp64, fixed order, no model in sight."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.special import expit, log_expit
+
+NUM_CALIBRATION_BINS = 15
+FIGURES = (
+    "accuracy",
+    "accuracy_ci95",
+    "user_accuracy_mean",
+    "worst_decile_user_accuracy",
+    "ece",
+    "brier",
+    "reliability",
+    "temperature",
+    "controversial",
+    "length_baseline_accuracy",
+    "format_baseline_accuracy",
+    "bayes_accuracy",
+    "probability_mae",
+)
+"""What `evaluation_figures` may say beside "pairs" and "users"; all of it null for an empty set."""
+
+
+def correctness(margins: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """1 where the preferred response scores higher, 0 where lower or no number, 1/2 for a tie; fp64 [n]."""
+    signed = margins * labels
+    return (signed > 0) + 0.5 * (signed == 0)
+
+
+def clustered_standard_error(values: np.ndarray, clusters: np.ndarray) -> float:
+    """Standard error of the mean when values share clusters (all pairs of a prompt stand or fall together).
+
+    Cluster-robust variance of a mean: sum over clusters of (sum of residuals)^2 / n^2, with C / (C - 1).
+    """
+    index = np.unique(clusters, return_inverse=True)[1]
+    residuals = np.bincount(index, weights=values - values.mean())
+    num_clusters = len(residuals)
+    correction = num_clusters / (num_clusters - 1) if num_clusters > 1 else 1.0
+    return float(np.sqrt(correction * (residuals**2).sum()) / len(values))
+
+
+def clustered_interval(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float]:
+    """95% interval (normal approximation) of a mean of values in [0, 1] that share clusters."""
+    mean, half = values.mean(), 1.96 * clustered_standard_error(values, clusters)
+    return float(max(0.0, mean - half)), float(min(1.0, mean + half))
+
+
+def fit_temperature(margins: np.ndarray, labels: np.ndarray) -> float:
+    """T > 0 that makes margin / T the best log-odds on held-out pairs: hinge margins are no log-odds by themselves.
+
+    Margins that are no numbers say nothing; 1 where all are such.
+    """
+    signed = (margins * labels)[np.isfinite(margins)]
+    if len(signed) == 0:
+        return 1.0
+    best = minimize_scalar(
+        lambda t: -log_expit(signed * np.exp(-t)).mean(), bounds=(-7.0, 7.0), method="bounded"
+    )
+    return float(np.exp(best.x))
+
+
+class Calibration(NamedTuple):
+    """How far stated confidence is from the truth, over all of some pairs."""
+
+    ece: float
+    """Mean gap between confidence and accuracy over equal bins of confidence in [1/2, 1] (Naeini et al. 2015)."""
+    brier: float
+    """Mean of (sigmoid(margin) - 1[response_2 is preferred])^2, in [0, 1]; 1/4 for a coin (Brier 1950)."""
+
+
+def calibrations(
+    margins: np.ndarray, labels: np.ndarray, groups: np.ndarray
+) -> list[Calibration | None]:
+    """Of the pairs of each group 0, 1, ..., from log-odds [n], labels -1 or +1 [n] and the group of each pair [n].
+
+    None where a margin is no number: a diverged model states no confidence. The ECE of few pairs is biased upwards
+    (one pair alone has the gap of a bin of its own); the Brier score is not.
+    """
+    confidence, right = expit(np.abs(margins)), correctness(margins, labels)
+    # Only bins that hold a pair: users times bins would be many.
+    cells, cell = np.unique(
+        groups * NUM_CALIBRATION_BINS + _confidence_bin(confidence), return_inverse=True
+    )
+    gaps = np.abs(np.bincount(cell, weights=right - confidence, minlength=len(cells)))
+    counts = np.bincount(groups)
+    ece = np.bincount(cells // NUM_CALIBRATION_BINS, weights=gaps, minlength=len(counts)) / counts
+    squares = expit(-margins * labels) ** 2
+    brier = np.bincount(groups, weights=squares, minlength=len(counts)) / counts
+    return [
+        None if np.isnan(pair).any() else Calibration(*pair)
+        for pair in zip(ece.tolist(), brier.tolist(), strict=True)
+    ]
+
+
+def reliability(margins: np.ndarray, labels: np.ndarray) -> list[dict[str, Any]] | None:
+    """The reliability diagram: {"confidence", "accuracy", "pairs"} of each bin that holds pairs, least sure first.
+
+    None where a margin is no number.
+    """
+    if np.isnan(margins).any():
+        return None
+    confidence, right = expit(np.abs(margins)), correctness(margins, labels)
+    index = np.unique(_confidence_bin(confidence), return_inverse=True)[1]
+    counts = np.bincount(index)
+    means = (np.bincount(index, weights=values) / counts for values in (confidence, right))
+    return [
+        {"confidence": stated, "accuracy": found, "pairs": count}
+        for stated, found, count in zip(*map(np.ndarray.tolist, (*means, counts)), strict=True)
+    ]
+
+
+def _confidence_bin(confidence: np.ndarray) -> np.ndarray:
+    """Which of the equal bins of [1/2, 1] each confidence falls in; what is no number goes to the last."""
+    place = np.nan_to_num((confidence - 0.5) * 2 * NUM_CALIBRATION_BINS, nan=np.inf)
+    return np.minimum(place, NUM_CALIBRATION_BINS - 1).astype(int)
+
+
+def user_figures(
+    margins: np.ndarray, labels: np.ndarray, user_ids: np.ndarray, temperature: float
+) -> dict[str, dict[str, Any]]:
+    """{"user": {"pairs", "accuracy", "ece", "brier"}} in the order of the ids; see `calibrations` for null."""
+    names, index, counts = np.unique(user_ids, return_inverse=True, return_counts=True)
+    means = np.bincount(index, weights=correctness(margins, labels)) / counts
+    return {
+        str(name): {"pairs": count, "accuracy": mean, **_named(calibration)}
+        for name, count, mean, calibration in zip(
+            names,
+            counts.tolist(),
+            means.tolist(),
+            calibrations(margins / temperature, labels, index),
+            strict=True,
+        )
+    }
+
+
+def _named(calibration: Calibration | None) -> dict[str, float | None]:
+    return dict.fromkeys(Calibration._fields) if calibration is None else calibration._asdict()
+
+
+def mean_figures(right: np.ndarray, prompts: np.ndarray) -> dict[str, Any]:
+    """{"pairs", "accuracy", "accuracy_ci95"} of some of the pairs; the latter two null where there are none."""
+    if len(right) == 0:
+        return {"pairs": 0, "accuracy": None, "accuracy_ci95": None}
+    interval = list(clustered_interval(right, prompts))
+    return {"pairs": len(right), "accuracy": float(right.mean()), "accuracy_ci95": interval}
+
+
+def evaluation_figures(
+    margins: np.ndarray,
+    labels: np.ndarray,
+    user_ids: np.ndarray,
+    prompts: np.ndarray,
+    *,
+    temperature: float = 1.0,
+    length_margins: np.ndarray | None = None,
+    format_margins: np.ndarray | None = None,
+    probabilities: np.ndarray | None = None,
+    controversial: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """The figures of `eval/NAME.json` for one set of pairs.
+
+    `margins` > 0 prefer response_2; `length_margins` = how much longer response_2 is, and `format_margins` = how much
+    better it looks, see `surface`; `probabilities` = known truth that response_2 is preferred, NaN where unknown:
+    the figures that need it are then left out; `controversial` = pairs on which users disagree, bool. An empty set has
+    every key, null.
+    """
+    if len(margins) == 0:
+        return {"pairs": 0, **dict.fromkeys(FIGURES), "users": {}}
+    right = correctness(margins, labels)
+    users = user_figures(margins, labels, user_ids, temperature)
+    accuracies = np.sort([user["accuracy"] for user in users.values()])
+    (calibration,) = calibrations(margins / temperature, labels, np.zeros(len(margins), int))
+    disputed = np.zeros(len(margins), bool) if controversial is None else controversial
+    figures: dict[str, Any] = {
+        **mean_figures(right, prompts),
+        "user_accuracy_mean": float(accuracies.mean()),
+        "worst_decile_user_accuracy": float(accuracies[: max(1, len(accuracies) // 10)].mean()),
+        **_named(calibration),
+        "reliability": reliability(margins / temperature, labels),
+        "temperature": temperature,
+        "controversial": mean_figures(right[disputed], prompts[disputed]),
+        "length_baseline_accuracy": _baseline_accuracy(length_margins, labels),
+        "format_baseline_accuracy": _baseline_accuracy(format_margins, labels),
+    }
+    if probabilities is not None and np.isfinite(probabilities).all():
+        figures["bayes_accuracy"] = float(np.maximum(probabilities, 1 - probabilities).mean())
+        error = np.abs(expit(margins / temperature) - probabilities).mean()
+        figures["probability_mae"] = None if np.isnan(error) else float(error)
+    return {**figures, "users": users}
+
+
+def _baseline_accuracy(margins: np.ndarray | None, labels: np.ndarray) -> float | None:
+    return None if margins is None else float(correctness(margins, labels).mean())

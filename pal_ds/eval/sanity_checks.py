@@ -1,0 +1,98 @@
+"""Warnings about results too good, or too cheap, to be true: what a leak or an artefact of the data looks like."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pal_ds.eval.metrics import clustered_standard_error
+
+SUSPICIOUS_ACCURACY = 0.95
+"""People disagree with themselves more often than once in twenty."""
+LAST_PART_OF_EPOCH = 0.25
+
+
+class Judged(NamedTuple):
+    """Pairs as they were scored: `metrics.correctness` [n], and the prompt of each [n]."""
+
+    right: np.ndarray
+    prompts: np.ndarray
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.right.mean())
+
+    @property
+    def half_width(self) -> float:
+        """Half of the 95% interval, clustered by prompt and not cut at 0 or 1."""
+        return 1.96 * clustered_standard_error(self.right, self.prompts)
+
+
+def unseen_above_seen(seen: Judged, unseen: Judged) -> list[str]:
+    """A warning where strangers are served better than trained users, by more than the 95% interval of the gap."""
+    if len(seen.right) == 0 or len(unseen.right) == 0:
+        return []
+    gap = unseen.accuracy - seen.accuracy
+    # As if independent: they share no comparison, and at most some prompts.
+    half = float(np.hypot(seen.half_width, unseen.half_width))
+    if gap <= half:
+        return []
+    return [
+        f"unseen users are predicted better than seen ones ({unseen.accuracy:.3f} against {seen.accuracy:.3f}, more "
+        f"than the interval of +-{half:.3f}): do their comparisons give the answer away, or were they trained on?"
+    ]
+
+
+def both_nearly_perfect(
+    train_accuracy: float | None, held_out: Judged, info: dict[str, Any]
+) -> list[str]:
+    """A warning where train and held-out accuracy both exceed 95% on data that real people made.
+
+    `info` is dataset.json: data with a known best accuracy are synthetic, and may be that easy.
+    """
+    if "bayes_accuracy" in info or train_accuracy is None or len(held_out.right) == 0:
+        return []
+    if min(train_accuracy, held_out.accuracy) <= SUSPICIOUS_ACCURACY:
+        return []
+    return [
+        f"accuracy in training ({train_accuracy:.3f}) and on these pairs ({held_out.accuracy:.3f}) both exceed "
+        f"{SUSPICIOUS_ACCURACY:.0%}, which people's preferences do not allow: do preferred responses differ in form?"
+    ]
+
+
+def no_better_than_surface(
+    judged: Judged, length_right: np.ndarray | None, format_right: np.ndarray | None
+) -> list[str]:
+    """A warning for each baseline that the model does not beat by more than the 95% interval of the difference.
+
+    Of length it is the better of "the longer wins" and "the shorter wins". The same pairs are judged by both, so the
+    interval is that of the difference per pair, clustered by prompt.
+    """
+    baselines = {}
+    if length_right is not None and len(length_right):
+        longer = length_right.mean() >= 0.5
+        rule = "the longer one wins" if longer else "the shorter one wins"
+        baselines[rule] = length_right if longer else 1 - length_right
+    if format_right is not None and len(format_right):
+        baselines["first and last token"] = format_right
+    found = []
+    for rule, right in baselines.items():
+        difference = judged.right - right
+        half = 1.96 * clustered_standard_error(difference, judged.prompts)
+        if difference.mean() <= half:
+            found.append(
+                f"accuracy {judged.accuracy:.3f} is not above that of a baseline that does not read ({rule}: "
+                f"{right.mean():.3f}) by more than the interval of +-{half:.3f}"
+            )
+    return found
+
+
+def training_accuracy(metrics: list[dict[str, Any]], step: int) -> float | None:
+    """Accuracy while training over the last quarter of an epoch before `step`: mean of those lines of metrics.jsonl.
+
+    None where there is no such line.
+    """
+    lines = [row for row in metrics if row.get("accuracy") is not None and row["step"] <= step]
+    if not lines:
+        return None
+    begin = max(row["epoch"] for row in lines) - LAST_PART_OF_EPOCH
+    return float(np.mean([row["accuracy"] for row in lines if row["epoch"] > begin]))

@@ -1,0 +1,1 @@
+"""Import checkpoints of PAL's own repository."""

@@ -1,0 +1,262 @@
+"""A checkpoint of the PAL reference (RamyaLab/pluralistic-alignment) as an exported folder and a user table."""
+
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, PretrainedConfig
+
+from pal_ds.data.tokenise import load_tokenizer
+from pal_ds.errors import UserError, writing
+from pal_ds.export import bundle_code, card
+from pal_ds.export.audience import Audience, choose_audience
+from pal_ds.export.configs import PAL_AUTO_MAP
+from pal_ds.export.folder import DTYPES, on_meta, parse_size, write_config
+from pal_ds.export.pal_reference.text import TextForm
+from pal_ds.export.publish import new_folder, refuse_existing
+from pal_ds.export.weights import Weights, exported_tensors
+from pal_ds.export.writer import write_sharded
+from pal_ds.heads.base import Head
+from pal_ds.heads.reference import (
+    BACKBONE,
+    ReferenceHead,
+    head_from_reference,
+    merge_copies,
+)
+from pal_ds.progress import progress_bar
+from pal_ds.remote_code.encoding import hidden_size_of
+from pal_ds.remote_code.modeling_pal import PalForSequenceClassification, PalRewardConfig
+from pal_ds.users import UserTable
+
+_COMPUTED = ("position_ids", "inv_freq")
+"""Buffers that older versions of transformers saved and that follow from the config."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions:
+    """What a checkpoint of the reference does not say by itself."""
+
+    config: Path
+    """Its prefLearner_config (YAML)."""
+    backbone: Path
+    """Folder with the backbone's config and tokenizer, and its weights where the checkpoint has none."""
+    users_out: Path | None = None
+    """Where the user table goes."""
+    user: str | None = None
+    mixture: Sequence[float] | None = None
+    end_text: str = "<|endoftext|>"
+    """`end_of_conversation_token` of its ds_config."""
+    prompt_end: str = " Assistant:"
+    """How every prompt ended: for PAL-B, which must find the response in a text."""
+    max_length: int = 512
+    """`max_seq_len` of its ds_config."""
+    dtype: str = "fp32"
+    max_shard_size: str = "4GB"
+    quiet: bool = False
+
+
+def import_checkpoint(checkpoint: Path, out: Path, options: ImportOptions) -> dict[str, Any]:
+    """Writes the exported folder `out`, and the users; returns the folder's facts (export.json).
+
+    Raises:
+        UserError: a file that is no such checkpoint, holds objects beside tensors, or a variant that
+            cannot be represented; `out` or the users' folder holds something.
+        StorageError: nothing can be written there.
+    """
+    parse_size(options.max_shard_size)
+    for folder in filter(None, (out, options.users_out)):
+        refuse_existing(folder)
+    tensors = read_checkpoint(checkpoint)
+    try:
+        merged = merge_copies(tensors)
+        backbone = {n: t for n, t in merged.items() if n.startswith(BACKBONE)}
+        rest = {n: t for n, t in merged.items() if n not in backbone}
+        found = head_from_reference(rest, _read_config(options.config))
+    except ValueError as error:
+        raise UserError(f"{checkpoint} with {options.config}: {error}") from None
+    backbone = {n.removeprefix(BACKBONE): t for n, t in backbone.items()}
+    users = UserTable(found.logits.shape[1], found.user_ids)
+    users.logits.copy_(found.logits)
+    users.seen.fill_(True)
+    with new_folder(out) as folder:
+        facts = _fill(folder, found, users, backbone, options)
+        facts["imported_from"] = checkpoint.name
+        facts["checkpoint_sha256"] = card.sha256_of(checkpoint)
+        card.write_card(folder, facts)
+        card.write_facts(folder, facts)
+        if options.users_out is not None:
+            with writing(options.users_out):
+                users.save(options.users_out)
+    return facts
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The tensors of a Lightning checkpoint or a state dict, under names without the learner's prefix.
+
+    Raises:
+        UserError: no such file, no checkpoint of PAL, or one that holds objects, which are not loaded.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file.")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path}: is no checkpoint that torch.save wrote, or it was cut off.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        raise UserError(
+            f"{path}: holds {named[1] if named else 'objects'} beside its tensors, and to load objects is "
+            "to run code. If you trust the file, write its tensors alone, where the reference's packages "
+            f"are installed: c = torch.load('{path.name}', weights_only=False); "
+            "torch.save(c['state_dict'], 'tensors.pt')."
+        ) from None
+    except RuntimeError as error:
+        raise UserError(f"{path}: is no checkpoint, or damaged ({error}).") from None
+    if isinstance(content, Mapping) and "state_dict" in content:
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not content:
+        raise UserError(f"{path}: holds no state dict.")
+    first = next((str(name) for name in content if "user_learner." in str(name)), None)
+    if first is None:
+        raise UserError(f"{path}: is no checkpoint of PAL: it has no user_learner.")
+    prefix = first[: first.index("user_learner.")]
+    for name, tensor in content.items():
+        if not isinstance(tensor, Tensor) or not str(name).startswith(prefix):
+            raise UserError(f"{path}: {name} is no tensor of PAL's learner ('{prefix}...').")
+    return {str(name).removeprefix(prefix): tensor for name, tensor in content.items()}
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"--config {path}: no such file; give the reference's prefLearner_config.")
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path}: no YAML ({error}).") from None
+    if not isinstance(config, dict):
+        raise UserError(f"--config {path}: must be a mapping of keys, as in the reference's files.")
+    return config
+
+
+def _fill(
+    folder: Path,
+    found: ReferenceHead,
+    users: UserTable,
+    backbone: dict[str, Tensor],
+    options: ImportOptions,
+) -> dict[str, Any]:
+    head = found.head
+    audience = choose_audience(head, users, user=options.user, mixture=options.mixture)
+    inner = _backbone_config(options.backbone)
+    form = TextForm.of(
+        load_tokenizer(str(options.backbone)),
+        end_text=options.end_text,
+        prompt_end=options.prompt_end if "prompt" in head.needs else None,
+    )
+    pad = form.write_tokenizer(options.backbone, folder, options.max_length)
+    config = PalRewardConfig(
+        text_config=inner,
+        head={"name": type(head).__name__, "init": found.init},
+        mixture=audience.mixture,
+        **form.config,
+        max_tokens=options.max_length,
+        pad_token_id=pad,
+    )
+    bundle_code.write_pal_code(folder, head)
+    write_config(folder, config, PalForSequenceClassification.__name__, PAL_AUTO_MAP)
+    if hidden_size_of(inner) != found.hidden_size:
+        raise UserError(
+            f"--backbone {options.backbone}: its hidden states are {hidden_size_of(inner)} wide, the "
+            f"checkpoint's head reads {found.hidden_size}. Give the backbone that it was trained with."
+        )
+    weights = _weights(backbone, options.backbone, head)
+    target = on_meta(PalForSequenceClassification, config)
+    head_tensors = {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
+    shapes, read = exported_tensors(target, weights, "backbone.", head_tensors)
+    with progress_bar("importing", len(shapes), shown=not options.quiet, unit="tensors") as advance:
+        size = parse_size(options.max_shard_size)
+        write_sharded(folder, shapes, read, DTYPES[options.dtype], size, advance)
+    _check(folder, read, DTYPES[options.dtype])
+    return _facts(head, audience, config, form, options) | {
+        "backbone_weights": "the checkpoint's" if backbone else "not in the checkpoint; given"
+    }
+
+
+def _facts(
+    head: Head,
+    audience: Audience,
+    config: PalRewardConfig,
+    form: TextForm,
+    options: ImportOptions,
+) -> dict[str, Any]:
+    return {
+        "format_version": card.FORMAT_VERSION,
+        "head": type(head).__name__,
+        "family": head.family,
+        "stock_class": None,
+        "audience": audience.description,
+        "mixture": audience.mixture,
+        "licence": None,
+        "backbone": _read_config(options.config).get("llm_name", "not stated"),
+        "dtype": options.dtype,
+        "reads_prompt": "prompt" in head.needs,
+        "end_in_tokenizer": form.written_end,
+        "tokens": {
+            "tokenizer": options.backbone.name,
+            "vocab_size": config.text_config.vocab_size,
+            "max_length": options.max_length,
+            "prefix_ids": config.prefix_ids,
+            "end_ids": config.end_ids,
+            "marker_ids": config.marker_ids,
+            "user_marker_ids": None,
+            # The reference joins prompt and response as they are; the model adds special tokens.
+            "separator": "",
+            "chat_template": False,
+            "special_tokens": False,
+            "pad_token_id": config.pad_token_id,
+        },
+    }
+
+
+def _check(folder: Path, read: Callable[[str], Iterator[Tensor]], dtype: torch.dtype) -> None:
+    """Raises UserError unless the folder opens with the checkpoint's tensors, to the bit."""
+    model = PalForSequenceClassification.from_pretrained(folder, local_files_only=True)
+    for name, tensor in model.state_dict().items():
+        if not torch.equal(tensor.flatten(), torch.cat(list(read(name))).to(dtype)):
+            raise UserError(
+                f"{name} of the folder is not the checkpoint's: nothing was written. Please report this."
+            )
+
+
+def _backbone_config(path: Path) -> PretrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--backbone {path}: cannot be opened ({str(error).strip().splitlines()[0]}). Give the folder "
+            "that the reference's llm_name was downloaded to."
+        ) from None
+    config._name_or_path = ""
+    config.use_cache = False
+    return config
+
+
+def _weights(backbone: dict[str, Tensor], path: Path, head: Head) -> Weights:
+    """The checkpoint's backbone, or that of the folder where it has none."""
+    if not backbone:
+        backbone = AutoModel.from_pretrained(path, dtype=torch.float32).state_dict()
+    tensors = {
+        name: tensor
+        for name, tensor in backbone.items()
+        # The pooler of BERT-like models is read by no score.
+        if name.rpartition(".")[2] not in _COMPUTED and not name.startswith("pooler.")
+    }
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return Weights(shapes, lambda name: iter([tensors[name].flatten()]), head)

@@ -1,0 +1,136 @@
+"""The exported folder against the trainer: the same texts, two paths, the largest difference."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pal_ds.data.collator import Collator
+from pal_ds.data.ragged import Ragged
+from pal_ds.data.tables import COMPARISON_DTYPE, PreparedData
+from pal_ds.data.tokenise import Encoded, TextEncoder
+from pal_ds.errors import UserError
+from pal_ds.export.tokenizer import open_tokenizer
+from pal_ds.heads.base import UserState
+from pal_ds.inference.load_run import OpenRun
+from pal_ds.losses import decision_margin
+from pal_ds.model import RewardModel
+from pal_ds.remote_code.canonical_rows import CanonicalRows
+from pal_ds.remote_code.modeling_pal import PalForSequenceClassification
+
+BATCH_TEXTS = 8
+NUM_TEXTS = 16
+"""Enough to tell a wrong export from a right one, few enough for a large model on a CPU."""
+
+
+def read_samples(opened: OpenRun) -> tuple[list[str], list[Encoded]]:
+    """(texts, how the trainer divides them into ids) of DATA/samples.jsonl.
+
+    Raises:
+        UserError: the file is gone, or its texts no longer give the ids they gave.
+    """
+    file = opened.data.path / "samples.jsonl"
+    if not file.is_file():
+        raise UserError(f"{file}: missing; an export is checked on these texts. Prepare again.")
+    samples = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    if "prompt" in opened.parts.head.needs:
+        samples = [sample for sample in samples if sample["prompt"] is not None]
+    samples = samples[:: -(-len(samples) // NUM_TEXTS)] if samples else samples
+    encoder = TextEncoder.from_info(opened.data.info["tokens"], opened.data.tokenizer_path)
+    rendered = [encoder.render(sample["prompt"], sample["response"]) for sample in samples]
+    if not samples or None in rendered:
+        raise UserError(f"{file}: holds no text that the export can be checked on. Prepare again.")
+    texts = [item.text for item in rendered if item is not None]
+    encoded = encoder.encode([item for item in rendered if item is not None])
+    pairs = zip(encoded, samples, strict=True)
+    if any(e is None or len(e.prompt_ids) != s["prompt_tokens"] for e, s in pairs):
+        raise UserError(
+            f"{opened.data.tokenizer_path}: gives other ids than when the data were prepared; the "
+            "folder was changed. Prepare again."
+        )
+    return texts, [e for e in encoded if e is not None]
+
+
+def trainer_scores(
+    model: RewardModel, collator: Collator, encoded: list[Encoded], mixture: list[float] | None
+) -> np.ndarray:
+    """fp64 score of each text by the very path of training: tables, collator, model."""
+    collator = Collator(
+        _as_data(collator.data, encoded),
+        scored_positions=collator.scored_positions,
+        encoding=collator.encoding,
+        with_prompt=collator.with_prompt,
+        pad_token_id=collator.pad_token_id,
+    )
+    weights = None if mixture is None else torch.tensor([mixture])
+    scores = []
+    with torch.no_grad():
+        for rows in _batches(len(encoded)):
+            batch = collator(rows, np.arange(len(rows)))
+            user = UserState(None, None, None if weights is None else weights.expand(len(rows), -1))
+            reward = model(batch, user).reward[:, 0]
+            scores.append(decision_margin(reward, batch.window_end))
+    return torch.cat(scores).double().numpy()
+
+
+def exported_scores(model: torch.nn.Module, folder: Path, texts: list[str]) -> np.ndarray:
+    """fp64 [2, n]: texts padded right with special tokens, and padded left without them.
+
+    A stock class reads positions from the row's start, so it is fed right-padded rows both times.
+    """
+    tokenizer = open_tokenizer(folder)
+    ours = isinstance(model, (PalForSequenceClassification, CanonicalRows))
+    ways = (("right", True), ("left" if ours else "right", False))
+    return np.stack([_score(model, tokenizer, texts, side, special) for side, special in ways])
+
+
+def _score(
+    model: torch.nn.Module, tokenizer: Any, texts: list[str], side: str, special: bool
+) -> np.ndarray:
+    scores = []
+    with torch.no_grad():
+        for rows in _batches(len(texts)):
+            batch = tokenizer(
+                [texts[row] for row in rows],
+                padding=True,
+                padding_side=side,
+                add_special_tokens=special,
+                return_token_type_ids=False,
+                return_tensors="pt",
+                verbose=False,
+            )
+            scores.append(model(**batch).logits[:, 0].float())
+    return torch.cat(scores).double().numpy() if scores else np.empty(0)
+
+
+def _batches(total: int) -> Iterator[np.ndarray]:
+    for start in range(0, total, BATCH_TEXTS):
+        yield np.arange(start, min(start + BATCH_TEXTS, total))
+
+
+def _as_data(data: PreparedData, encoded: list[Encoded]) -> PreparedData:
+    """Tables in memory: text i is response i after prompt i, compared with itself in row i."""
+    comparisons = np.zeros(len(encoded), COMPARISON_DTYPE)
+    comparisons["a"] = comparisons["b"] = np.arange(len(encoded))
+    return PreparedData(
+        path=data.path,
+        info=data.info,
+        comparisons=comparisons,
+        response_prompt=np.arange(len(encoded)),
+        users=data.users,
+        user_seen=data.user_seen,
+        user_group=data.user_group,
+        prompts=_ragged([e.prompt_ids for e in encoded]),
+        responses=_ragged([e.response_ids for e in encoded]),
+    )
+
+
+def _ragged(rows: list[list[int]]) -> Ragged:
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
+    return Ragged(np.concatenate([np.asarray(row, np.int32) for row in rows]), offsets)
+
+
+__all__ = ["exported_scores", "read_samples", "trainer_scores"]

@@ -1,0 +1,1 @@
+"""A trained run in memory, and how it scores comparisons and texts."""

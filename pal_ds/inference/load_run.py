@@ -1,0 +1,221 @@
+"""A trained run back in memory as a plain torch model: one process, no DeepSpeed.
+
+What `evaluate`, `adapt`, `score` and the export stand on.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pal_ds.backbones.deferred import DeferredBackbone
+from pal_ds.backbones.language import STATE_PREFIX
+from pal_ds.backbones.loading import empty_transformer
+from pal_ds.backbones.transformer import TransformerBackbone
+from pal_ds.config.recipe import load_recipe
+from pal_ds.config.run_config import RunConfig
+from pal_ds.data.tables import PreparedData
+from pal_ds.engine.checkpoint.checkpoint import refuse_other_base
+from pal_ds.engine.checkpoint.manifest import (
+    UntrustedCheckpointError,
+    refuse_strangers,
+    verify_checkpoint,
+)
+from pal_ds.engine.checkpoint.shard_reader import ShardedCheckpoint
+from pal_ds.engine.checkpoint.torch_archive import ForeignObjectError
+from pal_ds.errors import UserError
+from pal_ds.model import RewardModel
+from pal_ds.modeling.build import Parts, assemble, base_weights_of, load_backbone
+from pal_ds.runs.run_dir import RunDirectory
+from pal_ds.users import UserTable
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run at one step: everything but the model's weights, which still lie in `checkpoint`."""
+
+    run: RunDirectory
+    config: RunConfig
+    data: PreparedData
+    parts: Parts
+    users: UserTable
+    step: int
+    manifest: dict[str, Any]
+    checkpoint: ShardedCheckpoint
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A run at one step with its model, in eval mode."""
+
+    run: RunDirectory
+    config: RunConfig
+    data: PreparedData
+    parts: Parts
+    users: UserTable
+    step: int
+    manifest: dict[str, Any]
+    model: RewardModel
+
+
+def open_run(
+    run: RunDirectory,
+    step: str | int = "latest",
+    *,
+    trust: bool = False,
+    data_path: str | Path | None = None,
+) -> OpenRun:
+    """Opens a verified checkpoint of a run without reading its weights.
+
+    Args:
+        run: what `train` wrote.
+        step: a number, `latest` or `best`.
+        trust: read a checkpoint that belongs to another user of the machine.
+        data_path: where the prepared data lies now; unset means where the recipe says.
+
+    Raises:
+        UntrustedCheckpointError: others may have written the checkpoint or its recipe, without `trust`.
+        UserError: no such run or step, a damaged checkpoint, or data that are gone or not those
+            the run was trained on.
+    """
+    run.require_run()
+    if not trust:
+        # A recipe may ask for code: a class by its import path, or what a backbone's folder brings.
+        refuse_strangers(run.config_file)
+    config = load_recipe(run.config_file)
+    number = run.resolve_step(str(step))
+    path = run.checkpoint(number)
+    if not (path / "manifest.json").is_file():
+        raise UserError(f"{path}: no such checkpoint; there are {run.complete_steps()}.")
+    try:
+        manifest = verify_checkpoint(path, trust=trust)
+    except (UntrustedCheckpointError, ForeignObjectError):
+        raise
+    except UserError as error:
+        others = [step for step in run.complete_steps() if step != number]
+        raise UserError(f"{error} Pass another as --step; there are {others}.") from None
+    data = _open_data(run, config if data_path is None else _moved(config, data_path))
+    if manifest["dataset_hash"] != data.hash:
+        raise UserError(
+            f"{path}: trained on data with hash {manifest['dataset_hash']}, {data.path} has "
+            f"{data.hash}. Point data.path at the data it was trained on."
+        )
+    parts = assemble(config, data, run)
+    refuse_other_base(path, manifest, base_weights_of(parts))
+    users = UserTable.load(path, config.users)
+    return OpenRun(run, config, data, parts, users, number, manifest, ShardedCheckpoint(path))
+
+
+def restore(
+    run: RunDirectory,
+    step: str | int = "latest",
+    device: torch.device | str = "cpu",
+    trust: bool = False,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    data_path: str | Path | None = None,
+) -> Restored:
+    """A run's reward model at `step` on `device`, eval mode, no gradients asked for.
+
+    fp32 holds the engine's master weights to the bit. Weights are read tensor by tensor, so the
+    peak is one model. Raises UserError as `open_run` does, and where the checkpoint's tensors are
+    not those of the model that the recipe describes.
+    """
+    opened = open_run(run, step, trust=trust, data_path=data_path)
+    # A full cache makes the weights of a frozen backbone superfluous.
+    defer = opened.config.backbone.cache is not None and opened.parts.needs_store
+    model = load_model(opened, precision, defer_backbone=defer).to(device)
+    return Restored(
+        run,
+        opened.config,
+        opened.data,
+        opened.parts,
+        opened.users,
+        opened.step,
+        opened.manifest,
+        model,
+    )
+
+
+def load_model(
+    opened: OpenRun,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    *,
+    defer_backbone: bool = False,
+) -> RewardModel:
+    """The RewardModel of an open run with its trained weights, on the CPU.
+
+    `defer_backbone`: a frozen backbone is read at its first forward.
+    """
+    config = replace(opened.config, train=replace(opened.config.train, precision=precision))
+    parts = opened.parts
+    if parts.backbone is not None:
+        # An attention asked for in training may need the training's GPU and dtype.
+        parts = replace(parts, backbone=replace(parts.backbone, attention="auto"))
+    if parts.backbone is not None and parts.backbone.tuning == "full":
+        # Every weight comes from the checkpoint: no need to read those that training began with.
+        empty = empty_transformer(parts.backbone, precision, packed=parts.collator.packed)
+        backbone: nn.Module = TransformerBackbone(
+            empty, pooling=parts.pooling, prompt_tokens=parts.prompt_tokens
+        )
+    elif defer_backbone:
+        backbone = DeferredBackbone(lambda: load_backbone(parts, config, gpu=False))
+    else:
+        backbone = load_backbone(parts, config, gpu=False)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model = RewardModel(backbone, opened.parts.head.to(dtype))
+    _load_weights(model, opened.checkpoint)
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _load_weights(model: RewardModel, checkpoint: ShardedCheckpoint) -> None:
+    """Copies every tensor of the checkpoint; all that was trained must be there, and nothing else.
+
+    Raises:
+        UserError: names or shapes differ.
+    """
+    own = dict(_named_tensors(model))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    if missing := sorted(trained - set(checkpoint.names)):
+        raise UserError(
+            f"{checkpoint.path}: has no {missing[0]} ({len(missing)} of {len(trained)} tensors "
+            "missing): config.yaml of the run describes another model than was trained."
+        )
+    for name in checkpoint.names:
+        if name.startswith(STATE_PREFIX):
+            continue  # what made text more likely in training, and no score reads
+        if name not in own:
+            raise UserError(
+                f"{checkpoint.path}: {name} is no tensor of the model that config.yaml describes."
+            )
+        if tuple(own[name].shape) != checkpoint.shape(name):
+            raise UserError(
+                f"{checkpoint.path}: {name} is {checkpoint.shape(name)}, the model that "
+                f"config.yaml describes has {tuple(own[name].shape)}."
+            )
+        own[name].copy_(checkpoint.tensor(name))
+
+
+def _named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _moved(config: RunConfig, data_path: str | Path) -> RunConfig:
+    return replace(config, data=replace(config.data, path=str(data_path)))
+
+
+def _open_data(run: RunDirectory, config: RunConfig) -> PreparedData:
+    if not Path(config.data.path).is_dir():
+        raise UserError(
+            f"{run.config_file}: data.path is {config.data.path}, and no such folder is here. A "
+            "run reads its tokenizer and token ids from the prepared data: bring the folder back, "
+            "or mend data.path in that file."
+        )
+    return PreparedData.open(config.data.path)
+
+
+__all__ = ["OpenRun", "Restored", "load_model", "open_run", "restore"]

@@ -1,0 +1,191 @@
+"""How a run reads comparisons of any data, and whom of their users it knows."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pal_ds.backbones.given import GivenStates
+from pal_ds.config.run_config import TrainConfig
+from pal_ds.data.collator import Collator
+from pal_ds.data.tables import PreparedData, group_codes
+from pal_ds.distributed.world import World
+from pal_ds.errors import UserError
+from pal_ds.feature_cache.encode import encode_once
+from pal_ds.feature_cache.folders import restored_cache_folders
+from pal_ds.heads.shapes import Float
+from pal_ds.inference.context_points import encode_users
+from pal_ds.inference.load_run import Restored
+from pal_ds.inference.mixtures import user_mixtures
+from pal_ds.inference.scoring import Forwards
+from pal_ds.model import RewardModel
+from pal_ds.users import UserTable
+from pal_ds.users.ids import UserIds, generic_row_of
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How a run scores comparisons of some data: its collator, and the module that takes the batches."""
+
+    collator: Collator
+    model: RewardModel
+    train: TrainConfig
+
+    def forwards(self, world: World, label: str | None = None) -> Forwards:
+        """Forwards of the size that the run's own updates had."""
+        train = self.train
+        return Forwards(
+            forward=self.model,
+            collator=self.collator,
+            micro_batch_pairs=train.micro_batch_pairs,
+            world=world,
+            micro_batch_tokens=train.micro_batch_tokens,
+            label=label,
+        )
+
+
+def reader_of(
+    restored: Restored,
+    data: PreparedData,
+    rows: np.ndarray,
+    table_rows: np.ndarray,
+    world: World,
+    *,
+    encode_ahead: bool = False,
+) -> Reader:
+    """Reads comparisons `rows` of `data` as the run read its own.
+
+    `table_rows` maps users of the data to user table rows. Each distinct text is encoded once, ahead, where the
+    backbone is frozen or the caller is going to score the same texts many times.
+    """
+    parts = restored.parts
+    collator = replace(
+        parts.collator,
+        data=data,
+        table_rows=table_rows,
+        group_codes=group_codes(restored.data, data),
+    )
+    if parts.backbone is None or not (parts.needs_store or encode_ahead):
+        return Reader(collator, restored.model, restored.config.train)
+    model, config = restored.model, restored.config
+    caches = None
+    if parts.needs_store:
+        dtype = next(model.head.parameters()).dtype
+        precision = "bf16" if dtype == torch.bfloat16 else "fp32"
+        weights = restored.manifest["base_weights"]
+        caches = world.from_rank_zero(
+            lambda: restored_cache_folders(parts, collator, config, weights, precision)
+        )
+    batch_texts = config.backbone.encode_batch_texts
+    collator = encode_once(lambda: model.backbone, collator, rows, batch_texts, world, caches)
+    return Reader(collator, RewardModel(GivenStates(), model.head), config.train)
+
+
+@dataclass(frozen=True)
+class KnownUsers:
+    """Whom a run can score: its own users and, if given, adapted ones; an adapted user hides a trained one."""
+
+    ids: list[UserIds]
+    """Of each table, the rows of one after those of the other; the last that holds a user has the say."""
+    mixtures: Float[Tensor, "U+1 K"] | None
+    """Mixtures by row; the last is the population of the run's own users. None where users are their groups."""
+
+    encoded: Float[Tensor, "n K"] | None = None
+    """Points that were made from comparisons, of the run's users who are asked for."""
+    encoded_rows: np.ndarray | None = None
+    """Whose points these are, as rows of `mixtures`."""
+
+    @property
+    def own(self) -> Float[Tensor, "U K"] | None:
+        """Mixtures of the run's own users."""
+        return None if self.mixtures is None else self.mixtures[: len(self.ids[0])]
+
+    def table_rows(self, data: PreparedData) -> np.ndarray:
+        """Row of each user of `data`, -1 for strangers."""
+        rows, first = np.full(len(data.users), -1, np.int64), 0
+        for ids in self.ids:
+            found = ids.find(data.users)
+            rows, first = np.where(found < 0, rows, found + first), first + len(ids)
+        return rows
+
+
+def known_users(restored: Restored, adapted: Path | None) -> KnownUsers:
+    """The users of a run and of an adapted table. Raises UserError where the tables do not fit together."""
+    head = restored.model.head
+    if "group" in head.needs:
+        if adapted is not None:
+            raise UserError(
+                f"--users {adapted}: this run's head asks for the group of a comparison, not for its user. Leave out "
+                "--users."
+            )
+        return KnownUsers([restored.users.ids], None)
+    mixtures = user_mixtures(head, restored.users)
+    if adapted is None:
+        return KnownUsers([restored.users.ids], mixtures)
+    table = UserTable.load(adapted)
+    if table.num_prototypes != restored.users.num_prototypes:
+        raise UserError(
+            f"--users {adapted}: {table.num_prototypes} prototypes, the run has {restored.users.num_prototypes}. "
+            "Adapt the users to this run."
+        )
+    return KnownUsers(
+        [restored.users.ids, table.ids],
+        torch.cat([mixtures[:-1], user_mixtures(head, table)[:-1], mixtures[-1:]]),
+    )
+
+
+def with_points(
+    known: KnownUsers,
+    restored: Restored,
+    data: PreparedData,
+    world: World,
+    *,
+    flipped: bool = False,
+) -> KnownUsers:
+    """The same where the run's users have rows of their own; else with points of those whom `data` names.
+
+    They are made from what the run's train split tells of each, as many comparisons as in the run's own evaluations;
+    `flipped`, from the opposite of each.
+    """
+    contexts, head = restored.parts.collator.contexts, restored.model.head
+    if contexts is None or known.mixtures is None:
+        return known
+    own = UserIds.of(contexts.data.users)
+    asked = own.find(data.users)
+    codes = np.unique(asked[asked >= 0])
+    rows = restored.users.ids.find(own.take(codes))
+    # Of the generic user nothing is known, whoever left comparisons without a name.
+    named = (rows >= 0) & (rows != generic_row_of(restored.users.ids))
+    chosen, length = contexts.known(codes[named], head.num_context_scored)
+    # Who has no comparison in the train split is where the table has everybody: at the prior's mean.
+    met = length > 0
+    rows, chosen, length = rows[named][met], chosen[met], length[met]
+    if len(rows) == 0:
+        return known
+    told = np.arange(chosen.shape[1]) < length[:, None]
+    reader = reader_of(
+        restored=restored,
+        data=contexts.data,
+        rows=np.unique(chosen),
+        table_rows=np.arange(len(contexts.data.users)),
+        world=world,
+        encode_ahead=True,
+    )
+    owner = np.repeat(np.arange(len(rows)), length)
+    points = encode_users(
+        model=reader.model,
+        collator=reader.collator,
+        rows=chosen[told],
+        user_index=owner,
+        num_users=len(rows),
+        device=world.device,
+        flipped=flipped,
+    )
+    mixtures = known.mixtures.clone()
+    mixtures[torch.from_numpy(rows)] = points
+    return replace(known, mixtures=mixtures, encoded=points, encoded_rows=rows)
+
+
+__all__ = ["KnownUsers", "Reader", "known_users", "reader_of", "with_points"]

@@ -1,0 +1,247 @@
+"""From a recipe to its parts: which texts are read how, the backbone, the head, the collator.
+
+Everything that depends on what meets what (encoder and weighting, head and prompt, vectors and backbone) is decided
+and refused here, once, before any engine starts.
+"""
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pal_ds.backbones.config import BackboneConfig, Pooling
+from pal_ds.backbones.given import GivenStates
+from pal_ds.config.run_config import RunConfig
+from pal_ds.data.collator import Collator
+from pal_ds.data.contexts import Contexts
+from pal_ds.data.tables import PreparedData
+from pal_ds.errors import UserError
+from pal_ds.heads.base import Head
+from pal_ds.modeling.compatibility import (
+    check_language,
+    check_positions,
+    check_prompt,
+    check_vocabulary,
+    encoding_of,
+    is_packed,
+    pooling_of,
+)
+from pal_ds.runs.run_dir import RunDirectory
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What one run is made of, before weights are loaded."""
+
+    head: Head
+    collator: Collator
+    backbone: BackboneConfig | None
+    """None for vector data; `path` is always set otherwise."""
+    pooling: Pooling
+    prompt_tokens: bool
+
+    @property
+    def needs_users(self) -> bool:
+        return "logits" in self.head.needs
+
+    @property
+    def needs_store(self) -> bool:
+        """Whether each distinct text is encoded once, ahead of training."""
+        return self.backbone is not None and self.backbone.tuning == "frozen"
+
+
+def head_seed(seed: int) -> int:
+    """The head's own stream, so that a backbone's random initialisation does not shift it."""
+    return seed + 1
+
+
+def assemble(
+    config: RunConfig, data: PreparedData, run: RunDirectory, *, model_config: Any = None
+) -> Parts:
+    """Checks how data, backbone, head and loss fit together and builds the head (fp32, seeded).
+
+    `model_config` is the backbone's where `train.init_from` gives one that is not written yet; `path` stays unset then.
+
+    Raises:
+        UserError: two keys contradict each other, or the data lack what the head reads.
+    """
+    encoder = packed = False
+    backbone = None
+    if data.info["kind"] == "vectors":
+        hidden_size = int(data.info["vector_size"])
+    else:
+        from pal_ds.backbones.transformer import hidden_size_of, is_encoder
+
+        backbone, model_config = _describe_backbone(config, data, run, model_config)
+        hidden_size, encoder = hidden_size_of(model_config), is_encoder(model_config)
+        check_vocabulary(model_config, data)
+        check_positions(model_config, data)
+        packed = is_packed(config.backbone, model_config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(head_seed(config.train.seed))
+        try:
+            head = config.head(hidden_size)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"head: {error}") from None
+    with_prompt = "prompt" in head.needs
+    encoding = encoding_of(config.backbone.encoding, encoder, with_prompt)
+    weighting = config.loss.token_weighting
+    pooling = pooling_of(config.backbone.pooling, encoder, data)
+    if weighting != "last" and (pooling != "last" or backbone is None):
+        reason = "vector data have one vector per response"
+        if backbone is not None:
+            reason = f"{'an encoder is' if encoder else 'backbone.pooling:'} {pooling}"
+            reason += "-pooled" if encoder else " gives one for all of them"
+        raise UserError(
+            f"loss.token_weighting: {weighting} needs a score per response token; {reason}. Set it to last."
+        )
+    check_prompt(data, with_prompt)
+    check_language(config, model_config, encoding)
+    _check_groups(data, head)
+    collator = Collator(
+        data,
+        scored_positions="last" if weighting == "last" else "all",
+        encoding=encoding,
+        with_prompt=with_prompt,
+        packed=packed,
+        pooled=encoder,
+        with_answers=config.loss.lm_weight > 0,
+        pad_token_id=0 if backbone is None else int(data.info["tokens"]["pad_token_id"]),
+        contexts=_contexts(config, data, head, backbone),
+    )
+    refuse_empty_prompts(collator, data.path)
+    return Parts(head, collator, backbone, pooling, prompt_tokens="prompt_tokens" in head.needs)
+
+
+def _describe_backbone(
+    config: RunConfig, data: PreparedData, run: RunDirectory, model_config: Any
+) -> tuple[BackboneConfig, Any]:
+    """(the backbone with its path, its transformers config, which is `model_config` where one is given)."""
+    from pal_ds.backbones.transformer import architecture_config, read_model_config
+
+    _check_one_origin(config)
+    if model_config is not None:
+        return config.backbone, model_config
+    backbone = resolve_backbone_path(config, run)
+    if config.backbone.architecture is None:
+        return backbone, read_model_config(backbone)
+    return backbone, architecture_config(backbone, int(data.info["tokens"]["vocab_size"]))
+
+
+def _check_one_origin(config: RunConfig) -> None:
+    backbone = config.backbone
+    if config.train.init_from is not None:
+        for key in ("path", "architecture"):
+            if getattr(backbone, key) is not None:
+                raise UserError(
+                    f"backbone.{key}: train.init_from gives the backbone. Set backbone.{key} to null, or leave out "
+                    "train.init_from."
+                )
+    elif (backbone.path is None) == (backbone.architecture is None):
+        raise UserError(
+            "backbone: give exactly one of path (weights to load) and architecture (random weights)."
+        )
+
+
+def _contexts(
+    config: RunConfig, data: PreparedData, head: Head, backbone: BackboneConfig | None
+) -> Contexts | None:
+    """What is drawn from the train split for a head that reads other comparisons of a user."""
+    if "context" not in head.needs:
+        return None
+    trained = backbone is not None and backbone.tuning != "frozen"
+    if trained and config.train.micro_batch_tokens is not None:
+        raise UserError(
+            "train.micro_batch_tokens: a budget counts the texts of comparisons, and this head reads those of "
+            f"{head.num_context} others for each. Unset it; train.micro_batch_pairs bounds a micro-batch."
+        )
+    return Contexts.of(data, data.rows("train"), config.train.seed)
+
+
+def _check_groups(data: PreparedData, head: Head) -> None:
+    if "group" in head.needs and len(data.groups) > head.num_prototypes:
+        raise UserError(
+            f"head.num_prototypes: {head.num_prototypes}, and the data have {len(data.groups)} groups "
+            f"({', '.join(data.groups)}). Set it to {len(data.groups)}."
+        )
+
+
+def refuse_empty_prompts(collator: Collator, where: Path) -> None:
+    """Raises UserError where a prompt that is read by itself has no token: nothing could stand for it."""
+    prompts = collator.data.prompts
+    if prompts is None or not collator.with_prompt or collator.encoding == "joint":
+        return
+    num_empty = int((prompts.lengths == 0).sum())
+    if num_empty:
+        raise UserError(
+            f"{where}: {num_empty} of {len(prompts)} prompts have no token, and the head reads each by itself "
+            "(backbone.encoding: separate). Give every record a prompt; a decoder may also use joint encoding."
+        )
+
+
+def resolve_backbone_path(config: RunConfig, run: RunDirectory) -> BackboneConfig:
+    """`path` as given, or a folder of the run for one built from `architecture` or begun with `train.init_from`."""
+    path = config.backbone.path
+    if config.backbone.architecture is not None:
+        path = str(run.base)
+    elif config.train.init_from is not None:
+        path = run.initial_backbone()
+    return replace(config.backbone, path=path)
+
+
+def base_weights_of(parts: Parts) -> str | None:
+    """Fingerprint of the weights that training leaves as they are; None where there are none."""
+    if parts.backbone is None or parts.backbone.tuning == "full":
+        return None
+    from pal_ds.backbones.fingerprint import weights_fingerprint
+    from pal_ds.backbones.transformer import read_model_config
+
+    assert parts.backbone.path is not None, "materialise `backbone.architecture` first"
+    revision = getattr(read_model_config(parts.backbone), "_commit_hash", None)
+    return weights_fingerprint(parts.backbone.path, revision)
+
+
+def load_backbone(
+    parts: Parts, config: RunConfig, *, gpu: bool, language: bool = False
+) -> nn.Module:
+    """Given states for vector data, else a transformers model loaded for its tuning.
+
+    `language`: with the output layer that `loss.lm_weight` asks for; training alone reads it.
+    """
+    if parts.backbone is None:
+        return GivenStates()
+    from pal_ds.backbones.loading import load_transformer
+    from pal_ds.backbones.packed import choose_layout, drops_attention
+    from pal_ds.backbones.transformer import TransformerBackbone, is_encoder
+
+    packed, precision = parts.collator.packed, config.train.precision
+    model, output = load_transformer(
+        parts.backbone,
+        precision=precision,
+        seed=config.train.seed,
+        gpu=gpu,
+        packed=packed,
+        language=language,
+    )
+    layout = None
+    if packed:
+        layout, reason = choose_layout(
+            parts.backbone.attention,
+            precision,
+            gpu=gpu,
+            causal=not is_encoder(model.config),
+            dropout=drops_attention(model.config),
+        )
+        logger.info("packed rows: %s", reason)
+    return TransformerBackbone(
+        model,
+        pooling=parts.pooling,
+        prompt_tokens=parts.prompt_tokens,
+        layout=layout,
+        language=output,
+    )

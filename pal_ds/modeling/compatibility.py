@@ -1,0 +1,132 @@
+"""Which data, backbone, head and loss go together, and how a backbone then reads texts; the rest is refused here."""
+
+import logging
+from typing import Any, Literal
+
+from pal_ds.backbones.config import BackboneConfig, Pooling
+from pal_ds.config.run_config import RunConfig
+from pal_ds.data.tables import PreparedData
+from pal_ds.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def encoding_of(wanted: str, encoder: bool, with_prompt: bool) -> Literal["joint", "separate"]:
+    """`backbone.encoding` as it is done. Raises UserError for an encoder that shall read a prompt both ways."""
+    if wanted == "auto":
+        return "separate" if encoder and with_prompt else "joint"
+    if wanted == "joint" and encoder and with_prompt:
+        raise UserError(
+            "backbone.encoding: joint with an encoder mean-pools prompt and response together, and this head reads "
+            "the prompt by itself. Set it to separate (or auto)."
+        )
+    return "separate" if wanted == "separate" else "joint"
+
+
+def pooling_of(wanted: str, encoder: bool, data: PreparedData) -> Pooling:
+    """`backbone.pooling` as it is done. Raises UserError for a last token that an encoder or the data have not."""
+    if wanted == "auto":
+        return "mean" if encoder else "last"
+    if wanted == "mean" or wanted == "max":
+        return wanted
+    if encoder:
+        raise UserError(
+            f"backbone.pooling: {wanted}, and the last token of an encoder stands for nothing more than any other. Set "
+            "it to mean (or auto) or max."
+        )
+    if wanted == "eos" and data.info["kind"] == "tokens" and not data.info["tokens"]["end_ids"]:
+        raise UserError(
+            f"backbone.pooling: eos, and {data.path} was prepared without an end token (data.special_tokens: false). "
+            "Prepare with special_tokens: true, or set it to last."
+        )
+    return "last"
+
+
+def is_packed(config: BackboneConfig, model_config: Any) -> bool:
+    """Whether micro-batches are packed. Raises UserError where they shall be and cannot."""
+    from pal_ds.backbones.packed import FAMILIES
+
+    obstacle = None
+    if config.trust_remote_code and getattr(model_config, "auto_map", None):
+        obstacle = "code that comes with the weights may know nothing of packed rows"
+    elif config.tuning == "frozen":
+        obstacle = "a frozen backbone encodes each text by itself: stored states must not depend on neighbours"
+    elif config.attention == "eager":
+        obstacle = "attention: eager knows padded rows only"
+    elif model_config.model_type not in FAMILIES:
+        obstacle = f"{model_config.model_type} is not among the families it is known for: {', '.join(sorted(FAMILIES))}"
+    if config.packing == "packed" and obstacle:
+        raise UserError(f"backbone.packing: packed, but {obstacle}. Set it to auto or padded.")
+    if config.packing == "auto" and obstacle:
+        logger.info("packing: padded rows, as %s", obstacle)
+    return config.packing != "padded" and obstacle is None
+
+
+def check_prompt(data: PreparedData, with_prompt: bool) -> None:
+    """Raises UserError where a head reads the prompt and nobody could say where it ends."""
+    if not with_prompt:
+        return
+    if data.info["kind"] == "vectors":
+        if data.prompt_vectors is None:
+            raise UserError(
+                "head: it reads the prompt, and these vector records carry no prompt_features."
+            )
+    elif data.info["tokens"]["marker_ids"] is None:
+        raise UserError(
+            f"head: it reads the prompt, and data.separator {data.info['tokens']['separator']!r} leaves no token of "
+            "its own, so an exported model could not find where the prompt ends. Prepare with a separator that does, "
+            "such as ' [SEP] ' for BERT-like tokenizers or '\\n\\n### Response:\\n'."
+        )
+
+
+def check_language(config: RunConfig, model_config: Any, encoding: str) -> None:
+    """Raises UserError where there is no language model to ask how likely the preferred response is."""
+    if config.loss.lm_weight == 0:
+        return
+    from pal_ds.backbones.packed import DECODERS
+
+    obstacle = None
+    if model_config is None:
+        obstacle = "vector data have no tokens. Set it to 0"
+    elif config.backbone.tuning == "frozen":
+        obstacle = "a frozen backbone cannot learn from it. Set backbone.tuning to full or lora, or it to 0"
+    elif model_config.model_type not in DECODERS or config.backbone.trust_remote_code:
+        obstacle = (
+            f"{model_config.model_type} is not among the decoders it is known for: "
+            f"{', '.join(sorted(DECODERS))}. Set it to 0"
+        )
+    elif encoding == "separate":
+        obstacle = (
+            "backbone.encoding: separate reads the response without its prompt. Set that to joint, or "
+            "this to 0"
+        )
+    if obstacle:
+        raise UserError(f"loss.lm_weight: {obstacle}.")
+
+
+def check_vocabulary(model_config: Any, data: PreparedData) -> None:
+    """Raises UserError where the tokenizer has ids that the backbone has no embedding for."""
+    vocab_size, needed = (
+        getattr(model_config, "vocab_size", None),
+        int(data.info["tokens"]["vocab_size"]),
+    )
+    if vocab_size is not None and vocab_size < needed:
+        raise UserError(
+            f"backbone.path: its vocabulary has {vocab_size} entries, the data's tokenizer has {needed}. "
+            "Prepare the data with the backbone's own tokenizer (data.tokenizer)."
+        )
+
+
+def check_positions(model_config: Any, data: PreparedData) -> None:
+    """Raises UserError where texts may be longer than the backbone can read."""
+    positions = getattr(model_config, "max_position_embeddings", None)
+    if positions is None:
+        return
+    if model_config.model_type in ("roberta", "xlm-roberta"):
+        # Their positions start behind the pad id's own.
+        positions -= model_config.pad_token_id + 1
+    if data.info["tokens"]["max_length"] > positions:
+        raise UserError(
+            f"data.max_length: {data.info['tokens']['max_length']}, and the backbone has {positions} positions. "
+            f"Prepare with data.max_length: {positions} or less."
+        )

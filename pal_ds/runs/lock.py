@@ -1,0 +1,109 @@
+"""One writer per run directory: two trainings into one would delete each other's checkpoints."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from pal_ds.distributed import phase, preemption
+from pal_ds.errors import BusyError, UserError, writing
+from pal_ds.runs.run_dir import RunDirectory
+
+logger = logging.getLogger(__name__)
+
+LOCK = "lock"
+WAIT_SECONDS = 120.0
+"""A network file system holds a dead node's lock for about a minute and a half."""
+_TAKEN = (errno.EACCES, errno.EAGAIN)
+
+
+@contextlib.contextmanager
+def only_writer(run: RunDirectory, wait_seconds: float = WAIT_SECONDS) -> Iterator[None]:
+    """Holds `D/lock` inside the block. The kernel lets go of it however the process ends.
+
+    Raises:
+        BusyError: another process holds it, and still does after `wait_seconds`.
+        StorageError: the run directory cannot be written to.
+    """
+    if run.path.exists() and not run.path.is_dir():
+        raise UserError(f"--run_dir {run.path}: is a file. Name a directory, new or of this run.")
+    made = [path for path in (run.path, *run.path.parents) if not path.exists()]
+    with writing(run.path):
+        descriptor = _acquired(run, wait_seconds)
+    try:
+        yield
+    finally:
+        # Unlinked while it is held: who waits for it finds out and opens the next one.
+        (run.path / LOCK).unlink(missing_ok=True)
+        os.close(descriptor)
+        for path in made:
+            # A start that was refused leaves nothing.
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+
+
+def _acquired(run: RunDirectory, wait_seconds: float) -> int:
+    """An open descriptor of the lock file, locked. POSIX locks are used: forked workers do not inherit them."""
+    path = run.path / LOCK
+    deadline, told = time.monotonic() + wait_seconds, False
+    while True:
+        run.path.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:
+            continue  # its last holder had made the directory, and took it away again
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
+            os.close(descriptor)
+            if error.errno not in _TAKEN:
+                return _unlocked(path, error)
+            # Whoever asks for a stop now does not want to wait for another run.
+            if time.monotonic() > deadline or preemption.is_asked():
+                raise BusyError(
+                    f"{run.path}: in use by {holder}. One training or removal at a time: start again later, or name "
+                    "another --run_dir."
+                ) from None
+            if not told:
+                logger.warning("%s: in use by %s; waiting %.0f s", run.path, holder, wait_seconds)
+                told = True
+            phase.progress()  # this wait has its own end
+            time.sleep(0.2)
+            continue
+        if _is_at(path, descriptor):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, json.dumps(_own_name()).encode())
+            return descriptor
+        os.close(descriptor)
+
+
+def _own_name() -> dict[str, str | int]:
+    """By what a person can find this process; a job of SLURM by its number, as its host may be anywhere."""
+    who: dict[str, str | int] = {"host": socket.gethostname(), "pid": os.getpid()}
+    given = {"slurm_job": "SLURM_JOB_ID", "slurm_restarts": "SLURM_RESTART_COUNT"}
+    job = {name: os.environ[key] for name, key in given.items() if key in os.environ}
+    return {**who, **job, "since": time.ctime()}
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether the open file is still the one of that name: its last holder may have unlinked it."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _unlocked(path: Path, error: OSError) -> int:
+    logger.warning(
+        "%s: this file system has no locks (%s); nothing keeps two trainings out of this run",
+        path,
+        os.strerror(error.errno or 0),
+    )
+    return os.open(os.devnull, os.O_RDONLY)

@@ -1,0 +1,196 @@
+"""The run directory: resolved config, metrics, pointers, base weights. Rank 0 writes, everyone reads.
+
+D/config.yaml  D/metrics.jsonl  D/checkpoints/step_N/  D/latest.json  D/best.json  D/base/  D/init/  D/eval/NAME.json
+"""
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from pal_ds.errors import UserError, writing
+from pal_ds.io.files import write_atomically, write_json
+
+SECONDS_TO_EVALUATE = 3600.0
+"""Far longer than an evaluation takes to write its tables."""
+
+
+logger = logging.getLogger(__name__)
+
+
+class RunDirectory:
+    """Names and small files of one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.config_file = self.path / "config.yaml"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.base = self.path / "base"
+        """Weights of a backbone built from `backbone.architecture`, written once."""
+        self.init = self.path / "init"
+        """What a run with `train.init_from` starts from: weights, head and users of another, written once."""
+        self.origin_file = self.init / "origin.json"
+        self.eval = self.path / "eval"
+
+    def write_config(self, recipe: str) -> None:
+        """The resolved recipe (YAML) as config.yaml. Raises StorageError where it cannot be written."""
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.config_file, recipe)
+
+    def write_status(self, facts: dict[str, Any]) -> None:
+        """status.json: state (running, stopped, finished, failed), step, num_updates and the reason."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / "status.json", facts)
+
+    def status(self) -> dict[str, Any] | None:
+        """What status.json says, if there is one."""
+        path = self.path / "status.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def discard_temporaries(self) -> None:
+        """Deletes what killed writers of small files left; nobody but evaluations may be writing."""
+        for path in self.path.glob("*.tmp-*-*"):
+            path.unlink(missing_ok=True)
+        for path in self.eval.glob("*.tmp-*-*"):
+            # Evaluations need no lock: one may be at work on a young file right now.
+            if time.time() - path.lstat().st_mtime > SECONDS_TO_EVALUATE:
+                path.unlink(missing_ok=True)
+
+    def require_run(self) -> None:
+        """Raises UserError where no run lies here."""
+        if not self.config_file.is_file():
+            raise UserError(
+                f"{self.path}: no config.yaml here. --run_dir names a directory that `train` wrote."
+            )
+
+    def initial_backbone(self) -> str:
+        """Where the backbone lies that `train.init_from` gave: a folder here, or where its frozen weights always were.
+
+        Raises UserError where D/init is missing.
+        """
+        return self.origin_facts()["frozen_path"] or str(self.init / "backbone")
+
+    def origin_facts(self) -> dict[str, Any]:
+        """What a run with `train.init_from` came from.
+
+        Raises:
+            UserError: D/init is missing.
+        """
+        if not self.origin_file.is_file():
+            raise UserError(
+                f"{self.init}: missing. A run with train.init_from keeps there what it started from, and `train` "
+                "writes it: bring the folder back, or start in another --run_dir."
+            )
+        return json.loads(self.origin_file.read_text())
+
+    def has_checkpoints(self) -> bool:
+        return self.checkpoints.is_dir() and any(self.checkpoints.glob("step_*"))
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step_{step:08d}"
+
+    def complete_steps(self) -> list[int]:
+        """Steps with a manifest, ascending; whether it is true is not looked at."""
+        return [
+            step for step in self.all_steps() if (self.checkpoint(step) / "manifest.json").is_file()
+        ]
+
+    def all_steps(self) -> list[int]:
+        """Numbers of all directories that are named as a step, ascending."""
+        numbers = (self.step_of(path) for path in self.checkpoints.glob("step_*") if path.is_dir())
+        return sorted(number for number in numbers if number is not None)
+
+    def step_of(self, path: Path) -> int | None:
+        """The step whose directory this is; None for one that is being written or deleted, or not named by us."""
+        number = path.name.removeprefix("step_")
+        if not number.isdecimal() or self.checkpoint(int(number)).name != path.name:
+            return None
+        return int(number)
+
+    def pointer(self, name: str) -> dict[str, Any] | None:
+        """The content of latest.json or best.json, of which only the step is ever followed.
+
+        Raises:
+            UserError: it is no JSON with a step.
+        """
+        path = self.path / f"{name}.json"
+        try:
+            content = json.loads(path.read_text()) if path.is_file() else None
+        except ValueError as error:
+            raise UserError(
+                f"{path}: not valid JSON ({error}). Delete it; --step takes a number, too."
+            ) from None
+        if content is not None and not (
+            isinstance(content, dict) and type(content.get("step")) is int and content["step"] >= 0
+        ):
+            raise UserError(f"{path}: names no step. Delete it; --step takes a number, too.")
+        return content
+
+    def resolve_step(self, step: str) -> int:
+        """Step number of "latest", "best" or a number.
+
+        Raises:
+            UserError: there is no such checkpoint; the message lists those there are.
+        """
+        steps = self.complete_steps()
+        if not steps:
+            raise UserError(
+                f"{self.checkpoints}: no complete checkpoint. Train first, or check --run_dir."
+            )
+        if step == "latest":
+            named = self.pointer("latest")
+            if named is not None and named["step"] > steps[-1]:
+                logger.warning(
+                    "%s: latest.json names step %d, of which there is no whole checkpoint; taking step %d",
+                    self.path,
+                    named["step"],
+                    steps[-1],
+                )
+            return steps[-1]
+        if step == "best":
+            best = self.pointer("best")
+            if best is None:
+                raise UserError(
+                    f"{self.path}: no best.json, the run has not evaluated on dev yet. Use --step latest."
+                )
+            if best["step"] not in steps:
+                raise UserError(
+                    f"{self.path / 'best.json'}: names step {best['step']}, there are {steps}. Use --step N or latest."
+                )
+            return int(best["step"])
+        if not step.isdigit() or int(step) not in steps:
+            raise UserError(
+                f"--step {step}: not among the checkpoints of {self.path}: {steps}, latest or best."
+            )
+        return int(step)
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        """Adds a line to metrics.jsonl. Raises StorageError where it cannot be written."""
+        with writing(self.metrics_file):
+            self.path.mkdir(parents=True, exist_ok=True)
+            with open(self.metrics_file, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps(row) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        if not self.metrics_file.is_file():
+            return []
+        # A line without its newline was torn by a kill; the step it tells of is made again.
+        lines = self.metrics_file.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def drop_metrics_after(self, step: int, *, owes_evaluation: bool = False) -> None:
+        """A resumed run writes the steps after its checkpoint again; the lines of the abandoned ones go.
+
+        With `owes_evaluation` those of an evaluation at `step` go too, as it will be made again.
+        """
+
+        def stays(row: dict[str, Any]) -> bool:
+            again = owes_evaluation and row["step"] == step and "loss" not in row
+            return row["step"] <= step and not again
+
+        if self.metrics_file.is_file():
+            kept = [json.dumps(row) for row in self.read_metrics() if stays(row)]
+            write_atomically(self.metrics_file, "".join(line + "\n" for line in kept))

@@ -1,0 +1,98 @@
+"""`embed`: a frozen backbone's states of all texts of the prepared data, into `backbone.cache`."""
+
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+
+from pal_ds.config.run_config import RunConfig
+from pal_ds.data.tables import PreparedData
+from pal_ds.distributed.preemption import StopAsked, StopWatch
+from pal_ds.distributed.watchdog import watch
+from pal_ds.distributed.world import World
+from pal_ds.engine.ds_config import check_zero_section, ds_config_of
+from pal_ds.engine.process_group import distributed
+from pal_ds.errors import UserError
+from pal_ds.modeling.build import assemble, base_weights_of
+from pal_ds.runs.run_dir import RunDirectory
+from pal_ds.training.launch import open_data, prepare_before_processes_meet
+from pal_ds.training.setup import encode_frozen
+
+logger = logging.getLogger(__name__)
+
+
+def embed(config: RunConfig) -> bool:
+    """Prepares data on a single node as `train` does, then encodes what the cache lacks; whether it came to the end.
+
+    A stop that is asked for writes what is encoded and ends; the same command goes on from there.
+
+    Raises:
+        UserError: there is nothing to embed, or nowhere to keep it.
+        StorageError: the cache cannot be written; the shards written before are intact.
+    """
+    refuse_what_has_no_cache(config)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    ds_config = ds_config_of(config.train, world_size)
+    failure = prepare_before_processes_meet(config)
+    if failure is not None and world_size == 1:
+        raise failure
+    assert config.backbone.cache is not None
+    stacks = Path(config.backbone.cache, "stacks")
+    with (
+        distributed(config.train.timeout_minutes) as world,
+        watch(world, stacks, config.train.hang_minutes),
+    ):
+        check_zero_section(ds_config, config.train.ds_config)
+        data = world.on_every_rank(lambda: open_data(config, failure))
+        if data.info["kind"] == "vectors":
+            raise UserError(
+                f"{data.path}: holds vectors, which are states already; there is nothing to embed. Train as it is."
+            )
+        return encode_all(config, data, world)
+
+
+def refuse_what_has_no_cache(config: RunConfig) -> None:
+    """Raises UserError, with the remedy, for a recipe whose states nobody could keep."""
+    backbone = config.backbone
+    if backbone.cache is None:
+        raise UserError("backbone.cache: not set. Name the folder that is to hold the states.")
+    if backbone.tuning != "frozen":
+        raise UserError(
+            f"backbone.tuning: {backbone.tuning}; only a frozen backbone gives the same states again. Set it to "
+            "frozen, or train without `embed`."
+        )
+    if config.train.init_from is not None:
+        raise UserError(
+            "train.init_from: its weights are taken over by `train`, which fills backbone.cache itself. Train without "
+            "`embed`, or export the run and set backbone.path."
+        )
+    if backbone.architecture is not None:
+        raise UserError(
+            "backbone.architecture: its random weights belong to a run and are made by `train`. Give backbone.path."
+        )
+
+
+def encode_all(config: RunConfig, data: PreparedData, world: World) -> bool:
+    """All splits; whether no stop came in between."""
+    # Nothing is read from a run: architectures are refused above.
+    nowhere = RunDirectory(data.path)
+    parts = world.on_every_rank(lambda: assemble(config, data, nowhere))
+    weights = world.from_rank_zero(lambda: base_weights_of(parts))
+    watch_ = StopWatch(config.train.time_limit_minutes)
+    rows = np.arange(len(data.comparisons))
+    try:
+        encode_frozen(
+            parts,
+            parts.collator,
+            rows,
+            config,
+            weights,
+            world,
+            lambda: watch_.leave_if_asked(world),
+        )
+    except StopAsked as asked:
+        logger.warning("stopping (%s): what was encoded is kept; the same command goes on", asked)
+        return False
+    logger.info("%s: holds every text of %s", config.backbone.cache, data.path)
+    return True

@@ -1,0 +1,1 @@
+"""Start a run from the weights, head and users of another run or of an exported folder (`train.init_from`)."""

@@ -1,0 +1,197 @@
+"""What a new run starts from (`train.init_from`), written into its own directory: the origin is read once.
+
+D/init/ origin.json (what it came from)  backbone/ (weights, adapters merged)  head.safetensors  users.*
+"""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM
+
+from pal_ds.config.run_config import RunConfig
+from pal_ds.data.tables import PreparedData
+from pal_ds.data.vocabulary import refuse_other_tokenizer
+from pal_ds.distributed import phase
+from pal_ds.errors import UserError, writing
+from pal_ds.export.publish import publish
+from pal_ds.export.weights import Tensors, exported_tensors
+from pal_ds.export.writer import write_sharded
+from pal_ds.heads.base import Head
+from pal_ds.io.files import write_json
+from pal_ds.modeling.build import assemble
+from pal_ds.progress import progress_bar
+from pal_ds.remote_code.encoding import drop_unused_modules
+from pal_ds.runs.run_dir import RunDirectory
+from pal_ds.training.init_from.load import HEAD_FILE
+from pal_ds.training.init_from.open import open_origin
+from pal_ds.training.init_from.source import STOCK_HEAD, Origin
+from pal_ds.training.users import ids_of_table
+from pal_ds.users import UserTable
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 6.0
+SHARD_BYTES = 4 * 10**9
+
+
+def take_over(config: RunConfig, data: PreparedData, run: RunDirectory, *, trust: bool) -> bool:
+    """Writes D/init from `train.init_from`, anew until a checkpoint stands on it; whether it did. For rank 0 alone.
+
+    Backbone: its trained weights, adapters merged, in the new run's precision; one that was frozen and lies outside of
+    the origin's directory is only named. Head: where class and shapes are the same, else a fresh one. Users: logits of
+    those in both, where the head was taken over, without Adam moments. Nothing else: optimizer and schedule are new.
+
+    Raises:
+        UserError: nothing can be read there, its tokenizer or kind of data is another, or D/init holds something of
+            somebody else's; nothing was written.
+    """
+    if config.train.init_from is None or run.has_checkpoints():
+        return False
+    if run.init.exists() and not run.origin_file.is_file():
+        raise UserError(
+            f"{run.init}: holds something that pal_ds did not write, and what train.init_from gives would go there. "
+            "Name another --run_dir."
+        )
+    phase.enter("take over weights", patience=PATIENCE)
+    origin = origin_for(config.train.init_from, data, trust=trust)
+    head = assemble(config, data, run, model_config=origin.model_config).head
+    tensors = _head_for(origin, head)
+    users = None
+    if tensors is not None:
+        head.load_state_dict(tensors)
+        users = _table(config, data, head, origin)
+    # Written aside and renamed: half a folder could not be told from a whole one.
+    temporary = run.init.with_name(run.init.name + ".tmp")
+    with writing(temporary):
+        for stale in (temporary, run.init):
+            shutil.rmtree(stale, ignore_errors=True)
+        try:
+            temporary.mkdir(parents=True)
+            if origin.weights is not None:
+                _write_backbone(temporary / "backbone", origin, config.train.precision)
+            if tensors is not None:
+                save_file({n: t.contiguous() for n, t in tensors.items()}, temporary / HEAD_FILE)
+            facts = {"path": str(origin.path), **origin.facts, "frozen_path": origin.frozen_path}
+            facts |= {"head": None if tensors is None else origin.head, "users": 0}
+            if users is not None:
+                table, facts["users"] = users
+                table.save(temporary)
+            write_json(temporary / run.origin_file.name, facts)
+            publish(temporary, run.init)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    _tell(facts, data)
+    return True
+
+
+def _tell(facts: dict[str, Any], data: PreparedData) -> None:
+    parts = ["backbone"] if data.info["kind"] == "tokens" else []
+    parts.append(f"head {facts['head']}" if facts["head"] else "a fresh head")
+    parts.append(f"{facts['users']} of {int(data.user_seen.sum())} users")
+    origin = facts["path"], facts["kind"], facts["step"]
+    logger.warning("starting from %s (%s, step %d): %s", *origin, ", ".join(parts))
+
+
+def origin_for(init_from: str, data: PreparedData, *, trust: bool = False) -> Origin:
+    """What `train.init_from` names, for a run on `data`. Raises UserError as `take_over` does."""
+    origin = open_origin(Path(init_from), trust=trust)
+    _refuse_other_data(origin, data)
+    return origin
+
+
+def _refuse_other_data(origin: Origin, data: PreparedData) -> None:
+    theirs, ours = origin.info, data.info
+    if theirs["kind"] != ours["kind"] or theirs["vector_size"] != ours["vector_size"]:
+        raise UserError(
+            f"train.init_from {origin.path}: learned from {_kind(theirs)}, {data.path} holds {_kind(ours)}."
+        )
+    if ours["kind"] == "tokens":
+        refuse_other_tokenizer(
+            f"train.init_from {origin.path}",
+            origin.tokenizer,
+            theirs["tokens"],
+            data,
+            rewritten=origin.tokenizer_rewritten,
+        )
+
+
+def _kind(info: dict[str, Any]) -> str:
+    return "texts" if info["kind"] == "tokens" else f"vectors of {info['vector_size']} numbers"
+
+
+def _head_for(origin: Origin, head: Head) -> dict[str, Tensor] | None:
+    """The origin's tensors under the names of `head`; None, and a line that says why, where they are none of its."""
+    given = origin.head_tensors
+    wanted = {name: tuple(t.shape) for name, t in head.state_dict().items()}
+    if STOCK_HEAD in given and head.linear_weight() is not None and len(wanted) == 1:
+        (name,) = wanted
+        given = {name: given[STOCK_HEAD].flatten()}
+    if origin.head != type(head).__name__:
+        reason = f"its head is {origin.head}, this run's {type(head).__name__}"
+    else:
+        shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
+        other = sorted(n for n in wanted.keys() | shapes.keys() if wanted.get(n) != shapes.get(n))
+        if not other:
+            return given
+        name = other[0]
+        reason = f"{name} of its head is {shapes.get(name)}, of this run's {wanted.get(name)}"
+    logger.warning(
+        "train.init_from %s: %s: the head and its users start afresh", origin.path, reason
+    )
+    return None
+
+
+def _table(
+    config: RunConfig, data: PreparedData, head: Head, origin: Origin
+) -> tuple[UserTable, int] | None:
+    """(the table of the new run's seen users, how many of them have the origin's logits); None for a head without."""
+    if "logits" not in head.needs:
+        return None
+    theirs, logits = origin.users(head)
+    ids = ids_of_table(config, data)
+    table = UserTable(head.num_prototypes, ids, config.users, config.train.seed)
+    found = theirs.find(ids)
+    rows = np.flatnonzero(found >= 0)
+    table.logits[torch.from_numpy(rows)] = logits[torch.from_numpy(found[rows])].float()
+    return table, len(rows)
+
+
+def _write_backbone(folder: Path, origin: Origin, precision: str) -> None:
+    """A folder that transformers opens: config and safetensors."""
+    assert origin.weights is not None, "a frozen backbone is named, not copied"
+    folder.mkdir()
+    config = origin.model_config
+    config._name_or_path = ""
+    kind, prefix, output_layer = AutoModel, "", {}
+    if origin.output_layer is not None:
+        # As a language model, which its base loads from, too.
+        kind, output_layer = AutoModelForCausalLM, _whole(origin.output_layer)
+    with torch.device("meta"):
+        target = kind.from_config(config)
+    if origin.output_layer is not None:
+        prefix = f"{target.base_model_prefix}."
+    drop_unused_modules(target)
+    config.save_pretrained(folder)
+    shapes, read = exported_tensors(target, origin.weights(), prefix, output_layer)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    with progress_bar("taking over weights", len(shapes), shown=True, unit="tensors") as advance:
+
+        def tell(num_units: int) -> None:
+            phase.progress()
+            advance(num_units)
+
+        write_sharded(folder, shapes, read, dtype, SHARD_BYTES, tell)
+
+
+def _whole(tensors: Tensors) -> dict[str, Tensor]:
+    """All of them in memory."""
+    return {
+        name: torch.cat(list(tensors.read(name))).view(shape)
+        for name, shape in tensors.shapes.items()
+    }

@@ -1,0 +1,233 @@
+"""What happens around a training: data prepared, run directory checked, processes joined and left."""
+
+import contextlib
+import functools
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from pal_ds.config.recipe import refuse_changes
+from pal_ds.config.run_config import RunConfig
+from pal_ds.data.collator import Collator
+from pal_ds.data.prepare import prepare
+from pal_ds.data.tables import PreparedData
+from pal_ds.distributed import phase
+from pal_ds.distributed.watchdog import watch
+from pal_ds.distributed.world import World
+from pal_ds.engine.checkpoint.checkpoint import refuse_other_launch
+from pal_ds.engine.checkpoint.manifest import read_manifest
+from pal_ds.engine.ds_config import check_zero_section, ds_config_of
+from pal_ds.engine.process_group import distributed
+from pal_ds.errors import UserError, writing
+from pal_ds.io.files import write_json
+from pal_ds.modeling.build import assemble
+from pal_ds.runs.lock import LOCK, only_writer
+from pal_ds.runs.run_dir import RunDirectory
+
+OUR_BASE = "random_weights.json"
+"""Marks a base folder as random weights of ours, which may be written again."""
+
+
+def launch_training(
+    config: RunConfig,
+    recipe: str,
+    run_dir: Path,
+    *,
+    fresh: bool = False,
+    allow_change: list[str] | None = None,
+    trust_checkpoint: bool = False,
+) -> None:
+    """`train`: prepares data on a single node, then trains; `recipe` is the resolved YAML."""
+    run = RunDirectory(run_dir)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    # What needs no data is refused before an hour of tokenising, by every rank alike.
+    ds_config_of(config.train, world_size)
+    failure = prepare_before_processes_meet(config)
+    if failure is not None and world_size == 1:
+        raise failure
+    with distributed(config.train.timeout_minutes) as world:
+        train_among(
+            world,
+            config,
+            recipe,
+            run,
+            lambda: open_data(config, failure),
+            fresh=fresh,
+            allow_change=allow_change,
+            trust_checkpoint=trust_checkpoint,
+        )
+
+
+def train_among(
+    world: World,
+    config: RunConfig,
+    recipe: str,
+    run: RunDirectory,
+    tables: Callable[[], PreparedData],
+    *,
+    fresh: bool = False,
+    allow_change: list[str] | None = None,
+    trust_checkpoint: bool = False,
+    encoded: Collator | None = None,
+) -> Collator | None:
+    """One training of ranks that have met, as the run's only writer and under the watchdog; returns what `train` does.
+
+    `tables` opens the prepared data, on every rank.
+    """
+    ds_config = ds_config_of(config.train, world.world_size)
+    with contextlib.ExitStack() as held:
+        from pal_ds.engine.checkpoint.forget import recover
+        from pal_ds.training.loop import train
+
+        check_zero_section(ds_config, config.train.ds_config)
+        world.from_rank_zero(lambda: held.enter_context(only_writer(run)))
+        # Not before: the watchdog writes into the run, which until now may be another's.
+        told = functools.partial(record_loss, run)
+        held.enter_context(watch(world, run.path / "stacks", config.train.hang_minutes, told))
+        world.from_rank_zero(run.discard_temporaries)
+        # A removal of a user that was cut off leaves a checkpoint under another name.
+        world.from_rank_zero(lambda: recover(run))
+        data = world.on_every_rank(tables)
+        world.from_rank_zero(
+            lambda: check_run_directory(
+                run, recipe, data, fresh=fresh, allow_change=allow_change or []
+            )
+        )
+        made_base = made_init = False
+        try:
+            if config.train.init_from is not None:
+                from pal_ds.training.init_from.copy import take_over
+
+                made_init = world.from_rank_zero(
+                    lambda: take_over(config, data, run, trust=trust_checkpoint)
+                )
+            world.on_every_rank(lambda: assemble(config, data, run))
+            if config.backbone.architecture is not None and data.info["kind"] == "tokens":
+                made_base = world.from_rank_zero(lambda: write_base_weights(config, data, run))
+            return train(
+                config,
+                run,
+                data,
+                world,
+                encoded=encoded,
+                trust_checkpoint=trust_checkpoint,
+                recipe=recipe,
+            )
+        except UserError:
+            if world.is_rank_zero and not run.config_file.is_file():
+                leave_no_trace(run, base=made_base, init=made_init)
+            raise
+
+
+def record_loss(run: RunDirectory, reason: str) -> None:
+    """status.json of a run that the watchdog ends; nothing where none had begun."""
+    facts = run.status()
+    if facts is not None:
+        facts |= {"state": "failed", "step": phase.current().step, "reason": reason}
+        run.write_status(facts)
+
+
+def prepare_before_processes_meet(config: RunConfig) -> UserError | None:
+    """Rank 0 of a single node prepares while the others wait to join: tokenising inside a process group times out.
+
+    What goes wrong is returned, not raised, so that the others learn of it once they have met.
+    """
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    # torchrun sets the first, the deepspeed launcher the second; a plain launch sets neither.
+    local = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size))
+    if os.environ.get("RANK", "0") != "0":
+        return None
+    if world_size != local and not Path(config.data.path, "dataset.json").is_file():
+        return UserError(
+            f"{config.data.path}: not prepared, and this launch spans nodes ({world_size} ranks, {local} here). "
+            "Run `pal-ds prepare --config RECIPE` once first."
+        )
+    try:
+        with writing(config.data.path):
+            prepare(config.data)
+    except UserError as error:
+        return error
+    return None
+
+
+def open_data(config: RunConfig, failure: UserError | None) -> PreparedData:
+    """The prepared tables. Raises the failure of preparing them, if there was one."""
+    if failure is not None:
+        raise failure
+    return PreparedData.open(config.data.path)
+
+
+def check_run_directory(
+    run: RunDirectory,
+    recipe: str,
+    data: PreparedData,
+    *,
+    fresh: bool,
+    allow_change: list[str],
+) -> None:
+    """Writes nothing: whether a run may start here, or is the one that is to be resumed.
+
+    Raises:
+        UserError: `fresh` meets a directory that is not empty; a resumed run would have other data or another
+            value of a key that alters the result. Another number of ranks is fine.
+    """
+    if fresh and any(path.name not in (LOCK, "slurm") for path in run.path.iterdir()):
+        raise UserError(
+            f"{run.path}: --fresh needs an empty directory. Name another --run_dir or empty this one."
+        )
+    if run.config_file.is_file() and run.has_checkpoints():
+        refuse_changes(run.config_file, recipe, allow_change)
+    for step in run.complete_steps()[-1:]:
+        path = run.checkpoint(step)
+        try:
+            manifest = read_manifest(path)
+        except UserError:
+            continue  # resuming passes it over, by name, and asks again of the one that it takes
+        refuse_other_launch(path, manifest, data.hash, data.path)
+
+
+def leave_no_trace(run: RunDirectory, *, base: bool, init: bool) -> None:
+    """Takes away the weights that this launch wrote, after a start that never came to its first update."""
+    for folder, ours in ((run.base, base), (run.init, init)):
+        if ours:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_base_weights(config: RunConfig, data: PreparedData, run: RunDirectory) -> bool:
+    """Writes the random weights of `backbone.architecture`, anew until a checkpoint stands on them; whether it did.
+
+    Raises:
+        UserError: a folder of that name holds something that we did not write.
+    """
+    from pal_ds.backbones.transformer import materialise_architecture
+
+    ours = run.base / OUR_BASE
+    if run.base.exists() and not ours.is_file():
+        raise UserError(
+            f"{run.base}: holds something that pal_ds did not write, and random weights of backbone.architecture "
+            "would go there. Name another --run_dir, or set backbone.path to use these weights."
+        )
+    if run.has_checkpoints() and ours.is_file():
+        return False
+    # Written aside and renamed: half a folder, or one without its mark, could not be told from somebody else's.
+    temporary = run.base.with_name(run.base.name + ".tmp")
+    with writing(temporary):
+        for stale in (temporary, run.base):
+            if stale.exists():
+                shutil.rmtree(stale)
+        try:
+            vocab_size = data.info["tokens"]["vocab_size"]
+            materialise_architecture(
+                config.backbone,
+                vocab_size,
+                config.train.seed,
+                temporary,
+                language=config.loss.lm_weight > 0,
+            )
+            seeded = {"architecture": config.backbone.architecture, "seed": config.train.seed}
+            write_json(temporary / OUR_BASE, seeded)
+            os.replace(temporary, run.base)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return True

@@ -1,0 +1,258 @@
+"""The training loop. It knows no method: parts come from the recipe, figures go to the run directory."""
+
+import logging
+from collections.abc import Iterator
+
+from pal_ds.config.run_config import RunConfig
+from pal_ds.data.collator import Collator
+from pal_ds.data.loader import UpdateInputs, updates_from
+from pal_ds.data.tables import PreparedData
+from pal_ds.distributed import phase
+from pal_ds.distributed.preemption import StopAsked, ignore_stop_signals
+from pal_ds.distributed.watchdog import is_symptom
+from pal_ds.distributed.world import World
+from pal_ds.engine.checkpoint.checkpoint import save_checkpoint
+from pal_ds.engine.checkpoint.retention import retain
+from pal_ds.engine.step import Stepper, UpdateStats
+from pal_ds.errors import NumericError, StorageError
+from pal_ds.io.fault_points import reached
+from pal_ds.io.files import write_json
+from pal_ds.progress import progress_bar
+from pal_ds.runs.run_dir import RunDirectory
+from pal_ds.training.evaluation import evaluate_in_training
+from pal_ds.training.setup import start_training
+from pal_ds.training.state import Training, plan_of
+
+logger = logging.getLogger(__name__)
+
+
+def train(
+    config: RunConfig,
+    run: RunDirectory,
+    data: PreparedData,
+    world: World,
+    *,
+    encoded: Collator | None = None,
+    trust_checkpoint: bool = False,
+    recipe: str | None = None,
+) -> Collator | None:
+    """Trains until the last update (or `train.stop_after`), resuming from the newest intact checkpoint.
+
+    Returns the collator, which a sweep over heads and seeds on one frozen backbone passes on as `encoded`; None where
+    a stop was asked for before all texts were encoded.
+    `recipe` (YAML) becomes the run's config.yaml once all is loaded, so that a start that fails changes nothing.
+    """
+    try:
+        state = start_training(
+            config, run, data, world, encoded=encoded, trust_checkpoint=trust_checkpoint
+        )
+    except StopAsked as asked:
+        end_before_updates(config, run, data, world, str(asked))
+        return None
+    try:
+        if recipe is not None:
+            world.from_rank_zero(lambda: run.write_config(recipe))
+        run_updates(state)
+    except Exception as error:
+        # Of what other ranks cause, the watchdog finds and records the cause.
+        if world.is_rank_zero and not is_symptom(error):
+            record_failure(state, error)
+        raise
+    finally:
+        # Without this a finished process may abort in DeepSpeed's background threads.
+        state.engine.destroy()
+    return state.collator
+
+
+def end_before_updates(
+    config: RunConfig, run: RunDirectory, data: PreparedData, world: World, reason: str
+) -> None:
+    """A stopped run like any other: the next start goes on from the newest checkpoint and what the cache holds."""
+
+    def tell() -> None:
+        step = max(run.complete_steps(), default=0)
+        num_updates = config.train.epochs * plan_of(config, data).updates_per_epoch
+        logger.warning(
+            "stopping while texts are being encoded, at update %d of %d (%s): %s; the same command resumes",
+            step,
+            num_updates,
+            reason,
+            "what was encoded is kept"
+            if config.backbone.cache
+            else "the next start encodes them anew",
+        )
+        run.write_status(
+            {"state": "stopped", "step": step, "num_updates": num_updates, "reason": reason}
+        )
+
+    world.from_rank_zero(tell)
+
+
+def run_updates(state: Training) -> None:
+    """The loop: make updates until the last one or until a stop is asked for."""
+    last = min(state.config.train.stop_after or state.num_updates, state.num_updates)
+    tracker, stepper = state.tracker, state.stepper
+    write_status(state, "running")
+    if state.step == state.num_updates:
+        # An earlier start may have ended between its last save and the deletion of old checkpoints.
+        publish_best(state)
+    with progress_bar(
+        "training", state.num_updates, shown=state.world.is_rank_zero, unit="pairs"
+    ) as advance:
+        for _ in range(state.step):
+            advance(0)
+        stop = evaluate_first(state)
+        state.watch.begin_lap()
+        for inputs in inputs_until(state, state.step if stop else last):
+            stats = make_update(state, stepper, inputs)
+            state.watch.end_lap()
+            tracker.add(stats)
+            stop = "stop_after" if state.step == last else agree_on_stop(state)
+            stop = log_evaluate_save(state, stop)
+            advance(stats.num_pairs, loss=tracker.last_loss)
+            if stop:
+                break
+            state.watch.begin_lap()
+    tracker.close()
+    if state.step == state.num_updates and not state.owes_evaluation:
+        write_status(state, "finished")
+    else:
+        write_status(state, "stopped", stop or "stop_after")
+
+
+def evaluate_first(state: Training) -> str | None:
+    """Makes the evaluation before all updates, or one that a stop left out; the reason to stop, where one comes up."""
+    try:
+        if state.step == 0 and state.config.train.eval_at_start:
+            evaluate_in_training(state, at_start=True)
+        if state.owes_evaluation and evaluate_in_training(state):
+            publish_best(state)
+    except StopAsked as asked:
+        return str(asked)
+    return None
+
+
+def inputs_until(state: Training, last: int) -> Iterator[UpdateInputs]:
+    """Inputs of the updates from the one at hand to `last`, from worker processes where the recipe asks for them."""
+    settings = state.config.train
+    phase.enter("build batches", state.step)
+    return updates_from(
+        state.inputs,
+        state.step,
+        last,
+        settings.num_workers,
+        lambda: ignore_stop_signals(settings.stop_signals),
+    )
+
+
+def make_update(state: Training, stepper: Stepper, inputs: UpdateInputs) -> UpdateStats:
+    """Makes the next update, or skips it where the guard says so."""
+    batches = [batch.to(state.world.device) for batch in inputs.batches]
+    try:
+        stats = stepper.run(state.step, batches, inputs.runs, inputs.user_rows)
+    except NumericError as error:
+        raise NumericError(f"{error} {describe(state, inputs)}") from None
+    state.step += 1
+    phase.enter("build batches", state.step)
+    return stats
+
+
+def describe(state: Training, inputs: UpdateInputs) -> str:
+    """Names the comparisons of an update for a person who wants to look at them."""
+    rows = ", ".join(map(str, inputs.rows[:8])) + (", ..." if len(inputs.rows) > 8 else "")
+    epoch, index = divmod(state.step, state.plan.updates_per_epoch)
+    return f"(Update {index} of epoch {epoch}: rows {rows} of {state.data.path}/comparisons.npy.)"
+
+
+def agree_on_stop(state: Training) -> str | None:
+    """Why all ranks stop after this update, or None; a signal or the clock may have asked for it."""
+    phase.enter("agree")
+    next_step = state.step + 1
+    due = state.due(state.config.train.eval_every, next_step)
+    reason = state.watch.reason_to_stop(state.world, evaluation_due=due)
+    if reason and state.world.is_rank_zero:
+        logger.warning(
+            "stopping after update %d of %d (%s): saving; the same command resumes",
+            state.step,
+            state.num_updates,
+            reason,
+        )
+    return reason
+
+
+def log_evaluate_save(state: Training, stop: str | None) -> str | None:
+    """What is due after an update; the reason to stop, which may come up on the way.
+
+    A stop on request leaves no time for an evaluation: the next start makes it.
+    """
+    config = state.config.train
+    if state.step % config.log_every == 0 or state.step == state.num_updates:
+        state.tracker.log(state.step, state.step / state.plan.updates_per_epoch)
+    improved = False
+    state.owes_evaluation = state.due(config.eval_every)
+    if state.owes_evaluation and stop in (None, "stop_after"):
+        try:
+            improved = evaluate_in_training(state)
+        except StopAsked as asked:
+            stop = str(asked)
+    # While updates are being skipped the run may be lost: its checkpoints must not push out the good ones.
+    state.owes_save = state.owes_save or state.due(config.save_every)
+    if stop or improved or (state.owes_save and state.guard.num_in_a_row == 0):
+        save(state)
+    phase.enter("build batches")
+    return stop
+
+
+def record_failure(state: Training, error: Exception) -> None:
+    """status.json of a run that ends with an error; rank 0 alone, as the others may be gone."""
+    facts = {"state": "failed", "step": state.step, "num_updates": state.num_updates}
+    try:
+        state.run.write_status({**facts, "reason": str(error)})
+    except (OSError, StorageError) as problem:
+        logger.warning("status.json could not be written: %s", problem)
+
+
+def write_status(state: Training, name: str, reason: str | None = None) -> None:
+    """status.json: what a batch script asks for before it queues the job again."""
+    facts = {"state": name, "step": state.step, "num_updates": state.num_updates, "reason": reason}
+    state.world.from_rank_zero(lambda: state.run.write_status(facts))
+
+
+def save(state: Training) -> None:
+    """One checkpoint, then the best pointer, then the deletion of old ones: never the other way round."""
+    facts = {
+        "dataset_hash": state.data.hash,
+        "num_updates": state.num_updates,
+        "best": state.best,
+        "base_weights": state.base_weights,
+        "init_from": state.origin,
+        "guard": state.guard.state_dict(),
+        "owes_evaluation": state.owes_evaluation,
+        "save_seconds": state.watch.save_seconds,
+        "unlogged": list(state.tracker.unlogged()),
+    }
+    state.owes_save = False
+    phase.enter("save")
+    with state.watch.timed("save"):
+        save_checkpoint(state.engine, state.users, state.run, state.step, state.world, facts)
+        publish_best(state)
+
+
+def publish_best(state: Training) -> None:
+    """best.json, then the deletion of what neither it nor `train.keep_checkpoints` wants."""
+
+    def publish() -> None:
+        if state.best is None:
+            # Of a checkpoint that was damaged or never published: what it names may be gone.
+            (state.run.path / "best.json").unlink(missing_ok=True)
+        else:
+            write_json(state.run.path / "best.json", state.best)
+            reached("best.json written")
+        retain(
+            state.run,
+            max(2, state.config.train.keep_checkpoints),
+            None if state.best is None else state.best["step"],
+            now=state.step,
+        )
+
+    state.world.from_rank_zero(publish)

@@ -1,0 +1,119 @@
+"""Training figures: summed on the device, read once per interval, written to metrics.jsonl and, if set up, wandb."""
+
+import math
+import time
+from typing import Any, NamedTuple
+
+import torch
+
+from pal_ds.config.run_config import RunConfig
+from pal_ds.distributed.world import World
+from pal_ds.engine.step import UpdateStats
+from pal_ds.runs.run_dir import RunDirectory
+
+
+class Unlogged(NamedTuple):
+    """Sums over updates that no line of metrics.jsonl tells of yet: a checkpoint keeps them for the next start."""
+
+    loss_sum: float = 0.0
+    num_correct: float = 0.0
+    num_pairs: int = 0
+    num_skipped: int = 0
+
+
+class Tracker:
+    """Collects what updates report; every rank calls the same methods, rank 0 writes."""
+
+    def __init__(self, run: RunDirectory, config: RunConfig, world: World) -> None:
+        self._run, self._config, self._world = run, config, world
+        self._pending: list[UpdateStats] = []
+        self._last: UpdateStats | None = None
+        self._unlogged = Unlogged()
+        self._since = time.monotonic()
+        self._wandb: Any = None
+        self.last_loss = ""
+
+    def add(self, stats: UpdateStats) -> None:
+        self._pending.append(stats)
+        self._last = stats
+
+    def log(self, step: int, epoch: float) -> None:
+        """One line for the updates since the last."""
+        assert self._last is not None, "no update was made since the last line"
+        sums, self._unlogged = self.unlogged(), Unlogged()
+        norm, num_pairs = self._last.grad_norm, sums.num_pairs
+        now = time.monotonic()
+        row = {
+            "step": step,
+            "epoch": round(epoch, 6),
+            # Of the updates that were made; null where all were skipped, as JSON has no NaN.
+            "loss": sums.loss_sum / num_pairs if num_pairs else None,
+            "accuracy": sums.num_correct / num_pairs if num_pairs else None,
+            "grad_norm": float(norm) if norm is not None and math.isfinite(norm) else None,
+            "learning_rate": self._last.learning_rate,
+            "skipped_updates": sums.num_skipped,
+            "pairs_per_second": num_pairs / (now - self._since),
+        }
+        self._since = now
+        self._write(row)
+        self.last_loss = f"{row['loss']:.4f}" if num_pairs else "skipped"
+
+    def unlogged(self) -> Unlogged:
+        """The sums since the last line; waits for the device, so only lines and checkpoints ask for them.
+
+        Added update by update in float64: where in between a run stopped and went on changes no bit.
+        """
+        stats, self._pending = self._pending, []
+        if stats:
+            parts = torch.stack([torch.stack([s.loss_sum, s.correct]) for s in stats])
+            for (loss, correct), update in zip(
+                self._world.all_gather(parts).double().sum(0).tolist(), stats, strict=True
+            ):
+                self._unlogged = Unlogged(
+                    self._unlogged.loss_sum + loss,
+                    self._unlogged.num_correct + correct,
+                    self._unlogged.num_pairs + update.num_pairs,
+                    self._unlogged.num_skipped + (not update.applied),
+                )
+        return self._unlogged
+
+    def resume(self, sums: list[Any]) -> None:
+        """Goes on with the sums that a checkpoint kept."""
+        self._unlogged = Unlogged(*sums)
+
+    def log_evaluation(self, step: int, figures: dict[str, dict[str, Any]]) -> None:
+        """One line with the figures of each set under its name: dev_accuracy, NAME_accuracy, ..."""
+        kinds = (
+            "pairs",
+            "accuracy",
+            "user_accuracy_mean",
+            "worst_decile_user_accuracy",
+            "ece",
+            "temperature",
+        )
+        named = {f"{name}_{kind}": found[kind] for name, found in figures.items() for kind in kinds}
+        self._write({"step": step, **named})
+        # The time of an evaluation is not the training's.
+        self._since = time.monotonic()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        # All ranks hear of a full disk: else they would wait for rank 0 in the next update.
+        self._world.from_rank_zero(lambda: self._run.append_metrics(row))
+        if self._world.is_rank_zero and self._config.wandb.project:
+            # At the first line rather than before: a start that is refused leaves no run there.
+            self._wandb = self._wandb or _start_wandb(self._run, self._config)
+            self._wandb.log(row, step=row["step"])
+
+    def close(self) -> None:
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _start_wandb(run: RunDirectory, config: RunConfig) -> Any:
+    import wandb
+
+    settings = config.wandb
+    # The key comes from wandb's own environment or netrc and never passes through our config.
+    return wandb.init(
+        project=settings.project, name=settings.name, mode=settings.mode, dir=str(run.path)
+    )

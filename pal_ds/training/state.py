@@ -1,0 +1,121 @@
+"""What a training holds while it runs: model, users, data, plan and progress."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pal_ds.config.run_config import RunConfig
+from pal_ds.data.collator import Collator
+from pal_ds.data.draws import Draws
+from pal_ds.data.loader import UpdateSource
+from pal_ds.data.plan import UpdatePlan
+from pal_ds.data.tables import PreparedData
+from pal_ds.distributed.preemption import StopWatch
+from pal_ds.distributed.world import World
+from pal_ds.engine.guard import UpdateGuard
+from pal_ds.engine.step import Stepper
+from pal_ds.errors import UserError
+from pal_ds.modeling.build import Parts
+from pal_ds.runs.run_dir import RunDirectory
+from pal_ds.training.metrics_logger import Tracker
+from pal_ds.users import TrainedUsers
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """Comparisons that are scored beside the run's own."""
+
+    name: str
+    collator: Collator
+    """Of its data, with the run's table row of each of its users, -1 for strangers."""
+    rows: np.ndarray
+
+
+@dataclass
+class Training:
+    """A run in memory: what the loop drives."""
+
+    config: RunConfig
+    run: RunDirectory
+    world: World
+    data: PreparedData
+    parts: Parts
+    collator: Collator
+    engine: Any
+    users: TrainedUsers
+    plan: UpdatePlan
+    guard: UpdateGuard
+    watch: StopWatch
+    tracker: Tracker
+    step: int = 0
+    best: dict[str, Any] | None = None
+    """Step and accuracy of the best dev evaluation so far."""
+    eval_sets: list[EvalSet] = field(default_factory=list)
+    """What is scored beside dev at each evaluation."""
+    origin: dict[str, Any] | None = None
+    """What a run with `train.init_from` started from."""
+    base_weights: str | None = None
+    """What the frozen weights are that no checkpoint holds; None where all weights are trained."""
+    owes_evaluation: bool = False
+    """Whether a stop on request left out an evaluation that was due at `step`."""
+    owes_save: bool = False
+    """Whether a checkpoint that was due waits for the end of a row of skipped updates."""
+
+    @property
+    def num_updates(self) -> int:
+        return self.config.train.epochs * self.plan.updates_per_epoch
+
+    def due(self, every: int, step: int | None = None) -> bool:
+        """Whether `step` (the update just made) closes an interval of `every` updates; 0 means an epoch."""
+        step = self.step if step is None else step
+        return step % (every or self.plan.updates_per_epoch) == 0 or step == self.num_updates
+
+    @property
+    def inputs(self) -> UpdateSource:
+        """What this rank's updates are made from."""
+        settings, head = self.config.train, self.parts.head
+        return UpdateSource(
+            self.plan,
+            self.collator,
+            self.world.rank,
+            self.world.world_size,
+            settings.micro_batch_pairs,
+            settings.micro_batch_tokens,
+            Draws(
+                settings.seed,
+                head.num_prototypes,
+                head.needs & {"gumbel", "normal"},
+                head.num_context,
+            ),
+            self.config.users.generic_fraction,
+        )
+
+    @property
+    def stepper(self) -> Stepper:
+        """What makes an update from them."""
+        return Stepper(
+            engine=self.engine,
+            users=self.users,
+            loss=self.config.loss,
+            optim=self.config.optim,
+            users_learning_rate=self.config.users.learning_rate,
+            world=self.world,
+            num_updates=self.num_updates,
+            seed=self.config.train.seed,
+            needs_users=self.parts.needs_users,
+            guard=self.guard,
+        )
+
+
+def plan_of(config: RunConfig, data: PreparedData) -> UpdatePlan:
+    """Which comparisons form which update. Raises UserError where there are none."""
+    rows, settings = data.rows("train"), config.train
+    if len(rows) == 0:
+        raise UserError(
+            f"{data.path}: its train split is empty. Prepare with smaller dev and test fractions."
+        )
+    items = data.response_prompt[data.comparisons["a"][rows]]
+    return UpdatePlan(
+        rows, items, settings.batch_pairs, settings.seed, data.hash, settings.shuffle_unit
+    )

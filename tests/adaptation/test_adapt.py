@@ -1,0 +1,248 @@
+"""New users: planted tastes come back from a few comparisons, and what is fitted together does not interact."""
+
+import numpy as np
+import pytest
+import torch
+
+from pal_ds.adaptation import gradient
+from pal_ds.adaptation.fit import fit_users
+from pal_ds.adaptation.gradient import margins_of
+from pal_ds.adaptation.prior import LogitPrior
+from pal_ds.adaptation.run import few_per_user
+from pal_ds.backbones.given import GivenStates
+from pal_ds.data.collator import Collator
+from pal_ds.data.prepare import DataConfig, prepare
+from pal_ds.data.sources import VectorWorld
+from pal_ds.data.tables import PreparedData
+from pal_ds.errors import UserError
+from pal_ds.heads import Features, PalA, UserState
+from pal_ds.heads.pal_a import Similarity
+from pal_ds.losses import PreferenceLoss, TokenWeighting
+from pal_ds.model import RewardModel
+from pal_ds.users import UserTable
+
+CPU = torch.device("cpu")
+SCALE = 4.0
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreparedData, RewardModel]:
+    """A head that knows the planted prototypes, so that only users are to be found."""
+    source = VectorWorld(
+        num_users=30, comparisons_per_user=60, test_comparisons_per_user=20, scale=SCALE, seed=3
+    )
+    folder = tmp_path_factory.mktemp("adapt") / "data"
+    data = prepare(DataConfig(path=str(folder), source=source, split="field"), quiet=True)
+    prototypes = torch.tensor(np.asarray(source.prototypes()), dtype=torch.float32)
+    head = PalA(
+        prototypes.shape[1],
+        num_prototypes=len(prototypes),
+        user_point="Pw",
+        num_layers=1,
+        residual=False,
+    )
+    with torch.no_grad():
+        head.prototypes.copy_(SCALE * prototypes)
+        head.projector.layers[0].weight.copy_(SCALE * torch.eye(prototypes.shape[1]))
+        head.projector.layers[0].bias.zero_()
+    return data, RewardModel(GivenStates(), head.requires_grad_(False))
+
+
+def fit(
+    world: tuple[PreparedData, RewardModel], rows: np.ndarray, owners: np.ndarray, num_users: int
+) -> torch.Tensor:
+    data, model = world
+    prior = LogitPrior.gaussian(torch.zeros(3), 0.1 * torch.eye(3))
+    return fit_users(model, PreferenceLoss(), Collator(data), rows, owners, num_users, prior, CPU)
+
+
+def test_recovers_planted_mixtures(world: tuple[PreparedData, RewardModel]) -> None:
+    data, _ = world
+    rows = data.rows("train")
+    logits = fit(world, rows, data.comparisons["user"][rows], len(data.users))
+    found = torch.softmax(logits, 1).numpy()
+    planted = np.asarray(
+        [-1 if name is None else int(name.rsplit("_", 1)[1]) for name in data.user_group]
+    )
+    assert (found.argmax(1)[planted >= 0] == planted[planted >= 0]).mean() >= 0.95
+
+
+@pytest.mark.parametrize("weighting", ["last", "mean"])
+def test_newton_and_adam_minimise_the_same(
+    world: tuple[PreparedData, RewardModel], weighting: TokenWeighting
+) -> None:
+    data, model = world
+    rows = few_per_user(data, data.rows("train"), 10, 0)
+    owners, prior = (
+        data.comparisons["user"][rows],
+        LogitPrior.gaussian(torch.zeros(3), 0.1 * torch.eye(3)),
+    )
+    loss, table = PreferenceLoss(token_weighting=weighting), data.comparisons[rows]
+    features = model.backbone(Collator(data)(rows, np.arange(len(rows))))
+
+    def objective(logits: torch.Tensor) -> torch.Tensor:
+        margin = model.head(features, UserState(logits[owners])).margin[:, 0]
+        each = -torch.nn.functional.logsigmoid(torch.from_numpy(table["label"]) * margin)
+        likelihood = torch.zeros(len(logits)).index_add(0, torch.from_numpy(owners), each)
+        return likelihood + prior.penalty(logits, torch.zeros(len(logits), dtype=torch.int64))
+
+    newton, adam = (
+        fit_users(
+            model=model,
+            loss=loss,
+            collator=Collator(data),
+            rows=rows,
+            user_index=owners,
+            num_users=len(data.users),
+            prior=prior,
+            device=CPU,
+            solver=solver,
+        )
+        for solver in ("newton", "adam")
+    )
+    gap = objective(adam) - objective(newton)
+    assert gap.min() >= -1e-4 and gap.median() <= 1e-3
+    assert (objective(newton) < objective(torch.zeros_like(newton))).all()
+
+
+@pytest.mark.parametrize("similarity", ["distance", "cosine"])
+def test_margins_by_points_are_those_of_the_head(similarity: Similarity) -> None:
+    """Windows of three positions, two starts, users of one and two comparisons."""
+    torch.manual_seed(0)
+    head = PalA(6, 3, 5, 2, similarity=similarity)
+    features = Features(torch.randn(4, 3, 6), torch.tensor([[0, 1], [2, 3], [1, 2]]))
+    owner, rows = torch.tensor([0, 1, 1]), torch.tensor([2, 0])
+    logits = torch.randn(2, 2, 3, requires_grad=True)
+    by_points = margins_of(head, features, None, owner)
+    assert by_points.__qualname__.startswith("_by_points")
+    by_head = gradient._by_head(head, features, owner)
+    found, expected = by_points(logits, rows), by_head(logits, rows)
+    assert found.shape == (2, 2, 3)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    gradients = [
+        torch.autograd.grad(m.square().sum(), logits, retain_graph=True)[0]
+        for m in (found, expected)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+
+
+def test_the_reference_optimiser_is_adamw_stopped_early(
+    world: tuple[PreparedData, RewardModel],
+) -> None:
+    """One comparison per user leaves no order to draw: 20 steps of torch's AdamW on each user alone."""
+    data, model = world
+    rows = few_per_user(data, data.rows("train"), 1, 0)
+    owners = data.comparisons["user"][rows]
+    begin = torch.randn(len(data.users), 3, generator=torch.Generator().manual_seed(0))
+    prior = LogitPrior.gaussian(torch.zeros(3), torch.eye(3))
+    found = fit_users(
+        model=model,
+        loss=PreferenceLoss(),
+        collator=Collator(data),
+        rows=rows,
+        user_index=owners,
+        num_users=len(begin),
+        prior=prior,
+        device=CPU,
+        solver="reference",
+        initial=begin,
+    )
+    for row, user in list(zip(rows, owners, strict=True))[:3]:
+        batch = Collator(data)(rows[rows == row], np.zeros(1))
+        logits = begin[user : user + 1].clone().requires_grad_()
+        optimizer = torch.optim.AdamW([logits], lr=5e-3, weight_decay=0.0)
+        for _ in range(20):
+            margin = model.head(model.backbone(batch), UserState(logits)).margin
+            optimizer.zero_grad()
+            (-torch.nn.functional.logsigmoid(batch.label * margin[0, 0])).sum().backward()
+            optimizer.step()
+        torch.testing.assert_close(found[user], logits[0].detach(), atol=1e-4, rtol=0)
+        assert (found[user] - begin[user]).abs().max() > 0.01
+
+
+def test_the_reference_optimiser_orders_a_user_alone() -> None:
+    """A neighbour with more comparisons moves no draw of any epoch."""
+    generator = torch.Generator().manual_seed(0)
+    slopes = torch.randn(13, 3, generator=generator)
+    owner = torch.tensor([0] * 4 + [1] * 9)
+
+    def fitted(num_pairs: int) -> torch.Tensor:
+        def margins(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+            mixture = torch.softmax(logits, -1)[:, owner[rows]]
+            return (mixture * slopes[rows]).sum(-1, keepdim=True)
+
+        zeros = torch.zeros(num_pairs, dtype=torch.int64)
+        facts = (owner[:num_pairs], zeros + 1, zeros, zeros + 1, torch.zeros(num_pairs))
+        choices = gradient.Choices(margins, PreferenceLoss(), *facts)
+        return gradient.reference_adamw(choices, torch.zeros(2, 3))[0]
+
+    torch.testing.assert_close(fitted(4), fitted(13), rtol=0, atol=1e-6)
+
+
+def test_newton_is_refused_where_a_head_gives_no_statistics(
+    world: tuple[PreparedData, RewardModel],
+) -> None:
+    data, _ = world
+    model = RewardModel(GivenStates(), PalA(data.info["vector_size"], 3, num_layers=2))
+    rows, owner = data.rows("train")[:4], np.zeros(4, np.int64)
+    prior = LogitPrior.gaussian(torch.zeros(3), torch.eye(3))
+    arguments = (model, PreferenceLoss(), Collator(data), rows, owner, 1, prior, CPU)
+    with pytest.raises(UserError, match="--solver newton: this run's head gives no statistics"):
+        fit_users(*arguments, solver="newton")
+    assert fit_users(*arguments).isfinite().all()
+
+
+def test_users_do_not_interact(world: tuple[PreparedData, RewardModel]) -> None:
+    data, _ = world
+    rows = data.rows("train")
+    users = data.comparisons["user"][rows]
+    together = fit(world, rows, users, len(data.users))
+    chosen = rows[users == 7]
+    alone = fit(world, chosen, np.zeros(len(chosen), np.int64), 1)
+    assert torch.softmax(alone[0], 0).numpy() == pytest.approx(
+        torch.softmax(together[7], 0).numpy(), abs=1e-3
+    )
+
+
+def test_a_user_without_comparisons_is_the_typical_one(
+    world: tuple[PreparedData, RewardModel],
+) -> None:
+    data, _ = world
+    rows = data.rows("train")[:5]
+    logits = fit(world, rows, np.zeros(5, np.int64), 2)
+    assert logits[1].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_prior_is_that_of_the_users() -> None:
+    generator = torch.Generator().manual_seed(0)
+    table = UserTable(3, [f"u{i}" for i in range(2000)])
+    table.logits.copy_(
+        torch.randn(2000, 3, generator=generator) * torch.tensor([2.0, 1.0, 0.5])
+        + torch.tensor([1.0, 0.0, 0.0])
+    )
+    prior = LogitPrior.of(table)
+    assert prior.mean.tolist() == pytest.approx([2 / 3, -1 / 3, -1 / 3], abs=0.1)
+    # A shift of all logits is the same mixture, hence costs nothing.
+    logits = torch.randn(4, 3, generator=generator)
+    everybody = torch.zeros(4, dtype=torch.int64)
+    shifted = prior.penalty(logits + 5.0, everybody)
+    assert torch.allclose(prior.penalty(logits, everybody), shifted, atol=1e-3)
+
+
+def test_prior_without_users_is_flat_around_zero() -> None:
+    prior = LogitPrior.of(UserTable(4))
+    assert prior.mean.tolist() == [0.0] * 4
+
+
+def test_the_prior_is_centred_on_the_generic_user() -> None:
+    """Who is what users get at zero comparisons; the others tell how far users lie from there."""
+    table = UserTable(3, ["ann", "population", "bob"])
+    table.logits.copy_(torch.tensor([[4.0, 0.0, -4.0], [1.0, 1.0, -2.0], [4.0, 2.0, -6.0]]))
+    prior = LogitPrior.of(table)
+    torch.testing.assert_close(prior.mean, torch.tensor([1.0, 1.0, -2.0]))
+    others = UserTable(3, ["ann", "bob"])
+    others.logits.copy_(table.logits[[0, 2]])
+    assert not torch.allclose(LogitPrior.of(others).mean, prior.mean)
+    alone = UserTable(3, ["population"])
+    alone.logits.copy_(table.logits[1:2])
+    torch.testing.assert_close(LogitPrior.of(alone).mean, prior.mean)

@@ -1,0 +1,98 @@
+"""Asked to stop, by whatever way, the ranks make one checkpoint at one update; started again, nothing was lost."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from pal_ds.distributed import phase, preemption
+from pal_ds.distributed.preemption import StopWatch, listening
+from pal_ds.distributed.world import World
+from tests.distributed.stop_worker import IN_UPDATE, STOP_IN_UPDATE
+from tests.engine.conftest import TinyRun
+from tests.same_run import assert_same_step, figures
+from tests.spawn import run_ranks
+from tests.training.resume_worker import NUM_UPDATES
+
+LAST = f"checkpoints/step_{NUM_UPDATES:08d}"
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("stop")
+    run_ranks(2, "tests.distributed.stop_worker", tiny_run.data, tiny_run.base, out)
+    return out
+
+
+@pytest.mark.parametrize("name", IN_UPDATE)
+def test_one_checkpoint_at_one_update(runs: Path, name: str) -> None:
+    at = STOP_IN_UPDATE + 1
+    folder = runs / name
+    assert json.loads((folder / "first_status.json").read_text()) == {
+        "state": "stopped",
+        "step": at,
+        "num_updates": NUM_UPDATES,
+        "reason": "time limit" if name == "clock" else "signal",
+    }
+    assert [json.loads((folder / f"saves_{rank}.json").read_text()) for rank in (0, 1)] == [
+        [at]
+    ] * 2
+    assert json.loads((folder / "first_steps.json").read_text()) == [at]
+
+
+@pytest.mark.parametrize("name", IN_UPDATE)
+def test_started_again_it_is_the_run_that_was_never_stopped(runs: Path, name: str) -> None:
+    whole, folder = runs / f"whole_{4 if name in ('due', 'evaluating') else 100}", runs / name
+    assert assert_same_step(whole / LAST, folder / LAST) >= 8
+    # The evaluation that the stop left out was made by the second start, and only once.
+    assert figures(folder) == figures(whole)
+    assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+    assert (folder / "best.json").read_text() == (whole / "best.json").read_text()
+
+
+def test_a_signal_outside_training_keeps_its_meaning() -> None:
+    before = signal.getsignal(signal.SIGUSR2)
+    with listening(["USR2"]):
+        assert signal.getsignal(signal.SIGUSR2) is not before
+        signal.raise_signal(signal.SIGUSR2)
+        assert preemption._noted
+    assert signal.getsignal(signal.SIGUSR2) is before
+
+
+def watch_after(
+    minutes: float, *, save: float | None, update: float, evaluation: float = 0.0
+) -> StopWatch:
+    watch = StopWatch(minutes, save)
+    watch._longest |= {"update": update, "evaluation": evaluation}
+    return watch
+
+
+@pytest.mark.parametrize(
+    ("spent", "save", "update", "evaluation", "stops"),
+    [
+        (500, 20, 5, 0, False),
+        # Two saves of 20 s and an update of 65 s do not fit into 100 s.
+        (500, 20, 65, 0, True),
+        (500, 20, 5, 90, True),
+        # Nothing was saved yet: 30 of the 600 seconds are set aside for it.
+        (560, None, 5, 0, False),
+        (566, None, 5, 0, True),
+    ],
+)
+def test_the_clock_leaves_room_for_a_save(
+    monkeypatch: pytest.MonkeyPatch,
+    spent: float,
+    save: float | None,
+    update: float,
+    evaluation: float,
+    stops: bool,
+) -> None:
+    monkeypatch.setattr(phase, "STARTED", time.monotonic() - spent)
+    watch = watch_after(10, save=save, update=update, evaluation=evaluation)
+    assert watch.out_of_time(evaluation_due=evaluation > 0) == stops
+    alone = World(0, 1, None)  # type: ignore[arg-type]
+    reason = watch.reason_to_stop(alone, evaluation_due=evaluation > 0)
+    assert reason == ("time limit" if stops else None)
+    assert not StopWatch(None).out_of_time(evaluation_due=True)
