@@ -34,7 +34,7 @@ types: install
 
 # The manual, into site/: open site/index.html, or look at it while you write with `.venv/bin/mkdocs serve`.
 docs: install
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Checked, not built: that needs Docker and a GPU base image.
 containers: install

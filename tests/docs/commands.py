@@ -19,9 +19,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from pal_ds.cli import main as cli
+from pal_ds.cli.commands import COMMANDS
 from tests.docs.blocks import SHELL, Block, commands_of, read_blocks
-from tests.engine.warm import fork_ranks, wait_for
 from tests.spawn import ROOT, environment
+from tests.warm import fork_ranks, wait_for
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 SECONDS = 240
@@ -138,8 +140,8 @@ def call(words: list[str], first_on_path: str | None = None) -> None:
     """`pal-ds WORDS...` in this process."""
     if first_on_path is not None:
         sys.path.insert(0, first_on_path)
-    if words[0] in _commands():
-        _cli().main(words)
+    if words[0] in COMMANDS:
+        cli.main(words)
     else:
         _tool(words[0]).main(words[1:])
 
@@ -180,8 +182,7 @@ def parse(words: list[str]) -> str | None:
 
 
 def _parse(words: list[str]) -> None:
-    cli = _cli()
-    if words[0] not in _commands():
+    if words[0] not in COMMANDS:
         tool = _tool(words[0])
         parser = getattr(tool, "build_parser", None) or getattr(tool, "options_parser", None)
         if parser is not None:
@@ -192,17 +193,6 @@ def _parse(words: list[str]) -> None:
     cli.check_config_files(given)
     parser = cli.build_parser()
     parser.instantiate(parser.parse_args(given))
-
-
-def _cli() -> ModuleType:
-    """The module of `main` and `build_parser`: pal_ds/cli.py, or pal_ds/cli/main.py."""
-    package = importlib.import_module("pal_ds.cli")
-    return importlib.import_module("pal_ds.cli.main") if hasattr(package, "__path__") else package
-
-
-def _commands() -> dict[str, Any]:
-    folder = "pal_ds.cli.commands" if "pal_ds.cli.main" in sys.modules else "pal_ds.commands"
-    return importlib.import_module(folder).COMMANDS
 
 
 def _tool(name: str) -> ModuleType:

@@ -12,8 +12,8 @@ import pytest
 
 from tests.docs.blocks import read_blocks
 from tests.docs.commands import our_commands, parse
-from tests.engine.warm import WarmParent
 from tests.spawn import ROOT
+from tests.warm import WarmParent
 
 PAGES = sorted(ROOT.glob("docs/**/*.md"))
 README = ROOT / "README.md"
