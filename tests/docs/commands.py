@@ -58,8 +58,9 @@ def _run_block(block: Block, folder: Path, log: Path) -> str | None:
         code = compile(block.code, block.where, "exec")
         failures = _in_child(lambda: exec(code, {"__name__": "__main__"}), folder, log)
         return failures[0] if failures else None
-    for command in commands_of(block.code):
-        if (failure := _run_command(command, folder, log)) is not None:
+    for number, command in enumerate(commands_of(block.code)):
+        one_log = log.with_name(f"{log.name}_{number}")
+        if (failure := _run_command(command, folder, one_log)) is not None:
             return f"{block.where}: {command}\n{failure}"
     return None
 
@@ -143,11 +144,12 @@ def call(words: list[str], first_on_path: str | None = None) -> None:
     if words[0] in COMMANDS:
         cli.main(words)
     else:
-        _tool(words[0]).main(words[1:])
+        _tool(words[0]).main(cli.with_shipped_files(words)[1:])
 
 
 def _parse_blocks(blocks: list[Block]) -> list[str]:
     """What is wrong in blocks that are not run, each "page:line: ..."."""
+    sys.path.insert(0, str(Path.cwd()))
     failures = []
     for block in blocks:
         for words in _words_to_parse(block):
@@ -184,7 +186,7 @@ def parse(words: list[str]) -> str | None:
 def _parse(words: list[str]) -> None:
     if words[0] not in COMMANDS:
         tool = _tool(words[0])
-        parser = getattr(tool, "build_parser", None) or getattr(tool, "options_parser", None)
+        parser = getattr(tool, "options_parser", None) or getattr(tool, "build_parser", None)
         if parser is not None:
             cut = words.index("--") if "--" in words else len(words)
             parser().parse_args(words[1:cut])
