@@ -80,11 +80,6 @@ def test_the_manual_runs_commands() -> None:
     assert "run" in next(block for block in shell if "pal-ds train" in block.code).marks
 
 
-def test_a_readme_has_its_length() -> None:
-    text = README.read_text()
-    assert text.count("\n") <= 150 and len(text.split()) <= 1300
-
-
 UNMARKED = "Text\n\n```sh\npal-ds train --help\n```\n"
 
 
