@@ -19,7 +19,7 @@ from pal_ds.eval.metrics import clustered_standard_error, mean_figures
 from pal_ds.eval.sanity_checks import Judged, unseen_above_seen
 from pal_ds.heads.base import UserState
 from pal_ds.heads.shapes import Float
-from pal_ds.inference.load_run import Restored, restore
+from pal_ds.inference.load_run import OpenRun, restore
 from pal_ds.inference.mixtures import user_mixtures
 from pal_ds.inference.readers import Reader, known_users, reader_of, with_points
 from pal_ds.inference.scoring import Forwards
@@ -99,7 +99,7 @@ def few_shot_lines(figures: dict[str, Any]) -> list[str]:
     return lines + [f"warning: {warning}" for warning in figures["warnings"]]
 
 
-def _seen(restored: Restored, world: World) -> Judged:
+def _seen(restored: OpenRun, world: World) -> Judged:
     """The run's own users on `test`."""
     data, rows = restored.data, restored.data.rows("test")
     if len(rows) == 0:
@@ -133,7 +133,7 @@ def _standard_error(values: np.ndarray, curve: Curve) -> float:
 
 
 def few_shot_curve(
-    restored: Restored, num_comparisons: list[int], world: World, *, seeds: tuple[int, ...] = (0,)
+    restored: OpenRun, num_comparisons: list[int], world: World, *, seeds: tuple[int, ...] = (0,)
 ) -> Curve:
     """Accuracy of held-out users on `unseen_test` after fitting k pairs of `unseen_train`, one row per k.
 
@@ -218,7 +218,7 @@ def _curve(
 
 
 def _right(
-    restored: Restored,
+    restored: OpenRun,
     reader: Reader,
     rows: np.ndarray,
     per_draw: tuple[Float[Tensor, "U K"], ...],

@@ -21,7 +21,7 @@ from pal_ds.eval.metrics import correctness
 from pal_ds.eval.results import write_user_figures
 from pal_ds.heads.base import UserState
 from pal_ds.heads.shapes import Float
-from pal_ds.inference.load_run import Restored, restore
+from pal_ds.inference.load_run import OpenRun, restore
 from pal_ds.inference.mixtures import user_mixtures
 from pal_ds.inference.readers import Reader, reader_of
 from pal_ds.inference.scoring import Forwards
@@ -98,7 +98,7 @@ def adapt_run(
     return report
 
 
-def _warn_of_known(restored: Restored, ids: list[str]) -> None:
+def _warn_of_known(restored: OpenRun, ids: list[str]) -> None:
     known = sorted(user for user in ids if user in restored.users)
     if known:
         logger.warning(
@@ -126,7 +126,7 @@ def few_per_user(data: PreparedData, rows: np.ndarray, num_pairs: int, seed: int
 
 
 def _inputs(
-    restored: Restored,
+    restored: OpenRun,
     data: PreparedData,
     users: "NewUsers",
     solver: Solver,
@@ -194,7 +194,7 @@ def _spans(shares: np.ndarray) -> list[tuple[int, int]]:
 class Fitting:
     """How the shards of one call are fitted."""
 
-    restored: Restored
+    restored: OpenRun
     data: PreparedData
     users: NewUsers
     fresh: Float[torch.Tensor, "U K"]
@@ -284,7 +284,7 @@ class Fitting:
         )
 
 
-def _positions(restored: Restored, data: PreparedData) -> np.ndarray:
+def _positions(restored: OpenRun, data: PreparedData) -> np.ndarray:
     """Scored positions of each response."""
     num_responses = len(data.response_prompt)
     if data.responses is None or restored.parts.collator.scored_positions == "last":
@@ -292,7 +292,7 @@ def _positions(restored: Restored, data: PreparedData) -> np.ndarray:
     return data.responses.lengths_of(np.arange(num_responses))
 
 
-def _report(restored: Restored, table: UserTable, shards: list[FittedShard]) -> dict[str, Any]:
+def _report(restored: OpenRun, table: UserTable, shards: list[FittedShard]) -> dict[str, Any]:
     """Who was fitted from how much, and how well the fit explains it (an optimistic figure, named as such)."""
     mixtures = user_mixtures(restored.model.head, table)[:-1].tolist()
     num_pairs = torch.cat([shard.num_pairs for shard in shards])

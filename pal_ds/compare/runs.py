@@ -32,7 +32,13 @@ from pal_ds.eval.evaluate import evaluate_run
 from pal_ds.modeling.build import assemble
 from pal_ds.progress import progress_bar
 from pal_ds.training.init_from.copy import origin_for
-from pal_ds.training.launch import open_data, prepare_before_processes_meet, train_among
+from pal_ds.training.launch import (
+    TrainingRequest,
+    open_data,
+    prepare_before_processes_meet,
+    train_among,
+    world_size_of_launch,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +52,8 @@ def compare(whole: Suite, chosen: Suite, out: Path) -> str | None:
     config, needs = chosen.planned[0].config, whole.settings.needs
     if needs:
         _tell(f"suite {whole.name} needs {needs}")
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    for planned in chosen.planned:
-        ds_config_of(planned.config.train, world_size)
+    world_size = world_size_of_launch()
+    requests = {planned.run.path: request_of(planned, world_size) for planned in chosen.planned}
     failure = prepare_before_processes_meet(config)
     if failure is not None and needs:
         failure = type(failure)(f"{failure} (Suite {whole.name} needs {needs})")
@@ -57,7 +62,7 @@ def compare(whole: Suite, chosen: Suite, out: Path) -> str | None:
     with distributed(config.train.timeout_minutes) as world:
         data = world.on_every_rank(lambda: open_data(config, failure))
         reading = world.from_rank_zero(lambda: check_everything(chosen, data))
-        reason = make_runs(chosen, reading, data, world)
+        reason = make_runs(chosen, reading, data, world, requests)
         if reason is None:
             world.from_rank_zero(lambda: publish(whole, data, out))
     return reason
@@ -107,8 +112,22 @@ def _reading(planned: PlannedRun, data: PreparedData) -> str:
     return repr((parts.backbone, planned.config.train.precision, texts, states))
 
 
+def request_of(planned: PlannedRun, world_size: int) -> TrainingRequest:
+    """Say what one run of a suite trains. Raises UserError where its DeepSpeed settings contradict its recipe."""
+    return TrainingRequest(
+        config=planned.config,
+        recipe=planned.recipe,
+        run=planned.run,
+        ds_config=ds_config_of(planned.config.train, world_size),
+    )
+
+
 def make_runs(
-    suite: Suite, reading: dict[str, str], data: PreparedData, world: World
+    suite: Suite,
+    reading: dict[str, str],
+    data: PreparedData,
+    world: World,
+    requests: dict[Path, TrainingRequest],
 ) -> str | None:
     """Trains and evaluates what is not yet; the reason, where a training stopped on request."""
     encoded: dict[str, Collator] = {}
@@ -130,7 +149,8 @@ def make_runs(
                 return f"stopped before {planned.method}, seed {planned.seed} (signal)"
             stopped = None
             if not world.from_rank_zero(lambda planned=planned: is_finished(planned)):
-                stopped = train_one(planned, reading[planned.method], data, world, encoded)
+                request = requests[planned.run.path]
+                stopped = train_one(planned, request, reading[planned.method], data, world, encoded)
             if stopped is not None:
                 return stopped
             evaluate_one(planned, suite, world)
@@ -140,6 +160,7 @@ def make_runs(
 
 def train_one(
     planned: PlannedRun,
+    request: TrainingRequest,
     reading: str,
     data: PreparedData,
     world: World,
@@ -150,9 +171,7 @@ def train_one(
     `encoded` keeps the states of a frozen backbone, by `reading`, for the runs that come after.
     """
     config, run = planned.config, planned.run
-    collator = train_among(
-        world, config, planned.recipe, run, lambda: data, encoded=encoded.get(reading)
-    )
+    collator = train_among(world, request, lambda: data, encoded=encoded.get(reading))
     # Weights that come from no path, as those of `backbone.architecture`, are those of one run alone.
     shared = config.backbone.path is not None
     if collator is not None and collator.response_store is not None and shared:

@@ -18,7 +18,7 @@ from pal_ds.errors import UserError
 from pal_ds.eval.best_of_n_metrics import FIGURES, Lists, best_of_n_figures
 from pal_ds.eval.evaluate import opened_pairs, write_figures
 from pal_ds.eval.requests import Asked
-from pal_ds.inference.load_run import Restored
+from pal_ds.inference.load_run import OpenRun
 from pal_ds.inference.readers import KnownUsers, reader_of, with_points
 
 NAME_PREFIX = "best_of_n_"
@@ -68,7 +68,7 @@ def paired(size: int) -> list[tuple[int, int]]:
     return [(place, place + 1 if place + 1 < size else 0) for place in range(0, size, 2)]
 
 
-def rank_set(restored: Restored, known: KnownUsers, asked: Asked, world: World) -> dict[str, Any]:
+def rank_set(restored: OpenRun, known: KnownUsers, asked: Asked, world: World) -> dict[str, Any]:
     """The figures of eval/NAME.json for best of n, written by rank 0 and returned on every rank.
 
     Of a file each line is a list: {"user_id", "prompt", "responses": [..], "scores": [..]}, the scores being the
@@ -132,7 +132,7 @@ def _figures(
 
 
 def score_candidates(
-    restored: Restored, known: KnownUsers, data: PreparedData, candidates: Candidates, world: World
+    restored: OpenRun, known: KnownUsers, data: PreparedData, candidates: Candidates, world: World
 ) -> np.ndarray:
     """Reward of each candidate for its user, fp64 [N], on every rank; a response twice in a list is scored once."""
     sizes = np.diff(candidates.first)

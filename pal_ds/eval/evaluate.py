@@ -24,7 +24,7 @@ from pal_ds.eval.figures import dev_temperature, report_on
 from pal_ds.eval.findings import findings
 from pal_ds.eval.requests import Asked, asked_sets
 from pal_ds.eval.results import write_user_figures
-from pal_ds.inference.load_run import Restored, restore
+from pal_ds.inference.load_run import OpenRun, restore
 from pal_ds.inference.readers import KnownUsers, known_users, reader_of, with_points
 from pal_ds.modeling.build import refuse_empty_prompts
 from pal_ds.runs.run_dir import RunDirectory
@@ -37,7 +37,7 @@ def records_of(file: Path) -> Iterable[Record]:
 
 @contextlib.contextmanager
 def opened_pairs(
-    restored: Restored,
+    restored: OpenRun,
     file: Path | None,
     world: World,
     read: Callable[[Path], Iterable[Record]] = records_of,
@@ -81,7 +81,7 @@ def opened_pairs(
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _refuse_other_kind(file: Path, data: PreparedData, restored: Restored) -> None:
+def _refuse_other_kind(file: Path, data: PreparedData, restored: OpenRun) -> None:
     """Raises UserError where the records are not of the kind and size that the run was trained on."""
     own = restored.data
     if data.info["kind"] != own.info["kind"]:
@@ -125,7 +125,7 @@ def evaluate_run(
 
 
 def evaluate_set(
-    restored: Restored, known: KnownUsers, asked: Asked, world: World
+    restored: OpenRun, known: KnownUsers, asked: Asked, world: World
 ) -> dict[str, Any]:
     """As `evaluate_run`, of a run in memory."""
     with opened_pairs(restored, asked.file, world) as data:
@@ -154,7 +154,7 @@ def evaluate_set(
     return figures
 
 
-def _temperature(restored: Restored, world: World) -> float:
+def _temperature(restored: OpenRun, world: World) -> float:
     """At the restored step, from the run's own users and dev pairs, whichever pairs and users are evaluated.
 
     Margins of the logistic loss are log-odds already: nothing is read or scored for it.

@@ -16,12 +16,12 @@ from pal_ds.eval.sanity_checks import (
     training_accuracy,
     unseen_above_seen,
 )
-from pal_ds.inference.load_run import Restored
+from pal_ds.inference.load_run import OpenRun
 from pal_ds.inference.readers import KnownUsers
 
 
 def findings(
-    restored: Restored,
+    restored: OpenRun,
     users: KnownUsers,
     data: PreparedData,
     rows: np.ndarray,

@@ -35,7 +35,7 @@ from pal_ds.users import UserTable
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A run at one step: everything but the model's weights, which still lie in `checkpoint`."""
+    """A run at one step; `open_run` leaves the model's weights in the checkpoint, `restore` loads them."""
 
     run: RunDirectory
     config: RunConfig
@@ -45,20 +45,14 @@ class OpenRun:
     step: int
     manifest: dict[str, Any]
     checkpoint: ShardedCheckpoint
+    loaded: RewardModel | None = None
+    """The model in eval mode; None where nobody asked for it."""
 
-
-@dataclass(frozen=True)
-class Restored:
-    """A run at one step with its model, in eval mode."""
-
-    run: RunDirectory
-    config: RunConfig
-    data: PreparedData
-    parts: Parts
-    users: UserTable
-    step: int
-    manifest: dict[str, Any]
-    model: RewardModel
+    @property
+    def model(self) -> RewardModel:
+        """The model of a run whose weights are loaded."""
+        assert self.loaded is not None, "this run was opened without its weights; use `restore`"
+        return self.loaded
 
 
 def open_run(
@@ -106,7 +100,16 @@ def open_run(
     parts = assemble(config, data, run)
     refuse_other_base(path, manifest, base_weights_of(parts))
     users = UserTable.load(path, config.users)
-    return OpenRun(run, config, data, parts, users, number, manifest, ShardedCheckpoint(path))
+    return OpenRun(
+        run=run,
+        config=config,
+        data=data,
+        parts=parts,
+        users=users,
+        step=number,
+        manifest=manifest,
+        checkpoint=ShardedCheckpoint(path),
+    )
 
 
 def restore(
@@ -116,7 +119,7 @@ def restore(
     trust: bool = False,
     precision: Literal["fp32", "bf16"] = "fp32",
     data_path: str | Path | None = None,
-) -> Restored:
+) -> OpenRun:
     """A run's reward model at `step` on `device`, eval mode, no gradients asked for.
 
     fp32 holds the engine's master weights to the bit. Weights are read tensor by tensor, so the
@@ -127,16 +130,7 @@ def restore(
     # A full cache makes the weights of a frozen backbone superfluous.
     defer = opened.config.backbone.cache is not None and opened.parts.needs_store
     model = load_model(opened, precision, defer_backbone=defer).to(device)
-    return Restored(
-        run,
-        opened.config,
-        opened.data,
-        opened.parts,
-        opened.users,
-        opened.step,
-        opened.manifest,
-        model,
-    )
+    return replace(opened, loaded=model)
 
 
 def load_model(
@@ -218,4 +212,4 @@ def _open_data(run: RunDirectory, config: RunConfig) -> PreparedData:
     return PreparedData.open(config.data.path)
 
 
-__all__ = ["OpenRun", "Restored", "load_model", "open_run", "restore"]
+__all__ = ["OpenRun", "load_model", "open_run", "restore"]

@@ -17,7 +17,7 @@ from pal_ds.feature_cache.encode import encode_once
 from pal_ds.feature_cache.folders import restored_cache_folders
 from pal_ds.heads.shapes import Float
 from pal_ds.inference.context_points import encode_users
-from pal_ds.inference.load_run import Restored
+from pal_ds.inference.load_run import OpenRun
 from pal_ds.inference.mixtures import user_mixtures
 from pal_ds.inference.scoring import Forwards
 from pal_ds.model import RewardModel
@@ -47,7 +47,7 @@ class Reader:
 
 
 def reader_of(
-    restored: Restored,
+    restored: OpenRun,
     data: PreparedData,
     rows: np.ndarray,
     table_rows: np.ndarray,
@@ -111,7 +111,7 @@ class KnownUsers:
         return rows
 
 
-def known_users(restored: Restored, adapted: Path | None) -> KnownUsers:
+def known_users(restored: OpenRun, adapted: Path | None) -> KnownUsers:
     """The users of a run and of an adapted table. Raises UserError where the tables do not fit together."""
     head = restored.model.head
     if "group" in head.needs:
@@ -138,7 +138,7 @@ def known_users(restored: Restored, adapted: Path | None) -> KnownUsers:
 
 def with_points(
     known: KnownUsers,
-    restored: Restored,
+    restored: OpenRun,
     data: PreparedData,
     world: World,
     *,

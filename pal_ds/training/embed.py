@@ -1,5 +1,6 @@
 """`embed`: a frozen backbone's states of all texts of the prepared data, into `backbone.cache`."""
 
+import functools
 import logging
 import os
 from pathlib import Path
@@ -7,14 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from pal_ds.config.run_config import RunConfig
-from pal_ds.data.tables import PreparedData
 from pal_ds.distributed.preemption import StopAsked, StopWatch
 from pal_ds.distributed.watchdog import watch
-from pal_ds.distributed.world import World
 from pal_ds.engine.ds_config import check_zero_section, ds_config_of
 from pal_ds.engine.process_group import distributed
 from pal_ds.errors import UserError
 from pal_ds.modeling.build import assemble, base_weights_of
+from pal_ds.modeling.context import RunContext
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.training.launch import open_data, prepare_before_processes_meet
 from pal_ds.training.setup import encode_frozen
@@ -49,7 +49,11 @@ def embed(config: RunConfig) -> bool:
             raise UserError(
                 f"{data.path}: holds vectors, which are states already; there is nothing to embed. Train as it is."
             )
-        return encode_all(config, data, world)
+        # Nothing is read from a run: architectures are refused above.
+        nowhere = RunDirectory(data.path)
+        return encode_all(
+            RunContext(config=config, run=nowhere, data=data, world=world, ds_config=ds_config)
+        )
 
 
 def refuse_what_has_no_cache(config: RunConfig) -> None:
@@ -73,24 +77,16 @@ def refuse_what_has_no_cache(config: RunConfig) -> None:
         )
 
 
-def encode_all(config: RunConfig, data: PreparedData, world: World) -> bool:
-    """All splits; whether no stop came in between."""
-    # Nothing is read from a run: architectures are refused above.
-    nowhere = RunDirectory(data.path)
-    parts = world.on_every_rank(lambda: assemble(config, data, nowhere))
+def encode_all(context: RunContext) -> bool:
+    """Encode the texts of all splits; returns False where a stop came in between."""
+    config, data, world = context.config, context.data, context.world
+    parts = world.on_every_rank(lambda: assemble(config, data, context.run))
     weights = world.from_rank_zero(lambda: base_weights_of(parts))
     watch_ = StopWatch(config.train.time_limit_minutes)
     rows = np.arange(len(data.comparisons))
     try:
-        encode_frozen(
-            parts,
-            parts.collator,
-            rows,
-            config,
-            weights,
-            world,
-            lambda: watch_.leave_if_asked(world),
-        )
+        leave = functools.partial(watch_.leave_if_asked, world)
+        encode_frozen(context, parts, parts.collator, rows, weights, between=leave)
     except StopAsked as asked:
         logger.warning("stopping (%s): what was encoded is kept; the same command goes on", asked)
         return False

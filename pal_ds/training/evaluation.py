@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,11 +14,8 @@ from pal_ds.errors import UserError
 from pal_ds.eval.figures import dev_temperature, figures_of
 from pal_ds.inference.mixtures import with_mixtures
 from pal_ds.inference.scoring import Forwards
-from pal_ds.training.state import EvalSet
+from pal_ds.training.state import EvalSet, Training
 from pal_ds.users.ids import UserIds
-
-if TYPE_CHECKING:
-    from pal_ds.training.state import Training
 
 
 def open_eval_sets(
@@ -57,7 +54,7 @@ def open_eval_sets(
     return sets
 
 
-def evaluate_in_training(state: "Training", *, at_start: bool = False) -> bool:
+def evaluate_in_training(state: Training, *, at_start: bool = False) -> bool:
     """Logs figures on dev (seen users) and on `train.eval_sets`; whether dev accuracy is the best of the run so far.
 
     `at_start`: before any update, of which there is no checkpoint: nothing can be best.
@@ -98,7 +95,7 @@ def evaluate_in_training(state: "Training", *, at_start: bool = False) -> bool:
     return improved
 
 
-def _margins(state: "Training", collator: Collator, rows: np.ndarray) -> np.ndarray:
+def _margins(state: Training, collator: Collator, rows: np.ndarray) -> np.ndarray:
     collator, mixtures = with_mixtures(
         forward=state.engine,
         head=state.parts.head,

@@ -4,8 +4,10 @@ import contextlib
 import functools
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pal_ds.config.recipe import refuse_changes
 from pal_ds.config.run_config import RunConfig
@@ -21,12 +23,36 @@ from pal_ds.engine.ds_config import check_zero_section, ds_config_of
 from pal_ds.engine.process_group import distributed
 from pal_ds.errors import UserError, writing
 from pal_ds.io.files import write_json
-from pal_ds.modeling.build import assemble
+from pal_ds.modeling.build import Parts, assemble
+from pal_ds.modeling.context import RunContext
 from pal_ds.runs.lock import LOCK, only_writer
 from pal_ds.runs.run_dir import RunDirectory
 
 OUR_BASE = "random_weights.json"
 """Marks a base folder as random weights of ours, which may be written again."""
+
+
+@dataclass(frozen=True)
+class TrainingRequest:
+    """One training as it was asked for, checked as far as that needs no data."""
+
+    config: RunConfig
+    recipe: str
+    """The resolved YAML, which becomes the run's config.yaml."""
+    run: RunDirectory
+    ds_config: dict[str, Any]
+    """DeepSpeed's JSON for this recipe and world size."""
+    fresh: bool = False
+    """Refuse a directory that is not empty."""
+    allow_change: Sequence[str] = ()
+    """Keys that may differ on resume."""
+    trust_checkpoint: bool = False
+    """Read checkpoints of another owner."""
+
+
+def world_size_of_launch() -> int:
+    """Number of ranks that the launcher starts, before they have met; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def launch_training(
@@ -35,89 +61,127 @@ def launch_training(
     run_dir: Path,
     *,
     fresh: bool = False,
-    allow_change: list[str] | None = None,
+    allow_change: Sequence[str] = (),
     trust_checkpoint: bool = False,
 ) -> None:
-    """`train`: prepares data on a single node, then trains; `recipe` is the resolved YAML."""
-    run = RunDirectory(run_dir)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    # What needs no data is refused before an hour of tokenising, by every rank alike.
-    ds_config_of(config.train, world_size)
+    """Prepare the data where this launch is a single node, then train.
+
+    Args:
+        config: the recipe.
+        recipe: the same as resolved YAML, kept as the run's config.yaml.
+        run_dir: the run's directory; one with checkpoints is resumed.
+        fresh: refuse a directory that is not empty.
+        allow_change: keys that may differ on resume.
+        trust_checkpoint: read checkpoints of another owner.
+
+    Raises:
+        UserError: the recipe contradicts itself, the data or the run that is to be resumed.
+    """
+    world_size = world_size_of_launch()
+    request = TrainingRequest(
+        config=config,
+        recipe=recipe,
+        run=RunDirectory(run_dir),
+        # What needs no data is refused before an hour of tokenising, by every rank alike.
+        ds_config=ds_config_of(config.train, world_size),
+        fresh=fresh,
+        allow_change=allow_change,
+        trust_checkpoint=trust_checkpoint,
+    )
     failure = prepare_before_processes_meet(config)
     if failure is not None and world_size == 1:
         raise failure
     with distributed(config.train.timeout_minutes) as world:
-        train_among(
-            world,
-            config,
-            recipe,
-            run,
-            lambda: open_data(config, failure),
-            fresh=fresh,
-            allow_change=allow_change,
-            trust_checkpoint=trust_checkpoint,
-        )
+        train_among(world, request, lambda: open_data(config, failure))
 
 
 def train_among(
     world: World,
-    config: RunConfig,
-    recipe: str,
-    run: RunDirectory,
+    request: TrainingRequest,
     tables: Callable[[], PreparedData],
     *,
-    fresh: bool = False,
-    allow_change: list[str] | None = None,
-    trust_checkpoint: bool = False,
     encoded: Collator | None = None,
 ) -> Collator | None:
-    """One training of ranks that have met, as the run's only writer and under the watchdog; returns what `train` does.
+    """Make one training of ranks that have met, as the run's only writer and under the watchdog.
 
-    `tables` opens the prepared data, on every rank.
+    Args:
+        world: the ranks.
+        request: what to train, and where.
+        tables: opens the prepared data, on every rank.
+        encoded: as for `train`, whose result is returned.
     """
-    ds_config = ds_config_of(config.train, world.world_size)
+    config, run = request.config, request.run
     with contextlib.ExitStack() as held:
         from pal_ds.engine.checkpoint.forget import recover
         from pal_ds.training.loop import train
 
-        check_zero_section(ds_config, config.train.ds_config)
+        check_zero_section(request.ds_config, config.train.ds_config)
         world.from_rank_zero(lambda: held.enter_context(only_writer(run)))
         # Not before: the watchdog writes into the run, which until now may be another's.
-        told = functools.partial(record_loss, run)
-        held.enter_context(watch(world, run.path / "stacks", config.train.hang_minutes, told))
+        record = functools.partial(record_loss, run)
+        held.enter_context(watch(world, run.path / "stacks", config.train.hang_minutes, record))
         world.from_rank_zero(run.discard_temporaries)
         # A removal of a user that was cut off leaves a checkpoint under another name.
         world.from_rank_zero(lambda: recover(run))
         data = world.on_every_rank(tables)
-        world.from_rank_zero(
-            lambda: check_run_directory(
-                run, recipe, data, fresh=fresh, allow_change=allow_change or []
-            )
+        context = RunContext(
+            config=config, run=run, data=data, world=world, ds_config=request.ds_config
         )
-        made_base = made_init = False
+        world.from_rank_zero(lambda: check_run_directory(request, data))
+        start = Start(context)
         try:
-            if config.train.init_from is not None:
-                from pal_ds.training.init_from.copy import take_over
-
-                made_init = world.from_rank_zero(
-                    lambda: take_over(config, data, run, trust=trust_checkpoint)
-                )
-            world.on_every_rank(lambda: assemble(config, data, run))
-            if config.backbone.architecture is not None and data.info["kind"] == "tokens":
-                made_base = world.from_rank_zero(lambda: write_base_weights(config, data, run))
+            parts = start.assemble(trust=request.trust_checkpoint)
             return train(
-                config,
-                run,
-                data,
-                world,
+                context,
+                parts,
                 encoded=encoded,
-                trust_checkpoint=trust_checkpoint,
-                recipe=recipe,
+                trust_checkpoint=request.trust_checkpoint,
+                recipe=request.recipe,
             )
         except UserError:
             if world.is_rank_zero and not run.config_file.is_file():
-                leave_no_trace(run, base=made_base, init=made_init)
+                start.leave_no_trace()
             raise
+
+
+@dataclass
+class Start:
+    """Weights that a run begins with, and what this launch has written of them."""
+
+    context: RunContext
+    made_init: bool = False
+    made_base: bool = False
+
+    def assemble(self, *, trust: bool) -> Parts:
+        """Assemble the parts once, and write the weights that no path gives.
+
+        Raises:
+            UserError: on every rank, where the recipe does not fit the data or the weights cannot be written.
+        """
+        config, world = self.context.config, self.context.world
+        data, run = self.context.data, self.context.run
+        taken: Parts | None = None
+
+        def take() -> bool:
+            nonlocal taken
+            from pal_ds.training.init_from.copy import take_over
+
+            taken = take_over(config, data, run, trust=trust)
+            return taken is not None
+
+        if config.train.init_from is not None:
+            self.made_init = world.from_rank_zero(take)
+        parts = world.on_every_rank(lambda: assemble(config, data, run) if taken is None else taken)
+        if config.backbone.architecture is not None and data.info["kind"] == "tokens":
+            self.made_base = world.from_rank_zero(lambda: write_base_weights(config, data, run))
+        return parts
+
+    def leave_no_trace(self) -> None:
+        """Delete the weights that this launch wrote, after a start that never came to its first update."""
+        run = self.context.run
+        for folder, ours in ((run.base, self.made_base), (run.init, self.made_init)):
+            if ours:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def record_loss(run: RunDirectory, reason: str) -> None:
@@ -133,7 +197,7 @@ def prepare_before_processes_meet(config: RunConfig) -> UserError | None:
 
     What goes wrong is returned, not raised, so that the others learn of it once they have met.
     """
-    world_size = os.environ.get("WORLD_SIZE", "1")
+    world_size = str(world_size_of_launch())
     # torchrun sets the first, the deepspeed launcher the second; a plain launch sets neither.
     local = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size))
     if os.environ.get("RANK", "0") != "0":
@@ -158,26 +222,20 @@ def open_data(config: RunConfig, failure: UserError | None) -> PreparedData:
     return PreparedData.open(config.data.path)
 
 
-def check_run_directory(
-    run: RunDirectory,
-    recipe: str,
-    data: PreparedData,
-    *,
-    fresh: bool,
-    allow_change: list[str],
-) -> None:
-    """Writes nothing: whether a run may start here, or is the one that is to be resumed.
+def check_run_directory(request: TrainingRequest, data: PreparedData) -> None:
+    """Check, writing nothing, that a run may start here or is the one that is to be resumed.
 
     Raises:
         UserError: `fresh` meets a directory that is not empty; a resumed run would have other data or another
             value of a key that alters the result. Another number of ranks is fine.
     """
-    if fresh and any(path.name not in (LOCK, "slurm") for path in run.path.iterdir()):
+    run = request.run
+    if request.fresh and any(path.name not in (LOCK, "slurm") for path in run.path.iterdir()):
         raise UserError(
             f"{run.path}: --fresh needs an empty directory. Name another --run_dir or empty this one."
         )
     if run.config_file.is_file() and run.has_checkpoints():
-        refuse_changes(run.config_file, recipe, allow_change)
+        refuse_changes(run.config_file, request.recipe, list(request.allow_change))
     for step in run.complete_steps()[-1:]:
         path = run.checkpoint(step)
         try:
@@ -185,13 +243,6 @@ def check_run_directory(
         except UserError:
             continue  # resuming passes it over, by name, and asks again of the one that it takes
         refuse_other_launch(path, manifest, data.hash, data.path)
-
-
-def leave_no_trace(run: RunDirectory, *, base: bool, init: bool) -> None:
-    """Takes away the weights that this launch wrote, after a start that never came to its first update."""
-    for folder, ours in ((run.base, base), (run.init, init)):
-        if ours:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_base_weights(config: RunConfig, data: PreparedData, run: RunDirectory) -> bool:

@@ -3,22 +3,20 @@
 import logging
 from collections.abc import Iterator
 
-from pal_ds.config.run_config import RunConfig
 from pal_ds.data.collator import Collator
 from pal_ds.data.loader import UpdateInputs, updates_from
-from pal_ds.data.tables import PreparedData
 from pal_ds.distributed import phase
 from pal_ds.distributed.preemption import StopAsked, ignore_stop_signals
 from pal_ds.distributed.watchdog import is_symptom
-from pal_ds.distributed.world import World
 from pal_ds.engine.checkpoint.checkpoint import save_checkpoint
 from pal_ds.engine.checkpoint.retention import retain
 from pal_ds.engine.step import Stepper, UpdateStats
 from pal_ds.errors import NumericError, StorageError
 from pal_ds.io.fault_points import reached
 from pal_ds.io.files import write_json
+from pal_ds.modeling.build import Parts
+from pal_ds.modeling.context import RunContext
 from pal_ds.progress import progress_bar
-from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.training.evaluation import evaluate_in_training
 from pal_ds.training.setup import start_training
 from pal_ds.training.state import Training, plan_of
@@ -27,10 +25,8 @@ logger = logging.getLogger(__name__)
 
 
 def train(
-    config: RunConfig,
-    run: RunDirectory,
-    data: PreparedData,
-    world: World,
+    context: RunContext,
+    parts: Parts,
     *,
     encoded: Collator | None = None,
     trust_checkpoint: bool = False,
@@ -42,12 +38,11 @@ def train(
     a stop was asked for before all texts were encoded.
     `recipe` (YAML) becomes the run's config.yaml once all is loaded, so that a start that fails changes nothing.
     """
+    run, world = context.run, context.world
     try:
-        state = start_training(
-            config, run, data, world, encoded=encoded, trust_checkpoint=trust_checkpoint
-        )
+        state = start_training(context, parts, encoded=encoded, trust_checkpoint=trust_checkpoint)
     except StopAsked as asked:
-        end_before_updates(config, run, data, world, str(asked))
+        end_before_updates(context, str(asked))
         return None
     try:
         if recipe is not None:
@@ -64,14 +59,13 @@ def train(
     return state.collator
 
 
-def end_before_updates(
-    config: RunConfig, run: RunDirectory, data: PreparedData, world: World, reason: str
-) -> None:
-    """A stopped run like any other: the next start goes on from the newest checkpoint and what the cache holds."""
+def end_before_updates(context: RunContext, reason: str) -> None:
+    """Record a run that was stopped before its updates: the next start goes on from checkpoint and cache."""
+    config, run = context.config, context.run
 
     def tell() -> None:
         step = max(run.complete_steps(), default=0)
-        num_updates = config.train.epochs * plan_of(config, data).updates_per_epoch
+        num_updates = config.train.epochs * plan_of(config, context.data).updates_per_epoch
         logger.warning(
             "stopping while texts are being encoded, at update %d of %d (%s): %s; the same command resumes",
             step,
@@ -85,7 +79,7 @@ def end_before_updates(
             {"state": "stopped", "step": step, "num_updates": num_updates, "reason": reason}
         )
 
-    world.from_rank_zero(tell)
+    context.world.from_rank_zero(tell)
 
 
 def run_updates(state: Training) -> None:

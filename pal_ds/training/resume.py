@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pal_ds.distributed import phase
 from pal_ds.engine.checkpoint.checkpoint import (
@@ -12,14 +12,12 @@ from pal_ds.engine.checkpoint.checkpoint import (
 )
 from pal_ds.engine.checkpoint.verify import newest_intact_for_all
 from pal_ds.engine.optim import apply_settings
-
-if TYPE_CHECKING:
-    from pal_ds.training.state import Training
+from pal_ds.training.state import Training
 
 logger = logging.getLogger(__name__)
 
 
-def resume(state: "Training", *, trust: bool) -> None:
+def resume(state: Training, *, trust: bool) -> None:
     """Restores the newest intact checkpoint; a directory without any starts at update 0."""
     world, run = state.world, state.run
     phase.enter("resume")

@@ -5,7 +5,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +16,6 @@ from pal_ds.data.collator import Collator
 from pal_ds.data.tables import PreparedData
 from pal_ds.distributed import phase
 from pal_ds.distributed.preemption import StopWatch
-from pal_ds.distributed.world import World
-from pal_ds.engine.ds_config import ds_config_of
 from pal_ds.engine.guard import UpdateGuard
 from pal_ds.engine.zero import (
     parameter_bytes_on_this_rank,
@@ -30,8 +27,8 @@ from pal_ds.errors import UserError
 from pal_ds.feature_cache.encode import encode_once
 from pal_ds.feature_cache.folders import cache_folders
 from pal_ds.model import RewardModel
-from pal_ds.modeling.build import Parts, assemble, base_weights_of, load_backbone
-from pal_ds.runs.run_dir import RunDirectory
+from pal_ds.modeling.build import Parts, base_weights_of, load_backbone
+from pal_ds.modeling.context import RunContext
 from pal_ds.training.evaluation import open_eval_sets
 from pal_ds.training.init_from.load import load_taken_over
 from pal_ds.training.metrics_logger import Tracker
@@ -47,25 +44,29 @@ SLOW = 6.0
 
 
 def start_training(
-    config: RunConfig,
-    run: RunDirectory,
-    data: PreparedData,
-    world: World,
+    context: RunContext,
+    parts: Parts,
     *,
     encoded: Collator | None = None,
     trust_checkpoint: bool = False,
 ) -> Training:
-    """Loads and shards everything and restores the newest intact checkpoint, if any.
+    """Load and shard everything, and restore the newest intact checkpoint if there is one.
+
+    Args:
+        context: recipe, run directory, data and ranks.
+        parts: what `assemble` made of them.
+        encoded: a collator with stored states of the same texts, of an earlier run on the same frozen backbone.
+        trust_checkpoint: read checkpoints of another owner.
 
     Raises:
         StopAsked: a stop was asked for while texts were being encoded; on every rank, and the cache keeps them.
+        UserError: the recipe does not fit the data, or a checkpoint is not of this run.
     """
     started = time.monotonic()
+    config, data, world = context.config, context.data, context.world
     watch = StopWatch(config.train.time_limit_minutes)
-    parts = assemble(config, data, run)
     check_token_budget(config, parts, data)
     plan = plan_of(config, data)
-    ds_config = ds_config_of(config.train, world.world_size)
     users, table_rows, generic_row = seen_users(config, data, parts.head, world)
     collator = replace(
         encoded or parts.collator,
@@ -76,38 +77,51 @@ def start_training(
     backbone: nn.Module = GivenStates()
     base_weights = world.from_rank_zero(lambda: base_weights_of(parts))
     if encoded is None and parts.needs_store:
-        judged = np.concatenate([plan.comparisons, data.rows("dev")])
+        rows = np.concatenate([plan.comparisons, data.rows("dev")])
         leave = functools.partial(watch.leave_if_asked, world)
-        collator = encode_frozen(parts, collator, judged, config, base_weights, world, leave)
+        collator = encode_frozen(context, parts, collator, rows, base_weights, between=leave)
     elif encoded is None:
-        backbone = load_partitioned(parts, config, ds_config, world)
-    sets = other_sets(parts, collator, config, base_weights, users, world)
-    origin = load_taken_over(config, run, parts.head, users)
+        backbone = load_partitioned(context, parts)
+    sets = other_sets(context, parts, collator, users, base_weights)
+    origin = load_taken_over(config, context.run, parts.head, users)
     if config.train.precision == "bf16":
         # ZeRO-3 packs all weights into one buffer, so the head shares the backbone's dtype; masters stay fp32.
         parts.head.to(torch.bfloat16)
     guard = UpdateGuard(config.train, world)
     phase.enter("start the engine", patience=SLOW)
-    engine = start_training_engine(
-        RewardModel(backbone, parts.head, config.loss.lm_weight), config.optim, ds_config, guard
-    )
-    tracker = Tracker(run, config, world)
+    model = RewardModel(backbone, parts.head, config.loss.lm_weight)
     state = Training(
-        config, run, world, data, parts, collator, engine, users, plan, guard, watch, tracker
+        context=context,
+        parts=parts,
+        collator=collator,
+        engine=start_training_engine(model, config.optim, context.ds_config, guard),
+        users=users,
+        plan=plan,
+        guard=guard,
+        watch=watch,
+        tracker=Tracker(context.run, config, world),
+        eval_sets=sets,
+        origin=origin,
+        base_weights=base_weights,
     )
-    state.base_weights, state.origin, state.eval_sets = base_weights, origin, sets
     resume(state, trust=trust_checkpoint)
-    held, whole = parameter_bytes_on_this_rank(engine.module)
-    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+    log_size(state, time.monotonic() - started)
+    return state
+
+
+def log_size(state: Training, seconds: float) -> None:
+    """Log where the run stands, how many parameters it has, and which share of their bytes this rank holds."""
+    module = state.engine.module
+    held, whole = parameter_bytes_on_this_rank(module)
+    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
     logger.info(
         "ready at update %d of %d after %.1f s: %s parameters, %.3f of their bytes on this rank",
         state.step,
         state.num_updates,
-        time.monotonic() - started,
+        seconds,
         f"{num_parameters:,}",
         held / max(whole, 1),
     )
-    return state
 
 
 def check_token_budget(config: RunConfig, parts: Parts, data: PreparedData) -> None:
@@ -120,36 +134,45 @@ def check_token_budget(config: RunConfig, parts: Parts, data: PreparedData) -> N
         )
 
 
-def load_partitioned(
-    parts: Parts, config: RunConfig, ds_config: dict[str, Any], world: World
-) -> nn.Module:
-    """The backbone for its tuning, partitioned as it is read where the engine is ZeRO-3."""
+def load_partitioned(context: RunContext, parts: Parts) -> nn.Module:
+    """Load the backbone for its tuning, partitioned as it is read where the engine is ZeRO-3."""
     phase.enter("load weights", patience=SLOW)
-    with partitioned_loading(ds_config):
-        gpu, language = world.device.type == "cuda", config.loss.lm_weight > 0
+    config = context.config
+    with partitioned_loading(context.ds_config):
+        gpu, language = context.world.device.type == "cuda", config.loss.lm_weight > 0
         return load_backbone(parts, config, gpu=gpu, language=language)
 
 
 def encode_frozen(
+    context: RunContext,
     parts: Parts,
     collator: Collator,
     rows: np.ndarray,
-    config: RunConfig,
     base_weights: str | None,
-    world: World,
+    *,
     between: Callable[[], None] = lambda: None,
 ) -> Collator:
-    """The collator with stored states of every text of the comparisons `rows`, from `backbone.cache` where it is set.
+    """Give the collator stored states of every text of the comparisons `rows`, from `backbone.cache` where it is set.
 
-    Weights are loaded for states that are not in the cache, and not needed after it. `base_weights` is their
-    fingerprint; `between` is called before each forward.
+    Weights are loaded for states that are not in the cache, and not needed after it.
+
+    Args:
+        context: recipe and ranks; its data may be others than the collator's.
+        parts: the frozen backbone and how it is read.
+        collator: which texts are read, of which data.
+        rows: comparisons of that data; int64 [n].
+        base_weights: fingerprint of the frozen weights.
+        between: called before each forward.
+
+    Raises:
+        StopAsked: what `between` raises; the cache keeps what was encoded.
     """
-    ds_config = ds_config_of(config.train, world.world_size)
+    config, world = context.config, context.world
 
     def load() -> nn.Module:
-        backbone = load_partitioned(parts, config, ds_config, world)
+        backbone = load_partitioned(context, parts)
         phase.enter("start the encoder", patience=SLOW)
-        return start_inference_engine(backbone, ds_config)
+        return start_inference_engine(backbone, context.ds_config)
 
     gpu, precision = world.device.type == "cuda", config.train.precision
     caches = world.from_rank_zero(
@@ -160,19 +183,24 @@ def encode_frozen(
 
 
 def other_sets(
+    context: RunContext,
     parts: Parts,
     collator: Collator,
-    config: RunConfig,
-    base_weights: str | None,
     users: TrainedUsers,
-    world: World,
+    base_weights: str | None,
 ) -> list[EvalSet]:
-    """`train.eval_sets`, their texts encoded where the backbone is frozen. Raises UserError as `open_eval_sets`."""
-    paths = config.train.eval_sets
-    sets = world.on_every_rank(lambda: open_eval_sets(paths, collator.data, collator, users.ids))
+    """Open `train.eval_sets`, and encode their texts where the backbone is frozen.
+
+    Raises:
+        UserError: as `open_eval_sets` does.
+    """
+    paths = context.config.train.eval_sets
+    sets = context.world.on_every_rank(
+        lambda: open_eval_sets(paths, collator.data, collator, users.ids)
+    )
     if not parts.needs_store:
         return sets
     return [
-        replace(s, collator=encode_frozen(parts, s.collator, s.rows, config, base_weights, world))
+        replace(s, collator=encode_frozen(context, parts, s.collator, s.rows, base_weights))
         for s in sets
     ]

@@ -17,6 +17,7 @@ from pal_ds.engine.guard import UpdateGuard
 from pal_ds.engine.step import Stepper
 from pal_ds.errors import UserError
 from pal_ds.modeling.build import Parts
+from pal_ds.modeling.context import RunContext
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.training.metrics_logger import Tracker
 from pal_ds.users import TrainedUsers
@@ -36,10 +37,7 @@ class EvalSet:
 class Training:
     """A run in memory: what the loop drives."""
 
-    config: RunConfig
-    run: RunDirectory
-    world: World
-    data: PreparedData
+    context: RunContext
     parts: Parts
     collator: Collator
     engine: Any
@@ -61,6 +59,22 @@ class Training:
     """Whether a stop on request left out an evaluation that was due at `step`."""
     owes_save: bool = False
     """Whether a checkpoint that was due waits for the end of a row of skipped updates."""
+
+    @property
+    def config(self) -> RunConfig:
+        return self.context.config
+
+    @property
+    def run(self) -> RunDirectory:
+        return self.context.run
+
+    @property
+    def data(self) -> PreparedData:
+        return self.context.data
+
+    @property
+    def world(self) -> World:
+        return self.context.world
 
     @property
     def num_updates(self) -> int:

@@ -29,7 +29,7 @@ from pal_ds.errors import UserError
 from pal_ds.eval import results
 from pal_ds.eval.evaluate import evaluate_run, summary_line
 from pal_ds.inference import readers as reading_module
-from pal_ds.inference.load_run import Restored, restore
+from pal_ds.inference.load_run import OpenRun, restore
 from pal_ds.inference.mixtures import user_mixtures
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.users import UserTable
@@ -77,7 +77,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDirectory]:
 
 
 @pytest.fixture(scope="module")
-def restored(runs: dict[str, RunDirectory]) -> Restored:
+def restored(runs: dict[str, RunDirectory]) -> OpenRun:
     return restore(runs["PalA"])
 
 
@@ -91,7 +91,7 @@ def strays(data: PreparedData) -> np.ndarray:
 
 
 def test_everyone_is_fitted_from_their_own_pairs(
-    restored: Restored, monkeypatch: pytest.MonkeyPatch
+    restored: OpenRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = restored.data
     owners = users_of(data, "unseen_test")
@@ -114,7 +114,7 @@ def test_everyone_is_fitted_from_their_own_pairs(
     assert np.array_equal(np.sort(everything), np.repeat(theirs, 2))
 
 
-def test_users_without_test_pairs_change_nothing(restored: Restored) -> None:
+def test_users_without_test_pairs_change_nothing(restored: OpenRun) -> None:
     table = np.array(restored.data.comparisons)
     stray = np.isin(table["user"], strays(restored.data))
     without = replace(restored, data=replace(restored.data, comparisons=table[~stray]))
@@ -122,7 +122,7 @@ def test_users_without_test_pairs_change_nothing(restored: Restored) -> None:
     assert few_shot_curve(without, [0, 2], ALONE, seeds=(0, 1)).rows == curve.rows
 
 
-def test_no_user_to_fit_and_test_is_refused(restored: Restored) -> None:
+def test_no_user_to_fit_and_test_is_refused(restored: OpenRun) -> None:
     table = np.array(restored.data.comparisons)
     kept = np.isin(table["user"], strays(restored.data))
     with pytest.raises(UserError, match="no unseen user has pairs in both"):
@@ -139,7 +139,7 @@ def test_values_that_say_nothing_are_refused(
         evaluate_few_shot(runs["PalA"], values, num_draws)
 
 
-def test_no_comparisons_leave_the_mixture_of_strangers(restored: Restored) -> None:
+def test_no_comparisons_leave_the_mixture_of_strangers(restored: OpenRun) -> None:
     """Their mean of mixtures, which is not that of the mean logits: no accuracy of so small a run tells them apart."""
     told = []
 
@@ -164,7 +164,7 @@ class SecondRank(World):
         return torch.full_like(found, torch.nan)
 
 
-def test_ranks_score_what_rank_zero_fitted(restored: Restored) -> None:
+def test_ranks_score_what_rank_zero_fitted(restored: OpenRun) -> None:
     """Else two that differ in a last digit would not agree on which draws are alike, and wait for each other."""
     told = few_shot_curve(restored, [0, 8], SecondRank(0, 1, torch.device("cpu")), seeds=(0, 1))
     own = few_shot_curve(restored, [0, 8], ALONE, seeds=(0, 1))
@@ -267,7 +267,7 @@ def test_split_of_strangers_has_every_key(runs: dict[str, RunDirectory]) -> None
     assert seen.keys() == {key for key in figures if key in seen}
 
 
-def test_draw_does_not_depend_on_other_users(restored: Restored) -> None:
+def test_draw_does_not_depend_on_other_users(restored: OpenRun) -> None:
     """The same user in another row of other data draws the same of their comparisons."""
     data = restored.data
     rows = np.arange(len(data.comparisons))

@@ -19,6 +19,7 @@ from pal_ds.engine.process_group import distributed
 from pal_ds.inference.scoring import Forwards
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.training import loop
+from tests import one_training
 from tests.training.resume_worker import recipe
 
 STOP_IN_UPDATE = 3
@@ -106,7 +107,7 @@ def stopped_run(
     phase.STARTED = time.monotonic()
     try:
         with listening(config.train.stop_signals):
-            loop.train(config, RunDirectory(folder), data, world)
+            one_training.train(config, RunDirectory(folder), data, world)
     finally:
         loop.make_update, loop.save = make_update, save
         Forwards.margins = margins  # type: ignore[method-assign]
@@ -119,7 +120,7 @@ def main(data_path: str, base: str, out: str) -> None:
     with distributed() as world:
         for every in (4, 100):
             whole = with_settings(config, **settings_of("due" if every == 4 else "one_rank"))
-            loop.train(whole, RunDirectory(Path(out) / f"whole_{every}"), data, world)
+            one_training.train(whole, RunDirectory(Path(out) / f"whole_{every}"), data, world)
         for name in IN_UPDATE:
             folder = Path(out) / name
             settings = settings_of(name)
@@ -131,7 +132,7 @@ def main(data_path: str, base: str, out: str) -> None:
                 (folder / "first_steps.json").write_text(json.dumps(steps))
             world.barrier()
             settings["time_limit_minutes"] = None
-            loop.train(with_settings(config, **settings), RunDirectory(folder), data, world)
+            one_training.train(with_settings(config, **settings), RunDirectory(folder), data, world)
 
 
 if __name__ == "__main__":

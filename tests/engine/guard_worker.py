@@ -21,8 +21,9 @@ from pal_ds.heads.base import Features
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.training import loop
 from pal_ds.training.loop import make_update, save
-from pal_ds.training.setup import start_training
 from pal_ds.training.state import Training
+from tests import one_training
+from tests.one_training import begin
 from tests.training.resume_worker import recipe
 
 NUM_UPDATES = 5
@@ -81,7 +82,7 @@ def every_variant(data: PreparedData, base: str, out: Path, world: World) -> Non
             keep_checkpoints=10,
         )
         run = RunDirectory(out / f"zero{stage}_{precision}")
-        state = start_training(replace(config, train=settings), run, data, world)
+        state = begin(replace(config, train=settings), run, data, world)
         stepper, source, reasons = state.stepper, state.inputs, []
         for update in range(NUM_UPDATES):
             save(state)
@@ -117,7 +118,7 @@ def disturbed_training(data: PreparedData, base: str, out: Path, world: World) -
         return make(state, stepper, inputs)
 
     loop.make_update, guard.MIN_SEEN = disturbed, 3
-    loop.train(replace(config, train=replace(settings, eval_every=100)), run, data, world)
+    one_training.train(replace(config, train=replace(settings, eval_every=100)), run, data, world)
     loop.make_update = make
 
 

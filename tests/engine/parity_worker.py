@@ -17,8 +17,8 @@ from pal_ds.distributed.world import leave
 from pal_ds.engine.process_group import distributed
 from pal_ds.heads import PalA
 from pal_ds.runs.run_dir import RunDirectory
-from pal_ds.training.setup import start_training
 from pal_ds.users import UsersConfig
+from tests.one_training import begin
 
 NUM_UPDATES = 20
 # [micro-step][rank] sizes of a full update of 16 pairs: unequal everywhere.
@@ -66,7 +66,7 @@ def split(num_pairs: int, world_size: int, accumulation: int) -> list[list[np.nd
 
 
 def run_variant(config: RunConfig, accumulation: int, folder: Path, world) -> dict[str, np.ndarray]:
-    state = start_training(config, RunDirectory(folder), PreparedData.open(config.data.path), world)
+    state = begin(config, RunDirectory(folder), PreparedData.open(config.data.path), world)
     stepper = replace(state.stepper, num_updates=NUM_UPDATES, seed=0, needs_users=True)
     losses, norms, gathered, user_sums = [], [], [], []
     gather = stepper.user_gradients

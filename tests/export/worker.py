@@ -9,8 +9,8 @@ from pal_ds.distributed.world import leave
 from pal_ds.engine.process_group import distributed
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.training.launch import write_base_weights
-from pal_ds.training.loop import train
 from tests.export.cases import CASES
+from tests.one_training import train
 
 
 def main(root: Path, names: list[str]) -> None:

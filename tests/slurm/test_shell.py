@@ -1,7 +1,6 @@
 """What the batch scripts decide, without a cluster."""
 
 import datetime
-import functools
 import json
 import os
 import subprocess
@@ -241,16 +240,15 @@ def test_fresh_is_for_the_first_start(tmp_path: Path) -> None:
 
 def test_training_itself_starts_fresh_beside_the_record_of_a_job(tmp_path: Path) -> None:
     from pal_ds.runs.run_dir import RunDirectory
-    from pal_ds.training.launch import check_run_directory
+    from pal_ds.training.launch import TrainingRequest, check_run_directory
 
     (tmp_path / "slurm").mkdir()
-    check = functools.partial(
-        check_run_directory, recipe="", data=None, fresh=True, allow_change=[]
-    )
-    check(RunDirectory(tmp_path))
+    run = RunDirectory(tmp_path)
+    request = TrainingRequest(config=None, recipe="", run=run, ds_config={}, fresh=True)
+    check_run_directory(request, None)
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(UserError, match="--fresh needs an empty directory"):
-        check(RunDirectory(tmp_path))
+        check_run_directory(request, None)
 
 
 @pytest.mark.parametrize("said", ["recipe", "block", "word"])

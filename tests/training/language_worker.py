@@ -14,9 +14,9 @@ from pal_ds.distributed.world import leave
 from pal_ds.engine.process_group import distributed
 from pal_ds.losses import PreferenceLoss
 from pal_ds.runs.run_dir import RunDirectory
-from pal_ds.training.loop import train
 from tests.engine import parity_worker
 from tests.engine.parity_worker import recipe, run_variant
+from tests.one_training import train
 
 CASES = (("apart", "full"), ("tied", "full"), ("apart", "lora"))
 LM_WEIGHT = 0.5

@@ -10,7 +10,7 @@ from pal_ds.data.tables import PreparedData
 from pal_ds.distributed.world import leave
 from pal_ds.engine.process_group import distributed
 from pal_ds.runs.run_dir import RunDirectory
-from pal_ds.training.loop import train
+from tests.one_training import train
 
 VARIANTS = {
     "plain": [],

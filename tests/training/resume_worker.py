@@ -13,7 +13,7 @@ from pal_ds.distributed.world import leave
 from pal_ds.engine.process_group import distributed
 from pal_ds.heads import PalA
 from pal_ds.runs.run_dir import RunDirectory
-from pal_ds.training.loop import train
+from tests.one_training import train
 
 # About 50 training pairs in updates of 16: four updates an epoch, the last a short one.
 STOPS = {"full": (3, 4, 6), "lora": (5,), "frozen": (4,)}

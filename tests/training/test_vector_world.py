@@ -13,7 +13,7 @@ from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
 from pal_ds.eval.evaluate import evaluate_run
 from pal_ds.eval.figures import figures_of
-from pal_ds.inference.load_run import Restored, restore
+from pal_ds.inference.load_run import OpenRun, restore
 from pal_ds.inference.mixtures import user_mixtures
 from pal_ds.inference.scoring import Forwards
 from pal_ds.runs.run_dir import RunDirectory
@@ -23,7 +23,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Restored:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> OpenRun:
     folder = tmp_path_factory.mktemp("vector_world")
     recipe = ROOT / "pal_ds" / "recipes" / "vector_world.yaml"
     run_command(
@@ -36,19 +36,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Restored:
 
 
 @pytest.fixture(scope="module")
-def test_margins(trained: Restored) -> np.ndarray:
+def test_margins(trained: OpenRun) -> np.ndarray:
     mixtures = user_mixtures(trained.model.head, trained.users)
     forwards = Forwards(trained.model, trained.parts.collator, 1024, ALONE)
     return forwards.margins(trained.data.rows("test"), mixtures)
 
 
-def pure(trained: Restored) -> np.ndarray:
+def pure(trained: OpenRun) -> np.ndarray:
     """Planted prototype of each user, -1 for mixed ones."""
     names = trained.data.user_group
     return np.asarray([-1 if name is None else int(name.rsplit("_", 1)[1]) for name in names])
 
 
-def test_pure_users_are_assigned_to_their_planted_group(trained: Restored) -> None:
+def test_pure_users_are_assigned_to_their_planted_group(trained: OpenRun) -> None:
     planted = pure(trained)
     assert (planted >= 0).mean() >= 0.3
     found = trained.users.mixtures().argmax(1).numpy()[planted >= 0]
@@ -58,14 +58,14 @@ def test_pure_users_are_assigned_to_their_planted_group(trained: Restored) -> No
     assert counts[rows, columns].sum() / counts.sum() >= 0.98
 
 
-def test_choice_probabilities_of_mixed_users(trained: Restored, test_margins: np.ndarray) -> None:
+def test_choice_probabilities_of_mixed_users(trained: OpenRun, test_margins: np.ndarray) -> None:
     table = trained.data.comparisons[trained.data.rows("test")]
     mixed = pure(trained)[table["user"]] < 0
     error = np.abs(expit(test_margins[mixed]) - table["probability"][mixed]).mean()
     assert error <= 0.03
 
 
-def test_accuracy_reaches_bayes(trained: Restored, test_margins: np.ndarray) -> None:
+def test_accuracy_reaches_bayes(trained: OpenRun, test_margins: np.ndarray) -> None:
     figures = figures_of(trained.data, trained.data.rows("test"), test_margins)
     assert figures["accuracy"] >= 0.98 * figures["bayes_accuracy"]
     assert 0.85 <= figures["bayes_accuracy"] <= 0.92
@@ -78,14 +78,14 @@ def write_vectors(path: Path, size: int) -> Path:
     return path
 
 
-def test_evaluates_a_file_of_vectors(trained: Restored, tmp_path: Path) -> None:
+def test_evaluates_a_file_of_vectors(trained: OpenRun, tmp_path: Path) -> None:
     file = write_vectors(tmp_path / "new.jsonl", 8)
     figures = evaluate_run(trained.run, ALONE, file=file)
     assert figures["unknown_users"]["pairs"] == 6
     assert figures["prompts_seen_in_training"] == 0
 
 
-def test_vectors_of_another_size_are_refused(trained: Restored, tmp_path: Path) -> None:
+def test_vectors_of_another_size_are_refused(trained: OpenRun, tmp_path: Path) -> None:
     file = write_vectors(tmp_path / "new.jsonl", 5)
     with pytest.raises(UserError, match="vectors of 5 numbers, the run was trained on 8"):
         evaluate_run(trained.run, ALONE, file=file)

@@ -26,6 +26,7 @@ from pal_ds.users import (
     trained_users,
 )
 from pal_ds.users.ids import UserIds
+from tests import one_training
 from tests.engine.guard_worker import poisoned
 from tests.training.resume_worker import recipe
 from tests.warm import fork_ranks, wait_for
@@ -129,7 +130,7 @@ def training(world: World, data_path: str, base: str, out: Path, kind: str, stop
 
     loop.make_update = disturbed
     try:
-        loop.train(config, RunDirectory(out), PreparedData.open(data_path), world)
+        one_training.train(config, RunDirectory(out), PreparedData.open(data_path), world)
     finally:
         loop.make_update = make
 

@@ -167,6 +167,8 @@ def whole_runs(
 ) -> dict[str, float]:
     """Seconds of a training with an empty cache, and of its parts: the cache filled, then the same on a full one."""
     from pal_ds.engine.process_group import distributed
+    from pal_ds.modeling.build import assemble
+    from pal_ds.modeling.context import RunContext
     from pal_ds.runs.run_dir import RunDirectory
     from pal_ds.training.embed import encode_all
     from pal_ds.training.loop import train
@@ -176,14 +178,17 @@ def whole_runs(
     def run(name: str) -> np.ndarray:
         shutil.rmtree(out / name, ignore_errors=True)
         (out / name).mkdir()
-        return clocks(lambda: train(config, RunDirectory(out / name), data, world))
+        context = RunContext.of(config, RunDirectory(out / name), data, world)
+        return clocks(lambda: train(context, assemble(config, data, context.run)))
 
     with distributed() as world:
         run("warm")
         shutil.rmtree(cache)
         whole = run("whole")
         shutil.rmtree(cache)
-        parts = clocks(lambda: encode_all(config, data, world)) + run("heads")
+        parts = clocks(
+            lambda: encode_all(RunContext.of(config, RunDirectory(data.path), data, world))
+        ) + run("heads")
     return {
         "seconds_whole_run": float(whole[0]),
         "seconds_pass_and_heads": float(parts[0]),

@@ -18,6 +18,8 @@ from pal_ds.errors import UserError
 from pal_ds.heads import BradleyTerry, PalA, PalB
 from pal_ds.heads.base import UserState
 from pal_ds.losses import PreferenceLoss
+from pal_ds.modeling.build import assemble
+from pal_ds.modeling.context import RunContext
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.training.loop import make_update
 from pal_ds.training.setup import start_training
@@ -81,7 +83,9 @@ class PalDs(Contestant):
         )
         run = RunDirectory(case.scratch / "never_written")
         try:
-            self.state: Training = start_training(config, run, data, world)
+            self.state: Training = start_training(
+                RunContext.of(config, run, data, world), assemble(config, data, run)
+            )
         except UserError as error:
             raise Unavailable(str(error)) from None
         self.pad_to = pad_to

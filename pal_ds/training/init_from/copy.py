@@ -5,6 +5,7 @@ D/init/ origin.json (what it came from)  backbone/ (weights, adapters merged)  h
 
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from pal_ds.export.weights import Tensors, exported_tensors
 from pal_ds.export.writer import write_sharded
 from pal_ds.heads.base import Head
 from pal_ds.io.files import write_json
-from pal_ds.modeling.build import assemble
+from pal_ds.modeling.build import Parts, assemble, resolve_backbone_path
 from pal_ds.progress import progress_bar
 from pal_ds.remote_code.encoding import drop_unused_modules
 from pal_ds.runs.run_dir import RunDirectory
@@ -40,8 +41,12 @@ PATIENCE = 6.0
 SHARD_BYTES = 4 * 10**9
 
 
-def take_over(config: RunConfig, data: PreparedData, run: RunDirectory, *, trust: bool) -> bool:
-    """Writes D/init from `train.init_from`, anew until a checkpoint stands on it; whether it did. For rank 0 alone.
+def take_over(
+    config: RunConfig, data: PreparedData, run: RunDirectory, *, trust: bool
+) -> Parts | None:
+    """Write D/init from `train.init_from`, anew until a checkpoint stands on it. For rank 0 alone.
+
+    Returns the run's parts, assembled on the way; None where nothing was written.
 
     Backbone: its trained weights, adapters merged, in the new run's precision; one that was frozen and lies outside of
     the origin's directory is only named. Head: where class and shapes are the same, else a fresh one. Users: logits of
@@ -52,7 +57,7 @@ def take_over(config: RunConfig, data: PreparedData, run: RunDirectory, *, trust
             somebody else's; nothing was written.
     """
     if config.train.init_from is None or run.has_checkpoints():
-        return False
+        return None
     if run.init.exists() and not run.origin_file.is_file():
         raise UserError(
             f"{run.init}: holds something that pal_ds did not write, and what train.init_from gives would go there. "
@@ -60,7 +65,8 @@ def take_over(config: RunConfig, data: PreparedData, run: RunDirectory, *, trust
         )
     phase.enter("take over weights", patience=PATIENCE)
     origin = origin_for(config.train.init_from, data, trust=trust)
-    head = assemble(config, data, run, model_config=origin.model_config).head
+    parts = assemble(config, data, run, model_config=origin.model_config)
+    head = parts.head
     tensors = _head_for(origin, head)
     users = None
     if tensors is not None:
@@ -86,11 +92,13 @@ def take_over(config: RunConfig, data: PreparedData, run: RunDirectory, *, trust
             publish(temporary, run.init)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    _tell(facts, data)
-    return True
+    _log_start(facts, data)
+    if parts.backbone is None:
+        return parts
+    return replace(parts, backbone=resolve_backbone_path(config, run))
 
 
-def _tell(facts: dict[str, Any], data: PreparedData) -> None:
+def _log_start(facts: dict[str, Any], data: PreparedData) -> None:
     parts = ["backbone"] if data.info["kind"] == "tokens" else []
     parts.append(f"head {facts['head']}" if facts["head"] else "a fresh head")
     parts.append(f"{facts['users']} of {int(data.user_seen.sum())} users")
@@ -182,11 +190,11 @@ def _write_backbone(folder: Path, origin: Origin, precision: str) -> None:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     with progress_bar("taking over weights", len(shapes), shown=True, unit="tensors") as advance:
 
-        def tell(num_units: int) -> None:
+        def count(num_units: int) -> None:
             phase.progress()
             advance(num_units)
 
-        write_sharded(folder, shapes, read, dtype, SHARD_BYTES, tell)
+        write_sharded(folder, shapes, read, dtype, SHARD_BYTES, count)
 
 
 def _whole(tensors: Tensors) -> dict[str, Tensor]:

@@ -19,7 +19,6 @@ from pal_ds.distributed.world import World
 from pal_ds.heads import PalA
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.training.loop import run_updates
-from pal_ds.training.setup import start_training
 from tests.engine.checkpoint.reshard_knots import (
     CHANGES,
     STOP,
@@ -33,6 +32,7 @@ from tests.engine.checkpoint.reshard_knots import (
     steps_of,
 )
 from tests.forked import prepare_to_fork, run_world
+from tests.one_training import begin
 
 TUNINGS = ("full", "lora", "frozen", "tied")
 TARGETS = {1: (2,), 2: (1, 3), 4: (2,)}
@@ -85,13 +85,13 @@ def runs_begin(world: World, data: str, base: str, out: Path) -> None:
         config = recipe(data, base, tuning)
         stopping = replace(config, train=replace(config.train, stop_after=STOP))
         folder = out / f"{tuning}_{world.world_size}"
-        state = start_training(stopping, RunDirectory(folder), PreparedData.open(data), world)
+        state = begin(stopping, RunDirectory(folder), PreparedData.open(data), world)
         run_updates(state)
         leave_behind(folder / "held.safetensors", held(state.engine, state.users, world), world)
         state.engine.destroy()
         for target in TARGETS[world.world_size]:
             copy(folder, out / f"{tuning}_{world.world_size}_to_{target}", world)
-        state = start_training(config, RunDirectory(folder), PreparedData.open(data), world)
+        state = begin(config, RunDirectory(folder), PreparedData.open(data), world)
         run_updates(state)
         state.engine.destroy()
 
@@ -102,7 +102,7 @@ def runs_go_on(world: World, data: str, base: str, out: Path) -> None:
         for tuning in TUNINGS if world.world_size in targets else ():
             config = recipe(data, base, tuning)
             folder = out / f"{tuning}_{source}_to_{world.world_size}"
-            state = start_training(config, RunDirectory(folder), PreparedData.open(data), world)
+            state = begin(config, RunDirectory(folder), PreparedData.open(data), world)
             leave_behind(folder / "held.safetensors", held(state.engine, state.users, world), world)
             save_again(state.engine, state.users, folder, world)
             run_updates(state)

@@ -15,8 +15,8 @@ from pal_ds.engine.process_group import distributed
 from pal_ds.heads import BradleyTerry, PalA
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.training.init_from.copy import take_over
-from pal_ds.training.loop import train
 from pal_ds.users import UsersConfig
+from tests.one_training import train
 
 HEADS = {
     "bt": BradleyTerry,
@@ -72,7 +72,7 @@ def start(
     config = recipe(data, head, tuning, None if origin is None else str(origin), base, **more)
     tables = PreparedData.open(data)
     if origin is not None:
-        world.from_rank_zero(lambda: take_over(config, tables, run, trust=False))
+        world.from_rank_zero(lambda: bool(take_over(config, tables, run, trust=False)))
     train(config, run, tables, world)
     world.from_rank_zero(lambda: write_config(config, head, run))
 
