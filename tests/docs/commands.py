@@ -26,7 +26,7 @@ from tests.spawn import ROOT, environment
 from tests.warm import fork_ranks, wait_for
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-SECONDS = 240
+SECONDS = 480
 SCRIPTS: dict[str, Callable[[list[str]], list[list[str]]]] = {
     "train": lambda words: [["train", "--config", words[0], *_with_run_dir(words[1:])]],
     "embed": lambda words: [["embed", "--config", words[0], *words[1:]]],
