@@ -39,6 +39,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are made here."""
     for name, path in PAGES.items():
         text = _LINK_INTO_DOCS.sub("](", (ROOT / path).read_text(encoding="utf-8"))
+        for other, other_path in PAGES.items():
+            text = text.replace(f"]({other_path})", f"]({other})")
         files.append(File.generated(config, name, content=text))
     for path in PICTURES:
         files.append(File.generated(config, Path(path).name, abs_src_path=str(ROOT / path)))
