@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from docs.draw_layers import draw, read_layers
-from pal_ds.cli.commands import COMMANDS
 from pal_ds.data.sources import SOURCES
 from pal_ds.heads import HEADS
+from tests.docs.commands import COMMANDS
 from tests.spawn import ROOT
 
 DOCS = ROOT / "docs"
