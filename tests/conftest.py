@@ -6,24 +6,56 @@ from pathlib import Path
 
 # Before torch is imported: the suite compares with CPU figures, and its two ranks would share one GPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Small tensors: a second thread of OpenMP's spends as much again on waiting. Whoever names a number gets it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook(["pal_ds.heads", "pal_ds.losses", "pal_ds.users"], "beartype.beartype")
 
-from tests.warm import WarmParent  # noqa: E402 (after the hook)
+from tests.tiny_run import TinyRun, make_tiny_run  # noqa: E402
+from tests.warm import WarmParent, keep_recipe_parser, warm_parent  # noqa: E402 (after the hook)
+
+keep_recipe_parser()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _close_warm_parent() -> Iterator[None]:
+    """Of the helpers in `spawn.py`, too, which start it at their first use."""
+    yield
+    if warm_parent.cache_info().currsize:
+        warm_parent().close()
 
 
 @pytest.fixture(scope="session")
-def warm() -> Iterator[WarmParent]:
+def warm() -> WarmParent:
     """Forks ranks in a second; see `warm.py`."""
-    parent = WarmParent()
-    yield parent
-    parent.close()
+    return warm_parent()
 
 
 @pytest.fixture(scope="session")
 def harness_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the warm parent keeps the undisturbed run that others are compared with; see `engine/kills.py`."""
     return tmp_path_factory.mktemp("harness")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Computes as a forked rank does, on one thread.
+
+    Figures of two processes are the same bits on one machine, at one world size and with as many threads in each: a
+    sum that is split among threads is taken in another order.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """A tiny backbone and prepared pairs that many tests share; see `tiny_run.py`."""
+    return make_tiny_run(tmp_path_factory.mktemp("tiny_run"))

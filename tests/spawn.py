@@ -1,7 +1,9 @@
-"""Runs a worker module on N gloo ranks under torchrun, and shows its output when it fails.
+"""Runs worker modules and commands as ranks of their own, and shows what they said when they fail.
 
-torchrun rather than the deepspeed launcher: the latter leaves files in shared memory. One launch costs seconds
-(deepspeed's import), so a worker runs all cases of its test.
+`run_ranks` and `run_command` fork from one parent that has imported everything (`warm.py`): a new interpreter
+that imports torch, DeepSpeed and transformers costs seconds of processor time for each rank. `torchrun` and
+`run_process` start interpreters, for the tests of starting itself. Torchrun rather than the deepspeed launcher: the
+latter leaves files in shared memory.
 """
 
 import os
@@ -30,6 +32,31 @@ def environment(**extra: str) -> dict[str, str]:
     }
 
 
+def run_ranks(num_ranks: int, module: str, *arguments: object, timeout: int = 300) -> str:
+    """`python -m MODULE ARGUMENTS...` as each rank of a gloo world, asserting success; returns what they printed."""
+    return _forked(num_ranks, [module, *map(str, arguments)], timeout)
+
+
+def run_command(*words: object, module: str = "pal_ds", timeout: int = 300) -> str:
+    """`python -m MODULE WORDS...` without a launcher, asserting success; returns what was printed."""
+    return _forked(0, [module, *map(str, words)], timeout)
+
+
+def outcome_of(*words: object, num_ranks: int = 0, timeout: int = 300) -> list[tuple[int, str]]:
+    """Exit status and output of each rank of `python -m WORDS...`, whatever they are; 0 ranks: without a launcher."""
+    from tests.warm import warm_parent  # which imports this module
+
+    run = "tests.warm:run_module"
+    return [tuple(rank) for rank in warm_parent()(run, num_ranks, [*map(str, words)], timeout)]
+
+
+def _forked(num_ranks: int, words: list[str], timeout: int) -> str:
+    outcome = outcome_of(*words, num_ranks=num_ranks, timeout=timeout)
+    said = "\n".join(text for _, text in outcome)
+    assert not any(code for code, _ in outcome), f"{words}: {outcome}\n{said}"
+    return said
+
+
 def torchrun(
     num_ranks: int, *command: object, timeout: int = 300
 ) -> subprocess.CompletedProcess[str]:
@@ -51,23 +78,10 @@ def torchrun(
     )
 
 
-def run_ranks(num_ranks: int, *command: object, timeout: int = 300) -> str:
-    """As `torchrun`, asserting success; returns what was printed."""
-    done = torchrun(num_ranks, *command, timeout=timeout)
-    # A rank that dies takes the others with it; the error that matters is the one that is not about a lost peer.
-    blame = "\n".join(
-        line for line in done.stderr.splitlines() if line.startswith(("[rank", "pal-ds: error"))
-    )
-    assert done.returncode == 0, (
-        f"{command} failed with {done.returncode}\n{blame or done.stderr[-6000:]}"
-    )
-    return done.stdout + done.stderr
-
-
-def run_command(
+def run_process(
     *words: object, timeout: int = 300, launcher: tuple[str, ...] = ("-m", "pal_ds")
 ) -> str:
-    """`python -m pal_ds WORDS...` as one process, asserting success; returns what was printed."""
+    """`python -m pal_ds WORDS...` in an interpreter of its own, asserting success; returns what was printed."""
     done = subprocess.run(
         [sys.executable, *launcher, *map(str, words)],
         env=environment(),

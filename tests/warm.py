@@ -5,15 +5,18 @@ compiled operators: a process that is killed while it loads them leaves a lock t
 """
 
 import contextlib
+import functools
 import gc
 import importlib
 import json
 import mmap
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -27,19 +30,56 @@ from pal_ds.io import fault_points
 from tests.spawn import ROOT, environment
 
 KILLED = -signal.SIGKILL
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+LATE_IMPORTS = (
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.comm.mori",
+    "docstring_parser",
+    "pal_ds.backbones.transformer",
+    "pal_ds.compare.suite",
+    "peft",
+    "pyarrow.pandas_compat",
+    "setuptools",
+    "torch._dynamo",
+    "torch.utils.serialization.config",
+    "transformers.generation.utils",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama",
+    "transformers.processing_utils",
+)
+"""What each rank would else import for itself."""
 _MOMENT_BYTES = 64
 
 Hook = Callable[[int, str], None]
 """Called in a rank with its number and each moment that it reaches."""
 
 
+def keep_recipe_parser() -> None:
+    """One parser of recipes for all tests of this process: each is built of every class that a recipe may name.
+
+    A parser keeps nothing of what it has read. `restore` builds one each time, and the suite calls it by the hundred.
+    """
+    from pal_ds.config import recipe
+
+    recipe.recipe_parser = functools.cache(recipe.recipe_parser)
+
+
 def warm_up() -> None:
     """Imports and loads what a training needs, once; the process that calls it may fork ranks."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    import deepspeed
-
     # What DeepSpeed and pyarrow would import at their first use takes seconds, too.
+    import cpuinfo
+    import deepspeed
     import deepspeed.runtime.zero.muon.muon_optimizer
     import pandas  # noqa: F401
     import torch
@@ -47,11 +87,19 @@ def warm_up() -> None:
 
     import pal_ds.cli.commands
     import pal_ds.cli.main
+    import pal_ds.config.recipe
     import pal_ds.engine.checkpoint.forget
     import pal_ds.export
     import pal_ds.training.launch
-    import pal_ds.training.loop  # noqa: F401
+    import pal_ds.training.loop
 
+    for name in LATE_IMPORTS:
+        importlib.import_module(name)
+    # DeepSpeed's CPU Adam asks for the processor's maker, in a process of its own, each time.
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+    cpuinfo.get_cpu_info()
+    keep_recipe_parser()
+    pal_ds.config.recipe.recipe_parser()
     torch.set_num_threads(1)
     # Else every child's first collection copies the pages of all that was imported.
     gc.freeze()
@@ -125,9 +173,10 @@ def _live_as_rank(
         import torch
 
         torch.set_num_threads(1)
-        world = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": num_ranks}
-        place = {"LOCAL_WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({key: str(value) for key, value in (world | place).items()})
+        values = (number, number, num_ranks, num_ranks, "127.0.0.1", port)
+        os.environ.update(zip(LAUNCHER_VARIABLES, map(str, values), strict=True))
+        # A job's time limit counts from the start of its process.
+        phase.STARTED = time.monotonic()
 
         def reached(name: str) -> None:
             moment[:] = name.encode().ljust(_MOMENT_BYTES, b"\0")
@@ -188,6 +237,27 @@ def kill_at(rank: int, moment: str, occurrence: int = 1) -> Hook:
     return hook
 
 
+def run_module(num_ranks: int, words: list[str], seconds: float) -> list[tuple[int, str]]:
+    """`python -m WORDS...` as each of so many ranks, or as one process that no launcher started where that is 0.
+
+    Returns exit status and output of each.
+    """
+
+    def work() -> None:
+        if num_ranks == 0:
+            for name in LAUNCHER_VARIABLES:
+                os.environ.pop(name)
+        sys.argv = list(words)
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        ranks = fork_ranks(max(num_ranks, 1), work, log)
+        codes = wait_for(ranks, seconds=seconds, grace=30)
+        said = [Path(f"{log}.{rank.number}").read_text() for rank in ranks]
+    return list(zip(codes, said, strict=True))
+
+
 class WarmParent:
     """A process that is warmed up, for tests: it calls functions by name, and they may fork ranks from it."""
 
@@ -215,6 +285,12 @@ class WarmParent:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(timeout=20)
+
+
+@functools.cache
+def warm_parent() -> WarmParent:
+    """The one of this session, which `conftest.py` closes at its end."""
+    return WarmParent()
 
 
 def serve() -> None:

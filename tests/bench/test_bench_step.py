@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pal_ds.data.collator import Collator
-from tests.spawn import run_command
+from tests.spawn import run_process
 from tools.bench.bench_step import LARGEST_ERROR, largest_error
 from tools.bench.step_case import END, PAD, Case, make_pairs, prepared
 from tools.bench.step_report import CLOCKS, interleave
@@ -14,19 +14,9 @@ from tools.bench.step_report import CLOCKS, interleave
 @pytest.mark.slow
 def test_every_layout_of_ours_passes_the_gate() -> None:
     """PAL-A and PAL-B on a tiny OPT, without the contestants that others must install."""
-    printed = run_command(
-        "--families",
-        "opt",
-        "--hidden_size",
-        16,
-        "--num_layers",
-        1,
-        "--vocab_size",
-        64,
-        "--pairs",
-        1,
-        "--rounds",
-        1,
+    printed = run_process(
+        *("--families", "opt", "--hidden_size", 16, "--num_layers", 1, "--vocab_size", 64),
+        *("--pairs", 1, "--rounds", 1),
         launcher=("tools/bench/bench_step.py",),
     )
     assert "NOT MEASURED" not in printed

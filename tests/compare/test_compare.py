@@ -52,6 +52,7 @@ def out(warm: WarmParent, suite: Path) -> Path:
     return out
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_the_table_is_what_evaluate_says_of_each_run(out: Path) -> None:
     table = table_of(out)
     assert list(table["methods"]) == list(METHODS) and table["not_finished"] == []
@@ -157,8 +158,11 @@ def test_two_ranks_one_method_at_a_time_and_a_stop(
         and "Not finished: BTL." in (there / "table.md").read_text()
     )
     found, known = table["methods"]["PAL"], whole["methods"]["PAL"]
-    # Ranks add in another order: equal but for rounding, which may turn a pair that is all but a tie.
-    assert found["accuracy"]["by_seed"] == pytest.approx(known["accuracy"]["by_seed"], abs=0.01)
+    # Ranks add in another order: equal but for rounding, which may turn a pair that is all but a tie. Adam makes up to
+    # 1e-3 of it in these few updates; of 100 margins that spread over several units, 0.1 lie so near to 0. Two pairs.
+    two_pairs = pytest.approx(known["accuracy"]["by_seed"], abs=2 / known["pairs"] + 1e-12)
+    assert found["pairs"] == known["pairs"] > 80
+    assert found["accuracy"]["by_seed"] == two_pairs
     for point, other in zip(found["few_shot"], known["few_shot"], strict=True):
         assert point["accuracy"]["mean"] == pytest.approx(other["accuracy"]["mean"], abs=0.02)
 

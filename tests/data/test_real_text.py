@@ -1,8 +1,6 @@
 """Real text end to end: chat messages, a scored dialogue file, truncation and planted persona groups."""
 
 import json
-import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -17,23 +15,15 @@ from pal_ds.data.records import Record
 from pal_ds.data.sources import Dsp, Persona
 from pal_ds.data.tables import PreparedData
 from pal_ds.data.tokenise import TextEncoder
-from tests.spawn import ROOT, environment
+from tests.spawn import ROOT, run_command
 from tests.tiny import LLAMA, TOPICS
 
 PERSONA_RECIPE = ROOT / "pal_ds" / "recipes" / "persona_groups.yaml"
 
 
 def train_two_updates(recipe: Path, run: Path) -> list[dict]:
-    """`train` in a process of its own; returns the lines of metrics.jsonl that hold a loss."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pal_ds", "train", f"--config={recipe}", f"--run_dir={run}"],
-        env=environment(),
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    """Returns the lines of metrics.jsonl that hold a loss."""
+    run_command("train", f"--config={recipe}", f"--run_dir={run}")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if "loss" in row]
 

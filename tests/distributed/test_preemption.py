@@ -11,9 +11,9 @@ from pal_ds.distributed import phase, preemption
 from pal_ds.distributed.preemption import StopWatch, listening
 from pal_ds.distributed.world import World
 from tests.distributed.stop_worker import IN_UPDATE, STOP_IN_UPDATE
-from tests.engine.conftest import TinyRun
 from tests.same_run import assert_same_step, figures
 from tests.spawn import run_ranks
+from tests.tiny_run import TinyRun
 from tests.training.resume_worker import NUM_UPDATES
 
 LAST = f"checkpoints/step_{NUM_UPDATES:08d}"

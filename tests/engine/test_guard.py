@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,6 @@ from pal_ds.engine.guard import MIN_SEEN, WINDOW, UpdateGuard, is_spike
 from pal_ds.errors import NumericError
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.users import UserTable
-from tests.engine.conftest import TinyRun
 from tests.engine.guard_worker import (
     NUM_UPDATES,
     POISONED,
@@ -26,7 +23,8 @@ from tests.engine.guard_worker import (
     VARIANTS,
 )
 from tests.same_run import assert_same_step
-from tests.spawn import environment, run_ranks
+from tests.spawn import outcome_of, run_ranks
+from tests.tiny_run import TinyRun
 
 
 @pytest.fixture(scope="module")
@@ -98,20 +96,15 @@ def test_a_diverged_run_ends_with_its_own_exit_code(tiny_run: TinyRun, tmp_path:
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     words = ("train", f"--config={tmp_path / 'recipe.yaml'}", f"--run_dir={tmp_path / 'run'}")
-    done = subprocess.run(
-        [sys.executable, "-m", "pal_ds", *words, "--train.save_every=1", "--train.eval_every=3"],
-        env=environment(),
-        text=True,
-        capture_output=True,
-        timeout=120,
-    )
-    assert done.returncode == 3, done.stderr
-    assert "Traceback" not in done.stderr
-    assert "10 updates in a row were skipped" in done.stderr
+    often = ("--train.save_every=1", "--train.eval_every=3")
+    ((code, said),) = outcome_of("pal_ds", *words, *often, timeout=120)
+    assert code == 3, said
+    assert "Traceback" not in said
+    assert "10 updates in a row were skipped" in said
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "failed"
     # Evaluations on the way meet scores that are no numbers: all wrong, and the best of nothing.
-    assert "pairs have scores that are no numbers; they count as wrong" in done.stderr
+    assert "pairs have scores that are no numbers; they count as wrong" in said
     assert not (tmp_path / "run" / "best.json").exists()
     # Nothing is saved while updates are skipped: the checkpoints before them are the ones worth keeping.
     assert RunDirectory(tmp_path / "run").complete_steps() == [1]

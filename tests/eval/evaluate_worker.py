@@ -1,13 +1,15 @@
-"""Worker of test_evaluate: evaluates a file of pairs and one of lists; stores margins and figures of rank 0."""
+"""Worker of test_evaluate: evaluates a file of pairs and one of lists; stores scores and figures of rank 0."""
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pal_ds.distributed.world import leave
 from pal_ds.engine.process_group import distributed
+from pal_ds.eval import best_of_n
 from pal_ds.eval.best_of_n import rank_set
 from pal_ds.eval.evaluate import evaluate_run, opened_pairs
 from pal_ds.eval.requests import Asked
@@ -29,15 +31,26 @@ def main(run_dir: str, pairs: str, lists: str, out: str) -> None:
             tokens = restored.config.train.micro_batch_tokens
             forwards = Forwards(reader.model, reader.collator, 2, world, tokens)
             margins = forwards.margins(rows, known.mixtures)
+            rewards = forwards.rewards(rows, known.mixtures)
         size = world.world_size
+        found: dict[str, np.ndarray] = {"margins": margins, "rewards": rewards}
+        kinds, score = iter(("listed", "compared")), best_of_n.score_candidates
+
+        def recorded(*arguments: Any) -> np.ndarray:
+            kind = next(kinds)
+            found[f"{kind}_first"] = arguments[3].first
+            found[kind] = score(*arguments)
+            return found[kind]
+
+        best_of_n.score_candidates = recorded
         ranked = [
             rank_set(restored, known, Asked(f"lists{size}", "test", Path(lists)), world),
             rank_set(restored, known, Asked(f"compared{size}", "train", None), world),
         ]
         if world.is_rank_zero:
             (Path(out) / f"ranked{size}.json").write_text(json.dumps(ranked))
-            np.save(Path(out) / f"margins{world.world_size}.npy", margins)
-            (Path(out) / f"figures{world.world_size}.json").write_text(json.dumps(figures))
+            np.savez(Path(out) / f"scores{size}.npz", **found)
+            (Path(out) / f"figures{size}.json").write_text(json.dumps(figures))
 
 
 if __name__ == "__main__":

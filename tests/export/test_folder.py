@@ -23,6 +23,7 @@ from pal_ds.inference.load_run import restore
 from pal_ds.reward_models import load_pal_rm_a, load_pal_rm_b, load_reward_model
 from pal_ds.runs.run_dir import RunDirectory
 from tests.export.cases import CASES, MIXTURE, Case, audience_of, texts_of_rows
+from tools import consolidate
 
 BOUND = 1e-5
 NUM_ROWS = 7
@@ -193,16 +194,24 @@ def test_user_of_a_head_without_users_is_refused(runs: Path, tmp_path: Path) -> 
         export(run, tmp_path / "out", ExportOptions(user="u1", quiet=True))
 
 
-def test_consolidate_command(runs: Path, tmp_path: Path) -> None:
+def test_consolidate_command(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tool = Path(__file__).parents[2] / "tools" / "consolidate.py"
-    command = [sys.executable, str(tool), str(runs / "llama_pal_a_full"), str(tmp_path / "out")]
+    given = [str(runs / "llama_pal_a_full"), str(tmp_path / "out")]
+    wrong = ["--mixture", "0.5,0.6,0"]
+    command = [sys.executable, str(tool), *given, *wrong]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "sums to 1.1" in done.stderr and "Traceback" not in done.stderr
     for extra, words in (
-        (["--mixture", "0.5,0.6,0"], "sums to 1.1"),
+        (wrong, "sums to 1.1"),
         (["--mixture", "a,b"], "separated by commas"),
         (["--user", "u1", "--population"], "not allowed with"),
     ):
-        done = subprocess.run([*command, *extra], capture_output=True, text=True)
-        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+        with pytest.raises(SystemExit) as end:
+            consolidate.main([*given, *extra])
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and words in said and "Traceback" not in said
     assert not (tmp_path / "out").exists()
 
 

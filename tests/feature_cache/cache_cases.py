@@ -19,10 +19,10 @@ from pal_ds.engine.checkpoint.shard_reader import ShardedCheckpoint
 from pal_ds.feature_cache import disk
 from pal_ds.feature_cache.shards import Shard, verify_shard
 from tests.engine.checkpoint.storage_cases import at, no_file_longer_than
-from tests.engine.conftest import GPT2
 from tests.engine.kills import command, said
 from tests.same_run import figures
 from tests.tiny import data_keys
+from tests.tiny_run import GPT2
 from tests.warm import Hook, fork_ranks, kill_at, wait_for
 
 HEAD = {"class_path": "PalB", "init_args": {"num_prototypes": 3}}

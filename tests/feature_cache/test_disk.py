@@ -29,8 +29,8 @@ from pal_ds.feature_cache.encode import encode_once
 from pal_ds.feature_cache.folders import check_cache_path
 from pal_ds.feature_cache.key import describe_states, key_of
 from pal_ds.feature_cache.writers import CacheFolder
-from tests.engine.conftest import GPT2, TinyRun
 from tests.tiny import write_pairs
+from tests.tiny_run import GPT2, TinyRun
 
 ALONE = World(0, 1, torch.device("cpu"))
 READINGS = {

@@ -11,7 +11,7 @@ import pytest
 from tests.same_run import assert_same_step, figures
 from tests.slurm.cluster import SECRET, Cluster, rows, until
 from tests.slurm.disturbances import CHAINS, PLACES, SAVE_EVERY, UPDATES_MADE_AGAIN, Runs, restarts
-from tests.spawn import ROOT, environment, run_command, run_ranks
+from tests.spawn import ROOT, environment, run_command, torchrun
 from tests.tiny import LLAMA, write_pairs
 
 NUM_UPDATES = 265
@@ -56,10 +56,10 @@ def runs(cluster: Cluster, recipe: Path) -> Runs:
     with ThreadPoolExecutor() as threads:
         # By another launcher, at the same world size.
         words = [f"--config={recipe}", f"--run_dir={found.path('torchrun')}"]
-        torchrun = threads.submit(run_ranks, 2, "pal_ds", "train", *words)
+        launched = threads.submit(torchrun, 2, "pal_ds", "train", *words)
         # DeepSpeed's operators are built by then: nothing may be killed while it builds them.
         until(
-            lambda: rows(found.path("torchrun") / "metrics.jsonl") or torchrun.done(), "start", 280
+            lambda: rows(found.path("torchrun") / "metrics.jsonl") or launched.done(), "start", 280
         )
         found.submit_whole()
         for name, place in PLACES.items():
@@ -67,7 +67,8 @@ def runs(cluster: Cluster, recipe: Path) -> Runs:
         found.submit_hostfile()
         for chain in [threads.submit(found.go_through, name) for name in CHAINS]:
             chain.result()
-        torchrun.result()
+        done = launched.result()
+        assert done.returncode == 0, done.stderr[-6000:]
     cluster.wait(*found.jobs.values())
     return found
 

@@ -74,6 +74,7 @@ def test_the_generic_user_stands_for_strangers(trained: dict[str, Any], place: P
     assert not torch.allclose(known.mixtures[:-1].mean(0, keepdim=True), generic, atol=1e-4)
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("method", PERSONAL)
 def test_evaluation_finds_what_training_found(
     trained: dict[str, Any], place: Path, method: str
@@ -177,6 +178,7 @@ def test_contexts_are_flipped_of_users_who_have_them(
     assert found["both"]["context_flip"]["all"] == found["own"]["context_flip"]["all"] > 0.5
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_groups_of_new_users_are_known(trained: dict[str, Any], place: Path) -> None:
     """A head that asks for groups serves a stranger as it does everybody, after any number of comparisons."""
     restored = restore(RunDirectory(place / "per_domain_1"))

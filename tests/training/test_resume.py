@@ -7,9 +7,9 @@ import pytest
 from pal_ds.engine.checkpoint.manifest import newest_intact, verify_checkpoint
 from pal_ds.errors import UserError
 from pal_ds.runs.run_dir import RunDirectory
-from tests.engine.conftest import TinyRun
 from tests.same_run import assert_same_step, figures
 from tests.spawn import run_ranks
+from tests.tiny_run import TinyRun
 from tests.training.resume_worker import NUM_UPDATES, STOPS
 
 

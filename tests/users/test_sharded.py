@@ -6,8 +6,8 @@ import pytest
 
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.users import USER_FILES, StoredUsers, UserTable
-from tests.engine.conftest import TinyRun
 from tests.same_run import assert_same_step, figures
+from tests.tiny_run import TinyRun
 from tests.users.sharded_users_worker import POISONED
 from tests.warm import WarmParent
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -23,8 +22,8 @@ from pal_ds.engine.build_lock import remove_stale_build_locks
 from pal_ds.errors import StorageError
 from tests.distributed.watchdog.watchdog_train_worker import ASLEEP_IN_UPDATE
 from tests.distributed.watchdog.watchdog_worker import CASES, HANG_SECONDS, MISHAP_AT
-from tests.engine.conftest import TinyRun
-from tests.spawn import ROOT, environment
+from tests.spawn import ROOT, environment, outcome_of
+from tests.tiny_run import TinyRun
 from tests.warm import WarmParent
 
 SECONDS_TO_END = 3
@@ -204,24 +203,11 @@ def test_train_ends_when_a_rank_sleeps(tiny_run: TinyRun, tmp_path: Path) -> Non
         "train": {"batch_pairs": 8, "log_every": 1, "hang_minutes": 8 / 60},
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        world["MASTER_PORT"] = str(probe.getsockname()[1])
     words = ("train", f"--config={tmp_path / 'recipe.yaml'}", f"--run_dir={tmp_path / 'run'}")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.distributed.watchdog.watchdog_train_worker", *words],
-            env=environment(**world, RANK=str(rank), LOCAL_RANK=str(rank)),
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    output = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [5, 5], "\n".join(output)
+    worker = "tests.distributed.watchdog.watchdog_train_worker"
+    ranks = outcome_of(worker, *words, num_ranks=2, timeout=120)
+    output = [said for _, said in ranks]
+    assert [code for code, _ in ranks] == [5, 5], "\n".join(output)
     message = f"has been in `build batches` at update {ASLEEP_IN_UPDATE} for"
     assert output[0].count("pal-ds: error") == 1
     assert "rank 1 on" in output[0]

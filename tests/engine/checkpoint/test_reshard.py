@@ -45,9 +45,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     materialise_architecture(backbone, data.info["tokens"]["vocab_size"], 0, folder / "base")
     out = folder / "out"
     out.mkdir()
-    worker = ("-m", "tests.engine.checkpoint.reshard_worker")
     words = (folder / "data", folder / "base", out)
-    (out / "told.txt").write_text(run_command(*words, launcher=worker, timeout=900))
+    told = run_command(*words, module="tests.engine.checkpoint.reshard_worker", timeout=900)
+    (out / "told.txt").write_text(told)
     return out
 
 

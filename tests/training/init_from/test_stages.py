@@ -36,10 +36,11 @@ from pal_ds.training.init_from.load import load_taken_over
 from pal_ds.training.users import seen_users
 from pal_ds.users import UserTable
 from pal_ds.users.ids import UserIds
-from tests.engine.conftest import TinyRun
+from tests.near import margin_bound, room
 from tests.same_run import assert_same_step, figures
 from tests.spawn import run_ranks
 from tests.tiny import write_pairs
+from tests.tiny_run import TinyRun
 from tests.training.init_from.stages_worker import recipe
 
 
@@ -200,8 +201,12 @@ def test_other_sets_are_scored_from_the_start_on(stages: Stages) -> None:
     collator = replace(restored.parts.collator, data=other)
     collator = replace(collator, table_rows=np.full(len(other.users), -1))
     alone = World(0, 1, torch.device("cpu"))
-    found = Forwards(restored.model, collator, 4, alone).margins(dev, torch.ones(1, 1))
-    assert rows[0]["kept_accuracy"] == pytest.approx(figures_of(other, dev, found)["accuracy"])
+    forwards = Forwards(restored.model, collator, 4, alone)
+    found, rewards = (read(dev, torch.ones(1, 1)) for read in (forwards.margins, forwards.rewards))
+    # The run had two ranks: a margin within rounding of a tie may have turned.
+    most = room(found, margin_bound(rewards), (1.0, 1.0)).accuracy
+    wanted = figures_of(other, dev, found)["accuracy"]
+    assert rows[0]["kept_accuracy"] == pytest.approx(wanted, abs=most)
     assert rows[0]["kept_pairs"] == len(dev) != rows[0]["dev_pairs"]
     assert RunDirectory(stages.out / "general").pointer("best") is None
 

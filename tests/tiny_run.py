@@ -1,9 +1,7 @@
-"""A tiny backbone and prepared pairs that the tests of the engine share."""
+"""A tiny backbone and prepared pairs that the tests share: the fixture `tiny_run` of conftest.py."""
 
 from pathlib import Path
 from typing import NamedTuple
-
-import pytest
 
 from pal_ds.backbones.config import BackboneConfig
 from pal_ds.backbones.transformer import materialise_architecture
@@ -21,9 +19,8 @@ class TinyRun(NamedTuple):
     base: Path
 
 
-@pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    folder = tmp_path_factory.mktemp("tiny_run")
+def make_tiny_run(folder: Path) -> TinyRun:
+    """Prepares the pairs and writes the backbone into an empty folder."""
     source = Jsonl(str(write_pairs(folder / "pairs.jsonl", 64)))
     options = {"max_length": 64, "vocab_size": 400, "dev_fraction": 0.2, "test_fraction": 0}
     data = prepare(DataConfig(path=str(folder / "data"), source=source, **options))
