@@ -7,7 +7,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from pal_ds.adaptation.fit import fit_users, pairs_per_chunk
+from pal_ds.adaptation.fit import UserPairs, fit_users, pairs_per_chunk
 from pal_ds.adaptation.prior import LogitPrior
 from pal_ds.adaptation.run import few_per_user
 from pal_ds.config.run_config import check_range
@@ -173,13 +173,10 @@ def few_shot_curve(
     if restored.model.head.has_points and len(rows):
         logits = fit_users(
             reader.model,
-            restored.config.loss,
             reader.collator,
-            rows,
-            owner,
-            len(mixtures),
-            prior,
-            world.device,
+            UserPairs(rows, owner, len(mixtures)),
+            loss=restored.config.loss,
+            prior=prior,
         )
         fitted = np.unique(owner)
         restored.model.head.eval()

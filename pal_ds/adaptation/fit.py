@@ -26,7 +26,6 @@ from pal_ds.heads.shapes import Float, Int
 from pal_ds.inference.context_points import encode_users
 from pal_ds.losses import PreferenceLoss, token_weights
 from pal_ds.model import RewardModel
-from pal_ds.progress import progress_bar
 
 PAIRS_PER_CHUNK = 2**15
 FLOATS_PER_CHUNK = 2**25
@@ -36,7 +35,7 @@ PAIRS_PER_FORWARD = 256
 
 
 Solver = Literal["auto", "newton", "adam", "reference"]
-"""`newton`: `localise.solve`. `adam`: the same objective by Adam. `reference`: early-stopped AdamW without a prior."""
+"""`newton`: `newton.solve`. `adam`: the same objective by Adam. `reference`: early-stopped AdamW without a prior."""
 
 
 def refuse_newton(solver: Solver, head: Head, loss: PreferenceLoss) -> None:
@@ -48,29 +47,45 @@ def refuse_newton(solver: Solver, head: Head, loss: PreferenceLoss) -> None:
         )
 
 
+class UserPairs(NamedTuple):
+    """The comparisons that users 0..num_users-1 are fitted from."""
+
+    rows: np.ndarray
+    """Rows of the comparisons table; int64 [n]."""
+    user_index: np.ndarray
+    """Whose each is; int64 [n]."""
+    num_users: int
+
+
 def fit_users(
     model: RewardModel,
-    loss: PreferenceLoss,
     collator: Collator,
-    rows: np.ndarray,
-    user_index: np.ndarray,
-    num_users: int,
-    prior: LogitPrior,
-    device: torch.device,
+    pairs: UserPairs,
     *,
+    loss: PreferenceLoss,
+    prior: LogitPrior,
     solver: Solver = "auto",
     initial: Float[Tensor, "U K"] | None = None,
-    shown: bool = False,
 ) -> Float[Tensor, "U K"]:
-    """Logits of users 0..num_users-1 from the comparisons `rows`, of which `user_index` says whose each is.
+    """Fit the logits of all users of `pairs`; fp32 [U, K] on the CPU.
 
     Users are independent of each other: they are fitted in chunks, and which share a chunk changes no result but
-    its rounding. One without comparisons gets the prior's mean. `auto` takes `newton` where the head gives statistics
-    and knows the loss, `adam` elsewhere. `initial` is where `reference` starts, the prior's mean where unset.
+    its rounding. One without comparisons gets the prior's mean.
+
+    Args:
+        model: the frozen model; the fit runs on its head's device.
+        collator: reads the comparisons' data.
+        pairs: who is fitted from what.
+        loss: the run's loss.
+        prior: density of the run's own users' logits.
+        solver: `auto` takes `newton` where the head gives statistics and knows the loss, `adam` elsewhere.
+        initial: where `reference` starts; the prior's mean where unset.
 
     Raises:
         UserError: `newton` for a head or a loss that it cannot do.
     """
+    rows, user_index, num_users = pairs
+    device = next(model.head.parameters()).device
     refuse_newton(solver, model.head, loss)
     if "context" in model.head.needs:
         if solver != "auto":
@@ -86,20 +101,16 @@ def fit_users(
     logits = prior.mean.repeat(num_users, 1)
     order = np.argsort(user_index, kind="stable")
     chunks = _chunks(user_index[order], pairs_per_chunk(model.head, collator, rows))
-    with progress_bar("fitting users", len(chunks), shown=shown, unit="users") as advance:
-        for begin, end in chunks:
-            chosen = order[begin:end]
-            users, index = np.unique(user_index[chosen], return_inverse=True)
-            batch = collator(rows[chosen], np.arange(len(chosen))).to(device)
-            with torch.no_grad():
-                features = model.backbone(batch)
-            chunk = _Chunk(
-                model.head, features, batch, torch.from_numpy(index).to(device), len(users)
-            )
-            begins = None if initial is None else initial[users].to(device)
-            fitted = _fit_chunk(chunk, loss, prior, solver, begins)
-            logits[torch.from_numpy(users)] = fitted.cpu()
-            advance(len(users))
+    for begin, end in chunks:
+        chosen = order[begin:end]
+        users, index = np.unique(user_index[chosen], return_inverse=True)
+        batch = collator(rows[chosen], np.arange(len(chosen))).to(device)
+        with torch.no_grad():
+            features = model.backbone(batch)
+        chunk = _Chunk(model.head, features, batch, torch.from_numpy(index).to(device), len(users))
+        begins = None if initial is None else initial[users].to(device)
+        fitted = _fit_chunk(chunk, loss, prior, solver, begins)
+        logits[torch.from_numpy(users)] = fitted.cpu()
     model.eval()
     return logits
 

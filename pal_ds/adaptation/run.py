@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import xxhash
 
-from pal_ds.adaptation.fit import Solver, fit_users, pairs_per_chunk, refuse_newton
+from pal_ds.adaptation.fit import Solver, UserPairs, fit_users, pairs_per_chunk, refuse_newton
 from pal_ds.adaptation.prior import LogitPrior
 from pal_ds.adaptation.shards import FOLDER, FittedShard, ShardFolder
 from pal_ds.data.plan import keyed_generator
@@ -39,45 +39,53 @@ POSITIONS_PER_SHARD = 2**18
 """Hidden states of a backbone that are in memory at once: 4 GB at 4,096 numbers each."""
 
 
-def adapt_run(
-    run: RunDirectory,
-    out: Path,
-    *,
-    pairs: Path | None = None,
-    split: str = "unseen_train",
-    num_pairs: int | None = None,
-    step: str = "latest",
-    seed: int = 0,
-    solver: Solver = "auto",
-    trust_checkpoint: bool = False,
-    device: torch.device | None = None,
-) -> dict[str, Any]:
-    """Fits every user of `pairs` (a JSONL file) or of a split of the run's data; returns the report.
+@dataclass(frozen=True)
+class AdaptOptions:
+    """Whom `adapt_run` fits, from which comparisons, and how."""
 
-    `num_pairs` keeps that many comparisons per user, drawn by (seed, user). Users are fitted in shards, each of which
-    is kept in OUT/fitting until all are done: called again after it was cut off, this goes on, to the same bytes.
+    pairs: Path | None = None
+    """JSONL file of the new users' comparisons; None for a split of the run's data."""
+    split: str = "unseen_train"
+    num_pairs: int | None = None
+    """Comparisons to keep per user, drawn by (seed, user); None keeps all."""
+    step: str = "latest"
+    """A number, latest or best."""
+    seed: int = 0
+    solver: Solver = "auto"
+    trust_checkpoint: bool = False
+    """Read checkpoints of another owner."""
+
+
+def adapt_run(
+    run: RunDirectory, out: Path, options: AdaptOptions, *, device: torch.device | None = None
+) -> dict[str, Any]:
+    """Fit every user of a file or of a split of the run's data, write them to OUT, and return the report.
+
+    Users are fitted in shards, each of which is kept in OUT/fitting until all are done: called again after it was
+    cut off, this goes on, to the same bytes.
 
     Raises:
         UserError: a head without users, or one that the solver cannot do; no such file or split, or no pairs in it.
     """
+    pairs, num_pairs, solver, seed = options.pairs, options.num_pairs, options.solver, options.seed
     if num_pairs is not None and num_pairs < 1:
         raise UserError(f"--num_pairs is {num_pairs}; it must be at least 1, or unset for all.")
     begun = (out / FOLDER).is_dir()
     if out.exists() and not begun and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: not empty. Name an empty or new directory.")
     world = World(0, 1, device or torch.device("cpu"))
-    restored = restore(run, step, world.device, trust=trust_checkpoint)
+    restored = restore(run, options.step, world.device, trust=options.trust_checkpoint)
     if not restored.model.head.has_points:
         raise UserError(
             f"{run.path}: its head has no users to adapt; every user gets the same scores."
         )
     refuse_newton(solver, restored.model.head, restored.config.loss)
     with opened_pairs(restored, pairs, world) as data:
-        rows = data.rows(split) if pairs is None else np.arange(len(data.comparisons))
+        rows = data.rows(options.split) if pairs is None else np.arange(len(data.comparisons))
         if num_pairs is not None:
             rows = few_per_user(data, rows, num_pairs, seed)
         if len(rows) == 0:
-            raise UserError(f"{pairs or f'--split {split}'}: no pairs to adapt to.")
+            raise UserError(f"{pairs or f'--split {options.split}'}: no pairs to adapt to.")
         positions = _positions(restored, data)
         users = NewUsers.of(data, rows, positions)
         _warn_of_known(restored, users.ids)
@@ -259,14 +267,11 @@ class Fitting:
         owner = collator.user_rows(rows)
         loss, device = self.restored.config.loss, self.world.device
         logits = fit_users(
-            model=reader.model,
+            reader.model,
+            collator,
+            UserPairs(rows, owner, end - begin),
             loss=loss,
-            collator=collator,
-            rows=rows,
-            user_index=owner,
-            num_users=end - begin,
             prior=prior,
-            device=device,
             solver=self.solver,
             initial=self.fresh[begin:end],
         )

@@ -24,18 +24,14 @@ def packed_attention(
     key: Float[Tensor, "1 g S D"],
     value: Float[Tensor, "1 g S D"],
     attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
     pal_layout: Blocks | Spans | None = None,
-    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "1 S h D"], None]:
     """Attention of the packed row that `pal_layout` describes; plain SDPA of a padded batch without one."""
     if pal_layout is None:
-        options = {**kwargs, "sliding_window": sliding_window}
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, **options
-        )
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    dropout, scaling = kwargs.get("dropout", 0.0), kwargs.get("scaling")
+    sliding_window = kwargs.get("sliding_window")
     unknown = [
         name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None
     ]

@@ -119,11 +119,9 @@ class Adapt:
 
     @staticmethod
     def run(options: Namespace, _: Namespace) -> None:
-        from pal_ds.adaptation.run import adapt_run
+        from pal_ds.adaptation.run import AdaptOptions, adapt_run
 
-        report = adapt_run(
-            RunDirectory(options.run_dir),
-            Path(options.out),
+        chosen = AdaptOptions(
             pairs=as_path(options.pairs),
             split=options.split,
             num_pairs=options.num_pairs,
@@ -132,6 +130,7 @@ class Adapt:
             solver=options.solver,
             trust_checkpoint=options.trust_checkpoint,
         )
+        report = adapt_run(RunDirectory(options.run_dir), Path(options.out), chosen)
         print(f"{len(report['users'])} users from {report['pairs']} pairs -> {options.out}")
 
 

@@ -33,7 +33,7 @@ class Evaluate:
         from pal_ds.engine.process_group import joined_or_alone
         from pal_ds.eval.best_of_n import NAME_PREFIX, rank_set, ranking_line
         from pal_ds.eval.evaluate import evaluate_set, summary_line
-        from pal_ds.eval.requests import asked_sets
+        from pal_ds.eval.requests import eval_requests
         from pal_ds.inference.load_run import restore
         from pal_ds.inference.readers import known_users
 
@@ -41,7 +41,7 @@ class Evaluate:
         if options.best_of_n:
             measure, line_of, prefix = rank_set, ranking_line, NAME_PREFIX
         files = [Path(file) for file in options.data]
-        sets = asked_sets(options.split, files, options.name, prefix)
+        requests = eval_requests(options.split, files, options.name, prefix)
         run = RunDirectory(options.run_dir)
         # Alone it waits for nobody; who started it sees whether it goes on.
         with (
@@ -52,10 +52,10 @@ class Evaluate:
         ):
             restored = restore(run, options.step, world.device, trust=options.trust_checkpoint)
             known = known_users(restored, as_path(options.users))
-            for asked in sets:
-                figures = measure(restored, known, asked, world)
+            for request in requests:
+                figures = measure(restored, known, request, world)
                 if world.is_rank_zero:
-                    print(line_of(asked.name, figures))
+                    print(line_of(request.name, figures))
                     for warning in figures.get("warnings", []):
                         print(f"warning: {warning}")
 

@@ -29,6 +29,7 @@ from pal_ds.engine.ds_config import ds_config_of
 from pal_ds.engine.process_group import distributed
 from pal_ds.errors import UserError, writing
 from pal_ds.eval.evaluate import evaluate_run
+from pal_ds.eval.requests import split_request
 from pal_ds.modeling.build import assemble
 from pal_ds.progress import progress_bar
 from pal_ds.training.init_from.copy import origin_for
@@ -192,7 +193,7 @@ def evaluate_one(planned: PlannedRun, suite: Suite, world: World) -> None:
     minutes = planned.config.train.hang_minutes if world.world_size > 1 else 0
     if world.from_rank_zero(lambda: evaluation_of(planned, settings.split)) is None:
         with watch(world, planned.run.path / "stacks", minutes):
-            evaluate_run(planned.run, world, split=settings.split)
+            evaluate_run(planned.run, world, request=split_request(settings.split))
     if settings.few_shot and world.from_rank_zero(lambda: few_shot_of(planned, suite)) is None:
         evaluate_few_shot(planned.run, settings.few_shot, settings.num_draws, world=world)
 

@@ -17,7 +17,7 @@ from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
 from pal_ds.eval.best_of_n_metrics import FIGURES, Lists, best_of_n_figures
 from pal_ds.eval.evaluate import opened_pairs, write_figures
-from pal_ds.eval.requests import Asked
+from pal_ds.eval.requests import EvalRequest
 from pal_ds.inference.load_run import OpenRun
 from pal_ds.inference.readers import KnownUsers, reader_of, with_points
 
@@ -68,7 +68,9 @@ def paired(size: int) -> list[tuple[int, int]]:
     return [(place, place + 1 if place + 1 < size else 0) for place in range(0, size, 2)]
 
 
-def rank_set(restored: OpenRun, known: KnownUsers, asked: Asked, world: World) -> dict[str, Any]:
+def rank_set(
+    restored: OpenRun, known: KnownUsers, request: EvalRequest, world: World
+) -> dict[str, Any]:
     """The figures of eval/NAME.json for best of n, written by rank 0 and returned on every rank.
 
     Of a file each line is a list: {"user_id", "prompt", "responses": [..], "scores": [..]}, the scores being the
@@ -84,30 +86,30 @@ def rank_set(restored: OpenRun, known: KnownUsers, asked: Asked, world: World) -
             "with --mixture and score the candidates with `score`."
         )
     lines: list[Line] = []
-    if asked.file is not None:
-        file = asked.file
+    if request.file is not None:
+        file = request.file
         lines = world.on_every_rank(lambda: read_lists(file))
 
     def pairs_of(_: Path) -> Iterator[Record]:
         for number, line in enumerate(lines):
             yield from line.records(number)
 
-    with opened_pairs(restored, asked.file, world, pairs_of) as data:
+    with opened_pairs(restored, request.file, world, pairs_of) as data:
         dropped = {}
-        if asked.file is None:
-            candidates = compared_candidates(data, asked.rows(data))
+        if request.file is None:
+            candidates = compared_candidates(data, request.rows(data))
         else:
             candidates, num_dropped = listed_candidates(data, lines)
             dropped = {"dropped": {"lists": num_dropped, **data.info["dropped"]}}
         if len(candidates.user) == 0:
             raise UserError(
-                f"--best_of_n, {asked.name}: no user compared {FEWEST_COMPARED} or more responses to one prompt."
+                f"--best_of_n, {request.name}: no user compared {FEWEST_COMPARED} or more responses to one prompt."
             )
         known = with_points(known, restored, data, world)
         scores = score_candidates(restored, known, data, candidates, world)
         figures = _figures(data, candidates, scores, known.table_rows(data))
     figures = {**figures, **dropped, "step": restored.step}
-    world.from_rank_zero(lambda: write_figures(restored.run, asked.name, figures))
+    world.from_rank_zero(lambda: write_figures(restored.run, request.name, figures))
     return figures
 
 

@@ -20,9 +20,9 @@ from pal_ds.errors import UserError, writing
 from pal_ds.eval.baselines import FormatBaseline
 from pal_ds.eval.diagnostics import context_flip
 from pal_ds.eval.disagreement import controversial
-from pal_ds.eval.figures import dev_temperature, report_on
+from pal_ds.eval.figures import ScoredRows, dev_temperature, report_on
 from pal_ds.eval.findings import findings
-from pal_ds.eval.requests import Asked, asked_sets
+from pal_ds.eval.requests import EvalRequest, split_request
 from pal_ds.eval.results import write_user_figures
 from pal_ds.inference.load_run import OpenRun, restore
 from pal_ds.inference.readers import KnownUsers, known_users, reader_of, with_points
@@ -107,36 +107,44 @@ def evaluate_run(
     run: RunDirectory,
     world: World,
     *,
-    split: str = "test",
-    file: Path | None = None,
-    name: str | None = None,
+    request: EvalRequest | None = None,
     users: Path | None = None,
     step: str = "latest",
     trust_checkpoint: bool = False,
 ) -> dict[str, Any]:
-    """The figures of `eval/NAME.json`, written by rank 0 and returned on every rank.
+    """Compute the figures of `eval/NAME.json`, which rank 0 writes, and return them on every rank.
+
+    Args:
+        run: what `train` wrote.
+        world: the ranks that share the work.
+        request: what to evaluate; the split `test` where unset.
+        users: a folder of users that `adapt` fitted.
+        step: a number, latest or best.
+        trust_checkpoint: read checkpoints of another owner.
 
     Raises:
         UserError: no such run, step, split or file; an empty split.
     """
-    (asked,) = asked_sets(split, [] if file is None else [file], name)
+    request = request or split_request("test")
     restored = restore(run, step, world.device, trust=trust_checkpoint)
-    return evaluate_set(restored, known_users(restored, users), asked, world)
+    return evaluate_set(restored, known_users(restored, users), request, world)
 
 
 def evaluate_set(
-    restored: OpenRun, known: KnownUsers, asked: Asked, world: World
+    restored: OpenRun, known: KnownUsers, request: EvalRequest, world: World
 ) -> dict[str, Any]:
-    """As `evaluate_run`, of a run in memory."""
-    with opened_pairs(restored, asked.file, world) as data:
-        rows = asked.rows(data)
+    """Evaluate a run that is in memory; see `evaluate_run`."""
+    with opened_pairs(restored, request.file, world) as data:
+        rows = request.rows(data)
         known = with_points(known, restored, data, world)
         temperature = _temperature(restored, world)
         reader = reader_of(restored, data, rows, known.table_rows(data), world)
         margins = reader.forwards(world, "scoring").margins(rows, known.mixtures)
-        user_rows, looks = reader.collator.user_rows(rows), FormatBaseline.of(restored.data)
-        figures = report_on(data, rows, margins, user_rows, temperature, looks)
-        figures |= findings(restored, known, data, rows, margins, user_rows, looks, world)
+        user_rows = reader.collator.user_rows(rows)
+        format_baseline = FormatBaseline.of(restored.data)
+        scored = ScoredRows(data, rows, margins, user_rows)
+        figures = report_on(scored, temperature, format_baseline)
+        figures |= findings(restored, known, scored, format_baseline, world)
         if known.encoded_rows is not None:
             other = with_points(known, restored, data, world, flipped=True)
             turned = reader.forwards(world).margins(rows, other.mixtures)
@@ -145,12 +153,12 @@ def evaluate_set(
             figures["context_flip"] = context_flip(
                 margins, turned, could_turn, controversial(data.comparisons[rows])
             )
-        if asked.file is not None:
+        if request.file is not None:
             figures["dropped"] = data.info["dropped"]
             figures["prompts_seen_in_training"] = _num_seen_prompts(restored.data, data)
     figures["step"] = restored.step
     figures["adapted_users"] = sum(len(ids) for ids in known.ids[1:])
-    world.from_rank_zero(lambda: write_figures(restored.run, asked.name, figures))
+    world.from_rank_zero(lambda: write_figures(restored.run, request.name, figures))
     return figures
 
 

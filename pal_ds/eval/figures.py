@@ -1,14 +1,13 @@
 """What an evaluation says: whose mixtures are asked for, and the figures that gathered margins give."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pal_ds.data.tables import PreparedData
 from pal_ds.eval.baselines import FormatBaseline, length_margins
 from pal_ds.eval.disagreement import controversial
-from pal_ds.eval.metrics import evaluation_figures, fit_temperature
-from pal_ds.inference.mixtures import population_mixture, user_mixtures, with_mixtures
+from pal_ds.eval.metrics import LabelledPairs, evaluation_figures, fit_temperature
 
 
 def figures_of(
@@ -16,37 +15,48 @@ def figures_of(
     rows: np.ndarray,
     margins: np.ndarray,
     temperature: float = 1.0,
-    looks: FormatBaseline | None = None,
+    format_baseline: FormatBaseline | None = None,
 ) -> dict[str, Any]:
-    """The figures of `eval/NAME.json` for comparisons of prepared data; `looks` as counted on the training data."""
+    """Compute the figures of `eval/NAME.json`; `format_baseline` was counted on the training data."""
     table = data.comparisons[rows]
     owners, owner = np.unique(table["user"], return_inverse=True)
     names = np.asarray([data.users[owner] for owner in owners], str)
-    return evaluation_figures(
-        margins,
-        table["label"].astype(float),
-        names[owner],
-        data.response_prompt[table["a"]],
-        temperature=temperature,
-        length_margins=length_margins(data, table),
-        format_margins=None if looks is None else looks.margins(data, table),
+    pairs = LabelledPairs(
+        labels=table["label"].astype(float),
+        user_ids=names[owner],
+        prompts=data.response_prompt[table["a"]],
         probabilities=table["probability"].astype(float),
         controversial=controversial(table),
     )
+    return evaluation_figures(
+        margins,
+        pairs,
+        temperature=temperature,
+        length_margins=length_margins(data, table),
+        format_margins=None if format_baseline is None else format_baseline.margins(data, table),
+    )
+
+
+class ScoredRows(NamedTuple):
+    """Comparisons of prepared data with the margins that a run gives them."""
+
+    data: PreparedData
+    rows: np.ndarray
+    """Rows of the comparisons table; int64 [n]."""
+    margins: np.ndarray
+    """> 0 prefers response_2; fp64 [n]."""
+    table_rows: np.ndarray
+    """Row of each comparison's user in the user table, -1 for strangers; int64 [n]."""
 
 
 def report_on(
-    data: PreparedData,
-    rows: np.ndarray,
-    margins: np.ndarray,
-    table_rows: np.ndarray,
-    temperature: float = 1.0,
-    looks: FormatBaseline | None = None,
+    scored: ScoredRows, temperature: float = 1.0, format_baseline: FormatBaseline | None = None
 ) -> dict[str, Any]:
-    """Figures over the users the table holds, with those it does not apart under "unknown_users"."""
+    """Compute figures over the users that the table holds; those of strangers are under "unknown_users"."""
+    data, rows, margins, table_rows = scored
     known = table_rows >= 0
-    figures = figures_of(data, rows[known], margins[known], temperature, looks)
-    unknown = figures_of(data, rows[~known], margins[~known], temperature, looks)
+    figures = figures_of(data, rows[known], margins[known], temperature, format_baseline)
+    unknown = figures_of(data, rows[~known], margins[~known], temperature, format_baseline)
     return {**figures, "unknown_users": unknown}
 
 
@@ -58,10 +68,8 @@ def dev_temperature(margins: np.ndarray, labels: np.ndarray, loss_kind: str) -> 
 
 
 __all__ = [
+    "ScoredRows",
     "dev_temperature",
     "figures_of",
-    "population_mixture",
     "report_on",
-    "user_mixtures",
-    "with_mixtures",
 ]

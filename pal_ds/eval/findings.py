@@ -8,6 +8,7 @@ from pal_ds.data.tables import PreparedData
 from pal_ds.distributed.world import World
 from pal_ds.eval.baselines import FormatBaseline, length_margins
 from pal_ds.eval.diagnostics import diagnose, diagnose_latent
+from pal_ds.eval.figures import ScoredRows
 from pal_ds.eval.metrics import correctness
 from pal_ds.eval.sanity_checks import (
     Judged,
@@ -23,18 +24,15 @@ from pal_ds.inference.readers import KnownUsers
 def findings(
     restored: OpenRun,
     users: KnownUsers,
-    data: PreparedData,
-    rows: np.ndarray,
-    margins: np.ndarray,
-    table_rows: np.ndarray,
-    looks: FormatBaseline | None,
+    scored: ScoredRows,
+    format_baseline: FormatBaseline | None,
     world: World,
 ) -> dict[str, Any]:
-    """{"train_accuracy", "diagnostics", "warnings"} of a run whose `margins` for comparisons `rows` are known.
+    """Find {"train_accuracy", "diagnostics", "warnings"} of a run on comparisons that it has scored.
 
-    `table_rows` is the row of each comparison's user, -1 for strangers.
-    Of users the run knows and strangers in one set, the former are held against baselines.
+    Where the set holds both users that the run knows and strangers, the former are held against baselines.
     """
+    data, rows, margins, table_rows = scored
     trained = world.from_rank_zero(
         lambda: training_accuracy(restored.run.read_metrics(), restored.step)
     )
@@ -46,7 +44,7 @@ def findings(
     subject, chosen = (seen, known) if known.any() else (unseen, ~known)
     labels = table["label"].astype(float)
     lengths = length_margins(data, table)
-    formats = None if looks is None else looks.margins(data, table)
+    formats = None if format_baseline is None else format_baseline.margins(data, table)
     baselines = (
         None if found is None else correctness(found, labels)[chosen]
         for found in (lengths, formats)

@@ -149,25 +149,39 @@ def mean_figures(right: np.ndarray, prompts: np.ndarray) -> dict[str, Any]:
     return {"pairs": len(right), "accuracy": float(right.mean()), "accuracy_ci95": interval}
 
 
+class LabelledPairs(NamedTuple):
+    """What is known of n pairs that are scored, apart from their scores."""
+
+    labels: np.ndarray
+    """+1 where response_2 is preferred, -1 where response_1 is; fp64 [n]."""
+    user_ids: np.ndarray
+    """Whose comparison each is; str [n]."""
+    prompts: np.ndarray
+    """Prompt of each, by which intervals are clustered; int64 [n]."""
+    probabilities: np.ndarray | None = None
+    """Known probability that response_2 is preferred, NaN where unknown; fp64 [n]."""
+    controversial: np.ndarray | None = None
+    """Pairs on which users disagree; bool [n]."""
+
+
 def evaluation_figures(
     margins: np.ndarray,
-    labels: np.ndarray,
-    user_ids: np.ndarray,
-    prompts: np.ndarray,
+    pairs: LabelledPairs,
     *,
     temperature: float = 1.0,
     length_margins: np.ndarray | None = None,
     format_margins: np.ndarray | None = None,
-    probabilities: np.ndarray | None = None,
-    controversial: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """The figures of `eval/NAME.json` for one set of pairs.
+    """Compute the figures of `eval/NAME.json` for one set of pairs; an empty set has every key, null.
 
-    `margins` > 0 prefer response_2; `length_margins` = how much longer response_2 is, and `format_margins` = how much
-    better it looks, see `surface`; `probabilities` = known truth that response_2 is preferred, NaN where unknown:
-    the figures that need it are then left out; `controversial` = pairs on which users disagree, bool. An empty set has
-    every key, null.
+    Args:
+        margins: reward of response_2 less that of response_1; fp64 [n].
+        pairs: labels, users and prompts of the pairs.
+        temperature: margins / temperature are log-odds.
+        length_margins: how much longer response_2 is, in characters; fp64 [n].
+        format_margins: how much likelier response_2 is preferred by its first and last token; fp64 [n].
     """
+    labels, user_ids, prompts, probabilities, controversial = pairs
     if len(margins) == 0:
         return {"pairs": 0, **dict.fromkeys(FIGURES), "users": {}}
     right = correctness(margins, labels)

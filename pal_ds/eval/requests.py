@@ -1,4 +1,4 @@
-"""Which sets an evaluation is asked for, and under which names their results go."""
+"""What an evaluation scores, and under which name its result is kept."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from pal_ds.data.tables import PreparedData
 from pal_ds.errors import UserError
 
 
-class Asked(NamedTuple):
+class EvalRequest(NamedTuple):
     """One set to evaluate: a split of the run's data, or a file in its place; the result goes to eval/NAME.json."""
 
     name: str
@@ -28,8 +28,20 @@ class Asked(NamedTuple):
         return rows
 
 
-def asked_sets(split: str, files: list[Path], name: str | None, prefix: str = "") -> list[Asked]:
-    """The split, or each of the files, under `name` or else PREFIX and the split or the file's stem.
+def split_request(split: str, name: str | None = None) -> EvalRequest:
+    """Ask for one split of the run's data."""
+    return eval_requests(split, [], name)[0]
+
+
+def file_request(file: Path, name: str | None = None) -> EvalRequest:
+    """Ask for one file of pairs."""
+    return eval_requests("test", [file], name)[0]
+
+
+def eval_requests(
+    split: str, files: list[Path], name: str | None, prefix: str = ""
+) -> list[EvalRequest]:
+    """Ask for the split, or each of the files, under `name` or else PREFIX and the split or the file's stem.
 
     Raises:
         UserError: a name that is none, or two results of one name.
@@ -37,12 +49,12 @@ def asked_sets(split: str, files: list[Path], name: str | None, prefix: str = ""
     if name is not None and (Path(name).name != name or name.startswith(".")):
         raise UserError(f"--name {name}: must be a plain name, the result goes to eval/NAME.json.")
     if not files:
-        return [Asked(name or prefix + split, split, None)]
-    asked = [Asked(name or prefix + file.stem, split, file) for file in files]
-    names = [one.name for one in asked]
+        return [EvalRequest(name or prefix + split, split, None)]
+    requests = [EvalRequest(name or prefix + file.stem, split, file) for file in files]
+    names = [one.name for one in requests]
     if len(set(names)) < len(names):
         raise UserError(
             f"--data: the results of these files would go to one eval/NAME.json ({', '.join(names)}). Evaluate "
             "them one by one, each with a --name of its own."
         )
-    return asked
+    return requests

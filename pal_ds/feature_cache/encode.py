@@ -8,7 +8,7 @@ divide the texts as they like.
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -60,19 +60,23 @@ def encode_once(
         name: MemoryKeeper(world) if caches is None else CacheKeeper(caches[name], world)
         for name in ("responses", "prompts")[: 2 if collator.with_prompt else 1]
     }
-    walk = functools.partial(
-        _encode, functools.cache(load), collator, batch_texts=batch_texts, world=world
+    encoding = _Encoding(
+        load=functools.cache(load),
+        collator=collator,
+        batch_texts=batch_texts,
+        world=world,
+        with_addresses=caches is not None,
+        between=between,
     )
-    walk = functools.partial(walk, with_addresses=caches is not None, between=between)
     num_prompts = len(collator.responses)
     if collator.with_prompt and collator.encoding == "separate":
-        walk(responses, {"responses": keepers["responses"]}, of_prompts=False)
+        _encode(encoding, responses, {"responses": keepers["responses"]}, of_prompts=False)
         prompts = np.unique(data.response_prompt[responses])
-        walk(prompts, {"prompts": keepers["prompts"]}, of_prompts=True)
+        _encode(encoding, prompts, {"prompts": keepers["prompts"]}, of_prompts=True)
         num_prompts = len(collator.prompts)
     else:
         # One pass gives both, and a truncated prompt differs between responses.
-        walk(responses, keepers, of_prompts=False)
+        _encode(encoding, responses, keepers, of_prompts=False)
     return replace(
         collator,
         response_store=keepers["responses"].store(len(collator.responses)),
@@ -80,28 +84,34 @@ def encode_once(
     )
 
 
+@dataclass(frozen=True)
+class _Encoding:
+    """How all texts of one call of `encode_once` are encoded."""
+
+    load: Load
+    collator: Collator
+    batch_texts: int
+    world: World
+    with_addresses: bool
+    between: Callable[[], None]
+
+
 def _encode(
-    load: Load,
-    collator: Collator,
-    texts: np.ndarray,
-    keepers: dict[str, Keeper],
-    *,
-    of_prompts: bool,
-    batch_texts: int,
-    world: World,
-    with_addresses: bool,
-    between: Callable[[], None],
+    encoding: _Encoding, texts: np.ndarray, keepers: dict[str, Keeper], *, of_prompts: bool
 ) -> None:
     """Hands the keepers the states of the texts (sorted row numbers) that they lack."""
     label = "encoding prompts" if of_prompts else "encoding responses"
-    addresses = _addresses(collator, texts, of_prompts, world) if with_addresses else None
+    collator, world, batch_texts = encoding.collator, encoding.world, encoding.batch_texts
+    addresses = None
+    if encoding.with_addresses:
+        addresses = _addresses(collator, texts, of_prompts, world)
     lacking = [keeper.begin(texts, addresses) for keeper in keepers.values()]
     batches = fixed_batches(
         collator, functools.reduce(np.union1d, lacking), of_prompts, batch_texts
     )
     num_rounds = -(-len(batches) // world.world_size)
     # On every rank alike, as the keepers agree on what is lacking.
-    backbone = load() if batches else None
+    backbone = encoding.load() if batches else None
     try:
         with (
             torch.no_grad(),
@@ -109,7 +119,7 @@ def _encode(
         ):
             for first in range(0, len(batches), world.world_size):
                 phase.enter(label)
-                between()
+                encoding.between()
                 # A rank without a batch still takes part in the collectives, with states that are dropped.
                 mine = first + world.rank
                 rows, width = (

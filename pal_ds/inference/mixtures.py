@@ -1,6 +1,6 @@
 """The mixtures of the users whose comparisons are scored."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -28,23 +28,30 @@ def user_mixtures(head: Head, users: UserTable) -> Float[Tensor, "U+1 K"]:
     return torch.cat([mixtures, population_mixture(mixtures, generic_row_of(users.ids))])
 
 
-def with_mixtures(
-    forward: Forward,
-    head: Head,
-    users: TrainedUsers,
-    collator: Collator,
-    rows: np.ndarray,
-    world: World,
-    own: Collator | None = None,
-    micro_batch_pairs: int = 1,
-) -> tuple[Collator, Float[Tensor, "u+1 K"] | None]:
-    """Mixtures of those alone whom the comparisons `rows` name, and a collator that calls them by their place there.
+@dataclass(frozen=True)
+class MixtureSource:
+    """Where an evaluation during training takes its users' mixtures from."""
 
-    As `user_mixtures` else: the last is the population's, taken over the table block by block where someone is unknown.
-    Points that a head makes from comparisons come from `forward`, over those of the run's own data, which `own` reads
-    where the collator reads others; `micro_batch_pairs` is what a forward of the training holds. None where users are
-    their groups.
+    forward: Forward
+    """Makes the points of a head that reads users' comparisons."""
+    head: Head
+    users: TrainedUsers
+    world: World
+    own: Collator | None = None
+    """Reads the run's own data; None where the scored comparisons are of these data."""
+    micro_batch_pairs: int = 1
+    """Comparisons that a forward of the training holds."""
+
+
+def with_mixtures(
+    source: MixtureSource, collator: Collator, rows: np.ndarray
+) -> tuple[Collator, Float[Tensor, "u+1 K"] | None]:
+    """Take the mixtures of the users whom the comparisons `rows` name, and a collator that numbers them as these rows.
+
+    The last mixture is the population's, taken over the table block by block where someone is unknown. None in place
+    of mixtures where users are their groups.
     """
+    forward, head, users, world = source.forward, source.head, source.users, source.world
     if "group" in head.needs:
         return collator, None
     owners, first = np.unique(collator.user_rows(rows), return_index=True)
@@ -53,8 +60,8 @@ def with_mixtures(
     head.eval()
     mixtures = _mixtures_of(head, users, torch.from_numpy(known))
     if "context" in head.needs:
-        own = own or collator
-        most_pairs = pairs_per_forward(head, own, micro_batch_pairs)
+        own = source.own or collator
+        most_pairs = pairs_per_forward(head, own, source.micro_batch_pairs)
         mixtures = points_in_training(forward, head, own, collator, codes, world, most_pairs)
     population = mixtures.new_full((1, mixtures.shape[1]), torch.nan)
     if collator.generic_row >= 0:

@@ -12,7 +12,7 @@ from pal_ds.data.vocabulary import refuse_other_tokenizer
 from pal_ds.distributed import phase
 from pal_ds.errors import UserError
 from pal_ds.eval.figures import dev_temperature, figures_of
-from pal_ds.inference.mixtures import with_mixtures
+from pal_ds.inference.mixtures import MixtureSource, with_mixtures
 from pal_ds.inference.scoring import Forwards
 from pal_ds.training.state import EvalSet, Training
 from pal_ds.users.ids import UserIds
@@ -96,16 +96,15 @@ def evaluate_in_training(state: Training, *, at_start: bool = False) -> bool:
 
 
 def _margins(state: Training, collator: Collator, rows: np.ndarray) -> np.ndarray:
-    collator, mixtures = with_mixtures(
+    source = MixtureSource(
         forward=state.engine,
         head=state.parts.head,
         users=state.users,
-        collator=collator,
-        rows=rows,
         world=state.world,
         own=state.collator,
         micro_batch_pairs=state.config.train.micro_batch_pairs,
     )
+    collator, mixtures = with_mixtures(source, collator, rows)
     train = state.config.train
     forwards = Forwards(
         forward=state.engine,

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pal_ds.adaptation import gradient
-from pal_ds.adaptation.fit import fit_users
+from pal_ds.adaptation.fit import UserPairs, fit_users
 from pal_ds.adaptation.gradient import margins_of
 from pal_ds.adaptation.prior import LogitPrior
 from pal_ds.adaptation.run import few_per_user
@@ -53,7 +53,8 @@ def fit(
 ) -> torch.Tensor:
     data, model = world
     prior = LogitPrior.gaussian(torch.zeros(3), 0.1 * torch.eye(3))
-    return fit_users(model, PreferenceLoss(), Collator(data), rows, owners, num_users, prior, CPU)
+    pairs = UserPairs(rows, owners, num_users)
+    return fit_users(model, Collator(data), pairs, loss=PreferenceLoss(), prior=prior)
 
 
 def test_recovers_planted_mixtures(world: tuple[PreparedData, RewardModel]) -> None:
@@ -88,14 +89,11 @@ def test_newton_and_adam_minimise_the_same(
 
     newton, adam = (
         fit_users(
-            model=model,
+            model,
+            Collator(data),
+            UserPairs(rows, owners, len(data.users)),
             loss=loss,
-            collator=Collator(data),
-            rows=rows,
-            user_index=owners,
-            num_users=len(data.users),
             prior=prior,
-            device=CPU,
             solver=solver,
         )
         for solver in ("newton", "adam")
@@ -136,14 +134,11 @@ def test_the_reference_optimiser_is_adamw_stopped_early(
     begin = torch.randn(len(data.users), 3, generator=torch.Generator().manual_seed(0))
     prior = LogitPrior.gaussian(torch.zeros(3), torch.eye(3))
     found = fit_users(
-        model=model,
+        model,
+        Collator(data),
+        UserPairs(rows, owners, len(begin)),
         loss=PreferenceLoss(),
-        collator=Collator(data),
-        rows=rows,
-        user_index=owners,
-        num_users=len(begin),
         prior=prior,
-        device=CPU,
         solver="reference",
         initial=begin,
     )
@@ -186,10 +181,11 @@ def test_newton_is_refused_where_a_head_gives_no_statistics(
     model = RewardModel(GivenStates(), PalA(data.info["vector_size"], 3, num_layers=2))
     rows, owner = data.rows("train")[:4], np.zeros(4, np.int64)
     prior = LogitPrior.gaussian(torch.zeros(3), torch.eye(3))
-    arguments = (model, PreferenceLoss(), Collator(data), rows, owner, 1, prior, CPU)
+    arguments = (model, Collator(data), UserPairs(rows, owner, 1))
+    options = {"loss": PreferenceLoss(), "prior": prior}
     with pytest.raises(UserError, match="--solver newton: this run's head gives no statistics"):
-        fit_users(*arguments, solver="newton")
-    assert fit_users(*arguments).isfinite().all()
+        fit_users(*arguments, **options, solver="newton")
+    assert fit_users(*arguments, **options).isfinite().all()
 
 
 def test_users_do_not_interact(world: tuple[PreparedData, RewardModel]) -> None:

@@ -21,13 +21,14 @@ from pal_ds.adaptation.few_shot import (
     few_shot_lines,
     is_monotone,
 )
-from pal_ds.adaptation.run import adapt_run, few_per_user
+from pal_ds.adaptation.run import AdaptOptions, adapt_run, few_per_user
 from pal_ds.adaptation.shards import FOLDER, ShardFolder
 from pal_ds.data.tables import COMPARISON_DTYPE, PreparedData
 from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
 from pal_ds.eval import results
 from pal_ds.eval.evaluate import evaluate_run, summary_line
+from pal_ds.eval.requests import split_request
 from pal_ds.inference import readers as reading_module
 from pal_ds.inference.load_run import OpenRun, restore
 from pal_ds.inference.mixtures import user_mixtures
@@ -100,13 +101,13 @@ def test_everyone_is_fitted_from_their_own_pairs(
     assert len(strays(data)) >= 1 and len(owners) >= 3
     fit, calls = few_shot.fit_users, []
 
-    def recording(*arguments: Any) -> torch.Tensor:
+    def recording(*arguments: Any, **options: Any) -> torch.Tensor:
         calls.append(arguments)
-        return fit(*arguments)
+        return fit(*arguments, **options)
 
     monkeypatch.setattr(few_shot, "fit_users", recording)
     few_shot_curve(restored, [0, 1, 100], ALONE, seeds=(0, 1))
-    ((_, _, _, rows, owner, num_users, *_),) = calls
+    ((_, _, (rows, owner, num_users)),) = calls
     assert num_users == 3 * 2 * len(owners)
     assert np.array_equal(owners[owner % len(owners)], data.comparisons["user"][rows])
     # With room for all pairs, each pair of theirs is used once per draw.
@@ -199,10 +200,10 @@ def test_curve_is_written(runs: dict[str, RunDirectory]) -> None:
         assert row["test_pairs"] == curve[0]["test_pairs"] > 0
     assert curve[0]["mean_comparisons"] == 0 < curve[1]["mean_comparisons"]
     # Nobody's comparisons were drawn: strangers as `evaluate` serves them, in every draw.
-    strangers = evaluate_run(run, ALONE, split="unseen_test")["unknown_users"]
+    strangers = evaluate_run(run, ALONE, request=split_request("unseen_test"))["unknown_users"]
     (found,) = set(curve[0]["accuracy_by_seed"])
     assert found == pytest.approx(strangers["accuracy"], abs=room_of_accuracy(run))
-    seen = evaluate_run(run, ALONE, split="test")
+    seen = evaluate_run(run, ALONE, request=split_request("test"))
     assert figures["seen"] == {key: seen[key] for key in ("pairs", "accuracy", "accuracy_ci95")}
     written = json.loads((run.eval / "few_shot.json").read_text())
     assert written == {"step": run.complete_steps()[-1], **figures}
@@ -218,7 +219,7 @@ def test_a_head_without_users_is_the_same_at_every_k(runs: dict[str, RunDirector
     accuracies = {accuracy for row in figures["curve"] for accuracy in row["accuracy_by_seed"]}
     assert len(accuracies) == 1
     assert figures["monotone_within_ci95"]
-    found = evaluate_run(run, ALONE, split="unseen_test")
+    found = evaluate_run(run, ALONE, request=split_request("unseen_test"))
     (accuracy,) = accuracies
     wanted = pytest.approx(found["unknown_users"]["accuracy"], abs=room_of_accuracy(run))
     assert accuracy == wanted
@@ -268,14 +269,14 @@ def test_interval_is_over_users_and_draws() -> None:
 def test_split_of_strangers_has_every_key(runs: dict[str, RunDirectory]) -> None:
     """All users of unseen_test are unknown to the run: the top level is an empty set."""
     run = runs["PalA"]
-    figures = evaluate_run(run, ALONE, split="unseen_test")
+    figures = evaluate_run(run, ALONE, request=split_request("unseen_test"))
     unknown = figures["unknown_users"]
     assert unknown["pairs"] > 0
     assert unknown.keys() <= figures.keys()
     assert (figures["pairs"], figures["users"]) == (0, {})
     assert figures["accuracy"] is None and figures["accuracy_ci95"] is None
     assert "unseen_test: 0 pairs; users not in the run" in summary_line("unseen_test", figures)
-    seen = evaluate_run(run, ALONE, split="test")
+    seen = evaluate_run(run, ALONE, request=split_request("test"))
     assert seen["pairs"] > 0
     assert seen["unknown_users"]["pairs"] == 0
     assert seen["unknown_users"]["ece"] is None
@@ -307,12 +308,14 @@ def test_adapted_users_serve_their_own_test_pairs(
     runs: dict[str, RunDirectory], tmp_path: Path
 ) -> None:
     run = runs["PalA"]
-    report = adapt_run(run, tmp_path / "users", num_pairs=3)
+    report = adapt_run(run, tmp_path / "users", AdaptOptions(num_pairs=3))
     data = PreparedData.open(restore(run).data.path)
     assert set(report["users"]) == {data.users[row] for row in users_of(data, "unseen_train")}
     assert max(user["pairs"] for user in report["users"].values()) == 3
     assert all(sum(user["mixture"]) == pytest.approx(1) for user in report["users"].values())
-    figures = evaluate_run(run, ALONE, split="unseen_test", users=tmp_path / "users", name="new")
+    figures = evaluate_run(
+        run, ALONE, users=tmp_path / "users", request=split_request("unseen_test", "new")
+    )
     both = np.intersect1d(users_of(data, "unseen_train"), users_of(data, "unseen_test"))
     assert set(figures["users"]) == {data.users[row] for row in both}
 
@@ -332,7 +335,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     fit, calls = adapt_run_module.fit_users, []
 
     def recording(*arguments: Any, **options: Any) -> torch.Tensor:
-        calls.append(arguments[5])
+        calls.append(arguments[2].num_users)
         return fit(*arguments, **options)
 
     monkeypatch.setattr(adapt_run_module, "fit_users", recording)
@@ -359,12 +362,12 @@ def test_a_fit_that_was_cut_off_goes_on_to_the_same_bytes(
     small_shards: list[int],
 ) -> None:
     run, whole, cut = runs["PalA"], tmp_path / "whole", tmp_path / "cut"
-    adapt_run(run, whole, num_pairs=3)
+    adapt_run(run, whole, AdaptOptions(num_pairs=3))
     num_shards, num_users = len(small_shards), sum(small_shards)
     assert num_shards >= 5 and max(small_shards) == 2
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_after(patch, 3)
-        adapt_run(run, cut, num_pairs=3)
+        adapt_run(run, cut, AdaptOptions(num_pairs=3))
     assert {path.name for path in cut.iterdir()} == {FOLDER}
     # Shards that a bad disk spoilt are made again.
     shards = sorted(cut.glob("fitting/*/*.safetensors"))
@@ -374,13 +377,13 @@ def test_a_fit_that_was_cut_off_goes_on_to_the_same_bytes(
     flipped[-1] ^= 1
     shards[2].write_bytes(flipped)
     small_shards.clear()
-    adapt_run(run, cut, num_pairs=3)
+    adapt_run(run, cut, AdaptOptions(num_pairs=3))
     assert len(small_shards) == num_shards - 1
     assert files_in(cut) == files_in(whole)
     report = json.loads((whole / "report.json").read_text())
     assert len(report["users"]) == num_users
     with pytest.raises(UserError, match="not empty"):
-        adapt_run(run, whole, num_pairs=3)
+        adapt_run(run, whole, AdaptOptions(num_pairs=3))
 
 
 def test_shards_of_other_inputs_are_not_taken(
@@ -392,9 +395,9 @@ def test_shards_of_other_inputs_are_not_taken(
     run, out = runs["PalA"], tmp_path / "users"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_after(patch, 3)
-        adapt_run(run, out, num_pairs=3)
+        adapt_run(run, out, AdaptOptions(num_pairs=3))
     small_shards.clear()
-    report = adapt_run(run, out, num_pairs=3, solver="reference")
+    report = adapt_run(run, out, AdaptOptions(num_pairs=3, solver="reference"))
     assert sum(small_shards) == len(report["users"])
     assert files_in(out).keys() == {"users.safetensors", "users.arrow", "report.json"}
 
@@ -404,7 +407,7 @@ def test_newton_is_refused_before_any_text_is_read(
 ) -> None:
     monkeypatch.delattr(adapt_run_module, "opened_pairs")
     with pytest.raises(UserError, match="--solver newton: this run's head gives no statistics"):
-        adapt_run(runs["PalA"], tmp_path / "users", solver="newton")
+        adapt_run(runs["PalA"], tmp_path / "users", AdaptOptions(solver="newton"))
     assert not (tmp_path / "users").exists()
 
 
@@ -419,10 +422,10 @@ def test_texts_that_do_not_fit_into_memory_together_are_encoded_by_shard(
 
     monkeypatch.setattr(reading_module, "encode_once", recording)
     monkeypatch.setattr(gradient, "NUM_STEPS", 10)
-    together = adapt_run(run, tmp_path / "together")
+    together = adapt_run(run, tmp_path / "together", AdaptOptions())
     assert len(calls) == 1
     monkeypatch.setattr(adapt_run_module, "POSITIONS_PER_SHARD", 100)
-    apart = adapt_run(run, tmp_path / "apart")
+    apart = adapt_run(run, tmp_path / "apart", AdaptOptions())
     assert len(calls) > 3
     for user, entry in together["users"].items():
         assert entry["pairs"] == apart["users"][user]["pairs"]
@@ -433,7 +436,7 @@ def test_many_users_are_reported_in_a_table_beside(
     runs: dict[str, RunDirectory], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(results, "USERS_IN_PARQUET_ABOVE", 3)
-    report = adapt_run(runs["PalA"], tmp_path / "users")
+    report = adapt_run(runs["PalA"], tmp_path / "users", AdaptOptions())
     path = tmp_path / "users" / "report.json"
     written = json.loads(path.read_text())
     assert written == {**report, "users": "report.parquet"}

@@ -16,6 +16,7 @@ from pal_ds.cli.main import build_parser
 from pal_ds.compare.table import page, tabulate
 from pal_ds.distributed.world import World
 from pal_ds.eval.evaluate import evaluate_run
+from pal_ds.eval.requests import split_request
 from pal_ds.runs.run_dir import RunDirectory
 from tests.compare.cases import METHODS, NUM_SEEDS, write_suite
 from tests.warm import KILLED, WarmParent
@@ -60,7 +61,7 @@ def test_the_table_is_what_evaluate_says_of_each_run(out: Path) -> None:
     for method, row in table["methods"].items():
         runs = [RunDirectory(out / "runs" / method / f"seed_{seed}") for seed in range(NUM_SEEDS)]
         assert row["runs"] == [str(run.path) for run in runs]
-        figures = [evaluate_run(run, ALONE, split="test", name="again") for run in runs]
+        figures = [evaluate_run(run, ALONE, request=split_request("test", "again")) for run in runs]
         for name in ("accuracy", "user_accuracy_mean", "worst_decile_user_accuracy", "ece"):
             assert row[name]["by_seed"] == [one[name] for one in figures]
             assert row[name]["mean"] == pytest.approx(np.mean([one[name] for one in figures]))

@@ -12,7 +12,7 @@ from pal_ds.engine.process_group import distributed
 from pal_ds.eval import best_of_n
 from pal_ds.eval.best_of_n import rank_set
 from pal_ds.eval.evaluate import evaluate_run, opened_pairs
-from pal_ds.eval.requests import Asked
+from pal_ds.eval.requests import EvalRequest, file_request
 from pal_ds.inference.load_run import restore
 from pal_ds.inference.readers import known_users, reader_of
 from pal_ds.inference.scoring import Forwards
@@ -22,7 +22,7 @@ from pal_ds.runs.run_dir import RunDirectory
 def main(run_dir: str, pairs: str, lists: str, out: str) -> None:
     run, file = RunDirectory(run_dir), Path(pairs)
     with distributed() as world:
-        figures = evaluate_run(run, world, file=file, name=f"world{world.world_size}")
+        figures = evaluate_run(run, world, request=file_request(file, f"world{world.world_size}"))
         restored = restore(run)
         known = known_users(restored, None)
         with opened_pairs(restored, file, world) as data:
@@ -44,8 +44,8 @@ def main(run_dir: str, pairs: str, lists: str, out: str) -> None:
 
         best_of_n.score_candidates = recorded
         ranked = [
-            rank_set(restored, known, Asked(f"lists{size}", "test", Path(lists)), world),
-            rank_set(restored, known, Asked(f"compared{size}", "train", None), world),
+            rank_set(restored, known, EvalRequest(f"lists{size}", "test", Path(lists)), world),
+            rank_set(restored, known, EvalRequest(f"compared{size}", "train", None), world),
         ]
         if world.is_rank_zero:
             (Path(out) / f"ranked{size}.json").write_text(json.dumps(ranked))

@@ -22,6 +22,7 @@ from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
 from pal_ds.eval.best_of_n import listed_candidates, read_lists, score_candidates
 from pal_ds.eval.evaluate import evaluate_run, opened_pairs
+from pal_ds.eval.requests import file_request, split_request
 from pal_ds.export.audience import choose_audience
 from pal_ds.heads.base import HeadOutput, UserState
 from pal_ds.inference.load_run import open_run, restore
@@ -210,7 +211,7 @@ def test_best_of_n_is_written_with_strangers_apart(evaluated: Path) -> None:
     compared = json.loads((run.eval / "compared2.json").read_text())
     assert compared["lists"] > 3 and compared["candidates_mean"] >= 3
     with pytest.raises(UserError, match="no pairs in it"):
-        evaluate_run(run, ALONE, split="unseen_train")
+        evaluate_run(run, ALONE, request=split_request("unseen_train"))
 
 
 def test_several_files_in_one_call_and_best_of_n(
@@ -307,8 +308,8 @@ def test_temperature_is_that_of_the_step(evaluated: Path, hinge_run: RunDirector
     said = best.read_text()
     best.unlink()
     try:
-        split = evaluate_run(hinge_run, ALONE, split="dev")["temperature"]
-        file = evaluate_run(hinge_run, ALONE, file=evaluated / "nine.jsonl", name="t")
+        split = evaluate_run(hinge_run, ALONE, request=split_request("dev"))["temperature"]
+        file = evaluate_run(hinge_run, ALONE, request=file_request(evaluated / "nine.jsonl", "t"))
     finally:
         best.write_text(said)
     assert split != 1.0
@@ -341,12 +342,12 @@ def test_nothing_is_left_of_a_file_that_is_refused(
     bad = evaluated / "bad.jsonl"
     bad.write_text("{}\n")
     with pytest.raises(UserError, match=r"bad\.jsonl:1"):
-        evaluate_run(hinge_run, ALONE, file=bad)
+        evaluate_run(hinge_run, ALONE, request=file_request(bad))
 
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(Forwards, "margins", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        evaluate_run(hinge_run, ALONE, file=evaluated / "nine.jsonl")
+        evaluate_run(hinge_run, ALONE, request=file_request(evaluated / "nine.jsonl"))
     assert not list(hinge_run.path.glob("pairs-of-*"))

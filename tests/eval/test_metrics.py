@@ -5,6 +5,7 @@ import pytest
 from scipy.special import expit
 
 from pal_ds.eval.metrics import (
+    LabelledPairs,
     calibrations,
     clustered_interval,
     correctness,
@@ -23,7 +24,7 @@ def test_margins_that_are_no_numbers_are_wrong_and_state_no_confidence() -> None
     margins = np.array([np.nan, 1.0, np.inf, -np.inf])
     labels, ones = np.array([1.0, 1.0, 1.0, 1.0]), np.zeros(4)
     figures = evaluation_figures(
-        margins, labels, np.array(["a"] * 4), ones, probabilities=np.full(4, 0.7)
+        margins, LabelledPairs(labels, np.array(["a"] * 4), ones, np.full(4, 0.7))
     )
     assert figures["accuracy"] == 0.5
     assert figures["ece"] is None and figures["brier"] is None and figures["reliability"] is None
@@ -37,13 +38,15 @@ def test_margins_that_are_no_numbers_are_wrong_and_state_no_confidence() -> None
 def test_figures_by_hand() -> None:
     figures = evaluation_figures(
         np.array([2.0, -1.0, 0.5, 0.0]),
-        np.array([1, 1, -1, 1]),
-        np.array(["a", "a", "b", "b"]),
-        np.array([0, 1, 2, 3]),
+        LabelledPairs(
+            labels=np.array([1, 1, -1, 1]),
+            user_ids=np.array(["a", "a", "b", "b"]),
+            prompts=np.array([0, 1, 2, 3]),
+            probabilities=np.array([0.9, 0.5, 0.2, 0.7]),
+            controversial=np.array([True, True, False, True]),
+        ),
         length_margins=np.array([3.0, 1.0, 1.0, 1.0]),
         format_margins=np.array([3.0, -1.0, 0.0, 0.0]),
-        probabilities=np.array([0.9, 0.5, 0.2, 0.7]),
-        controversial=np.array([True, True, False, True]),
     )
     assert figures["accuracy"] == pytest.approx(1.5 / 4)
     users = figures["users"]
@@ -65,9 +68,9 @@ def test_figures_by_hand() -> None:
 
 def test_empty_set() -> None:
     empty = np.empty(0)
-    figures = evaluation_figures(empty, empty, empty, empty)
+    figures = evaluation_figures(empty, LabelledPairs(empty, empty, empty))
     full = evaluation_figures(
-        np.ones(2), np.ones(2), np.array(["a", "b"]), np.arange(2), probabilities=np.ones(2)
+        np.ones(2), LabelledPairs(np.ones(2), np.array(["a", "b"]), np.arange(2), np.ones(2))
     )
     assert list(figures) == list(full)
     assert figures == {**dict.fromkeys(full), "pairs": 0, "users": {}}
@@ -107,16 +110,22 @@ def test_a_user_with_margins_that_are_no_numbers_has_no_calibration_and_others_k
     None
 ):
     margins, labels = np.array([np.nan, 2.0, 1.0]), np.ones(3)
-    figures = evaluation_figures(margins, labels, np.array(["a", "a", "b"]), np.arange(3))
+    figures = evaluation_figures(
+        margins, LabelledPairs(labels, np.array(["a", "a", "b"]), np.arange(3))
+    )
     assert figures["users"]["a"]["ece"] is None and figures["users"]["a"]["brier"] is None
-    alone = evaluation_figures(margins[2:], labels[2:], np.array(["b"]), np.arange(1))
+    alone = evaluation_figures(
+        margins[2:], LabelledPairs(labels[2:], np.array(["b"]), np.arange(1))
+    )
     assert figures["users"]["b"] == alone["users"]["b"]
     assert alone["users"]["b"]["brier"] == pytest.approx(expit(-1.0) ** 2)
 
 
 def test_users_are_calibrated_under_the_temperature() -> None:
     margins, labels, users = np.array([4.0, -2.0]), np.ones(2), np.array(["a", "b"])
-    figures = evaluation_figures(margins, labels, users, np.arange(2), temperature=2.0)
+    figures = evaluation_figures(
+        margins, LabelledPairs(labels, users, np.arange(2)), temperature=2.0
+    )
     squares = expit(-margins / 2) ** 2
     assert [user["brier"] for user in figures["users"].values()] == pytest.approx(squares)
     assert figures["brier"] == pytest.approx(squares.mean())

@@ -19,6 +19,7 @@ from pal_ds.eval import report
 from pal_ds.eval.diagnostics import diagnose_latent
 from pal_ds.eval.evaluate import evaluate_run
 from pal_ds.eval.report import PICTURES, write_report
+from pal_ds.eval.requests import split_request
 from pal_ds.inference.load_run import restore
 from pal_ds.runs.run_dir import RunDirectory
 from tests.spawn import run_command
@@ -134,7 +135,7 @@ def test_pictures_without_data_are_left_out(trained: RunDirectory, tmp_path: Pat
     assert page.count("![") == 1
     # An evaluation of strangers alone tells of the run's own users' prototypes, and has nothing to stumble over.
     run.eval.mkdir()
-    strangers = evaluate_run(trained, ALONE, split="unseen_test")
+    strangers = evaluate_run(trained, ALONE, request=split_request("unseen_test"))
     (run.eval / "test.json").write_text(json.dumps({**strangers, "warnings": []}))
     more = write_report({"run": run}, tmp_path / "out").read_text()
     assert more.replace(_section("prototypes"), "") == page

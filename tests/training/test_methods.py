@@ -15,6 +15,7 @@ from pal_ds.data.splits import SPLITS
 from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
 from pal_ds.eval.evaluate import evaluate_run
+from pal_ds.eval.requests import file_request, split_request
 from pal_ds.export import ExportOptions, export, export_users
 from pal_ds.export.audience import choose_audience
 from pal_ds.inference.list_users import list_users
@@ -80,7 +81,10 @@ def test_evaluation_finds_what_training_found(
     trained: dict[str, Any], place: Path, method: str
 ) -> None:
     run = RunDirectory(place / f"{method}_1")
-    assert evaluate_run(run, ALONE, split="dev")["accuracy"] == trained[method]["1"]["dev"]
+    assert (
+        evaluate_run(run, ALONE, request=split_request("dev"))["accuracy"]
+        == trained[method]["1"]["dev"]
+    )
 
 
 @pytest.mark.parametrize("method", ["vpl", "lore"])
@@ -173,7 +177,9 @@ def test_contexts_are_flipped_of_users_who_have_them(
     for name, text, users in (("own", own, None), ("both", own + new, tmp_path / "users")):
         file = tmp_path / f"{name}.jsonl"
         file.write_text(text)
-        found[name] = evaluate_run(RunDirectory(place / "vpl_1"), ALONE, file=file, users=users)
+        found[name] = evaluate_run(
+            RunDirectory(place / "vpl_1"), ALONE, users=users, request=file_request(file)
+        )
     assert found["both"]["pairs"] == found["own"]["pairs"] + 16
     assert found["both"]["context_flip"]["all"] == found["own"]["context_flip"]["all"] > 0.5
 

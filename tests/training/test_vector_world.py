@@ -13,6 +13,7 @@ from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
 from pal_ds.eval.evaluate import evaluate_run
 from pal_ds.eval.figures import figures_of
+from pal_ds.eval.requests import file_request
 from pal_ds.inference.load_run import OpenRun, restore
 from pal_ds.inference.mixtures import user_mixtures
 from pal_ds.inference.scoring import Forwards
@@ -80,7 +81,7 @@ def write_vectors(path: Path, size: int) -> Path:
 
 def test_evaluates_a_file_of_vectors(trained: OpenRun, tmp_path: Path) -> None:
     file = write_vectors(tmp_path / "new.jsonl", 8)
-    figures = evaluate_run(trained.run, ALONE, file=file)
+    figures = evaluate_run(trained.run, ALONE, request=file_request(file))
     assert figures["unknown_users"]["pairs"] == 6
     assert figures["prompts_seen_in_training"] == 0
 
@@ -88,4 +89,4 @@ def test_evaluates_a_file_of_vectors(trained: OpenRun, tmp_path: Path) -> None:
 def test_vectors_of_another_size_are_refused(trained: OpenRun, tmp_path: Path) -> None:
     file = write_vectors(tmp_path / "new.jsonl", 5)
     with pytest.raises(UserError, match="vectors of 5 numbers, the run was trained on 8"):
-        evaluate_run(trained.run, ALONE, file=file)
+        evaluate_run(trained.run, ALONE, request=file_request(file))

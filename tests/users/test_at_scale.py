@@ -17,7 +17,7 @@ from pal_ds.data.collator import Collator
 from pal_ds.data.tables import COMPARISON_DTYPE, PreparedData
 from pal_ds.distributed.world import World
 from pal_ds.heads import PalA
-from pal_ds.inference.mixtures import user_mixtures, with_mixtures
+from pal_ds.inference.mixtures import MixtureSource, user_mixtures, with_mixtures
 from pal_ds.users import UserTable, files, rows
 from tests.users.test_table import IDS, K, a_table, an_update, tensors_of
 
@@ -135,14 +135,8 @@ def test_evaluation_looks_up_the_users_it_meets_alone() -> None:
     head = PalA(4, num_prototypes=K)
     everyone, world = user_mixtures(head, table), World(0, 1, torch.device("cpu"))
     for asked in (np.arange(5), np.array([0, 2])):
-        collator, mixtures = with_mixtures(
-            forward=head,
-            head=head,
-            users=table,
-            collator=Collator(data, table_rows=table_rows),
-            rows=asked,
-            world=world,
-        )
+        source = MixtureSource(forward=head, head=head, users=table, world=world)
+        collator, mixtures = with_mixtures(source, Collator(data, table_rows=table_rows), asked)
         found = mixtures[collator.user_rows(asked)]
         wanted = everyone[table_rows[comparisons["user"][asked]]]
         assert torch.allclose(found, wanted, atol=1e-7)

@@ -110,7 +110,7 @@ def reference_rows(
     results = []
     for num_pairs in options.pairs:
         for family in options.families:
-            case = make_case(family, num_pairs, 380, 35, scratch, **_sizes(options))
+            case = make_case(family, num_pairs, (380, 35), scratch, **_sizes(options))
             for method in ("pal_a", "pal_b"):
                 name = f"{method}, {family}, B {num_pairs}, prompt 380, response 35"
                 entries = ladder(case, method, options.reference, world)
@@ -158,7 +158,7 @@ def curve_rows(options: argparse.Namespace, scratch: Path, world: World) -> list
     for ratio in RATIOS if options.trl or options.openrlhf else ():
         response = round(TOTAL_LENGTH / (1 + ratio))
         lengths = (TOTAL_LENGTH - response, response)
-        case = make_case("llama", options.curve_pairs, *lengths, scratch, **_sizes(options))
+        case = make_case("llama", options.curve_pairs, lengths, scratch, **_sizes(options))
         name = f"bradley_terry, llama, B {options.curve_pairs}, prompt {lengths[0]}, response {lengths[1]}"
         entries = scalar_entries(case, options, world)
         results.append({"ratio": ratio, **run_row(name, case, entries, options)})

@@ -123,27 +123,28 @@ def make_pairs(
 def make_case(
     family: str,
     num_pairs: int,
-    prompt_length: int,
-    response_length: int,
+    lengths: tuple[int, int],
     scratch: Path,
     *,
     hidden_size: int,
     num_layers: int,
     vocab_size: int,
 ) -> Case:
-    """A case with `num_pairs` timed pairs and at most 4 for parity; its backbone is written to `scratch` once."""
+    """A case with `num_pairs` timed pairs and at most 4 for parity; its backbone is written to `scratch` once.
+
+    `lengths` are tokens of a prompt and of a response.
+    """
     folder = scratch / f"{family}_{hidden_size}_{num_layers}_{vocab_size}"
     if not folder.is_dir():
         architecture = architecture_of(family, hidden_size, num_layers)
         materialise_architecture(BackboneConfig(architecture=architecture), vocab_size, 0, folder)
-    lengths = (prompt_length, response_length, vocab_size)
     return Case(
         family,
         folder,
         hidden_size,
         vocab_size,
-        make_pairs(num_pairs, *lengths, seed=1, spread=0.1),
-        make_pairs(min(num_pairs, 4), *lengths, seed=2, spread=0.1, equal=True),
+        make_pairs(num_pairs, *lengths, vocab_size, seed=1, spread=0.1),
+        make_pairs(min(num_pairs, 4), *lengths, vocab_size, seed=2, spread=0.1, equal=True),
         scratch,
     )
 

@@ -22,6 +22,7 @@ from pal_ds.engine.checkpoint.retention import retain
 from pal_ds.errors import UserError
 from pal_ds.eval import evaluate as evaluating
 from pal_ds.eval import results
+from pal_ds.eval.requests import split_request
 from pal_ds.inference.list_users import list_users
 from pal_ds.inference.load_run import restore
 from pal_ds.runs.lock import only_writer
@@ -125,7 +126,7 @@ def test_gone_from_large_evaluations_and_leftovers(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(results, "USERS_IN_PARQUET_ABOVE", 1)
-    figures = evaluating.evaluate_run(run, ALONE, name="large")
+    figures = evaluating.evaluate_run(run, ALONE, request=split_request("test", "large"))
     leftovers = [run.path / f"pairs-of-{name}" for name in ("x-1.tables", "y.tables.tmp-12")]
     for leftover in leftovers:
         leftover.mkdir()
