@@ -45,7 +45,7 @@ class RankLostError(UserError):
     """Another rank died, hung or failed, so this one cannot go on."""
 
     exit_code = 5
-    told = False
+    is_printed = False
     """Whether the watchdog has printed the message already."""
 
 
@@ -101,19 +101,19 @@ def writing(path: Path | str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        told = storage_error(error, path)
-        if told is None:
+        shown = storage_error(error, path)
+        if shown is None:
             raise
-        raise told from error
+        raise shown from error
 
 
 def end_with(error: UserError | OSError, program: str) -> NoReturn:
     """Ends a program for what a person can mend: one line, on one rank, and the exit code; raises a bug again."""
-    told = error if isinstance(error, UserError) else storage_error(error)
-    if told is None:
+    shown = error if isinstance(error, UserError) else storage_error(error)
+    if shown is None:
         raise error
-    if os.environ.get("RANK", "0") == "0" and not getattr(told, "told", False):
+    if os.environ.get("RANK", "0") == "0" and not getattr(shown, "is_printed", False):
         # Who asked for a stop and gets it has made no mistake.
-        kind = "" if isinstance(told, UnfinishedError) else "error: "
-        print(f"{program}: {kind}{told}", file=sys.stderr)
-    sys.exit(told.exit_code)
+        kind = "" if isinstance(shown, UnfinishedError) else "error: "
+        print(f"{program}: {kind}{shown}", file=sys.stderr)
+    sys.exit(shown.exit_code)

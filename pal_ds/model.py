@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pal_ds.data.batch import Batch
-from pal_ds.heads.base import Head, HeadOutput, Judge, UserState
+from pal_ds.heads.base import Head, HeadOutput, PairLoss, UserState
 from pal_ds.heads.shapes import Float
 
 
@@ -39,11 +39,13 @@ class RewardModel(nn.Module):
         self.head = head
         self.lm_weight = lm_weight
 
-    def forward(self, batch: Batch, user: UserState, judge: Judge | None = None) -> HeadOutput:
+    def forward(
+        self, batch: Batch, user: UserState, pair_loss: PairLoss | None = None
+    ) -> HeadOutput:
         """In training with `lm_weight`, the language-model loss of each preferred response joins the penalty."""
         if not (self.lm_weight and self.training):
-            return self.head(self.backbone(batch), user, judge)
+            return self.head(self.backbone(batch), user, pair_loss)
         backbone: Any = self.backbone
         features, token_losses = backbone.with_token_losses(batch)
-        output = self.head(features, user, judge)
+        output = self.head(features, user, pair_loss)
         return output._replace(penalty=output.penalty + self.lm_weight * token_losses)

@@ -100,9 +100,9 @@ def _from_folder(folder: Path, mixture: Sequence[float] | None) -> PreTrainedMod
 
 def _of_family(family: str, path: str | Path, mixture: Sequence[float] | None) -> PreTrainedModel:
     model = load_reward_model(path, mixture)
-    found = getattr(getattr(model, "head", None), "family", "bradley_terry")
-    if found != family:
+    actual = getattr(getattr(model, "head", None), "family", "bradley_terry")
+    if actual != family:
         raise UserError(
-            f"{path}: holds a {found} model, not {family}. load_reward_model takes any kind."
+            f"{path}: holds a {actual} model, not {family}. load_reward_model takes any kind."
         )
     return model

@@ -140,3 +140,49 @@ def test_no_head_is_named_outside_heads() -> None:
             if isinstance(node, ast.Constant) and isinstance(node.value, str)
         }
         assert not names & set(HEADS), f"{path} names {names & set(HEADS)}"
+
+
+AVOIDED = {"told", "asked", "looks", "judge", "judged", "Judge", "Judged"}
+"""Words that the glossary replaces by the field's."""
+MAX_FOUND = 20
+"""`found` says nothing of a value; so many bindings of it remain."""
+
+
+def bound_names(path: Path) -> list[str]:
+    """Names that a file defines, assigns or takes as parameters."""
+    names = []
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.append(node.id)
+        elif isinstance(node, ast.arg):
+            names.append(node.arg)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.append(node.name)
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            names.append(node.name)
+    return names
+
+
+def test_names_are_the_fields_terms() -> None:
+    names = {path: bound_names(path) for path in MODULES}
+    avoided = {
+        f"{path}: {name}"
+        for path, bound in names.items()
+        for name in bound
+        if AVOIDED & set(name.split("_"))
+    }
+    assert not avoided, avoided
+    assert sum(bound.count("found") for bound in names.values()) <= MAX_FOUND
+
+
+def test_no_call_takes_a_starred_tuple() -> None:
+    """A starred tuple hides what binds to what: keywords say it."""
+    starred = [
+        f"{path}:{node.lineno}"
+        for path in [*MODULES, *(ROOT / "tests").rglob("*.py")]
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Call)
+        for argument in node.args
+        if isinstance(argument, ast.Starred) and isinstance(argument.value, ast.Tuple | ast.List)
+    ]
+    assert not starred, starred

@@ -76,7 +76,7 @@ def test_what_the_watchdog_or_rank_zero_says_is_not_said_again(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     lost = RankLostError("rank 1 died")
-    lost.told = True
+    lost.is_printed = True
     with pytest.raises(SystemExit):
         program[1](lost)
     monkeypatch.setenv("RANK", "1")

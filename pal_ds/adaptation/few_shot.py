@@ -14,9 +14,9 @@ from pal_ds.config.run_config import check_range
 from pal_ds.data.tables import PreparedData
 from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
-from pal_ds.eval.findings import judged
+from pal_ds.eval.findings import scored_pairs
 from pal_ds.eval.metrics import clustered_standard_error, mean_figures
-from pal_ds.eval.sanity_checks import Judged, unseen_above_seen
+from pal_ds.eval.sanity_checks import ScoredPairs, unseen_above_seen
 from pal_ds.heads.base import UserState
 from pal_ds.heads.shapes import Float
 from pal_ds.inference.load_run import OpenRun, restore
@@ -71,7 +71,7 @@ def evaluate_few_shot(
         "curve": curve.rows,
         "monotone_within_ci95": is_monotone(curve),
         "seen": mean_figures(*seen),
-        "warnings": unseen_above_seen(seen, Judged(curve.right[-1], curve.prompts)),
+        "warnings": unseen_above_seen(seen, ScoredPairs(curve.right[-1], curve.prompts)),
     }
 
     def write() -> None:
@@ -99,15 +99,15 @@ def few_shot_lines(figures: dict[str, Any]) -> list[str]:
     return lines + [f"warning: {warning}" for warning in figures["warnings"]]
 
 
-def _seen(restored: OpenRun, world: World) -> Judged:
+def _seen(restored: OpenRun, world: World) -> ScoredPairs:
     """The run's own users on `test`."""
     data, rows = restored.data, restored.data.rows("test")
     if len(rows) == 0:
-        return Judged(np.empty(0), np.empty(0, np.int64))
+        return ScoredPairs(np.empty(0), np.empty(0, np.int64))
     known = with_points(known_users(restored, None), restored, data, world)
     reader = reader_of(restored, data, rows, known.table_rows(data), world)
     margins = reader.forwards(world).margins(rows, known.mixtures)
-    return judged(data, rows, margins)
+    return scored_pairs(data, rows, margins)
 
 
 def is_monotone(curve: Curve) -> bool:
@@ -223,7 +223,7 @@ def _right(
     world: World,
 ) -> np.ndarray:
     """`metrics.correctness` of the test pairs under the mixtures of each draw, fp64 [draws, n]."""
-    found = np.empty((len(per_draw), len(rows)))
+    correct = np.empty((len(per_draw), len(rows)))
     num_pairs = pairs_per_chunk(restored.model.head, reader.collator, rows)
     forwards = Forwards(reader.model, reader.collator, num_pairs, world)
     scored: dict[bytes, np.ndarray] = {}
@@ -237,10 +237,10 @@ def _right(
             if key not in scored:
                 points = None if by_group else of_draw.to(world.device)
                 margins = forwards.margins(rows, points)
-                scored[key] = judged(restored.data, rows, margins).right
-            found[index] = scored[key]
+                scored[key] = scored_pairs(restored.data, rows, margins).right
+            correct[index] = scored[key]
             advance(len(rows))
-    return found
+    return correct
 
 
 def _interval(right: np.ndarray, curve: Curve) -> list[float]:

@@ -53,19 +53,19 @@ def find_clusters(points: Float[Tensor, "n D"]) -> Clusters | None:
     if points.numel() == 0:
         return None
     points = points[_looked_at(len(points))]
-    single, best, found, worse = math.inf, math.inf, None, 0
+    single, best, best_clusters, worse = math.inf, math.inf, None, 0
     for count in range(1, min(MAX_COMPONENTS, len(points) // POINTS_PER_COMPONENT) + 1):
         clusters = _fit(points, count)
         num_parameters = count * points.shape[1] + count - 1
         score = 0.5 * num_parameters * math.log(len(points)) - clusters.log_likelihood
         single = score if count == 1 else single
         if score < best:
-            best, found, worse = score, clusters, 0
+            best, best_clusters, worse = score, clusters, 0
         else:
             worse += 1
         if worse == PATIENCE:
             break
-    return found if single - best > LEAST_GAIN else None
+    return best_clusters if single - best > LEAST_GAIN else None
 
 
 def _looked_at(num_points: int) -> Int[Tensor, "n"]:

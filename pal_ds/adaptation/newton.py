@@ -61,15 +61,15 @@ def _descend(objective: Objective) -> Float[Tensor, "K U"]:
     values = objective.values_of_all(starts).nan_to_num(nan=torch.inf)
     order = torch.argsort(values, dim=0, stable=True)[:NUM_KEPT]
     objective.follow(starts.component[order])
-    found = _follow(objective, starts.points[starts.point_index[order.flatten()]].T, len(order))
-    logits = found.logits.view(-1, *order.shape)
+    minima = _follow(objective, starts.points[starts.point_index[order.flatten()]].T, len(order))
+    logits = minima.logits.view(-1, *order.shape)
     if objective.prior.num_components == 1:
-        leads = _leaders(found.value.view(order.shape)).view(order.shape)
+        leads = _leaders(minima.value.view(order.shape)).view(order.shape)
         return torch.where(leads, logits, 0.0).sum(1)
     # Where a softmax saturates the objective bends less than the prior, or down: Laplace's volume would have no bound.
     least = pivots(objective.prior.precisions.permute(1, 2, 0))
-    volume = pivots(found.curvature, least[:, starts.component[order].flatten().clamp(max=1)])
-    evidence = -found.value - 0.5 * volume.log().sum(0)
+    volume = pivots(minima.curvature, least[:, starts.component[order].flatten().clamp(max=1)])
+    evidence = -minima.value - 0.5 * volume.log().sum(0)
     prior, tau = objective.prior, objective.temperature
     return mean_over_components(prior, tau, values, order, logits, evidence.view(order.shape))
 
@@ -133,9 +133,9 @@ def pivots(
     matrix: Float[Tensor, "K K L"], least: Float[Tensor, "K L"] | None = None
 ) -> Float[Tensor, "K L"]:
     """Of each lane's matrix by the same elimination; their product is its determinant. `least` bounds them below."""
-    matrix, found = matrix.clone(), []
+    matrix, chosen = matrix.clone(), []
     for k in range(len(matrix)):
-        found.append(matrix[k, k] if least is None else torch.maximum(matrix[k, k], least[k]))
-        factor = matrix[k + 1 :, k] / found[-1]
+        chosen.append(matrix[k, k] if least is None else torch.maximum(matrix[k, k], least[k]))
+        factor = matrix[k + 1 :, k] / chosen[-1]
         matrix[k + 1 :, k + 1 :] -= factor[:, None] * matrix[k, k + 1 :]
-    return torch.stack(found)
+    return torch.stack(chosen)

@@ -164,8 +164,8 @@ def mean_over_components(
     clusters = starts.points[-num_clusters:].T[:, :, None].expand(-1, -1, rest.shape[1])
     candidates = torch.cat([logits, clusters], 1).transpose(0, 1)
     log_evidence = torch.cat([evidence, rest]).nan_to_num(nan=torch.finfo(rest.dtype).min)
-    found = posterior_mean(candidates, log_evidence, temperature)
-    return torch.where(begun.isfinite().any(0), found, prior.mean[:, None])
+    logits = posterior_mean(candidates, log_evidence, temperature)
+    return torch.where(begun.isfinite().any(0), logits, prior.mean[:, None])
 
 
 def posterior_mean(
@@ -176,21 +176,21 @@ def posterior_mean(
     """Centred logits of the mean mixture of n candidates for each user, weighted by their evidence."""
     weight = torch.softmax(log_evidence, 0).unsqueeze(1)
     mixture = (weight * torch.softmax(logits / temperature, 1)).sum(0)
-    found = temperature * mixture.clamp(min=torch.finfo(mixture.dtype).tiny).log()
-    return found - found.mean(0, keepdim=True)
+    logits = temperature * mixture.clamp(min=torch.finfo(mixture.dtype).tiny).log()
+    return logits - logits.mean(0, keepdim=True)
 
 
 def without_repetition(
     log_evidence: Float[Tensor, "n U"], component: Int[Tensor, "n U"]
 ) -> Float[Tensor, "n U"]:
     """-inf for all but the best candidate of each component, the first of equals: two may be the same optimum."""
-    found = log_evidence.clone()
-    for second in range(1, len(found)):
+    distinct = log_evidence.clone()
+    for second in range(1, len(distinct)):
         for first in range(second):
-            same, worse = component[first] == component[second], found[first] < found[second]
-            found[first] = torch.where(same & worse, -torch.inf, found[first])
-            found[second] = torch.where(same & ~worse, -torch.inf, found[second])
-    return found
+            same, worse = component[first] == component[second], distinct[first] < distinct[second]
+            distinct[first] = torch.where(same & worse, -torch.inf, distinct[first])
+            distinct[second] = torch.where(same & ~worse, -torch.inf, distinct[second])
+    return distinct
 
 
 def _basis(num_prototypes: int) -> Float[Tensor, "K D"]:

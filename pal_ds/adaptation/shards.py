@@ -54,9 +54,9 @@ class ShardFolder:
             return None
         try:
             parts = load_file(path)
-            told = bytes(parts.pop("hash", torch.empty(0)).tolist())
+            written_hash = bytes(parts.pop("hash", torch.empty(0)).tolist())
             shard = FittedShard(**parts)
-            if told != _hash_of(shard):
+            if written_hash != _hash_of(shard):
                 raise ValueError("not the numbers that were written")
         except (SafetensorError, TypeError, ValueError) as error:
             logger.warning("%s: damaged (%s); its users are fitted again", path, error)
@@ -82,7 +82,7 @@ class ShardFolder:
 
 def _hash_of(shard: FittedShard) -> bytes:
     """Of its tensors, 16 bytes."""
-    found = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(digest_size=16)
     for part in shard:
-        found.update(part.contiguous().numpy().tobytes())
-    return found.digest()
+        digest.update(part.contiguous().numpy().tobytes())
+    return digest.digest()

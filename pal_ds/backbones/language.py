@@ -113,10 +113,10 @@ def with_language_head(path: str, **options: Any) -> tuple[PreTrainedModel | Any
         UserError: the folder holds no weights of an output layer, and the model does not tie it to its embedding.
     """
     loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
-    whole, found = loaded
+    whole, loading_info = loaded
     layer = whole.get_output_embeddings()
     names = [name for name, module in whole.named_modules() if module is layer]
-    if missing := [key for key in found["missing_keys"] if key.startswith(tuple(names))]:
+    if missing := [key for key in loading_info["missing_keys"] if key.startswith(tuple(names))]:
         raise UserError(
             f"loss.lm_weight: {path} holds no {missing[0]}, the output layer of a language model. Give weights that "
             "have one in backbone.path, or set loss.lm_weight to 0."
@@ -136,11 +136,11 @@ def output_layer_of(path: str, config: Any) -> dict[str, Path]:
     tied = set(getattr(whole, "all_tied_weights_keys", None) or ())
     prefix = f"{whole.base_model_prefix}."
     wanted = [n for n in whole.state_dict() if not n.startswith(prefix) and n not in tied]
-    found = {}
+    file_of = {}
     for file in _weight_files(path):
         with safe_open(str(file), "pt") as stream:
-            found |= dict.fromkeys(set(wanted) & set(stream.keys()), file)
-    return found if found.keys() == set(wanted) else {}
+            file_of |= dict.fromkeys(set(wanted) & set(stream.keys()), file)
+    return file_of if file_of.keys() == set(wanted) else {}
 
 
 def _weight_files(path: str) -> list[Path]:

@@ -16,17 +16,17 @@ from pal_ds.errors import UserError, end_with
 def with_shipped_files(arguments: list[str]) -> list[str]:
     """The arguments, with its path for each `--config` that is no file but the name of a shipped recipe, or suite."""
     folder = _shipped_folder(arguments)
-    found: list[str] = []
+    resolved: list[str] = []
     for argument in arguments:
         option, equals, value = argument.partition("=")
-        apart = found[-1:] == ["--config"]
+        apart = resolved[-1:] == ["--config"]
         name = argument if apart else value if option == "--config" and equals else None
         if name is not None and not Path(name).is_file() and Path(name).name == name:
             shipped = folder / f"{name}.yaml"
             path = str(shipped) if shipped.is_file() else name
             argument = path if apart else f"--config={path}"
-        found.append(argument)
-    return found
+        resolved.append(argument)
+    return resolved
 
 
 def _shipped_folder(arguments: list[str]) -> Path:

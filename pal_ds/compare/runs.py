@@ -22,7 +22,7 @@ from pal_ds.compare.table import (
 from pal_ds.config.recipe import changed_keys
 from pal_ds.data.collator import Collator
 from pal_ds.data.tables import PreparedData
-from pal_ds.distributed.preemption import is_asked
+from pal_ds.distributed.preemption import stop_is_requested
 from pal_ds.distributed.watchdog import watch
 from pal_ds.distributed.world import World
 from pal_ds.engine.ds_config import ds_config_of
@@ -146,7 +146,7 @@ def make_runs(
         for planned in [suite.planned[place] for place in places]:
             logger.info("%s, seed %d: %s", planned.method, planned.seed, planned.run.path)
             # A training sees to it itself; here it may have come while a run was evaluated.
-            if world.any_rank(is_asked())[0]:
+            if world.any_rank(stop_is_requested())[0]:
                 return f"stopped before {planned.method}, seed {planned.seed} (signal)"
             stopped = None
             if not world.from_rank_zero(lambda planned=planned: is_finished(planned)):

@@ -30,23 +30,23 @@ def evaluation_of(planned: PlannedRun, split: str) -> dict[str, Any] | None:
 
 def few_shot_of(planned: PlannedRun, suite: Suite) -> dict[str, Any] | None:
     """The few-shot figures with the suite's values and draws at the run's last checkpoint, or None."""
-    found = _result(planned, "few_shot")
-    if found is None:
+    figures = _result(planned, "few_shot")
+    if figures is None:
         return None
     settings = suite.settings
-    asked = [(count, settings.num_draws) for count in settings.few_shot]
-    made = [(row["num_comparisons"], len(row["accuracy_by_seed"])) for row in found["curve"]]
-    return found if made == asked else None
+    wanted = [(count, settings.num_draws) for count in settings.few_shot]
+    made = [(row["num_comparisons"], len(row["accuracy_by_seed"])) for row in figures["curve"]]
+    return figures if made == wanted else None
 
 
 def _result(planned: PlannedRun, name: str) -> Any:
     path = planned.run.eval / f"{name}.json"
     if not path.is_file():
         return None
-    found = json.loads(path.read_text())
+    figures = json.loads(path.read_text())
     # An evaluation of an earlier checkpoint, or with users of another table, is not that of the finished run.
-    own = found["step"] in planned.run.complete_steps()[-1:] and not found.get("adapted_users")
-    return found if own else None
+    own = figures["step"] in planned.run.complete_steps()[-1:] and not figures.get("adapted_users")
+    return figures if own else None
 
 
 def is_finished(planned: PlannedRun) -> bool:
@@ -90,8 +90,8 @@ def _method(suite: Suite, runs: list[PlannedRun]) -> dict[str, Any]:
     row: dict[str, Any] = {"runs": [str(planned.run.path) for planned in runs]}
     row["pairs"] = evaluations[0]["pairs"]
     for name in COLUMNS:
-        found = [figures.get(name) for figures in evaluations]
-        parts = [part if isinstance(part, dict) else {"accuracy": part} for part in found]
+        values = [figures.get(name) for figures in evaluations]
+        parts = [part if isinstance(part, dict) else {"accuracy": part} for part in values]
         values = [part.get("accuracy") for part in parts]
         if all(value is not None for value in values):
             row[name] = summary_of(values)  # type: ignore[arg-type]
@@ -100,11 +100,11 @@ def _method(suite: Suite, runs: list[PlannedRun]) -> dict[str, Any]:
     few_shot = [few_shot_of(planned, suite) or {"curve": []} for planned in runs]
     curves = [figures["curve"] for figures in few_shot]
     row["few_shot"] = [_few_shot_row(rows) for rows in zip(*curves, strict=True)]
-    told: dict[str, list[int]] = {}
+    warnings: dict[str, list[int]] = {}
     for seed, *parts in zip(suite.settings.seeds, evaluations, few_shot, strict=True):
         for text in dict.fromkeys(text for part in parts for text in part.get("warnings", ())):
-            told.setdefault(text, []).append(seed)
-    row["warnings"] = [{"seeds": seeds, "text": text} for text, seeds in told.items()]
+            warnings.setdefault(text, []).append(seed)
+    row["warnings"] = [{"seeds": seeds, "text": text} for text, seeds in warnings.items()]
     return row
 
 
@@ -120,8 +120,8 @@ def _few_shot_row(rows: tuple[dict[str, Any], ...]) -> dict[str, Any]:
 
 def _within_seed(figures: Sequence[dict[str, Any]]) -> list[float] | None:
     """Of accuracies of several runs on the same pairs; None where they come without intervals."""
-    found = [part["accuracy_ci95"] for part in figures if "accuracy_ci95" in part]
-    return mean_interval(found) if len(found) == len(figures) else None
+    intervals = [part["accuracy_ci95"] for part in figures if "accuracy_ci95" in part]
+    return mean_interval(intervals) if len(intervals) == len(figures) else None
 
 
 def write_table(table: dict[str, Any], out: Path) -> None:
@@ -146,9 +146,9 @@ def page(table: dict[str, Any]) -> list[str]:
     if any(row["few_shot"] for row in methods.values()):
         lines += ["", "## New users by number of comparisons", "", *_few_shot_table(methods)]
     for method, row in methods.items():
-        for told in row["warnings"]:
-            seeds = f"seed {', '.join(map(str, told['seeds']))}"
-            lines += ["", f"Warning, {method}, {seeds}: {told['text']}"]
+        for warning in row["warnings"]:
+            seeds = f"seed {', '.join(map(str, warning['seeds']))}"
+            lines += ["", f"Warning, {method}, {seeds}: {warning['text']}"]
     if table["not_finished"]:
         lines += ["", f"Not finished: {', '.join(table['not_finished'])}."]
     pictures = {"table": "Accuracy", "few_shot": "New users"} if methods else {}

@@ -235,9 +235,9 @@ def _bayes(table: np.ndarray) -> dict:
     """Best possible accuracy per split, where the choice probabilities are known."""
     known = ~np.isnan(table["probability"])
     best = np.maximum(table["probability"], 1 - table["probability"]).astype(np.float64)
-    found = {
+    figures = {
         name: float(best[known & (table["split"] == code)].mean())
         for code, name in enumerate(SPLITS)
         if (known & (table["split"] == code)).any()
     }
-    return {"bayes_accuracy": found} if found else {}
+    return {"bayes_accuracy": figures} if figures else {}

@@ -89,10 +89,10 @@ class Collator:
         others = pairs[:0] if context is None else preferred_first(self.data, context[0].ravel())
         responses, index = np.unique(np.concatenate([pairs, others]), return_inverse=True)
         response_index, index = np.split(index.reshape(-1, 2), [len(pairs)])
-        told = {}
+        context_inputs = {}
         if context is not None:
-            told["context"] = torch.from_numpy(index.reshape(*context[0].shape, 2))
-            told["context_length"] = torch.from_numpy(np.where(is_generic, 0, context[1]))
+            context_inputs["context"] = torch.from_numpy(index.reshape(*context[0].shape, 2))
+            context_inputs["context_length"] = torch.from_numpy(np.where(is_generic, 0, context[1]))
         start, end = self._windows(responses, response_index)
         inputs = self._inputs(responses, response_index)
         answers = None
@@ -113,7 +113,7 @@ class Collator:
             position=torch.from_numpy(positions.astype(np.int64)),
             group=torch.from_numpy(np.where(is_borrowed, -1, self._groups(rows))),
             **({} if draws is None else draws.noise(positions)),
-            **told,
+            **context_inputs,
         )
 
     @property

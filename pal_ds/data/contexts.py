@@ -83,9 +83,9 @@ def _is_repeated(chosen: np.ndarray) -> np.ndarray:
     ranked = np.take_along_axis(chosen, order, axis=1)
     again = np.zeros(chosen.shape, bool)
     again[:, 1:] = ranked[:, 1:] == ranked[:, :-1]
-    found = np.empty_like(again)
-    np.put_along_axis(found, order, again, axis=1)
-    return found
+    repeated = np.empty_like(again)
+    np.put_along_axis(repeated, order, again, axis=1)
+    return repeated
 
 
 def _first_of(

@@ -52,8 +52,8 @@ class SampleKeeper:
 
     def choose(self, split_of_row: dict[int, int]) -> list[dict]:
         """At most 64 rows that were kept: held out, or of train where nothing was."""
-        found = dict([*self._latest, *self._named])
-        found |= {-row: sample for _, row, sample in self._lowest}
-        kept = sorted(row for row in found if row in split_of_row)
+        samples = dict([*self._latest, *self._named])
+        samples |= {-row: sample for _, row, sample in self._lowest}
+        kept = sorted(row for row in samples if row in split_of_row)
         held_out = [row for row in kept if split_of_row[row] != 0]
-        return [found[row] for row in (held_out or kept)[:NUM_SAMPLES]]
+        return [samples[row] for row in (held_out or kept)[:NUM_SAMPLES]]

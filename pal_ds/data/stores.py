@@ -115,44 +115,44 @@ class TokenStore:
         )
         if not check_marker or not any(self.has_prompt):
             return tables
-        variants, asked = list(self._variants), _view(self.has_prompt).astype(bool)
-        return self._settle_marker(tables, variants, _view(self.variant), asked)
+        variants, has_prompt = list(self._variants), _view(self.has_prompt).astype(bool)
+        return self._settle_marker(tables, variants, _view(self.variant), has_prompt)
 
     def _settle_marker(
-        self, tables: "TokenTables", variants: list, variant: np.ndarray, asked: np.ndarray
+        self, tables: "TokenTables", variants: list, variant: np.ndarray, has_prompt: np.ndarray
     ) -> "TokenTables":
         """Find the marker, mark the rows that do not keep it, refuse one that too few keep."""
         unmarked = CODE["template"], CODE["boundary"]
-        has_tokens = asked & ~np.isin(tables.status, unmarked)
+        has_tokens = has_prompt & ~np.isin(tables.status, unmarked)
         counts = np.bincount(variant[has_tokens], minlength=len(variants))
         marker = common_marker(variants, counts.tolist())
         if marker is None:
-            if self.encoder.uses_template and has_tokens.sum() < asked.sum() * MIN_KEPT:
-                self._refuse(0, int(asked.sum()), tables.status[asked], None)
+            if self.encoder.uses_template and has_tokens.sum() < has_prompt.sum() * MIN_KEPT:
+                self._refuse(0, int(has_prompt.sum()), tables.status[has_prompt], None)
             return tables
         missing = np.array([list(v[-len(marker) :]) != marker for v in variants])[variant]
         problem = np.where(has_tokens & missing, CODE["marker_missing"], 0)
         user_marker = self.encoder.user_marker_ids
-        found = _misplaced(tables, marker, user_marker)
-        if user_marker and _share(found == 0, has_tokens & ~missing) < MIN_KEPT:
+        misplaced = _misplaced(tables, marker, user_marker)
+        if user_marker and _share(misplaced == 0, has_tokens & ~missing) < MIN_KEPT:
             single = _misplaced(tables, marker, None)
             if _share(single == 0, has_tokens & ~missing) >= MIN_KEPT:
-                user_marker, found = None, single
-        problem = np.where(has_tokens & (problem == 0), found, problem)
+                user_marker, misplaced = None, single
+        problem = np.where(has_tokens & (problem == 0), misplaced, problem)
         failed = np.isin(tables.status, unmarked) | (problem > 0)
         status = np.where((problem > 0) & has_tokens, problem, tables.status).astype(np.int8)
-        num_kept, num_asked = int((asked & ~failed).sum()), int(asked.sum())
-        if num_kept < MIN_KEPT * num_asked:
-            self._refuse(num_kept, num_asked, status[asked], marker)
+        num_kept, num_with_prompt = int((has_prompt & ~failed).sum()), int(has_prompt.sum())
+        if num_kept < MIN_KEPT * num_with_prompt:
+            self._refuse(num_kept, num_with_prompt, status[has_prompt], marker)
         return tables._replace(
             status=status,
             marker_ids=marker,
             user_marker_ids=user_marker,
-            marker_kept=num_kept / num_asked,
+            marker_kept=num_kept / num_with_prompt,
         )
 
     def _refuse(
-        self, num_kept: int, num_asked: int, status: np.ndarray, marker: list[int] | None
+        self, num_kept: int, num_with_prompt: int, status: np.ndarray, marker: list[int] | None
     ) -> None:
         encoder = self.encoder
         key = "the chat template's assistant header" if encoder.uses_template else "data.separator"
@@ -167,7 +167,7 @@ class TokenStore:
         )
         raise UserError(
             f"{key} {text!r}{tokens} marks the start of the response in only {num_kept} of "
-            f"{num_asked} texts ({listed}); at least 99.9% must keep it, or no one can tell the "
+            f"{num_with_prompt} texts ({listed}); at least 99.9% must keep it, or no one can tell the "
             f"prompt from the response. Strip blank space from the responses, or {remedy}"
         )
 

@@ -175,16 +175,16 @@ class TextEncoder:
     def _assistant_header(self) -> str:
         """What the template writes between the user's text and the assistant's."""
         question = as_messages(_PROBES[0], "user")
-        asked = self._apply(question, add_generation_prompt=True)
+        prompted = self._apply(question, add_generation_prompt=True)
         plain = self._apply(question)
-        if asked is None or plain is None or _PROBES[0] not in asked:
+        if prompted is None or plain is None or _PROBES[0] not in prompted:
             raise UserError(
                 f"tokenizer {self.name}: its chat template cannot render one user message; set "
                 "chat_template: never to use the separator instead"
             )
-        if asked.startswith(plain) and len(asked) > len(plain):
-            return asked[len(plain) :]
-        return asked[asked.index(_PROBES[0]) + len(_PROBES[0]) :]
+        if prompted.startswith(plain) and len(prompted) > len(plain):
+            return prompted[len(plain) :]
+        return prompted[prompted.index(_PROBES[0]) + len(_PROBES[0]) :]
 
     def _user_marker(self) -> list[int] | None:
         """Tokens that open every user message; None where they are not always the same."""
@@ -199,9 +199,9 @@ class TextEncoder:
         batch = self._tokenise([text])
         ids, offsets = batch["input_ids"][0], batch["offset_mapping"][0]
         ends = text.index(first), text.index(second)
-        found = [_inside(ids, offsets, end - shared, end) for end in ends]
-        width = _common_suffix(*found)
-        return found[0][len(found[0]) - width :] or None
+        markers = [_inside(ids, offsets, end - shared, end) for end in ends]
+        width = _common_suffix(*markers)
+        return markers[0][len(markers[0]) - width :] or None
 
 
 def truncation_side(tokens: dict) -> Literal["left", "right"]:

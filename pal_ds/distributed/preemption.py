@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class StopAsked(Exception):  # noqa: N818  (it is a request, not an error)
+class StopRequested(Exception):  # noqa: N818  (it is a request, not an error)
     """Raised on every rank alike in the middle of work that can be left and made again."""
 
 
@@ -32,7 +32,7 @@ def _note(number: int, _: FrameType | None) -> None:
     _noted.append(number)
 
 
-def is_asked() -> bool:
+def stop_is_requested() -> bool:
     """Whether a stop signal has reached this process; others may not have got one."""
     return bool(_noted)
 
@@ -107,12 +107,12 @@ class StopWatch:
         """`signal`, `time limit` or None, the same on every rank; call it on all of them between two updates."""
         # The clock of rank 0 counts; a signal counts wherever it arrived.
         late = world.is_rank_zero and self.out_of_time(evaluation_due=evaluation_due)
-        signalled, late = world.any_rank(is_asked(), late)
+        signalled, late = world.any_rank(stop_is_requested(), late)
         if signalled:
             return "signal"
         return "time limit" if late else None
 
-    def leave_if_asked(self, world: "World") -> None:
-        """Raises StopAsked with the reason, on every rank, where a stop is asked for."""
+    def leave_if_requested(self, world: "World") -> None:
+        """Raises StopRequested with the reason, on every rank, where a stop is asked for."""
         if reason := self.reason_to_stop(world, evaluation_due=False):
-            raise StopAsked(reason)
+            raise StopRequested(reason)

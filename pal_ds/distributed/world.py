@@ -43,7 +43,7 @@ class World:
             # Whatever it is (a full disk, say), the others must hear of it instead of waiting.
             except Exception as error:
                 failure = storage_error(error) or error
-                outcome = [None, _as_told_to_others(failure)]
+                outcome = [None, _for_other_ranks(failure)]
         if self.world_size > 1:
             torch_dist.broadcast_object_list(outcome, src=0, device=self.device)
         if failure is not None:
@@ -58,16 +58,16 @@ class World:
         try:
             made = make()
         except (UserError, OSError) as error:
-            told = error if isinstance(error, UserError) else storage_error(error)
-            if told is None:
+            shown = error if isinstance(error, UserError) else storage_error(error)
+            if shown is None:
                 raise
-            problem = (type(told), str(told))
+            problem = (type(shown), str(shown))
         problems: list[tuple[type[UserError], str] | None] = [problem] * self.world_size
         if self.world_size > 1:
             torch_dist.all_gather_object(problems, problem)
-        for rank, found in enumerate(problems):
-            if found is not None:
-                kind, text = found
+        for rank, raised in enumerate(problems):
+            if raised is not None:
+                kind, text = raised
                 raise kind(text if rank == 0 else f"rank {rank}: {text}")
         return made  # type: ignore[return-value]
 
@@ -109,7 +109,7 @@ class World:
         return self.all_gather(tensor).sum(0)
 
 
-def _as_told_to_others(error: Exception) -> Exception:
+def _for_other_ranks(error: Exception) -> Exception:
     """A failure of rank 0 as the other ranks raise it: mistakes keep their class, the rest may not survive pickling."""
     return error if isinstance(error, UserError) else RuntimeError(f"rank 0: {error}")
 

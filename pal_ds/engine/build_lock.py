@@ -24,7 +24,7 @@ def remove_stale_build_locks(stale_after: float = STALE_AFTER_SECONDS) -> None:
 
 
 def _wait_or_remove(lock: Path, stale_after: float) -> None:
-    seen_at, told = time.monotonic(), False
+    seen_at, has_warned = time.monotonic(), False
     while not _is_held(lock):
         quiet = _seconds_without_change(lock)
         if quiet is None:
@@ -37,8 +37,8 @@ def _wait_or_remove(lock: Path, stale_after: float) -> None:
                 lock.parent.name,
             )
             return
-        if not told and time.monotonic() - seen_at > 2:
-            told = True
+        if not has_warned and time.monotonic() - seen_at > 2:
+            has_warned = True
             logger.warning(
                 "%s: waiting for a build of %s that no process here makes; removed after %.0f s without a change",
                 lock,

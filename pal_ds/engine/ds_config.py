@@ -91,11 +91,11 @@ def load_ds_config(name_or_path: str) -> tuple[dict[str, Any], str]:
     _check_shape(config, path)
     _check_supported(config.get("zero_optimization", {}), path)
     zero = config.get("zero_optimization", {})
-    for section, removed, found in (
+    for section, removed, section_keys in (
         ("", REMOVED_KEYS, config),
         ("zero_optimization.", REMOVED_ZERO_KEYS, zero),
     ):
-        for key in removed.keys() & found.keys():
+        for key in removed.keys() & section_keys.keys():
             raise UserError(f"{path}: DeepSpeed removed the key {section}{key}; {removed[key]}.")
     return config, str(path)
 

@@ -125,16 +125,16 @@ class UpdateGuard:
             return
         if self._sigmas is None:
             return
-        found = [("loss", self._loss, self._losses), ("gradient norm", norm, self._norms)]
+        measured = [("loss", self._loss, self._losses), ("gradient norm", norm, self._norms)]
         spikes = [
             f"its {name} {value:.4g} is a spike (train.skip_spikes_sigmas)"
-            for name, value, seen in found
+            for name, value, seen in measured
             if is_spike(value, seen, self._sigmas)
         ]
         # Nearly equal on all ranks by construction; one of them has to have the last word.
         self.reason = self._world.from_rank_zero(lambda: spikes[0] if spikes else None)
         if self.reason is None:
-            for _, value, seen in found:
+            for _, value, seen in measured:
                 seen.append(value)
                 del seen[:-WINDOW]
 

@@ -17,10 +17,10 @@ from pal_ds.distributed import phase
 from pal_ds.distributed.world import World
 from pal_ds.engine.guard import UpdateGuard
 from pal_ds.engine.optim import schedule_factor
-from pal_ds.heads.base import HeadOutput, Judge
+from pal_ds.heads.base import HeadOutput, PairLoss
 from pal_ds.heads.shapes import Float
-from pal_ds.kernels.judge import FusedLoss
-from pal_ds.kernels.reference import PairFacts
+from pal_ds.kernels.eager import PairFacts
+from pal_ds.kernels.fused_loss import FusedLoss
 from pal_ds.losses import PreferenceLoss, decision_margin
 from pal_ds.model import user_state
 from pal_ds.users import TrainedUsers
@@ -78,7 +78,7 @@ class Stepper:
             # ZeRO averages gradients over ranks, hence the factor world size.
             scale = self.world.world_size / num_pairs
             user = user_state(batch, leaf, update=update)
-            output = self.engine(batch, user, self._judge(batch, scale))
+            output = self.engine(batch, user, self._fused_pair_loss(batch, scale))
             total, scaled = self._losses(output, batch, scale)
             phase.enter("backward")
             self.engine.backward(scaled, scale_wrt_gas=False)
@@ -103,7 +103,7 @@ class Stepper:
             grad_norm,
         )
 
-    def _judge(self, batch: Batch, scale: float) -> Judge | None:
+    def _fused_pair_loss(self, batch: Batch, scale: float) -> PairLoss | None:
         """The fused loss of this batch, on hardware where it pays."""
         fused = FusedLoss.where_it_pays(self.loss, self.world.device)
         if fused is None:
@@ -115,12 +115,12 @@ class Stepper:
             batch.required_margin,
             batch.weight * scale,
         )
-        return lambda placement: fused.judge(placement, facts)
+        return lambda placement: fused.compute(placement, facts)
 
     def _losses(
         self, output: HeadOutput, batch: Batch, scale: float
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """(sum over comparisons, the same times scale, which goes backward), by the judge or from the margins."""
+        """Return the sum over comparisons, and the same times scale, which goes backward."""
         if output.total is not None:
             # Its factor is in the weights of the facts: the gradient that reaches it is 1.
             scaled = output.total + (output.penalty * batch.weight).sum() * scale
@@ -150,12 +150,12 @@ class Stepper:
         if gradients is not None:
             finite = gradients.isfinite().all()
         # One transfer to the host: whether an update is made is decided there, in front of the engine's own look.
-        told = self.world.all_gather(torch.stack([loss_sum, finite.to(loss_sum.dtype)])).cpu()
+        shared = self.world.all_gather(torch.stack([loss_sum, finite.to(loss_sum.dtype)])).cpu()
         norm = self._grad_norm_at_stage_zero()
         self.guard.open(
             update,
-            told[:, 0] / len(user_rows),
-            bool(told[:, 1].all()),
+            shared[:, 0] / len(user_rows),
+            bool(shared[:, 1].all()),
             lambda: self.engine.optimizer._global_grad_norm if norm is None else norm,
         )
         self.engine.step()

@@ -123,14 +123,14 @@ def _figures(
     lengths = None
     if data.response_num_chars is not None:
         lengths = data.response_num_chars[candidates.response].astype(float)
-    found = []
+    parts = []
     is_known = table_rows[candidates.user] >= 0
     for chosen in (is_known, ~is_known):
         part, places = lists.take(chosen)
-        found.append(
+        parts.append(
             best_of_n_figures(part, scores[places], None if lengths is None else lengths[places])
         )
-    return {**found[0], "unknown_users": found[1]}
+    return {**parts[0], "unknown_users": parts[1]}
 
 
 def score_candidates(
@@ -154,10 +154,10 @@ def score_candidates(
     data, rows = replace(data, comparisons=table), np.arange(len(table))
     reader = reader_of(restored, data, rows, known.table_rows(data), world)
     rewards = reader.forwards(world, "scoring").rewards(rows, known.mixtures)
-    found = np.empty(len(entries))
-    found[other] = rewards[:, 1]
-    found[one] = rewards[:, 0]
-    return found[entry]
+    scores = np.empty(len(entries))
+    scores[other] = rewards[:, 1]
+    scores[one] = rewards[:, 0]
+    return scores[entry]
 
 
 def compared_candidates(data: PreparedData, rows: np.ndarray) -> Candidates:
@@ -234,11 +234,11 @@ def _line(fields: Any, where: str) -> Line:
 def ranking_line(name: str, figures: dict[str, Any]) -> str:
     """One line for people."""
     parts = [f"{name}: {figures['lists']} lists"]
-    for who, found in (("", figures), ("users not in the run: ", figures["unknown_users"])):
-        if found["lists"]:
+    for who, part in (("", figures), ("users not in the run: ", figures["unknown_users"])):
+        if part["lists"]:
             shown = ", ".join(
-                f"{figure} {found[figure]:.4f} (random {found['baselines']['random'][figure]:.4f})"
+                f"{figure} {part[figure]:.4f} (random {part['baselines']['random'][figure]:.4f})"
                 for figure in FIGURES
             )
-            parts.append(f"{who}{found['lists']} lists, {shown}" if who else shown)
+            parts.append(f"{who}{part['lists']} lists, {shown}" if who else shown)
     return "; ".join(parts)

@@ -63,9 +63,9 @@ def best_of_n_figures(
         empty = dict.fromkeys([*FIGURES, *intervals, "baselines"])
         return {**counts, "candidates_mean": None, **empty, "users": {}}
     lists, places = lists.take(clear)
-    found = _per_list(lists, scores[places])
+    per_list = _per_list(lists, scores[places])
     figures: dict[str, Any] = {**counts, "candidates_mean": float(np.diff(lists.first).mean())}
-    for name, values in zip(FIGURES, found, strict=True):
+    for name, values in zip(FIGURES, per_list, strict=True):
         low = -1.0 if name == "kendall_tau_b" else 0.0
         high = np.inf if name == "regret" else 1.0
         half = 1.96 * clustered_standard_error(values, lists.prompts)
@@ -77,7 +77,7 @@ def best_of_n_figures(
         "longest": None if lengths is None else _means(_per_list(lists, lengths[places])),
     }
     names, index = np.unique(lists.user_ids, return_inverse=True)
-    by_user = [np.bincount(index, weights=values) / np.bincount(index) for values in found]
+    by_user = [np.bincount(index, weights=values) / np.bincount(index) for values in per_list]
     figures["users"] = {
         str(name): {"lists": count, **dict(zip(FIGURES, row, strict=True))}
         for name, count, row in zip(
@@ -90,8 +90,8 @@ def best_of_n_figures(
     return figures
 
 
-def _means(found: tuple[np.ndarray, ...]) -> dict[str, float]:
-    return {name: float(values.mean()) for name, values in zip(FIGURES, found, strict=True)}
+def _means(per_list: tuple[np.ndarray, ...]) -> dict[str, float]:
+    return {name: float(values.mean()) for name, values in zip(FIGURES, per_list, strict=True)}
 
 
 def _per_list(lists: Lists, scores: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -112,7 +112,7 @@ def _per_list(lists: Lists, scores: np.ndarray) -> tuple[np.ndarray, ...]:
 
 def _kendall_tau_b(lists: Lists, scores: np.ndarray) -> np.ndarray:
     """(concordant - discordant) / sqrt(pairs not tied in scores * pairs not tied in utilities), fp64 [L]."""
-    found = np.zeros(len(lists.user_ids))
+    taus = np.zeros(len(lists.user_ids))
     sizes = np.diff(lists.first)
     for size in np.unique(sizes):
         one, other = np.triu_indices(size, k=1)
@@ -125,8 +125,8 @@ def _kendall_tau_b(lists: Lists, scores: np.ndarray) -> np.ndarray:
             )
             agreement = (by_score * by_utility).sum(1)
             untied = np.abs(by_score).sum(1) * np.abs(by_utility).sum(1)
-            found[here] = agreement / np.sqrt(np.maximum(untied, 1))
-    return found
+            taus[here] = agreement / np.sqrt(np.maximum(untied, 1))
+    return taus
 
 
 def _compared(one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from pal_ds.eval.diagnostics import diagnose, diagnose_latent
 from pal_ds.eval.figures import ScoredRows
 from pal_ds.eval.metrics import correctness
 from pal_ds.eval.sanity_checks import (
-    Judged,
+    ScoredPairs,
     both_nearly_perfect,
     no_better_than_surface,
     training_accuracy,
@@ -38,16 +38,16 @@ def findings(
     )
     table, known = data.comparisons[rows], table_rows >= 0
     seen, unseen = (
-        judged(data, rows[known], margins[known]),
-        judged(data, rows[~known], margins[~known]),
+        scored_pairs(data, rows[known], margins[known]),
+        scored_pairs(data, rows[~known], margins[~known]),
     )
     subject, chosen = (seen, known) if known.any() else (unseen, ~known)
     labels = table["label"].astype(float)
     lengths = length_margins(data, table)
     formats = None if format_baseline is None else format_baseline.margins(data, table)
     baselines = (
-        None if found is None else correctness(found, labels)[chosen]
-        for found in (lengths, formats)
+        None if baseline is None else correctness(baseline, labels)[chosen]
+        for baseline in (lengths, formats)
     )
     held_out = not (data is restored.data and (table["split"] == 0).all())
     warnings = [
@@ -63,8 +63,8 @@ def findings(
     return {"train_accuracy": trained, "diagnostics": diagnostics, "warnings": warnings}
 
 
-def judged(data: PreparedData, rows: np.ndarray, margins: np.ndarray) -> Judged:
+def scored_pairs(data: PreparedData, rows: np.ndarray, margins: np.ndarray) -> ScoredPairs:
     """Comparisons of prepared data with the margins found for them."""
     table = data.comparisons[rows]
     right = correctness(margins, table["label"].astype(float))
-    return Judged(right, data.response_prompt[table["a"]])
+    return ScoredPairs(right, data.response_prompt[table["a"]])

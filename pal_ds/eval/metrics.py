@@ -108,8 +108,8 @@ def reliability(margins: np.ndarray, labels: np.ndarray) -> list[dict[str, Any]]
     counts = np.bincount(index)
     means = (np.bincount(index, weights=values) / counts for values in (confidence, right))
     return [
-        {"confidence": stated, "accuracy": found, "pairs": count}
-        for stated, found, count in zip(*map(np.ndarray.tolist, (*means, counts)), strict=True)
+        {"confidence": stated, "accuracy": accuracy, "pairs": count}
+        for stated, accuracy, count in zip(*map(np.ndarray.tolist, (*means, counts)), strict=True)
     ]
 
 

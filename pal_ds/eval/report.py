@@ -93,13 +93,13 @@ def _number(value: float | None) -> str:
 
 def _warnings(runs: dict[str, RunDirectory]) -> list[str]:
     """A section with what the evaluations of each run warn of; nothing where none does."""
-    found = [
+    warnings = [
         f"- {name}, eval/{file}.json: {warning}"
         for name, run in runs.items()
         for file in ("test", "few_shot")
         for warning in (_evaluation(run, file) or {}).get("warnings", [])
     ]
-    return ["## Warnings", "", *found, ""] if found else []
+    return ["## Warnings", "", *warnings, ""] if warnings else []
 
 
 def _draw(path: Path, runs: dict[str, RunDirectory], draw: Any) -> bool:
@@ -213,11 +213,11 @@ def _reliability(axes: Axes, run: RunDirectory) -> bool:
 def _prototypes(axes: Axes, run: RunDirectory) -> bool:
     """Mean weight of each prototype, over the distances between them where the head has points."""
     figures = _evaluation(run, "test")
-    found = figures.get("diagnostics") if figures else None
+    diagnostics = figures.get("diagnostics") if figures else None
     # A head that makes points from comparisons has latent units and no prototypes.
-    if not found or not found.get("prototype_shares"):
+    if not diagnostics or not diagnostics.get("prototype_shares"):
         return False
-    shares, distances = found["prototype_shares"], found["prototype_distances"]
+    shares, distances = diagnostics["prototype_shares"], diagnostics["prototype_distances"]
     ticks = range(len(shares))
     labels = [f"{k + 1}\n{share:.0%}" for k, share in enumerate(shares)]
     if distances is None:
@@ -228,7 +228,7 @@ def _prototypes(axes: Axes, run: RunDirectory) -> bool:
         axes.figure.colorbar(image, ax=axes, label="distance")
         axes.set_yticks(ticks, [str(k + 1) for k in ticks])
     axes.set_xticks(ticks, labels, fontsize=8)
-    used, mixed = found["effective_prototypes"], found["effective_prototypes_per_user"]
+    used, mixed = diagnostics["effective_prototypes"], diagnostics["effective_prototypes_per_user"]
     axes.set_xlabel(f"{used:.1f} in use, {mixed:.1f} per user (exp entropy)")
     return True
 

@@ -11,7 +11,7 @@ SUSPICIOUS_ACCURACY = 0.95
 LAST_PART_OF_EPOCH = 0.25
 
 
-class Judged(NamedTuple):
+class ScoredPairs(NamedTuple):
     """Pairs as they were scored: `metrics.correctness` [n], and the prompt of each [n]."""
 
     right: np.ndarray
@@ -27,7 +27,7 @@ class Judged(NamedTuple):
         return 1.96 * clustered_standard_error(self.right, self.prompts)
 
 
-def unseen_above_seen(seen: Judged, unseen: Judged) -> list[str]:
+def unseen_above_seen(seen: ScoredPairs, unseen: ScoredPairs) -> list[str]:
     """A warning where strangers are served better than trained users, by more than the 95% interval of the gap."""
     if len(seen.right) == 0 or len(unseen.right) == 0:
         return []
@@ -43,7 +43,7 @@ def unseen_above_seen(seen: Judged, unseen: Judged) -> list[str]:
 
 
 def both_nearly_perfect(
-    train_accuracy: float | None, held_out: Judged, info: dict[str, Any]
+    train_accuracy: float | None, held_out: ScoredPairs, info: dict[str, Any]
 ) -> list[str]:
     """A warning where train and held-out accuracy both exceed 95% on data that real people made.
 
@@ -60,7 +60,7 @@ def both_nearly_perfect(
 
 
 def no_better_than_surface(
-    judged: Judged, length_right: np.ndarray | None, format_right: np.ndarray | None
+    pairs: ScoredPairs, length_right: np.ndarray | None, format_right: np.ndarray | None
 ) -> list[str]:
     """A warning for each baseline that the model does not beat by more than the 95% interval of the difference.
 
@@ -74,16 +74,16 @@ def no_better_than_surface(
         baselines[rule] = length_right if longer else 1 - length_right
     if format_right is not None and len(format_right):
         baselines["first and last token"] = format_right
-    found = []
+    warnings = []
     for rule, right in baselines.items():
-        difference = judged.right - right
-        half = 1.96 * clustered_standard_error(difference, judged.prompts)
+        difference = pairs.right - right
+        half = 1.96 * clustered_standard_error(difference, pairs.prompts)
         if difference.mean() <= half:
-            found.append(
-                f"accuracy {judged.accuracy:.3f} is not above that of a baseline that does not read ({rule}: "
+            warnings.append(
+                f"accuracy {pairs.accuracy:.3f} is not above that of a baseline that does not read ({rule}: "
                 f"{right.mean():.3f}) by more than the interval of +-{half:.3f}"
             )
-    return found
+    return warnings
 
 
 def training_accuracy(metrics: list[dict[str, Any]], step: int) -> float | None:

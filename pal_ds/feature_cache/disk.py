@@ -160,8 +160,8 @@ class CacheKeeper:
                     problems.append((name, ""))
             return problems
 
-        found = self._world.gather(self._world.on_every_rank(verify))
-        problems = [problem for part in found for problem in part]
+        damaged = self._world.gather(self._world.on_every_rank(verify))
+        problems = [problem for part in damaged for problem in part]
         if self._world.is_rank_zero:
             for _, problem in problems:
                 if problem:

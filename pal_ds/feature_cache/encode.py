@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pal_ds.data.batch import Batch
 from pal_ds.data.collator import Collator
 from pal_ds.distributed import phase
-from pal_ds.distributed.preemption import StopAsked
+from pal_ds.distributed.preemption import StopRequested
 from pal_ds.distributed.world import World
 from pal_ds.feature_cache.disk import CacheKeeper
 from pal_ds.feature_cache.shards import address_of, as_addresses
@@ -46,7 +46,7 @@ def encode_once(
         load: gives what makes Features of a batch; called once, and not at all where `caches` hold every state.
         comparisons: rows of the comparisons table.
         caches: folders for the states of "responses" and "prompts"; None keeps them in memory, on every rank.
-        between: called before each forward, on all ranks; may raise StopAsked on all of them.
+        between: called before each forward, on all ranks; may raise StopRequested on all of them.
 
     Ranks run the same number of forwards, because under ZeRO-3 each forward gathers weights from all of them.
 
@@ -136,7 +136,7 @@ def _encode(
                     keeper.settle()
                 round_ = batches[first : first + world.world_size]
                 advance(sum(len(rows) for rows, _ in round_))
-    except StopAsked:
+    except StopRequested:
         for keeper in keepers.values():
             keeper.flush()
         raise

@@ -38,15 +38,15 @@ class FeatureIndex:
 
     def find(self, addresses: np.ndarray) -> np.ndarray:
         """Entry of each address (uint64 [n, 2]), -1 for those that are not here; int64 [n]."""
-        found = np.full(len(addresses), -1, np.int64)
+        entries = np.full(len(addresses), -1, np.int64)
         place = np.searchsorted(self._addresses[:, 0], addresses[:, 0])
         # Texts whose addresses share their first half lie side by side.
         for step in range(self._longest_run):
             candidate = np.minimum(place + step, len(self) - 1)
             if len(self):
                 equal = (self._addresses[candidate] == addresses).all(axis=1)
-                found[equal] = candidate[equal]
-        return found
+                entries[equal] = candidate[equal]
+        return entries
 
     def store(self, entries: np.ndarray, rows: np.ndarray, num_rows: int) -> MappedFeatures:
         """A store for a table of `num_rows` texts, of which `rows` lie at `entries`."""

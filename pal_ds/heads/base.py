@@ -65,7 +65,7 @@ class HeadOutput(NamedTuple):
     penalty: Float[Tensor, "B"]
     """Regulariser per comparison, added to its loss; zeros where a head has none."""
     total: Float[Tensor, ""] | None = None
-    """The weighted sum of losses where a judge made it; reward and margin then carry no gradients."""
+    """The weighted sum of losses where a fused pair loss made it; reward and margin then carry no gradients."""
     point: Float[Tensor, "B K"] | None = None
     """Each user's point where the head made it from the context, without noise."""
 
@@ -81,7 +81,7 @@ class Placement(NamedTuple):
     """Of the cosine; None for minus the distance."""
 
 
-Judge = Callable[[Placement], tuple[Tensor, Tensor, Tensor, Tensor]]
+PairLoss = Callable[[Placement], tuple[Tensor, Tensor, Tensor, Tensor]]
 """From a placement to (total, loss [B], reward [B, 2, T], margin [B, T]); only the total carries gradients."""
 
 
@@ -166,14 +166,14 @@ class Head(nn.Module, ABC):
         return None
 
     def forward(
-        self, features: Features, user: UserState, judge: Judge | None = None
+        self, features: Features, user: UserState, pair_loss: PairLoss | None = None
     ) -> HeadOutput:
         """The only way in under ZeRO-3: parameters are gathered for the length of this call.
 
-        With a judge, a head that can place its responses lets it make the loss.
+        With a pair loss, a head that can place its responses lets it make the loss.
         """
-        placement = None if judge is None else self.place(features, user)
-        if judge is not None and placement is not None:
-            total, _, reward, margin = judge(placement)
+        placement = None if pair_loss is None else self.place(features, user)
+        if pair_loss is not None and placement is not None:
+            total, _, reward, margin = pair_loss(placement)
             return HeadOutput(reward, margin, self.penalty(user, reward), total)
         return self.compare(features, user)

@@ -29,7 +29,7 @@ def points_in_training(
     engine: Any,
     head: Head,
     collator: Collator,
-    asked: Collator,
+    scored: Collator,
     users: np.ndarray,
     world: World,
     most_pairs: int = PAIRS_PER_FORWARD,
@@ -40,8 +40,8 @@ def points_in_training(
     reads `most_pairs` of them, or those of one user where that is more.
     """
     assert collator.contexts is not None, "a head that reads contexts came without"
-    if asked.data is not collator.data:
-        names = UserIds.of(asked.data.users).take(users)
+    if scored.data is not collator.data:
+        names = UserIds.of(scored.data.users).take(users)
         users = UserIds.of(collator.data.users).find(names)
     num_context = head.num_context_scored
     share = max(1, most_pairs // num_context)
@@ -55,10 +55,10 @@ def points_in_training(
             context = collator.contexts.known(own if len(own) else users[:1], num_context)
             batch = collator(context[0][:, 0], np.arange(len(context[0])), context=context)
             batch = batch.to(world.device)
-            found = engine(batch, user_state(batch)).point
-            assert found is not None, "a head that reads contexts gave no points"
-            padded = found.new_zeros(share, found.shape[1])
-            padded[: len(own)] = found[: len(own)]
+            own_points = engine(batch, user_state(batch)).point
+            assert own_points is not None, "a head that reads contexts gave no points"
+            padded = own_points.new_zeros(share, own_points.shape[1])
+            padded[: len(own)] = own_points[: len(own)]
             points.append(world.all_gather(padded).flatten(0, 1))
     return torch.cat(points)[: len(users)]
 
@@ -84,8 +84,8 @@ def encode_users(
     with torch.no_grad():
         for begin in range(0, num_users, share):
             part = slice(begin, begin + share)
-            told = context[part], length[part]
-            batch = collator(told[0][:, 0], np.arange(len(told[0])), context=told).to(device)
+            chosen = context[part], length[part]
+            batch = collator(chosen[0][:, 0], np.arange(len(chosen[0])), context=chosen).to(device)
             if flipped and batch.context is not None:
                 batch = batch._replace(context=batch.context.flip(2))
             points.append(model.head.encode(model.backbone(batch), user_state(batch)).cpu())

@@ -55,8 +55,8 @@ def with_mixtures(
     if "group" in head.needs:
         return collator, None
     owners, first = np.unique(collator.user_rows(rows), return_index=True)
-    asked = collator.data.comparisons["user"][rows]
-    known, codes = owners[owners >= 0], asked[first][owners >= 0]
+    user_codes = collator.data.comparisons["user"][rows]
+    known, codes = owners[owners >= 0], user_codes[first][owners >= 0]
     head.eval()
     mixtures = _mixtures_of(head, users, torch.from_numpy(known))
     if "context" in head.needs:
@@ -77,8 +77,8 @@ def with_mixtures(
             else population_mixture(mixtures)
         )
     places = np.full(len(collator.data.users), -1, np.int64)
-    places[asked] = np.searchsorted(known, collator.user_rows(rows))
-    places[asked[collator.user_rows(rows) < 0]] = -1
+    places[user_codes] = np.searchsorted(known, collator.user_rows(rows))
+    places[user_codes[collator.user_rows(rows) < 0]] = -1
     return replace(collator, table_rows=places), torch.cat([mixtures, population])
 
 

@@ -106,8 +106,8 @@ class KnownUsers:
         """Row of each user of `data`, -1 for strangers."""
         rows, first = np.full(len(data.users), -1, np.int64), 0
         for ids in self.ids:
-            found = ids.find(data.users)
-            rows, first = np.where(found < 0, rows, found + first), first + len(ids)
+            of_table = ids.find(data.users)
+            rows, first = np.where(of_table < 0, rows, of_table + first), first + len(ids)
         return rows
 
 
@@ -153,8 +153,8 @@ def with_points(
     if contexts is None or known.mixtures is None:
         return known
     own = UserIds.of(contexts.data.users)
-    asked = own.find(data.users)
-    codes = np.unique(asked[asked >= 0])
+    own_rows = own.find(data.users)
+    codes = np.unique(own_rows[own_rows >= 0])
     rows = restored.users.ids.find(own.take(codes))
     # Of the generic user nothing is known, whoever left comparisons without a name.
     named = (rows >= 0) & (rows != generic_row_of(restored.users.ids))
@@ -164,7 +164,7 @@ def with_points(
     rows, chosen, length = rows[named][met], chosen[met], length[met]
     if len(rows) == 0:
         return known
-    told = np.arange(chosen.shape[1]) < length[:, None]
+    is_context = np.arange(chosen.shape[1]) < length[:, None]
     reader = reader_of(
         restored=restored,
         data=contexts.data,
@@ -177,7 +177,7 @@ def with_points(
     points = encode_users(
         model=reader.model,
         collator=reader.collator,
-        rows=chosen[told],
+        rows=chosen[is_context],
         user_index=owner,
         num_users=len(rows),
         device=world.device,

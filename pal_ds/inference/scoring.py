@@ -52,14 +52,14 @@ class Forwards:
         def read(batch: Batch, output: HeadOutput) -> Tensor:
             return decision_margin(output.margin, batch.window_end)[:, None]
 
-        found = self._gathered(rows, mixtures, read, 1)[:, 0]
-        if self.world.is_rank_zero and (num_lost := int(np.isnan(found).sum())):
+        margins = self._gathered(rows, mixtures, read, 1)[:, 0]
+        if self.world.is_rank_zero and (num_lost := int(np.isnan(margins).sum())):
             logger.warning(
                 "%d of %d pairs have scores that are no numbers; they count as wrong",
                 num_lost,
-                len(found),
+                len(margins),
             )
-        return found
+        return margins
 
     def rewards(
         self, rows: np.ndarray, mixtures: Float[Tensor, "U+1 K"] | None
@@ -106,12 +106,12 @@ class Forwards:
                 padded[: len(share)] = read(batch, output)[: len(share)]
                 parts.append(world.all_gather(padded))
                 advance(sum(len(part) for part in places))
-        found = np.empty((len(rows), num_values))
+        gathered_values = np.empty((len(rows), num_values))
         gathered = torch.stack(parts).double().cpu().numpy() if parts else ()
         for places, of_step in zip(steps, gathered, strict=True):
             for part, values in zip(places, of_step, strict=True):
-                found[order[part]] = values[: len(part)]
-        return found
+                gathered_values[order[part]] = values[: len(part)]
+        return gathered_values
 
     def _steps(self, rows: np.ndarray) -> list[list[np.ndarray]]:
         """[step][rank] places in `rows` of the comparisons of one forward."""

@@ -43,18 +43,18 @@ def choose(
             if obstacle is None:
                 _say(kernel, hardware, dtype, row.implementation, row.evidence)
                 return row.implementation
-            _say(kernel, hardware, dtype, "reference", obstacle)
-            return "reference"
+            _say(kernel, hardware, dtype, "torch", obstacle)
+            return "torch"
     reason = "no row of the dispatch table covers this hardware, dtype and shape"
-    _say(kernel, hardware, dtype, "reference", reason)
-    return "reference"
+    _say(kernel, hardware, dtype, "torch", reason)
+    return "torch"
 
 
 def covers(kernel: str, device: torch.device, table: tuple[Row, ...] = TABLE) -> bool:
     """Whether the table holds anything but the reference for a kernel on this hardware."""
     hardware = hardware_of(device)
     return any(
-        (row.kernel, row.hardware) == (kernel, hardware) and row.implementation != "reference"
+        (row.kernel, row.hardware) == (kernel, hardware) and row.implementation != "torch"
         for row in table
     )
 

@@ -7,7 +7,7 @@ all ranks agree, and a resumed run repeats its arithmetic.
 
 from typing import Literal, NamedTuple
 
-Implementation = Literal["triton", "compile", "reference"]
+Implementation = Literal["triton", "compile", "torch"]
 
 
 class Row(NamedTuple):

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pal_ds.kernels import reference
+from pal_ds.kernels import eager
 from pal_ds.kernels.buffers import buffer, power_of_two, programs
 from pal_ds.kernels.dispatch import Implementation, choose, compiled
 from pal_ds.kernels.owners import owners
@@ -43,7 +43,7 @@ def mix(
     chosen = choose("mix", prototypes, sizes, implementation)
     if chosen == "triton":
         return _Mix.apply(logits, prototypes, user, source, temperature)
-    function = reference.mix if chosen == "reference" else compiled(reference.mix)
+    function = eager.mix if chosen == "torch" else compiled(eager.mix)
     return function(logits, user, prototypes, source, temperature)
 
 

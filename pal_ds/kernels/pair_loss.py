@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pal_ds.kernels import reference
+from pal_ds.kernels import eager
 from pal_ds.kernels.dispatch import Implementation, choose, compiled
-from pal_ds.kernels.reference import Judged, PairFacts
+from pal_ds.kernels.eager import PairFacts, PairLossOutput
 from pal_ds.losses import LossKind, TokenWeighting
 
 
@@ -34,8 +34,8 @@ def pair_loss(
     kind: LossKind = "logistic",
     weighting: TokenWeighting = "last",
     implementation: Implementation | None = None,
-) -> Judged:
-    """Judges B comparisons of R distinct responses; gradients reach response, point and scale.
+) -> PairLossOutput:
+    """Compute the loss of B comparisons of R distinct responses; gradients reach response, point and scale.
 
     `point` holds one row per comparison (g = 1) or one per response (g = 2). With `scale` the reward is a scaled
     cosine, without it minus the distance. What lies outside a window, or has token weight 0, is not read. The
@@ -45,11 +45,11 @@ def pair_loss(
     _check(response, response_index, point, facts, kind, weighting)
     chosen = choose("pair_loss", response, {"d": response.shape[-1]}, implementation)
     if chosen == "triton":
-        return Judged(
+        return PairLossOutput(
             *_PairLoss.apply(response, point, scale, response_index, facts, kind, weighting)
         )
-    judge = reference.pair_loss if chosen == "reference" else compiled(reference.pair_loss)
-    return judge(response, response_index, point, scale, facts, kind, weighting)
+    plain = eager.pair_loss if chosen == "torch" else compiled(eager.pair_loss)
+    return plain(response, response_index, point, scale, facts, kind, weighting)
 
 
 class _PairLoss(torch.autograd.Function):
@@ -69,12 +69,12 @@ class _PairLoss(torch.autograd.Function):
         wanted = any(ctx.needs_input_grad[:3])
         from pal_ds.kernels.pair_loss_launch import launch
 
-        judged, gradients = launch(
+        output, gradients = launch(
             response, point, scale, response_index, facts, kind, weighting, wanted
         )
         ctx.gradients = gradients
-        ctx.mark_non_differentiable(judged.loss, judged.reward, judged.margin)
-        return tuple(judged)
+        ctx.mark_non_differentiable(output.loss, output.reward, output.margin)
+        return tuple(output)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from pal_ds.kernels.buffers import buffer, power_of_two, programs
+from pal_ds.kernels.eager import PairFacts, PairLossOutput
 from pal_ds.kernels.owners import owners
 from pal_ds.kernels.pair_loss_triton import (
     LOSSES,
@@ -14,7 +15,6 @@ from pal_ds.kernels.pair_loss_triton import (
     shared_response_kernel,
     sum_parts_kernel,
 )
-from pal_ds.kernels.reference import Judged, PairFacts
 
 POSITIONS_PER_PROGRAM = 32
 """Fixed, so that the order of a pair's sums is a property of the code."""
@@ -53,8 +53,8 @@ def launch(
     kind: str,
     weighting: str,
     gradients: bool,
-) -> tuple[Judged, tuple[Tensor, Tensor, Tensor | None] | None]:
-    """Runs the kernels: (what they judge, gradients of the total in response, point and scale)."""
+) -> tuple[PairLossOutput, tuple[Tensor, Tensor, Tensor | None] | None]:
+    """Runs the kernels: (losses, rewards and margins; gradients of the total in response, point and scale)."""
     response, point = response.detach().contiguous(), point.detach().contiguous()
     factor = point.new_ones(1) if scale is None else scale.detach()
     inputs = (response, response_index.contiguous(), point, factor.float())
@@ -81,9 +81,9 @@ def launch(
         num_warps=blocks.num_warps,
     )
     loss = sum_parts(loss)[:, 0]
-    judged = Judged((facts.weight.float() * loss).sum(), loss, reward, margin)
+    output = PairLossOutput((facts.weight.float() * loss).sum(), loss, reward, margin)
     if owned is None:
-        return judged, None
+        return output, None
     slope, d_response, d_point, d_scale = made
     programs(shared_response_kernel, len(response), -(-num_positions // blocks.positions))(
         (response, point, inputs[3], slope),
@@ -98,7 +98,7 @@ def launch(
         num_warps=blocks.num_warps,
     )
     d_point = sum_parts(d_point).view(point.shape).to(point.dtype)
-    return judged, (
+    return output, (
         d_response,
         d_point,
         None if scale is None else d_scale.sum().view(1).to(scale.dtype),

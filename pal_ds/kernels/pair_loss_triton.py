@@ -1,6 +1,6 @@
 """Triton kernels of the pair loss: rewards, margins, loss and all gradients in one pass over the responses.
 
-Formulas in `pair_loss.py`, the definition in `reference.py`. Importing this file needs triton. Rules: every
+Formulas in `pair_loss.py`, the definition in `eager.py`. Importing this file needs triton. Rules: every
 element of an output is written by exactly one program, nothing is added atomically, sums run in an order that
 depends on neither the launch nor the other pairs; arithmetic is fp32 and offsets are int64.
 """

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pal_ds.kernels import reference
+from pal_ds.kernels import eager
 from pal_ds.kernels.buffers import buffer, power_of_two, programs
 from pal_ds.kernels.dispatch import Implementation, choose, compiled
 
@@ -42,7 +42,7 @@ def score_all(
     statistics = Statistics(response, prototypes, source, scale)
     if chosen == "triton":
         return _launch(mixture, statistics)
-    function = statistics_to_scores if chosen == "reference" else compiled(statistics_to_scores)
+    function = statistics_to_scores if chosen == "torch" else compiled(statistics_to_scores)
     return function(mixture, statistics)
 
 
@@ -56,7 +56,7 @@ class Statistics:
         source: Int[Tensor, "N"],
         scale: float | None,
     ):
-        dtype = reference.working_dtype(response, prototypes)
+        dtype = eager.working_dtype(response, prototypes)
         response, prototypes = response.to(dtype), prototypes.to(dtype)
         self.source, self.cosine = source.contiguous(), scale is not None
         if scale is None:

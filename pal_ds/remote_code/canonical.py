@@ -86,11 +86,11 @@ def find_prompt_length(
     is not counted: it is the end token where both are one id ([SEP]). With `may_be_empty` (for ids
     without the end) it starts an empty response where no other marker can be the response's.
     """
-    found = find_runs(ids, marker_ids)
-    starts = [start for start in found if start + len(marker_ids) < len(ids)]
+    places = find_runs(ids, marker_ids)
+    starts = [start for start in places if start + len(marker_ids) < len(ids)]
     num_expected = 1 if not user_marker_ids else len(find_runs(ids, user_marker_ids))
-    if may_be_empty and len(starts) < len(found) == num_expected:
-        starts = found
+    if may_be_empty and len(starts) < len(places) == num_expected:
+        starts = places
     remedy = "pass prompt_lengths to say where the response begins"
     if not starts:
         raise ValueError(f"no response marker {list(marker_ids)} in the text; {remedy}")

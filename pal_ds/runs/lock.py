@@ -51,7 +51,7 @@ def only_writer(run: RunDirectory, wait_seconds: float = WAIT_SECONDS) -> Iterat
 def _acquired(run: RunDirectory, wait_seconds: float) -> int:
     """An open descriptor of the lock file, locked. POSIX locks are used: forked workers do not inherit them."""
     path = run.path / LOCK
-    deadline, told = time.monotonic() + wait_seconds, False
+    deadline, has_warned = time.monotonic() + wait_seconds, False
     while True:
         run.path.mkdir(parents=True, exist_ok=True)
         try:
@@ -66,14 +66,14 @@ def _acquired(run: RunDirectory, wait_seconds: float) -> int:
             if error.errno not in _TAKEN:
                 return _unlocked(path, error)
             # Whoever asks for a stop now does not want to wait for another run.
-            if time.monotonic() > deadline or preemption.is_asked():
+            if time.monotonic() > deadline or preemption.stop_is_requested():
                 raise BusyError(
                     f"{run.path}: in use by {holder}. One training or removal at a time: start again later, or name "
                     "another --run_dir."
                 ) from None
-            if not told:
+            if not has_warned:
                 logger.warning("%s: in use by %s; waiting %.0f s", run.path, holder, wait_seconds)
-                told = True
+                has_warned = True
             phase.progress()  # this wait has its own end
             time.sleep(0.2)
             continue

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from pal_ds.config.run_config import RunConfig
-from pal_ds.distributed.preemption import StopAsked, StopWatch
+from pal_ds.distributed.preemption import StopRequested, StopWatch
 from pal_ds.distributed.watchdog import watch
 from pal_ds.engine.ds_config import check_zero_section, ds_config_of
 from pal_ds.engine.process_group import distributed
@@ -85,10 +85,12 @@ def encode_all(context: RunContext) -> bool:
     watch_ = StopWatch(config.train.time_limit_minutes)
     rows = np.arange(len(data.comparisons))
     try:
-        leave = functools.partial(watch_.leave_if_asked, world)
+        leave = functools.partial(watch_.leave_if_requested, world)
         encode_frozen(context, parts, parts.collator, rows, weights, between=leave)
-    except StopAsked as asked:
-        logger.warning("stopping (%s): what was encoded is kept; the same command goes on", asked)
+    except StopRequested as stop_error:
+        logger.warning(
+            "stopping (%s): what was encoded is kept; the same command goes on", stop_error
+        )
         return False
     logger.info("%s: holds every text of %s", config.backbone.cache, data.path)
     return True

@@ -60,7 +60,7 @@ def evaluate_in_training(state: Training, *, at_start: bool = False) -> bool:
     `at_start`: before any update, of which there is no checkpoint: nothing can be best.
 
     Raises:
-        StopAsked: a stop was asked for before all was scored.
+        StopRequested: a stop was asked for before all was scored.
     """
     rows, sets = state.data.rows("dev"), state.eval_sets
     if len(rows) == 0 and not sets:
@@ -77,8 +77,10 @@ def evaluate_in_training(state: Training, *, at_start: bool = False) -> bool:
             temperature = dev_temperature(margins, labels, state.config.loss.kind)
             figures["dev"] = figures_of(state.data, rows, margins, temperature)
         for other in sets:
-            found = _margins(state, other.collator, other.rows)
-            figures[other.name] = figures_of(other.collator.data, other.rows, found, temperature)
+            other_margins = _margins(state, other.collator, other.rows)
+            figures[other.name] = figures_of(
+                other.collator.data, other.rows, other_margins, temperature
+            )
     state.owes_evaluation = False
     state.tracker.log_evaluation(state.step, figures)
     if at_start or len(rows) == 0:
@@ -112,6 +114,6 @@ def _margins(state: Training, collator: Collator, rows: np.ndarray) -> np.ndarra
         micro_batch_pairs=train.micro_batch_pairs,
         world=state.world,
         micro_batch_tokens=train.micro_batch_tokens,
-        between_steps=lambda: state.watch.leave_if_asked(state.world),
+        between_steps=lambda: state.watch.leave_if_requested(state.world),
     )
     return forwards.margins(rows, mixtures)

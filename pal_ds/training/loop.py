@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pal_ds.data.collator import Collator
 from pal_ds.data.loader import UpdateInputs, updates_from
 from pal_ds.distributed import phase
-from pal_ds.distributed.preemption import StopAsked, ignore_stop_signals
+from pal_ds.distributed.preemption import StopRequested, ignore_stop_signals
 from pal_ds.distributed.watchdog import is_symptom
 from pal_ds.engine.checkpoint.checkpoint import save_checkpoint
 from pal_ds.engine.checkpoint.retention import retain
@@ -41,8 +41,8 @@ def train(
     run, world = context.run, context.world
     try:
         state = start_training(context, parts, encoded=encoded, trust_checkpoint=trust_checkpoint)
-    except StopAsked as asked:
-        end_before_updates(context, str(asked))
+    except StopRequested as stop_error:
+        end_before_updates(context, str(stop_error))
         return None
     try:
         if recipe is not None:
@@ -121,8 +121,8 @@ def evaluate_first(state: Training) -> str | None:
             evaluate_in_training(state, at_start=True)
         if state.owes_evaluation and evaluate_in_training(state):
             publish_best(state)
-    except StopAsked as asked:
-        return str(asked)
+    except StopRequested as stop_error:
+        return str(stop_error)
     return None
 
 
@@ -187,8 +187,8 @@ def log_evaluate_save(state: Training, stop: str | None) -> str | None:
     if state.owes_evaluation and stop in (None, "stop_after"):
         try:
             improved = evaluate_in_training(state)
-        except StopAsked as asked:
-            stop = str(asked)
+        except StopRequested as stop_error:
+            stop = str(stop_error)
     # While updates are being skipped the run may be lost: its checkpoints must not push out the good ones.
     state.owes_save = state.owes_save or state.due(config.save_every)
     if stop or improved or (state.owes_save and state.guard.num_in_a_row == 0):

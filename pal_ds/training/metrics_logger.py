@@ -91,7 +91,9 @@ class Tracker:
             "ece",
             "temperature",
         )
-        named = {f"{name}_{kind}": found[kind] for name, found in figures.items() for kind in kinds}
+        named = {
+            f"{name}_{kind}": of_set[kind] for name, of_set in figures.items() for kind in kinds
+        }
         self._write({"step": step, **named})
         # The time of an evaluation is not the training's.
         self._since = time.monotonic()

@@ -35,10 +35,10 @@ def resume(state: Training, *, trust: bool) -> None:
         best = manifest.get("best")
         return str(path), manifest, best if best and best["step"] in run.complete_steps() else None
 
-    found = world.from_rank_zero(choose)
-    if found is None:
+    checkpoint = world.from_rank_zero(choose)
+    if checkpoint is None:
         return
-    path, manifest, state.best = found
+    path, manifest, state.best = checkpoint
     phase.enter("load the checkpoint", int(manifest["step"]))
     load_checkpoint(state.engine, state.users, Path(path), manifest, world)
     apply_settings(state.engine.optimizer.param_groups, state.config.optim)

@@ -59,7 +59,7 @@ def start_training(
         trust_checkpoint: read checkpoints of another owner.
 
     Raises:
-        StopAsked: a stop was asked for while texts were being encoded; on every rank, and the cache keeps them.
+        StopRequested: a stop was asked for while texts were being encoded; on every rank, and the cache keeps them.
         UserError: the recipe does not fit the data, or a checkpoint is not of this run.
     """
     started = time.monotonic()
@@ -78,7 +78,7 @@ def start_training(
     base_weights = world.from_rank_zero(lambda: base_weights_of(parts))
     if encoded is None and parts.needs_store:
         rows = np.concatenate([plan.comparisons, data.rows("dev")])
-        leave = functools.partial(watch.leave_if_asked, world)
+        leave = functools.partial(watch.leave_if_requested, world)
         collator = encode_frozen(context, parts, collator, rows, base_weights, between=leave)
     elif encoded is None:
         backbone = load_partitioned(context, parts)
@@ -165,7 +165,7 @@ def encode_frozen(
         between: called before each forward.
 
     Raises:
-        StopAsked: what `between` raises; the cache keeps what was encoded.
+        StopRequested: what `between` raises; the cache keeps what was encoded.
     """
     config, world = context.config, context.world
 

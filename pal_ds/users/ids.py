@@ -52,8 +52,8 @@ class UserIds(Sequence[str]):
         import pyarrow as pa
 
         chunks = [chunk.cast(pa.large_string()) for chunk in column.chunks]
-        found = [cls._from_chunk(chunk) for chunk in chunks if len(chunk)]
-        return found[0] if len(found) == 1 else cls.of(()).joined(*found)
+        parts = [cls._from_chunk(chunk) for chunk in chunks if len(chunk)]
+        return parts[0] if len(parts) == 1 else cls.of(()).joined(*parts)
 
     @classmethod
     def _from_chunk(cls, chunk: Any) -> "UserIds":
@@ -143,9 +143,9 @@ class UserIds(Sequence[str]):
         rows = np.full(len(wanted), -1, np.int64)
         if len(self) == 0:
             return rows
-        asked = wanted._hashes()
-        first = np.searchsorted(hashes, asked)
-        last = np.searchsorted(hashes, asked, side="right")
+        wanted_hashes = wanted._hashes()
+        first = np.searchsorted(hashes, wanted_hashes)
+        last = np.searchsorted(hashes, wanted_hashes, side="right")
         there = np.flatnonzero(first < last)
         found = order[first[there]]
         same = _equal(self.take(found), wanted.take(there))

@@ -124,13 +124,13 @@ class ShardedUserTable:
 
     def _block(self, begin: int, end: int) -> Float[Tensor, "n R"]:
         first, last = (min(max(row, self.begin), self.end) for row in (begin, end))
-        found = self._from_all(
+        block = self._from_all(
             end - begin,
             torch.arange(first - begin, last - begin),
             lambda: self.own.records[first - self.begin : last - self.begin],
             width_of(self.num_prototypes),
         )
-        return found.cpu()
+        return block.cpu()
 
     def _from_all(
         self, num_rows: int, mine: Int[Tensor, "m"], own: Callable[[], Tensor], width: int

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from pal_ds.eval.sanity_checks import (
-    Judged,
+    ScoredPairs,
     both_nearly_perfect,
     no_better_than_surface,
     training_accuracy,
@@ -13,36 +13,43 @@ from pal_ds.eval.sanity_checks import (
 )
 
 
-def judged(num_right: int, num_pairs: int = 100) -> Judged:
+def scored_pairs(num_right: int, num_pairs: int = 100) -> ScoredPairs:
     """Each pair with a prompt of its own."""
-    return Judged((np.arange(num_pairs) < num_right).astype(float), np.arange(num_pairs))
+    return ScoredPairs((np.arange(num_pairs) < num_right).astype(float), np.arange(num_pairs))
 
 
 def test_unseen_above_seen_by_more_than_the_interval() -> None:
     # Half of the interval of a gap between 0.6 and 0.75 of 100 pairs each: 1.96 * 0.0657 = 0.129.
-    assert unseen_above_seen(judged(60), judged(72)) == []
-    (warning,) = unseen_above_seen(judged(60), judged(75))
+    assert unseen_above_seen(scored_pairs(60), scored_pairs(72)) == []
+    (warning,) = unseen_above_seen(scored_pairs(60), scored_pairs(75))
     assert "0.750 against 0.600" in warning and "+-0.129" in warning
-    assert unseen_above_seen(judged(75), judged(60)) == []
+    assert unseen_above_seen(scored_pairs(75), scored_pairs(60)) == []
     # The same share of few prompts says little.
-    few = Judged(judged(75).right, np.arange(100) // 25)
-    assert unseen_above_seen(judged(60), few) == []
-    empty = Judged(np.empty(0), np.empty(0))
-    assert unseen_above_seen(empty, judged(75)) == unseen_above_seen(judged(60), empty) == []
+    few = ScoredPairs(scored_pairs(75).right, np.arange(100) // 25)
+    assert unseen_above_seen(scored_pairs(60), few) == []
+    empty = ScoredPairs(np.empty(0), np.empty(0))
+    assert (
+        unseen_above_seen(empty, scored_pairs(75))
+        == unseen_above_seen(scored_pairs(60), empty)
+        == []
+    )
 
 
 def test_train_and_held_out_nearly_perfect_on_real_data() -> None:
     real: dict[str, Any] = {"source": {"class": "Jsonl"}}
-    (warning,) = both_nearly_perfect(0.97, judged(96), real)
+    (warning,) = both_nearly_perfect(0.97, scored_pairs(96), real)
     assert "0.970" in warning and "0.960" in warning
-    assert both_nearly_perfect(0.97, judged(95), real) == []
-    assert both_nearly_perfect(0.95, judged(96), real) == []
-    assert both_nearly_perfect(None, judged(96), real) == []
-    assert both_nearly_perfect(0.97, judged(96), {**real, "bayes_accuracy": {"test": 0.99}}) == []
+    assert both_nearly_perfect(0.97, scored_pairs(95), real) == []
+    assert both_nearly_perfect(0.95, scored_pairs(96), real) == []
+    assert both_nearly_perfect(None, scored_pairs(96), real) == []
+    assert (
+        both_nearly_perfect(0.97, scored_pairs(96), {**real, "bayes_accuracy": {"test": 0.99}})
+        == []
+    )
 
 
 def test_baselines_that_do_not_read() -> None:
-    model, prompts = judged(80), judged(80).prompts
+    model, prompts = scored_pairs(80), scored_pairs(80).prompts
     # Right on 60 of the model's 80 and on no other: behind by 20 points, 1.96 * 0.040 of which are noise.
     behind = (np.arange(100) < 60).astype(float)
     assert no_better_than_surface(model, behind, behind) == []
@@ -55,7 +62,9 @@ def test_baselines_that_do_not_read() -> None:
     assert "first and last token: 0.780" in form
     assert no_better_than_surface(model, None, None) == []
     # Ahead on every pair that they judge differently: no noise in that.
-    assert no_better_than_surface(Judged(np.ones(100), prompts), np.ones(100) - 0.1, None) == []
+    assert (
+        no_better_than_surface(ScoredPairs(np.ones(100), prompts), np.ones(100) - 0.1, None) == []
+    )
 
 
 def test_accuracy_in_training_is_of_the_end() -> None:

@@ -14,8 +14,8 @@ from jaxtyping import TypeCheckError
 import pal_ds.heads
 from pal_ds.heads import HEADS, Features, Head, UserState
 from pal_ds.heads.base import Placement
+from pal_ds.kernels.eager import PairFacts
 from pal_ds.kernels.pair_loss import pair_loss
-from pal_ds.kernels.reference import PairFacts
 
 H, T, NUM_PAIRS = 8, 3, 3
 FOLDER = Path(pal_ds.heads.__file__).parent
@@ -96,7 +96,7 @@ def test_a_judge_of_the_placement_finds_the_same_rewards(head: Head) -> None:
     zeros = torch.zeros(NUM_PAIRS, dtype=torch.int64)
     facts = PairFacts(zeros + 1, zeros, zeros + T, torch.zeros(NUM_PAIRS), torch.ones(NUM_PAIRS))
 
-    def judge(placement: Placement) -> tuple[torch.Tensor, ...]:
+    def placed_loss(placement: Placement) -> tuple[torch.Tensor, ...]:
         return pair_loss(
             placement.response,
             placement.response_index,
@@ -105,15 +105,15 @@ def test_a_judge_of_the_placement_finds_the_same_rewards(head: Head) -> None:
             placement.scale,
             "logistic",
             "mean",
-            "reference",
+            "torch",
         )
 
-    plain, judged = head(_features(), _user(head)), head(_features(), _user(head), judge)
-    torch.testing.assert_close(judged.margin, plain.margin)
-    torch.testing.assert_close(judged.reward, plain.reward)
-    if judged.total is not None:
+    plain, output = head(_features(), _user(head)), head(_features(), _user(head), placed_loss)
+    torch.testing.assert_close(output.margin, plain.margin)
+    torch.testing.assert_close(output.reward, plain.reward)
+    if output.total is not None:
         loss = -torch.nn.functional.logsigmoid(plain.margin).mean(1).sum()
-        torch.testing.assert_close(judged.total, loss)
+        torch.testing.assert_close(output.total, loss)
 
 
 def test_what_a_head_offers_to_fit_users_by_agrees_with_its_rewards(head: Head) -> None:

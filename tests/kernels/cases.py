@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pal_ds.kernels.eager import PairFacts, PairLossOutput
 from pal_ds.kernels.pair_loss import pair_loss
-from pal_ds.kernels.reference import Judged, PairFacts
 
 
 @dataclass
@@ -24,14 +24,14 @@ class Comparisons:
         response, point = self.response.to(dtype), self.point.to(dtype)
         return Comparisons(response, self.index, point, self.facts, scale)
 
-    def judge(self, kind: str, weighting: str, implementation: str) -> dict[str, Tensor]:
+    def compute(self, kind: str, weighting: str, implementation: str) -> dict[str, Tensor]:
         """Outputs and gradients by name."""
         response, point = (
             self.response.clone().requires_grad_(),
             self.point.clone().requires_grad_(),
         )
         scale = None if self.scale is None else self.scale.clone().requires_grad_()
-        judged: Judged = pair_loss(
+        output: PairLossOutput = pair_loss(
             response=response,
             response_index=self.index,
             point=point,
@@ -41,8 +41,8 @@ class Comparisons:
             weighting=weighting,
             implementation=implementation,
         )
-        judged.total.backward()
-        made = {**judged._asdict(), "d_response": response.grad, "d_point": point.grad}
+        output.total.backward()
+        made = {**output._asdict(), "d_response": response.grad, "d_point": point.grad}
         if scale is not None:
             made["d_scale"] = scale.grad
         return {name: value.detach() for name, value in made.items()}

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pal_ds.kernels import dispatch, reference
+from pal_ds.kernels import dispatch, eager
 from pal_ds.kernels.dispatch import choose, covers
 from pal_ds.kernels.dispatch_table import LIMITS, TABLE, Row
-from pal_ds.kernels.judge import FusedLoss
+from pal_ds.kernels.fused_loss import FusedLoss
 from pal_ds.kernels.pair_loss import pair_loss
 from pal_ds.losses import PreferenceLoss
 from tests.kernels.cases import comparisons, same_bits
@@ -27,7 +27,7 @@ def _forget() -> None:
 def test_the_shipped_table_keeps_the_cpu_on_plain_torch() -> None:
     for kernel, limits in LIMITS.items():
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
-            assert choose(kernel, X.to(dtype), dict.fromkeys(limits, 8)) == "reference"
+            assert choose(kernel, X.to(dtype), dict.fromkeys(limits, 8)) == "torch"
     assert not [row for row in TABLE if row.hardware == "cpu"]
 
 
@@ -42,11 +42,11 @@ def test_a_row_decides_by_hardware_dtype_and_shape(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(dispatch, "has_triton", lambda: True)
     table = (ROW,)
     assert choose("pair_loss", X, {"d": 64}, table=table) == "triton"
-    assert choose("pair_loss", X, {"d": 513}, table=table) == "reference"
-    assert choose("pair_loss", X.bfloat16(), {"d": 64}, table=table) == "reference"
-    assert choose("mix", X, {"K": 4, "h": 64}, table=table) == "reference"
+    assert choose("pair_loss", X, {"d": 513}, table=table) == "torch"
+    assert choose("pair_loss", X.bfloat16(), {"d": 64}, table=table) == "torch"
+    assert choose("mix", X, {"K": 4, "h": 64}, table=table) == "torch"
     monkeypatch.setattr(dispatch, "hardware_of", lambda device: "sm_90")
-    assert choose("pair_loss", X, {"d": 64}, table=table) == "reference"
+    assert choose("pair_loss", X, {"d": 64}, table=table) == "torch"
 
 
 def test_without_triton_a_row_falls_back_and_a_demand_is_refused(
@@ -54,7 +54,7 @@ def test_without_triton_a_row_falls_back_and_a_demand_is_refused(
 ) -> None:
     monkeypatch.setattr(dispatch, "has_triton", lambda: False)
     with caplog.at_level(logging.INFO, "pal_ds.kernels.dispatch"):
-        assert choose("pair_loss", X, {"d": 64}, table=(ROW,)) == "reference"
+        assert choose("pair_loss", X, {"d": 64}, table=(ROW,)) == "torch"
     assert "triton is not installed" in caplog.text
     with pytest.raises(ValueError, match="triton is not installed"):
         choose("pair_loss", X, {"d": 64}, "triton")
@@ -85,15 +85,15 @@ def test_compile_compiles_the_reference(monkeypatch: pytest.MonkeyPatch) -> None
         "pal_ds.kernels.pair_loss.compiled", lambda function: compiled.append(function) or function
     )
     case = comparisons(3, 4, 6, cosine=True)
-    made = case.judge("logistic", "mean", "compile")
-    assert same_bits(made, case.judge("logistic", "mean", "reference"))
-    assert compiled == [reference.pair_loss]
+    made = case.compute("logistic", "mean", "compile")
+    assert same_bits(made, case.compute("logistic", "mean", "torch"))
+    assert compiled == [eager.pair_loss]
 
 
 def test_unset_means_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     case = comparisons(2, 1, 4)
     made = pair_loss(case.response, case.index, case.point, case.facts)
-    assert torch.equal(made.margin, case.judge("logistic", "last", "reference")["margin"])
+    assert torch.equal(made.margin, case.compute("logistic", "last", "torch")["margin"])
 
 
 def test_hardware_without_a_row_has_no_judge(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,8 +101,8 @@ def test_hardware_without_a_row_has_no_judge(monkeypatch: pytest.MonkeyPatch) ->
     loss, cpu = PreferenceLoss("hinge", "mean"), torch.device("cpu")
     assert FusedLoss.where_it_pays(loss, cpu) is None
     assert covers("pair_loss", cpu, (ROW,)) and not covers("mix", cpu, (ROW,))
-    assert not covers("pair_loss", cpu, (ROW._replace(implementation="reference"),))
-    monkeypatch.setattr("pal_ds.kernels.judge.covers", lambda kernel, device: True)
+    assert not covers("pair_loss", cpu, (ROW._replace(implementation="torch"),))
+    monkeypatch.setattr("pal_ds.kernels.fused_loss.covers", lambda kernel, device: True)
     assert isinstance(FusedLoss.where_it_pays(loss, cpu), FusedLoss)
 
 
@@ -112,7 +112,7 @@ def test_the_judge_applies_the_loss_of_the_run() -> None:
         response=case.response, response_index=case.index, point=case.point, scale=case.scale
     )
     loss = PreferenceLoss("smooth_hinge", "cumulative")
-    judged, facts = FusedLoss(loss).judge(place, case.facts), case.facts
-    each = loss(judged.margin, facts.label, facts.start, facts.end, facts.required_margin)
-    torch.testing.assert_close(judged.loss, each)
-    torch.testing.assert_close(judged.total, (each * facts.weight).sum())
+    output, facts = FusedLoss(loss).compute(place, case.facts), case.facts
+    each = loss(output.margin, facts.label, facts.start, facts.end, facts.required_margin)
+    torch.testing.assert_close(output.loss, each)
+    torch.testing.assert_close(output.total, (each * facts.weight).sum())

@@ -42,8 +42,8 @@ def test_against_fp64(
         torch.randn(num_rows, width),
         torch.randn(num_rows, num_prototypes),
     )
-    kernel, eager = run(inputs, dtype, "triton"), run(inputs, dtype, "reference")
-    check_errors(kernel, eager, run(inputs, torch.float64, "reference"))
+    kernel, eager = run(inputs, dtype, "triton"), run(inputs, dtype, "torch")
+    check_errors(kernel, eager, run(inputs, torch.float64, "torch"))
 
 
 def test_one_prototype_is_for_everyone() -> None:

@@ -13,12 +13,12 @@ from tests.kernels.cases import comparisons, same_bits
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 
-def judged(cosine: bool, num_responses: int | None) -> dict[str, Tensor]:
+def output(cosine: bool, num_responses: int | None) -> dict[str, Tensor]:
     """More than one span of positions, responses used never, once and often."""
     case = comparisons(
         4, 37, 12, cosine=cosine, points=1 + cosine, num_responses=num_responses, seed=3
     )
-    return case.judge("logistic", "mean", "triton")
+    return case.compute("logistic", "mean", "triton")
 
 
 def mixed(num_sources: int) -> dict[str, Tensor]:
@@ -45,10 +45,10 @@ def scored(num_sources: int) -> dict[str, Tensor]:
 
 
 OPERATIONS: dict[str, Callable[[], dict[str, Tensor]]] = {
-    "distance": lambda: judged(False, None),
-    "distance, shared": lambda: judged(False, 5),
-    "cosine": lambda: judged(True, None),
-    "cosine, shared": lambda: judged(True, 5),
+    "distance": lambda: output(False, None),
+    "distance, shared": lambda: output(False, 5),
+    "cosine": lambda: output(True, None),
+    "cosine, shared": lambda: output(True, 5),
     "mix, one set": lambda: mixed(1),
     "mix, sets": lambda: mixed(4),
     "score, one set": lambda: scored(1),

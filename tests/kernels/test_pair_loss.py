@@ -5,8 +5,8 @@ from itertools import product
 import pytest
 import torch
 
+from pal_ds.kernels.eager import PairFacts
 from pal_ds.kernels.pair_loss import pair_loss
-from pal_ds.kernels.reference import PairFacts
 from tests.kernels.cases import Comparisons, check_errors, comparisons, same_bits
 
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -19,9 +19,9 @@ CHOICES = [
 
 
 def check(case: Comparisons, kind: str = "logistic", weighting: str = "cumulative") -> None:
-    kernel = case.judge(kind, weighting, "triton")
-    eager = case.judge(kind, weighting, "reference")
-    check_errors(kernel, eager, case.to(torch.float64).judge(kind, weighting, "reference"))
+    kernel = case.compute(kind, weighting, "triton")
+    eager = case.compute(kind, weighting, "torch")
+    check_errors(kernel, eager, case.to(torch.float64).compute(kind, weighting, "torch"))
 
 
 @pytest.mark.parametrize(("cosine", "kind", "weighting", "points", "dtype"), CHOICES)
@@ -46,7 +46,7 @@ def test_a_response_of_all_comparisons_and_one_against_itself(cosine: bool) -> N
     case = comparisons(5, 3, 12, cosine=cosine, num_responses=4)
     case.index = torch.tensor([[0, 1], [1, 0], [0, 0], [2, 0], [0, 1]])
     check(case)
-    assert bool((case.judge("hinge", "mean", "triton")["d_response"][3] == 0).all())
+    assert bool((case.compute("hinge", "mean", "triton")["d_response"][3] == 0).all())
 
 
 @pytest.mark.parametrize("cosine", [False, True])
@@ -65,7 +65,7 @@ def test_the_kink_of_the_hinge_has_the_derivative_of_relu() -> None:
     one, zero = torch.ones(1), torch.zeros(1)
     facts = PairFacts(one.long(), zero.long(), one.long(), zero, one)
     case = Comparisons(response, torch.tensor([[0, 1]]), torch.zeros(1, 1, 2), facts)
-    made = case.judge("hinge", "last", "triton")
+    made = case.compute("hinge", "last", "triton")
     assert made["margin"].item() == 1.0 and made["loss"].item() == 0.0
     assert bool((made["d_response"] == 0).all())
     check(case, "hinge", "last")
@@ -75,15 +75,15 @@ def test_the_kink_of_the_hinge_has_the_derivative_of_relu() -> None:
 def test_what_does_not_count_is_not_read(cosine: bool) -> None:
     """NaN outside the windows and in responses that nobody judges changes nothing and yields gradient 0."""
     case = comparisons(3, 9, 8, cosine=cosine)
-    clean = case.judge("logistic", "mean", "triton")
+    clean = case.compute("logistic", "mean", "triton")
     outside = torch.ones(6, 9, dtype=torch.bool)
     for pair in range(3):
         outside[case.index[pair], case.facts.start[pair] : case.facts.end[pair]] = False
     case.response[outside] = float("nan")
-    made = case.judge("logistic", "mean", "triton")
+    made = case.compute("logistic", "mean", "triton")
     assert same_bits(made, clean)
     assert bool((made["d_response"][outside] == 0).all())
-    check_errors(made, case.judge("logistic", "mean", "reference"), clean)
+    check_errors(made, case.compute("logistic", "mean", "torch"), clean)
 
 
 def test_large_margins_neither_overflow_nor_vanish() -> None:
@@ -101,8 +101,8 @@ def test_the_loss_of_a_large_right_margin_keeps_its_digits() -> None:
     case.response[case.index[0], 0] = torch.tensor([[25.0, 0.0], [5.0, 0.0]])
     case.point.zero_(), case.facts.required_margin.zero_(), case.facts.label.fill_(1)
     made, wanted = (
-        case.to(dtype).judge("logistic", "last", implementation)
-        for dtype, implementation in ((torch.float32, "triton"), (torch.float64, "reference"))
+        case.to(dtype).compute("logistic", "last", implementation)
+        for dtype, implementation in ((torch.float32, "triton"), (torch.float64, "torch"))
     )
     torch.testing.assert_close(made["loss"].double(), wanted["loss"], rtol=1e-5, atol=0)
 
@@ -118,8 +118,8 @@ def test_a_pair_depends_on_neither_its_company_nor_the_padding() -> None:
         PairFacts(*(part[pair : pair + 1] for part in case.facts)),
         case.scale,
     )
-    whole = case.judge("logistic", "cumulative", "triton")
-    made = alone.judge("logistic", "cumulative", "triton")
+    whole = case.compute("logistic", "cumulative", "triton")
+    made = alone.compute("logistic", "cumulative", "triton")
     for name in ("loss", "d_point"):
         assert torch.equal(made[name][0], whole[name][pair]), name
     length = made["margin"].shape[1]
@@ -130,25 +130,25 @@ def test_a_pair_depends_on_neither_its_company_nor_the_padding() -> None:
 def test_forward_without_gradients_makes_none() -> None:
     case = comparisons(3, 5, 8)
     with torch.no_grad():
-        judged = pair_loss(
+        output = pair_loss(
             response=case.response,
             response_index=case.index,
             point=case.point,
             facts=case.facts,
             implementation="triton",
         )
-    wanted = case.judge("logistic", "last", "triton")
-    assert torch.equal(judged.margin, wanted["margin"]) and not judged.total.requires_grad
+    wanted = case.compute("logistic", "last", "triton")
+    assert torch.equal(output.margin, wanted["margin"]) and not output.total.requires_grad
 
 
 def test_upstream_factors_and_a_second_backward() -> None:
     """A gradient other than 1 multiplies; the gradients are handed out once."""
     case = comparisons(3, 5, 8, cosine=True, num_responses=4)
-    plain = case.judge("logistic", "mean", "triton")
+    plain = case.compute("logistic", "mean", "triton")
     leaves = [case.response.clone(), case.point.clone(), case.scale.clone()]
     for leaf in leaves:
         leaf.requires_grad_()
-    judged = pair_loss(
+    output = pair_loss(
         response=leaves[0],
         response_index=case.index,
         point=leaves[1],
@@ -158,12 +158,12 @@ def test_upstream_factors_and_a_second_backward() -> None:
         weighting="mean",
         implementation="triton",
     )
-    (2.5 * judged.total).backward(retain_graph=True)
+    (2.5 * output.total).backward(retain_graph=True)
     for leaf, name in zip(leaves, ("d_response", "d_point", "d_scale"), strict=True):
         torch.testing.assert_close(leaf.grad, 2.5 * plain[name], rtol=1e-6, atol=0)
-    assert not (judged.loss.requires_grad or judged.margin.requires_grad)
+    assert not (output.loss.requires_grad or output.margin.requires_grad)
     with pytest.raises(RuntimeError, match="second time"):
-        judged.total.backward()
+        output.total.backward()
 
 
 def test_impossible_inputs_are_refused() -> None:

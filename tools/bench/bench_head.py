@@ -24,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pal_ds.heads import PalA
 from pal_ds.heads.base import Features, UserState
-from pal_ds.kernels import reference
+from pal_ds.kernels import eager
 from pal_ds.kernels.collapse import mixed_linear, mixed_linear_reference
 from pal_ds.kernels.dispatch_table import Implementation
+from pal_ds.kernels.eager import PairFacts
 from pal_ds.kernels.mix import mix
 from pal_ds.kernels.pair_loss import pair_loss
-from pal_ds.kernels.reference import PairFacts
 from pal_ds.kernels.score_all import score_all
 from pal_ds.losses import PreferenceLoss
 from tools.bench.environment import describe_environment
@@ -125,10 +125,10 @@ def cpu_rows(options: argparse.Namespace) -> None:
     name = f"PAL-A head and loss, B {num_pairs}, T {num_positions}, d {dim}, fp32, CPU"
     row(name, {"shipped head": shipped, "kernels' reference": by_reference}, options.rounds)
     if options.compile:
-        contestants = {x: fused(case, None, x) for x in ("reference", "compile")}
+        contestants = {x: fused(case, None, x) for x in ("torch", "compile")}
         row("pair loss, distance, same shape, CPU", contestants, options.rounds)
-    score_rows(options, "cpu", ["reference"], [(512, 1024, 128, 8)])
-    mix_row(options, "cpu", ["reference"], (1000, 64, 8, 8, 256))
+    score_rows(options, "cpu", ["torch"], [(512, 1024, 128, 8)])
+    mix_row(options, "cpu", ["torch"], (1000, 64, 8, 8, 256))
     collapse_row(options, "cpu", (64, 8, 256))
 
 
@@ -141,7 +141,7 @@ def gpu_rows(options: argparse.Namespace) -> None:
         for dtype in (torch.bfloat16, torch.float32):
             for scale in (None, torch.tensor([5.0], device="cuda")):
                 case = pairs(positions // 64, 64, dim, dtype, "cuda")
-                contestants = {x: fused(case, scale, x) for x in ("reference", "compile", "triton")}
+                contestants = {x: fused(case, scale, x) for x in ("torch", "compile", "triton")}
                 kind = "distance" if scale is None else "cosine"
                 name = f"pair loss, {kind}, {positions} positions, d {dim}, {dtype}, GPU"
                 medians = row(name, contestants, options.rounds)
@@ -155,10 +155,10 @@ def gpu_rows(options: argparse.Namespace) -> None:
                         f"{peak_memory(contestants[x]) / 2**20:.0f} MiB"
                     )
     score_rows(
-        options, "cuda", ["reference", "triton"], [(100_000, 10_000, 512, k) for k in (2, 8, 64)]
+        options, "cuda", ["torch", "triton"], [(100_000, 10_000, 512, k) for k in (2, 8, 64)]
     )
     for k in (2, 8, 64):
-        mix_row(options, "cuda", ["reference", "compile", "triton"], (100_000, 4096, 64, k, 1024))
+        mix_row(options, "cuda", ["torch", "compile", "triton"], (100_000, 4096, 64, k, 1024))
         collapse_row(options, "cuda", (4096, k, 512))
 
 
@@ -195,10 +195,13 @@ def fused(case: tuple, scale: Tensor | None, implementation: Implementation) -> 
 
     def run() -> list[Tensor]:
         leaves = [response.detach().requires_grad_(), point.detach().requires_grad_()]
-        judged = pair_loss(
+        loss_and_gradients = pair_loss(
             leaves[0], index, leaves[1], facts, scale, "logistic", "mean", implementation
         )
-        return [judged.total.detach(), *torch.autograd.grad(judged.total, leaves)]
+        return [
+            loss_and_gradients.total.detach(),
+            *torch.autograd.grad(loss_and_gradients.total, leaves),
+        ]
 
     return run
 
@@ -216,7 +219,7 @@ def score_rows(
         prototypes = torch.randn(1, num_prototypes, dim, device=device)
 
         def dense(m=mixture, z=response, p=prototypes) -> list[Tensor]:
-            return [5.0 * reference.unit(m @ p[0]) @ reference.unit(z).T]
+            return [5.0 * eager.unit(m @ p[0]) @ eager.unit(z).T]
 
         contestants = {"dense": dense}
         for x in implementations:

@@ -191,7 +191,7 @@ def run_row(
 ) -> dict[str, Any]:
     """Builds the contestants, holds their loss and gradients against each other, and times those that agree."""
     built: dict[str, Contestant] = {}
-    judged: dict[str, dict[str, Tensor]] = {}
+    loss_and_gradients: dict[str, dict[str, Tensor]] = {}
     errors: dict[str, float] = {}
     weights: dict[str, Tensor] = {}
     print(f"\n{name}", flush=True)
@@ -203,16 +203,16 @@ def run_row(
             continue
         if isinstance(contestant, PalDs) and not weights:
             weights = contestant.weights()
-        judged[label] = contestant.judged()
+        loss_and_gradients[label] = contestant.loss_and_gradients()
         if entry.like is not None:
-            errors[label] = largest_error(judged[label], judged[entry.like])
+            errors[label] = largest_error(loss_and_gradients[label], loss_and_gradients[entry.like])
             if not errors[label] <= LARGEST_ERROR:
                 print(
                     f"  {label:24s} NOT MEASURED: differs from {entry.like} by {errors[label]:.1e}"
                 )
                 continue
         built[label] = contestant
-    del judged
+    del loss_and_gradients
     timed = [
         Timed(label, seconds, built[label].num_padded_tokens, errors.get(label))
         for label, seconds in interleave(built, options.rounds, CLOCKS[options.clock]).items()

@@ -119,12 +119,12 @@ def update_rows(options: argparse.Namespace, num_touched: int) -> dict[str, Any]
         tables[name].apply(rows, gradients, None, RATE)
         return []
 
-    found = {}
+    results = {}
     for read, words in ((False, "update"), (True, "read and update")):
         contestants = {name: partial(update, name, read=read) for name in tables}
         title = f"{words}, {num_touched} users touched, K {K}, CPU"
-        found[title] = row(title, contestants, options.rounds, CLOCKS[options.clock])
-    return found
+        results[title] = row(title, contestants, options.rounds, CLOCKS[options.clock])
+    return results
 
 
 def parameter_row(options: argparse.Namespace) -> dict[str, Any]:
@@ -253,8 +253,8 @@ def stored(num_users: int) -> dict[str, Any]:
         del table
         loaded = timed("load", lambda: UserTable.load(folder))
     assert torch.equal(loaded.logits[::1000], logits), "loaded another table than was saved"
-    asked = [f"user-{row:08d}" for row in range(0, num_users, max(1, num_users // 1000))]
-    timed("1,000 look-ups", lambda: loaded.rows(asked))
+    user_ids = [f"user-{row:08d}" for row in range(0, num_users, max(1, num_users // 1000))]
+    timed("1,000 look-ups", lambda: loaded.rows(user_ids))
     return {"once": found}
 
 

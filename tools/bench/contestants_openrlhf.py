@@ -54,7 +54,7 @@ class OpenRlhf(Contestant):
         columns = max(longest[0].shape[-1], longest[2].shape[-1])
         self.num_padded_tokens = 2 * len(case.timed) * columns
 
-    def judged(self) -> dict[str, Tensor]:
+    def loss_and_gradients(self) -> dict[str, Tensor]:
         chosen, chosen_mask, rejected, rejected_mask, _ = self.collate(self.parity)
         parts = (x.squeeze(1) for x in (chosen, chosen_mask, rejected, rejected_mask))
         better, worse, _ = self.trainer.concatenated_forward(self.model, *parts)

@@ -99,7 +99,7 @@ class PalDs(Contestant):
         own = {name: weight.detach().clone() for name, weight in named}
         return {**own, "users": self._leaf(self._parity_users()).detach()}
 
-    def judged(self) -> dict[str, Tensor]:
+    def loss_and_gradients(self) -> dict[str, Tensor]:
         state, module = self.state, self.state.engine.module
         rows = state.data.rows("dev")
         batch = self._padded(self.inputs.collator(rows, np.arange(len(rows)), self.inputs.draws))

@@ -78,7 +78,7 @@ class Reference(Contestant):
             },
         )
 
-    def judged(self) -> dict[str, Tensor]:
+    def loss_and_gradients(self) -> dict[str, Tensor]:
         loss = self._loss(default_collate(self.parity))
         self.learner.zero_grad()
         loss.backward()

@@ -52,7 +52,7 @@ class Trl(Contestant):
         self.model = self.trainer.model.train()
         self.num_padded_tokens = self.trainer.data_collator(self.timed)["input_ids"].numel()
 
-    def judged(self) -> dict[str, Tensor]:
+    def loss_and_gradients(self) -> dict[str, Tensor]:
         loss = self.trainer.compute_loss(self.model, self.trainer.data_collator(self.parity))
         named = dict(self.model.named_parameters())
         made = torch.autograd.grad(loss, list(named.values()))

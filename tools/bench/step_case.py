@@ -33,7 +33,7 @@ class Contestant(ABC):
     """Positions that the backbone computes in one step, pads included."""
 
     @abstractmethod
-    def judged(self) -> dict[str, Tensor]:
+    def loss_and_gradients(self) -> dict[str, Tensor]:
         """`loss` and the gradient of every weight on the parity pairs, under pal_ds's names; weights stay."""
 
     @abstractmethod

@@ -82,18 +82,18 @@ class HuggingFace(Source):
         return len(self._dataset)
 
     def _keys(self) -> dict[str, str]:
-        found = self._dataset.column_names
+        columns = self._dataset.column_names
         for key, column in self.columns.items():
-            if column not in found:
+            if column not in columns:
                 raise UserError(
                     f"{self.path}, split {self.split}: no column '{column}' (columns: {key})"
-                    f"{nearest(column, found)}; it has {', '.join(found)}"
+                    f"{nearest(column, columns)}; it has {', '.join(columns)}"
                 )
-        own = {key: key for key in KNOWN_KEYS if key in found and key not in self.columns}
+        own = {key: key for key in KNOWN_KEYS if key in columns and key not in self.columns}
         keys = {**own, **self.columns}
         if not keys:
             raise UserError(
-                f"{self.path}, split {self.split}: none of its columns ({', '.join(found)}) is one "
+                f"{self.path}, split {self.split}: none of its columns ({', '.join(columns)}) is one "
                 "of ours; map them with columns, for example {chosen: better, rejected: worse}"
             )
         return keys

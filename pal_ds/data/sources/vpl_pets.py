@@ -97,7 +97,7 @@ class VplPets(Source):
         for code, (split, texts) in enumerate(self._texts().items()):
             rng = np.random.default_rng([self.seed, 1 + code])
             for _ in range(self._counts[split]):
-                yield from _judged(rng, split, texts)
+                yield from _record(rng, split, texts)
 
     def describe(self) -> dict[str, Any]:
         """Settings and how many sentences of each animal a split has."""
@@ -151,7 +151,7 @@ def _divided(rng: np.random.Generator, texts: list[str]) -> dict[str, list[str]]
     }
 
 
-def _judged(rng: np.random.Generator, split: str, texts: _Texts) -> Iterator[Record]:
+def _record(rng: np.random.Generator, split: str, texts: _Texts) -> Iterator[Record]:
     """One pair, judged by both users."""
     kind = int(rng.integers(2 * len(AGREED)))
     controversial = kind >= len(AGREED)

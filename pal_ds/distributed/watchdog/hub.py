@@ -75,7 +75,7 @@ class Hub:
         self._own_failures.append(failure)
         self._wake.send(b"!")
 
-    def wait_until_told(self, seconds: float) -> None:
+    def wait_for_verdict(self, seconds: float) -> None:
         """Until the others have heard the verdict and left, at most so long."""
         self._alone.wait(seconds)
 

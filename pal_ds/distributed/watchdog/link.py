@@ -57,7 +57,7 @@ class Link:
         """This rank's own failure, from any thread."""
         self._send({"failed": failure, "beat": self._beat()})
 
-    def wait_until_told(self, seconds: float) -> None:
+    def wait_for_verdict(self, seconds: float) -> None:
         """Nothing to wait for: rank 0 tells the others."""
 
     def close(self) -> None:

@@ -67,7 +67,7 @@ def watch(
             yield
         except Exception as error:
             if world.is_rank_zero and is_symptom(error):
-                record(on_loss, told(error))
+                record(on_loss, one_line(error))
             raise
         return
     watcher = Watcher(world, stacks, Pace(60 * hang_minutes, world.world_size), on_loss)
@@ -183,7 +183,7 @@ class Watcher:
             return
         within(SECONDS_TO_WRITE_STACKS, lambda: self._record(verdict.text, verdict))
         assert self._line is not None
-        self._line.wait_until_told(self.pace.patience)
+        self._line.wait_for_verdict(self.pace.patience)
         within(SECONDS_TO_WRITE_STACKS, lambda: leave(verdict.code))
         os._exit(verdict.code)
 
@@ -210,26 +210,26 @@ class Watcher:
         if self._thread_ends:
             threading.Event().wait()  # the end of the process is under way
         symptom = is_symptom(error)
-        self._line.report(Failure(self.world.rank, told(error), code, symptom))
+        self._line.report(Failure(self.world.rank, one_line(error), code, symptom))
         # A bit longer than rank 0 waits for a cause; where this is the cause, it is known at once.
         self._known.wait(2 * self.pace.patience + self.pace.interval)
         verdict = self.verdict
         if verdict is not None:
             self._written.wait(SECONDS_TO_WRITE_STACKS)
         if self.world.world_size > 1:
-            self._line.wait_until_told(self.pace.patience)
+            self._line.wait_for_verdict(self.pace.patience)
             timer = threading.Timer(SECONDS_TO_LEAVE, os._exit, (code,))
             timer.daemon = True
             timer.start()
         if not symptom:
             return None
-        found = None if verdict is None or self.world.rank in verdict.ranks else verdict
-        self._record(found.text if found else told(error), found)
-        if found is None:
+        cause = None if verdict is None or self.world.rank in verdict.ranks else verdict
+        self._record(cause.text if cause else one_line(error), cause)
+        if cause is None:
             return None
-        lost = RankLostError(found.text)
+        lost = RankLostError(cause.text)
         # What one rank could not do, and a person can mend, ends the whole job with that code.
-        lost.exit_code, lost.told = found.code, not found.may_be_shared
+        lost.exit_code, lost.is_printed = cause.code, not cause.may_be_shared
         return lost
 
     def close(self) -> None:
@@ -280,7 +280,7 @@ def exit_code_of(error: BaseException) -> int:
     return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
-def told(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """One line about it for other ranks."""
     text = " ".join(str(error).split())[:1000]
     name = [] if isinstance(error, UserError) else [type(error).__name__]

@@ -176,14 +176,14 @@ def _forget_in_evaluations(run: RunDirectory, user_id: str) -> list[str]:
 
 def _rewrite_figures(path: Path, user_id: str) -> bool:
     figures = json.loads(path.read_text())
-    found = False
+    holds_user = False
     for section in (figures, figures.get("unknown_users", {})):
         users = section.get("users")
         if isinstance(users, dict) and users.pop(user_id, None) is not None:
-            found = True
-    if found:
+            holds_user = True
+    if holds_user:
         write_json(path, figures)
-    return found
+    return holds_user
 
 
 def _rewrite_rows(path: Path, user_id: str) -> bool:

@@ -82,15 +82,15 @@ class Layout:
         widths = {name: self._slice_width(shape) for name, shape in group.items()}
         if self.sub_group_size >= sum(widths.values()):
             return [group]
-        found: list[Shapes] = [{}]
+        groups: list[Shapes] = [{}]
         num_values = 0
         for name, shape in group.items():
-            if found[-1] and num_values >= self.sub_group_size:
-                found.append({})
+            if groups[-1] and num_values >= self.sub_group_size:
+                groups.append({})
                 num_values = 0
-            found[-1][name] = shape
+            groups[-1][name] = shape
             num_values += widths[name]
-        return found
+        return groups
 
     def _slice_width(self, shape: tuple[int, ...]) -> int:
         return -(-math.prod(shape) // self.world_size)
@@ -98,12 +98,12 @@ class Layout:
     def paddings(self, shapes: Shapes) -> list[int]:
         """Stages 1 and 2: unused values after each parameter of a vector, before what pads the whole."""
         unit = (8 if self.bf16 else 4) if self.aligned else 1
-        found, end = [], 0
+        gaps, end = [], 0
         for shape in shapes.values():
             end += math.prod(shape)
-            found.append(-end % unit)
-            end += found[-1]
-        return [*found[:-1], 0] if found else []
+            gaps.append(-end % unit)
+            end += gaps[-1]
+        return [*gaps[:-1], 0] if gaps else []
 
     def num_values(self, shapes: Shapes) -> int:
         """Length of each rank's part of a vector, padding included."""
@@ -124,26 +124,26 @@ class Layout:
         return self._slices(shapes, rank) if self.stage == 3 else self._cuts(shapes, rank)
 
     def _slices(self, shapes: Shapes, rank: int) -> list[Piece]:
-        found, offset = [], 0
+        slices, offset = [], 0
         for name, shape in shapes.items():
             width = self._slice_width(shape)
             num_values = min(math.prod(shape) - rank * width, width)
             if num_values > 0:
-                found.append(Piece(name, rank * width, num_values, offset))
+                slices.append(Piece(name, rank * width, num_values, offset))
             offset += width
-        return found
+        return slices
 
     def _cuts(self, shapes: Shapes, rank: int) -> list[Piece]:
         length = self.num_values(shapes)
         low, high = rank * length, (rank + 1) * length
-        found, begin = [], 0
+        cuts, begin = [], 0
         for (name, shape), padding in zip(shapes.items(), self.paddings(shapes), strict=True):
             end = begin + math.prod(shape)
             first, last = max(low, begin), min(high, end)
             if first < last:
-                found.append(Piece(name, first - begin, last - first, first - low))
+                cuts.append(Piece(name, first - begin, last - first, first - low))
             begin = end + padding
-        return found
+        return cuts
 
 
 def dealt(shapes: Shapes, world_size: int) -> Shapes:

@@ -210,10 +210,10 @@ def check_content(file: Path, entry: dict[str, Any]) -> None:
 
 def refuse_strangers(path: Path) -> None:
     """Raises UntrustedCheckpointError where someone else than this user and root may have written `path`."""
-    found = path.lstat()
-    if found.st_uid not in (os.getuid(), 0):
-        problem = f"belongs to another user (uid {found.st_uid})"
-    elif found.st_mode & stat.S_IWOTH and not stat.S_ISLNK(found.st_mode):
+    status = path.lstat()
+    if status.st_uid not in (os.getuid(), 0):
+        problem = f"belongs to another user (uid {status.st_uid})"
+    elif status.st_mode & stat.S_IWOTH and not stat.S_ISLNK(status.st_mode):
         problem = "may be written by anyone"
     else:
         return

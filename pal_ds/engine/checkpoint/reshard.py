@@ -37,9 +37,9 @@ class ReshardedShards(ShardFiles):
         # DeepSpeed asks for the model's twice, then once for the optimizer's: then none need be kept here.
         if path.endswith("_model_states.pt"):
             return self._model_states
-        found = self._optimizer_states
+        states = self._optimizer_states
         self._model_states = self._optimizer_states = {}
-        return found
+        return states
 
 
 def shards_for(engine: Any, path: Path, world: World) -> ShardFiles:
@@ -79,9 +79,9 @@ def shards_for(engine: Any, path: Path, world: World) -> ShardFiles:
     shards = ReshardedShards(model_states, optimizer_states)
     _read_through(engine, shards, resharder.checkpoint.path)
     if world.is_rank_zero:
-        told = (_told(resharder.old, new), _told(new, resharder.old))
+        described = (_describe(resharder.old, new), _describe(new, resharder.old))
         seconds = time.monotonic() - started
-        logger.warning("resharded %s from %s to %s in %.1f s", path.name, *told, seconds)
+        logger.warning("resharded %s from %s to %s in %.1f s", path.name, *described, seconds)
     return shards
 
 
@@ -114,13 +114,13 @@ def _check_fits(engine: Any, resharder: Resharder) -> None:
         resharder.groups
     ):
         raise UserError(
-            f"{path}: {_told(resharder.old, resharder.new)} wrote it, and train.ds_config or optim now orders "
+            f"{path}: {_describe(resharder.old, resharder.new)} wrote it, and train.ds_config or optim now orders "
             f"parameters in a way that resharding does not know. Launch with {resharder.old.world_size} ranks and the "
             "settings of then."
         )
 
 
-def _told(layout: Layout, other: Layout) -> str:
+def _describe(layout: Layout, other: Layout) -> str:
     """A layout in words: its ranks, and what else sets it off from the other."""
     words = [f"{layout.world_size} rank{'s' * (layout.world_size != 1)}"]
     if layout.stage != other.stage:

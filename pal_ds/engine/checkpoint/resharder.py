@@ -37,15 +37,15 @@ class Resharder:
     """What the new optimizer keeps of each parameter group; unset means the same keys as the stored one."""
 
     def __post_init__(self) -> None:
-        path, found = self.checkpoint.path.parent, self.checkpoint.state_names() - _ADAM
+        path, unknown = self.checkpoint.path.parent, self.checkpoint.state_names() - _ADAM
         if 0 in (self.old.stage, self.new.stage) and self.old.stage != self.new.stage:
             raise UserError(
                 f"{path}: written at ZeRO stage {self.old.stage}, this run has stage {self.new.stage}. Stages 1, 2 and "
                 "3 can be exchanged, stage 0 cannot: restore train.ds_config, or start in another --run_dir."
             )
-        if found or (self.old.stage > 0 and not self.groups):
+        if unknown or (self.old.stage > 0 and not self.groups):
             raise UserError(
-                f"{path}: its optimizer states ({', '.join(sorted(found)) or 'elastic'}) are not those of Adam, so "
+                f"{path}: its optimizer states ({', '.join(sorted(unknown)) or 'elastic'}) are not those of Adam, so "
                 f"they cannot be resharded. Launch with {self.old.world_size} ranks."
             )
 
@@ -159,8 +159,8 @@ class Resharder:
         addresses = []
         for group, each in zip(self.groups, shapes, strict=True):
             pieces = {piece.name: piece for piece in self.new.pieces(each, rank)}
-            found = (pieces[name] for name in group if name in pieces)
-            addresses.append({p.name: fragment_address(p.num_values, p.offset) for p in found})
+            present = (pieces[name] for name in group if name in pieces)
+            addresses.append({p.name: fragment_address(p.num_values, p.offset) for p in present})
         return {
             "single_partition_of_fp32_groups": [
                 master[: len(master) - padding]
@@ -182,15 +182,15 @@ class Resharder:
         return values
 
     def _adam(self, rank: int) -> dict[int, dict[str, Any]]:
-        found: dict[int, dict[str, Any]] = {}
+        states: dict[int, dict[str, Any]] = {}
         for index, (_, shapes) in enumerate(self.vectors):
             step = self._step(shapes)
             if step is not None:
                 # A tensor of its own for each vector: torch's Adam counts in place.
                 count = int(step) if self.new.offloads_optimizer else torch.tensor(step)
                 moments = {kind: self._fill(shapes, rank, kind) for kind in MOMENTS}
-                found[index] = {"step": count, **moments}
-        return found
+                states[index] = {"step": count, **moments}
+        return states
 
     def _step(self, shapes: Shapes) -> float | None:
         counts = {self.checkpoint.step(name) for name in shapes}

@@ -18,7 +18,7 @@ GONE = ".gone"
 REPLACED = ".replaced"
 """Suffix of a step whose successor of the same number is being published."""
 _LEFTOVER = re.compile(r"step_\d+(\.tmp|\.replaced|\.gone|\.tmp\.gone|\.replaced\.gone)")
-_told: set[Path] = set()
+_warned_of: set[Path] = set()
 """What could not be deleted and has been complained of."""
 
 
@@ -66,11 +66,11 @@ def discard(path: Path) -> None:
             reached("renamed for deletion")
         if gone.exists():
             shutil.rmtree(gone)
-        _told.discard(gone)
+        _warned_of.discard(gone)
     except OSError as error:
-        if gone not in _told:
+        if gone not in _warned_of:
             logger.warning("%s: cannot be deleted (%s); it takes room until it can.", path, error)
-            _told.add(gone)
+            _warned_of.add(gone)
 
 
 def restore_replaced(run: RunDirectory) -> None:

@@ -165,8 +165,8 @@ class ShardedCheckpoint:
         Raises:
             KeyError: there is no such name.
         """
-        found = self._states[0][self._places[name].vector].get("step")
-        return float(found.read()) if isinstance(found, StoredTensor) else found
+        value = self._states[0][self._places[name].vector].get("step")
+        return float(value.read()) if isinstance(value, StoredTensor) else value
 
     def state_names(self) -> set[str]:
         """What the optimizer holds of parameters: `step`, `exp_avg`, `exp_avg_sq` under Adam."""

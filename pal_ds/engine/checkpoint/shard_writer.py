@@ -50,7 +50,7 @@ class ShardFiles:
                     raise shard.failure
                 shard.sync()
         except OSError as error:
-            self.failure = _as_told(error, path)
+            self.failure = _as_storage_error(error, path)
             return
         with torch.serialization.safe_globals(_classes_in_shards()):
             self._foreign += torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -99,7 +99,7 @@ class ShardFiles:
         try:
             os.makedirs(path, exist_ok=exist_ok)  # noqa: PTH103 (DeepSpeed gives text)
         except OSError as error:
-            self.failure = self.failure or _as_told(error, path)
+            self.failure = self.failure or _as_storage_error(error, path)
 
     def create(self, info: Any) -> None:
         """A tag begins; its directory is there already."""
@@ -191,10 +191,10 @@ class _MarkedReader:
         return done
 
 
-def _as_told(error: OSError, path: str) -> StorageError:
+def _as_storage_error(error: OSError, path: str) -> StorageError:
     """Whatever kept a shard from being written, the ranks must agree on it."""
-    told = storage_error(error, path)
-    return told or StorageError(f"{path}: cannot be written: {error}. Mend this and start again.")
+    known = storage_error(error, path)
+    return known or StorageError(f"{path}: cannot be written: {error}. Mend this and start again.")
 
 
 def _classes_in_shards() -> list[Any]:

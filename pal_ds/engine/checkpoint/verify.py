@@ -35,8 +35,8 @@ def newest_intact_for_all(
         phase.enter("verify a checkpoint")
         manifest = world.from_rank_zero(lambda: check_listing(path, trust=trust))
         mine = share_of(manifest["files"], world.rank, world.world_size)
-        found = world.on_every_rank(lambda: _first_problem(path, mine))
-        problems = [problem for problem in world.gather(found) if problem is not None]
+        own_problem = world.on_every_rank(lambda: _first_problem(path, mine))
+        problems = [problem for problem in world.gather(own_problem) if problem is not None]
         if problems:
             # The one that a process alone would have come to first.
             raise min(problems, key=lambda problem: problem[0])[1]

@@ -78,15 +78,15 @@ def import_checkpoint(checkpoint: Path, out: Path, options: ImportOptions) -> di
         merged = merge_copies(tensors)
         backbone = {n: t for n, t in merged.items() if n.startswith(BACKBONE)}
         rest = {n: t for n, t in merged.items() if n not in backbone}
-        found = head_from_reference(rest, _read_config(options.config))
+        imported = head_from_reference(rest, _read_config(options.config))
     except ValueError as error:
         raise UserError(f"{checkpoint} with {options.config}: {error}") from None
     backbone = {n.removeprefix(BACKBONE): t for n, t in backbone.items()}
-    users = UserTable(found.logits.shape[1], found.user_ids)
-    users.logits.copy_(found.logits)
+    users = UserTable(imported.logits.shape[1], imported.user_ids)
+    users.logits.copy_(imported.logits)
     users.seen.fill_(True)
     with new_folder(out) as folder:
-        facts = _fill(folder, found, users, backbone, options)
+        facts = _fill(folder, imported, users, backbone, options)
         facts["imported_from"] = checkpoint.name
         facts["checkpoint_sha256"] = card.sha256_of(checkpoint)
         card.write_card(folder, facts)
@@ -147,12 +147,12 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _fill(
     folder: Path,
-    found: ReferenceHead,
+    imported: ReferenceHead,
     users: UserTable,
     backbone: dict[str, Tensor],
     options: ImportOptions,
 ) -> dict[str, Any]:
-    head = found.head
+    head = imported.head
     audience = choose_audience(head, users, user=options.user, mixture=options.mixture)
     inner = _backbone_config(options.backbone)
     form = TextForm.of(
@@ -163,7 +163,7 @@ def _fill(
     pad = form.write_tokenizer(options.backbone, folder, options.max_length)
     config = PalRewardConfig(
         text_config=inner,
-        head={"name": type(head).__name__, "init": found.init},
+        head={"name": type(head).__name__, "init": imported.init},
         mixture=audience.mixture,
         **form.config,
         max_tokens=options.max_length,
@@ -171,10 +171,10 @@ def _fill(
     )
     bundle_code.write_pal_code(folder, head)
     write_config(folder, config, PalForSequenceClassification.__name__, PAL_AUTO_MAP)
-    if hidden_size_of(inner) != found.hidden_size:
+    if hidden_size_of(inner) != imported.hidden_size:
         raise UserError(
             f"--backbone {options.backbone}: its hidden states are {hidden_size_of(inner)} wide, the "
-            f"checkpoint's head reads {found.hidden_size}. Give the backbone that it was trained with."
+            f"checkpoint's head reads {imported.hidden_size}. Give the backbone that it was trained with."
         )
     weights = _weights(backbone, options.backbone, head)
     target = on_meta(PalForSequenceClassification, config)

@@ -73,13 +73,13 @@ def _appended(source: Any, text: str, end_text: str) -> tuple[int, list[int]]:
 
 def _prompt_end(source: Any, prompt_end: str, end_text: str) -> tuple[int, list[int]]:
     """The end after a prompt. All prompts end alike, so it joins with them in one way at most."""
-    found = [_appended(source, probe + prompt_end, end_text) for probe in _PROBES]
-    if any(item != found[0] for item in found):
+    endings = [_appended(source, probe + prompt_end, end_text) for probe in _PROBES]
+    if any(item != endings[0] for item in endings):
         raise UserError(
             f"--prompt_end {prompt_end!r}: {end_text!r} after it becomes other tokens from prompt to "
             "prompt. Give the text that ended every prompt."
         )
-    return found[0]
+    return endings[0]
 
 
 def _marker(source: Any, prompt_end: str) -> list[int]:

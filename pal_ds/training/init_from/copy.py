@@ -164,9 +164,9 @@ def _table(
     theirs, logits = origin.users(head)
     ids = ids_of_table(config, data)
     table = UserTable(head.num_prototypes, ids, config.users, config.train.seed)
-    found = theirs.find(ids)
-    rows = np.flatnonzero(found >= 0)
-    table.logits[torch.from_numpy(rows)] = logits[torch.from_numpy(found[rows])].float()
+    origin_rows = theirs.find(ids)
+    rows = np.flatnonzero(origin_rows >= 0)
+    table.logits[torch.from_numpy(rows)] = logits[torch.from_numpy(origin_rows[rows])].float()
     return table, len(rows)
 
 

@@ -102,12 +102,12 @@ def _verify(path: Path, listed: dict[str, str]) -> None:
 
 def _tensors(path: Path, listed: dict[str, str]) -> dict[str, Path]:
     """File of each tensor."""
-    found = {}
+    file_of = {}
     for name in sorted(listed):
         if name.endswith(".safetensors"):
             with safe_open(str(path / name), "pt") as file:
-                found |= dict.fromkeys(file.keys(), path / name)
-    return found
+                file_of |= dict.fromkeys(file.keys(), path / name)
+    return file_of
 
 
 def _shape(file: Path, name: str) -> tuple[int, ...]:

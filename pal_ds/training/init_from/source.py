@@ -60,5 +60,5 @@ def logits_of(head: Head, mixtures: Float[Tensor, "U K"]) -> Float[Tensor, "U K"
         # Below what a float can tell apart, a share is as good as this one.
         logits = mixtures.double().clamp(min=1e-12).log()
         logits = (logits / (shares[0] / shares[1]).double().log()).float()
-        found = head.mixture_weights(UserState(logits))
-    return logits if torch.allclose(found, mixtures, atol=1e-5) else None
+        roundtrip = head.mixture_weights(UserState(logits))
+    return logits if torch.allclose(roundtrip, mixtures, atol=1e-5) else None

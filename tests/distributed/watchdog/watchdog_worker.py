@@ -194,7 +194,7 @@ def run_rank(name: str, rank: int, num_ranks: int, folder: Path) -> NoReturn:
         code = 0
     except UserError as error:
         code = error.exit_code
-        if rank == 0 and not getattr(error, "told", False):
+        if rank == 0 and not getattr(error, "is_printed", False):
             print(f"pal-ds: error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130

@@ -1,7 +1,7 @@
-"""How a training step uses the fused pair loss without knowing the head: a judge of where responses and users lie.
+"""How a training step uses the fused pair loss without knowing the head: a loss of where responses and users lie.
 
 A head whose reward is a distance or a cosine can say where its responses and its users' points lie (`Placement`);
-the step hands it a judge made for the batch, which answers with the loss. Other heads never call theirs.
+the step hands it a loss made for the batch. Other heads never call theirs.
 """
 
 from typing import Protocol
@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pal_ds.kernels.dispatch import covers
+from pal_ds.kernels.eager import PairFacts, PairLossOutput
 from pal_ds.kernels.pair_loss import pair_loss
-from pal_ds.kernels.reference import Judged, PairFacts
 from pal_ds.losses import PreferenceLoss
 
 
@@ -30,7 +30,7 @@ class Placement(Protocol):
 
 
 class FusedLoss:
-    """The loss of a run, judged by the kernel that the dispatch table names."""
+    """The loss of a run, computed by the kernel that the dispatch table names."""
 
     def __init__(self, loss: PreferenceLoss):
         self.loss = loss
@@ -40,7 +40,7 @@ class FusedLoss:
         """None on hardware without a row in the dispatch table: the step then stays as it is, to the bit."""
         return cls(loss) if covers("pair_loss", device) else None
 
-    def judge(self, placement: Placement, facts: PairFacts) -> Judged:
+    def compute(self, placement: Placement, facts: PairFacts) -> PairLossOutput:
         """The pair loss of a placement; `facts.weight` holds every factor of the total."""
         return pair_loss(
             placement.response,

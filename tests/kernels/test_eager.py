@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pal_ds.heads import Features, PalA, PalB, UserState
 from pal_ds.heads.geometry import bounded_scale
-from pal_ds.kernels import reference
+from pal_ds.kernels import eager
 from pal_ds.kernels.mix import mix
 from pal_ds.kernels.pair_loss import pair_loss
 from pal_ds.losses import PreferenceLoss, token_weights
@@ -20,7 +20,7 @@ B, R, T, H, K = 6, 5, 4, 10, 3
 @pytest.mark.parametrize("weighting", ["last", "mean", "cumulative"])
 def test_token_weights_are_those_of_the_losses(weighting: str) -> None:
     facts = comparisons(20, 50, 1).facts
-    made = reference.token_weights(weighting, facts.start, facts.end, 50)
+    made = eager.token_weights(weighting, facts.start, facts.end, 50)
     assert torch.equal(made, token_weights(weighting, facts.start, facts.end, 50))
 
 
@@ -33,7 +33,7 @@ def test_derivatives_in_fp64(cosine: bool, points: int) -> None:
 
     def total(response: Tensor, point: Tensor, scale: Tensor | None = None) -> Tensor:
         arguments = (response, case.index, point, case.facts, scale, "logistic", "cumulative")
-        return pair_loss(*arguments, implementation="reference").total
+        return pair_loss(*arguments, implementation="torch").total
 
     assert torch.autograd.gradcheck(total, leaves)
 
@@ -72,7 +72,7 @@ def gradients(total: Tensor, head: PalA | PalB, user: UserState) -> list[Tensor]
     return [total, *torch.autograd.grad(total, [user.logits, *head.parameters()])]
 
 
-@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
 @pytest.mark.parametrize("similarity", ["distance", "cosine"])
 def test_pal_a_end_to_end(
     request: pytest.FixtureRequest, similarity: str, implementation: str
@@ -85,22 +85,22 @@ def test_pal_a_end_to_end(
     rows, zeros = torch.arange(B), torch.zeros(B, dtype=torch.int64)
     mixed, _ = mix(user.logits, rows, head.prototypes[None], zeros, 0.8, implementation)
     scale = bounded_scale(head.log_scale) if similarity == "cosine" else None
-    judged = pair_loss(
+    output = pair_loss(
         head.projector(features.response),
         features.response_index,
         head.projector(mixed)[:, None],
-        reference.PairFacts(**facts),
+        eager.PairFacts(**facts),
         scale,
         "logistic",
         "cumulative",
         implementation,
     )
-    fused, plain = gradients(judged.total, head, user), by_head(head, features, user, facts)
+    fused, plain = gradients(output.total, head, user), by_head(head, features, user, facts)
     for made, wanted in zip(fused, plain, strict=True):
         torch.testing.assert_close(made, wanted, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
 def test_pal_b_end_to_end(request: pytest.FixtureRequest, implementation: str) -> None:
     """The K maps run once per prompt and are mixed without a tensor [B, r, K, d]."""
     if implementation == "triton":
@@ -111,16 +111,16 @@ def test_pal_b_end_to_end(request: pytest.FixtureRequest, implementation: str) -
     rows = torch.arange(B).repeat_interleave(2)
     prompts = features.prompt_index.flatten()
     mixed, _ = mix(user.logits, rows, maps, prompts, 0.8, implementation)
-    judged = pair_loss(
+    output = pair_loss(
         head.response_projector(features.response),
         features.response_index,
         mixed.view(B, 2, H),
-        reference.PairFacts(**facts),
+        eager.PairFacts(**facts),
         bounded_scale(head.log_scale),
         "logistic",
         "cumulative",
         implementation,
     )
-    fused, plain = gradients(judged.total, head, user), by_head(head, features, user, facts)
+    fused, plain = gradients(output.total, head, user), by_head(head, features, user, facts)
     for made, wanted in zip(fused, plain, strict=True):
         torch.testing.assert_close(made, wanted, rtol=2e-5, atol=2e-6)

@@ -28,7 +28,7 @@ class PairFacts(NamedTuple):
     """Factor of the comparison's loss in the total; 0 for the stand-in of an empty run."""
 
 
-class Judged(NamedTuple):
+class PairLossOutput(NamedTuple):
     """What the pair loss says. Only `total` carries gradients."""
 
     total: Float[Tensor, ""]
@@ -52,7 +52,7 @@ def pair_loss(
     facts: PairFacts,
     kind: str,
     weighting: str,
-) -> Judged:
+) -> PairLossOutput:
     """Loss of comparisons by distance (scale unset) or scaled cosine; see `kernels.pair_loss`."""
     dtype = working_dtype(response, point)
     weight = token_weights(weighting, facts.start, facts.end, response.shape[1], dtype)
@@ -70,7 +70,7 @@ def pair_loss(
     signed = facts.label[:, None] * margin - facts.required_margin.to(dtype)[:, None]
     loss = (weight * _LOSSES[kind](signed)).sum(-1)
     total = (facts.weight.to(dtype) * loss).sum()
-    return Judged(total, loss.detach(), reward.detach(), margin.detach())
+    return PairLossOutput(total, loss.detach(), reward.detach(), margin.detach())
 
 
 def token_weights(
