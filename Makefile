@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test check types clean
+.PHONY: install quickstart test check spell types docs containers clean
 
 install: $(VENV)/.installed
 
@@ -25,12 +25,23 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# pyright fetches Node.js at its first run, so it is no part of `make test`.
+spell: install
+	$(BIN)/codespell
+
+# Node.js comes with the requirements; nothing is downloaded here. About three minutes of processor time.
 types: install
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# The manual, into site/: open site/index.html, or look at it while you write with `.venv/bin/mkdocs serve`.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Checked, not built: that needs Docker and a GPU base image.
+containers: install
+	$(BIN)/hadolint containers/Dockerfile
 
 test: check
 	$(BIN)/python -m pytest
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

@@ -88,13 +88,13 @@ def test_what_the_watchdog_or_rank_zero_says_is_not_said_again(
 def test_every_code_is_in_both_tables() -> None:
     import pal_ds.errors
 
-    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    manual = (Path(__file__).resolve().parents[1] / "docs" / "reliability.md").read_text()
     kinds = [kind for kind in vars(pal_ds.errors).values() if isinstance(kind, type)]
     codes = [kind.exit_code for kind in kinds if issubclass(kind, UserError)]
     assert len(codes) == len(set(codes)) == 6
     for code in codes:
         assert f"| {code} | " in (pal_ds.errors.__doc__ or "")
-        assert f"| {code} | " in readme
+        assert f"| {code} | " in manual
 
 
 def test_a_stop_that_was_asked_for_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
