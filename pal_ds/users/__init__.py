@@ -7,10 +7,25 @@ holds a slice of the rows. Either way the same gathered gradients are applied in
 Needs torch alone. Axes: U users, K prototypes, n gradient rows of an update.
 """
 
-from pal_ds.users.config import UsersConfig
-from pal_ds.users.files import USER_FILES, StoredUsers
-from pal_ds.users.sharded import Shard, ShardedUserTable, trained_users
-from pal_ds.users.table import TrainedUsers, UserTable
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pal_ds.users.config import UsersConfig
+    from pal_ds.users.files import USER_FILES, StoredUsers
+    from pal_ds.users.sharded import Shard, ShardedUserTable, trained_users
+    from pal_ds.users.table import TrainedUsers, UserTable
+
+_MODULE_OF = {
+    "USER_FILES": "files",
+    "Shard": "sharded",
+    "ShardedUserTable": "sharded",
+    "StoredUsers": "files",
+    "TrainedUsers": "table",
+    "UserTable": "table",
+    "UsersConfig": "config",
+    "trained_users": "sharded",
+}
 
 __all__ = [
     "USER_FILES",
@@ -22,3 +37,10 @@ __all__ = [
     "UsersConfig",
     "trained_users",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name at its first use: reading ids, as preparing data does, needs no torch."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

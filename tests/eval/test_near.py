@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import logit
 
-from pal_ds.eval.metrics import NUM_CALIBRATION_BINS, evaluation_figures
+from pal_ds.eval.metrics import NUM_CALIBRATION_BINS, LabelledPairs, evaluation_figures
 from tests.near import room
 
 BOUND = 1e-4
@@ -14,7 +14,8 @@ EDGES = logit(0.5 + 0.5 * np.arange(1, NUM_CALIBRATION_BINS) / NUM_CALIBRATION_B
 def figures(margins: np.ndarray, labels: np.ndarray, temperature: float) -> dict:
     names = np.asarray(["u"] * len(margins))
     rows = np.arange(len(margins))
-    return evaluation_figures(margins, labels, names, rows, temperature=temperature)
+    pairs = LabelledPairs(labels, names, rows)
+    return evaluation_figures(margins, pairs, temperature=temperature)
 
 
 @pytest.mark.parametrize("place", ["anywhere", "at edges of bins", "at ties"])

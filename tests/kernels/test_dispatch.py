@@ -64,7 +64,7 @@ def test_a_demand_beyond_the_limits_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(dispatch, "has_triton", lambda: True)
     with pytest.raises(ValueError, match="d is 2049 and it is written for 2048"):
         choose("pair_loss", X, {"d": 2049}, "triton")
-    with pytest.raises(ValueError, match="must be one of triton, compile, reference"):
+    with pytest.raises(ValueError, match="must be one of triton, compile, torch"):
         choose("pair_loss", X, {"d": 8}, "fast")
 
 
@@ -73,7 +73,7 @@ def test_the_choice_and_its_reason_are_logged_once(caplog: pytest.LogCaptureFixt
         for _ in range(3):
             choose("pair_loss", X, {"d": 8})
     assert [record.getMessage() for record in caplog.records] == [
-        "kernel pair_loss on cpu, float32: reference "
+        "kernel pair_loss on cpu, float32: torch "
         "(no row of the dispatch table covers this hardware, dtype and shape)"
     ]
 
