@@ -6,6 +6,7 @@ import xxhash
 
 from pal_ds.distributed import phase
 from pal_ds.errors import UserError
+from pal_ds.io.hashing import feed
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
 
@@ -27,8 +28,5 @@ def weights_fingerprint(path: str, revision: str | None) -> str:
     digest = xxhash.xxh3_128()
     for file in sorted(file for pattern in WEIGHT_PATTERNS for file in folder.glob(pattern)):
         digest.update(file.name.encode())
-        with open(file, "rb") as stream:
-            while chunk := stream.read(1 << 24):
-                digest.update(chunk)
-                phase.progress()
+        feed(digest, file, phase.progress)
     return f"xxh3_128:{digest.hexdigest()}"

@@ -21,6 +21,7 @@ from pal_ds.data.stores import CODE, REASONS, TokenStore, TokenTables
 from pal_ds.data.tables import FORMAT_VERSION, INFO_NAME, PreparedData
 from pal_ds.data.tokenise import TextEncoder
 from pal_ds.errors import UserError
+from pal_ds.io.hashing import feed
 
 
 def build_tables(
@@ -149,9 +150,7 @@ def hash_tables(folder: Path) -> str:
     digest = xxhash.xxh3_128()
     for path in sorted([*folder.glob("*.npy"), folder / "users.arrow"]):
         digest.update(path.name.encode())
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        feed(digest, path)
     return digest.hexdigest()
 
 

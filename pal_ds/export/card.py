@@ -7,6 +7,7 @@ from typing import Any
 
 from pal_ds.export.audience import Audience
 from pal_ds.inference.load_run import OpenRun
+from pal_ds.io.hashing import feed
 
 FACTS_NAME = "export.json"
 FORMAT_VERSION = 1
@@ -162,5 +163,4 @@ def write_facts(folder: Path, facts: dict[str, Any], linked: dict[str, str] | No
 
 def sha256_of(path: Path) -> str:
     """Of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return feed(hashlib.sha256(), path).hexdigest()

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from pal_ds.errors import StorageError
 from pal_ds.heads.shapes import Float
+from pal_ds.io.hashing import feed
 
 SUFFIX = ".safetensors"
-CHUNK = 1 << 24
 ADDRESS_BYTES = 16
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 
@@ -64,12 +64,8 @@ def verify_shard(path: Path, progress: Callable[[], None]) -> None:
     Raises:
         DamagedShardError: its content has another hash than its name says.
     """
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as stream:
-        while chunk := stream.read(CHUNK):
-            digest.update(chunk)
-            progress()
-    if digest.hexdigest() != path.name.removesuffix(SUFFIX):
+    content = feed(xxhash.xxh3_128(), path, progress).hexdigest()
+    if content != path.name.removesuffix(SUFFIX):
         raise DamagedShardError(f"{path}: its content does not match the hash in its name")
 
 

@@ -8,10 +8,11 @@ import torch
 
 from pal_ds.backbones.fingerprint import weights_fingerprint
 from pal_ds.distributed import phase
-from pal_ds.engine.checkpoint import manifest, shard_writer, torch_archive
+from pal_ds.engine.checkpoint import shard_writer, torch_archive
 from pal_ds.engine.checkpoint.manifest import hash_file
 from pal_ds.engine.checkpoint.shard_writer import ShardFiles
 from pal_ds.engine.checkpoint.torch_archive import load_archive
+from pal_ds.io import hashing
 
 SMALL = 1 << 12
 NUM_CHUNKS = 20
@@ -19,8 +20,9 @@ NUM_CHUNKS = 20
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (shard_writer, manifest, torch_archive):
+    for module in (shard_writer, torch_archive):
         monkeypatch.setattr(module, "CHUNK", SMALL)
+    monkeypatch.setattr(hashing, "CHUNK_BYTES", SMALL)
 
 
 @pytest.fixture

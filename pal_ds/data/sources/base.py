@@ -11,6 +11,7 @@ import xxhash
 
 from pal_ds.data.records import Record
 from pal_ds.errors import UserError
+from pal_ds.io.hashing import feed
 
 
 class Source(ABC):
@@ -61,13 +62,8 @@ def describe_files(paths: Iterable[Path]) -> list[dict]:
     """Name, size and content hash of each file."""
     described = []
     for path in paths:
-        digest = xxhash.xxh3_128()
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        described.append(
-            {"path": str(path), "bytes": path.stat().st_size, "xxh3_128": digest.hexdigest()}
-        )
+        content = feed(xxhash.xxh3_128(), path).hexdigest()
+        described.append({"path": str(path), "bytes": path.stat().st_size, "xxh3_128": content})
     return described
 
 

@@ -21,6 +21,7 @@ from pal_ds.engine.checkpoint.shard_writer import FileEntry
 from pal_ds.engine.checkpoint.torch_archive import ForeignObjectError, load_archive
 from pal_ds.errors import StorageError, UserError
 from pal_ds.io.files import write_atomically
+from pal_ds.io.hashing import feed
 from pal_ds.runs.run_dir import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,6 @@ _FIELDS = {
     "files": dict,
 }
 _NO_CHECKSUM = "0" * 32
-CHUNK = 1 << 20
 """Bytes that are hashed at a time, of a size that a processor still holds when it hashes what it has just read."""
 
 
@@ -54,14 +54,7 @@ NO_DAMAGE = (UntrustedCheckpointError, ForeignObjectError, FormatError, StorageE
 
 def hash_file(path: Path) -> str:
     """xxh3, 128 bits, in hexadecimal: fast enough for shards of many gigabytes."""
-    digest = xxhash.xxh3_128()
-    # One buffer for all: fresh memory for each chunk would cost more than its bytes.
-    chunk = memoryview(bytearray(CHUNK))
-    with open(path, "rb", buffering=0) as stream:
-        while num_read := stream.readinto(chunk):
-            digest.update(chunk[:num_read])
-            phase.progress()
-    return digest.hexdigest()
+    return feed(xxhash.xxh3_128(), path, phase.progress).hexdigest()
 
 
 def entry_of(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pal_ds.export.card import FACTS_NAME, FORMAT_VERSION
 from pal_ds.export.weights import Tensors
 from pal_ds.heads.base import Head
 from pal_ds.heads.shapes import Float
+from pal_ds.io.hashing import feed
 from pal_ds.training.init_from.source import Origin, logits_of
 from pal_ds.users.ids import UserIds
 
@@ -89,12 +90,8 @@ def _verify(path: Path, listed: dict[str, str]) -> None:
             file = path / name
             if not file.is_file():
                 raise UserError(f"train.init_from {file}: listed in {FACTS_NAME} but missing.")
-            digest = hashlib.sha256()
-            with open(file, "rb") as stream:
-                while chunk := stream.read(1 << 24):
-                    digest.update(chunk)
-                    phase.progress()
-            if digest.hexdigest() != listed[name]:
+            content = feed(hashlib.sha256(), file, phase.progress).hexdigest()
+            if content != listed[name]:
                 raise UserError(
                     f"train.init_from {file}: its content does not match the hash in {FACTS_NAME}. Export again."
                 )
