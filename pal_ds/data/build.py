@@ -1,11 +1,8 @@
 """Write prepared tables: collect, drop what cannot be trained on, renumber, publish the folder."""
 
 import json
-import os
-import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +18,7 @@ from pal_ds.data.stores import CODE, REASONS, TokenStore, TokenTables
 from pal_ds.data.tables import FORMAT_VERSION, INFO_NAME, PreparedData
 from pal_ds.data.tokenise import TextEncoder
 from pal_ds.errors import UserError
+from pal_ds.io.folders import new_folder, refuse_existing
 from pal_ds.io.hashing import feed
 
 
@@ -43,7 +41,9 @@ def build_tables(
     """
     options = options or SplitOptions()
     collector = Collector(encoder, options)
-    with publish_folder(directory) as folder:
+    directory = Path(directory)
+    refuse_existing(directory)
+    with new_folder(directory) as folder:
         for record in records:
             collector.add(record)
         if not collector.num_records:
@@ -52,23 +52,6 @@ def build_tables(
         info = _write(collector, folder, check_marker, source_dropped or {}, extra)
         (folder / INFO_NAME).write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
     return PreparedData.open(directory)
-
-
-@contextmanager
-def publish_folder(directory: str | Path) -> Iterator[Path]:
-    """A folder beside `directory` that takes its name when the block ends well, else disappears."""
-    directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory}: already exists and is not empty; delete it or name another")
-    folder = directory.with_name(f"{directory.name}.tmp-{os.getpid()}")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        os.replace(folder, directory)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _write(

@@ -5,6 +5,7 @@ D/config.yaml  D/metrics.jsonl  D/checkpoints/step_N/  D/latest.json  D/best.jso
 
 import json
 import logging
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,10 @@ class RunDirectory:
     def discard_temporaries(self) -> None:
         """Deletes what killed writers of small files left; nobody but evaluations may be writing."""
         for path in self.path.glob("*.tmp-*-*"):
-            path.unlink(missing_ok=True)
+            if path.is_dir():  # half of `base` or `init`, perhaps of another host
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
         for path in self.eval.glob("*.tmp-*-*"):
             # Evaluations need no lock: one may be at work on a young file right now.
             if time.time() - path.lstat().st_mtime > SECONDS_TO_EVALUATE:

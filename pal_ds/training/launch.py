@@ -23,6 +23,7 @@ from pal_ds.engine.ds_config import check_zero_section, ds_config_of
 from pal_ds.engine.process_group import distributed
 from pal_ds.errors import UserError, writing
 from pal_ds.io.files import write_json
+from pal_ds.io.folders import new_folder
 from pal_ds.modeling.build import Parts, assemble
 from pal_ds.modeling.context import RunContext
 from pal_ds.runs.lock import LOCK, only_writer
@@ -261,24 +262,18 @@ def write_base_weights(config: RunConfig, data: PreparedData, run: RunDirectory)
         )
     if run.has_checkpoints() and ours.is_file():
         return False
-    # Written aside and renamed: half a folder, or one without its mark, could not be told from somebody else's.
-    temporary = run.base.with_name(run.base.name + ".tmp")
-    with writing(temporary):
-        for stale in (temporary, run.base):
-            if stale.exists():
-                shutil.rmtree(stale)
-        try:
-            vocab_size = data.info["tokens"]["vocab_size"]
-            materialise_architecture(
-                config.backbone,
-                vocab_size,
-                config.train.seed,
-                temporary,
-                language=config.loss.lm_weight > 0,
-            )
-            seeded = {"architecture": config.backbone.architecture, "seed": config.train.seed}
-            write_json(temporary / OUR_BASE, seeded)
-            os.replace(temporary, run.base)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    # Of an earlier start that never came to a checkpoint.
+    shutil.rmtree(run.base, ignore_errors=True)
+    # Half a folder, or one without its mark, could not be told from somebody else's.
+    with new_folder(run.base) as folder:
+        vocab_size = data.info["tokens"]["vocab_size"]
+        materialise_architecture(
+            config.backbone,
+            vocab_size,
+            config.train.seed,
+            folder,
+            language=config.loss.lm_weight > 0,
+        )
+        seeded = {"architecture": config.backbone.architecture, "seed": config.train.seed}
+        write_json(folder / OUR_BASE, seeded)
     return True

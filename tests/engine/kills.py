@@ -274,7 +274,7 @@ def kill_exports_at_their_end(folder: str) -> list[dict[str, Any]]:
     """An export killed before and after it gets its name: is there a folder, does a repeat work, what is left?"""
     harness, told = harness_in(folder), []
     place = harness.folder
-    for moment in ("export written", "export renamed"):
+    for moment in ("folder written", "folder renamed"):
         out = place / moment.replace(" ", "_") / "out"
         codes = wait_for([export_once(harness.whole, out, place / "log", kill_at(0, moment))])
         existed = out.exists()

@@ -162,7 +162,9 @@ def test_what_killed_evaluations_left_is_cleared(tmp_path: Path) -> None:
     for name, age in (("old.parquet.tmp-1-2", 7200), ("new.parquet.tmp-1-2", 0), ("a.json", 7200)):
         (run.eval / name).write_text("x")
         os.utime(run.eval / name, (time.time() - age,) * 2)
+    (run.path / "base.tmp-a_host-3").mkdir()
     run.discard_temporaries()
+    assert not (run.path / "base.tmp-a_host-3").exists()
     assert {path.name for path in run.eval.iterdir()} == {"new.parquet.tmp-1-2", "a.json"}
 
 

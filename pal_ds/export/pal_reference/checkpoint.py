@@ -20,7 +20,6 @@ from pal_ds.export.audience import Audience, choose_audience
 from pal_ds.export.configs import PAL_AUTO_MAP
 from pal_ds.export.folder import DTYPES, on_meta, parse_size, write_config
 from pal_ds.export.pal_reference.text import TextForm
-from pal_ds.export.publish import new_folder, refuse_existing
 from pal_ds.export.weights import Weights, exported_tensors
 from pal_ds.export.writer import write_sharded
 from pal_ds.heads.base import Head
@@ -30,6 +29,7 @@ from pal_ds.heads.reference import (
     head_from_reference,
     merge_copies,
 )
+from pal_ds.io.folders import new_folder, refuse_existing
 from pal_ds.progress import progress_bar
 from pal_ds.remote_code.encoding import hidden_size_of
 from pal_ds.remote_code.modeling_pal import PalForSequenceClassification, PalRewardConfig

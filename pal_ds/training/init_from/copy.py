@@ -19,12 +19,12 @@ from pal_ds.config.run_config import RunConfig
 from pal_ds.data.tables import PreparedData
 from pal_ds.data.vocabulary import refuse_other_tokenizer
 from pal_ds.distributed import phase
-from pal_ds.errors import UserError, writing
-from pal_ds.export.publish import publish
+from pal_ds.errors import UserError
 from pal_ds.export.weights import Tensors, exported_tensors
 from pal_ds.export.writer import write_sharded
 from pal_ds.heads.base import Head
 from pal_ds.io.files import write_json
+from pal_ds.io.folders import new_folder
 from pal_ds.modeling.build import Parts, assemble, resolve_backbone_path
 from pal_ds.progress import progress_bar
 from pal_ds.remote_code.encoding import drop_unused_modules
@@ -72,26 +72,20 @@ def take_over(
     if tensors is not None:
         head.load_state_dict(tensors)
         users = _table(config, data, head, origin)
-    # Written aside and renamed: half a folder could not be told from a whole one.
-    temporary = run.init.with_name(run.init.name + ".tmp")
-    with writing(temporary):
-        for stale in (temporary, run.init):
-            shutil.rmtree(stale, ignore_errors=True)
-        try:
-            temporary.mkdir(parents=True)
-            if origin.weights is not None:
-                _write_backbone(temporary / "backbone", origin, config.train.precision)
-            if tensors is not None:
-                save_file({n: t.contiguous() for n, t in tensors.items()}, temporary / HEAD_FILE)
-            facts = {"path": str(origin.path), **origin.facts, "frozen_path": origin.frozen_path}
-            facts |= {"head": None if tensors is None else origin.head, "users": 0}
-            if users is not None:
-                table, facts["users"] = users
-                table.save(temporary)
-            write_json(temporary / run.origin_file.name, facts)
-            publish(temporary, run.init)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    # Of an earlier start that never came to a checkpoint.
+    shutil.rmtree(run.init, ignore_errors=True)
+    # Half a folder could not be told from a whole one.
+    with new_folder(run.init) as folder:
+        if origin.weights is not None:
+            _write_backbone(folder / "backbone", origin, config.train.precision)
+        if tensors is not None:
+            save_file({n: t.contiguous() for n, t in tensors.items()}, folder / HEAD_FILE)
+        facts = {"path": str(origin.path), **origin.facts, "frozen_path": origin.frozen_path}
+        facts |= {"head": None if tensors is None else origin.head, "users": 0}
+        if users is not None:
+            table, facts["users"] = users
+            table.save(folder)
+        write_json(folder / run.origin_file.name, facts)
     _log_start(facts, data)
     if parts.backbone is None:
         return parts

@@ -1,4 +1,4 @@
-"""How an exported folder comes to its name: all at once, after all of it is on the disk."""
+"""Folders that are whole or absent: written aside, flushed to the disk, and renamed all at once."""
 
 import contextlib
 import glob
@@ -17,14 +17,14 @@ logger = logging.getLogger(__name__)
 
 
 def refuse_existing(out: Path) -> None:
-    """Raises UserError where `out` holds something."""
+    """Raise UserError where `out` holds something."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not empty. Name another folder, or remove it first.")
 
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yields a folder that becomes `out` at the end of the block, and goes where anything fails in it.
+    """Yield a folder that becomes `out` at the end of the block, and is deleted where anything fails in it.
 
     Raises:
         StorageError: it cannot be written.
@@ -40,13 +40,14 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def folder_aside(out: Path) -> Path:
-    """A new folder beside `out`, in place of those that exports on this machine left when they were killed."""
+    """Make a folder beside `out`, in place of those that killed writers on this machine left."""
     prefix = f"{out.name}.tmp-{socket.gethostname()}-"
     out.parent.mkdir(parents=True, exist_ok=True)
     for left in out.parent.glob(f"{glob.escape(prefix)}*"):
         pid = left.name.removeprefix(prefix)
-        if pid.isdecimal() and not _is_running(int(pid)):
-            logger.info("%s: left by an export that was killed; deleted", left)
+        # In a container a killed process and its successor often have the same number.
+        if pid.isdecimal() and (int(pid) == os.getpid() or not _is_running(int(pid))):
+            logger.info("%s: left by a process that was killed; deleted", left)
             shutil.rmtree(left)
     temporary = out.with_name(f"{prefix}{os.getpid()}")
     temporary.mkdir()
@@ -54,7 +55,7 @@ def folder_aside(out: Path) -> Path:
 
 
 def publish(temporary: Path, out: Path) -> None:
-    """The folder gets its name once all of it is on the disk; an empty folder of that name gives way."""
+    """Give a folder its name once all of it is on the disk; an empty folder of that name gives way."""
     for path in temporary.rglob("*"):
         if path.is_dir():
             sync_to_disk(path)
@@ -62,10 +63,10 @@ def publish(temporary: Path, out: Path) -> None:
             with open(path, "rb") as stream:
                 os.fsync(stream.fileno())
     sync_to_disk(temporary)
-    reached("export written")
+    reached("folder written")
     os.replace(temporary, out)
     sync_to_disk(out.parent)
-    reached("export renamed")
+    reached("folder renamed")
 
 
 def _is_running(pid: int) -> bool:

@@ -1,0 +1,48 @@
+"""Folders are whole or absent, and what killed writers left goes."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pal_ds.io.folders import new_folder
+
+
+def left_by(pid: int, out: Path) -> Path:
+    """Half a folder that a process of this number left on this machine."""
+    folder = out.with_name(f"{out.name}.tmp-{socket.gethostname()}-{pid}")
+    folder.mkdir()
+    (folder / "half").touch()
+    return folder
+
+
+def test_a_folder_has_its_name_when_it_is_whole(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with new_folder(out) as folder:
+        (folder / "file").write_text("x")
+        assert not out.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (out / "file").read_text() == "x"
+
+
+def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no"), new_folder(tmp_path / "out") as folder:
+        (folder / "file").touch()
+        raise ValueError("no")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_killed_writers_left_goes_and_what_others_write_stays(tmp_path: Path) -> None:
+    """One of our own number, too: in a container a process and its successor often have the same."""
+    out = tmp_path / "out"
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    gone = [left_by(dead.pid, out), left_by(os.getpid(), out)]
+    running = left_by(os.getppid(), out)
+    with new_folder(out):
+        pass
+    assert not any((folder / "half").exists() for folder in gone)
+    assert (running / "half").is_file() and not list(out.iterdir())
