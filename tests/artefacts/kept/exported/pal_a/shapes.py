@@ -1,0 +1,16 @@
+"""jaxtyping's names where it is installed, plain stand-ins where it is not (exported folders need torch alone)."""
+
+from typing import TYPE_CHECKING, Any
+
+try:
+    from jaxtyping import Bool, Float, Int
+except ImportError:
+
+    class _AnyShape:
+        def __getitem__(self, item: Any) -> Any:
+            return item[0]
+
+    if not TYPE_CHECKING:
+        Bool = Float = Int = _AnyShape()
+
+__all__ = ["Bool", "Float", "Int"]
