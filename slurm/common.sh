@@ -3,6 +3,11 @@
 # shellcheck shell=bash disable=SC2034
 root=$(cd "${here:?}/.." && pwd)
 code=$root     # where the ranks import pal_ds from
+# An installed wheel keeps these scripts in PREFIX/share/pal_ds, and the package where its Python looks.
+for place in "$root"/../../lib/python3*/{site,dist}-packages; do
+  if [ ! -d "$code/pal_ds" ] && [ -d "$place/pal_ds" ]; then code=$(cd "$place" && pwd); fi
+done
+packages=$code # before a job takes its snapshot
 container=()
 srun_options=()
 job=$SLURM_JOB_ID
@@ -16,6 +21,7 @@ source "$here/site.sh"
 say() { echo "slurm: $(date '+%F %T') job $job start $start: $*"; }
 refuse() { say "error: $*" >&2; exit 2; }
 # Before 4.4 an empty array counts as unset.
+[ -d "$packages/pal_ds" ] || refuse "$root: neither a checkout of pal_ds nor the share/pal_ds of an installed one."
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || refuse "bash $BASH_VERSION: 4.4 or later is needed."
 # A script that ends without a word cannot be mended.
 set -E

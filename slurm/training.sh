@@ -68,7 +68,8 @@ snapshot() { # RECIPE [words] -> $record/: code and recipes as the job first fou
     mkdir "$record/code.part"
     [ ! -f "$ds_config" ] || cp "$ds_config" "$record/ds_config.json"
     # Hidden files may hold keys; nothing of the environment is written anywhere either.
-    tar -C "$root" --exclude='.*' --exclude=__pycache__ -cf - pal_ds ds_configs slurm | tar -C "$record/code.part" -xf -
+    tar --exclude='.*' --exclude=__pycache__ -cf - -C "$packages" pal_ds -C "$root" ds_configs slurm |
+      tar -C "$record/code.part" -xf -
     git -C "$root" describe --always --dirty >"$record/commit" 2>/dev/null || true
     mv "$record/code.part" "$record/code"
   fi

@@ -1,109 +1,13 @@
-"""What a model forgot: accuracy on general sets before and after it was trained further, as a table.
+"""`pal-ds retention` under the name that scripts know: what a model forgot.
 
-    python -m pal_ds evaluate --run_dir BASE --data hh.jsonl,webgpt.jsonl
-    python -m pal_ds evaluate --run_dir CUSTOMISED --data hh.jsonl,webgpt.jsonl
-    python tools/retention.py BASE CUSTOMISED hh,webgpt [--out FOLDER]
-
-prints the table, and writes FOLDER/retention.md and FOLDER/retention.json where one is named.
+python tools/retention.py BEFORE AFTER NAME,.. [--out FOLDER]
 """
 
-import argparse
-import json
-import sys
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-
-from pal_ds.cli.arguments import keys
-from pal_ds.errors import UserError, end_with
-from pal_ds.io.files import write_atomically, write_json
-from pal_ds.runs.run_dir import RunDirectory
-
-Figures = dict[str, Any]
-
-
-def retention(before: RunDirectory, after: RunDirectory, names: list[str]) -> list[Figures]:
-    """{"set", "pairs", "before", "after", "loss", "loss_ci95"} of each of the sets eval/NAME.json.
-
-    The loss is accuracy before less accuracy after, over all users of the set, known to the run or not. Its 95%
-    interval takes both accuracies as independent: wider than need be, as the same pairs are judged twice.
-
-    Raises:
-        UserError: a run that was not evaluated on a set, or two evaluations of different pairs.
-    """
-    return [_row(name, _accuracy(before, name), _accuracy(after, name)) for name in names]
-
-
-def _row(name: str, before: tuple[int, float, float], after: tuple[int, float, float]) -> Figures:
-    if before[0] != after[0]:
-        raise UserError(
-            f"eval/{name}.json: of {before[0]} pairs before and of {after[0]} after. Evaluate both runs on "
-            "the same file."
-        )
-    loss, half = before[1] - after[1], 1.96 * float(np.hypot(before[2], after[2]))
-    interval = [loss - half, loss + half]
-    row = {"set": name, "pairs": before[0], "before": before[1], "after": after[1]}
-    return {**row, "loss": loss, "loss_ci95": interval}
-
-
-def _accuracy(run: RunDirectory, name: str) -> tuple[int, float, float]:
-    """(pairs, accuracy, standard error) of one evaluation, users that the run knows and strangers together."""
-    path = run.eval / f"{name}.json"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file. Run `evaluate --run_dir {run.path}` on this set.")
-    figures = json.loads(path.read_text())
-    parts = [part for part in (figures, figures["unknown_users"]) if part["pairs"]]
-    if not parts:
-        raise UserError(f"{path}: an evaluation of no pairs.")
-    pairs = [part["pairs"] for part in parts]
-    accuracies = [part["accuracy"] for part in parts]
-    errors = [_standard_error(part) for part in parts]
-    share = np.asarray(pairs) / sum(pairs)
-    return sum(pairs), float(share @ accuracies), float(np.linalg.norm(share * errors))
-
-
-def _standard_error(figures: Figures) -> float:
-    """From the interval, of which one end may be cut at 0 or 1."""
-    low, high = figures["accuracy_ci95"]
-    return max(high - figures["accuracy"], figures["accuracy"] - low) / 1.96
-
-
-def table(rows: list[Figures]) -> str:
-    """The rows in markdown."""
-    lines = [
-        "| set | pairs | before | after | loss (95% interval) |",
-        "|---|---|---|---|---|",
-    ]
-    for row in rows:
-        low, high = row["loss_ci95"]
-        accuracies = f"{row['before']:.3f} | {row['after']:.3f}"
-        loss = f"{row['loss']:+.3f} ({low:+.3f} to {high:+.3f})"
-        lines.append(f"| {row['set']} | {row['pairs']} | {accuracies} | {loss} |")
-    return "\n".join(lines) + "\n"
+from pal_ds.cli.main import run_tool
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Reads the command line; exit code 2 for what a person can mend."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("before", help="directory that `train` wrote")
-    parser.add_argument("after", help="directory of the run that went on from it")
-    parser.add_argument("sets", type=keys, help="NAME,.. of eval/NAME.json")
-    parser.add_argument("--out", help="folder for retention.md and retention.json")
-    options = parser.parse_args(arguments)
-    try:
-        runs = RunDirectory(options.before), RunDirectory(options.after)
-        rows = retention(*runs, options.sets)
-        if options.out:
-            out = Path(options.out)
-            out.mkdir(parents=True, exist_ok=True)
-            write_json(out / "retention.json", rows)
-            write_atomically(out / "retention.md", table(rows))
-    except (UserError, OSError) as error:
-        end_with(error, "retention")
-    sys.stdout.write(table(rows))
+    run_tool("retention", arguments)
 
 
 if __name__ == "__main__":

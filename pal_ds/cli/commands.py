@@ -1,15 +1,12 @@
-"""What each command takes and does: the seam between the command line and the library."""
+"""The commands around a training: what each takes and does, the seam between the command line and the library."""
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
 from pal_ds.cli.arguments import add_run_arguments, as_path, keys
-from pal_ds.cli.compare import Compare
-from pal_ds.cli.evaluate import Evaluate, FewShot
-from pal_ds.cli.score import Score
 from pal_ds.config.recipe import add_recipe_arguments, as_recipe, dump_recipe
 from pal_ds.errors import UnfinishedError, UserError
 from pal_ds.runs.run_dir import RunDirectory
@@ -193,17 +190,3 @@ class Report:
         for run in runs.values():
             run.require_run()
         print(write_report(runs, Path(options.out)))
-
-
-COMMANDS: dict[str, Any] = {
-    "prepare": Prepare,
-    "embed": Embed,
-    "train": Train,
-    "evaluate": Evaluate,
-    "adapt": Adapt,
-    "few_shot": FewShot,
-    "users": Users,
-    "score": Score,
-    "report": Report,
-    "compare": Compare,
-}

@@ -1,80 +1,65 @@
-"""The command line: one parser per command, errors that name the key and the nearest match, exit code 2 for usage."""
+"""The command line: one parser per command, errors that name the key and the nearest match, exit code 2 for usage.
 
+What `--help` and `--version` say needs neither torch nor a parser: both are answered from `table.py` alone, and a
+command builds the parser of no other.
+"""
+
+import difflib
 import logging
 import os
+import shutil
 import sys
-from pathlib import Path
-from typing import NoReturn
+import textwrap
+from typing import TYPE_CHECKING, NoReturn
 
-import yaml
-
-from pal_ds.config.parser import Parser
+from pal_ds import __version__
+from pal_ds.cli.table import COMMANDS
 from pal_ds.distributed import phase  # noqa: F401  (first of ours: its clock tells how long this process has run)
 from pal_ds.errors import UserError, end_with
 
+if TYPE_CHECKING:
+    from pal_ds.config.parser import Parser
 
-def with_shipped_files(arguments: list[str]) -> list[str]:
-    """The arguments, with its path for each `--config` that is no file but the name of a shipped recipe, or suite."""
-    folder = _shipped_folder(arguments)
-    resolved: list[str] = []
-    for argument in arguments:
-        option, equals, value = argument.partition("=")
-        apart = resolved[-1:] == ["--config"]
-        name = argument if apart else value if option == "--config" and equals else None
-        if name is not None and not Path(name).is_file() and Path(name).name == name:
-            shipped = folder / f"{name}.yaml"
-            path = str(shipped) if shipped.is_file() else name
-            argument = path if apart else f"--config={path}"
-        resolved.append(argument)
-    return resolved
+PROGRAM = "pal-ds"
+DESCRIPTION = "Personalised reward models, trained with DeepSpeed."
 
 
-def _shipped_folder(arguments: list[str]) -> Path:
-    return Path(__file__).parents[1] / ("suites" if arguments[:1] == ["compare"] else "recipes")
+def usage() -> str:
+    """What `pal-ds --help` prints: every command with its line."""
+    width = min(shutil.get_terminal_size().columns, 100)
+    column = 2 + max(map(len, COMMANDS)) + 2
+    lines = [f"usage: {PROGRAM} COMMAND [--OPTION VALUE ...]", "", DESCRIPTION, "", "commands:"]
+    for name, entry in COMMANDS.items():
+        shown = f"  {name}".ljust(column)
+        lines += textwrap.wrap(
+            entry.summary, width, initial_indent=shown, subsequent_indent=" " * column
+        )
+    lines += ["", "options:", "  -h, --help".ljust(column) + "Show this help message and exit."]
+    lines += ["  --version".ljust(column) + "Show the version and exit.", ""]
+    return "\n".join([*lines, f"`{PROGRAM} COMMAND --help` lists the options of a command."])
 
 
-def check_config_files(arguments: list[str]) -> None:
-    """Raises UserError, with file and line, for a `--config` that is missing or no YAML mapping."""
-    for position, argument in enumerate(arguments):
-        option, equals, value = argument.partition("=")
-        if option != "--config":
-            continue
-        path = Path(value if equals else "".join(arguments[position + 1 : position + 2]))
-        if not path.is_file():
-            shipped = sorted(file.stem for file in _shipped_folder(arguments).glob("*.yaml"))
-            named = f" Shipped are {', '.join(shipped)}." if path.name == str(path) else ""
-            raise UserError(f"--config {path}: no such file (looked from {Path.cwd()}).{named}")
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.MarkedYAMLError as error:
-            line = error.problem_mark.line + 1 if error.problem_mark else 1
-            raise UserError(f"{path}:{line}: not valid YAML ({error.problem}). Mend it.") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: not valid YAML ({error}). Mend it.") from None
-        if not isinstance(content, dict):
-            raise UserError(f"{path}: holds no keys; a recipe is a YAML mapping such as data: ...")
+def build_parser(name: str | None = None, program: str = PROGRAM) -> "Parser":
+    """The parser of one command, or of all commands; `program` is who reports a mistake."""
+    from pal_ds.config.parser import Parser
 
-
-def build_parser() -> Parser:
-    """The parser of all commands."""
-    from pal_ds.cli import commands
-
-    parser = Parser(
-        prog="pal-ds", description="Personalised reward models, trained with DeepSpeed."
-    )
+    parser = Parser(prog=PROGRAM, description=DESCRIPTION, program=program)
     subcommands = parser.add_subcommands(dest="command")
-    for name, command in commands.COMMANDS.items():
-        sub = Parser(description=command.__doc__)
-        command.add_arguments(sub)
-        subcommands.add_subcommand(name, sub, help=(command.__doc__ or "").splitlines()[0])
+    for known, entry in COMMANDS.items():
+        if name in (None, known):
+            command = entry.load()
+            sub = Parser(description=command.__doc__, program=program)
+            command.add_arguments(sub)
+            subcommands.add_subcommand(known, sub, help=entry.summary)
     return parser
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None, program: str = PROGRAM) -> None:
     """Runs one command in this process and returns; SystemExit with code 2 for a mistake a person can mend."""
     given = sys.argv[1:] if arguments is None else arguments
     # The deepspeed launcher puts this before the command; LOCAL_RANK is in the environment anyway.
     given = [argument for argument in given if not argument.startswith("--local_rank")]
+    name = _command_of(given)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("pal_ds").setLevel(
         logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
@@ -82,17 +67,45 @@ def main(arguments: list[str] | None = None) -> None:
     # Retries and their tracebacks; what comes of them is said in one message.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    parser = build_parser()
-    from pal_ds.cli import commands
+    command = COMMANDS[name].load()
+    if hasattr(command, "arguments_of"):
+        given = [name, *command.arguments_of(given[1:])]
+    parser = build_parser(name, program)
+    from pal_ds.cli.config_files import check_config_files, with_shipped_files
 
     given = with_shipped_files(given)
     try:
         check_config_files(given)
         options = parser.parse_args(given)
-        name = options["command"]
-        commands.COMMANDS[name].run(parser.instantiate(options)[name], options[name])
+        command.run(parser.instantiate(options)[name], options[name])
     except (UserError, OSError) as error:
-        end_with(error, "pal-ds")
+        end_with(error, program)
+
+
+def _command_of(given: list[str]) -> str:
+    """The command's name; prints and ends where it is --help, --version or none of ours."""
+    first = given[0] if given else None
+    if first in COMMANDS:
+        return str(first)
+    if first in ("-h", "--help", "--version"):
+        print(usage() if first != "--version" else f"{PROGRAM} {__version__}")
+        sys.exit(0)
+    if first is None:
+        said = f"give a command, one of {', '.join(COMMANDS)}."
+    elif first.startswith("-"):
+        said = f"unrecognized arguments: {first}. A command comes first; `{PROGRAM} --help` lists them."
+    else:
+        near = difflib.get_close_matches(first, COMMANDS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        said = f"there is no command {first!r}.{hint} Known are {', '.join(COMMANDS)}."
+    print(f"{PROGRAM}: error: {said}", file=sys.stderr)
+    sys.exit(2)
+
+
+def run_tool(command: str, arguments: list[str] | None = None) -> None:
+    """Runs a command as the file in tools/ that has its name; mistakes are reported by that name."""
+    given = sys.argv[1:] if arguments is None else arguments
+    main([command, *given], program=command.replace("-", "_"))
 
 
 def console() -> NoReturn:

@@ -13,14 +13,15 @@ from pal_ds.distributed import phase  # noqa: F401  (first of ours: its clock te
 class Parser(ArgumentParser):
     """Refuses abbreviations (they set the wrong key silently) and suggests the nearest option for a typo."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, program: str = "pal-ds", **kwargs: Any) -> None:
+        self.program = program
         kwargs["allow_abbrev"] = False
         super().__init__(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         # jsonargparse names a command's own options with the command in front, which no one can type.
         message = re.sub(r"(arguments are required: )\w+\.", r"\1--", message)
-        print(f"pal-ds: error: {explained(message, self)}", file=sys.stderr)
+        print(f"{self.program}: error: {explained(message, self)}", file=sys.stderr)
         sys.exit(2)
 
 

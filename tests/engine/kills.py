@@ -63,10 +63,10 @@ def command(*words: object) -> Callable[[], None]:
     """A command of pal_ds whose parser is built now, in the parent, as that costs most of a second."""
     from pal_ds.cli import main as cli
 
-    parser = cli.build_parser()
+    parser = cli.build_parser(str(words[0]))
 
     def run() -> None:
-        cli.build_parser = lambda: parser
+        cli.build_parser = lambda *_: parser
         cli.main([str(word) for word in words])
 
     return run

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pal_ds.eval.retention import retention
 from pal_ds.runs.run_dir import RunDirectory
-from tools import retention
+from tools.retention import main
 
 
 def part(pairs: int, accuracy: float | None, half: float = 0.0) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def runs(tmp_path: Path) -> list[RunDirectory]:
 
 
 def test_loss_per_set(runs: list[RunDirectory]) -> None:
-    hh, webgpt = retention.retention(*runs, ["hh", "webgpt"])
+    hh, webgpt = retention(*runs, ["hh", "webgpt"])
     assert (hh["set"], hh["pairs"], hh["before"], hh["after"]) == ("hh", 100, 0.8, 0.7)
     assert hh["loss_ci95"] == pytest.approx([0.1 - 0.1, 0.1 + 0.1])
     assert (webgpt["pairs"], webgpt["before"], webgpt["loss"]) == (400, pytest.approx(0.92), 0)
@@ -50,17 +51,17 @@ def test_command(
     runs: list[RunDirectory], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before, after = (str(run.path) for run in runs)
-    retention.main([before, after, "hh,webgpt", f"--out={tmp_path / 'out'}"])
+    main([before, after, "hh,webgpt", f"--out={tmp_path / 'out'}"])
     page = (tmp_path / "out" / "retention.md").read_text()
     assert capsys.readouterr().out == page
     assert "| hh | 100 | 0.800 | 0.700 | +0.100 (+0.000 to +0.200) |" in page
     rows = json.loads((tmp_path / "out" / "retention.json").read_text())
-    assert rows == retention.retention(*runs, ["hh", "webgpt"])
+    assert rows == retention(*runs, ["hh", "webgpt"])
     for name, match in (("nothing", "no such file"), ("other", "no such file")):
         with pytest.raises(SystemExit) as end:
-            retention.main([before, after, name])
+            main([before, after, name])
         assert end.value.code == 2 and match in capsys.readouterr().err
     (runs[0].eval / "other.json").write_text((runs[0].eval / "hh.json").read_text())
     with pytest.raises(SystemExit):
-        retention.main([before, after, "other"])
+        main([before, after, "other"])
     assert "of 100 pairs before and of 103 after" in capsys.readouterr().err
