@@ -5,6 +5,7 @@ preferred, -1 response_1. Knows nothing of heads, users or batches. Axes: B comp
 positions.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +17,8 @@ from pal_ds.heads.shapes import Float, Int
 
 LossKind = Literal["logistic", "hinge", "smooth_hinge"]
 TokenWeighting = Literal["last", "mean", "cumulative"]
+OWN = "own"
+"""`kind` of a loss with a shape of its own."""
 
 
 def logistic(m: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
@@ -34,6 +37,21 @@ def smooth_hinge(m: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
     return torch.where(short < 1, short.square() / 2, short - 0.5)
 
 
+class MarginLoss(ABC):
+    """A loss of one's own in the signed margin, for `loss.shape`: a subclass, named by its import path.
+
+    Its constructor's arguments are `init_args` in the recipe. It holds no weights that are trained.
+    """
+
+    @abstractmethod
+    def __call__(self, margin: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """The loss of each signed margin, elementwise, fp32, finite and with a gradient everywhere.
+
+        A margin is positive where the preferred response has the larger reward, less the margin that the annotation
+        requires.
+        """
+
+
 _LOSSES = {"logistic": logistic, "hinge": hinge, "smooth_hinge": smooth_hinge}
 
 
@@ -43,6 +61,8 @@ class PreferenceLoss:
 
     kind: LossKind = "logistic"
     """Shape in the signed margin. Only `logistic` makes margins log-odds."""
+    shape: MarginLoss | None = None
+    """A loss of one's own in the signed margin, in place of `kind`: {class_path: my_loss.MyLoss, init_args: {}}."""
     token_weighting: TokenWeighting = "last"
     """Which positions of the window count, see `token_weights`."""
     lm_weight: float = 0.0
@@ -51,7 +71,13 @@ class PreferenceLoss:
 
     def __post_init__(self) -> None:
         """Raises UserError for an unknown choice."""
-        _choose("kind", self.kind, _LOSSES)
+        if self.shape is not None:
+            if self.kind not in ("logistic", OWN):
+                raise UserError(f"loss.kind is {self.kind!r} beside loss.shape. Give one of them.")
+            # Whoever asks for `logistic`, as margins are log-odds then, or for a closed form must not get it.
+            object.__setattr__(self, "kind", OWN)
+        else:
+            _choose("kind", self.kind, _LOSSES)
         _choose("token_weighting", self.token_weighting, _WEIGHTS)
         if not self.lm_weight >= 0:
             raise UserError(f"loss.lm_weight is {self.lm_weight}; it must be 0 or more.")
@@ -84,7 +110,9 @@ class PreferenceLoss:
         signed = label * margin.masked_fill(outside, 0.0)
         if needed is not None:
             signed = signed - needed
-        return (weight.masked_fill(outside, 0.0) * _LOSSES[self.kind](signed)).sum(-1)
+        return (weight.masked_fill(outside, 0.0) * (self.shape or _LOSSES[self.kind])(signed)).sum(
+            -1
+        )
 
 
 def token_weights(

@@ -6,43 +6,59 @@ otherwise the same.
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
+from pal_ds.data.tokenise import TextEncoder
 from pal_ds.errors import UserError
 from pal_ds.export.audience import choose_audience
 from pal_ds.export.card import FACTS_NAME, FORMAT_VERSION
 from pal_ds.export.configs import canonical_class, pal_config
+from pal_ds.export.tokenizer import open_tokenizer
 from pal_ds.export.weights import plain_backbone
 from pal_ds.inference.load_run import OpenRun, load_model, open_run
+from pal_ds.inference.score_texts import Scorer
 from pal_ds.remote_code.modeling_pal import PalForSequenceClassification
 from pal_ds.runs.run_dir import RunDirectory
+from pal_ds.users import UserTable
 
 
-def load_reward_model(path: str | Path, mixture: Sequence[float] | None = None) -> PreTrainedModel:
+def load_reward_model(
+    path: str | Path,
+    mixture: Sequence[float] | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
     """A model in eval mode, on the CPU, in fp32 (an exported folder: in its own dtype).
 
     `model(input_ids, attention_mask).logits` are the scores [B, 1]; see PalForSequenceClassification.
 
     Args:
-        path: a directory that `train` wrote, or a folder that `tools/consolidate.py` wrote. No code
-            from the folder is run.
+        path: a directory that `train` wrote, or a folder that `consolidate` wrote.
         mixture: another user than the folder's, or than a run's population.
+        trust_remote_code: run the code in an exported folder in place of pal_ds's own. A head of one's own needs it
+            unless its module was imported before. Without it no code from the folder is run.
 
     Raises:
         UserError: neither lies at `path`, or the mixture does not fit the head.
     """
     path = Path(path)
     if (path / FACTS_NAME).is_file():
-        return _from_folder(path, mixture)
+        return _from_folder(path, mixture, trust_remote_code=trust_remote_code)
     if (path / "config.yaml").is_file():
         return model_of_run(open_run(RunDirectory(path)), mixture)
     raise UserError(
         f"{path}: holds neither a run (config.yaml) nor an exported model ({FACTS_NAME}). Give a "
-        "directory that `train` or tools/consolidate.py wrote."
+        "directory that `train` or `consolidate` wrote."
     )
 
 
@@ -54,6 +70,84 @@ def load_pal_rm_a(path: str | Path, mixture: Sequence[float] | None = None) -> P
 def load_pal_rm_b(path: str | Path, mixture: Sequence[float] | None = None) -> PreTrainedModel:
     """The PAL-B model of a run or an exported folder; UserError where it is of another kind."""
     return _of_family("pal_b", path, mixture)
+
+
+@dataclass(frozen=True)
+class Whom:
+    """For whom texts are scored: one of these, or nobody in particular."""
+
+    user: str | None = None
+    """Id of a user of the run, or of the table `users_dir`."""
+    mixture: Sequence[float] | None = None
+    group: str | None = None
+    """A group of the run's data, for a head that asks for it."""
+    users_dir: Path | None = None
+    """A folder that `adapt` wrote, in which `user` is looked up first."""
+
+
+def scorer_of_run(
+    run: RunDirectory, whom: Whom, step: str = "latest", *, trust: bool = False
+) -> Scorer:
+    """What scores texts with a run as `score --run_dir` does. Raises UserError as `open_run` and `choose_audience`."""
+    opened = open_run(run, step, trust=trust)
+    model = model_of_run(opened)
+    audience = choose_audience(
+        model.head,
+        opened.users,
+        user=whom.user,
+        mixture=whom.mixture,
+        users_dir=whom.users_dir,
+        group=whom.group,
+        groups=opened.data.groups,
+    )
+    model.config.mixture = audience.mixture
+    encoder = TextEncoder.from_info(opened.data.info["tokens"], opened.data.tokenizer_path)
+    return Scorer(model, encoder)
+
+
+def scorer_of_export(folder: Path, whom: Whom, *, trust_remote_code: bool = False) -> Scorer:
+    """What scores texts with an exported folder as `score --model` does.
+
+    Raises:
+        UserError: no exported folder, or a user or group that it cannot know.
+    """
+    if whom.group is not None:
+        raise UserError(
+            "score: an exported model knows no groups. Export one of a group (consolidate --group), score with "
+            "--run_dir, or give --mixture."
+        )
+    if (whom.user is None) != (whom.users_dir is None):
+        raise UserError(
+            "score: an exported model knows no user ids. Give --user with the --users folder that holds "
+            "it, score with --run_dir, or give --mixture."
+        )
+    if not (folder / FACTS_NAME).is_file():
+        raise UserError(f"--model {folder}: no {FACTS_NAME} here; make it by `pal-ds consolidate`.")
+    facts = read_facts(folder)
+    tokens = facts["tokens"]
+    encoder = TextEncoder(
+        open_tokenizer(folder),
+        max_length=tokens["max_length"],
+        separator=tokens["separator"] or "",
+        chat_template="auto" if tokens["chat_template"] else "never",
+        # The tokenizer of a stock export writes them into every text by itself.
+        special_tokens=tokens["special_tokens"] and not facts["stock_class"],
+    )
+    model: Any = load_reward_model(folder, whom.mixture, trust_remote_code=trust_remote_code)
+    if whom.user is not None and whom.users_dir is not None:
+        if facts["mixture"] is None:
+            raise UserError(
+                f"{folder}: {facts['head']} has one reward for everyone: leave out --user."
+            )
+        audience = choose_audience(
+            model.head,
+            UserTable.load(whom.users_dir),
+            user=whom.user,
+            mixture=whom.mixture,
+            users_dir=whom.users_dir,
+        )
+        model.config.mixture = audience.mixture
+    return Scorer(model, encoder)
 
 
 def model_of_run(
@@ -80,15 +174,19 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def _from_folder(folder: Path, mixture: Sequence[float] | None) -> PreTrainedModel:
+def _from_folder(
+    folder: Path, mixture: Sequence[float] | None, *, trust_remote_code: bool
+) -> PreTrainedModel:
     facts = read_facts(folder)
     if facts["mixture"] is None and mixture is not None:
         raise UserError(
             f"{folder}: {facts['head']} has one reward for everyone: leave out mixture."
         )
     options: dict[str, Any] = {} if mixture is None else {"mixture": list(mixture)}
-    cls: type[PreTrainedModel] = PalForSequenceClassification
-    if facts["stock_class"]:
+    cls: Any = PalForSequenceClassification
+    if trust_remote_code:
+        cls, options = AutoModelForSequenceClassification, {**options, "trust_remote_code": True}
+    elif facts["stock_class"]:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         stock: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
         cls = canonical_class(stock)

@@ -13,6 +13,8 @@ layer() { # FILE NAME: a recipe of this job, kept as NAME in the record at the f
   if [ ! -d "$record/code" ]; then
     [ -f "$1" ] || refuse "$1: no such recipe (looked from $PWD)"
     cp "$1" "$record/$2"
+    # A head, a source or a loss of one's own may lie beside the recipe.
+    find "$(dirname "$1")" -maxdepth 1 -name '*.py' -exec cp -n {} "$record/" \;
   fi
   found=$(recipe_value "$record/$2" ds_config "$a_text")
   ds_config=${found:-$ds_config}

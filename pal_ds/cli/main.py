@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import textwrap
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from pal_ds import __version__
@@ -71,11 +72,15 @@ def main(arguments: list[str] | None = None, program: str = PROGRAM) -> None:
     if hasattr(command, "arguments_of"):
         given = [name, *command.arguments_of(given[1:])]
     parser = build_parser(name, program)
-    from pal_ds.cli.config_files import check_config_files, with_shipped_files
+    from pal_ds.cli.config_files import check_config_files, config_files, with_shipped_files
 
     given = with_shipped_files(given)
     try:
         check_config_files(given)
+        if files := config_files(given):
+            from pal_ds.config.own_code import make_importable
+
+            make_importable([Path.cwd(), *(file.parent for file in files)])
         options = parser.parse_args(given)
         command.run(parser.instantiate(options)[name], options[name])
     except (UserError, OSError) as error:

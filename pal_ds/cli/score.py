@@ -3,11 +3,10 @@
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from pal_ds.cli.arguments import mixture
+from pal_ds.cli.arguments import as_path, mixture
 from pal_ds.errors import UserError
 
 
@@ -16,7 +15,7 @@ class Score:
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
-        parser.add_argument("--model", type=str, help="folder that tools/consolidate.py wrote")
+        parser.add_argument("--model", type=str, help="folder that `consolidate` wrote")
         parser.add_argument("--run_dir", type=str, help="directory that `train` wrote")
         parser.add_argument("--input", type=str, required=True, help="JSONL of prompt and response")
         parser.add_argument("--output", type=str, default="-", help="JSONL with scores; - prints")
@@ -29,10 +28,15 @@ class Score:
         parser.add_argument(
             "--trust_checkpoint", action="store_true", help="read checkpoints of another owner"
         )
+        parser.add_argument(
+            "--trust_remote_code", action="store_true", help="run the code that lies in --model"
+        )
 
     @staticmethod
     def run(options: Namespace, _: Namespace) -> None:
         from pal_ds.inference.score_texts import read_rows, write_scores
+        from pal_ds.reward_models import Whom, scorer_of_export, scorer_of_run
+        from pal_ds.runs.run_dir import RunDirectory
 
         if (options.model is None) == (options.run_dir is None):
             raise UserError("score: give exactly one of --model and --run_dir.")
@@ -44,7 +48,13 @@ class Score:
         rows = read_rows(Path(options.input))
         if options.output != "-" and output.exists() and output.samefile(options.input):
             raise UserError(f"--output {output}: is the --input. Name another file.")
-        scorer = _from_run(options) if options.model is None else _from_model(options)
+        whom = Whom(options.user, options.mixture, options.group, as_path(options.users))
+        if options.model is None:
+            run, trust = RunDirectory(options.run_dir), options.trust_checkpoint
+            scorer = scorer_of_run(run, whom, options.step, trust=trust)
+        else:
+            trust = options.trust_remote_code
+            scorer = scorer_of_export(Path(options.model), whom, trust_remote_code=trust)
         if options.output == "-":
             write_scores(scorer, rows, sys.stdout, options.batch_texts)
             return
@@ -55,76 +65,3 @@ class Score:
             temporary.rename(output)
         finally:
             temporary.unlink(missing_ok=True)
-
-
-def _from_run(options: Namespace):
-    from pal_ds.data.tokenise import TextEncoder
-    from pal_ds.export.audience import choose_audience
-    from pal_ds.inference.load_run import open_run
-    from pal_ds.inference.score_texts import Scorer
-    from pal_ds.reward_models import model_of_run
-    from pal_ds.runs.run_dir import RunDirectory
-
-    opened = open_run(RunDirectory(options.run_dir), options.step, trust=options.trust_checkpoint)
-    model = model_of_run(opened)
-    audience = choose_audience(
-        model.head,
-        opened.users,
-        user=options.user,
-        mixture=options.mixture,
-        users_dir=Path(options.users) if options.users else None,
-        group=options.group,
-        groups=opened.data.groups,
-    )
-    model.config.mixture = audience.mixture
-    encoder = TextEncoder.from_info(opened.data.info["tokens"], opened.data.tokenizer_path)
-    return Scorer(model, encoder)
-
-
-def _from_model(options: Namespace):
-    from pal_ds.data.tokenise import TextEncoder
-    from pal_ds.export.audience import choose_audience
-    from pal_ds.export.tokenizer import open_tokenizer
-    from pal_ds.inference.score_texts import Scorer
-    from pal_ds.reward_models import load_reward_model, read_facts
-    from pal_ds.users import UserTable
-
-    folder = Path(options.model)
-    if options.group is not None:
-        raise UserError(
-            "score: an exported model knows no groups. Export one of a group (consolidate --group), score with "
-            "--run_dir, or give --mixture."
-        )
-    if (options.user is None) != (options.users is None):
-        raise UserError(
-            "score: an exported model knows no user ids. Give --user with the --users folder that holds "
-            "it, score with --run_dir, or give --mixture."
-        )
-    if not (folder / "export.json").is_file():
-        raise UserError(f"--model {folder}: no export.json here; make it by tools/consolidate.py.")
-    facts = read_facts(folder)
-    tokens = facts["tokens"]
-    encoder = TextEncoder(
-        open_tokenizer(folder),
-        max_length=tokens["max_length"],
-        separator=tokens["separator"] or "",
-        chat_template="auto" if tokens["chat_template"] else "never",
-        # The tokenizer of a stock export writes them into every text by itself.
-        special_tokens=tokens["special_tokens"] and not facts["stock_class"],
-    )
-    model: Any = load_reward_model(folder, options.mixture)
-    if options.user is not None:
-        if facts["mixture"] is None:
-            raise UserError(
-                f"{folder}: {facts['head']} has one reward for everyone: leave out --user."
-            )
-        users = Path(options.users)
-        audience = choose_audience(
-            model.head,
-            UserTable.load(users),
-            user=options.user,
-            mixture=options.mixture,
-            users_dir=users,
-        )
-        model.config.mixture = audience.mixture
-    return Scorer(model, encoder)

@@ -8,9 +8,11 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
+from pal_ds.config.own_code import CODE, keep_code, make_importable, refuse_changed_code
 from pal_ds.config.run_config import KEYS_THAT_DO_NOT_ALTER_RESULTS, RunConfig
 from pal_ds.errors import UserError
 from pal_ds.heads.base import Head
+from pal_ds.runs.run_dir import RunDirectory
 
 # What a key of any type holds is data: jsonargparse would make an object of a class that is named in it.
 set_parsing_settings(instantiate_subclass_spec_in_any=False)
@@ -34,10 +36,10 @@ def as_recipe(options: Namespace) -> RunConfig:
     return RunConfig(**{name: options[name] for name in RunConfig.__dataclass_fields__})
 
 
-def recipe_parser() -> ArgumentParser:
+def recipe_parser(*, require_head: bool = True) -> ArgumentParser:
     """Of recipes alone; raises ArgumentError for what no recipe has."""
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
-    add_recipe_arguments(parser)
+    add_recipe_arguments(parser, require_head=require_head)
     return parser
 
 
@@ -53,6 +55,8 @@ def read_recipe(arguments: list[str]) -> tuple[RunConfig, str]:
     Raises:
         UserError: a key or value that no recipe has.
     """
+    files = [Path(word.partition("=")[2]) for word in arguments if word.startswith("--config=")]
+    make_importable([Path.cwd(), *(file.parent for file in files)])
     parser = recipe_parser()
     try:
         options = parser.parse_args(arguments)
@@ -67,8 +71,25 @@ def recipe_from_arguments(arguments: list[str]) -> RunConfig:
 
 
 def load_recipe(path: Path) -> RunConfig:
-    """The recipe of a run's config.yaml."""
-    return recipe_from_arguments([f"--config={path}"])
+    """Read the recipe of a run's config.yaml, with classes of one's own from the copy that the run keeps.
+
+    Raises:
+        UserError: a key or value that no recipe has, or code at hand that is not what the run was trained with.
+    """
+    make_importable([Path.cwd(), path.parent / CODE])
+    config = recipe_from_arguments([f"--config={path}"])
+    refuse_changed_code(path.read_text(), path.parent)
+    return config
+
+
+def record_recipe(run: RunDirectory, recipe: str) -> None:
+    """Write a resolved recipe (YAML) as the run's config.yaml, and the code of one's own that it names beside it.
+
+    Raises:
+        StorageError: they cannot be written.
+    """
+    keep_code(recipe, run.path)
+    run.write_config(recipe)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -33,10 +33,24 @@ def _fill_rank_variables() -> list[str]:
     return list(alone)
 
 
+_stores: list[torch_dist.Store] = []
+"""Where the ranks of a launcher met first, and again for each later group of this process under a prefix of its own."""
+
+
+def _meet_again(backend: str, timeout: datetime.timedelta) -> None:
+    """Joins the ranks once more after an earlier group came to its end: its keys are still in the launcher's store."""
+    store = torch_dist.PrefixStore(f"pal_ds_{len(_stores)}", _stores[0])
+    _stores.append(store)
+    rank, world_size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+    torch_dist.init_process_group(
+        backend, timeout=timeout, store=store, rank=rank, world_size=world_size
+    )
+
+
 @contextlib.contextmanager
 def distributed(timeout_minutes: int = 30) -> Iterator[World]:
     """Starts DeepSpeed's process group and takes it down at the end; finish the process with `leave`."""
-    filled = _fill_rank_variables()
+    filled, excepthook = _fill_rank_variables(), sys.excepthook
     # deepspeed calls collectives under names that newer torch deprecates: nothing a user could mend.
     warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed")
     if not torch.cuda.is_available():
@@ -67,12 +81,13 @@ def distributed(timeout_minutes: int = 30) -> Iterator[World]:
         os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
     if local_rank == 0:
         remove_stale_build_locks()
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=datetime.timedelta(minutes=timeout_minutes),
-        verbose=False,
-    )
+    backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(minutes=timeout_minutes)
+    if _stores and not filled:
+        _meet_again(backend, timeout)
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+    if not _stores and not filled:
+        _stores.append(torch_dist.distributed_c10d._get_default_store())
     control = torch_dist.new_group(backend="gloo", timeout=timeout)
     world = World(torch_dist.get_rank(), torch_dist.get_world_size(), device, control)
     try:
@@ -80,9 +95,13 @@ def distributed(timeout_minutes: int = 30) -> Iterator[World]:
         world.barrier()
     finally:
         if torch_dist.is_initialized():
-            torch_dist.destroy_process_group()
+            # DeepSpeed's, as it keeps groups of its own, which a second training in this process must not meet.
+            deepspeed.comm.destroy_process_group()
         for name in filled:
             os.environ.pop(name, None)
+        if filled:
+            # torch's names the rank before each line of a traceback; a notebook that goes on has none.
+            sys.excepthook = excepthook
 
 
 @contextlib.contextmanager

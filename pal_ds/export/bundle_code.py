@@ -4,9 +4,12 @@ import ast
 import inspect
 from pathlib import Path
 
+import pal_ds.heads
 import pal_ds.remote_code
+from pal_ds.export.own_head import write_own_code
 from pal_ds.heads.base import Head
 
+_HEADS = Path(pal_ds.heads.__file__).parent
 _EXPORTED = Path(pal_ds.remote_code.__file__).parent
 
 _HEAD_FILE = '''"""The head of this exported model."""
@@ -43,9 +46,14 @@ __all__ = ["{name}"]
 def write_pal_code(folder: Path, head: Head) -> None:
     """modeling_pal.py, the head's file, and all they import."""
     source = Path(inspect.getfile(type(head)))
+    module = source.stem
     _copy(folder, [_EXPORTED / "modeling_pal.py"], skip={"exported_head"})
-    _copy(folder, [source, source.with_name("base.py")])
-    text = _HEAD_FILE.format(module=source.stem, name=type(head).__name__)
+    if type(head).__module__.partition(".")[0] == "pal_ds":
+        _copy(folder, [source, source.with_name("base.py")])
+    else:
+        module, needed = write_own_code(folder, type(head))
+        _copy(folder, [_HEADS / f"{name}.py" for name in sorted({"base", *needed})])
+    text = _HEAD_FILE.format(module=module, name=type(head).__name__)
     (folder / "exported_head.py").write_text(text)
 
 

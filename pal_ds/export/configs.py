@@ -12,6 +12,7 @@ from transformers import (
 
 from pal_ds.data.tokenise import truncation_side
 from pal_ds.errors import UserError
+from pal_ds.heads.base import Head
 from pal_ds.inference.load_run import OpenRun
 from pal_ds.remote_code.canonical_rows import CanonicalRows
 from pal_ds.remote_code.modeling_pal import PalRewardConfig
@@ -56,7 +57,7 @@ def pal_config(opened: OpenRun, mixture: list[float] | None) -> PalRewardConfig:
     tokens, parts = opened.data.info["tokens"], opened.parts
     return PalRewardConfig(
         text_config=backbone_config(opened),
-        head={"name": type(parts.head).__name__, "init": head_arguments(opened)},
+        head={"name": head_name(type(parts.head)), "init": head_arguments(opened)},
         mixture=mixture,
         encoding=parts.collator.encoding,
         pooling=parts.pooling,
@@ -68,6 +69,12 @@ def pal_config(opened: OpenRun, mixture: list[float] | None) -> PalRewardConfig:
         max_tokens=tokens["max_length"],
         pad_token_id=tokens["pad_token_id"],
     )
+
+
+def head_name(head: type[Head]) -> str:
+    """A head's name in an exported config: the class's for ours, the import path for one of one's own."""
+    own = head.__module__.partition(".")[0] != "pal_ds"
+    return f"{head.__module__}.{head.__name__}" if own else head.__name__
 
 
 def head_arguments(opened: OpenRun) -> dict[str, Any]:

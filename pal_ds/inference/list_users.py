@@ -1,6 +1,7 @@
 """List the users of a run with their mixtures."""
 
 from pal_ds.engine.checkpoint.forget import finish_interrupted_removal
+from pal_ds.engine.checkpoint.manifest import refuse_strangers_code
 from pal_ds.inference.load_run import open_run
 from pal_ds.inference.mixtures import user_mixtures
 from pal_ds.runs.run_dir import RunDirectory
@@ -16,7 +17,8 @@ def list_users(run: RunDirectory, step: str = "latest") -> list[tuple[str, list[
     """
     run.require_run()
     finish_interrupted_removal(run)
-    # No weights are read here, and opening a run unpickles nothing that could run code.
+    # No weights are read here, and opening a run unpickles nothing that could run code; its own code is another matter.
+    refuse_strangers_code(run)
     opened = open_run(run, step, trust=True)
     head = opened.parts.head
     if head.is_personal and "logits" not in head.needs:

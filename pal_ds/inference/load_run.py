@@ -22,6 +22,7 @@ from pal_ds.engine.checkpoint.checkpoint import refuse_other_base
 from pal_ds.engine.checkpoint.manifest import (
     UntrustedCheckpointError,
     refuse_strangers,
+    refuse_strangers_code,
     verify_checkpoint,
 )
 from pal_ds.engine.checkpoint.shard_reader import ShardedCheckpoint
@@ -79,6 +80,7 @@ def open_run(
     if not trust:
         # A recipe may ask for code: a class by its import path, or what a backbone's folder brings.
         refuse_strangers(run.config_file)
+        refuse_strangers_code(run)
     config = load_recipe(run.config_file)
     number = run.resolve_step(str(step))
     path = run.checkpoint(number)

@@ -1,7 +1,7 @@
 """Scalar scores for texts in a JSONL file: one process, no DeepSpeed."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -70,6 +70,10 @@ class Scorer:
         ids = self.encoder.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return _Ids(ids, None)
 
+    def score_all(self, rows: list[Row], batch_texts: int = 16) -> list[float]:
+        """One score per row, `batch_texts` rows in a forward."""
+        return [score for batch in _batches(rows, batch_texts) for score in self.score(batch)]
+
     def score(self, rows: list[Row]) -> list[float]:
         """One score per row."""
         items = [self.tokenise(row) for row in rows]
@@ -111,6 +115,20 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def rows_of(records: Iterable[dict[str, Any]]) -> list[Row]:
+    """Records in memory, each of `text`, or `prompt` and `response`, checked as lines of a file are.
+
+    Raises:
+        UserError: there is none, or one is no such record; counted from 0.
+    """
+    rows = [_checked(dict(record), f"texts[{n}]") for n, record in enumerate(records)]
+    if not rows:
+        raise UserError(
+            "texts: is empty; give a dict of prompt and response, or of text, for each."
+        )
+    return rows
+
+
 def _read_row(line: str, where: str) -> Row:
     try:
         record = json.loads(line)
@@ -118,6 +136,10 @@ def _read_row(line: str, where: str) -> Row:
         raise UserError(f"{where}: not valid JSON ({error}).") from None
     if not isinstance(record, dict):
         raise UserError(f"{where}: a line must be a JSON object, not {type(record).__name__}.")
+    return _checked(record, where)
+
+
+def _checked(record: dict[str, Any], where: str) -> Row:
     if "text" in record:
         if not isinstance(record["text"], str) or not record["text"].strip():
             raise UserError(f"{where}: 'text' must be a string that is not empty.")

@@ -38,7 +38,7 @@ class FusedLoss:
     @classmethod
     def where_it_pays(cls, loss: PreferenceLoss, device: torch.device) -> "FusedLoss | None":
         """None on hardware without a row in the dispatch table: the step then stays as it is, to the bit."""
-        return cls(loss) if covers("pair_loss", device) else None
+        return cls(loss) if loss.shape is None and covers("pair_loss", device) else None
 
     def compute(self, placement: Placement, facts: PairFacts) -> PairLossOutput:
         """The pair loss of a placement; `facts.weight` holds every factor of the total."""

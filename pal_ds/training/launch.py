@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pal_ds.config.own_code import refuse_changed_code
 from pal_ds.config.recipe import refuse_changes
 from pal_ds.config.run_config import RunConfig
 from pal_ds.data.collator import Collator
@@ -237,6 +238,7 @@ def check_run_directory(request: TrainingRequest, data: PreparedData) -> None:
         )
     if run.config_file.is_file() and run.has_checkpoints():
         refuse_changes(run.config_file, request.recipe, list(request.allow_change))
+        refuse_changed_code(request.recipe, run.path, list(request.allow_change))
     for step in run.complete_steps()[-1:]:
         path = run.checkpoint(step)
         try:

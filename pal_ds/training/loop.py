@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 
+from pal_ds.config.recipe import record_recipe
 from pal_ds.data.collator import Collator
 from pal_ds.data.loader import UpdateInputs, updates_from
 from pal_ds.distributed import phase
@@ -46,7 +47,7 @@ def train(
         return None
     try:
         if recipe is not None:
-            world.from_rank_zero(lambda: run.write_config(recipe))
+            world.from_rank_zero(lambda: record_recipe(run, recipe))
         run_updates(state)
     except Exception as error:
         # Of what other ranks cause, the watchdog finds and records the cause.

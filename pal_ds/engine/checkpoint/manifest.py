@@ -216,6 +216,14 @@ def refuse_strangers(path: Path) -> None:
     )
 
 
+def refuse_strangers_code(run: RunDirectory) -> None:
+    """Raises UntrustedCheckpointError where a stranger may have written code that opening the run would execute."""
+    folder = run.path / "code"
+    if folder.is_dir():
+        for path in (folder, *folder.rglob("*")):
+            refuse_strangers(path)
+
+
 def newest_intact(run: RunDirectory, *, trust: bool = False) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that verifies, with its manifest; damaged ones are named and skipped.
 

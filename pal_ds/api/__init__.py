@@ -1,0 +1,23 @@
+"""What the commands do, as functions that return objects: for notebooks and scripts, alone or under torchrun.
+
+Mistakes that a person can mend are raised as UserError; nothing here ends the process. Alone, a function is a world of
+one rank; under a launcher every rank calls it, and every rank is returned the same. `run` is a directory that `train`
+wrote, as a path or as the `Run` that `train` returned.
+"""
+
+from pal_ds.api.adaptation import AdaptedUsers, adapt, few_shot
+from pal_ds.api.run import Run
+from pal_ds.api.scoring import consolidate, score
+from pal_ds.api.training import evaluate, prepare, train
+
+__all__ = [
+    "AdaptedUsers",
+    "Run",
+    "adapt",
+    "consolidate",
+    "evaluate",
+    "few_shot",
+    "prepare",
+    "score",
+    "train",
+]
