@@ -4,6 +4,7 @@ import functools
 import inspect
 import json
 import os
+import sys
 import tempfile
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
@@ -129,4 +130,10 @@ def _import_path(cls: type, key: str) -> str:
             f"{key}: {cls.__qualname__} is defined in this script, notebook or function, where no other process finds "
             "it. Put it into a file beside the recipe or in the current directory, my_head.py say, and import it."
         )
-    return f"{cls.__module__}.{cls.__qualname__}"
+    if cls.__module__.partition(".")[0] != "pal_ds":
+        return f"{cls.__module__}.{cls.__qualname__}"
+    # As a recipe that names it shortly is resolved: two names of one class would read as a change on resume.
+    parts = cls.__module__.split(".")
+    packages = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
+    held = [name for name in packages if getattr(sys.modules[name], cls.__name__, None) is cls]
+    return f"{held[0]}.{cls.__name__}"
