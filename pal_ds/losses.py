@@ -61,13 +61,13 @@ class PreferenceLoss:
 
     kind: LossKind = "logistic"
     """Shape in the signed margin. Only `logistic` makes margins log-odds."""
-    shape: MarginLoss | None = None
-    """A loss of one's own in the signed margin, in place of `kind`: {class_path: my_loss.MyLoss, init_args: {}}."""
     token_weighting: TokenWeighting = "last"
     """Which positions of the window count, see `token_weights`."""
     lm_weight: float = 0.0
     """Weight of the language-model loss of the preferred response: the mean cross-entropy of its tokens, its end token
     too, given the prompt (decoders that are trained). The model adds it; 0 loads no output layer."""
+    shape: MarginLoss | None = None
+    """A loss of one's own in the signed margin, in place of `kind`: {class_path: my_loss.MyLoss, init_args: {}}."""
 
     def __post_init__(self) -> None:
         """Raises UserError for an unknown choice."""
