@@ -7,9 +7,10 @@ from typing import NoReturn
 
 import pytest
 
+import pal_ds.engine.checkpoint.exchange
 import pal_ds.export
-from pal_ds.cli import commands
 from pal_ds.cli.main import main
+from pal_ds.cli.table import COMMANDS
 from pal_ds.errors import BusyError, RankLostError, UnfinishedError, UserError, end_with
 from tools import consolidate, reshard
 
@@ -32,9 +33,9 @@ def program(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         def fail(*_: object, **__: object) -> NoReturn:
             raise error
 
-        monkeypatch.setattr(commands.COMMANDS["users"], "run", fail)
+        monkeypatch.setattr(COMMANDS["users"].load(), "run", fail)
         monkeypatch.setattr(pal_ds.export, "export", fail)
-        monkeypatch.setattr(reshard, "reshard", fail)
+        monkeypatch.setattr(pal_ds.engine.checkpoint.exchange, "exchange_step", fail)
         run(words)
 
     return request.param, end
