@@ -1,7 +1,7 @@
 """Scalar scores for texts in a JSONL file: one process, no DeepSpeed."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -115,7 +115,7 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def rows_of(records: Iterable[dict[str, Any]]) -> list[Row]:
+def rows_of(records: Iterable[Mapping[str, Any]]) -> list[Row]:
     """Records in memory, each of `text`, or `prompt` and `response`, checked as lines of a file are.
 
     Raises:
