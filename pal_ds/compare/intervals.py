@@ -1,6 +1,6 @@
 """Means over seeds and their 95% intervals; numpy and scipy alone."""
 
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
 from scipy import stats
@@ -29,7 +29,21 @@ def mean_interval(intervals: list[list[float]]) -> list[float]:
     return [float(low), float(high)]
 
 
-def summary_of(values: list[float]) -> dict[str, Any]:
+class Figure(TypedDict):
+    """One figure of a method over its seeds."""
+
+    mean: float
+    by_seed: list[float]
+    """In the order of the suite's seeds."""
+    ci95_over_seeds: list[float] | None
+    """None for fewer than three seeds."""
+    pairs: NotRequired[int]
+    """Comparisons that it was measured on, where they are not all."""
+    ci95_within_seed: NotRequired[list[float] | None]
+    """Mean over seeds of the ends of the interval of a single run."""
+
+
+def summary_of(values: list[float]) -> Figure:
     """{"mean", "by_seed", "ci95_over_seeds"} of one figure."""
     return {
         "mean": float(np.mean(values)),

@@ -16,12 +16,15 @@ from pal_ds.config.run_config import RunConfig, check_range
 from pal_ds.errors import UserError
 from pal_ds.runs.run_dir import RunDirectory
 
+RecipeKeys = dict[str, Any]
+"""A part of a recipe as its YAML says it, before it is checked."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteConfig:
     """The keys of a suite beside those of a recipe, which all of its methods share."""
 
-    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    methods: dict[str, RecipeKeys] = field(default_factory=dict)
     """Name -> recipe keys that this method has of its own, laid over the shared ones as a second --config would be."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """`train.seed` of the runs of each method."""
@@ -49,7 +52,7 @@ class SuiteConfig:
             _check_method(name, keys)
 
 
-def _check_method(name: str, keys: dict[str, Any]) -> None:
+def _check_method(name: str, keys: RecipeKeys) -> None:
     """Raises UserError for a name that is no folder's, or keys that are not the method's to choose."""
     if re.fullmatch(r"[\w=+-][\w.=+-]*", name) is None:
         raise UserError(
@@ -120,9 +123,9 @@ def read_suite(name: str, settings: SuiteConfig, shared: str, out: Path) -> Suit
 
 def _resolve(
     parser: ArgumentParser,
-    common: dict[str, Any],
+    common: RecipeKeys,
     method: str,
-    keys: dict[str, Any],
+    keys: RecipeKeys,
     seeds: list[int],
 ) -> Iterator[tuple[int, RunConfig, str]]:
     """Seed, recipe and its YAML, for each seed."""

@@ -71,7 +71,7 @@ def load_recipe(path: Path) -> RunConfig:
     return recipe_from_arguments([f"--config={path}"])
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def _flat(tree: object, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict) or not tree:
         return {prefix.rstrip("."): tree}
     merged: dict[str, Any] = {}

@@ -8,7 +8,7 @@ import logging
 import math
 import statistics
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -25,6 +25,15 @@ MIN_SEEN = 32
 """Of them, before any is called a spike."""
 
 
+class GuardState(TypedDict):
+    """What a resumed run needs to decide as this one would; a part of the manifest."""
+
+    num_skipped: int
+    num_in_a_row: int
+    losses: list[float]
+    norms: list[float]
+
+
 class UpdateGuard:
     """Decides for each update whether it is made. All ranks hold equal figures, so all decide alike."""
 
@@ -33,7 +42,7 @@ class UpdateGuard:
         self._world = world
         self._losses: list[float] = []
         self._norms: list[float] = []
-        self._read_norm: Callable[[], Any] = lambda: None
+        self._read_norm: Callable[[], float | Tensor | None] = lambda: None
         self._update, self._loss = 0, 0.0
         self._decided = False
         self.num_skipped = 0
@@ -45,7 +54,7 @@ class UpdateGuard:
         """From now on `optimizer.step()` does nothing where the update is skipped."""
         inner = optimizer.step
 
-        def guarded(*args: Any, **kwargs: Any) -> Any:
+        def guarded(*args: Any, **kwargs: Any) -> float | None:
             # ZeRO steps once per group of parameters: the first call decides for all of them.
             if not self._decided:
                 self._decide()
@@ -54,7 +63,11 @@ class UpdateGuard:
         optimizer.step = guarded  # type: ignore[method-assign]
 
     def open(
-        self, update: int, losses: Tensor, users_finite: bool, read_norm: Callable[[], Any]
+        self,
+        update: int,
+        losses: Tensor,
+        users_finite: bool,
+        read_norm: Callable[[], float | Tensor | None],
     ) -> None:
         """Begins an update.
 
@@ -102,7 +115,7 @@ class UpdateGuard:
             )
         return False
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> GuardState:
         """What a resumed run needs to decide as this one would; plain numbers."""
         return {
             "num_skipped": self.num_skipped,
@@ -111,7 +124,7 @@ class UpdateGuard:
             "norms": list(self._norms),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: GuardState) -> None:
         self.num_skipped, self.num_in_a_row = state["num_skipped"], state["num_in_a_row"]
         self._losses, self._norms = list(state["losses"]), list(state["norms"])
 

@@ -9,10 +9,13 @@ from torch import nn
 from pal_ds.config.run_config import OptimConfig
 from pal_ds.errors import UserError
 
+ParamGroup = dict[str, Any]
+"""One of torch's parameter groups: `params` beside the settings that its optimizer reads."""
+
 GROUPS = ("backbone", "prototypes", "scale", "projectors")
 
 
-def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[ParamGroup]:
     """Trainable parameters by name: backbone, prototypes, scale, projectors. Empty groups are dropped.
 
     A head opts into a group by a parameter's last name, `prototypes` or `log_scale` (heads/README.md).
@@ -28,13 +31,13 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     ]
 
 
-def apply_settings(param_groups: list[dict[str, Any]], config: OptimConfig) -> None:
+def apply_settings(param_groups: list[ParamGroup], config: OptimConfig) -> None:
     """Sets rates and Adam's constants of named groups from the recipe: a checkpoint brings those it was saved with."""
     for group in param_groups:
         group.update(_settings_of(group["name"], config), betas=config.betas, eps=config.epsilon)
 
 
-def _settings_of(name: str, config: OptimConfig) -> dict[str, Any]:
+def _settings_of(name: str, config: OptimConfig) -> dict[str, float]:
     rates = {
         "backbone": config.backbone_learning_rate,
         "prototypes": config.prototype_learning_rate,
@@ -56,7 +59,7 @@ def _group_of(name: str) -> str:
 
 
 def build_optimizer(
-    groups: list[dict[str, Any]], config: OptimConfig, *, offload: bool
+    groups: list[ParamGroup], config: OptimConfig, *, offload: bool
 ) -> torch.optim.Optimizer:
     """AdamW; DeepSpeed's CPU version where the optimizer state is offloaded."""
     if not groups:

@@ -4,7 +4,6 @@ The loss is the mean over the update's comparisons, whatever the split. The step
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from pal_ds.distributed import phase
 from pal_ds.distributed.world import World
 from pal_ds.engine.guard import UpdateGuard
 from pal_ds.engine.optim import schedule_factor
+from pal_ds.engine.training_engine import TrainingEngine
 from pal_ds.heads.base import HeadOutput, PairLoss
 from pal_ds.heads.shapes import Float
 from pal_ds.kernels.eager import PairFacts
@@ -44,7 +44,7 @@ class UpdateStats:
 class Stepper:
     """Runs updates on a DeepSpeed engine and a user table."""
 
-    engine: Any
+    engine: TrainingEngine
     users: TrainedUsers
     loss: PreferenceLoss
     optim: OptimConfig

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, final
 
 from pal_ds.export.audience import Audience
 from pal_ds.inference.load_run import OpenRun
@@ -12,9 +12,75 @@ FACTS_NAME = "export.json"
 FORMAT_VERSION = 1
 
 
-def describe(
-    opened: OpenRun, audience: Audience, *, dtype: str, stock: str | None
-) -> dict[str, Any]:
+class ExportFacts(TypedDict):
+    """What export.json says of any exported folder."""
+
+    format_version: int
+    head: str
+    """Class name."""
+    family: str
+    stock_class: str | None
+    """transformers' own class that opens the folder; None for ours."""
+    audience: str
+    mixture: list[float] | None
+    licence: str | None
+    backbone: str
+    dtype: str
+    tokens: dict[str, Any]
+    """As in dataset.json of the training data."""
+
+
+class DescribedRun(ExportFacts):
+    """What is known of an export before its weights are written."""
+
+    step: int
+    dataset_hash: str
+    tuning: str
+
+
+class TokenizerCheck(TypedDict, total=False):
+    """Said for stock classes alone."""
+
+    tokenizer_exact: bool
+    """Whether the folder's tokenizer writes the trainer's ids by itself."""
+
+
+class Parity(TokenizerCheck):
+    """How far the exported scores are from the trainer's."""
+
+    max_difference: float
+    scale: float
+    """Largest absolute score of the trainer."""
+    num_samples: int
+
+
+@final
+class RunExport(DescribedRun, Parity):
+    """export.json of a run's export, without the files' hashes."""
+
+    reads_prompt: bool
+    measured_for: NotRequired[str]
+
+
+class DescribedImport(ExportFacts):
+    """What is known of an import but for the file that it was made from."""
+
+    reads_prompt: bool
+    end_in_tokenizer: str
+    """What the folder's tokenizer writes after every text; empty for nothing."""
+    backbone_weights: str
+    """Where they come from, in words."""
+
+
+@final
+class ImportedExport(DescribedImport):
+    """export.json of a checkpoint of the PAL reference, without the files' hashes."""
+
+    imported_from: str
+    checkpoint_sha256: str
+
+
+def describe(opened: OpenRun, audience: Audience, *, dtype: str, stock: str | None) -> DescribedRun:
     """Facts of an export, without user ids."""
     data, parts = opened.data.info, opened.parts
     backbone = opened.config.backbone
@@ -35,7 +101,7 @@ def describe(
     }
 
 
-def write_card(folder: Path, facts: dict[str, Any]) -> None:
+def write_card(folder: Path, facts: RunExport | ImportedExport) -> None:
     """README.md."""
     (folder / "README.md").write_text(
         _HEADER.format(licence=facts["licence"] or "unknown") + _body(facts)
@@ -53,7 +119,7 @@ tags: [reward-model, pal]
 """
 
 
-def _body(facts: dict[str, Any]) -> str:
+def _body(facts: RunExport | ImportedExport) -> str:
     rows = {
         "Head": facts["head"],
         "Scores for": facts["audience"],
@@ -64,7 +130,7 @@ def _body(facts: dict[str, Any]) -> str:
     return f"| | |\n|---|---|\n{table}\n\n## Use\n{_usage(facts)}"
 
 
-def _of_run(facts: dict[str, Any]) -> dict[str, Any]:
+def _of_run(facts: RunExport) -> dict[str, object]:
     return {
         "Step of the run": facts["step"],
         "Data": f"hash {facts['dataset_hash']}, licence {facts['licence'] or 'not stated'}",
@@ -77,7 +143,7 @@ def _of_run(facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _imported(facts: dict[str, Any]) -> dict[str, Any]:
+def _imported(facts: ImportedExport) -> dict[str, object]:
     return {
         "Imported from": f"{facts['imported_from']}, sha256 {facts['checkpoint_sha256']}",
         "Backbone": f"{facts['backbone']} ({facts['backbone_weights']})",
@@ -85,7 +151,7 @@ def _imported(facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _usage(facts: dict[str, Any]) -> str:
+def _usage(facts: RunExport | ImportedExport) -> str:
     remote = "" if facts["stock_class"] else ", trust_remote_code=True"
     load = f'from_pretrained("THIS FOLDER"{remote})'
     text = f"""```python
@@ -131,7 +197,7 @@ def _text_form(tokens: dict[str, Any]) -> str:
     return f"A text is the prompt, then {tokens['separator']!r}, then the response."
 
 
-def _stock_notes(facts: dict[str, Any]) -> str:
+def _stock_notes(facts: RunExport) -> str:
     if facts["tokenizer_exact"]:
         text = """The tokenizer writes the special tokens itself, whatever `add_special_tokens`
 says, so the stock class scores as the trainer did.
@@ -151,7 +217,9 @@ and length are as in training.
     )
 
 
-def write_facts(folder: Path, facts: dict[str, Any], linked: dict[str, str] | None = None) -> None:
+def write_facts(
+    folder: Path, facts: RunExport | ImportedExport, linked: dict[str, str] | None = None
+) -> None:
     """export.json: the facts and the sha256 of every other file; of links, what `linked` says."""
     hashes = {
         path.name: linked[path.name] if linked and path.is_symlink() else sha256_of(path)

@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -72,7 +71,7 @@ class ExportOptions:
     quiet: bool = False
 
 
-def export(run: RunDirectory, out: Path, options: ExportOptions | None = None) -> dict[str, Any]:
+def export(run: RunDirectory, out: Path, options: ExportOptions | None = None) -> card.RunExport:
     """Writes the exported folder `out` and returns its facts (export.json).
 
     Raises:
@@ -99,7 +98,7 @@ def open_for_export(run: RunDirectory, out: Path, options: ExportOptions) -> Ope
     return opened
 
 
-def fill_folder(folder: Path, opened: OpenRun, options: ExportOptions) -> dict[str, Any]:
+def fill_folder(folder: Path, opened: OpenRun, options: ExportOptions) -> card.RunExport:
     """Puts an exported model into an empty folder, checks it against the run, and returns its facts."""
     weights = weights_of(opened)
     head = weights.head
@@ -121,10 +120,9 @@ def fill_folder(folder: Path, opened: OpenRun, options: ExportOptions) -> dict[s
         and opened.parts.collator.encoding == "joint"
     ):
         stock = stock_class(backbone_config(opened))
-    facts = card.describe(
+    described = card.describe(
         opened, audience, dtype=options.dtype, stock=stock.__name__ if stock else None
     )
-    facts["reads_prompt"] = opened.parts.collator.with_prompt
     if stock is None or linear is None:
         layout = _pal_layout(folder, opened, weights, audience, options)
     else:
@@ -135,7 +133,11 @@ def fill_folder(folder: Path, opened: OpenRun, options: ExportOptions) -> dict[s
     with progress_bar("exporting", len(shapes), shown=not options.quiet, unit="tensors") as advance:
         write_sharded(folder, shapes, read, DTYPES[options.dtype], max_bytes, advance)
     del weights, layout, source, head_tensors, read
-    facts |= _check(folder, opened, audience, target, options.dtype)
+    facts: card.RunExport = {
+        **described,
+        "reads_prompt": opened.parts.collator.with_prompt,
+        **_check(folder, opened, audience, target, options.dtype),
+    }
     if options.with_users and head.has_points:
         _write_users(folder, opened, head, options.users_dir)
     card.write_card(folder, facts)
@@ -225,14 +227,14 @@ def write_config(
 
 def _check(
     folder: Path, opened: OpenRun, audience: Audience, target: PreTrainedModel, dtype: str
-) -> dict[str, Any]:
+) -> card.Parity:
     """Scores samples by both paths; one model is in memory at a time.
 
     Raises:
         UserError: the fp32 export differs from the run by more than LARGEST_DIFFERENCE.
     """
     texts, encoded = read_samples(opened)
-    facts: dict[str, Any] = {}
+    facts: card.TokenizerCheck = {}
     everything = np.arange(len(texts))
     readers: list[tuple[type[PreTrainedModel], np.ndarray]] = [(type(target), everything)]
     if not isinstance(target, PalForSequenceClassification):

@@ -3,10 +3,10 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from pal_ds.data.collator import Collator
 from pal_ds.data.ragged import Ragged
@@ -88,7 +88,11 @@ def exported_scores(model: torch.nn.Module, folder: Path, texts: list[str]) -> n
 
 
 def _score(
-    model: torch.nn.Module, tokenizer: Any, texts: list[str], side: str, special: bool
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    side: str,
+    special: bool,
 ) -> np.ndarray:
     scores = []
     with torch.no_grad():

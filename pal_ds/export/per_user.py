@@ -10,7 +10,6 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from pal_ds.errors import UserError
 from pal_ds.export import card
@@ -28,7 +27,7 @@ _PLAIN = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?")
 
 def export_users(
     run: RunDirectory, out: Path, user_ids: list[str], options: ExportOptions | None = None
-) -> dict[str, Any]:
+) -> card.RunExport:
     """Writes `out` with a folder per user, `_shared` and users.json; returns the facts of `_shared`.
 
     Raises:
@@ -98,19 +97,21 @@ def read_user_list(path: Path) -> list[str]:
     return list(seen)
 
 
-def _write_user(folder: Path, shared: Path, facts: dict[str, Any], mixture: list[float]) -> None:
+def _write_user(
+    folder: Path, shared: Path, shared_facts: card.RunExport, mixture: list[float]
+) -> None:
     folder.mkdir()
     for file in shared.iterdir():
         if file.name not in _OWN:
             (folder / file.name).symlink_to(Path("..") / SHARED / file.name)
     config = json.loads((shared / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"mixture": mixture}, indent=2) + "\n")
-    own = {
+    facts: card.RunExport = {
+        **shared_facts,
         "audience": "one user",
         "mixture": mixture,
         "measured_for": ", measured for the population on the same weights",
     }
-    facts = facts | own
     card.write_card(folder, facts)
     hashes = json.loads((shared / card.FACTS_NAME).read_text())["sha256"]
     card.write_facts(folder, facts, linked=hashes)

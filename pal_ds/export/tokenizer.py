@@ -8,10 +8,9 @@ not a caller asks for special tokens (TRL does not).
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, processors
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from pal_ds.data.tokenise import Encoded, load_tokenizer
 from pal_ds.errors import UserError
@@ -103,7 +102,7 @@ def write_framed_tokenizer(
     return pad_id
 
 
-def _pad_token(tokenizer: Any, end_ids: list[int]) -> str | None:
+def _pad_token(tokenizer: PreTrainedTokenizerBase, end_ids: list[int]) -> str | None:
     """The tokenizer's own pad token, or BOS, unless it may end a text."""
     for token in (tokenizer.pad_token, tokenizer.bos_token):
         if token is not None and tokenizer.convert_tokens_to_ids(token) not in end_ids:
@@ -158,7 +157,7 @@ def _rewrite_config(path: Path, pad: str, max_length: int) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def open_tokenizer(folder: Path) -> Any:
+def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """An exported folder's tokenizer; AutoTokenizer by itself would ask about the model's code."""
     return AutoTokenizer.from_pretrained(folder, config=PretrainedConfig())
 

@@ -6,7 +6,6 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from pal_ds.errors import writing
 
@@ -47,6 +46,6 @@ def sync_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """`write_atomically` of an indented JSON."""
     write_atomically(path, json.dumps(value, indent=2) + "\n")

@@ -7,7 +7,7 @@ and refused here, once, before any engine starts.
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -30,6 +30,9 @@ from pal_ds.modeling.compatibility import (
     pooling_of,
 )
 from pal_ds.runs.run_dir import RunDirectory
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +64,11 @@ def head_seed(seed: int) -> int:
 
 
 def assemble(
-    config: RunConfig, data: PreparedData, run: RunDirectory, *, model_config: Any = None
+    config: RunConfig,
+    data: PreparedData,
+    run: RunDirectory,
+    *,
+    model_config: "PretrainedConfig | None" = None,
 ) -> Parts:
     """Checks how data, backbone, head and loss fit together and builds the head (fp32, seeded).
 
@@ -119,8 +126,11 @@ def assemble(
 
 
 def _describe_backbone(
-    config: RunConfig, data: PreparedData, run: RunDirectory, model_config: Any
-) -> tuple[BackboneConfig, Any]:
+    config: RunConfig,
+    data: PreparedData,
+    run: RunDirectory,
+    model_config: "PretrainedConfig | None",
+) -> tuple[BackboneConfig, "PretrainedConfig"]:
     """(the backbone with its path, its transformers config, which is `model_config` where one is given)."""
     from pal_ds.backbones.transformer import architecture_config, read_model_config
 

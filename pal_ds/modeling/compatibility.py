@@ -1,12 +1,15 @@
 """Which data, backbone, head and loss go together, and how a backbone then reads texts; the rest is refused here."""
 
 import logging
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pal_ds.backbones.config import BackboneConfig, Pooling
 from pal_ds.config.run_config import RunConfig
 from pal_ds.data.tables import PreparedData
 from pal_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +45,7 @@ def pooling_of(wanted: str, encoder: bool, data: PreparedData) -> Pooling:
     return "last"
 
 
-def is_packed(config: BackboneConfig, model_config: Any) -> bool:
+def is_packed(config: BackboneConfig, model_config: "PretrainedConfig") -> bool:
     """Whether micro-batches are packed. Raises UserError where they shall be and cannot."""
     from pal_ds.backbones.packed import FAMILIES
 
@@ -79,7 +82,9 @@ def check_prompt(data: PreparedData, with_prompt: bool) -> None:
         )
 
 
-def check_language(config: RunConfig, model_config: Any, encoding: str) -> None:
+def check_language(
+    config: RunConfig, model_config: "PretrainedConfig | None", encoding: str
+) -> None:
     """Raises UserError where there is no language model to ask how likely the preferred response is."""
     if config.loss.lm_weight == 0:
         return
@@ -104,7 +109,7 @@ def check_language(config: RunConfig, model_config: Any, encoding: str) -> None:
         raise UserError(f"loss.lm_weight: {obstacle}.")
 
 
-def check_vocabulary(model_config: Any, data: PreparedData) -> None:
+def check_vocabulary(model_config: "PretrainedConfig", data: PreparedData) -> None:
     """Raises UserError where the tokenizer has ids that the backbone has no embedding for."""
     vocab_size, needed = (
         getattr(model_config, "vocab_size", None),
@@ -117,7 +122,7 @@ def check_vocabulary(model_config: Any, data: PreparedData) -> None:
         )
 
 
-def check_positions(model_config: Any, data: PreparedData) -> None:
+def check_positions(model_config: "PretrainedConfig", data: PreparedData) -> None:
     """Raises UserError where texts may be longer than the backbone can read."""
     positions = getattr(model_config, "max_position_embeddings", None)
     if positions is None:

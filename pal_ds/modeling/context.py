@@ -1,12 +1,11 @@
 """What every step of one training reads: recipe, run directory, data, ranks and DeepSpeed's settings."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from pal_ds.config.run_config import RunConfig
 from pal_ds.data.tables import PreparedData
 from pal_ds.distributed.world import World
-from pal_ds.engine.ds_config import ds_config_of
+from pal_ds.engine.ds_config import DeepSpeedConfig, ds_config_of
 from pal_ds.runs.run_dir import RunDirectory
 
 
@@ -18,7 +17,7 @@ class RunContext:
     run: RunDirectory
     data: PreparedData
     world: World
-    ds_config: dict[str, Any]
+    ds_config: DeepSpeedConfig
     """DeepSpeed's JSON for this recipe and world size."""
 
     @staticmethod

@@ -1,11 +1,10 @@
 """What a recipe would need of each GPU under ZeRO-3, from sizes alone: no weights are read, nothing is downloaded."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, PretrainedConfig
 
 from pal_ds.backbones.language import CHUNK_LOGITS
 from pal_ds.backbones.loading import add_adapters
@@ -43,7 +42,7 @@ class MemoryPlan:
         return self.weights + self.optimizer + self.gathered + self.buckets + self.activations
 
 
-def plan_memory(config: RunConfig, model_config: Any, num_gpus: int) -> MemoryPlan:
+def plan_memory(config: RunConfig, model_config: PretrainedConfig, num_gpus: int) -> MemoryPlan:
     """The plan of a recipe on `num_gpus` GPUs; `model_config` is the backbone's transformers config.
 
     Raises:
@@ -76,7 +75,7 @@ def plan_memory(config: RunConfig, model_config: Any, num_gpus: int) -> MemoryPl
     )
 
 
-def _on_meta(config: RunConfig, model_config: Any) -> nn.Module:
+def _on_meta(config: RunConfig, model_config: PretrainedConfig) -> nn.Module:
     """Backbone and head without storage, trainable where the recipe trains."""
     with torch.device("meta"):
         backbone = AutoModel.from_config(model_config)
@@ -89,7 +88,7 @@ def _on_meta(config: RunConfig, model_config: Any) -> nn.Module:
     return nn.ModuleList([backbone, head])
 
 
-def _activations(config: RunConfig, model_config: Any, size: int) -> float:
+def _activations(config: RunConfig, model_config: PretrainedConfig, size: int) -> float:
     """Hidden states that wait for the backward pass, and the working set of one layer; all layers' without checkpoints.
 
     A layer's working set: about 8 states of width H (norms, queries, keys, values, attention, sums) and 3 of the

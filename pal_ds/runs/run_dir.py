@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
 from pal_ds.errors import UserError, writing
 from pal_ds.io.files import write_atomically, write_json
@@ -15,8 +15,62 @@ from pal_ds.io.files import write_atomically, write_json
 SECONDS_TO_EVALUATE = 3600.0
 """Far longer than an evaluation takes to write its tables."""
 
+MetricsRow = dict[str, Any]
+"""A line of metrics.jsonl: `step` and the figures of an interval or of an evaluation, under names that sets give."""
 
 logger = logging.getLogger(__name__)
+
+
+RunState = Literal["running", "stopped", "finished", "failed"]
+
+
+class Status(TypedDict):
+    """status.json."""
+
+    state: RunState
+    step: int
+    num_updates: int
+    reason: NotRequired[str | None]
+
+
+class StepPointer(TypedDict):
+    """What latest.json and best.json have in common: the step, all that is ever followed."""
+
+    step: int
+
+
+class LatestCheckpoint(StepPointer):
+    """latest.json."""
+
+    path: str
+    """Relative to the run directory."""
+
+
+class BestEvaluation(StepPointer):
+    """best.json."""
+
+    dev_accuracy: float
+    temperature: float
+
+
+class OriginSource(TypedDict):
+    """What names the origin of a run with `train.init_from` for good."""
+
+    kind: Literal["run", "export"]
+    step: int
+    hash: str
+
+
+class OriginFacts(OriginSource):
+    """origin.json: where a run with `train.init_from` comes from, and what it took over."""
+
+    path: str
+    frozen_path: str | None
+    """Folder or hub id of a backbone that was never trained and lies outside of the origin."""
+    head: str | None
+    """Class name; None for a fresh head."""
+    users: int
+    """Number of users whose logits were taken over."""
 
 
 class RunDirectory:
@@ -40,12 +94,12 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.config_file, recipe)
 
-    def write_status(self, facts: dict[str, Any]) -> None:
+    def write_status(self, facts: Status) -> None:
         """status.json: state (running, stopped, finished, failed), step, num_updates and the reason."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / "status.json", facts)
 
-    def status(self) -> dict[str, Any] | None:
+    def status(self) -> Status | None:
         """What status.json says, if there is one."""
         path = self.path / "status.json"
         return json.loads(path.read_text()) if path.is_file() else None
@@ -73,7 +127,7 @@ class RunDirectory:
         """
         return self.origin_facts()["frozen_path"] or str(self.init / "backbone")
 
-    def origin_facts(self) -> dict[str, Any]:
+    def origin_facts(self) -> OriginFacts:
         """What a run with `train.init_from` came from.
 
         Raises:
@@ -110,7 +164,7 @@ class RunDirectory:
             return None
         return int(number)
 
-    def pointer(self, name: str) -> dict[str, Any] | None:
+    def pointer(self, name: Literal["latest", "best"]) -> StepPointer | None:
         """The content of latest.json or best.json, of which only the step is ever followed.
 
         Raises:
@@ -167,14 +221,14 @@ class RunDirectory:
             )
         return int(step)
 
-    def append_metrics(self, row: dict[str, Any]) -> None:
+    def append_metrics(self, row: MetricsRow) -> None:
         """Adds a line to metrics.jsonl. Raises StorageError where it cannot be written."""
         with writing(self.metrics_file):
             self.path.mkdir(parents=True, exist_ok=True)
             with open(self.metrics_file, "a", encoding="utf-8") as stream:
                 stream.write(json.dumps(row) + "\n")
 
-    def read_metrics(self) -> list[dict[str, Any]]:
+    def read_metrics(self) -> list[MetricsRow]:
         if not self.metrics_file.is_file():
             return []
         # A line without its newline was torn by a kill; the step it tells of is made again.
@@ -187,7 +241,7 @@ class RunDirectory:
         With `owes_evaluation` those of an evaluation at `step` go too, as it will be made again.
         """
 
-        def stays(row: dict[str, Any]) -> bool:
+        def stays(row: MetricsRow) -> bool:
             again = owes_evaluation and row["step"] == step and "loss" not in row
             return row["step"] <= step and not again
 

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pal_ds.config.recipe import refuse_changes
 from pal_ds.config.run_config import RunConfig
@@ -19,7 +18,7 @@ from pal_ds.distributed.watchdog import watch
 from pal_ds.distributed.world import World
 from pal_ds.engine.checkpoint.checkpoint import refuse_other_launch
 from pal_ds.engine.checkpoint.manifest import read_manifest
-from pal_ds.engine.ds_config import check_zero_section, ds_config_of
+from pal_ds.engine.ds_config import DeepSpeedConfig, check_zero_section, ds_config_of
 from pal_ds.engine.process_group import distributed
 from pal_ds.errors import UserError, writing
 from pal_ds.io.files import write_json
@@ -40,7 +39,7 @@ class TrainingRequest:
     recipe: str
     """The resolved YAML, which becomes the run's config.yaml."""
     run: RunDirectory
-    ds_config: dict[str, Any]
+    ds_config: DeepSpeedConfig
     """DeepSpeed's JSON for this recipe and world size."""
     fresh: bool = False
     """Refuse a directory that is not empty."""
@@ -188,8 +187,8 @@ def record_loss(run: RunDirectory, reason: str) -> None:
     """status.json of a run that the watchdog ends; nothing where none had begun."""
     facts = run.status()
     if facts is not None:
-        facts |= {"state": "failed", "step": phase.current().step, "reason": reason}
-        run.write_status(facts)
+        step = phase.current().step
+        run.write_status({**facts, "state": "failed", "step": step, "reason": reason})
 
 
 def prepare_before_processes_meet(config: RunConfig) -> UserError | None:

@@ -9,6 +9,7 @@ from pal_ds.distributed import phase
 from pal_ds.distributed.preemption import StopRequested, ignore_stop_signals
 from pal_ds.distributed.watchdog import is_symptom
 from pal_ds.engine.checkpoint.checkpoint import save_checkpoint
+from pal_ds.engine.checkpoint.manifest import TrainingFacts
 from pal_ds.engine.checkpoint.retention import retain
 from pal_ds.engine.step import Stepper, UpdateStats
 from pal_ds.errors import NumericError, StorageError
@@ -17,6 +18,7 @@ from pal_ds.io.files import write_json
 from pal_ds.modeling.build import Parts
 from pal_ds.modeling.context import RunContext
 from pal_ds.progress import progress_bar
+from pal_ds.runs.run_dir import RunState, Status
 from pal_ds.training.evaluation import evaluate_in_training
 from pal_ds.training.setup import start_training
 from pal_ds.training.state import Training, plan_of
@@ -199,22 +201,27 @@ def log_evaluate_save(state: Training, stop: str | None) -> str | None:
 
 def record_failure(state: Training, error: Exception) -> None:
     """status.json of a run that ends with an error; rank 0 alone, as the others may be gone."""
-    facts = {"state": "failed", "step": state.step, "num_updates": state.num_updates}
+    facts: Status = {"state": "failed", "step": state.step, "num_updates": state.num_updates}
     try:
         state.run.write_status({**facts, "reason": str(error)})
     except (OSError, StorageError) as problem:
         logger.warning("status.json could not be written: %s", problem)
 
 
-def write_status(state: Training, name: str, reason: str | None = None) -> None:
+def write_status(state: Training, name: RunState, reason: str | None = None) -> None:
     """status.json: what a batch script asks for before it queues the job again."""
-    facts = {"state": name, "step": state.step, "num_updates": state.num_updates, "reason": reason}
+    facts: Status = {
+        "state": name,
+        "step": state.step,
+        "num_updates": state.num_updates,
+        "reason": reason,
+    }
     state.world.from_rank_zero(lambda: state.run.write_status(facts))
 
 
 def save(state: Training) -> None:
     """One checkpoint, then the best pointer, then the deletion of old ones: never the other way round."""
-    facts = {
+    facts: TrainingFacts = {
         "dataset_hash": state.data.hash,
         "num_updates": state.num_updates,
         "best": state.best,

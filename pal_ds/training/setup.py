@@ -5,7 +5,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from pal_ds.data.tables import PreparedData
 from pal_ds.distributed import phase
 from pal_ds.distributed.preemption import StopWatch
 from pal_ds.engine.guard import UpdateGuard
+from pal_ds.engine.training_engine import TrainingEngine
 from pal_ds.engine.zero import (
     parameter_bytes_on_this_rank,
     partitioned_loading,
@@ -106,7 +106,9 @@ def start_training(
     return state
 
 
-def start_engine(context: RunContext, backbone: nn.Module, head: Head, guard: UpdateGuard) -> Any:
+def start_engine(
+    context: RunContext, backbone: nn.Module, head: Head, guard: UpdateGuard
+) -> TrainingEngine:
     """Hand backbone and head to DeepSpeed as one module."""
     config = context.config
     if config.train.precision == "bf16":

@@ -1,7 +1,6 @@
 """What a training holds while it runs: model, users, data, plan and progress."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -15,10 +14,11 @@ from pal_ds.distributed.preemption import StopWatch
 from pal_ds.distributed.world import World
 from pal_ds.engine.guard import UpdateGuard
 from pal_ds.engine.step import Stepper
+from pal_ds.engine.training_engine import TrainingEngine
 from pal_ds.errors import UserError
 from pal_ds.modeling.build import Parts
 from pal_ds.modeling.context import RunContext
-from pal_ds.runs.run_dir import RunDirectory
+from pal_ds.runs.run_dir import BestEvaluation, OriginFacts, RunDirectory
 from pal_ds.training.metrics_logger import Tracker
 from pal_ds.users import TrainedUsers
 
@@ -40,18 +40,18 @@ class Training:
     context: RunContext
     parts: Parts
     collator: Collator
-    engine: Any
+    engine: TrainingEngine
     users: TrainedUsers
     plan: UpdatePlan
     guard: UpdateGuard
     watch: StopWatch
     tracker: Tracker
     step: int = 0
-    best: dict[str, Any] | None = None
+    best: BestEvaluation | None = None
     """Step and accuracy of the best dev evaluation so far."""
     eval_sets: list[EvalSet] = field(default_factory=list)
     """What is scored beside dev at each evaluation."""
-    origin: dict[str, Any] | None = None
+    origin: OriginFacts | None = None
     """What a run with `train.init_from` started from."""
     base_weights: str | None = None
     """What the frozen weights are that no checkpoint holds; None where all weights are trained."""

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from pal_ds.distributed.watchdog.heartbeat import Beat, Failure, Ledger, Verdict, spoken
 from pal_ds.distributed.watchdog.lines import (
@@ -18,6 +17,7 @@ from pal_ds.distributed.watchdog.lines import (
     LONGEST_LINE,
     AwakeClock,
     Lines,
+    Message,
     as_line,
     prepared,
 )
@@ -179,7 +179,7 @@ class Hub:
             if place < too_many or self._clock.now - stranger.since > SECONDS_TO_SHOW_TOKEN:
                 self._drop(connection)
 
-    def _take(self, connection: socket.socket, message: dict[str, Any]) -> bool:
+    def _take(self, connection: socket.socket, message: Message) -> bool:
         """Whether the connection stays. The first message must name a rank that has none yet."""
         if connection not in self._ranks:
             rank = message["rank"]
@@ -207,14 +207,14 @@ class Hub:
         if rank is not None:
             self._ledger.died(rank, self._clock.now)
 
-    def _tell(self, connection: socket.socket, message: dict[str, Any]) -> None:
+    def _tell(self, connection: socket.socket, message: Message) -> None:
         try:
             connection.send(as_line(message))
         except OSError as error:
             # It will show as the end of the connection, or as silence.
             logger.debug("watchdog: rank %s: %s", self._ranks.get(connection), error)
 
-    def _tell_all(self, message: dict[str, Any]) -> None:
+    def _tell_all(self, message: Message) -> None:
         for connection in list(self._ranks):
             self._tell(connection, message)
 

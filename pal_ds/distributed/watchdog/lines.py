@@ -14,6 +14,8 @@ from typing import Any
 
 SECONDS_TO_LOSE_A_NODE = 60
 LONGEST_LINE = 1 << 16
+Message = dict[str, Any]
+"""Of a rank: `rank`, `beat`, `failed`, `bye`; of rank 0: `beat`, `verdict`, `bye`; each present where it is said."""
 
 HELD_SOCKETS: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
@@ -43,7 +45,7 @@ def prepared(connection: socket.socket) -> socket.socket:
     return connection
 
 
-def as_line(message: dict[str, Any]) -> bytes:
+def as_line(message: Message) -> bytes:
     """A message as it travels."""
     return json.dumps(message).encode() + b"\n"
 
@@ -54,7 +56,7 @@ class Lines:
     def __init__(self) -> None:
         self._pending = b""
 
-    def feed(self, data: bytes) -> list[dict[str, Any]]:
+    def feed(self, data: bytes) -> list[Message]:
         """Raises ValueError for what is no message of ours."""
         *lines, self._pending = (self._pending + data).split(b"\n")
         if max(map(len, (*lines, self._pending))) > LONGEST_LINE:

@@ -7,7 +7,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 from pal_ds.distributed.watchdog.heartbeat import Beat, Failure, Verdict, died_verdict, spoken
 from pal_ds.distributed.watchdog.lines import (
@@ -15,6 +14,7 @@ from pal_ds.distributed.watchdog.lines import (
     SECONDS_TO_LOSE_A_NODE,
     AwakeClock,
     Lines,
+    Message,
     as_line,
     prepared,
 )
@@ -45,7 +45,7 @@ class Link:
         self._socket = prepared(socket.create_connection(address, timeout=SECONDS_TO_LOSE_A_NODE))
         own = beat()
         self._socket.sendall(token.encode() + b"\n" + as_line({"rank": own.rank, "beat": own}))
-        messages: list[dict[str, Any]] = []
+        messages: list[Message] = []
         while not messages:
             messages = self._receive()
         self._root = Beat(*messages[0]["beat"])
@@ -82,7 +82,7 @@ class Link:
             self._selector.close()
             self._socket.close()
 
-    def _send(self, message: dict[str, Any]) -> None:
+    def _send(self, message: Message) -> None:
         try:
             with self._lock:
                 self._socket.sendall(as_line(message))
@@ -90,7 +90,7 @@ class Link:
             # What rank 0 said last may still wait to be read; then its end shows there.
             logger.debug("watchdog: rank 0: %s", error)
 
-    def _receive(self) -> list[dict[str, Any]]:
+    def _receive(self) -> list[Message]:
         data = self._socket.recv(LONGEST_LINE)
         if not data:
             raise ConnectionError("rank 0 closed the connection")

@@ -9,10 +9,11 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from pal_ds.engine.checkpoint.manifest import (
     FormatError,
+    Manifest,
     entry_of,
     verify_checkpoint,
     write_manifest,
@@ -29,7 +30,16 @@ EDITED, OLD = "edited-", "old-"
 """Prefixes of a step while it is exchanged; not `step_*`, of which retention deletes what is no complete step."""
 
 
-def forget_user(run: RunDirectory, user_id: str) -> dict[str, Any]:
+class Forgotten(TypedDict):
+    """What the removal of a user changed."""
+
+    user_id: str
+    steps: list[int]
+    evaluations: list[str]
+    """Names of files in D/eval."""
+
+
+def forget_user(run: RunDirectory, user_id: str) -> Forgotten:
     """Removes a user from all checkpoints and evaluation files; says what was changed.
 
     The raw and prepared data are not this run's to change: the caller says so.
@@ -42,7 +52,7 @@ def forget_user(run: RunDirectory, user_id: str) -> dict[str, Any]:
         return _forget_user(run, user_id)
 
 
-def _forget_user(run: RunDirectory, user_id: str) -> dict[str, Any]:
+def _forget_user(run: RunDirectory, user_id: str) -> Forgotten:
     recover(run)
     steps = [
         step for step in run.complete_steps() if user_id in UserTable.load(run.checkpoint(step))
@@ -119,7 +129,7 @@ def _is_intact(path: Path) -> bool:
     return True
 
 
-def _rewrite_checkpoint(path: Path, manifest: dict[str, Any], user_id: str) -> None:
+def _rewrite_checkpoint(path: Path, manifest: Manifest, user_id: str) -> None:
     """A complete edited copy takes the step's place; `recover` finishes this wherever it is interrupted."""
     table = UserTable.load(path)
     table.remove(user_id)
@@ -130,7 +140,8 @@ def _rewrite_checkpoint(path: Path, manifest: dict[str, Any], user_id: str) -> N
     files = dict(manifest["files"])
     for name in USER_FILES:
         files[name] = entry_of(edited / name)
-    write_manifest(edited, {**manifest, "files": files})
+    without: Manifest = {**manifest, "files": files}
+    write_manifest(edited, without)
     sync_to_disk(edited)
     sync_to_disk(path.parent)
     path.rename(old)

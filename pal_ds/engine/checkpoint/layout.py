@@ -9,9 +9,9 @@ Facts of DeepSpeed 0.19. A vector is what the optimizer sees as one parameter:
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from pal_ds.engine.ds_config import offloads_optimizer, zero_stage
+from pal_ds.engine.ds_config import DeepSpeedConfig, offloads_optimizer, zero_stage
 
 Shapes = dict[str, tuple[int, ...]]
 """Names and shapes of parameters, in the order in which they are laid down."""
@@ -49,7 +49,7 @@ class Layout:
     """Stages 1 and 2: every parameter begins at a multiple of 16 bytes of the weights' dtype."""
 
     @classmethod
-    def of(cls, ds_config: dict[str, Any], world_size: int) -> "Layout":
+    def of(cls, ds_config: DeepSpeedConfig, world_size: int) -> "Layout":
         """The layout under a complete config: the one given to DeepSpeed, or the one stored in its shards."""
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 

@@ -11,7 +11,7 @@ import re
 import stat
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TypedDict
 
 import xxhash
 
@@ -19,9 +19,10 @@ from pal_ds.distributed import phase
 from pal_ds.engine.checkpoint.retention import restore_replaced
 from pal_ds.engine.checkpoint.shard_writer import FileEntry
 from pal_ds.engine.checkpoint.torch_archive import ForeignObjectError, load_archive
+from pal_ds.engine.guard import GuardState
 from pal_ds.errors import StorageError, UserError
 from pal_ds.io.files import write_atomically
-from pal_ds.runs.run_dir import RunDirectory
+from pal_ds.runs.run_dir import BestEvaluation, OriginFacts, RunDirectory
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,40 @@ _FIELDS = {
 _NO_CHECKSUM = "0" * 32
 CHUNK = 1 << 20
 """Bytes that are hashed at a time, of a size that a processor still holds when it hashes what it has just read."""
+
+
+class TrainingFacts(TypedDict):
+    """What a training knows of itself when it saves: enough to go on from this step."""
+
+    dataset_hash: str
+    num_updates: int
+    best: BestEvaluation | None
+    base_weights: str | None
+    """Fingerprint of the frozen weights that no checkpoint holds; None where all weights are trained."""
+    init_from: OriginFacts | None
+    guard: GuardState
+    owes_evaluation: bool
+    save_seconds: float
+    unlogged: list[float]
+    """The sums of `training.metrics_logger.Unlogged`."""
+
+
+class ManifestContent(TrainingFacts):
+    """manifest.json without what `write_manifest` adds."""
+
+    step: int
+    world_size: int
+    num_threads: int
+    files: dict[str, FileEntry]
+    """Every other file of the directory, by its path there."""
+
+
+class Manifest(ManifestContent):
+    """manifest.json."""
+
+    checksum: str
+    """xxh3, 128 bits, of the file itself with zeros in this place."""
+    format_version: int
 
 
 class UntrustedCheckpointError(UserError):
@@ -64,14 +99,14 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def entry_of(path: Path) -> dict[str, Any]:
+def entry_of(path: Path) -> FileEntry:
     """Size and hash of a file, as the manifest holds them; the file is on the disk when this returns."""
     with open(path, "rb") as stream:
         os.fsync(stream.fileno())
-    return FileEntry(path.stat().st_size, hash_file(path))._asdict()
+    return {"size": path.stat().st_size, "xxh3_128": hash_file(path)}
 
 
-def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
+def write_manifest(directory: Path, manifest: ManifestContent) -> None:
     """manifest.json of `directory`, with its own checksum.
 
     Raises:
@@ -84,7 +119,7 @@ def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     write_atomically(directory / MANIFEST, text.replace(_NO_CHECKSUM, digest, 1))
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> Manifest:
     """manifest.json of a checkpoint, unharmed and of a known format; none of the files it names is looked at.
 
     Raises:
@@ -116,7 +151,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _has_own_checksum(content: bytes, manifest: dict[str, Any]) -> bool:
+def _has_own_checksum(content: bytes, manifest: Manifest) -> bool:
     checksum = str(manifest.get("checksum"))
     blank = content.replace(checksum.encode(), _NO_CHECKSUM.encode(), 1)
     return checksum == xxhash.xxh3_128(blank).hexdigest()
@@ -131,7 +166,7 @@ def _other_format(file: Path, version: int) -> str:
     )
 
 
-def _check_fields(file: Path, manifest: dict[str, Any]) -> None:
+def _check_fields(file: Path, manifest: Manifest) -> None:
     for name, kind in _FIELDS.items():
         if not isinstance(manifest.get(name), kind):
             raise UserError(
@@ -150,7 +185,7 @@ def _check_fields(file: Path, manifest: dict[str, Any]) -> None:
             raise UserError(f"{file}: has no size and hash of {name}.")
 
 
-def verify_checkpoint(path: Path, *, trust: bool = False) -> dict[str, Any]:
+def verify_checkpoint(path: Path, *, trust: bool = False) -> Manifest:
     """The manifest of `path`, after every file was found to be named, whole, ours and free of foreign objects.
 
     Args:
@@ -169,7 +204,7 @@ def verify_checkpoint(path: Path, *, trust: bool = False) -> dict[str, Any]:
     return manifest
 
 
-def check_listing(path: Path, *, trust: bool = False) -> dict[str, Any]:
+def check_listing(path: Path, *, trust: bool = False) -> Manifest:
     """The cheap part of `verify_checkpoint`, which reads no file but the manifest."""
     manifest = read_manifest(path)
     files = manifest["files"]
@@ -199,7 +234,7 @@ def check_listing(path: Path, *, trust: bool = False) -> dict[str, Any]:
     return manifest
 
 
-def check_content(file: Path, entry: dict[str, Any]) -> None:
+def check_content(file: Path, entry: FileEntry) -> None:
     """The expensive part of `verify_checkpoint`, of one file: reads all of it."""
     if hash_file(file) != entry["xxh3_128"]:
         raise UserError(f"{file}: its content does not match the hash in the manifest.")
@@ -223,7 +258,7 @@ def refuse_strangers(path: Path) -> None:
     )
 
 
-def newest_intact(run: RunDirectory, *, trust: bool = False) -> tuple[Path, dict[str, Any]] | None:
+def newest_intact(run: RunDirectory, *, trust: bool = False) -> tuple[Path, Manifest] | None:
     """The newest checkpoint that verifies, with its manifest; damaged ones are named and skipped.
 
     A step whose replacement was cut off has its name back first.
@@ -238,8 +273,8 @@ def newest_intact(run: RunDirectory, *, trust: bool = False) -> tuple[Path, dict
 
 
 def first_intact(
-    run: RunDirectory, steps: list[int], verify: Callable[[Path], dict[str, Any]]
-) -> tuple[Path, dict[str, Any]] | None:
+    run: RunDirectory, steps: list[int], verify: Callable[[Path], Manifest]
+) -> tuple[Path, Manifest] | None:
     """The last of `steps` that `verify` finds no damage in; raises as `newest_intact` does."""
     for step in reversed(steps):
         try:

@@ -13,14 +13,16 @@ The optimizer sees each vector as one parameter, so its moments are cut as the m
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pal_ds.engine.checkpoint.torch_archive import StoredTensor, load_archive
+from pal_ds.engine.checkpoint.torch_archive import ShardContent, StoredTensor, load_archive
+from pal_ds.engine.ds_config import DeepSpeedConfig
+from pal_ds.engine.optim import ParamGroup
 from pal_ds.errors import UserError
 from pal_ds.heads.shapes import Float
 
@@ -60,7 +62,7 @@ class ShardedCheckpoint:
 
     groups: list[dict[str, tuple[int, ...]]]
     """Names and shapes of each parameter group, in the order in which the shards hold them; none at stage 0."""
-    param_groups: list[dict[str, Any]]
+    param_groups: list[ParamGroup]
     """What the optimizer stored of each parameter group (rates, name), without its parameters; none at stage 0."""
 
     def __init__(self, path: Path) -> None:
@@ -73,13 +75,13 @@ class ShardedCheckpoint:
             )
         self.model_states = models
         """The content of `*_model_states.pt`, in rank order; tensors as `StoredTensor`."""
-        self.ds_config: dict[str, Any] = models[0].get("ds_config") or {}
+        self.ds_config: DeepSpeedConfig = models[0].get("ds_config") or {}
         self.world_size = int(models[0]["dp_world_size"])
         self.groups, self.param_groups = [], []
         self._places: dict[str, _Place] = {}
         self._whole: dict[str, StoredTensor] = {}
         self._masters: list[list[StoredTensor]] = []
-        self._states: list[list[dict[str, Any]]] = []
+        self._states: list[list[ShardContent]] = []
         flats = [shard.get("optimizer_state_dict") or {} for shard in self._load("optim_states")]
         if flats and "fp32_flat_groups" in flats[0]:
             self._read_stage3(models[0], flats)
@@ -181,12 +183,12 @@ class ShardedCheckpoint:
         """(name, tensor) one after the other; only the current one is in memory."""
         return ((name, self.tensor(name)) for name in self.names)
 
-    def _load(self, kind: str) -> list[dict[str, Any]]:
+    def _load(self, kind: str) -> list[ShardContent]:
         """All files of a kind in rank order."""
         files = sorted(self.path.glob(f"*_{kind}.pt"), key=lambda file: _numbers(file.name))
         return [load_archive(file) for file in files]
 
-    def _check_ranks(self, flats: list[dict[str, Any]], num_expected: Any) -> None:
+    def _check_ranks(self, flats: list[ShardContent], num_expected: object) -> None:
         num_ranks = max(num_expected) if isinstance(num_expected, list) else num_expected
         if isinstance(num_ranks, int) and num_ranks != len(flats):
             raise UserError(
@@ -194,7 +196,7 @@ class ShardedCheckpoint:
                 "*_optim_states.pt are here."
             )
 
-    def _read_stage3(self, model: dict[str, Any], flats: list[dict[str, Any]]) -> None:
+    def _read_stage3(self, model: ShardContent, flats: list[ShardContent]) -> None:
         self._check_ranks(flats, flats[0].get("partition_count"))
         self._masters = [_as_list(flat["fp32_flat_groups"]) for flat in flats]
         self._read_optimizer([flat.get("optimizer_state_dict") for flat in flats], model)
@@ -211,7 +213,7 @@ class ShardedCheckpoint:
             for rank in self._masters:
                 self._check_size(offset, rank[vector].numel, slack=1)
 
-    def _read_stage12(self, model: dict[str, Any], flats: list[dict[str, Any]]) -> None:
+    def _read_stage12(self, model: ShardContent, flats: list[ShardContent]) -> None:
         self._check_ranks(flats, flats[0].get("partition_count"))
         self._masters = [_as_list(flat["single_partition_of_fp32_groups"]) for flat in flats]
         self._read_optimizer([flat.get("base_optimizer_state") for flat in flats], model)
@@ -227,7 +229,7 @@ class ShardedCheckpoint:
             # The whole is padded to a multiple of twice the number of ranks.
             self._check_size(offset, sum(sizes), slack=2 * len(flats))
 
-    def _read_optimizer(self, stored: list[Any], model: dict[str, Any]) -> None:
+    def _read_optimizer(self, stored: list[Any], model: ShardContent) -> None:
         """Fills the optimizer's states of each vector and the members of each parameter group."""
         if not isinstance(stored[0], dict):
             stored = [{"state": {}, "param_groups": []}] * len(stored)
@@ -259,13 +261,13 @@ class ShardedCheckpoint:
             f"{available}: files of different checkpoints are mixed, or DeepSpeed's format changed."
         )
 
-    def _add_buffers(self, model: dict[str, Any]) -> None:
+    def _add_buffers(self, model: ShardContent) -> None:
         for name in model.get("buffer_names") or ():
             value = model["module"].get(name)
             if value is not None and value.is_floating_point:
                 self._whole[name] = value
 
-    def _add_tied(self, model: dict[str, Any]) -> None:
+    def _add_tied(self, model: ShardContent) -> None:
         for alias, name in (model.get("shared_params") or {}).items():
             if name in self._places and alias not in self._places:
                 self._places[alias] = self._places[name]
@@ -281,7 +283,7 @@ def _cut(sizes: list[int], offset: int, count: int) -> Iterator[_Segment]:
         begin += size
 
 
-def _as_list(value: Any) -> list[StoredTensor]:
+def _as_list(value: StoredTensor | Iterable[StoredTensor]) -> list[StoredTensor]:
     # A StoredTensor is a tuple itself: one flat vector may stand without a list around it.
     return [value] if isinstance(value, StoredTensor) else list(value)
 

@@ -9,13 +9,13 @@ import os
 import pickle
 import re
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, TypedDict, cast
 
 import torch
 import xxhash
 
 from pal_ds.distributed import phase
-from pal_ds.engine.checkpoint.torch_archive import CHUNK, foreign_object
+from pal_ds.engine.checkpoint.torch_archive import CHUNK, ShardContent, foreign_object
 from pal_ds.errors import StorageError, UserError, storage_error
 from pal_ds.io.fault_points import reached
 
@@ -23,11 +23,13 @@ SYNCED_AT_ONCE = 1 << 30
 """Bytes of a shard that may wait in the cache."""
 
 
-class FileEntry(NamedTuple):
+class FileEntry(TypedDict):
     """What the manifest says of a file."""
 
     size: int
+    """In bytes."""
     xxh3_128: str
+    """128 bits in hexadecimal."""
 
 
 class ShardFiles:
@@ -38,7 +40,7 @@ class ShardFiles:
         self.failure: StorageError | None = None
         self._foreign: list[str] = []
 
-    def save(self, state_dict: Any, path: str) -> None:
+    def save(self, state_dict: object, path: str) -> None:
         """Writes one shard to the disk itself, past its cache; a failure is kept for `entries` to raise."""
         if self.failure is not None:
             return
@@ -57,7 +59,7 @@ class ShardFiles:
         self.written[Path(path)] = shard.entry()
         reached("a shard written")
 
-    def entries(self, directory: Path) -> dict[str, dict[str, Any]]:
+    def entries(self, directory: Path) -> dict[str, FileEntry]:
         """Size and hash of this rank's files, by their names in `directory`.
 
         Raises:
@@ -72,12 +74,9 @@ class ShardFiles:
                 f"{directory}: DeepSpeed wrote {self._foreign[0]} into a shard, which a resume would refuse to read. "
                 "Set train.ds_config to one of those that come with pal_ds, and please report this."
             )
-        return {
-            str(path.relative_to(directory)): entry._asdict()
-            for path, entry in self.written.items()
-        }
+        return {str(path.relative_to(directory)): entry for path, entry in self.written.items()}
 
-    def load(self, path: str, map_location: Any = None) -> Any:
+    def load(self, path: str, map_location: Any = None) -> ShardContent:
         """The content of a shard: tensors, plain values and the few classes of DeepSpeed that its shards hold.
 
         Raises:
@@ -101,10 +100,10 @@ class ShardFiles:
         except OSError as error:
             self.failure = self.failure or _as_storage_error(error, path)
 
-    def create(self, info: Any) -> None:
+    def create(self, info: object) -> None:
         """A tag begins; its directory is there already."""
 
-    def commit(self, info: Any) -> bool:
+    def commit(self, info: object) -> bool:
         """A tag ends; the manifest says later whether it is whole."""
         return True
 
@@ -114,7 +113,7 @@ class ShardFiles:
     def is_decoupled(self) -> bool:
         return False
 
-    def set_commit_info(self, info: Any) -> None:
+    def set_commit_info(self, info: object) -> None:
         """Only for engines that commit later."""
 
     def get_commit_info(self) -> None:
@@ -130,13 +129,13 @@ class ShardFiles:
 class _HashedStream:
     """A binary file for `torch.save`. It never raises: torch would say nothing of why the write failed."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: io.BufferedWriter) -> None:
         self._stream = stream
         self._digest = xxhash.xxh3_128()
         self._size = self._num_synced = 0
         self.failure: OSError | None = None
 
-    def write(self, data: Any) -> int:
+    def write(self, data: bytes | bytearray | memoryview) -> int:
         whole = memoryview(data)
         for begin in range(0, len(whole), CHUNK):
             if self.failure is None:
@@ -167,7 +166,7 @@ class _HashedStream:
         """The file is flushed once, at its end."""
 
     def entry(self) -> FileEntry:
-        return FileEntry(self._size, self._digest.hexdigest())
+        return {"size": self._size, "xxh3_128": self._digest.hexdigest()}
 
 
 class _MarkedReader:
@@ -182,7 +181,7 @@ class _MarkedReader:
         phase.progress()
         return self._stream.read(size)
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: bytearray | memoryview) -> int:
         view = memoryview(buffer).cast("B")
         done = 0
         while num_read := self._stream.readinto(view[done : done + CHUNK]):

@@ -6,11 +6,13 @@ Tensors are placeholders that know their bytes' place in the file: opening a sha
 costs kilobytes, and what has been read is never kept by the page tables of this process.
 """
 
+import io
 import math
 import pickle
 import struct
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +22,8 @@ from torch import Tensor
 from pal_ds.distributed import phase
 from pal_ds.errors import UserError
 
+ShardContent = dict[str, Any]
+"""What DeepSpeed puts into a shard, or a part of it that it keeps as a mapping: names and values are its own."""
 CHUNK = 1 << 24
 """Bytes that are read or written at a time, so that a large tensor shows progress."""
 _LOCAL_HEADER = struct.Struct("<26xHH")
@@ -100,7 +104,7 @@ class StoredTensor(NamedTuple):
                 _fill(stream, values.view(torch.uint8).numpy().data, self.storage.path)
 
 
-def load_archive(path: Path) -> Any:
+def load_archive(path: Path) -> ShardContent:
     """The object that `torch.save` wrote to `path`, its tensors as `StoredTensor`.
 
     Raises:
@@ -127,7 +131,9 @@ def load_archive(path: Path) -> Any:
 class _Unpickler(pickle.Unpickler):
     """Rebuilds containers, numbers and tensor placeholders; everything else is inert or refused."""
 
-    def __init__(self, path: Path, archive: zipfile.ZipFile, stream: Any, root: str) -> None:
+    def __init__(
+        self, path: Path, archive: zipfile.ZipFile, stream: io.BufferedReader, root: str
+    ) -> None:
         super().__init__(archive.open(f"{root}data.pkl"))
         self.path, self.archive, self.stream, self.root = path, archive, stream, root
 
@@ -153,7 +159,7 @@ class _Unpickler(pickle.Unpickler):
             return Inert
         raise foreign_object(self.path, f"{module}.{name}")
 
-    def persistent_load(self, pid: Any) -> Storage:
+    def persistent_load(self, pid: tuple) -> Storage:
         kind, dtype, key, _, num_elements = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype):
             raise pickle.UnpicklingError(f"unknown reference {kind!r}")
@@ -171,10 +177,10 @@ class _Unpickler(pickle.Unpickler):
 class Inert:
     """Stands for an object of DeepSpeed or numpy: takes any arguments and state, does nothing."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         self.arguments = args
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         """State is dropped."""
 
     def __hash__(self) -> int:
@@ -182,16 +188,18 @@ class Inert:
 
 
 def _rebuild_tensor(
-    storage: Storage, offset: int, shape: tuple, stride: tuple, *_: Any
+    storage: Storage, offset: int, shape: tuple, stride: tuple, *_: object
 ) -> StoredTensor:
     return StoredTensor(storage, offset, tuple(shape), tuple(stride))
 
 
-def _rebuild_parameter(data: StoredTensor, *_: Any) -> StoredTensor:
+def _rebuild_parameter(data: StoredTensor, *_: object) -> StoredTensor:
     return data
 
 
-def _rebuild_from_type(rebuild: Any, _: Any, arguments: tuple, __: Any) -> StoredTensor:
+def _rebuild_from_type(
+    rebuild: Callable[..., StoredTensor], _: object, arguments: tuple, __: object
+) -> StoredTensor:
     if rebuild not in _REBUILD.values():
         raise pickle.UnpicklingError("a tensor of an unknown kind")
     return rebuild(*arguments)
@@ -209,7 +217,7 @@ def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     return torch.empty(shape, device="meta").stride()
 
 
-def _fill(stream: Any, view: memoryview, path: Path) -> None:
+def _fill(stream: io.FileIO, view: memoryview, path: Path) -> None:
     done = 0
     while done < len(view):
         num_read = stream.readinto(view[done : done + CHUNK])

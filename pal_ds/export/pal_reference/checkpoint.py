@@ -62,7 +62,7 @@ class ImportOptions:
     quiet: bool = False
 
 
-def import_checkpoint(checkpoint: Path, out: Path, options: ImportOptions) -> dict[str, Any]:
+def import_checkpoint(checkpoint: Path, out: Path, options: ImportOptions) -> card.ImportedExport:
     """Writes the exported folder `out`, and the users; returns the folder's facts (export.json).
 
     Raises:
@@ -86,9 +86,11 @@ def import_checkpoint(checkpoint: Path, out: Path, options: ImportOptions) -> di
     users.logits.copy_(imported.logits)
     users.seen.fill_(True)
     with new_folder(out) as folder:
-        facts = _fill(folder, imported, users, backbone, options)
-        facts["imported_from"] = checkpoint.name
-        facts["checkpoint_sha256"] = card.sha256_of(checkpoint)
+        facts: card.ImportedExport = {
+            **_fill(folder, imported, users, backbone, options),
+            "imported_from": checkpoint.name,
+            "checkpoint_sha256": card.sha256_of(checkpoint),
+        }
         card.write_card(folder, facts)
         card.write_facts(folder, facts)
         if options.users_out is not None:
@@ -151,7 +153,7 @@ def _fill(
     users: UserTable,
     backbone: dict[str, Tensor],
     options: ImportOptions,
-) -> dict[str, Any]:
+) -> card.DescribedImport:
     head = imported.head
     audience = choose_audience(head, users, user=options.user, mixture=options.mixture)
     inner = _backbone_config(options.backbone)
@@ -184,9 +186,8 @@ def _fill(
         size = parse_size(options.max_shard_size)
         write_sharded(folder, shapes, read, DTYPES[options.dtype], size, advance)
     _check(folder, read, DTYPES[options.dtype])
-    return _facts(head, audience, config, form, options) | {
-        "backbone_weights": "the checkpoint's" if backbone else "not in the checkpoint; given"
-    }
+    origin = "the checkpoint's" if backbone else "not in the checkpoint; given"
+    return _facts(head, audience, config, form, options, backbone_weights=origin)
 
 
 def _facts(
@@ -195,7 +196,9 @@ def _facts(
     config: PalRewardConfig,
     form: TextForm,
     options: ImportOptions,
-) -> dict[str, Any]:
+    *,
+    backbone_weights: str,
+) -> card.DescribedImport:
     return {
         "format_version": card.FORMAT_VERSION,
         "head": type(head).__name__,
@@ -222,6 +225,7 @@ def _facts(
             "special_tokens": False,
             "pad_token_id": config.pad_token_id,
         },
+        "backbone_weights": backbone_weights,
     }
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from pal_ds.data.markers import common_marker
 from pal_ds.data.tokenise import TextEncoder
 from pal_ds.errors import UserError
@@ -27,7 +29,9 @@ class TextForm:
     """What the tokenizer writes after every text; empty where the model appends ids."""
 
     @classmethod
-    def of(cls, source: Any, *, end_text: str, prompt_end: str | None) -> "TextForm":
+    def of(
+        cls, source: PreTrainedTokenizerBase, *, end_text: str, prompt_end: str | None
+    ) -> "TextForm":
         """The form for a tokenizer; `prompt_end`, how every prompt ends, where the head reads the prompt.
 
         Raises:
@@ -63,7 +67,7 @@ class TextForm:
         )
 
 
-def _appended(source: Any, text: str, end_text: str) -> tuple[int, list[int]]:
+def _appended(source: PreTrainedTokenizerBase, text: str, end_text: str) -> tuple[int, list[int]]:
     """(n, ids): with the end after it, a text loses its last n ids and gains these."""
     bare, full = _ids(source, text), _ids(source, text + end_text)
     together = zip(bare, full, strict=False)
@@ -71,7 +75,9 @@ def _appended(source: Any, text: str, end_text: str) -> tuple[int, list[int]]:
     return len(bare) - kept, full[kept:]
 
 
-def _prompt_end(source: Any, prompt_end: str, end_text: str) -> tuple[int, list[int]]:
+def _prompt_end(
+    source: PreTrainedTokenizerBase, prompt_end: str, end_text: str
+) -> tuple[int, list[int]]:
     """The end after a prompt. All prompts end alike, so it joins with them in one way at most."""
     endings = [_appended(source, probe + prompt_end, end_text) for probe in _PROBES]
     if any(item != endings[0] for item in endings):
@@ -82,7 +88,7 @@ def _prompt_end(source: Any, prompt_end: str, end_text: str) -> tuple[int, list[
     return endings[0]
 
 
-def _marker(source: Any, prompt_end: str) -> list[int]:
+def _marker(source: PreTrainedTokenizerBase, prompt_end: str) -> list[int]:
     encoder = TextEncoder(source, separator=prompt_end, chat_template="never", special_tokens=False)
     texts = [
         encoder.render(prompt, f" {response}")
@@ -99,7 +105,7 @@ def _marker(source: Any, prompt_end: str) -> list[int]:
     return marker
 
 
-def _special_ids(source: Any) -> tuple[list[int], list[int]]:
+def _special_ids(source: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """What the tokenizer puts before and after a text where special tokens are asked for."""
     bare, full = _ids(source, _PROBES[0]), source(_PROBES[0])["input_ids"]
     starts = [s for s in range(len(full)) if full[s : s + len(bare)] == bare]
@@ -107,5 +113,5 @@ def _special_ids(source: Any) -> tuple[list[int], list[int]]:
     return full[: starts[0]], full[starts[0] + len(bare) :]
 
 
-def _ids(source: Any, text: str) -> list[int]:
+def _ids(source: PreTrainedTokenizerBase, text: str) -> list[int]:
     return source(text, add_special_tokens=False)["input_ids"]

@@ -28,7 +28,7 @@ from pal_ds.io.files import write_json
 from pal_ds.modeling.build import Parts, assemble, resolve_backbone_path
 from pal_ds.progress import progress_bar
 from pal_ds.remote_code.encoding import drop_unused_modules
-from pal_ds.runs.run_dir import RunDirectory
+from pal_ds.runs.run_dir import OriginFacts, RunDirectory
 from pal_ds.training.init_from.load import HEAD_FILE
 from pal_ds.training.init_from.open import open_origin
 from pal_ds.training.init_from.source import STOCK_HEAD, Origin
@@ -83,8 +83,13 @@ def take_over(
                 _write_backbone(temporary / "backbone", origin, config.train.precision)
             if tensors is not None:
                 save_file({n: t.contiguous() for n, t in tensors.items()}, temporary / HEAD_FILE)
-            facts = {"path": str(origin.path), **origin.facts, "frozen_path": origin.frozen_path}
-            facts |= {"head": None if tensors is None else origin.head, "users": 0}
+            facts: OriginFacts = {
+                "path": str(origin.path),
+                **origin.facts,
+                "frozen_path": origin.frozen_path,
+                "head": None if tensors is None else origin.head,
+                "users": 0,
+            }
             if users is not None:
                 table, facts["users"] = users
                 table.save(temporary)
@@ -98,7 +103,7 @@ def take_over(
     return replace(parts, backbone=resolve_backbone_path(config, run))
 
 
-def _log_start(facts: dict[str, Any], data: PreparedData) -> None:
+def _log_start(facts: OriginFacts, data: PreparedData) -> None:
     parts = ["backbone"] if data.info["kind"] == "tokens" else []
     parts.append(f"head {facts['head']}" if facts["head"] else "a fresh head")
     parts.append(f"{facts['users']} of {int(data.user_seen.sum())} users")

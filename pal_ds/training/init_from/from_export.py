@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, PretrainedConfig
 
 from pal_ds.distributed import phase
 from pal_ds.engine.checkpoint.manifest import refuse_strangers
@@ -120,7 +120,7 @@ def _tensor(file: Path, name: str) -> Tensor:
         return stream.get_tensor(name).float()
 
 
-def _stock_prefix(model_config: Any) -> str:
+def _stock_prefix(model_config: PretrainedConfig) -> str:
     stock: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(model_config)]
     return stock.base_model_prefix
 

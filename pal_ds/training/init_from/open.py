@@ -6,6 +6,7 @@ from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from pal_ds.backbones.language import STATE_PREFIX, output_layer_of
 from pal_ds.backbones.transformer import read_model_config
@@ -75,7 +76,7 @@ def _backbone_of(opened: OpenRun) -> tuple[Any, str | None, Callable[[], Tensors
     return config, None, lambda: weights_of(opened)
 
 
-def _output_layer(opened: OpenRun, config: Any) -> Tensors | None:
+def _output_layer(opened: OpenRun, config: PretrainedConfig) -> Tensors | None:
     """As the run trained it (`loss.lm_weight`), or as it lay beside the weights that the run began with."""
     backbone, checkpoint = opened.parts.backbone, opened.checkpoint
     assert backbone is not None and backbone.path is not None

@@ -11,6 +11,7 @@ from torch import Tensor
 from pal_ds.export.weights import Tensors
 from pal_ds.heads.base import Head
 from pal_ds.heads.shapes import Float
+from pal_ds.runs.run_dir import OriginSource
 from pal_ds.users.ids import UserIds
 
 STOCK_HEAD = "score.weight"
@@ -22,7 +23,7 @@ class Origin:
     """Where weights come from; none of the backbone's is read yet."""
 
     path: Path
-    facts: dict[str, Any]
+    facts: OriginSource
     """What names it for good: kind, step, hash."""
     info: dict[str, Any]
     """`kind`, `tokens` and `vector_size`, as in dataset.json of the data it was trained on."""
