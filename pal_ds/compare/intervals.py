@@ -39,8 +39,13 @@ class Figure(TypedDict):
     """None for fewer than three seeds."""
     pairs: NotRequired[int]
     """Comparisons that it was measured on, where they are not all."""
-    ci95_within_seed: NotRequired[list[float] | None]
-    """Mean over seeds of the ends of the interval of a single run."""
+
+
+class AccuracyFigure(Figure):
+    """An accuracy, which a single run has an interval of, too."""
+
+    ci95_within_seed: list[float] | None
+    """Mean over seeds of the ends of a run's interval; None where runs give none."""
 
 
 def summary_of(values: list[float]) -> Figure:

@@ -1,6 +1,7 @@
 """The pictures of a comparison: accuracy per method as bars, and new users against number of comparisons."""
 
 from pathlib import Path
+from typing import cast
 
 import matplotlib
 
@@ -58,7 +59,9 @@ def draw_curves(table: Table, path: Path) -> None:
         of_seeds = [point["accuracy"]["ci95_over_seeds"] for point in curve]
         bands = of_seeds if all(of_seeds) else [p["accuracy"]["ci95_within_seed"] for p in curve]
         if all(bands):
-            axes.fill_between(places, *np.transpose(bands), color=line.get_color(), alpha=0.15)
+            axes.fill_between(
+                places, *np.transpose(cast(list, bands)), color=line.get_color(), alpha=0.15
+            )
         axes.set_xticks(places, [str(point["num_comparisons"]) for point in curve])
     axes.set_xlabel("comparisons per new user")
     axes.set_ylabel("accuracy on their test pairs")

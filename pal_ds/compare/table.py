@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
-from pal_ds.compare.intervals import Figure, mean_interval, summary_of
+from pal_ds.compare.intervals import AccuracyFigure, Figure, mean_interval, summary_of
 from pal_ds.compare.suite import PlannedRun, Suite
 from pal_ds.config.recipe import changed_keys
 from pal_ds.io.files import write_atomically, write_json
@@ -32,7 +32,7 @@ class FewShotRow(TypedDict):
     bayes_accuracy: NotRequired[float]
     mean_comparisons: float
     """Fewer than `num_comparisons` where some users have not so many."""
-    accuracy: Figure
+    accuracy: AccuracyFigure
 
 
 class Warned(TypedDict):
@@ -47,7 +47,7 @@ class MethodRow(TypedDict):
 
     runs: list[str]
     pairs: int
-    accuracy: Figure
+    accuracy: AccuracyFigure
     controversial: NotRequired[Figure]
     user_accuracy_mean: NotRequired[Figure]
     worst_decile_user_accuracy: NotRequired[Figure]
@@ -153,13 +153,19 @@ def _method(suite: Suite, runs: list[PlannedRun]) -> MethodRow:
     columns: dict[str, Figure] = {}
     for name in COLUMNS:
         values = [figures.get(name) for figures in evaluations]
-        parts = [part if isinstance(part, dict) else {"accuracy": part} for part in values]
+        parts: list[dict[str, Any]] = [
+            part if isinstance(part, dict) else {"accuracy": part} for part in values
+        ]
         values = [part.get("accuracy") for part in parts]
         if all(value is not None for value in values):
-            columns[name] = summary_of(values)  # type: ignore[arg-type]
+            figure = summary_of(values)  # type: ignore[arg-type]
             if "pairs" in parts[0]:
-                columns[name]["pairs"] = parts[0]["pairs"]
-    columns["accuracy"]["ci95_within_seed"] = _within_seed(evaluations)
+                figure["pairs"] = parts[0]["pairs"]
+            columns[name] = figure
+    accuracy: AccuracyFigure = {
+        **columns["accuracy"],
+        "ci95_within_seed": _within_seed(evaluations),
+    }
     few_shot = [few_shot_of(planned, suite) or {"curve": []} for planned in runs]
     curves = [figures["curve"] for figures in few_shot]
     warnings: dict[str, list[int]] = {}
@@ -170,6 +176,7 @@ def _method(suite: Suite, runs: list[PlannedRun]) -> MethodRow:
         "runs": [str(planned.run.path) for planned in runs],
         "pairs": evaluations[0]["pairs"],
         **columns,
+        "accuracy": accuracy,
         "few_shot": [_few_shot_row(rows) for rows in zip(*curves, strict=True)],
         "warnings": [{"seeds": seeds, "text": text} for text, seeds in warnings.items()],
     }
@@ -181,8 +188,10 @@ def _few_shot_row(rows: tuple[dict[str, Any], ...]) -> FewShotRow:
     kept = ("num_comparisons", "users", "test_pairs", "bayes_accuracy")
     facts = {name: rows[0][name] for name in kept if name in rows[0]}
     mean_comparisons = sum(row["mean_comparisons"] for row in rows) / len(rows)
-    accuracy = summary_of([row["accuracy"] for row in rows])
-    accuracy["ci95_within_seed"] = _within_seed(rows)
+    accuracy: AccuracyFigure = {
+        **summary_of([row["accuracy"] for row in rows]),
+        "ci95_within_seed": _within_seed(rows),
+    }
     row = {**facts, "mean_comparisons": mean_comparisons, "accuracy": accuracy}
     return cast(FewShotRow, row)
 
@@ -237,7 +246,9 @@ def _accuracy_table(methods: dict[str, MethodRow]) -> list[str]:
     lines = _header(headings)
     for method, row in methods.items():
         cells = [_cell(row.get(name)) for name in names]
-        low, high = row["accuracy"]["ci95_within_seed"]
+        within_seed = row["accuracy"]["ci95_within_seed"]
+        assert within_seed is not None, "every evaluation gives the interval of its accuracy"
+        low, high = within_seed
         cells.insert(1, f"{low:.3f}-{high:.3f}")
         lines.append(_line([method, f"{row['pairs']:,}", *cells]))
     return lines

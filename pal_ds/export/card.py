@@ -197,7 +197,8 @@ def _text_form(tokens: dict[str, Any]) -> str:
     return f"A text is the prompt, then {tokens['separator']!r}, then the response."
 
 
-def _stock_notes(facts: RunExport) -> str:
+def _stock_notes(facts: RunExport | ImportedExport) -> str:
+    assert "tokenizer_exact" in facts, "every export as a stock class says so"
     if facts["tokenizer_exact"]:
         text = """The tokenizer writes the special tokens itself, whatever `add_special_tokens`
 says, so the stock class scores as the trainer did.

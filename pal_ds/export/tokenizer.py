@@ -8,6 +8,7 @@ not a caller asks for special tokens (TRL does not).
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, processors
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
@@ -102,7 +103,7 @@ def write_framed_tokenizer(
     return pad_id
 
 
-def _pad_token(tokenizer: PreTrainedTokenizerBase, end_ids: list[int]) -> str | None:
+def _pad_token(tokenizer: Any, end_ids: list[int]) -> str | None:
     """The tokenizer's own pad token, or BOS, unless it may end a text."""
     for token in (tokenizer.pad_token, tokenizer.bos_token):
         if token is not None and tokenizer.convert_tokens_to_ids(token) not in end_ids:

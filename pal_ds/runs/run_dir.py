@@ -172,7 +172,7 @@ class RunDirectory:
         """
         path = self.path / f"{name}.json"
         try:
-            content = json.loads(path.read_text()) if path.is_file() else None
+            content: StepPointer | None = json.loads(path.read_text()) if path.is_file() else None
         except ValueError as error:
             raise UserError(
                 f"{path}: not valid JSON ({error}). Delete it; --step takes a number, too."

@@ -52,7 +52,8 @@ class TrainingFacts(TypedDict):
     init_from: OriginFacts | None
     guard: GuardState
     owes_evaluation: bool
-    save_seconds: float
+    save_seconds: float | None
+    """What saving has taken at most; None before the first time."""
     unlogged: list[float]
     """The sums of `training.metrics_logger.Unlogged`."""
 
@@ -134,7 +135,7 @@ def read_manifest(path: Path) -> Manifest:
         )
     content = file.read_bytes()
     try:
-        manifest = json.loads(content)
+        manifest: Manifest = json.loads(content)
     except ValueError as error:
         raise UserError(f"{file}: not valid JSON ({error}); the checkpoint is damaged.") from None
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
