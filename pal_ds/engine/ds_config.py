@@ -68,7 +68,7 @@ REMOVED_ZERO_KEYS = {
 
 
 def load_ds_config(name_or_path: str) -> tuple[DeepSpeedConfig, str]:
-    """The JSON of a shipped name (`zero3`) or of a file, and where it came from.
+    """Read the DeepSpeed JSON of a shipped name (`zero3`) or of a file; return it and the path it was read from.
 
     Raises:
         UserError: the file is missing, is no JSON object, or holds keys that DeepSpeed removed.
@@ -172,7 +172,7 @@ def resolve_ds_config(
     gradient_clipping: float,
     precision: str,
 ) -> DeepSpeedConfig:
-    """The complete config for `deepspeed.initialize`: no "auto", clipping always written out.
+    """Return the complete config for `deepspeed.initialize`: no "auto", clipping always written out.
 
     DeepSpeed clips at 1.0 when the key is absent, hence the explicit 0.0 for "off". Its batch sizes are nominal
     here: the update plan decides which comparisons form an update, the step closes the accumulation itself.
@@ -215,7 +215,7 @@ def resolve_ds_config(
 
 
 def ds_config_of(settings: TrainConfig, world_size: int) -> DeepSpeedConfig:
-    """The complete config of a recipe's `train` keys; UserError as `resolve_ds_config`."""
+    """Return the complete config of a recipe's `train` keys. Raises UserError as `resolve_ds_config` does."""
     return resolve_ds_config(
         settings.ds_config,
         world_size=world_size,
@@ -226,10 +226,10 @@ def ds_config_of(settings: TrainConfig, world_size: int) -> DeepSpeedConfig:
 
 
 def zero_stage(config: DeepSpeedConfig) -> int:
-    """0 to 3."""
+    """Return the ZeRO stage of a config, 0 to 3."""
     return int(config["zero_optimization"].get("stage", 0))
 
 
 def offloads_optimizer(config: DeepSpeedConfig) -> bool:
-    """Whether optimizer state lives in host memory."""
+    """Return True where a config keeps optimizer state in host memory."""
     return config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"

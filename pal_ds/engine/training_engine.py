@@ -1,4 +1,4 @@
-"""What the loop, the step and the checkpoint code ask of DeepSpeed's training engine."""
+"""The protocol of DeepSpeed's training engine: all that the loop, the step and the checkpoint code ask of it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol

@@ -16,7 +16,7 @@ from pal_ds.engine.training_engine import TrainingEngine
 
 @contextlib.contextmanager
 def partitioned_loading(ds_config: DeepSpeedConfig) -> Iterator[None]:
-    """Inside, `from_pretrained` partitions weights as it reads them when the config is ZeRO-3.
+    """Make `from_pretrained`, inside the block, partition weights as it reads them where the config is ZeRO-3.
 
     transformers keeps only a weak reference to the config object: if it died, every rank would silently build a
     whole model. Hence the local variable that outlives the block, and the explicit unset at its end.
@@ -37,7 +37,11 @@ def partitioned_loading(ds_config: DeepSpeedConfig) -> Iterator[None]:
 def start_training_engine(
     model: nn.Module, config: OptimConfig, ds_config: DeepSpeedConfig, guard: UpdateGuard
 ) -> TrainingEngine:
-    """DeepSpeed's engine around `model`; the step sets the learning rates, the guard may skip an update."""
+    """Start DeepSpeed's engine around `model`; the step sets the learning rates, the guard may skip an update.
+
+    Raises:
+        UserError: there is no parameter to train.
+    """
     import deepspeed
 
     optimizer = build_optimizer(
@@ -49,7 +53,7 @@ def start_training_engine(
 
 
 def start_inference_engine(model: nn.Module, ds_config: DeepSpeedConfig) -> nn.Module:
-    """`model` ready to be called under no_grad; partitioned at ZeRO-3, plain otherwise. All ranks call in step."""
+    """Make `model` ready to be called under no_grad: partitioned at ZeRO-3, plain otherwise. All ranks call in step."""
     if zero_stage(ds_config) < 3:
         return model.to(torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu"))
     import deepspeed
@@ -62,7 +66,7 @@ def start_inference_engine(model: nn.Module, ds_config: DeepSpeedConfig) -> nn.M
 
 
 def parameter_bytes_on_this_rank(model: nn.Module) -> tuple[int, int]:
-    """(bytes of parameters held by this rank, bytes of the whole model), counting partitions under ZeRO-3."""
+    """Return (bytes of parameters on this rank, bytes of the whole model); under ZeRO-3 a rank holds partitions."""
     held = whole = 0
     for parameter in model.parameters():
         partition = getattr(parameter, "ds_tensor", None)

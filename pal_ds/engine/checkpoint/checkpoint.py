@@ -44,7 +44,9 @@ def save_checkpoint(
     world: World,
     facts: TrainingFacts,
 ) -> Path:
-    """Writes `step_N/` with engine shards, user rows and a manifest, and publishes it in latest.json.
+    """Write `step_N/` with engine shards, user rows and a manifest, and publish it in latest.json.
+
+    Every rank calls it; returns the directory.
 
     Raises:
         StorageError: on every rank, where any of them cannot write; what was there before is as it was.
@@ -83,7 +85,7 @@ def save_checkpoint(
 
 
 def _write_shards(engine: TrainingEngine, temporary: Path, world: World) -> dict[str, FileEntry]:
-    """Every rank's engine shards; returns size and hash of this rank's. Raises StorageError on every rank alike."""
+    """Write every rank's engine shards; return size and hash of this rank's. StorageError is raised on all ranks."""
     shards = ShardFiles()
     engine.checkpoint_engine = shards
     # Scripts that DeepSpeed would copy beside the tag, on one rank and without a net; tools/consolidate.py is ours.
@@ -95,12 +97,12 @@ def _write_shards(engine: TrainingEngine, temporary: Path, world: World) -> dict
 
 
 def _gathered(mine: dict[str, FileEntry], world: World) -> dict[str, FileEntry]:
-    """The entries of all ranks, on every rank."""
+    """Return the manifest entries of all ranks, on every rank."""
     return {name: entry for part in world.gather(mine) for name, entry in part.items()}
 
 
 def _write_users(users: TrainedUsers, temporary: Path, world: World) -> None:
-    """Rank 0 writes, whoever holds the rows."""
+    """Write the user table from rank 0, whichever ranks hold its rows."""
     with writing(temporary):
         users.save(temporary if world.is_rank_zero else None)
 
@@ -112,7 +114,7 @@ def _write_manifest(
     facts: TrainingFacts,
     world: World,
 ) -> None:
-    """The manifest of all files there are, and everything on the disk."""
+    """Write the manifest of all files in `temporary`, once everything is on the disk itself."""
     wait_for_files(temporary, entries)
     files = dict(entries)
     for path in temporary.rglob("*"):
@@ -140,7 +142,7 @@ def _write_manifest(
 
 
 def _publish(run: RunDirectory, step: int, temporary: Path) -> None:
-    """The finished directory gets its name, and latest.json says so; a step of that name leaves only afterwards."""
+    """Give the finished directory its name and say so in latest.json; an older step of that name goes afterwards."""
     final = run.checkpoint(step)
     replaced = final.with_name(final.name + REPLACED)
     if final.exists():
@@ -157,7 +159,7 @@ def _publish(run: RunDirectory, step: int, temporary: Path) -> None:
 
 
 def refuse_other_launch(path: Path, manifest: Manifest, dataset_hash: str, data_path: Path) -> None:
-    """Raises UserError where a checkpoint was made from other data than this launch has; ranks may differ in number."""
+    """Raise UserError where a checkpoint was made from other data than this launch has; ranks may differ in number."""
     if manifest["dataset_hash"] != dataset_hash:
         raise UserError(
             f"{path}: trained on data with hash {manifest['dataset_hash']}, {data_path} has {dataset_hash}. "
@@ -166,7 +168,7 @@ def refuse_other_launch(path: Path, manifest: Manifest, dataset_hash: str, data_
 
 
 def refuse_other_base(path: Path, manifest: Manifest, base_weights: str | None) -> None:
-    """Raises UserError where the frozen weights that a checkpoint stands on are not those at hand."""
+    """Raise UserError where the frozen weights that a checkpoint stands on are not those at hand."""
     if manifest.get("base_weights") != base_weights:
         raise UserError(
             f"{path}: trained on frozen weights {manifest.get('base_weights')}, backbone.path now holds "
@@ -177,7 +179,12 @@ def refuse_other_base(path: Path, manifest: Manifest, base_weights: str | None) 
 def load_checkpoint(
     engine: TrainingEngine, users: TrainedUsers, path: Path, manifest: Manifest, world: World
 ) -> None:
-    """Restores weights, optimizer moments and user rows into a freshly built engine."""
+    """Restore weights, optimizer moments and user rows of the verified step `path` into a freshly built engine.
+
+    Raises:
+        ForeignObjectError: a shard names an object that reading it would run.
+        UserError: the step does not fit the model or the users of this recipe.
+    """
     if manifest["num_threads"] != torch.get_num_threads():
         logger.warning(
             "resuming with %d threads per rank, the checkpoint had %d: results may differ in the last bits",

@@ -1,4 +1,4 @@
-"""A person asks to be forgotten: the user's row leaves every checkpoint of a run and every evaluation of it.
+"""Removal of a person who asks to be forgotten, from every checkpoint of a run and every evaluation of it.
 
 At every moment each step is whole under its own name or under one of two names that training and its clean-up do
 not look at; `recover` gives an interrupted step its name back.
@@ -31,16 +31,16 @@ EDITED, OLD = "edited-", "old-"
 
 
 class Forgotten(TypedDict):
-    """What the removal of a user changed."""
+    """Record of what the removal of a user changed."""
 
     user_id: str
     steps: list[int]
     evaluations: list[str]
-    """Names of files in D/eval."""
+    """Names of the changed files in D/eval."""
 
 
 def forget_user(run: RunDirectory, user_id: str) -> Forgotten:
-    """Removes a user from all checkpoints and evaluation files; says what was changed.
+    """Remove a user from all checkpoints and evaluation files; return what was changed.
 
     The raw and prepared data are not this run's to change: the caller says so.
 
@@ -74,7 +74,7 @@ def _forget_user(run: RunDirectory, user_id: str) -> Forgotten:
 
 
 def recover(run: RunDirectory) -> None:
-    """Finishes the exchange of steps that `forget_user` was interrupted in; does nothing where none was.
+    """Finish the exchange of steps that `forget_user` was interrupted in; does nothing where none was.
 
     For the only writer of the run: a copy that another process is writing would be deleted.
 
@@ -115,7 +115,7 @@ def _copies_aside(run: RunDirectory) -> list[Path]:
 
 
 def _aside(path: Path) -> tuple[Path, Path]:
-    """Where the edited and the old copy of a step lie while one takes the other's place."""
+    """Return the paths of the edited and the old copy of a step while one takes the other's place."""
     return path.with_name(EDITED + path.name), path.with_name(OLD + path.name)
 
 
@@ -130,7 +130,7 @@ def _is_intact(path: Path) -> bool:
 
 
 def _rewrite_checkpoint(path: Path, manifest: Manifest, user_id: str) -> None:
-    """A complete edited copy takes the step's place; `recover` finishes this wherever it is interrupted."""
+    """Put a complete edited copy in the step's place; `recover` finishes this wherever it is interrupted."""
     table = UserTable.load(path)
     table.remove(user_id)
     edited, old = _aside(path)
@@ -151,7 +151,7 @@ def _rewrite_checkpoint(path: Path, manifest: Manifest, user_id: str) -> None:
 
 
 def _forget_in_origin(run: RunDirectory, user_id: str) -> None:
-    """In the table that the run started from, if it did from another's."""
+    """Remove the user from the table in D/init, where the run started from another's."""
     if not (run.init / USER_FILES[0]).is_file():
         return
     table = UserTable.load(run.init)
@@ -168,7 +168,7 @@ def _forget_in_origin(run: RunDirectory, user_id: str) -> None:
 
 
 def _link(source: str, target: str) -> None:
-    """Shards are large and never written again, so both copies may share them where the file system can."""
+    """Link or copy a shard: shards are large and never written again, so two copies of a step may share them."""
     try:
         os.link(source, target)
     except OSError:
@@ -177,7 +177,7 @@ def _link(source: str, target: str) -> None:
 
 
 def _forget_in_evaluations(run: RunDirectory, user_id: str) -> list[str]:
-    """Names of the files that held the user."""
+    """Remove the user from the files of D/eval; return the names of those that held the user."""
     changed = [
         path.name for path in sorted(run.eval.glob("*.json")) if _rewrite_figures(path, user_id)
     ]
@@ -186,6 +186,7 @@ def _forget_in_evaluations(run: RunDirectory, user_id: str) -> list[str]:
 
 
 def _rewrite_figures(path: Path, user_id: str) -> bool:
+    """Remove the user from a JSON of figures; return True where the user was in it."""
     figures = json.loads(path.read_text())
     holds_user = False
     for section in (figures, figures.get("unknown_users", {})):
@@ -198,7 +199,7 @@ def _rewrite_figures(path: Path, user_id: str) -> bool:
 
 
 def _rewrite_rows(path: Path, user_id: str) -> bool:
-    """As `_rewrite_figures`, of a table with one row per user."""
+    """Remove the user's row from a Parquet table; return True where there was one."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, and the check that it is true: every file, its size, its hash, its owner.
+"""The manifest of a checkpoint, and the check that it is true: every file, its size, its hash, its owner.
 
 A manifest proves integrity, not origin. Whoever may write to a directory may write a manifest, too: hence the look at
 owners, and shards are read by readers that run nothing.
@@ -42,7 +42,7 @@ CHUNK = 1 << 20
 
 
 class TrainingFacts(TypedDict):
-    """What a training knows of itself when it saves: enough to go on from this step."""
+    """The state of a training when it saves: enough, with shards and users, to go on from this step."""
 
     dataset_hash: str
     num_updates: int
@@ -53,7 +53,7 @@ class TrainingFacts(TypedDict):
     guard: GuardState
     owes_evaluation: bool
     save_seconds: float | None
-    """What saving has taken at most; None before the first time."""
+    """Longest time that a save has taken; None before the first."""
     unlogged: list[float]
     """The sums of `training.metrics_logger.Unlogged`."""
 
@@ -65,7 +65,7 @@ class ManifestContent(TrainingFacts):
     world_size: int
     num_threads: int
     files: dict[str, FileEntry]
-    """Every other file of the directory, by its path there."""
+    """Entry of every other file of the directory, by its path there."""
 
 
 class Manifest(ManifestContent):
@@ -85,11 +85,11 @@ class FormatError(UserError):
 
 
 NO_DAMAGE = (UntrustedCheckpointError, ForeignObjectError, FormatError, StorageError)
-"""What ends a start rather than sending it to an older checkpoint."""
+"""Errors that end a start rather than sending it to an older checkpoint."""
 
 
 def hash_file(path: Path) -> str:
-    """xxh3, 128 bits, in hexadecimal: fast enough for shards of many gigabytes."""
+    """Return the xxh3 hash of a file, 128 bits in hexadecimal: fast enough for shards of many gigabytes."""
     digest = xxhash.xxh3_128()
     # One buffer for all: fresh memory for each chunk would cost more than its bytes.
     chunk = memoryview(bytearray(CHUNK))
@@ -101,14 +101,14 @@ def hash_file(path: Path) -> str:
 
 
 def entry_of(path: Path) -> FileEntry:
-    """Size and hash of a file, as the manifest holds them; the file is on the disk when this returns."""
+    """Return size and hash of a file, as the manifest holds them; the file is on the disk itself then."""
     with open(path, "rb") as stream:
         os.fsync(stream.fileno())
     return {"size": path.stat().st_size, "xxh3_128": hash_file(path)}
 
 
 def write_manifest(directory: Path, manifest: ManifestContent) -> None:
-    """manifest.json of `directory`, with its own checksum.
+    """Write manifest.json of `directory`, with its own checksum.
 
     Raises:
         StorageError: it cannot be written.
@@ -121,7 +121,7 @@ def write_manifest(directory: Path, manifest: ManifestContent) -> None:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """manifest.json of a checkpoint, unharmed and of a known format; none of the files it names is looked at.
+    """Read manifest.json of a checkpoint, unharmed and of a known format; the files that it names are not looked at.
 
     Raises:
         FormatError: another version of pal_ds wrote it.
@@ -187,7 +187,7 @@ def _check_fields(file: Path, manifest: Manifest) -> None:
 
 
 def verify_checkpoint(path: Path, *, trust: bool = False) -> Manifest:
-    """The manifest of `path`, after every file was found to be named, whole, ours and free of foreign objects.
+    """Return the manifest of `path`, once every file was found to be named, whole, ours and free of foreign objects.
 
     Args:
         path: a `step_N` directory.
@@ -206,7 +206,7 @@ def verify_checkpoint(path: Path, *, trust: bool = False) -> Manifest:
 
 
 def check_listing(path: Path, *, trust: bool = False) -> Manifest:
-    """The cheap part of `verify_checkpoint`, which reads no file but the manifest."""
+    """Do the cheap part of `verify_checkpoint`, which reads no file but the manifest; return and raise as it does."""
     manifest = read_manifest(path)
     files = manifest["files"]
     if not trust:
@@ -236,7 +236,7 @@ def check_listing(path: Path, *, trust: bool = False) -> Manifest:
 
 
 def check_content(file: Path, entry: FileEntry) -> None:
-    """The expensive part of `verify_checkpoint`, of one file: reads all of it."""
+    """Do the expensive part of `verify_checkpoint` for one file: read all of it. Raises UserError as it does."""
     if hash_file(file) != entry["xxh3_128"]:
         raise UserError(f"{file}: its content does not match the hash in the manifest.")
     if file.suffix == ".pt":
@@ -245,7 +245,7 @@ def check_content(file: Path, entry: FileEntry) -> None:
 
 
 def refuse_strangers(path: Path) -> None:
-    """Raises UntrustedCheckpointError where someone else than this user and root may have written `path`."""
+    """Raise UntrustedCheckpointError where someone else than this user and root may have written `path`."""
     status = path.lstat()
     if status.st_uid not in (os.getuid(), 0):
         problem = f"belongs to another user (uid {status.st_uid})"
@@ -260,7 +260,7 @@ def refuse_strangers(path: Path) -> None:
 
 
 def newest_intact(run: RunDirectory, *, trust: bool = False) -> tuple[Path, Manifest] | None:
-    """The newest checkpoint that verifies, with its manifest; damaged ones are named and skipped.
+    """Return the newest checkpoint that verifies, with its manifest, or None; damaged ones are logged and skipped.
 
     A step whose replacement was cut off has its name back first.
 
@@ -276,7 +276,7 @@ def newest_intact(run: RunDirectory, *, trust: bool = False) -> tuple[Path, Mani
 def first_intact(
     run: RunDirectory, steps: list[int], verify: Callable[[Path], Manifest]
 ) -> tuple[Path, Manifest] | None:
-    """The last of `steps` that `verify` finds no damage in; raises as `newest_intact` does."""
+    """Return the last of `steps` that `verify` finds no damage in, or None; raises as `newest_intact` does."""
     for step in reversed(steps):
         try:
             return run.checkpoint(step), verify(run.checkpoint(step))

@@ -44,7 +44,7 @@ class ReshardedShards(ShardFiles):
 
 
 def shards_for(engine: TrainingEngine, path: Path, world: World) -> ShardFiles:
-    """Through what this engine reads the verified checkpoint `path`: its files where they fit, else shards made anew.
+    """Return what this engine reads the verified checkpoint `path` through: its files, or shards made anew.
 
     Every rank calls it right before `engine.load_checkpoint`; memory is one shard, as DeepSpeed's loading needs it.
 
@@ -87,7 +87,7 @@ def shards_for(engine: TrainingEngine, path: Path, world: World) -> ShardFiles:
 
 
 def _read_through(engine: TrainingEngine, shards: ShardFiles, folder: Path) -> None:
-    """DeepSpeed looks for this rank's file by its name before it asks `shards`; any that is there will do."""
+    """Show DeepSpeed any file that is there, as it looks for this rank's by name before it asks `shards`."""
     by_name = engine._get_all_ckpt_names
     there = [str(next(folder.glob("*_model_states.pt")))]
 
@@ -98,7 +98,7 @@ def _read_through(engine: TrainingEngine, shards: ShardFiles, folder: Path) -> N
 
 
 def _check_fits(engine: TrainingEngine, resharder: Resharder) -> None:
-    """Raises UserError where the shards would not be what this engine holds: its names, sizes, order and sub-groups."""
+    """Raise UserError where the shards would not be what this engine holds: its names, sizes, order and sub-groups."""
     path = resharder.checkpoint.path.parent
     held = [{n: tuple(s) for n, s in v.items()} for v in engine._get_zero_param_shapes()]
     made = [vector.shapes for vector in resharder.vectors]
@@ -122,7 +122,7 @@ def _check_fits(engine: TrainingEngine, resharder: Resharder) -> None:
 
 
 def _describe(layout: Layout, other: Layout) -> str:
-    """A layout in words: its ranks, and what else sets it off from the other."""
+    """Describe a layout in words: its ranks, and what else sets it off from the other."""
     words = [f"{layout.world_size} rank{'s' * (layout.world_size != 1)}"]
     if layout.stage != other.stage:
         words.append(f"at ZeRO-{layout.stage}")
@@ -136,7 +136,7 @@ def _describe(layout: Layout, other: Layout) -> str:
 
 
 def write_resharded(path: Path, out: Path, manifest: Manifest, world_size: int) -> Iterator[int]:
-    """Writes into `out` what the verified checkpoint `path` would be had `world_size` ranks written it.
+    """Write into `out` what the verified checkpoint `path` would be had `world_size` ranks written it.
 
     One process without a GPU or a process group; yields after each rank's shards how many bytes they take. The
     manifest is written last, everything is on the disk then, and `path` stays as it is. Memory is one shard.

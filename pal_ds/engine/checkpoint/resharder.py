@@ -36,9 +36,9 @@ class Resharder:
     checkpoint: ShardedCheckpoint
     new: Layout
     ds_config: DeepSpeedConfig
-    """The new one."""
+    """DeepSpeed's config of the new layout."""
     settings: list[ParamGroup] | None = None
-    """What the new optimizer keeps of each parameter group; unset means the same keys as the stored one."""
+    """Settings that the new optimizer keeps of each parameter group; unset means the keys of the stored one."""
 
     def __post_init__(self) -> None:
         path, unknown = self.checkpoint.path.parent, self.checkpoint.state_names() - _ADAM
@@ -59,7 +59,7 @@ class Resharder:
 
     @cached_property
     def groups(self) -> list[Shapes]:
-        """The parameters of each group in the optimizer's own order."""
+        """Return the parameters of each group in the optimizer's own order."""
         groups = self.checkpoint.groups
         if self.old.round_robin:
             return [undealt(group, self.old.world_size) for group in groups]
@@ -70,7 +70,7 @@ class Resharder:
         return self.new.vectors(self.groups)
 
     def files(self, rank: int) -> dict[str, Callable[[], ShardContent]]:
-        """Names of the files that a rank of the new world has written, and what makes their content."""
+        """Return the names of the files that a rank of the new world writes, each with what makes its content."""
         prefix = f"zero_pp_rank_{rank}_mp_rank_00"
         made: dict[str, Callable[[], ShardContent]] = {}
         if self.new.stage == 3:
@@ -83,7 +83,7 @@ class Resharder:
         return made
 
     def model_states(self, rank: int) -> ShardContent:
-        """What DeepSpeed writes to `*_model_states.pt`: at stages 0 to 2 all weights in the dtype of training.
+        """Make the content of a rank's `*_model_states.pt`: at stages 0 to 2 all weights, in the dtype of training.
 
         Buffers are those of the old rank of this number, counted round.
         """
@@ -110,7 +110,7 @@ class Resharder:
         return {"module": weights, **states}
 
     def _module(self, stored: ShardContent) -> dict[str, Tensor]:
-        """The module's state: buffers, and weights (at stage 3 DeepSpeed leaves placeholders of no size)."""
+        """Make the module's state: buffers, and weights (at stage 3 DeepSpeed leaves placeholders of no size)."""
         dtype = torch.bfloat16 if self.new.bf16 else torch.float32
         trained = set(self.checkpoint.trained)
         cast: dict[str, Tensor] = {}
@@ -134,7 +134,7 @@ class Resharder:
         return {name: kept[name] for name in stored} | kept
 
     def optimizer_states(self, rank: int) -> ShardContent:
-        """What DeepSpeed writes to a rank's `*_optim_states.pt`: fp32 masters, moments, step counts, group settings."""
+        """Make the content of a rank's `*_optim_states.pt`: fp32 masters, moments, step counts, group settings."""
         from deepspeed.runtime.fp16.loss_scaler import LossScaler
         from deepspeed.runtime.zero.config import ZeroStageEnum
 
@@ -179,7 +179,7 @@ class Resharder:
         }
 
     def _fill(self, shapes: Shapes, rank: int, kind: Kind) -> Float[Tensor, "n"]:
-        """A rank's part of a vector; padding is 0."""
+        """Assemble a rank's part of a vector; padding is 0."""
         values = torch.zeros(self.new.num_values(shapes))
         for name, start, count, offset in self.new.pieces(shapes, rank):
             values[offset : offset + count] = self.checkpoint.read(name, start, count, kind)
@@ -217,7 +217,7 @@ class Resharder:
 
 
 def _read_all(value: Any, seen: dict[StoredTensor, Tensor] | None = None) -> Any:
-    """`value` with its tensors in memory; one that occurs twice (tied weights) stays one."""
+    """Return `value` with its tensors in memory; one that occurs twice (tied weights) stays one."""
     seen = {} if seen is None else seen
     if isinstance(value, StoredTensor):
         if value not in seen:

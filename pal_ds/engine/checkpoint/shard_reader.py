@@ -43,7 +43,7 @@ class _Segment(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where one parameter lies: its shape, its vector and the segments that follow one another to make it."""
+    """The place of one parameter: its shape, its vector and the segments that follow one another to make it."""
 
     shape: tuple[int, ...]
     vector: int
@@ -63,7 +63,7 @@ class ShardedCheckpoint:
     groups: list[dict[str, tuple[int, ...]]]
     """Names and shapes of each parameter group, in the order in which the shards hold them; none at stage 0."""
     param_groups: list[ParamGroup]
-    """What the optimizer stored of each parameter group (rates, name), without its parameters; none at stage 0."""
+    """Settings that the optimizer stored of each parameter group (rates, name), without parameters; none at stage 0."""
 
     def __init__(self, path: Path) -> None:
         self.path = path / ENGINE_FOLDER
@@ -95,7 +95,7 @@ class ShardedCheckpoint:
 
     @property
     def names(self) -> list[str]:
-        """Names as in the trained module: `backbone...`, `head...`."""
+        """Names of all tensors, as in the trained module: `backbone...`, `head...`."""
         return [*self._places, *self._whole]
 
     @property
@@ -107,11 +107,12 @@ class ShardedCheckpoint:
         return name in self._places or name in self._whole
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor. Raises KeyError where there is no such name."""
         place = self._places.get(name)
         return self._whole[name].shape if place is None else place.shape
 
     def tensor(self, name: str, kind: Kind = "master") -> Float[Tensor, "..."]:
-        """The whole tensor, fp32, assembled now.
+        """Assemble and return the whole tensor, fp32.
 
         Raises:
             KeyError: there is no such name, or no moment of it.
@@ -123,7 +124,7 @@ class ShardedCheckpoint:
         return self.read(name, 0, math.prod(shape), kind).view(shape)
 
     def pieces(self, name: str) -> Iterator[Float[Tensor, "n"]]:
-        """The values of a flattened tensor, fp32, one piece of PIECE after the other; raises as `tensor` does."""
+        """Yield the values of a flattened tensor, fp32, PIECE at a time; raises as `tensor` does."""
         if name in self._whole:
             yield self._whole[name].read().float().flatten()
             return
@@ -134,7 +135,7 @@ class ShardedCheckpoint:
     def read(
         self, name: str, start: int, num_values: int, kind: Kind = "master"
     ) -> Float[Tensor, "n"]:
-        """Values [start, start + num_values) of a flattened trainable parameter or of a moment of it, fp32.
+        """Read values [start, start + num_values) of a flattened trainable parameter or of a moment of it, fp32.
 
         Raises:
             KeyError: there is no such name, or no moment of it.
@@ -162,7 +163,7 @@ class ShardedCheckpoint:
         return values
 
     def step(self, name: str) -> float | None:
-        """How many updates the optimizer has made of a trainable parameter; None where it holds no moments of it.
+        """Return how many updates the optimizer has made of a trainable parameter; None where it has no moments of it.
 
         Raises:
             KeyError: there is no such name.
@@ -171,7 +172,7 @@ class ShardedCheckpoint:
         return float(value.read()) if isinstance(value, StoredTensor) else value
 
     def state_names(self) -> set[str]:
-        """What the optimizer holds of parameters: `step`, `exp_avg`, `exp_avg_sq` under Adam."""
+        """Return the names of the optimizer's states of a parameter: `step`, `exp_avg`, `exp_avg_sq` under Adam."""
         return {name for states in self._states for state in states for name in state}
 
     def _vector(self, rank: int, vector: int, kind: Kind) -> StoredTensor:
@@ -180,11 +181,11 @@ class ShardedCheckpoint:
         return self._states[rank][vector][kind]
 
     def items(self) -> Iterator[tuple[str, Float[Tensor, "..."]]]:
-        """(name, tensor) one after the other; only the current one is in memory."""
+        """Yield (name, tensor) one after the other; only the current one is in memory."""
         return ((name, self.tensor(name)) for name in self.names)
 
     def _load(self, kind: str) -> list[ShardContent]:
-        """All files of a kind in rank order."""
+        """Read all files of a kind, in rank order."""
         files = sorted(self.path.glob(f"*_{kind}.pt"), key=lambda file: _numbers(file.name))
         return [load_archive(file) for file in files]
 
@@ -230,7 +231,7 @@ class ShardedCheckpoint:
             self._check_size(offset, sum(sizes), slack=2 * len(flats))
 
     def _read_optimizer(self, stored: list[Any], model: ShardContent) -> None:
-        """Fills the optimizer's states of each vector and the members of each parameter group."""
+        """Fill in the optimizer's states of each vector and the members of each parameter group."""
         if not isinstance(stored[0], dict):
             stored = [{"state": {}, "param_groups": []}] * len(stored)
         order = [index for group in stored[0]["param_groups"] for index in group["params"]]
@@ -274,7 +275,7 @@ class ShardedCheckpoint:
 
 
 def _cut(sizes: list[int], offset: int, count: int) -> Iterator[_Segment]:
-    """Segments of [offset, offset + count) of the ranks' parts laid end to end."""
+    """Yield the segments of [offset, offset + count) of the ranks' parts laid end to end."""
     begin = 0
     for rank, size in enumerate(sizes):
         low, high = max(offset, begin), min(offset + count, begin + size)

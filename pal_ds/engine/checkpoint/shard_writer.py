@@ -24,12 +24,12 @@ SYNCED_AT_ONCE = 1 << 30
 
 
 class FileEntry(TypedDict):
-    """What the manifest says of a file."""
+    """Entry of a file in the manifest."""
 
     size: int
-    """In bytes."""
+    """Size in bytes."""
     xxh3_128: str
-    """128 bits in hexadecimal."""
+    """xxh3 hash of the content, 128 bits in hexadecimal."""
 
 
 class ShardFiles:
@@ -41,7 +41,7 @@ class ShardFiles:
         self._foreign: list[str] = []
 
     def save(self, state_dict: object, path: str) -> None:
-        """Writes one shard to the disk itself, past its cache; a failure is kept for `entries` to raise."""
+        """Write one shard to the disk itself, past its cache; a failure is kept for `entries` to raise."""
         if self.failure is not None:
             return
         try:
@@ -60,7 +60,7 @@ class ShardFiles:
         reached("a shard written")
 
     def entries(self, directory: Path) -> dict[str, FileEntry]:
-        """Size and hash of this rank's files, by their names in `directory`.
+        """Return size and hash of this rank's files, by their names in `directory`.
 
         Raises:
             StorageError: one of them could not be written.
@@ -77,7 +77,7 @@ class ShardFiles:
         return {str(path.relative_to(directory)): entry for path, entry in self.written.items()}
 
     def load(self, path: str, map_location: Any = None) -> ShardContent:
-        """The content of a shard: tensors, plain values and the few classes of DeepSpeed that its shards hold.
+        """Read the content of a shard: tensors, plain values and the few classes of DeepSpeed that its shards hold.
 
         Raises:
             ForeignObjectError: the shard names anything else.
@@ -101,10 +101,10 @@ class ShardFiles:
             self.failure = self.failure or _as_storage_error(error, path)
 
     def create(self, info: object) -> None:
-        """A tag begins; its directory is there already."""
+        """Do nothing as a tag begins; its directory is there already."""
 
     def commit(self, info: object) -> bool:
-        """A tag ends; the manifest says later whether it is whole."""
+        """Return True as a tag ends; the manifest says later whether it is whole."""
         return True
 
     def is_data_parallel_writer(self, dp_rank: int) -> bool:
@@ -114,13 +114,13 @@ class ShardFiles:
         return False
 
     def set_commit_info(self, info: object) -> None:
-        """Only for engines that commit later."""
+        """Do nothing: for engines that commit later."""
 
     def get_commit_info(self) -> None:
         return None
 
     def cleanup(self) -> None:
-        """No thread or process of its own."""
+        """Do nothing: there is no thread or process to end."""
 
     def preserves_storage_sharing(self) -> bool:
         return True
@@ -144,7 +144,7 @@ class _HashedStream:
         return len(data)
 
     def _write(self, data: memoryview) -> None:
-        """A part of a tensor, which may be as large as the shard."""
+        """Write a part of a tensor, which may be as large as the shard."""
         try:
             self._stream.write(data)
             # Else what the cache took in minutes would leave it at the end, at once and without a sign of progress.
@@ -157,13 +157,13 @@ class _HashedStream:
         phase.progress()
 
     def sync(self) -> None:
-        """What was written is on the disk itself, past its cache. Raises OSError where it cannot be."""
+        """Bring what was written to the disk itself, past its cache. Raises OSError where it cannot be."""
         self._stream.flush()
         os.fsync(self._stream.fileno())
         self._num_synced = self._size
 
     def flush(self) -> None:
-        """The file is flushed once, at its end."""
+        """Do nothing: the file is flushed once, at its end."""
 
     def entry(self) -> FileEntry:
         return {"size": self._size, "xxh3_128": self._digest.hexdigest()}
@@ -191,13 +191,13 @@ class _MarkedReader:
 
 
 def _as_storage_error(error: OSError, path: str) -> StorageError:
-    """Whatever kept a shard from being written, the ranks must agree on it."""
+    """Return the error as a StorageError, whatever it was: the ranks must agree on it."""
     known = storage_error(error, path)
     return known or StorageError(f"{path}: cannot be written: {error}. Mend this and start again.")
 
 
 def _classes_in_shards() -> list[Any]:
-    """What DeepSpeed writes beside tensors and plain values: none of these does anything when it is made."""
+    """Return the classes that DeepSpeed writes beside tensors and plain values: to make one of them runs nothing."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

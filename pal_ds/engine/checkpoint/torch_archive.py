@@ -23,7 +23,7 @@ from pal_ds.distributed import phase
 from pal_ds.errors import UserError
 
 ShardContent = dict[str, Any]
-"""What DeepSpeed puts into a shard, or a part of it that it keeps as a mapping: names and values are its own."""
+"""Content of one of DeepSpeed's shards, or a mapping inside it: names and values are DeepSpeed's own."""
 CHUNK = 1 << 24
 """Bytes that are read or written at a time, so that a large tensor shows progress."""
 _LOCAL_HEADER = struct.Struct("<26xHH")
@@ -49,7 +49,7 @@ class ForeignObjectError(UserError):
 
 
 def foreign_object(path: Path | str, name: str) -> ForeignObjectError:
-    """The refusal of a shard that names something which reading it would run."""
+    """Return the refusal of a shard that names something which reading it would run."""
     return ForeignObjectError(
         f"{path}: names {name}, which no checkpoint of pal_ds holds; reading it would run foreign "
         "code, so it is not read. Find out who wrote it, and delete this step."
@@ -61,7 +61,7 @@ class Storage(NamedTuple):
 
     path: Path
     begin: int
-    """Of the first element, in bytes from the file's start."""
+    """Place of the first element, in bytes from the file's start."""
     num_elements: int
     dtype: torch.dtype
 
@@ -71,7 +71,7 @@ class StoredTensor(NamedTuple):
 
     storage: Storage
     offset: int
-    """Of the first element, in elements from the storage's start."""
+    """Place of the first element, in elements from the storage's start."""
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
@@ -84,20 +84,20 @@ class StoredTensor(NamedTuple):
         return self.storage.dtype.is_floating_point
 
     def read(self) -> Tensor:
-        """The tensor, in the dtype it was stored in."""
+        """Read the tensor, in the dtype it was stored in."""
         if self.stride == _contiguous_stride(self.shape):
             return self.read_flat(0, self.numel).view(self.shape)
         whole = StoredTensor(self.storage, 0, (self.storage.num_elements,), (1,)).read()
         return whole.as_strided(self.shape, self.stride, self.offset).contiguous()
 
     def read_flat(self, start: int, count: int) -> Tensor:
-        """Elements [start, start + count) of a contiguous tensor, flattened."""
+        """Read elements [start, start + count) of a contiguous tensor, flattened."""
         values = torch.empty(count, dtype=self.storage.dtype)
         self.read_into(values, start)
         return values
 
     def read_into(self, values: Tensor, start: int) -> None:
-        """Fills `values`, contiguous and of the stored dtype, with the elements from `start` of a contiguous tensor."""
+        """Fill `values`, contiguous and of the stored dtype, with the elements from `start` of a contiguous tensor."""
         if values.numel():
             with open(self.storage.path, "rb", buffering=0) as stream:
                 stream.seek(self.storage.begin + (self.offset + start) * values.element_size())
@@ -105,7 +105,7 @@ class StoredTensor(NamedTuple):
 
 
 def load_archive(path: Path) -> ShardContent:
-    """The object that `torch.save` wrote to `path`, its tensors as `StoredTensor`.
+    """Read the mapping that `torch.save` wrote to `path`, its tensors as `StoredTensor`.
 
     Raises:
         ForeignObjectError: a pickle with names that no DeepSpeed shard uses.

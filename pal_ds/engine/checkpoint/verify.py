@@ -18,7 +18,7 @@ SECONDS_TO_APPEAR = 60
 def newest_intact_for_all(
     run: RunDirectory, world: World, *, trust: bool = False
 ) -> tuple[Path, Manifest] | None:
-    """What `manifest.newest_intact` finds, on every rank; each of them reads its share of the files.
+    """Return what `manifest.newest_intact` returns, on every rank; each of them reads its share of the files.
 
     Rank 0 chooses the step and looks at its listing; damage that any rank finds sends all to the step before.
 
@@ -48,7 +48,12 @@ def newest_intact_for_all(
 def share_of(
     files: dict[str, FileEntry], rank: int, world_size: int
 ) -> dict[int, tuple[str, FileEntry]]:
-    """The files that a rank reads, the largest dealt out first, under their places in the manifest."""
+    """Return the files that a rank reads, the largest dealt out first, under their places in the manifest.
+
+    >>> files = {name: {"size": size, "xxh3_128": ""} for name, size in (("a", 1), ("b", 9), ("c", 5))}
+    >>> [[name for name, _ in share_of(files, rank, world_size=2).values()] for rank in (0, 1)]
+    [['a', 'b'], ['c']]
+    """
     listed = list(enumerate(files.items()))
     dealt = sorted(listed, key=lambda item: -item[1][1]["size"])[rank::world_size]
     return dict(sorted(dealt))
@@ -67,7 +72,7 @@ def _first_problem(
 
 
 def wait_for_files(directory: Path, entries: dict[str, FileEntry]) -> None:
-    """Until this node sees files that another rank wrote or has seen.
+    """Wait until this node sees files that another rank wrote or has seen.
 
     Raises:
         StorageError: it never does, as where every node has a disk of its own under this name.
