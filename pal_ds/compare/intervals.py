@@ -6,13 +6,18 @@ import numpy as np
 from scipy import stats
 
 MIN_VALUES = 3
-"""Two seeds say too little of their spread: with one degree of freedom t is 12.7."""
+"""Fewest seeds for an interval: two say too little of their spread (with one degree of freedom t is 12.7)."""
 
 
 def t_interval(values: list[float]) -> list[float] | None:
-    """95% interval of the mean of independent values in [0, 1], by Student's t; None for fewer than three.
+    """Return the 95% interval of the mean of independent values in [0, 1], by Student's t; None for fewer than three.
 
     mean +- t(0.975, n - 1) * s / sqrt(n), s with n - 1 in the denominator, cut to [0, 1].
+
+    >>> [round(end, 3) for end in t_interval([0.70, 0.72, 0.74]) or []]
+    [0.67, 0.77]
+    >>> t_interval([0.70, 0.72]) is None
+    True
     """
     num_values = len(values)
     if num_values < MIN_VALUES:
@@ -24,19 +29,19 @@ def t_interval(values: list[float]) -> list[float] | None:
 
 
 def mean_interval(intervals: list[list[float]]) -> list[float]:
-    """Mean of the lower and of the upper ends: of figures on the same pairs, whose sampling errors go together."""
+    """Return the mean lower and the mean upper end: figures on the same pairs have sampling errors that go together."""
     low, high = np.mean(intervals, axis=0)
     return [float(low), float(high)]
 
 
 class Figure(TypedDict):
-    """One figure of a method over its seeds."""
+    """A figure of a method over its seeds."""
 
     mean: float
     by_seed: list[float]
-    """In the order of the suite's seeds."""
+    """Values in the order of the suite's seeds."""
     ci95_over_seeds: list[float] | None
-    """None for fewer than three seeds."""
+    """t-interval of the mean; None for fewer than three seeds."""
     pairs: NotRequired[int]
     """Comparisons that it was measured on, where they are not all."""
 
@@ -49,7 +54,7 @@ class AccuracyFigure(Figure):
 
 
 def summary_of(values: list[float]) -> Figure:
-    """{"mean", "by_seed", "ci95_over_seeds"} of one figure."""
+    """Return mean, values and t-interval of a figure whose values, one a seed, lie in [0, 1]."""
     return {
         "mean": float(np.mean(values)),
         "by_seed": values,

@@ -1,4 +1,4 @@
-"""What is known of a suite's finished runs: one table as numbers (table.json) and as a page (table.md)."""
+"""The table of a suite's finished runs, as numbers (table.json) and as a page (table.md)."""
 
 import json
 from collections.abc import Sequence
@@ -75,17 +75,17 @@ class Table(TypedDict):
     split: str
     seeds: list[int]
     methods: dict[str, MethodRow]
-    """Those whose runs are all evaluated."""
+    """Rows of the methods whose runs are all evaluated."""
     not_finished: list[str]
 
 
 def evaluation_of(planned: PlannedRun, split: str) -> dict[str, Any] | None:
-    """The figures of the split at the run's last checkpoint, or None."""
+    """Return the figures of the split at the run's last checkpoint, or None."""
     return _result(planned, split)
 
 
 def few_shot_of(planned: PlannedRun, suite: Suite) -> dict[str, Any] | None:
-    """The few-shot figures with the suite's values and draws at the run's last checkpoint, or None."""
+    """Return the few-shot figures with the suite's values and draws at the last checkpoint, or None."""
     figures = _result(planned, "few_shot")
     if figures is None:
         return None
@@ -106,7 +106,7 @@ def _result(planned: PlannedRun, name: str) -> dict[str, Any] | None:
 
 
 def is_finished(planned: PlannedRun) -> bool:
-    """Whether the run of this very recipe was trained to its last update."""
+    """Return True where the run of this very recipe was trained to its last update."""
     run = planned.run
     if (run.status() or {}).get("state") != "finished" or not run.config_file.is_file():
         return False
@@ -115,7 +115,7 @@ def is_finished(planned: PlannedRun) -> bool:
 
 
 def is_evaluated(planned: PlannedRun, suite: Suite) -> bool:
-    """Whether everything is there that the table says of the run."""
+    """Return True where everything is there that the table says of the run."""
     return (
         is_finished(planned)
         and evaluation_of(planned, suite.settings.split) is not None
@@ -124,7 +124,7 @@ def is_evaluated(planned: PlannedRun, suite: Suite) -> bool:
 
 
 def tabulate(suite: Suite, data: ComparedData) -> Table:
-    """The content of table.json: every method of the suite whose runs are all evaluated, and the names of the others.
+    """Return table.json: every method of the suite whose runs are all evaluated, and the names of the others.
 
     `data` says what was compared on. Intervals "over_seeds" are t-intervals of the mean over runs with different
     seeds, null for fewer than three; "within_seed" are those of single runs, clustered by prompt, their ends averaged.
@@ -184,7 +184,7 @@ def _method(suite: Suite, runs: list[PlannedRun]) -> MethodRow:
 
 
 def _few_shot_row(rows: tuple[dict[str, Any], ...]) -> FewShotRow:
-    """One value of k over the runs: the accuracy of a run is the mean over its draws."""
+    """Return the row of one value of k over the runs: the accuracy of a run is the mean over its draws."""
     kept = ("num_comparisons", "users", "test_pairs", "bayes_accuracy")
     facts = {name: rows[0][name] for name in kept if name in rows[0]}
     mean_comparisons = sum(row["mean_comparisons"] for row in rows) / len(rows)
@@ -197,19 +197,19 @@ def _few_shot_row(rows: tuple[dict[str, Any], ...]) -> FewShotRow:
 
 
 def _within_seed(figures: Sequence[dict[str, Any]]) -> list[float] | None:
-    """Of accuracies of several runs on the same pairs; None where they come without intervals."""
+    """Return the mean interval of accuracies of several runs on the same pairs; None where they have no intervals."""
     intervals = [part["accuracy_ci95"] for part in figures if "accuracy_ci95" in part]
     return mean_interval(intervals) if len(intervals) == len(figures) else None
 
 
 def write_table(table: Table, out: Path) -> None:
-    """OUT/table.json and OUT/table.md."""
+    """Write OUT/table.json and OUT/table.md."""
     write_json(out / "table.json", table)
     write_atomically(out / "table.md", "\n".join(page(table)) + "\n")
 
 
 def page(table: Table) -> list[str]:
-    """The lines of table.md."""
+    """Return the lines of table.md."""
     data, methods = table["data"], table["methods"]
     seeds = ", ".join(map(str, table["seeds"]))
     lines = [f"# {table['suite']}", ""]
@@ -235,7 +235,7 @@ def page(table: Table) -> list[str]:
 
 
 def any_few_shot(table: Table) -> bool:
-    """Whether any method was held against new users."""
+    """Return True where any method was evaluated on new users."""
     return any(row["few_shot"] for row in table["methods"].values())
 
 

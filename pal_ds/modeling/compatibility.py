@@ -1,4 +1,4 @@
-"""Which data, backbone, head and loss go together, and how a backbone then reads texts; the rest is refused here."""
+"""Checks of which data, backbone, head and loss go together, and how a backbone then reads texts."""
 
 import logging
 from typing import TYPE_CHECKING, Literal
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def encoding_of(wanted: str, encoder: bool, with_prompt: bool) -> Literal["joint", "separate"]:
-    """`backbone.encoding` as it is done. Raises UserError for an encoder that shall read a prompt both ways."""
+    """Resolve `backbone.encoding`. Raises UserError for an encoder that shall read a prompt both ways."""
     if wanted == "auto":
         return "separate" if encoder and with_prompt else "joint"
     if wanted == "joint" and encoder and with_prompt:
@@ -27,7 +27,7 @@ def encoding_of(wanted: str, encoder: bool, with_prompt: bool) -> Literal["joint
 
 
 def pooling_of(wanted: str, encoder: bool, data: PreparedData) -> Pooling:
-    """`backbone.pooling` as it is done. Raises UserError for a last token that an encoder or the data have not."""
+    """Resolve `backbone.pooling`. Raises UserError for a last token that an encoder or the data have not."""
     if wanted == "auto":
         return "mean" if encoder else "last"
     if wanted == "mean" or wanted == "max":
@@ -46,7 +46,7 @@ def pooling_of(wanted: str, encoder: bool, data: PreparedData) -> Pooling:
 
 
 def is_packed(config: BackboneConfig, model_config: "PretrainedConfig") -> bool:
-    """Whether micro-batches are packed. Raises UserError where they shall be and cannot."""
+    """Return True where micro-batches are packed. Raises UserError where they shall be and cannot."""
     from pal_ds.backbones.packed import FAMILIES
 
     obstacle = None
@@ -66,7 +66,7 @@ def is_packed(config: BackboneConfig, model_config: "PretrainedConfig") -> bool:
 
 
 def check_prompt(data: PreparedData, with_prompt: bool) -> None:
-    """Raises UserError where a head reads the prompt and nobody could say where it ends."""
+    """Raise UserError where a head reads the prompt and nobody could say where it ends."""
     if not with_prompt:
         return
     if data.info["kind"] == "vectors":
@@ -85,7 +85,7 @@ def check_prompt(data: PreparedData, with_prompt: bool) -> None:
 def check_language(
     config: RunConfig, model_config: "PretrainedConfig | None", encoding: str
 ) -> None:
-    """Raises UserError where there is no language model to ask how likely the preferred response is."""
+    """Raise UserError where there is no language model to ask how likely the preferred response is."""
     if config.loss.lm_weight == 0:
         return
     from pal_ds.backbones.packed import DECODERS
@@ -110,7 +110,7 @@ def check_language(
 
 
 def check_vocabulary(model_config: "PretrainedConfig", data: PreparedData) -> None:
-    """Raises UserError where the tokenizer has ids that the backbone has no embedding for."""
+    """Raise UserError where the tokenizer has ids that the backbone has no embedding for."""
     vocab_size, needed = (
         getattr(model_config, "vocab_size", None),
         int(data.info["tokens"]["vocab_size"]),
@@ -123,7 +123,7 @@ def check_vocabulary(model_config: "PretrainedConfig", data: PreparedData) -> No
 
 
 def check_positions(model_config: "PretrainedConfig", data: PreparedData) -> None:
-    """Raises UserError where texts may be longer than the backbone can read."""
+    """Raise UserError where texts may be longer than the backbone can read."""
     positions = getattr(model_config, "max_position_embeddings", None)
     if positions is None:
         return

@@ -1,4 +1,4 @@
-"""What every step of one training reads: recipe, run directory, data, ranks and DeepSpeed's settings."""
+"""The context of a training: recipe, run directory, data, ranks and DeepSpeed's settings."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from pal_ds.runs.run_dir import RunDirectory
 
 @dataclass(frozen=True)
 class RunContext:
-    """One training's fixed surroundings; nothing in it changes while the training goes on."""
+    """The fixed surroundings of a training; nothing in it changes while the training goes on."""
 
     config: RunConfig
     run: RunDirectory
@@ -22,7 +22,7 @@ class RunContext:
 
     @staticmethod
     def of(config: RunConfig, run: RunDirectory, data: PreparedData, world: World) -> "RunContext":
-        """The context with the DeepSpeed settings that the recipe asks for.
+        """Return the context with the DeepSpeed settings that the recipe asks for.
 
         Raises:
             UserError: the recipe and its DeepSpeed JSON contradict each other.

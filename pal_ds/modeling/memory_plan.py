@@ -1,4 +1,4 @@
-"""What a recipe would need of each GPU under ZeRO-3, from sizes alone: no weights are read, nothing is downloaded."""
+"""Estimate of the memory of each GPU under ZeRO-3, from sizes alone: no weights are read, nothing is downloaded."""
 
 from dataclasses import dataclass
 
@@ -24,17 +24,17 @@ class MemoryPlan:
     """Bytes on each GPU, but for the counts. Upper bounds where a figure depends on the order of events."""
 
     num_parameters: int
-    """Of backbone and head."""
+    """Parameters of backbone and head."""
     num_trained: int
     weights: float
     """This GPU's slices of all weights, in the run's precision."""
     optimizer: float
-    """Of what is trained: gradients, and fp32 masters and moments unless they are offloaded."""
+    """State of what is trained: gradients, and fp32 masters and moments unless they are offloaded."""
     gathered: float
     """Whole weights of the layers at hand and prefetched."""
     buckets: float
     activations: float
-    """Of `train.micro_batch_tokens` tokens (or `micro_batch_pairs` texts of full length, twice)."""
+    """Activations of `train.micro_batch_tokens` tokens (or `micro_batch_pairs` texts of full length, twice)."""
 
     @property
     def total(self) -> float:
@@ -43,7 +43,7 @@ class MemoryPlan:
 
 
 def plan_memory(config: RunConfig, model_config: PretrainedConfig, num_gpus: int) -> MemoryPlan:
-    """The plan of a recipe on `num_gpus` GPUs; `model_config` is the backbone's transformers config.
+    """Return the plan of a recipe on `num_gpus` GPUs; `model_config` is the backbone's transformers config.
 
     Raises:
         UserError: the recipe's engine is not ZeRO-3.
@@ -76,7 +76,7 @@ def plan_memory(config: RunConfig, model_config: PretrainedConfig, num_gpus: int
 
 
 def _on_meta(config: RunConfig, model_config: PretrainedConfig) -> nn.Module:
-    """Backbone and head without storage, trainable where the recipe trains."""
+    """Build backbone and head without storage, trainable where the recipe trains."""
     with torch.device("meta"):
         backbone = AutoModel.from_config(model_config)
         drop_unused_modules(backbone)
