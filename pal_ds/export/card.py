@@ -1,4 +1,4 @@
-"""What stands beside the weights of an exported model: a model card and facts for programs."""
+"""The model card of an exported model, and its facts for programs (export.json)."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ FORMAT_VERSION = 1
 
 
 class ExportFacts(TypedDict):
-    """What export.json says of any exported folder."""
+    """The facts in export.json of any exported folder."""
 
     format_version: int
     head: str
@@ -27,11 +27,11 @@ class ExportFacts(TypedDict):
     backbone: str
     dtype: str
     tokens: dict[str, Any]
-    """As in dataset.json of the training data."""
+    """How texts became ids, as in dataset.json of the training data."""
 
 
 class DescribedRun(ExportFacts):
-    """What is known of an export before its weights are written."""
+    """The facts of an export that are known before its weights are written."""
 
     step: int
     dataset_hash: str
@@ -39,14 +39,14 @@ class DescribedRun(ExportFacts):
 
 
 class TokenizerCheck(TypedDict, total=False):
-    """Said for stock classes alone."""
+    """The check of a tokenizer; made for stock classes alone."""
 
     tokenizer_exact: bool
-    """Whether the folder's tokenizer writes the trainer's ids by itself."""
+    """True where the folder's tokenizer writes the trainer's ids by itself."""
 
 
 class Parity(TokenizerCheck):
-    """How far the exported scores are from the trainer's."""
+    """Distance of the exported scores from the trainer's."""
 
     max_difference: float
     scale: float
@@ -63,13 +63,13 @@ class RunExport(DescribedRun, Parity):
 
 
 class DescribedImport(ExportFacts):
-    """What is known of an import but for the file that it was made from."""
+    """The facts of an import, without the file that it was made from."""
 
     reads_prompt: bool
     end_in_tokenizer: str
-    """What the folder's tokenizer writes after every text; empty for nothing."""
+    """Text that the folder's tokenizer writes after every text; empty for none."""
     backbone_weights: str
-    """Where they come from, in words."""
+    """Origin of the backbone's weights, in words."""
 
 
 @final
@@ -81,7 +81,7 @@ class ImportedExport(DescribedImport):
 
 
 def describe(opened: OpenRun, audience: Audience, *, dtype: str, stock: str | None) -> DescribedRun:
-    """Facts of an export, without user ids."""
+    """Return the facts of an export, without user ids."""
     data, parts = opened.data.info, opened.parts
     backbone = opened.config.backbone
     return {
@@ -102,7 +102,7 @@ def describe(opened: OpenRun, audience: Audience, *, dtype: str, stock: str | No
 
 
 def write_card(folder: Path, facts: RunExport | ImportedExport) -> None:
-    """README.md."""
+    """Write README.md, the model card."""
     (folder / "README.md").write_text(
         _HEADER.format(licence=facts["licence"] or "unknown") + _body(facts)
     )
@@ -175,8 +175,9 @@ every row to the form it was trained on.
 files. `model(..., return_token_scores=True)` gives [batch, length] scores for guided decoding
 (decoders).
 """
-    if facts.get("end_in_tokenizer"):
-        text += f"""This folder's tokenizer writes {facts["end_in_tokenizer"]!r} after every text, as the
+    end = facts.get("end_in_tokenizer")
+    if end:
+        text += f"""This folder's tokenizer writes {end!r} after every text, as the
 training data had it: ids of another tokenizer lack it.
 """
     if facts["reads_prompt"]:
@@ -221,7 +222,7 @@ and length are as in training.
 def write_facts(
     folder: Path, facts: RunExport | ImportedExport, linked: dict[str, str] | None = None
 ) -> None:
-    """export.json: the facts and the sha256 of every other file; of links, what `linked` says."""
+    """Write export.json: the facts and the sha256 of every other file; for links, the hash that `linked` has."""
     hashes = {
         path.name: linked[path.name] if linked and path.is_symlink() else sha256_of(path)
         for path in sorted(folder.iterdir())
@@ -230,6 +231,6 @@ def write_facts(
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
+    """Return the sha256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""One exported folder per user, all on one set of weights.
+"""An exported folder per user, all on the same weights.
 
 Users of one run differ by the mixture in config.json alone, so OUT/_shared is an ordinary export (for
 the population) and OUT/USER has a config.json, card and export.json of its own beside relative links to
@@ -28,7 +28,7 @@ _PLAIN = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?")
 def export_users(
     run: RunDirectory, out: Path, user_ids: list[str], options: ExportOptions | None = None
 ) -> card.RunExport:
-    """Writes `out` with a folder per user, `_shared` and users.json; returns the facts of `_shared`.
+    """Write `out` with a folder per user, `_shared` and users.json; return the facts of `_shared`.
 
     Raises:
         UserError: as `export` does, and for options that name someone else, a user who is unknown or a
@@ -65,10 +65,13 @@ def export_users(
 
 
 def folder_name(user_id: str) -> str:
-    """A name that every file system takes and that depends on the id alone.
+    """Return a folder name that every file system takes and that depends on the id alone.
 
     Short ids of lower-case letters, digits and . _ - inside are their own name. Others keep what is
     legible of them and get a hash of the whole, so Alice and alice stay apart where case does not count.
+
+    >>> folder_name("alice"), folder_name("Alice")
+    ('alice', 'alice-3bc51062973c458d')
     """
     if _PLAIN.fullmatch(user_id) and user_id != INDEX:
         return user_id
@@ -77,7 +80,7 @@ def folder_name(user_id: str) -> str:
 
 
 def read_user_list(path: Path) -> list[str]:
-    """The ids of a file, one a line. Raises UserError where it is missing, empty or names one twice."""
+    """Read the user ids of a file, one a line. Raises UserError where it is missing, empty or names one twice."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:

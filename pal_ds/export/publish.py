@@ -1,4 +1,4 @@
-"""How an exported folder comes to its name: all at once, after all of it is on the disk."""
+"""Publication of an exported folder: it gets its name all at once, after all of it is on the disk."""
 
 import contextlib
 import glob
@@ -17,14 +17,14 @@ logger = logging.getLogger(__name__)
 
 
 def refuse_existing(out: Path) -> None:
-    """Raises UserError where `out` holds something."""
+    """Raise UserError where `out` holds something."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not empty. Name another folder, or remove it first.")
 
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yields a folder that becomes `out` at the end of the block, and goes where anything fails in it.
+    """Yield a folder that becomes `out` at the end of the block, and goes where anything fails in it.
 
     Raises:
         StorageError: it cannot be written.
@@ -40,7 +40,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def folder_aside(out: Path) -> Path:
-    """A new folder beside `out`, in place of those that exports on this machine left when they were killed."""
+    """Make a new folder beside `out`, in place of those that exports on this machine left when they were killed."""
     prefix = f"{out.name}.tmp-{socket.gethostname()}-"
     out.parent.mkdir(parents=True, exist_ok=True)
     for left in out.parent.glob(f"{glob.escape(prefix)}*"):
@@ -54,7 +54,7 @@ def folder_aside(out: Path) -> Path:
 
 
 def publish(temporary: Path, out: Path) -> None:
-    """The folder gets its name once all of it is on the disk; an empty folder of that name gives way."""
+    """Give a folder its name once all of it is on the disk; an empty folder of that name gives way."""
     for path in temporary.rglob("*"):
         if path.is_dir():
             sync_to_disk(path)

@@ -41,29 +41,29 @@ _COMPUTED = ("position_ids", "inv_freq")
 
 @dataclass(frozen=True, kw_only=True)
 class ImportOptions:
-    """What a checkpoint of the reference does not say by itself."""
+    """All that a checkpoint of the reference does not say by itself."""
 
     config: Path
-    """Its prefLearner_config (YAML)."""
+    """The prefLearner_config (YAML) of the checkpoint."""
     backbone: Path
     """Folder with the backbone's config and tokenizer, and its weights where the checkpoint has none."""
     users_out: Path | None = None
-    """Where the user table goes."""
+    """Folder for the user table; None: it is not written."""
     user: str | None = None
     mixture: Sequence[float] | None = None
     end_text: str = "<|endoftext|>"
-    """`end_of_conversation_token` of its ds_config."""
+    """`end_of_conversation_token` of the reference's ds_config."""
     prompt_end: str = " Assistant:"
-    """How every prompt ended: for PAL-B, which must find the response in a text."""
+    """Text at the end of every prompt: for PAL-B, which must find the response in a text."""
     max_length: int = 512
-    """`max_seq_len` of its ds_config."""
+    """`max_seq_len` of the reference's ds_config."""
     dtype: str = "fp32"
     max_shard_size: str = "4GB"
     quiet: bool = False
 
 
 def import_checkpoint(checkpoint: Path, out: Path, options: ImportOptions) -> card.ImportedExport:
-    """Writes the exported folder `out`, and the users; returns the folder's facts (export.json).
+    """Write the exported folder `out`, and the users; return the folder's facts (export.json).
 
     Raises:
         UserError: a file that is no such checkpoint, holds objects beside tensors, or a variant that
@@ -100,7 +100,7 @@ def import_checkpoint(checkpoint: Path, out: Path, options: ImportOptions) -> ca
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The tensors of a Lightning checkpoint or a state dict, under names without the learner's prefix.
+    """Read the tensors of a Lightning checkpoint or a state dict, under names without the learner's prefix.
 
     Raises:
         UserError: no such file, no checkpoint of PAL, or one that holds objects, which are not loaded.
@@ -230,7 +230,7 @@ def _facts(
 
 
 def _check(folder: Path, read: Callable[[str], Iterator[Tensor]], dtype: torch.dtype) -> None:
-    """Raises UserError unless the folder opens with the checkpoint's tensors, to the bit."""
+    """Raise UserError unless the folder opens with the checkpoint's tensors, to the bit."""
     model = PalForSequenceClassification.from_pretrained(folder, local_files_only=True)
     for name, tensor in model.state_dict().items():
         if not torch.equal(tensor.flatten(), torch.cat(list(read(name))).to(dtype)):
@@ -253,7 +253,7 @@ def _backbone_config(path: Path) -> PretrainedConfig:
 
 
 def _weights(backbone: dict[str, Tensor], path: Path, head: Head) -> Weights:
-    """The checkpoint's backbone, or that of the folder where it has none."""
+    """Return the checkpoint's backbone, or that of the folder where the checkpoint has none."""
     if not backbone:
         backbone = AutoModel.from_pretrained(path, dtype=torch.float32).state_dict()
     tensors = {

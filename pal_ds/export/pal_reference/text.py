@@ -1,4 +1,4 @@
-"""How a text becomes ids in the PAL reference, as keys of our exported config and a tokenizer.
+"""The form of a text in the PAL reference, as keys of our exported config and a tokenizer.
 
 PAL-A reads prompt, response and end as one text; PAL-B reads prompt and end, and response and end. What
 the tokenizer itself puts around a text stands around each of these.
@@ -21,18 +21,18 @@ _PROBES = ("Pearl 17 glows", "Is quartz 29 humming?", "Raven 38 sings.", "so it 
 
 @dataclass(frozen=True)
 class TextForm:
-    """Where the end goes: its ids after those of the text, or its text before there are ids."""
+    """The place of a text's end: its ids after those of the text, or its text before there are ids."""
 
     config: dict[str, Any]
     """Keys of PalRewardConfig."""
     written_end: str
-    """What the tokenizer writes after every text; empty where the model appends ids."""
+    """Text that the tokenizer writes after every text; empty where the model appends ids."""
 
     @classmethod
     def of(
         cls, source: PreTrainedTokenizerBase, *, end_text: str, prompt_end: str | None
     ) -> "TextForm":
-        """The form for a tokenizer; `prompt_end`, how every prompt ends, where the head reads the prompt.
+        """Return the form for a tokenizer; `prompt_end`, how every prompt ends, where the head reads the prompt.
 
         Raises:
             UserError: `prompt_end` cannot be found again in the ids of a text.
@@ -56,7 +56,7 @@ class TextForm:
         return cls(config, "" if by_ids else end_text)
 
     def write_tokenizer(self, source: Path, folder: Path, max_length: int) -> int:
-        """The folder's tokenizer; returns its pad id."""
+        """Write the folder's tokenizer; return its pad id."""
         return write_framed_tokenizer(
             source,
             folder,
@@ -68,7 +68,7 @@ class TextForm:
 
 
 def _appended(source: PreTrainedTokenizerBase, text: str, end_text: str) -> tuple[int, list[int]]:
-    """(n, ids): with the end after it, a text loses its last n ids and gains these."""
+    """Return (n, ids): with the end after it, a text loses its last n ids and gains these."""
     bare, full = _ids(source, text), _ids(source, text + end_text)
     together = zip(bare, full, strict=False)
     kept = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], together))
@@ -78,7 +78,7 @@ def _appended(source: PreTrainedTokenizerBase, text: str, end_text: str) -> tupl
 def _prompt_end(
     source: PreTrainedTokenizerBase, prompt_end: str, end_text: str
 ) -> tuple[int, list[int]]:
-    """The end after a prompt. All prompts end alike, so it joins with them in one way at most."""
+    """Return the end after a prompt. All prompts end alike, so it joins with them in one way at most."""
     endings = [_appended(source, probe + prompt_end, end_text) for probe in _PROBES]
     if any(item != endings[0] for item in endings):
         raise UserError(
@@ -106,7 +106,7 @@ def _marker(source: PreTrainedTokenizerBase, prompt_end: str) -> list[int]:
 
 
 def _special_ids(source: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and after a text where special tokens are asked for."""
+    """Return the ids that the tokenizer puts before and after a text where special tokens are asked for."""
     bare, full = _ids(source, _PROBES[0]), source(_PROBES[0])["input_ids"]
     starts = [s for s in range(len(full)) if full[s : s + len(bare)] == bare]
     assert starts, "special tokens stand around a text"
