@@ -1,4 +1,4 @@
-"""What happens around a training: data prepared, run directory checked, processes joined and left."""
+"""The frame of a training: data prepared, run directory checked, processes joined and left."""
 
 import contextlib
 import functools
@@ -33,7 +33,7 @@ OUR_BASE = "random_weights.json"
 
 @dataclass(frozen=True)
 class TrainingRequest:
-    """One training as it was asked for, checked as far as that needs no data."""
+    """The request for a training, checked as far as that needs no data."""
 
     config: RunConfig
     recipe: str
@@ -50,7 +50,7 @@ class TrainingRequest:
 
 
 def world_size_of_launch() -> int:
-    """Number of ranks that the launcher starts, before they have met; 1 without a launcher."""
+    """Return the number of ranks that the launcher starts, before they have met; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -184,7 +184,7 @@ class Start:
 
 
 def record_loss(run: RunDirectory, reason: str) -> None:
-    """status.json of a run that the watchdog ends; nothing where none had begun."""
+    """Write status.json of a run that the watchdog ends; nothing where none had begun."""
     facts = run.status()
     if facts is not None:
         step = phase.current().step
@@ -192,7 +192,7 @@ def record_loss(run: RunDirectory, reason: str) -> None:
 
 
 def prepare_before_processes_meet(config: RunConfig) -> UserError | None:
-    """Rank 0 of a single node prepares while the others wait to join: tokenising inside a process group times out.
+    """Prepare on rank 0 of a single node before the others join: tokenising inside a process group times out.
 
     What goes wrong is returned, not raised, so that the others learn of it once they have met.
     """
@@ -215,7 +215,7 @@ def prepare_before_processes_meet(config: RunConfig) -> UserError | None:
 
 
 def open_data(config: RunConfig, failure: UserError | None) -> PreparedData:
-    """The prepared tables. Raises the failure of preparing them, if there was one."""
+    """Open the prepared tables. Raises the failure of preparing them, if there was one."""
     if failure is not None:
         raise failure
     return PreparedData.open(config.data.path)
@@ -245,7 +245,7 @@ def check_run_directory(request: TrainingRequest, data: PreparedData) -> None:
 
 
 def write_base_weights(config: RunConfig, data: PreparedData, run: RunDirectory) -> bool:
-    """Writes the random weights of `backbone.architecture`, anew until a checkpoint stands on them; whether it did.
+    """Write random weights of `backbone.architecture`, anew until a checkpoint stands on them; return True if written.
 
     Raises:
         UserError: a folder of that name holds something that we did not write.

@@ -1,4 +1,4 @@
-"""Restores the newest intact checkpoint into a training that was just set up."""
+"""Restoring of the newest intact checkpoint into a training that was just set up."""
 
 import logging
 from pathlib import Path
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def resume(state: Training, *, trust: bool) -> None:
-    """Restores the newest intact checkpoint; a directory without any starts at update 0."""
+    """Restore the newest intact checkpoint; a directory without any starts at update 0."""
     world, run = state.world, state.run
     phase.enter("resume")
 

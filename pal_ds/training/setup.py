@@ -1,4 +1,4 @@
-"""Sets a training up: data, parts, partitioned weights, users, plan, and the newest intact checkpoint."""
+"""Set-up of a training: data, parts, partitioned weights, users, plan, and the newest intact checkpoint."""
 
 import functools
 import logging
@@ -42,7 +42,7 @@ from pal_ds.users import TrainedUsers
 logger = logging.getLogger(__name__)
 
 SLOW = 6.0
-"""Patience for what transformers and DeepSpeed do with a whole model, as they say nothing of their progress."""
+"""Patience (`phase.enter`) for what transformers and DeepSpeed do with a whole model: they report no progress."""
 
 
 def start_training(
@@ -135,7 +135,7 @@ def log_size(state: Training, seconds: float) -> None:
 
 
 def check_token_budget(config: RunConfig, parts: Parts, data: PreparedData) -> None:
-    """Raises UserError for a budget of tokens where updates read none."""
+    """Raise UserError for a budget of tokens where updates read none."""
     reads_none = parts.needs_store or data.response_vectors is not None
     if config.train.micro_batch_tokens is not None and reads_none:
         raise UserError(

@@ -96,7 +96,7 @@ class Layout:
         return -(-math.prod(shape) // self.world_size)
 
     def paddings(self, shapes: Shapes) -> list[int]:
-        """Count the unused values after each parameter of a vector (stages 1 and 2), the padding of the whole left out."""
+        """Count the unused values after each parameter of a vector (stages 1 and 2), but not the end padding."""
         unit = (8 if self.bf16 else 4) if self.aligned else 1
         gaps, end = [], 0
         for shape in shapes.values():

@@ -1,4 +1,4 @@
-"""What a new run starts from (`train.init_from`), written into its own directory: the origin is read once.
+"""Copy of what a new run starts from (`train.init_from`) into its own directory: the origin is read once.
 
 D/init/ origin.json (what it came from)  backbone/ (weights, adapters merged)  head.safetensors  users.*
 """
@@ -112,7 +112,7 @@ def _log_start(facts: OriginFacts, data: PreparedData) -> None:
 
 
 def origin_for(init_from: str, data: PreparedData, *, trust: bool = False) -> Origin:
-    """What `train.init_from` names, for a run on `data`. Raises UserError as `take_over` does."""
+    """Open what `train.init_from` names, for a run on `data`. Raises UserError as `take_over` does."""
     origin = open_origin(Path(init_from), trust=trust)
     _refuse_other_data(origin, data)
     return origin
@@ -139,7 +139,7 @@ def _kind(info: dict[str, Any]) -> str:
 
 
 def _head_for(origin: Origin, head: Head) -> dict[str, Tensor] | None:
-    """The origin's tensors under the names of `head`; None, and a line that says why, where they are none of its."""
+    """Return the origin's tensors under the names of `head`; None, with a warning, where they do not fit."""
     given = origin.head_tensors
     wanted = {name: tuple(t.shape) for name, t in head.state_dict().items()}
     if STOCK_HEAD in given and head.linear_weight() is not None and len(wanted) == 1:
@@ -163,7 +163,7 @@ def _head_for(origin: Origin, head: Head) -> dict[str, Tensor] | None:
 def _table(
     config: RunConfig, data: PreparedData, head: Head, origin: Origin
 ) -> tuple[UserTable, int] | None:
-    """(the table of the new run's seen users, how many of them have the origin's logits); None for a head without."""
+    """Return (table of the new run's seen users, how many have the origin's logits); None for a head without users."""
     if "logits" not in head.needs:
         return None
     theirs, logits = origin.users(head)
@@ -176,7 +176,7 @@ def _table(
 
 
 def _write_backbone(folder: Path, origin: Origin, precision: str) -> None:
-    """A folder that transformers opens: config and safetensors."""
+    """Write a folder that transformers opens: config and safetensors."""
     assert origin.weights is not None, "a frozen backbone is named, not copied"
     folder.mkdir()
     config = origin.model_config
@@ -203,7 +203,7 @@ def _write_backbone(folder: Path, origin: Origin, precision: str) -> None:
 
 
 def _whole(tensors: Tensors) -> dict[str, Tensor]:
-    """All of them in memory."""
+    """Read all tensors into memory, in their shapes."""
     return {
         name: torch.cat(list(tensors.read(name))).view(shape)
         for name, shape in tensors.shapes.items()

@@ -26,7 +26,7 @@ _OF_THE_EXPORT = ("auto_map", "architectures", "canonical", "transformers_versio
 
 
 def open_export(path: Path, *, trust: bool) -> Origin:
-    """The folder at `path`, once its weights, config and tokenizer are those its export.json lists.
+    """Open the folder at `path`, once its weights, config and tokenizer are those its export.json lists.
 
     Raises:
         UntrustedCheckpointError: a stranger may have written it, without `trust`.
@@ -83,7 +83,7 @@ def open_export(path: Path, *, trust: bool) -> Origin:
 
 
 def _verify(path: Path, listed: dict[str, str]) -> None:
-    """Raises UserError where a file that is read here is not the one that was exported."""
+    """Raise UserError where a file that is read here is not the one that was exported."""
     for name in sorted(listed):
         if name.endswith((".safetensors", ".json")) or name == "users.jsonl":
             file = path / name
@@ -101,7 +101,7 @@ def _verify(path: Path, listed: dict[str, str]) -> None:
 
 
 def _tensors(path: Path, listed: dict[str, str]) -> dict[str, Path]:
-    """File of each tensor."""
+    """Return the file of each tensor."""
     file_of = {}
     for name in sorted(listed):
         if name.endswith(".safetensors"):
@@ -126,7 +126,7 @@ def _stock_prefix(model_config: PretrainedConfig) -> str:
 
 
 def _users(path: Path, head: Head) -> tuple[UserIds, Float[Tensor, "U K"]]:
-    """Those of `--with_users`, whose mixtures the folder holds; nobody where it holds none, or for a head without."""
+    """Return the users of `--with_users`, whose mixtures the folder holds; nobody where it or the head has none."""
     nobody = UserIds.of(()), torch.empty(0, head.num_prototypes)
     file = path / "users.jsonl"
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""Puts what a run took over (D/init, see `copy.py`) into a fresh head and a fresh user table."""
+"""Loading of what a run took over (D/init, see `copy.py`) into a fresh head and a fresh user table."""
 
 from safetensors.torch import load_file
 
@@ -13,7 +13,7 @@ HEAD_FILE = "head.safetensors"
 def load_taken_over(
     config: RunConfig, run: RunDirectory, head: Head, users: TrainedUsers
 ) -> OriginFacts | None:
-    """What the run came from (origin.json), once its head and users, where D/init holds them, are loaded.
+    """Load the head and users that D/init holds; return what the run came from (origin.json).
 
     None for a run without `train.init_from`.
 
