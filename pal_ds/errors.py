@@ -46,7 +46,7 @@ class RankLostError(UserError):
 
     exit_code = 5
     is_printed = False
-    """Whether the watchdog has printed the message already."""
+    """True where the watchdog has printed the message already."""
 
 
 class BusyError(UserError):
@@ -64,7 +64,7 @@ class UnfinishedError(UserError):
 STORAGE_ERRNOS = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
 )
-"""What a file system answers that cannot take what it is given."""
+"""Error numbers of a file system that cannot take what it is given."""
 
 _REMEDIES = {
     errno.ENOSPC: "Make room there",
@@ -78,7 +78,7 @@ _REMEDIES = {
 
 
 def storage_error(error: BaseException, path: Path | str | None = None) -> StorageError | None:
-    """What to tell a person of a failed write, or None where `error` is of another kind.
+    """Return the StorageError to show for a failed write, or None where `error` is of another kind.
 
     `path` is what was being written; an OSError that names a file itself knows better.
     """
@@ -97,7 +97,7 @@ def storage_error(error: BaseException, path: Path | str | None = None) -> Stora
 
 @contextlib.contextmanager
 def writing(path: Path | str) -> Iterator[None]:
-    """Raises StorageError where a file inside the block cannot be written because of where it lies."""
+    """Raise StorageError where a file inside the block cannot be written because of where it lies."""
     try:
         yield
     except Exception as error:
@@ -108,7 +108,7 @@ def writing(path: Path | str) -> Iterator[None]:
 
 
 def end_with(error: UserError | OSError, program: str) -> NoReturn:
-    """Ends a program for what a person can mend: one line, on one rank, and the exit code; raises a bug again."""
+    """End a program for what a person can mend: one line, on one rank, and the exit code; raises a bug again."""
     shown = error if isinstance(error, UserError) else storage_error(error)
     if shown is None:
         raise error

@@ -16,7 +16,7 @@ def user_state(
     mixture: Float[Tensor, "B K"] | None = None,
     update: int | None = None,
 ) -> UserState:
-    """What a head may know of the users of a batch; `mixture` stands in for all of it."""
+    """Return what a head may know of the users of a batch; `mixture` stands in for all of it."""
     return UserState(
         logits=logits,
         gumbel=batch.gumbel,
@@ -42,7 +42,7 @@ class RewardModel(nn.Module):
     def forward(
         self, batch: Batch, user: UserState, pair_loss: PairLoss | None = None
     ) -> HeadOutput:
-        """In training with `lm_weight`, the language-model loss of each preferred response joins the penalty."""
+        """Score a batch; in training with `lm_weight`, the penalty has the preferred responses' language-model loss."""
         if not (self.lm_weight and self.training):
             return self.head(self.backbone(batch), user, pair_loss)
         backbone: Any = self.backbone

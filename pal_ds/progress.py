@@ -17,7 +17,7 @@ from rich.text import Text
 
 
 class _TimeLeft(TimeRemainingColumn):
-    """At the mean pace so far for an outer bar, one step of which outlasts what rich looks back on."""
+    """Time left at the mean pace so far, for an outer bar: one step of it outlasts what rich looks back on."""
 
     def render(self, task: Task) -> Text:
         if not task.fields["outer"] or not task.completed or task.elapsed is None:
@@ -35,7 +35,7 @@ _shown_bars: list[str] = []
 def progress_bar(
     label: str, total: int, *, shown: bool, unit: str = "texts", outer: bool = False
 ) -> Iterator[Callable[..., None]]:
-    """Yields `advance(num_units, **facts)`: one step of `total`, `num_units` for the throughput, facts to display.
+    """Yield `advance(num_units, **facts)`: one step of `total`, `num_units` for the throughput, facts to display.
 
     A bar inside another is not shown, but for those inside an `outer` one, which appear below it for their time.
     """
@@ -71,7 +71,7 @@ def progress_bar(
 def _row(
     progress: Progress, label: str, total: int, unit: str, *, keep: bool = False, alone: bool = True
 ) -> Iterator[Callable[..., None]]:
-    """One bar of a display; while one that is `alone` is there, no other bar is shown inside it."""
+    """Show a bar of a display; while one that is `alone` is there, no other bar is shown inside it."""
     task = progress.add_task(label, total=total, rate="", facts="", outer=not alone)
     num_done = 0
 

@@ -1,18 +1,19 @@
 """The pictures of a comparison: accuracy per method as bars, and new users against number of comparisons."""
 
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import matplotlib
 
 matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
-from pal_ds.compare.table import any_few_shot
+from pal_ds.compare.table import Table, any_few_shot
 
 
-def draw(table: dict[str, Any], out: Path) -> None:
+def draw(table: Table, out: Path) -> None:
     """OUT/table.png and, where new users were fitted, OUT/few_shot.png; nothing where no method is finished."""
     if not table["methods"]:
         return
@@ -21,7 +22,7 @@ def draw(table: dict[str, Any], out: Path) -> None:
         draw_curves(table, out / "few_shot.png")
 
 
-def draw_bars(table: dict[str, Any], path: Path) -> None:
+def draw_bars(table: Table, path: Path) -> None:
     """Accuracy per method with a dot per seed, its interval over seeds (black) and that within a seed (grey)."""
     methods = table["methods"]
     figure, axes = plt.subplots(figsize=(6.5, 1.2 + 0.42 * len(methods)))
@@ -46,7 +47,7 @@ def draw_bars(table: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def draw_curves(table: dict[str, Any], path: Path) -> None:
+def draw_curves(table: Table, path: Path) -> None:
     """Accuracy on new users' pairs at evenly spaced ticks; the band is the interval over seeds, else within a seed."""
     figure, axes = plt.subplots(figsize=(6.5, 4))
     for method, row in table["methods"].items():
@@ -58,7 +59,9 @@ def draw_curves(table: dict[str, Any], path: Path) -> None:
         of_seeds = [point["accuracy"]["ci95_over_seeds"] for point in curve]
         bands = of_seeds if all(of_seeds) else [p["accuracy"]["ci95_within_seed"] for p in curve]
         if all(bands):
-            axes.fill_between(places, *np.transpose(bands), color=line.get_color(), alpha=0.15)
+            axes.fill_between(
+                places, *np.transpose(cast(list, bands)), color=line.get_color(), alpha=0.15
+            )
         axes.set_xticks(places, [str(point["num_comparisons"]) for point in curve])
     axes.set_xlabel("comparisons per new user")
     axes.set_ylabel("accuracy on their test pairs")
@@ -67,7 +70,7 @@ def draw_curves(table: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def _save(figure: Any, path: Path) -> None:
+def _save(figure: Figure, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

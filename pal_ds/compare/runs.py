@@ -70,7 +70,7 @@ def compare(whole: Suite, chosen: Suite, out: Path) -> str | None:
 
 
 def check_everything(suite: Suite, data: PreparedData) -> dict[str, str]:
-    """Whether every run can start; writes nothing. Methods with equal values read equal states of a frozen backbone.
+    """Check that every run can start; write nothing. Methods with equal values read equal states of a frozen backbone.
 
     Raises:
         UserError: the data have no pairs to train on or to score, or nobody held out; a method does not fit them; a
@@ -99,7 +99,7 @@ def check_everything(suite: Suite, data: PreparedData) -> dict[str, str]:
 
 
 def _reading(planned: PlannedRun, data: PreparedData) -> str:
-    """What decides the states that training reads. Raises UserError where the method does not fit the data."""
+    """Return what decides the states that training reads. Raises UserError where the method does not fit the data."""
     init_from, model_config = planned.config.train.init_from, None
     try:
         if init_from is not None and not planned.run.origin_file.is_file():

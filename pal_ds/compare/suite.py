@@ -16,12 +16,15 @@ from pal_ds.config.run_config import RunConfig, check_range
 from pal_ds.errors import UserError
 from pal_ds.runs.run_dir import RunDirectory
 
+RecipeKeys = dict[str, Any]
+"""A part of a recipe as its YAML says it, before it is checked."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteConfig:
     """The keys of a suite beside those of a recipe, which all of its methods share."""
 
-    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    methods: dict[str, RecipeKeys] = field(default_factory=dict)
     """Name -> recipe keys that this method has of its own, laid over the shared ones as a second --config would be."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """`train.seed` of the runs of each method."""
@@ -49,7 +52,7 @@ class SuiteConfig:
             _check_method(name, keys)
 
 
-def _check_method(name: str, keys: dict[str, Any]) -> None:
+def _check_method(name: str, keys: RecipeKeys) -> None:
     """Raises UserError for a name that is no folder's, or keys that are not the method's to choose."""
     if re.fullmatch(r"[\w=+-][\w.=+-]*", name) is None:
         raise UserError(
@@ -67,13 +70,13 @@ def _check_method(name: str, keys: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One method with one seed: a run directory like any other."""
+    """A run of a method with a seed: its run directory is like any other."""
 
     method: str
     seed: int
     config: RunConfig
     recipe: str
-    """As YAML, for config.yaml."""
+    """The recipe as YAML, for config.yaml."""
     run: RunDirectory
 
 
@@ -86,16 +89,16 @@ class Suite:
     planned: list[PlannedRun]
 
     def of(self, method: str) -> list[PlannedRun]:
-        """The runs of one method, by seed."""
+        """Return the runs of one method, by seed."""
         return [planned for planned in self.planned if planned.method == method]
 
 
 def read_suite(name: str, settings: SuiteConfig, shared: str, out: Path) -> Suite:
-    """Resolves every method and seed of a suite, so that a mistake in the last is told before the first is trained.
+    """Resolve every method and seed of a suite, so that a mistake in the last is told before the first is trained.
 
     Args:
-        name: of the suite.
-        settings: its own keys.
+        name: name of the suite.
+        settings: the suite's own keys.
         shared: recipe keys of all methods (YAML), with or without a head.
         out: folder of the comparison; runs lie in OUT/runs/METHOD/seed_N.
 
@@ -120,12 +123,12 @@ def read_suite(name: str, settings: SuiteConfig, shared: str, out: Path) -> Suit
 
 def _resolve(
     parser: ArgumentParser,
-    common: dict[str, Any],
+    common: RecipeKeys,
     method: str,
-    keys: dict[str, Any],
+    keys: RecipeKeys,
     seeds: list[int],
 ) -> Iterator[tuple[int, RunConfig, str]]:
-    """Seed, recipe and its YAML, for each seed."""
+    """Yield seed, recipe and the recipe's YAML, for each seed."""
     from pal_ds.config.parser import explained
 
     if "head" not in {**common, **keys}:
@@ -143,7 +146,7 @@ def _resolve(
 
 
 def only(suite: Suite, methods: list[str]) -> Suite:
-    """The suite's runs of these methods alone; of all where none is named. Raises UserError for an unknown name."""
+    """Return the suite with the runs of these methods, or all where none is named. UserError: an unknown name."""
     for name in methods:
         if name not in suite.settings.methods:
             plain = {method.casefold(): method for method in suite.settings.methods}

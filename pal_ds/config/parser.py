@@ -26,7 +26,7 @@ class Parser(ArgumentParser):
 
 
 def explained(message: str, parser: ArgumentParser) -> str:
-    """What jsonargparse says of a mistake, without its Python types, and with the nearest option for a typo."""
+    """Reword a message of jsonargparse: without its Python types, and with the nearest option for a typo."""
     message = _without_noise(message)
     return message + _suggestion(message, _option_names(parser))
 
@@ -41,7 +41,7 @@ def _option_names(parser: ArgumentParser) -> list[str]:
 
 
 def _suggestion(message: str, names: list[str]) -> str:
-    """What to do about the unknown option that a message of jsonargparse names."""
+    """Return the remedy for the unknown option that a message of jsonargparse names."""
     if not any(part in message for part in ("nrecognized arguments", "not accept")):
         return ""
     for word in message.replace("'", " ").replace('"', " ").replace("=", " ").split():
@@ -55,7 +55,7 @@ def _suggestion(message: str, names: list[str]) -> str:
 
 
 def _without_noise(message: str) -> str:
-    """Says plainly what jsonargparse says of Python types: an unknown class, or a choice that is none."""
+    """Reword what jsonargparse says of Python types: an unknown class, or a choice that is none."""
     message = re.sub(
         r"Type [\w.]*Callable\[.*?expects a function or a callable class: (.*?)\.? Got value: .*",
         r"\1",

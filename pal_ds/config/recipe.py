@@ -1,4 +1,4 @@
-"""Reads and writes recipes as YAML, and tells which keys two of them differ in."""
+"""Recipes as YAML: reading, writing, and the keys that two of them differ in."""
 
 from argparse import ArgumentError
 from collections.abc import Callable
@@ -19,7 +19,7 @@ set_parsing_settings(instantiate_subclass_spec_in_any=False)
 
 
 def add_recipe_arguments(parser: ArgumentParser, *, require_head: bool = True) -> None:
-    """--config and every key of a recipe."""
+    """Add --config and every key of a recipe to a parser."""
     import pal_ds.data.sources
     import pal_ds.heads  # noqa: F401  short class names resolve once their modules are imported
 
@@ -32,25 +32,25 @@ def add_recipe_arguments(parser: ArgumentParser, *, require_head: bool = True) -
 
 
 def as_recipe(options: Namespace) -> RunConfig:
-    """The recipe among the instantiated options of a command."""
+    """Return the recipe among the instantiated options of a command."""
     return RunConfig(**{name: options[name] for name in RunConfig.__dataclass_fields__})
 
 
 def recipe_parser(*, require_head: bool = True) -> ArgumentParser:
-    """Of recipes alone; raises ArgumentError for what no recipe has."""
+    """Return a parser of recipes alone; it raises ArgumentError for what no recipe has."""
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     add_recipe_arguments(parser, require_head=require_head)
     return parser
 
 
 def dump_recipe(options: Namespace) -> str:
-    """The resolved recipe as YAML; `--config` on it gives the same run again."""
+    """Return the resolved recipe as YAML; `--config` on it gives the same run again."""
     chosen = Namespace(**{name: options[name] for name in RunConfig.__dataclass_fields__})
     return recipe_parser().dump(chosen, skip_validation=True)
 
 
 def read_recipe(arguments: list[str]) -> tuple[RunConfig, str]:
-    """The recipe that these command-line arguments (--config and dotted keys) describe, and its YAML.
+    """Return the recipe that command-line arguments (--config and dotted keys) describe, and its YAML.
 
     Raises:
         UserError: a key or value that no recipe has.
@@ -66,7 +66,7 @@ def read_recipe(arguments: list[str]) -> tuple[RunConfig, str]:
 
 
 def recipe_from_arguments(arguments: list[str]) -> RunConfig:
-    """As `read_recipe`, without the YAML."""
+    """Return the recipe that command-line arguments describe. Raises UserError as `read_recipe` does."""
     return read_recipe(arguments)[0]
 
 
@@ -92,7 +92,7 @@ def record_recipe(run: RunDirectory, recipe: str) -> None:
     run.write_config(recipe)
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def _flat(tree: object, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict) or not tree:
         return {prefix.rstrip("."): tree}
     merged: dict[str, Any] = {}
@@ -102,14 +102,18 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def changed_keys(old: str, new: str) -> list[str]:
-    """Dotted keys that differ between two recipes (YAML text) and may alter the result."""
+    """Return the dotted keys that differ between two recipes (YAML text) and may alter the result, sorted.
+
+    >>> changed_keys("train: {seed: 0, log_every: 1}", "train: {seed: 1, log_every: 50}")
+    ['train.seed']
+    """
     before, after = _flat(yaml.safe_load(old)), _flat(yaml.safe_load(new))
     differing = (key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     return sorted(key for key in differing if not key.startswith(KEYS_THAT_DO_NOT_ALTER_RESULTS))
 
 
 def refuse_changes(run_config_file: Path, new: str, allowed: list[str]) -> None:
-    """Raises UserError, naming the keys, where a resumed run would not be the run that was started."""
+    """Raise UserError, naming the keys, where a resumed run would not be the run that was started."""
     old = run_config_file.read_text()
     try:
         yaml.safe_load(old)

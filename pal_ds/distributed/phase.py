@@ -1,4 +1,4 @@
-"""What this process is doing now, for the watchdog and for messages about a rank that failed or hangs.
+"""The phase that this process is in, for the watchdog and for messages about a rank that failed or hangs.
 
 One value per process, like the logging configuration: code deep inside a long phase may name it without any plumbing.
 """
@@ -18,22 +18,22 @@ class Phase(NamedTuple):
     num_entered: int
     """Phases entered and marks of progress so far in this process: it grows wherever there is any."""
     num_in_step: int = 0
-    """Of these, since `step` last changed: phases that one rank alone enters must not make it look ahead for ever."""
+    """Phases entered since `step` last changed: those of one rank alone must not make it look ahead for ever."""
     patience: float = 1.0
-    """How many times longer than others this phase may take: for code of others that calls no `progress`."""
+    """Factor by which this phase may take longer than others: for code of others that calls no `progress`."""
 
     def __str__(self) -> str:
         return f"{self.name} at update {self.step}"
 
 
 STARTED = time.monotonic()
-"""Of this process, near enough: the command line imports this module first."""
+"""Monotonic time at which this process started, near enough: the command line imports this module first."""
 
 _current = Phase("start", 0, time.monotonic(), 0)
 
 
 def enter(name: str, step: int | None = None, *, patience: float = 1.0) -> None:
-    """Says that this process now begins `name`; `step` stays as it was where none is given."""
+    """Note that this process now begins `name`; `step` stays as it was where none is given."""
     global _current
     before = _current
     step = before.step if step is None else step
@@ -42,7 +42,7 @@ def enter(name: str, step: int | None = None, *, patience: float = 1.0) -> None:
 
 
 def progress() -> None:
-    """Says that the current phase goes on; costs a microsecond, so loops over megabytes may call it each time round.
+    """Note that the current phase goes on; costs a microsecond, so loops over megabytes may call it each time round.
 
     Ranks move different amounts of bytes, so this leaves `num_in_step` alone, by which they are compared.
     """
@@ -51,5 +51,5 @@ def progress() -> None:
 
 
 def current() -> Phase:
-    """The phase entered last."""
+    """Return the phase that was entered last."""
     return _current

@@ -33,13 +33,13 @@ def _note(number: int, _: FrameType | None) -> None:
 
 
 def stop_is_requested() -> bool:
-    """Whether a stop signal has reached this process; others may not have got one."""
+    """Return True where a stop signal has reached this process; others may not have got one."""
     return bool(_noted)
 
 
 @contextlib.contextmanager
 def listening(names: Sequence[str]) -> Iterator[None]:
-    """Inside, the signals of these names (`USR2`, `TERM`) ask for a stop instead of ending the process."""
+    """Take, inside the block, signals of these names (`USR2`, `TERM`) as requests to stop; they end no process."""
     numbers = [signal.Signals[f"SIG{name}"] for name in names]
     _noted.clear()
     before = [(number, signal.signal(number, _note)) for number in numbers]
@@ -52,7 +52,7 @@ def listening(names: Sequence[str]) -> Iterator[None]:
 
 
 def ignore_stop_signals(names: Sequence[str]) -> None:
-    """For a data loader's worker: it must not die of what asks its rank to save first."""
+    """Ignore stop signals in a data loader's worker: it must not die of what asks its rank to save first."""
     for name in (*names, "INT"):
         signal.signal(signal.Signals[f"SIG{name}"], signal.SIG_IGN)
 
@@ -72,16 +72,16 @@ class StopWatch:
     _lap_began: float = field(default_factory=time.monotonic)
 
     def begin_lap(self) -> None:
-        """An update begins, with the wait for its batches."""
+        """Note that an update begins, with the wait for its batches."""
         self._lap_began = time.monotonic()
 
     def end_lap(self) -> None:
-        """The update is made."""
+        """Note that the update is made."""
         self._note("update", time.monotonic() - self._lap_began)
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Measures an `evaluation` or a `save`."""
+        """Measure an `evaluation` or a `save`."""
         begin = time.monotonic()
         yield
         self._note(what, time.monotonic() - begin)
@@ -93,7 +93,7 @@ class StopWatch:
             self._longest[what] = max(self._longest.get(what, 0.0), seconds)
 
     def out_of_time(self, *, evaluation_due: bool) -> bool:
-        """Whether another update might not be followed by a save within the limit."""
+        """Return True where another update might not be followed by a save within the limit."""
         if self.time_limit_minutes is None:
             return False
         limit = 60 * self.time_limit_minutes
@@ -104,7 +104,7 @@ class StopWatch:
         return time.monotonic() - phase.STARTED + needed > limit
 
     def reason_to_stop(self, world: "World", *, evaluation_due: bool) -> str | None:
-        """`signal`, `time limit` or None, the same on every rank; call it on all of them between two updates."""
+        """Return `signal`, `time limit` or None, the same on every rank; all ranks call it, between two updates."""
         # The clock of rank 0 counts; a signal counts wherever it arrived.
         late = world.is_rank_zero and self.out_of_time(evaluation_due=evaluation_due)
         signalled, late = world.any_rank(stop_is_requested(), late)
@@ -113,6 +113,6 @@ class StopWatch:
         return "time limit" if late else None
 
     def leave_if_requested(self, world: "World") -> None:
-        """Raises StopRequested with the reason, on every rank, where a stop is asked for."""
+        """Raise StopRequested with the reason, on every rank, where a stop is asked for."""
         if reason := self.reason_to_stop(world, evaluation_due=False):
             raise StopRequested(reason)

@@ -13,17 +13,25 @@ import runpy
 from collections.abc import Mapping
 
 FIRST_PORT, NUM_PORTS = 20000, 12000
-"""Below the range from which Linux takes ports for outgoing connections."""
+"""Ports of jobs lie below the range from which Linux takes ports for outgoing connections."""
 
 
 def first_host(node_list: str) -> str:
-    """The first node of a SLURM node list such as `gpu[03-05,9],login`: `gpu03`."""
+    """Return the first node of a SLURM node list.
+
+    >>> first_host("gpu[03-05,9],login")
+    'gpu03'
+    """
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", node_list)
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0] if first else "")
 
 
 def tasks_on_node(tasks_per_node: str, node: int) -> int:
-    """How many tasks node number `node` runs, from SLURM's run-length form: `2(x3),1` is 2, 2, 2, 1."""
+    """Return the number of tasks on node number `node`, from SLURM's run-length form.
+
+    >>> [tasks_on_node("2(x3),1", node) for node in range(4)]
+    [2, 2, 2, 1]
+    """
     counts: list[int] = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks_per_node):
         counts += [int(count)] * int(times or 1)
@@ -31,7 +39,7 @@ def tasks_on_node(tasks_per_node: str, node: int) -> int:
 
 
 def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """RANK, WORLD_SIZE and so on for this task; nothing where a launcher has set them or no step of tasks runs."""
+    """Return RANK, WORLD_SIZE and so on for this task; none where a launcher set them or no step of tasks runs."""
     num_tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if "RANK" in environment or num_tasks == "1":
         return {}

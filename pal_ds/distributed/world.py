@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among the ranks; `device` is where its tensors live."""
+    """The place of this process among the ranks; `device` is where its tensors live."""
 
     rank: int
     world_size: int
@@ -34,7 +34,7 @@ class World:
         return self.rank == 0
 
     def from_rank_zero(self, decide: Callable[[], T]) -> T:
-        """The value of `decide()` on rank 0, on every rank; what fails there fails everywhere."""
+        """Return the value of `decide()` on rank 0, on every rank; what fails there fails everywhere."""
         outcome: list[object] = [None, None]
         failure: Exception | None = None
         if self.is_rank_zero:
@@ -53,7 +53,7 @@ class World:
         return outcome[0]  # type: ignore[return-value]
 
     def on_every_rank(self, make: Callable[[], T]) -> T:
-        """`make()` of each rank; a UserError, or a failed write, on any of them is raised on all, instead of a wait."""
+        """Return each rank's own `make()`; a UserError, or a failed write, on any of them is raised on all."""
         made, problem = None, None
         try:
             made = make()
@@ -72,14 +72,14 @@ class World:
         return made  # type: ignore[return-value]
 
     def gather(self, value: T) -> list[T]:
-        """The values of all ranks in rank order, on every rank."""
+        """Return the values of all ranks in rank order, on every rank."""
         values = [value] * self.world_size
         if self.world_size > 1:
             torch_dist.all_gather_object(values, value)
         return values
 
     def any_rank(self, *flags: bool) -> list[bool]:
-        """For each flag, whether it is set on at least one rank; equal on all ranks."""
+        """Return for each flag whether it is set on at least one rank; equal on all ranks."""
         if self.world_size == 1:
             return list(flags)
         shared = torch.tensor(flags, dtype=torch.uint8)
@@ -91,7 +91,7 @@ class World:
             torch_dist.barrier()
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """Stacks equally shaped tensors of all ranks: [world, ...]."""
+        """Stack equally shaped tensors of all ranks: [world, ...]."""
         if self.world_size == 1:
             return tensor[None]
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
@@ -99,13 +99,13 @@ class World:
         return torch.stack(parts)
 
     def sum_integers(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks, in place: integers have one sum in any order."""
+        """Add up over ranks, in place: integers have one sum in any order."""
         if self.world_size > 1:
             torch_dist.all_reduce(tensor)
         return tensor
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks in rank order: the same bits on every rank and every run."""
+        """Return the sum over ranks, in rank order: the same bits on every rank and every run."""
         return self.all_gather(tensor).sum(0)
 
 
@@ -115,7 +115,7 @@ def _for_other_ranks(error: Exception) -> Exception:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends a process that had joined a group, without tearing the interpreter down.
+    """End a process that had joined a group, without tearing the interpreter down.
 
     A gloo thread may still be dropping the tensors of a finished collective; if it needs the interpreter lock while
     the interpreter is going, it is forced to exit and aborts the process (rc 134) after all work was done.

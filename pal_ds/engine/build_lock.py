@@ -14,11 +14,11 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 STALE_AFTER_SECONDS = 180.0
-"""Without a change in the folder. A build on another node, in a shared home, is not seen here, but it writes files."""
+"""Seconds without a change in a lock's folder: a build on another node is not seen here, but it writes files there."""
 
 
 def remove_stale_build_locks(stale_after: float = STALE_AFTER_SECONDS) -> None:
-    """Removes locks that no process here holds once nothing has changed beside them for a while; says so."""
+    """Remove, with a warning, locks that no process here holds after `stale_after` seconds without a change."""
     for lock in extensions_root().glob("**/lock"):
         _wait_or_remove(lock, stale_after)
 
@@ -49,7 +49,7 @@ def _wait_or_remove(lock: Path, stale_after: float) -> None:
 
 
 def _seconds_without_change(lock: Path) -> float | None:
-    """In its folder; None where it has been released meanwhile."""
+    """Seconds since anything changed in the lock's folder; None where the lock has been released meanwhile."""
     times = []
     for path in lock.parent.iterdir():
         with contextlib.suppress(FileNotFoundError):  # a compiler's temporary file
@@ -58,7 +58,7 @@ def _seconds_without_change(lock: Path) -> float | None:
 
 
 def extensions_root() -> Path:
-    """Where torch builds extensions; as in torch.utils.cpp_extension, whose import is slow."""
+    """Return the folder in which torch builds extensions, as torch.utils.cpp_extension (a slow import) has it."""
     named = os.environ.get("TORCH_EXTENSIONS_DIR")
     if named is not None:
         return Path(named)
@@ -69,7 +69,7 @@ def extensions_root() -> Path:
 
 
 def _is_held(lock: Path) -> bool:
-    """Whether a process of this user on this machine has the file open."""
+    """Return True where a process of this user on this machine has the lock open."""
     return str(lock.resolve()) in _open_files()
 
 

@@ -16,6 +16,9 @@ _CHECKOUT, _INSTALLED = (
 )
 SHIPPED_CONFIGS = _CHECKOUT if _CHECKOUT.is_dir() else _INSTALLED
 
+DeepSpeedConfig = dict[str, Any]
+"""DeepSpeed's JSON, or a section of it: its keys are DeepSpeed's to define."""
+
 OWNED_BY_RECIPE = {
     "train_batch_size": "train.batch_pairs",
     "train_micro_batch_size_per_gpu": "train.micro_batch_pairs",
@@ -64,8 +67,8 @@ REMOVED_ZERO_KEYS = {
 }
 
 
-def load_ds_config(name_or_path: str) -> tuple[dict[str, Any], str]:
-    """The JSON of a shipped name (`zero3`) or of a file, and where it came from.
+def load_ds_config(name_or_path: str) -> tuple[DeepSpeedConfig, str]:
+    """Read the DeepSpeed JSON of a shipped name (`zero3`) or of a file; return it and the path it was read from.
 
     Raises:
         UserError: the file is missing, is no JSON object, or holds keys that DeepSpeed removed.
@@ -100,7 +103,7 @@ def load_ds_config(name_or_path: str) -> tuple[dict[str, Any], str]:
     return config, str(path)
 
 
-def _check_shape(config: dict[str, Any], path: Path) -> None:
+def _check_shape(config: DeepSpeedConfig, path: Path) -> None:
     """Raises UserError for a section that is no object, a stage that is none, a key that is nearly another.
 
     DeepSpeed ignores a top-level key that it does not know, so a misspelt one would change nothing, silently.
@@ -121,7 +124,7 @@ def _check_shape(config: dict[str, Any], path: Path) -> None:
             raise UserError(f"{path}: DeepSpeed knows no key {key}. Did you mean {near[0]}?")
 
 
-def _check_supported(zero: dict[str, Any], path: Path) -> None:
+def _check_supported(zero: DeepSpeedConfig, path: Path) -> None:
     """Raises UserError for what DeepSpeed can do and a checkpoint or the guard over updates cannot follow."""
     problems = []
     for section in ("offload_optimizer", "offload_param"):
@@ -146,7 +149,7 @@ def _check_supported(zero: dict[str, Any], path: Path) -> None:
         raise UserError(f"{path}: zero_optimization.{problems[0]}.")
 
 
-def check_zero_section(config: dict[str, Any], name_or_path: str) -> None:
+def check_zero_section(config: DeepSpeedConfig, name_or_path: str) -> None:
     """Raises UserError where DeepSpeed refuses a key or value of `zero_optimization`; imports deepspeed."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
@@ -168,8 +171,8 @@ def resolve_ds_config(
     micro_batch_pairs: int,
     gradient_clipping: float,
     precision: str,
-) -> dict[str, Any]:
-    """The complete config for `deepspeed.initialize`: no "auto", clipping always written out.
+) -> DeepSpeedConfig:
+    """Return the complete config for `deepspeed.initialize`: no "auto", clipping always written out.
 
     DeepSpeed clips at 1.0 when the key is absent, hence the explicit 0.0 for "off". Its batch sizes are nominal
     here: the update plan decides which comparisons form an update, the step closes the accumulation itself.
@@ -211,8 +214,8 @@ def resolve_ds_config(
     }
 
 
-def ds_config_of(settings: TrainConfig, world_size: int) -> dict[str, Any]:
-    """The complete config of a recipe's `train` keys; UserError as `resolve_ds_config`."""
+def ds_config_of(settings: TrainConfig, world_size: int) -> DeepSpeedConfig:
+    """Return the complete config of a recipe's `train` keys. Raises UserError as `resolve_ds_config` does."""
     return resolve_ds_config(
         settings.ds_config,
         world_size=world_size,
@@ -222,11 +225,11 @@ def ds_config_of(settings: TrainConfig, world_size: int) -> dict[str, Any]:
     )
 
 
-def zero_stage(config: dict[str, Any]) -> int:
-    """0 to 3."""
+def zero_stage(config: DeepSpeedConfig) -> int:
+    """Return the ZeRO stage of a config, 0 to 3."""
     return int(config["zero_optimization"].get("stage", 0))
 
 
-def offloads_optimizer(config: dict[str, Any]) -> bool:
-    """Whether optimizer state lives in host memory."""
+def offloads_optimizer(config: DeepSpeedConfig) -> bool:
+    """Return True where a config keeps optimizer state in host memory."""
     return config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"

@@ -8,7 +8,7 @@ import logging
 import math
 import statistics
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -20,9 +20,18 @@ from pal_ds.errors import NumericError
 logger = logging.getLogger(__name__)
 
 WINDOW = 128
-"""Applied updates whose loss and gradient norm say what is usual."""
+"""Number of newest applied updates whose loss and gradient norm say what is usual."""
 MIN_SEEN = 32
-"""Of them, before any is called a spike."""
+"""Applied updates that must have been seen before any is called a spike."""
+
+
+class GuardState(TypedDict):
+    """State that a resumed run needs to decide as this one would; a part of the manifest."""
+
+    num_skipped: int
+    num_in_a_row: int
+    losses: list[float]
+    norms: list[float]
 
 
 class UpdateGuard:
@@ -33,19 +42,19 @@ class UpdateGuard:
         self._world = world
         self._losses: list[float] = []
         self._norms: list[float] = []
-        self._read_norm: Callable[[], Any] = lambda: None
+        self._read_norm: Callable[[], float | Tensor | None] = lambda: None
         self._update, self._loss = 0, 0.0
         self._decided = False
         self.num_skipped = 0
         self.num_in_a_row = 0
         self.reason: str | None = None
-        """Why the update at hand is skipped; None where it is made."""
+        """Reason why the update at hand is skipped; None where it is made."""
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """From now on `optimizer.step()` does nothing where the update is skipped."""
+        """Make `optimizer.step()` do nothing, from now on, where the update is skipped."""
         inner = optimizer.step
 
-        def guarded(*args: Any, **kwargs: Any) -> Any:
+        def guarded(*args: Any, **kwargs: Any) -> float | None:
             # ZeRO steps once per group of parameters: the first call decides for all of them.
             if not self._decided:
                 self._decide()
@@ -54,14 +63,18 @@ class UpdateGuard:
         optimizer.step = guarded  # type: ignore[method-assign]
 
     def open(
-        self, update: int, losses: Tensor, users_finite: bool, read_norm: Callable[[], Any]
+        self,
+        update: int,
+        losses: Tensor,
+        users_finite: bool,
+        read_norm: Callable[[], float | Tensor | None],
     ) -> None:
-        """Begins an update.
+        """Begin an update.
 
         Args:
-            update: its number.
+            update: number of the update.
             losses: [world], each rank's part of the update's mean loss, on the host.
-            users_finite: whether all user gradients are.
+            users_finite: whether all user gradients are finite.
             read_norm: gives the gradient norm over all ranks once the optimizer is asked to step; None: unknown.
         """
         self._update, self._loss, self._read_norm = update, float(losses.sum()), read_norm
@@ -74,7 +87,7 @@ class UpdateGuard:
         self._decided = self.reason is not None
 
     def close(self, engine_applied: bool) -> bool:
-        """Ends the update: whether it was made. `engine_applied` is what DeepSpeed itself says.
+        """End the update; return True where it was made. `engine_applied` is what DeepSpeed itself says.
 
         Raises:
             NumericError: too many in a row were skipped.
@@ -102,8 +115,8 @@ class UpdateGuard:
             )
         return False
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to decide as this one would; plain numbers."""
+    def state_dict(self) -> GuardState:
+        """Return, as plain numbers, the state that a resumed run needs to decide as this one would."""
         return {
             "num_skipped": self.num_skipped,
             "num_in_a_row": self.num_in_a_row,
@@ -111,7 +124,8 @@ class UpdateGuard:
             "norms": list(self._norms),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: GuardState) -> None:
+        """Go on from what `state_dict` returned."""
         self.num_skipped, self.num_in_a_row = state["num_skipped"], state["num_in_a_row"]
         self._losses, self._norms = list(state["losses"]), list(state["norms"])
 
@@ -140,7 +154,14 @@ class UpdateGuard:
 
 
 def is_spike(value: float, seen: list[float], sigmas: float) -> bool:
-    """Whether `value` lies more than `sigmas` standard deviations above the mean of enough earlier ones."""
+    """Return True where `value` lies more than `sigmas` standard deviations above the mean of the values in `seen`.
+
+    With fewer than MIN_SEEN values nothing is a spike.
+
+    >>> usual = [1.0, 2.0] * 16
+    >>> is_spike(3.0, usual, sigmas=2.0), is_spike(2.5, usual, sigmas=2.0), is_spike(9.0, usual[:31], sigmas=2.0)
+    (True, False, False)
+    """
     if len(seen) < MIN_SEEN:
         return False
     return value > statistics.fmean(seen) + sigmas * statistics.stdev(seen)

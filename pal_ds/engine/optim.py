@@ -9,11 +9,14 @@ from torch import nn
 from pal_ds.config.run_config import OptimConfig
 from pal_ds.errors import UserError
 
+ParamGroup = dict[str, Any]
+"""A parameter group as torch has it: `params` beside the settings that the optimizer reads."""
+
 GROUPS = ("backbone", "prototypes", "scale", "projectors")
 
 
-def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Trainable parameters by name: backbone, prototypes, scale, projectors. Empty groups are dropped.
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[ParamGroup]:
+    """Sort the trainable parameters into groups: backbone, prototypes, scale, projectors. Empty groups are dropped.
 
     A head opts into a group by a parameter's last name, `prototypes` or `log_scale` (heads/README.md).
     """
@@ -28,13 +31,13 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     ]
 
 
-def apply_settings(param_groups: list[dict[str, Any]], config: OptimConfig) -> None:
-    """Sets rates and Adam's constants of named groups from the recipe: a checkpoint brings those it was saved with."""
+def apply_settings(param_groups: list[ParamGroup], config: OptimConfig) -> None:
+    """Set rates and Adam's constants of named groups from the recipe: a checkpoint brings those it was saved with."""
     for group in param_groups:
         group.update(_settings_of(group["name"], config), betas=config.betas, eps=config.epsilon)
 
 
-def _settings_of(name: str, config: OptimConfig) -> dict[str, Any]:
+def _settings_of(name: str, config: OptimConfig) -> dict[str, float]:
     rates = {
         "backbone": config.backbone_learning_rate,
         "prototypes": config.prototype_learning_rate,
@@ -56,9 +59,13 @@ def _group_of(name: str) -> str:
 
 
 def build_optimizer(
-    groups: list[dict[str, Any]], config: OptimConfig, *, offload: bool
+    groups: list[ParamGroup], config: OptimConfig, *, offload: bool
 ) -> torch.optim.Optimizer:
-    """AdamW; DeepSpeed's CPU version where the optimizer state is offloaded."""
+    """Build AdamW: DeepSpeed's CPU version where the optimizer state is offloaded.
+
+    Raises:
+        UserError: there is no parameter to train.
+    """
     if not groups:
         raise UserError("Nothing to train: the backbone is frozen and the head has no parameters.")
     options = {"lr": config.learning_rate, "betas": config.betas, "eps": config.epsilon}
@@ -70,9 +77,13 @@ def build_optimizer(
 
 
 def schedule_factor(config: OptimConfig, update: int, num_updates: int) -> float:
-    """Share of the full learning rate at `update` (0-based): linear warm-up, then cosine or constant.
+    """Return the share of the full learning rate at `update` (0-based): linear warm-up, then cosine or constant.
 
     A pure function of the update, so that a resumed run needs no scheduler state.
+
+    >>> config = OptimConfig(warmup_fraction=0.2, schedule="constant")
+    >>> [schedule_factor(config, update, num_updates=20) for update in (0, 1, 3, 19)]
+    [0.25, 0.5, 1.0, 1.0]
     """
     num_warmup = math.ceil(config.warmup_fraction * num_updates)
     if update < num_warmup:

@@ -1,10 +1,9 @@
-"""One update: forward and backward over its micro-batches, the engine's step, then the user rows.
+"""The update: forward and backward over its micro-batches, the engine's step, then the user rows.
 
 The loss is the mean over the update's comparisons, whatever the split. The step knows no head and no data source.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from pal_ds.distributed import phase
 from pal_ds.distributed.world import World
 from pal_ds.engine.guard import UpdateGuard
 from pal_ds.engine.optim import schedule_factor
+from pal_ds.engine.training_engine import TrainingEngine
 from pal_ds.heads.base import HeadOutput, PairLoss
 from pal_ds.heads.shapes import Float
 from pal_ds.kernels.eager import PairFacts
@@ -33,7 +33,7 @@ class UpdateStats:
     loss_sum: Float[Tensor, ""]
     correct: Float[Tensor, ""]
     num_pairs: int
-    """Of the whole update, over all ranks; 0 where it was skipped."""
+    """Comparisons of the whole update, over all ranks; 0 where it was skipped."""
     learning_rate: float
     applied: bool
     """False where the update was skipped (see `engine/guard.py`), for the users too; its sums are 0 then."""
@@ -44,7 +44,7 @@ class UpdateStats:
 class Stepper:
     """Runs updates on a DeepSpeed engine and a user table."""
 
-    engine: Any
+    engine: TrainingEngine
     users: TrainedUsers
     loss: PreferenceLoss
     optim: OptimConfig
@@ -58,7 +58,17 @@ class Stepper:
     def run(
         self, update: int, batches: list[Batch], runs: list[list[np.ndarray]], user_rows: np.ndarray
     ) -> UpdateStats:
-        """`batches` are this rank's; `runs` [micro-step][rank] the positions; `user_rows` those of the whole update."""
+        """Make one update, or skip it where the guard says so; every rank calls it with the same `update`.
+
+        Args:
+            update: number of the update, from 0.
+            batches: this rank's micro-batches, on its device.
+            runs: [micro-step][rank], positions within the update of the comparisons that a rank has then.
+            user_rows: [comparisons of the whole update], the row of each one's user in the table.
+
+        Raises:
+            NumericError: too many updates in a row were skipped.
+        """
         factor = schedule_factor(self.optim, update, self.num_updates)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = group["full_lr"] * factor
@@ -120,7 +130,7 @@ class Stepper:
     def _losses(
         self, output: HeadOutput, batch: Batch, scale: float
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """Return the sum over comparisons, and the same times scale, which goes backward."""
+        """Return the loss summed over comparisons, and that sum times `scale`, which goes backward."""
         if output.total is not None:
             # Its factor is in the weights of the facts: the gradient that reaches it is 1.
             scaled = output.total + (output.penalty * batch.weight).sum() * scale
@@ -144,7 +154,7 @@ class Stepper:
         user_rows: np.ndarray,
         users_rate: float,
     ) -> tuple[bool, float | Tensor | None]:
-        """The engine's step and the users', or neither: (whether they were made, gradient norm before clipping)."""
+        """Make the engine's step and the users', or neither; return (made or not, gradient norm before clipping)."""
         gradients = self.user_gradients(leaves, runs) if self.needs_users else None
         finite = torch.ones((), dtype=torch.bool, device=loss_sum.device)
         if gradients is not None:

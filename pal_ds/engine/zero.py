@@ -2,20 +2,21 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import cast
 
 import torch
 from torch import nn
 
 from pal_ds.config.run_config import OptimConfig
-from pal_ds.engine.ds_config import offloads_optimizer, zero_stage
+from pal_ds.engine.ds_config import DeepSpeedConfig, offloads_optimizer, zero_stage
 from pal_ds.engine.guard import UpdateGuard
 from pal_ds.engine.optim import build_optimizer, parameter_groups
+from pal_ds.engine.training_engine import TrainingEngine
 
 
 @contextlib.contextmanager
-def partitioned_loading(ds_config: dict[str, Any]) -> Iterator[None]:
-    """Inside, `from_pretrained` partitions weights as it reads them when the config is ZeRO-3.
+def partitioned_loading(ds_config: DeepSpeedConfig) -> Iterator[None]:
+    """Make `from_pretrained`, inside the block, partition weights as it reads them where the config is ZeRO-3.
 
     transformers keeps only a weak reference to the config object: if it died, every rank would silently build a
     whole model. Hence the local variable that outlives the block, and the explicit unset at its end.
@@ -34,9 +35,13 @@ def partitioned_loading(ds_config: dict[str, Any]) -> Iterator[None]:
 
 
 def start_training_engine(
-    model: nn.Module, config: OptimConfig, ds_config: dict[str, Any], guard: UpdateGuard
-) -> Any:
-    """DeepSpeed's engine around `model`; the step sets the learning rates, the guard may skip an update."""
+    model: nn.Module, config: OptimConfig, ds_config: DeepSpeedConfig, guard: UpdateGuard
+) -> TrainingEngine:
+    """Start DeepSpeed's engine around `model`; the step sets the learning rates, the guard may skip an update.
+
+    Raises:
+        UserError: there is no parameter to train.
+    """
     import deepspeed
 
     optimizer = build_optimizer(
@@ -44,11 +49,11 @@ def start_training_engine(
     )
     guard.attach(optimizer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
-    return engine
+    return cast(TrainingEngine, engine)
 
 
-def start_inference_engine(model: nn.Module, ds_config: dict[str, Any]) -> nn.Module:
-    """`model` ready to be called under no_grad; partitioned at ZeRO-3, plain otherwise. All ranks call in step."""
+def start_inference_engine(model: nn.Module, ds_config: DeepSpeedConfig) -> nn.Module:
+    """Make `model` ready to be called under no_grad: partitioned at ZeRO-3, plain otherwise. All ranks call in step."""
     if zero_stage(ds_config) < 3:
         return model.to(torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu"))
     import deepspeed
@@ -61,7 +66,7 @@ def start_inference_engine(model: nn.Module, ds_config: dict[str, Any]) -> nn.Mo
 
 
 def parameter_bytes_on_this_rank(model: nn.Module) -> tuple[int, int]:
-    """(bytes of parameters held by this rank, bytes of the whole model), counting partitions under ZeRO-3."""
+    """Return (bytes of parameters on this rank, bytes of the whole model); under ZeRO-3 a rank holds partitions."""
     held = whole = 0
     for parameter in model.parameters():
         partition = getattr(parameter, "ds_tensor", None)

@@ -1,4 +1,4 @@
-"""For whom an exported model scores: one user, a mixture of prototypes, or the population."""
+"""The audience that an exported model scores for: one user, a mixture of prototypes, or the population."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ def choose_audience(
     group: str | None = None,
     groups: Sequence[str] = (),
 ) -> Audience:
-    """One user of the run (or of an adapted table), one of its groups, a given mixture, or the population.
+    """Return the audience: a user of the run (or of an adapted table), a group of it, a mixture, or the population.
 
     `groups` are those of the run's data, in the order of their codes. The population is as evaluation uses it: the
     generic user's s_u, or its mean over the run's users.
@@ -97,7 +97,7 @@ def _of_group(head: Head, group: str, groups: Sequence[str]) -> Audience:
 def mixtures_of(
     head: Head, users: UserTable, user_ids: Sequence[str], users_dir: Path | None = None
 ) -> Float[Tensor, "n K"]:
-    """s_u of each user: of the table that `adapt` left in `users_dir` where it has them, else of the run's.
+    """Return s_u of each user: of the table that `adapt` left in `users_dir` where it has them, else of the run's.
 
     Raises:
         UserError: a user that neither has or whose point the run's table does not hold, or an adapted table for

@@ -44,7 +44,7 @@ __all__ = ["{name}"]
 
 
 def write_pal_code(folder: Path, head: Head) -> None:
-    """modeling_pal.py, the head's file, and all they import."""
+    """Write modeling_pal.py, the head's file, and all they import."""
     source = Path(inspect.getfile(type(head)))
     module = source.stem
     _copy(folder, [_EXPORTED / "modeling_pal.py"], skip={"exported_head"})
@@ -58,7 +58,7 @@ def write_pal_code(folder: Path, head: Head) -> None:
 
 
 def write_stock_code(folder: Path, stock: str) -> str:
-    """modeling_canonical.py, a subclass of a stock class; returns the class's name."""
+    """Write modeling_canonical.py, a subclass of a stock class; return the class's name."""
     name = f"Canonical{stock}"
     _copy(folder, [_EXPORTED / "canonical_rows.py"])
     text = _STOCK_FILE.format(stock=stock, name=name)
@@ -67,7 +67,7 @@ def write_stock_code(folder: Path, stock: str) -> str:
 
 
 def _copy(folder: Path, files: list[Path], skip: frozenset[str] | set[str] = frozenset()) -> None:
-    """Copies files and, transitively, the siblings that they import relatively."""
+    """Copy files and, transitively, the siblings that they import relatively."""
     seen: set[Path] = set()
     while files:
         file = files.pop()

@@ -1,9 +1,9 @@
-"""What stands beside the weights of an exported model: a model card and facts for programs."""
+"""The model card of an exported model, and its facts for programs (export.json)."""
 
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, final
 
 from pal_ds.export.audience import Audience
 from pal_ds.inference.load_run import OpenRun
@@ -13,10 +13,76 @@ FACTS_NAME = "export.json"
 FORMAT_VERSION = 1
 
 
-def describe(
-    opened: OpenRun, audience: Audience, *, dtype: str, stock: str | None
-) -> dict[str, Any]:
-    """Facts of an export, without user ids."""
+class ExportFacts(TypedDict):
+    """The facts in export.json of any exported folder."""
+
+    format_version: int
+    head: str
+    """Class name."""
+    family: str
+    stock_class: str | None
+    """transformers' own class that opens the folder; None for ours."""
+    audience: str
+    mixture: list[float] | None
+    licence: str | None
+    backbone: str
+    dtype: str
+    tokens: dict[str, Any]
+    """How texts became ids, as in dataset.json of the training data."""
+
+
+class DescribedRun(ExportFacts):
+    """The facts of an export that are known before its weights are written."""
+
+    step: int
+    dataset_hash: str
+    tuning: str
+
+
+class TokenizerCheck(TypedDict, total=False):
+    """The check of a tokenizer; made for stock classes alone."""
+
+    tokenizer_exact: bool
+    """True where the folder's tokenizer writes the trainer's ids by itself."""
+
+
+class Parity(TokenizerCheck):
+    """Distance of the exported scores from the trainer's."""
+
+    max_difference: float
+    scale: float
+    """Largest absolute score of the trainer."""
+    num_samples: int
+
+
+@final
+class RunExport(DescribedRun, Parity):
+    """export.json of a run's export, without the files' hashes."""
+
+    reads_prompt: bool
+    measured_for: NotRequired[str]
+
+
+class DescribedImport(ExportFacts):
+    """The facts of an import, without the file that it was made from."""
+
+    reads_prompt: bool
+    end_in_tokenizer: str
+    """Text that the folder's tokenizer writes after every text; empty for none."""
+    backbone_weights: str
+    """Origin of the backbone's weights, in words."""
+
+
+@final
+class ImportedExport(DescribedImport):
+    """export.json of a checkpoint of the PAL reference, without the files' hashes."""
+
+    imported_from: str
+    checkpoint_sha256: str
+
+
+def describe(opened: OpenRun, audience: Audience, *, dtype: str, stock: str | None) -> DescribedRun:
+    """Return the facts of an export, without user ids."""
     data, parts = opened.data.info, opened.parts
     backbone = opened.config.backbone
     return {
@@ -36,8 +102,8 @@ def describe(
     }
 
 
-def write_card(folder: Path, facts: dict[str, Any]) -> None:
-    """README.md."""
+def write_card(folder: Path, facts: RunExport | ImportedExport) -> None:
+    """Write README.md, the model card."""
     (folder / "README.md").write_text(
         _HEADER.format(licence=facts["licence"] or "unknown") + _body(facts)
     )
@@ -54,7 +120,7 @@ tags: [reward-model, pal]
 """
 
 
-def _body(facts: dict[str, Any]) -> str:
+def _body(facts: RunExport | ImportedExport) -> str:
     rows = {
         "Head": facts["head"],
         "Scores for": facts["audience"],
@@ -65,7 +131,7 @@ def _body(facts: dict[str, Any]) -> str:
     return f"| | |\n|---|---|\n{table}\n\n## Use\n{_usage(facts)}"
 
 
-def _of_run(facts: dict[str, Any]) -> dict[str, Any]:
+def _of_run(facts: RunExport) -> dict[str, object]:
     return {
         "Step of the run": facts["step"],
         "Data": f"hash {facts['dataset_hash']}, licence {facts['licence'] or 'not stated'}",
@@ -78,7 +144,7 @@ def _of_run(facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _imported(facts: dict[str, Any]) -> dict[str, Any]:
+def _imported(facts: ImportedExport) -> dict[str, object]:
     return {
         "Imported from": f"{facts['imported_from']}, sha256 {facts['checkpoint_sha256']}",
         "Backbone": f"{facts['backbone']} ({facts['backbone_weights']})",
@@ -86,7 +152,7 @@ def _imported(facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _usage(facts: dict[str, Any]) -> str:
+def _usage(facts: RunExport | ImportedExport) -> str:
     remote = "" if facts["stock_class"] else ", trust_remote_code=True"
     load = f'from_pretrained("THIS FOLDER"{remote})'
     text = f"""```python
@@ -110,8 +176,9 @@ every row to the form it was trained on.
 files. `model(..., return_token_scores=True)` gives [batch, length] scores for guided decoding
 (decoders).
 """
-    if facts.get("end_in_tokenizer"):
-        text += f"""This folder's tokenizer writes {facts["end_in_tokenizer"]!r} after every text, as the
+    end = facts.get("end_in_tokenizer")
+    if end:
+        text += f"""This folder's tokenizer writes {end!r} after every text, as the
 training data had it: ids of another tokenizer lack it.
 """
     if facts["reads_prompt"]:
@@ -132,7 +199,8 @@ def _text_form(tokens: dict[str, Any]) -> str:
     return f"A text is the prompt, then {tokens['separator']!r}, then the response."
 
 
-def _stock_notes(facts: dict[str, Any]) -> str:
+def _stock_notes(facts: RunExport | ImportedExport) -> str:
+    assert "tokenizer_exact" in facts, "every export as a stock class says so"
     if facts["tokenizer_exact"]:
         text = """The tokenizer writes the special tokens itself, whatever `add_special_tokens`
 says, so the stock class scores as the trainer did.
@@ -152,8 +220,10 @@ and length are as in training.
     )
 
 
-def write_facts(folder: Path, facts: dict[str, Any], linked: dict[str, str] | None = None) -> None:
-    """export.json: the facts and the sha256 of every other file; of links, what `linked` says."""
+def write_facts(
+    folder: Path, facts: RunExport | ImportedExport, linked: dict[str, str] | None = None
+) -> None:
+    """Write export.json: the facts and the sha256 of every other file; for links, the hash that `linked` has."""
     hashes = {
         path.name: linked[path.name] if linked and path.is_symlink() else sha256_of(path)
         for path in sorted(folder.iterdir())
@@ -162,5 +232,5 @@ def write_facts(folder: Path, facts: dict[str, Any], linked: dict[str, str] | No
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
+    """Return the sha256 of a file's bytes, in hexadecimal."""
     return feed(hashlib.sha256(), path).hexdigest()

@@ -24,7 +24,7 @@ PAL_AUTO_MAP = {
 
 
 def backbone_config(opened: OpenRun) -> PretrainedConfig:
-    """The backbone's own config, without traces of this machine."""
+    """Return the backbone's own config, without traces of this machine."""
     backbone = opened.parts.backbone
     if backbone is None:
         raise UserError(
@@ -43,7 +43,7 @@ def backbone_config(opened: OpenRun) -> PretrainedConfig:
 
 
 def pal_config(opened: OpenRun, mixture: list[float] | None) -> PalRewardConfig:
-    """The config of PalForSequenceClassification for a run.
+    """Return the config of PalForSequenceClassification for a run.
 
     Raises:
         UserError: vector data, a backbone with code of its own, or a head that scores pairs of
@@ -78,14 +78,14 @@ def head_name(head: type[Head]) -> str:
 
 
 def head_arguments(opened: OpenRun) -> dict[str, Any]:
-    """The head's constructor arguments as the run's config.yaml has them."""
+    """Return the head's constructor arguments as the run's config.yaml has them."""
     recipe = yaml.safe_load(opened.run.config_file.read_text())
     head = recipe["head"]
     return dict(head.get("init_args") or {}) if isinstance(head, dict) else {}
 
 
 def stock_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
-    """transformers' own sequence classifier for a decoder, if it is one linear map on top."""
+    """Return transformers' own sequence classifier for a decoder, if it is one linear map on top."""
     import torch
 
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
@@ -100,5 +100,5 @@ def stock_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
 
 
 def canonical_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The stock class with rows brought to the trainer's form first."""
+    """Return a stock class with rows brought to the trainer's form first."""
     return type(f"Canonical{stock.__name__}", (CanonicalRows, stock), {"__module__": __name__})

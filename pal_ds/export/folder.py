@@ -1,4 +1,4 @@
-"""Makes the exported folder: weights, config, code, tokenizer, card, and the check against the run.
+"""The exported folder: weights, config, code, tokenizer, card, and the check against the run.
 
 Everything is written beside the final name and renamed at the end, so a folder of that name is
 complete and checked.
@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +50,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What to export and for whom; the default is the population at the latest step."""
+    """Options of an export, and its audience; the default is the population at the latest step."""
 
     step: str = "latest"
     user: str | None = None
@@ -65,15 +64,15 @@ class ExportOptions:
     dtype: str = "fp32"
     max_shard_size: str = "4GB"
     data_path: Path | None = None
-    """Where the prepared data lies now, if not where the recipe says."""
+    """Folder of the prepared data, if it no longer lies where the recipe says."""
     trust_checkpoint: bool = False
     reward_mean: float | None = None
     reward_std: float | None = None
     quiet: bool = False
 
 
-def export(run: RunDirectory, out: Path, options: ExportOptions | None = None) -> dict[str, Any]:
-    """Writes the exported folder `out` and returns its facts (export.json).
+def export(run: RunDirectory, out: Path, options: ExportOptions | None = None) -> card.RunExport:
+    """Write the exported folder `out` and return its facts (export.json).
 
     Raises:
         UserError: `out` holds something, the run cannot be opened, options contradict each other,
@@ -87,7 +86,7 @@ def export(run: RunDirectory, out: Path, options: ExportOptions | None = None) -
 
 
 def open_for_export(run: RunDirectory, out: Path, options: ExportOptions) -> OpenRun:
-    """The run at the wanted step, once all is refused that can be before anything is written."""
+    """Open the run at the wanted step, once all is refused that can be before anything is written."""
     parse_size(options.max_shard_size)
     if options.dtype not in DTYPES:
         raise UserError(f"--dtype {options.dtype}: must be one of {', '.join(DTYPES)}.")
@@ -99,8 +98,8 @@ def open_for_export(run: RunDirectory, out: Path, options: ExportOptions) -> Ope
     return opened
 
 
-def fill_folder(folder: Path, opened: OpenRun, options: ExportOptions) -> dict[str, Any]:
-    """Puts an exported model into an empty folder, checks it against the run, and returns its facts."""
+def fill_folder(folder: Path, opened: OpenRun, options: ExportOptions) -> card.RunExport:
+    """Put an exported model into an empty folder, check it against the run, and return its facts."""
     weights = weights_of(opened)
     head = weights.head
     audience = choose_audience(
@@ -121,10 +120,9 @@ def fill_folder(folder: Path, opened: OpenRun, options: ExportOptions) -> dict[s
         and opened.parts.collator.encoding == "joint"
     ):
         stock = stock_class(backbone_config(opened))
-    facts = card.describe(
+    described = card.describe(
         opened, audience, dtype=options.dtype, stock=stock.__name__ if stock else None
     )
-    facts["reads_prompt"] = opened.parts.collator.with_prompt
     if stock is None or linear is None:
         layout = _pal_layout(folder, opened, weights, audience, options)
     else:
@@ -135,7 +133,11 @@ def fill_folder(folder: Path, opened: OpenRun, options: ExportOptions) -> dict[s
     with progress_bar("exporting", len(shapes), shown=not options.quiet, unit="tensors") as advance:
         write_sharded(folder, shapes, read, DTYPES[options.dtype], max_bytes, advance)
     del weights, layout, source, head_tensors, read
-    facts |= _check(folder, opened, audience, target, options.dtype)
+    facts: card.RunExport = {
+        **described,
+        "reads_prompt": opened.parts.collator.with_prompt,
+        **_check(folder, opened, audience, target, options.dtype),
+    }
     if options.with_users and head.has_points:
         _write_users(folder, opened, head, options.users_dir)
     card.write_card(folder, facts)
@@ -146,7 +148,7 @@ def fill_folder(folder: Path, opened: OpenRun, options: ExportOptions) -> dict[s
 def _pal_layout(
     folder: Path, opened: OpenRun, weights: Weights, audience: Audience, options: ExportOptions
 ) -> tuple[PreTrainedModel, Weights, str, dict[str, Tensor]]:
-    """Config, code and tokenizer of our own class; what its tensors are called."""
+    """Write config, code and tokenizer of our own class; return the class and what its tensors are called."""
     config = pal_config(opened, audience.mixture)
     config.reward_mean, config.reward_std = options.reward_mean, options.reward_std
     tokenizer.copy_tokenizer(opened.data.tokenizer_path, folder)
@@ -164,7 +166,7 @@ def _stock_layout(
     stock: type[PreTrainedModel],
     linear: Tensor,
 ) -> tuple[PreTrainedModel, Weights, str, dict[str, Tensor]]:
-    """The same for transformers' own class, with a subclass of it for who wants exactness."""
+    """Write config, tokenizer and code of transformers' own class, with a subclass that scores as the trainer."""
     config = backbone_config(opened)
     tokens = opened.data.info["tokens"]
     arguments = opened.data.tokenizer_path, folder, tokens, config.vocab_size
@@ -189,7 +191,7 @@ def _stock_layout(
 
 
 def on_meta(cls: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    """The class without storage: names and shapes of its tensors."""
+    """Build a model without storage: names and shapes of its tensors."""
     with torch.device("meta"):
         model = cls(config)
     for module in model.children():
@@ -198,7 +200,7 @@ def on_meta(cls: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedM
 
 
 def _with_one_more_row(weights: Weights, vocab_size: int) -> Weights:
-    """A zero row at the end of the token embedding, for a pad token that is never read."""
+    """Add a zero row at the end of the token embedding, for a pad token that is never read."""
     tables = [
         n for n, shape in weights.shapes.items() if shape[0] == vocab_size and len(shape) == 2
     ]
@@ -217,7 +219,7 @@ def _with_one_more_row(weights: Weights, vocab_size: int) -> Weights:
 def write_config(
     folder: Path, config: PretrainedConfig, architecture: str, auto_map: dict[str, str]
 ) -> None:
-    """config.json, saying which class of which file opens the folder."""
+    """Write config.json, saying which class of which file opens the folder."""
     config.architectures = [architecture]
     config.auto_map = auto_map
     config.save_pretrained(folder)
@@ -225,14 +227,14 @@ def write_config(
 
 def _check(
     folder: Path, opened: OpenRun, audience: Audience, target: PreTrainedModel, dtype: str
-) -> dict[str, Any]:
-    """Scores samples by both paths; one model is in memory at a time.
+) -> card.Parity:
+    """Score samples by both paths; one model is in memory at a time.
 
     Raises:
         UserError: the fp32 export differs from the run by more than LARGEST_DIFFERENCE.
     """
     texts, encoded = read_samples(opened)
-    facts: dict[str, Any] = {}
+    facts: card.TokenizerCheck = {}
     everything = np.arange(len(texts))
     readers: list[tuple[type[PreTrainedModel], np.ndarray]] = [(type(target), everything)]
     if not isinstance(target, PalForSequenceClassification):
@@ -268,7 +270,7 @@ def _check(
 
 
 def _write_users(folder: Path, opened: OpenRun, head: Head, adapted: Path | None) -> None:
-    """users.jsonl: the run's users and those of an adapted table, which hide trained ones of the same id.
+    """Write users.jsonl: the run's users and those of an adapted table, which hide trained ones of the same id.
 
     The run's table holds no points of a head that makes them from comparisons.
     """
@@ -283,7 +285,11 @@ def _write_users(folder: Path, opened: OpenRun, head: Head, adapted: Path | None
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `--max_shard_size`. Raises UserError for anything but a number and a unit."""
+    """Return the bytes of `--max_shard_size`. Raises UserError for anything but a number and a unit.
+
+    >>> parse_size("500 MB")
+    500000000
+    """
     found = re.fullmatch(r"(\d+)\s*(KB|MB|GB)", text)
     if found is None or int(found[1]) == 0:
         raise UserError(f"--max_shard_size {text}: must be a number and KB, MB or GB, as in 4GB.")

@@ -3,10 +3,10 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from pal_ds.data.collator import Collator
 from pal_ds.data.ragged import Ragged
@@ -23,11 +23,11 @@ from pal_ds.remote_code.modeling_pal import PalForSequenceClassification
 
 BATCH_TEXTS = 8
 NUM_TEXTS = 16
-"""Enough to tell a wrong export from a right one, few enough for a large model on a CPU."""
+"""Number of samples: enough to tell a wrong export from a right one, few enough for a large model on a CPU."""
 
 
 def read_samples(opened: OpenRun) -> tuple[list[str], list[Encoded]]:
-    """(texts, how the trainer divides them into ids) of DATA/samples.jsonl.
+    """Return (texts, how the trainer divides them into ids) of DATA/samples.jsonl.
 
     Raises:
         UserError: the file is gone, or its texts no longer give the ids they gave.
@@ -57,7 +57,7 @@ def read_samples(opened: OpenRun) -> tuple[list[str], list[Encoded]]:
 def trainer_scores(
     model: RewardModel, collator: Collator, encoded: list[Encoded], mixture: list[float] | None
 ) -> np.ndarray:
-    """fp64 score of each text by the very path of training: tables, collator, model."""
+    """Return the fp64 score [n] of each text by the very path of training: tables, collator, model."""
     collator = Collator(
         _as_data(collator.data, encoded),
         scored_positions=collator.scored_positions,
@@ -77,7 +77,7 @@ def trainer_scores(
 
 
 def exported_scores(model: torch.nn.Module, folder: Path, texts: list[str]) -> np.ndarray:
-    """fp64 [2, n]: texts padded right with special tokens, and padded left without them.
+    """Return fp64 scores [2, n]: texts padded right with special tokens, and padded left without them.
 
     A stock class reads positions from the row's start, so it is fed right-padded rows both times.
     """
@@ -88,7 +88,11 @@ def exported_scores(model: torch.nn.Module, folder: Path, texts: list[str]) -> n
 
 
 def _score(
-    model: torch.nn.Module, tokenizer: Any, texts: list[str], side: str, special: bool
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    side: str,
+    special: bool,
 ) -> np.ndarray:
     scores = []
     with torch.no_grad():
@@ -112,7 +116,7 @@ def _batches(total: int) -> Iterator[np.ndarray]:
 
 
 def _as_data(data: PreparedData, encoded: list[Encoded]) -> PreparedData:
-    """Tables in memory: text i is response i after prompt i, compared with itself in row i."""
+    """Make tables in memory: text i is response i after prompt i, compared with itself in row i."""
     comparisons = np.zeros(len(encoded), COMPARISON_DTYPE)
     comparisons["a"] = comparisons["b"] = np.arange(len(encoded))
     return PreparedData(

@@ -1,4 +1,4 @@
-"""One exported folder per user, all on one set of weights.
+"""An exported folder per user, all on the same weights.
 
 Users of one run differ by the mixture in config.json alone, so OUT/_shared is an ordinary export (for
 the population) and OUT/USER has a config.json, card and export.json of its own beside relative links to
@@ -10,7 +10,6 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from pal_ds.errors import UserError
 from pal_ds.export import card
@@ -28,8 +27,8 @@ _PLAIN = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?")
 
 def export_users(
     run: RunDirectory, out: Path, user_ids: list[str], options: ExportOptions | None = None
-) -> dict[str, Any]:
-    """Writes `out` with a folder per user, `_shared` and users.json; returns the facts of `_shared`.
+) -> card.RunExport:
+    """Write `out` with a folder per user, `_shared` and users.json; return the facts of `_shared`.
 
     Raises:
         UserError: as `export` does, and for options that name someone else, a user who is unknown or a
@@ -66,10 +65,13 @@ def export_users(
 
 
 def folder_name(user_id: str) -> str:
-    """A name that every file system takes and that depends on the id alone.
+    """Return a folder name that every file system takes and that depends on the id alone.
 
     Short ids of lower-case letters, digits and . _ - inside are their own name. Others keep what is
     legible of them and get a hash of the whole, so Alice and alice stay apart where case does not count.
+
+    >>> folder_name("alice"), folder_name("Alice")
+    ('alice', 'alice-3bc51062973c458d')
     """
     if _PLAIN.fullmatch(user_id) and user_id != INDEX:
         return user_id
@@ -78,7 +80,7 @@ def folder_name(user_id: str) -> str:
 
 
 def read_user_list(path: Path) -> list[str]:
-    """The ids of a file, one a line. Raises UserError where it is missing, empty or names one twice."""
+    """Read the user ids of a file, one a line. Raises UserError where it is missing, empty or names one twice."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -98,19 +100,21 @@ def read_user_list(path: Path) -> list[str]:
     return list(seen)
 
 
-def _write_user(folder: Path, shared: Path, facts: dict[str, Any], mixture: list[float]) -> None:
+def _write_user(
+    folder: Path, shared: Path, shared_facts: card.RunExport, mixture: list[float]
+) -> None:
     folder.mkdir()
     for file in shared.iterdir():
         if file.name not in _OWN:
             (folder / file.name).symlink_to(Path("..") / SHARED / file.name)
     config = json.loads((shared / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"mixture": mixture}, indent=2) + "\n")
-    own = {
+    facts: card.RunExport = {
+        **shared_facts,
         "audience": "one user",
         "mixture": mixture,
         "measured_for": ", measured for the population on the same weights",
     }
-    facts = facts | own
     card.write_card(folder, facts)
     hashes = json.loads((shared / card.FACTS_NAME).read_text())["sha256"]
     card.write_facts(folder, facts, linked=hashes)

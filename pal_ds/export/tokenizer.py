@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, processors
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from pal_ds.data.tokenise import Encoded, load_tokenizer
 from pal_ds.errors import UserError
@@ -20,7 +20,7 @@ _NEW_PAD = "<|pal_pad|>"
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """The tokenizer as the data were made with it; without a pad token, its end token pads."""
+    """Write the tokenizer as the data were made with it; without a pad token, its end token pads."""
     tokenizer = load_tokenizer(str(source))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -30,7 +30,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 def write_canonical_tokenizer(
     source: Path, folder: Path, tokens: dict, vocab_size: int, *, in_text: bool = True
 ) -> int:
-    """A tokenizer whose every text carries its prefix and end tokens exactly once.
+    """Write a tokenizer whose every text carries its prefix and end tokens exactly once.
 
     Not every tokenizer can: one that prepends a character to each text cannot find specials again.
     It is then written as it was, but for a pad token that ends no text; `is_exact` tells.
@@ -77,7 +77,7 @@ def write_framed_tokenizer(
     end_text: str,
     max_length: int,
 ) -> int:
-    """The tokenizer, with these tokens around a text where a caller asks for special tokens; returns its pad id.
+    """Write the tokenizer, with these tokens around a text where a caller asks for special tokens; returns its pad id.
 
     `end_text` goes after every text, asked for or not, before it becomes tokens. Raises UserError for a
     tokenizer whose normaliser cannot write it.
@@ -104,7 +104,7 @@ def write_framed_tokenizer(
 
 
 def _pad_token(tokenizer: Any, end_ids: list[int]) -> str | None:
-    """The tokenizer's own pad token, or BOS, unless it may end a text."""
+    """Return the tokenizer's own pad token, or BOS, unless it may end a text."""
     for token in (tokenizer.pad_token, tokenizer.bos_token):
         if token is not None and tokenizer.convert_tokens_to_ids(token) not in end_ids:
             return token
@@ -112,14 +112,14 @@ def _pad_token(tokenizer: Any, end_ids: list[int]) -> str | None:
 
 
 def _keeps_specials(backend: Tokenizer) -> bool:
-    """Whether the normaliser leaves special tokens as they are, so that they are found after it."""
+    """Return True where the normaliser leaves special tokens as they are, so that they are found after it."""
     names = [token["content"] for token in json.loads(backend.to_str())["added_tokens"]]
     normalizer = backend.normalizer
     return normalizer is None or all(normalizer.normalize_str(name) == name for name in names)
 
 
 def _with_specials(backend: Tokenizer, prefix: str, end: str) -> Tokenizer:
-    """Puts prefix and end into every text unless they are there already.
+    """Put prefix and end into every text unless they are there already.
 
     Special tokens are found after the normaliser has run (`normalized`), else each piece of text
     between two of them would get a prefix and an end. The library runs the normaliser over the
@@ -144,7 +144,7 @@ def _with_specials(backend: Tokenizer, prefix: str, end: str) -> Tokenizer:
 
 
 def _rewrite_config(path: Path, pad: str, max_length: int) -> None:
-    """Names the class that takes tokenizer.json as it is; padding right, cutting left."""
+    """Name in tokenizer_config.json the class that takes tokenizer.json as it is; padding right, cutting left."""
     config = json.loads(path.read_text())
     for key in ("added_tokens_decoder", "add_bos_token", "add_eos_token", "add_prefix_space"):
         config.pop(key, None)
@@ -158,13 +158,13 @@ def _rewrite_config(path: Path, pad: str, max_length: int) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def open_tokenizer(folder: Path) -> Any:
-    """An exported folder's tokenizer; AutoTokenizer by itself would ask about the model's code."""
+def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Open an exported folder's tokenizer; AutoTokenizer by itself would ask about the model's code."""
     return AutoTokenizer.from_pretrained(folder, config=PretrainedConfig())
 
 
 def is_exact(folder: Path, texts: list[str], encoded: list[Encoded]) -> bool:
-    """Whether the folder's tokenizer gives the trainer's ids with and without special tokens."""
+    """Return True where the folder's tokenizer gives the trainer's ids with and without special tokens."""
     tokenizer = open_tokenizer(folder)
     return all(
         ids == [*item.prompt_ids, *item.response_ids]

@@ -1,4 +1,4 @@
-"""Where the tensors of an exported model come from, under the names of its transformers class."""
+"""Sources of the tensors of an exported model, under the names of its transformers class."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,13 +28,13 @@ class Tensors:
 
 @dataclass(frozen=True)
 class Weights(Tensors):
-    """The same, and the trained head."""
+    """Backbone tensors by their name in the transformers base model, and the trained head."""
 
     head: Head
 
 
 def weights_of(opened: OpenRun) -> Weights:
-    """Streams a backbone that was trained whole; loads one that was frozen or adapted.
+    """Stream a backbone that was trained whole; load one that was frozen or adapted.
 
     Adapters are merged into their matrices in fp32.
     """
@@ -51,7 +51,7 @@ def weights_of(opened: OpenRun) -> Weights:
 
 
 def plain_backbone(model: RewardModel) -> torch.nn.Module:
-    """The transformers model inside a reward model, adapters merged (in place) if it has any."""
+    """Return the transformers model inside a reward model, adapters merged (in place) if it has any."""
     backbone: Any = model.backbone
     inner = backbone.model
     return inner.merge_and_unload() if hasattr(inner, "merge_and_unload") else inner
@@ -59,7 +59,7 @@ def plain_backbone(model: RewardModel) -> torch.nn.Module:
 
 @torch.no_grad()
 def trained_head(opened: OpenRun) -> Head:
-    """The head of an open run with its trained weights, in eval mode. Raises UserError where they do not fit."""
+    """Return the head of an open run with its trained weights, in eval mode. Raises UserError where they do not fit."""
     head = opened.parts.head
     for name, tensor in head.state_dict().items():
         full = f"head.{name}"
@@ -75,7 +75,7 @@ def trained_head(opened: OpenRun) -> Head:
 def exported_tensors(
     target: PreTrainedModel, weights: Tensors, backbone_prefix: str, head_tensors: dict[str, Tensor]
 ) -> tuple[Shapes, Callable[[str], Iterator[Tensor]]]:
-    """(shapes, read) for `write_sharded` of all tensors of `target` (on the meta device), which must all be there.
+    """Return (shapes, read) for `write_sharded` of all tensors of `target` (on the meta device); all must be there.
 
     Raises:
         UserError: a tensor is missing, empty, of another shape, or has no place in the target.

@@ -1,4 +1,4 @@
-"""Writes safetensors one piece of a tensor at a time, whatever the model.
+"""Writing of safetensors, one piece of a tensor at a time, whatever the model.
 
 The format is public: a 64-bit little-endian header length, the header as JSON (dtype, shape and
 byte range of each tensor), the bytes.
@@ -27,7 +27,7 @@ def write_sharded(
     max_shard_bytes: int,
     advance: Callable[..., None] = lambda *_, **__: None,
 ) -> None:
-    """Writes every tensor of `shapes`, in that order, as transformers names sharded weights.
+    """Write every tensor of `shapes`, in that order, as transformers names sharded weights.
 
     Args:
         folder: where the files go.
@@ -56,7 +56,7 @@ def write_sharded(
 
 
 def _split(shapes: Shapes, size: int, max_bytes: int) -> Iterator[list[str]]:
-    """Names per file."""
+    """Return the names of the tensors of each file."""
     names: list[str] = []
     filled = 0
     for name, shape in shapes.items():

@@ -6,7 +6,7 @@ What `evaluate`, `adapt`, `score` and the export stand on.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from pal_ds.config.run_config import RunConfig
 from pal_ds.data.tables import PreparedData
 from pal_ds.engine.checkpoint.checkpoint import refuse_other_base
 from pal_ds.engine.checkpoint.manifest import (
+    Manifest,
     UntrustedCheckpointError,
     refuse_strangers,
     refuse_strangers_code,
@@ -44,7 +45,7 @@ class OpenRun:
     parts: Parts
     users: UserTable
     step: int
-    manifest: dict[str, Any]
+    manifest: Manifest
     checkpoint: ShardedCheckpoint
     loaded: RewardModel | None = None
     """The model in eval mode; None where nobody asked for it."""

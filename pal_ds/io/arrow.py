@@ -5,7 +5,7 @@ import pyarrow as pa
 
 
 def values_of(column: pa.ChunkedArray) -> np.ndarray:
-    """A copy of a column of numbers or booleans, in its own dtype.
+    """Return a copy of a column of numbers or booleans, in its own dtype.
 
     `ChunkedArray.to_numpy` imports pandas, a tenth of a second at the start of every command.
 

@@ -6,12 +6,12 @@ _hook: Callable[[str], None] | None = None
 
 
 def reached(moment: str) -> None:
-    """Says that this process has come to `moment`."""
+    """Note that this process has come to `moment`."""
     if _hook is not None:
         _hook(moment)
 
 
 def on_reaching(hook: Callable[[str], None] | None) -> None:
-    """Calls `hook` with the name of each moment from now on; None for nothing, as at first."""
+    """Call `hook` with the name of each moment from now on; None for nothing, as at first."""
     global _hook
     _hook = hook

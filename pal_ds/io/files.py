@@ -6,13 +6,12 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from pal_ds.errors import writing
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """The file holds the old text or the new one, never a part: write beside it, fsync, rename.
+    """Replace a file's text: it holds the old text or the new one, never a part (written beside it, fsync, rename).
 
     Raises:
         StorageError: there is no room or no permission; the old text is still there.
@@ -23,7 +22,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Where to write what is to be `path`: at the end of the block it is on the disk and under that name."""
+    """Yield a path to write to: at the end of the block what was written is on the disk and named `path`."""
     # A name of its own: the watchdog's thread may tell of a failure while the main thread writes the same file.
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{threading.get_ident()}")
     try:
@@ -39,7 +38,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def sync_to_disk(path: Path) -> None:
-    """A file's content, or what was created, renamed or deleted in a directory, outlives a loss of power."""
+    """Make a file's content, or what changed in a directory (names made, moved, deleted), outlive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -47,6 +46,6 @@ def sync_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """`write_atomically` of an indented JSON."""
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as indented JSON. Raises StorageError as `write_atomically` does."""
     write_atomically(path, json.dumps(value, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""From a recipe to its parts: which texts are read how, the backbone, the head, the collator.
+"""Assembly of a recipe's parts: which texts are read how, the backbone, the head, the collator.
 
 Everything that depends on what meets what (encoder and weighting, head and prompt, vectors and backbone) is decided
 and refused here, once, before any engine starts.
@@ -7,7 +7,7 @@ and refused here, once, before any engine starts.
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -31,17 +31,20 @@ from pal_ds.modeling.compatibility import (
 )
 from pal_ds.runs.run_dir import RunDirectory
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What one run is made of, before weights are loaded."""
+    """The parts that a run is made of, before weights are loaded."""
 
     head: Head
     collator: Collator
     backbone: BackboneConfig | None
-    """None for vector data; `path` is always set otherwise."""
+    """The backbone, with `path` set; None for vector data."""
     pooling: Pooling
     prompt_tokens: bool
 
@@ -51,19 +54,23 @@ class Parts:
 
     @property
     def needs_store(self) -> bool:
-        """Whether each distinct text is encoded once, ahead of training."""
+        """True where each distinct text is encoded once, ahead of training."""
         return self.backbone is not None and self.backbone.tuning == "frozen"
 
 
 def head_seed(seed: int) -> int:
-    """The head's own stream, so that a backbone's random initialisation does not shift it."""
+    """Return the seed of the head's own stream: a backbone's random initialisation does not shift it."""
     return seed + 1
 
 
 def assemble(
-    config: RunConfig, data: PreparedData, run: RunDirectory, *, model_config: Any = None
+    config: RunConfig,
+    data: PreparedData,
+    run: RunDirectory,
+    *,
+    model_config: "PretrainedConfig | None" = None,
 ) -> Parts:
-    """Checks how data, backbone, head and loss fit together and builds the head (fp32, seeded).
+    """Check how data, backbone, head and loss fit together, and build the head (fp32, seeded).
 
     `model_config` is the backbone's where `train.init_from` gives one that is not written yet; `path` stays unset then.
 
@@ -119,9 +126,12 @@ def assemble(
 
 
 def _describe_backbone(
-    config: RunConfig, data: PreparedData, run: RunDirectory, model_config: Any
-) -> tuple[BackboneConfig, Any]:
-    """(the backbone with its path, its transformers config, which is `model_config` where one is given)."""
+    config: RunConfig,
+    data: PreparedData,
+    run: RunDirectory,
+    model_config: "PretrainedConfig | None",
+) -> tuple[BackboneConfig, "PretrainedConfig"]:
+    """Return (the backbone with its path, its transformers config, which is `model_config` where one is given)."""
     from pal_ds.backbones.transformer import architecture_config, read_model_config
 
     _check_one_origin(config)
@@ -151,7 +161,7 @@ def _check_one_origin(config: RunConfig) -> None:
 def _contexts(
     config: RunConfig, data: PreparedData, head: Head, backbone: BackboneConfig | None
 ) -> Contexts | None:
-    """What is drawn from the train split for a head that reads other comparisons of a user."""
+    """Return the contexts, drawn from the train split, of a head that reads other comparisons of a user."""
     if "context" not in head.needs:
         return None
     trained = backbone is not None and backbone.tuning != "frozen"
@@ -172,7 +182,7 @@ def _check_groups(data: PreparedData, head: Head) -> None:
 
 
 def refuse_empty_prompts(collator: Collator, where: Path) -> None:
-    """Raises UserError where a prompt that is read by itself has no token: nothing could stand for it."""
+    """Raise UserError where a prompt that is read by itself has no token: nothing could stand for it."""
     prompts = collator.data.prompts
     if prompts is None or not collator.with_prompt or collator.encoding == "joint":
         return
@@ -195,7 +205,7 @@ def resolve_backbone_path(config: RunConfig, run: RunDirectory) -> BackboneConfi
 
 
 def base_weights_of(parts: Parts) -> str | None:
-    """Fingerprint of the weights that training leaves as they are; None where there are none."""
+    """Return the fingerprint of the weights that training leaves as they are; None where there are none."""
     if parts.backbone is None or parts.backbone.tuning == "full":
         return None
     from pal_ds.backbones.fingerprint import weights_fingerprint
@@ -209,7 +219,7 @@ def base_weights_of(parts: Parts) -> str | None:
 def load_backbone(
     parts: Parts, config: RunConfig, *, gpu: bool, language: bool = False
 ) -> nn.Module:
-    """Given states for vector data, else a transformers model loaded for its tuning.
+    """Return given states for vector data, else a transformers model loaded for its tuning.
 
     `language`: with the output layer that `loss.lm_weight` asks for; training alone reads it.
     """

@@ -1,18 +1,21 @@
-"""Which data, backbone, head and loss go together, and how a backbone then reads texts; the rest is refused here."""
+"""Checks of which data, backbone, head and loss go together, and how a backbone then reads texts."""
 
 import logging
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pal_ds.backbones.config import BackboneConfig, Pooling
 from pal_ds.config.run_config import RunConfig
 from pal_ds.data.tables import PreparedData
 from pal_ds.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 logger = logging.getLogger(__name__)
 
 
 def encoding_of(wanted: str, encoder: bool, with_prompt: bool) -> Literal["joint", "separate"]:
-    """`backbone.encoding` as it is done. Raises UserError for an encoder that shall read a prompt both ways."""
+    """Resolve `backbone.encoding`. Raises UserError for an encoder that shall read a prompt both ways."""
     if wanted == "auto":
         return "separate" if encoder and with_prompt else "joint"
     if wanted == "joint" and encoder and with_prompt:
@@ -24,7 +27,7 @@ def encoding_of(wanted: str, encoder: bool, with_prompt: bool) -> Literal["joint
 
 
 def pooling_of(wanted: str, encoder: bool, data: PreparedData) -> Pooling:
-    """`backbone.pooling` as it is done. Raises UserError for a last token that an encoder or the data have not."""
+    """Resolve `backbone.pooling`. Raises UserError for a last token that an encoder or the data have not."""
     if wanted == "auto":
         return "mean" if encoder else "last"
     if wanted == "mean" or wanted == "max":
@@ -42,8 +45,8 @@ def pooling_of(wanted: str, encoder: bool, data: PreparedData) -> Pooling:
     return "last"
 
 
-def is_packed(config: BackboneConfig, model_config: Any) -> bool:
-    """Whether micro-batches are packed. Raises UserError where they shall be and cannot."""
+def is_packed(config: BackboneConfig, model_config: "PretrainedConfig") -> bool:
+    """Return True where micro-batches are packed. Raises UserError where they shall be and cannot."""
     from pal_ds.backbones.packed import FAMILIES
 
     obstacle = None
@@ -63,7 +66,7 @@ def is_packed(config: BackboneConfig, model_config: Any) -> bool:
 
 
 def check_prompt(data: PreparedData, with_prompt: bool) -> None:
-    """Raises UserError where a head reads the prompt and nobody could say where it ends."""
+    """Raise UserError where a head reads the prompt and nobody could say where it ends."""
     if not with_prompt:
         return
     if data.info["kind"] == "vectors":
@@ -79,8 +82,10 @@ def check_prompt(data: PreparedData, with_prompt: bool) -> None:
         )
 
 
-def check_language(config: RunConfig, model_config: Any, encoding: str) -> None:
-    """Raises UserError where there is no language model to ask how likely the preferred response is."""
+def check_language(
+    config: RunConfig, model_config: "PretrainedConfig | None", encoding: str
+) -> None:
+    """Raise UserError where there is no language model to ask how likely the preferred response is."""
     if config.loss.lm_weight == 0:
         return
     from pal_ds.backbones.packed import DECODERS
@@ -104,8 +109,8 @@ def check_language(config: RunConfig, model_config: Any, encoding: str) -> None:
         raise UserError(f"loss.lm_weight: {obstacle}.")
 
 
-def check_vocabulary(model_config: Any, data: PreparedData) -> None:
-    """Raises UserError where the tokenizer has ids that the backbone has no embedding for."""
+def check_vocabulary(model_config: "PretrainedConfig", data: PreparedData) -> None:
+    """Raise UserError where the tokenizer has ids that the backbone has no embedding for."""
     vocab_size, needed = (
         getattr(model_config, "vocab_size", None),
         int(data.info["tokens"]["vocab_size"]),
@@ -117,8 +122,8 @@ def check_vocabulary(model_config: Any, data: PreparedData) -> None:
         )
 
 
-def check_positions(model_config: Any, data: PreparedData) -> None:
-    """Raises UserError where texts may be longer than the backbone can read."""
+def check_positions(model_config: "PretrainedConfig", data: PreparedData) -> None:
+    """Raise UserError where texts may be longer than the backbone can read."""
     positions = getattr(model_config, "max_position_embeddings", None)
     if positions is None:
         return

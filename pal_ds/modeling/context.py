@@ -1,29 +1,28 @@
-"""What every step of one training reads: recipe, run directory, data, ranks and DeepSpeed's settings."""
+"""The context of a training: recipe, run directory, data, ranks and DeepSpeed's settings."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from pal_ds.config.run_config import RunConfig
 from pal_ds.data.tables import PreparedData
 from pal_ds.distributed.world import World
-from pal_ds.engine.ds_config import ds_config_of
+from pal_ds.engine.ds_config import DeepSpeedConfig, ds_config_of
 from pal_ds.runs.run_dir import RunDirectory
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """One training's fixed surroundings; nothing in it changes while the training goes on."""
+    """The fixed surroundings of a training; nothing in it changes while the training goes on."""
 
     config: RunConfig
     run: RunDirectory
     data: PreparedData
     world: World
-    ds_config: dict[str, Any]
+    ds_config: DeepSpeedConfig
     """DeepSpeed's JSON for this recipe and world size."""
 
     @staticmethod
     def of(config: RunConfig, run: RunDirectory, data: PreparedData, world: World) -> "RunContext":
-        """The context with the DeepSpeed settings that the recipe asks for.
+        """Return the context with the DeepSpeed settings that the recipe asks for.
 
         Raises:
             UserError: the recipe and its DeepSpeed JSON contradict each other.

@@ -1,11 +1,10 @@
-"""What a recipe would need of each GPU under ZeRO-3, from sizes alone: no weights are read, nothing is downloaded."""
+"""Estimate of the memory of each GPU under ZeRO-3, from sizes alone: no weights are read, nothing is downloaded."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, PretrainedConfig
 
 from pal_ds.backbones.language import CHUNK_LOGITS
 from pal_ds.backbones.loading import add_adapters
@@ -25,17 +24,17 @@ class MemoryPlan:
     """Bytes on each GPU, but for the counts. Upper bounds where a figure depends on the order of events."""
 
     num_parameters: int
-    """Of backbone and head."""
+    """Parameters of backbone and head."""
     num_trained: int
     weights: float
     """This GPU's slices of all weights, in the run's precision."""
     optimizer: float
-    """Of what is trained: gradients, and fp32 masters and moments unless they are offloaded."""
+    """State of what is trained: gradients, and fp32 masters and moments unless they are offloaded."""
     gathered: float
     """Whole weights of the layers at hand and prefetched."""
     buckets: float
     activations: float
-    """Of `train.micro_batch_tokens` tokens (or `micro_batch_pairs` texts of full length, twice)."""
+    """Activations of `train.micro_batch_tokens` tokens (or `micro_batch_pairs` texts of full length, twice)."""
 
     @property
     def total(self) -> float:
@@ -43,8 +42,8 @@ class MemoryPlan:
         return self.weights + self.optimizer + self.gathered + self.buckets + self.activations
 
 
-def plan_memory(config: RunConfig, model_config: Any, num_gpus: int) -> MemoryPlan:
-    """The plan of a recipe on `num_gpus` GPUs; `model_config` is the backbone's transformers config.
+def plan_memory(config: RunConfig, model_config: PretrainedConfig, num_gpus: int) -> MemoryPlan:
+    """Return the plan of a recipe on `num_gpus` GPUs; `model_config` is the backbone's transformers config.
 
     Raises:
         UserError: the recipe's engine is not ZeRO-3.
@@ -76,8 +75,8 @@ def plan_memory(config: RunConfig, model_config: Any, num_gpus: int) -> MemoryPl
     )
 
 
-def _on_meta(config: RunConfig, model_config: Any) -> nn.Module:
-    """Backbone and head without storage, trainable where the recipe trains."""
+def _on_meta(config: RunConfig, model_config: PretrainedConfig) -> nn.Module:
+    """Build backbone and head without storage, trainable where the recipe trains."""
     with torch.device("meta"):
         backbone = AutoModel.from_config(model_config)
         drop_unused_modules(backbone)
@@ -89,7 +88,7 @@ def _on_meta(config: RunConfig, model_config: Any) -> nn.Module:
     return nn.ModuleList([backbone, head])
 
 
-def _activations(config: RunConfig, model_config: Any, size: int) -> float:
+def _activations(config: RunConfig, model_config: PretrainedConfig, size: int) -> float:
     """Hidden states that wait for the backward pass, and the working set of one layer; all layers' without checkpoints.
 
     A layer's working set: about 8 states of width H (norms, queries, keys, values, attention, sums) and 3 of the

@@ -1,4 +1,4 @@
-"""One writer per run directory: two trainings into one would delete each other's checkpoints."""
+"""The lock of a run directory: two trainings into one would delete each other's checkpoints."""
 
 import contextlib
 import errno
@@ -25,7 +25,7 @@ _TAKEN = (errno.EACCES, errno.EAGAIN)
 
 @contextlib.contextmanager
 def only_writer(run: RunDirectory, wait_seconds: float = WAIT_SECONDS) -> Iterator[None]:
-    """Holds `D/lock` inside the block. The kernel lets go of it however the process ends.
+    """Hold `D/lock` inside the block. The kernel lets go of it however the process ends.
 
     Raises:
         BusyError: another process holds it, and still does after `wait_seconds`.
@@ -85,7 +85,7 @@ def _acquired(run: RunDirectory, wait_seconds: float) -> int:
 
 
 def _own_name() -> dict[str, str | int]:
-    """By what a person can find this process; a job of SLURM by its number, as its host may be anywhere."""
+    """Return a name by which a person finds this process: in a SLURM job its number, as its host may be anywhere."""
     who: dict[str, str | int] = {"host": socket.gethostname(), "pid": os.getpid()}
     given = {"slurm_job": "SLURM_JOB_ID", "slurm_restarts": "SLURM_RESTART_COUNT"}
     job = {name: os.environ[key] for name, key in given.items() if key in os.environ}
@@ -93,7 +93,7 @@ def _own_name() -> dict[str, str | int]:
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether the open file is still the one of that name: its last holder may have unlinked it."""
+    """Return True where the open file is still the one of that name: its last holder may have unlinked it."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

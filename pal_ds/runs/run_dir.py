@@ -8,16 +8,70 @@ import logging
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
 from pal_ds.errors import UserError, writing
 from pal_ds.io.files import write_atomically, write_json
 
 SECONDS_TO_EVALUATE = 3600.0
-"""Far longer than an evaluation takes to write its tables."""
+"""Time after which a temporary file was left by a killed writer: far longer than an evaluation takes to write."""
 
+MetricsRow = dict[str, Any]
+"""A line of metrics.jsonl: `step` and the figures of an interval or of an evaluation, under names that sets give."""
 
 logger = logging.getLogger(__name__)
+
+
+RunState = Literal["running", "stopped", "finished", "failed"]
+
+
+class Status(TypedDict):
+    """status.json."""
+
+    state: RunState
+    step: int
+    num_updates: int
+    reason: NotRequired[str | None]
+
+
+class StepPointer(TypedDict):
+    """The part that latest.json and best.json share: the step, all that is ever followed."""
+
+    step: int
+
+
+class LatestCheckpoint(StepPointer):
+    """latest.json."""
+
+    path: str
+    """Relative to the run directory."""
+
+
+class BestEvaluation(StepPointer):
+    """best.json."""
+
+    dev_accuracy: float
+    temperature: float
+
+
+class OriginSource(TypedDict):
+    """The facts that name the origin of a run with `train.init_from` for good."""
+
+    kind: Literal["run", "export"]
+    step: int
+    hash: str
+
+
+class OriginFacts(OriginSource):
+    """origin.json: where a run with `train.init_from` comes from, and what it took over."""
+
+    path: str
+    frozen_path: str | None
+    """Folder or hub id of a backbone that was never trained and lies outside of the origin."""
+    head: str | None
+    """Class name; None for a fresh head."""
+    users: int
+    """Number of users whose logits were taken over."""
 
 
 class RunDirectory:
@@ -31,28 +85,28 @@ class RunDirectory:
         self.base = self.path / "base"
         """Weights of a backbone built from `backbone.architecture`, written once."""
         self.init = self.path / "init"
-        """What a run with `train.init_from` starts from: weights, head and users of another, written once."""
+        """Weights, head and users of another run, from which one with `train.init_from` starts; written once."""
         self.origin_file = self.init / "origin.json"
         self.eval = self.path / "eval"
 
     def write_config(self, recipe: str) -> None:
-        """The resolved recipe (YAML) as config.yaml. Raises StorageError where it cannot be written."""
+        """Write the resolved recipe (YAML) as config.yaml. Raises StorageError where it cannot be written."""
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.config_file, recipe)
 
-    def write_status(self, facts: dict[str, Any]) -> None:
-        """status.json: state (running, stopped, finished, failed), step, num_updates and the reason."""
+    def write_status(self, facts: Status) -> None:
+        """Write status.json. Raises StorageError where it cannot be written."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / "status.json", facts)
 
-    def status(self) -> dict[str, Any] | None:
-        """What status.json says, if there is one."""
+    def status(self) -> Status | None:
+        """Read status.json; None where there is none."""
         path = self.path / "status.json"
         return json.loads(path.read_text()) if path.is_file() else None
 
     def discard_temporaries(self) -> None:
-        """Deletes what killed writers of small files left; nobody but evaluations may be writing."""
+        """Delete what killed writers of small files left; nobody but evaluations may be writing."""
         for path in self.path.glob("*.tmp-*-*"):
             if path.is_dir():  # half of `base` or `init`, perhaps of another host
                 shutil.rmtree(path)
@@ -64,21 +118,21 @@ class RunDirectory:
                 path.unlink(missing_ok=True)
 
     def require_run(self) -> None:
-        """Raises UserError where no run lies here."""
+        """Raise UserError where no run lies here."""
         if not self.config_file.is_file():
             raise UserError(
                 f"{self.path}: no config.yaml here. --run_dir names a directory that `train` wrote."
             )
 
     def initial_backbone(self) -> str:
-        """Where the backbone lies that `train.init_from` gave: a folder here, or where its frozen weights always were.
+        """Return the path of the backbone that `train.init_from` gave: a folder here, or where its frozen weights lie.
 
         Raises UserError where D/init is missing.
         """
         return self.origin_facts()["frozen_path"] or str(self.init / "backbone")
 
-    def origin_facts(self) -> dict[str, Any]:
-        """What a run with `train.init_from` came from.
+    def origin_facts(self) -> OriginFacts:
+        """Read origin.json of a run with `train.init_from`.
 
         Raises:
             UserError: D/init is missing.
@@ -97,32 +151,32 @@ class RunDirectory:
         return self.checkpoints / f"step_{step:08d}"
 
     def complete_steps(self) -> list[int]:
-        """Steps with a manifest, ascending; whether it is true is not looked at."""
+        """Return the steps with a manifest, ascending; whether it is true is not looked at."""
         return [
             step for step in self.all_steps() if (self.checkpoint(step) / "manifest.json").is_file()
         ]
 
     def all_steps(self) -> list[int]:
-        """Numbers of all directories that are named as a step, ascending."""
+        """Return the numbers of all directories that are named as a step, ascending."""
         numbers = (self.step_of(path) for path in self.checkpoints.glob("step_*") if path.is_dir())
         return sorted(number for number in numbers if number is not None)
 
     def step_of(self, path: Path) -> int | None:
-        """The step whose directory this is; None for one that is being written or deleted, or not named by us."""
+        """Return the step whose directory this is; None for one being written or deleted, or not named by us."""
         number = path.name.removeprefix("step_")
         if not number.isdecimal() or self.checkpoint(int(number)).name != path.name:
             return None
         return int(number)
 
-    def pointer(self, name: str) -> dict[str, Any] | None:
-        """The content of latest.json or best.json, of which only the step is ever followed.
+    def pointer(self, name: Literal["latest", "best"]) -> StepPointer | None:
+        """Return the content of latest.json or best.json, or None; of it only the step is ever followed.
 
         Raises:
             UserError: it is no JSON with a step.
         """
         path = self.path / f"{name}.json"
         try:
-            content = json.loads(path.read_text()) if path.is_file() else None
+            content: StepPointer | None = json.loads(path.read_text()) if path.is_file() else None
         except ValueError as error:
             raise UserError(
                 f"{path}: not valid JSON ({error}). Delete it; --step takes a number, too."
@@ -134,7 +188,7 @@ class RunDirectory:
         return content
 
     def resolve_step(self, step: str) -> int:
-        """Step number of "latest", "best" or a number.
+        """Return the step number of "latest", "best" or a number.
 
         Raises:
             UserError: there is no such checkpoint; the message lists those there are.
@@ -171,14 +225,14 @@ class RunDirectory:
             )
         return int(step)
 
-    def append_metrics(self, row: dict[str, Any]) -> None:
-        """Adds a line to metrics.jsonl. Raises StorageError where it cannot be written."""
+    def append_metrics(self, row: MetricsRow) -> None:
+        """Add a line to metrics.jsonl. Raises StorageError where it cannot be written."""
         with writing(self.metrics_file):
             self.path.mkdir(parents=True, exist_ok=True)
             with open(self.metrics_file, "a", encoding="utf-8") as stream:
                 stream.write(json.dumps(row) + "\n")
 
-    def read_metrics(self) -> list[dict[str, Any]]:
+    def read_metrics(self) -> list[MetricsRow]:
         if not self.metrics_file.is_file():
             return []
         # A line without its newline was torn by a kill; the step it tells of is made again.
@@ -186,12 +240,12 @@ class RunDirectory:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def drop_metrics_after(self, step: int, *, owes_evaluation: bool = False) -> None:
-        """A resumed run writes the steps after its checkpoint again; the lines of the abandoned ones go.
+        """Delete the lines of steps after `step`: a resumed run writes those after its checkpoint again.
 
         With `owes_evaluation` those of an evaluation at `step` go too, as it will be made again.
         """
 
-        def stays(row: dict[str, Any]) -> bool:
+        def stays(row: MetricsRow) -> bool:
             again = owes_evaluation and row["step"] == step and "loss" not in row
             return row["step"] <= step and not again
 

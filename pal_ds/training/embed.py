@@ -1,4 +1,4 @@
-"""`embed`: a frozen backbone's states of all texts of the prepared data, into `backbone.cache`."""
+"""The command `embed`: a frozen backbone's states of all texts of the prepared data, into `backbone.cache`."""
 
 import functools
 import logging
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def embed(config: RunConfig) -> bool:
-    """Prepares data on a single node as `train` does, then encodes what the cache lacks; whether it came to the end.
+    """Prepare data on a single node as `train` does, then encode what the cache lacks; return True at the end.
 
     A stop that is asked for writes what is encoded and ends; the same command goes on from there.
 
@@ -57,7 +57,7 @@ def embed(config: RunConfig) -> bool:
 
 
 def refuse_what_has_no_cache(config: RunConfig) -> None:
-    """Raises UserError, with the remedy, for a recipe whose states nobody could keep."""
+    """Raise UserError, with the remedy, for a recipe whose states nobody could keep."""
     backbone = config.backbone
     if backbone.cache is None:
         raise UserError("backbone.cache: not set. Name the folder that is to hold the states.")

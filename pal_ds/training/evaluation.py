@@ -21,7 +21,7 @@ from pal_ds.users.ids import UserIds
 def open_eval_sets(
     paths: dict[str, str], data: PreparedData, collator: Collator, ids: UserIds
 ) -> list[EvalSet]:
-    """The dev splits of prepared data, read as the run reads its own `data`; users of the run are found by id.
+    """Open the dev splits of prepared data, read as the run reads its own `data`; users of the run are found by id.
 
     Raises:
         UserError: a folder holds no prepared data, none of the run's kind and tokenizer, or no dev split.
@@ -55,7 +55,7 @@ def open_eval_sets(
 
 
 def evaluate_in_training(state: Training, *, at_start: bool = False) -> bool:
-    """Logs figures on dev (seen users) and on `train.eval_sets`; whether dev accuracy is the best of the run so far.
+    """Log figures on dev (seen users) and `train.eval_sets`; return True where dev accuracy is the run's best so far.
 
     `at_start`: before any update, of which there is no checkpoint: nothing can be best.
 

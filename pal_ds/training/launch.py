@@ -1,4 +1,4 @@
-"""What happens around a training: data prepared, run directory checked, processes joined and left."""
+"""The frame of a training: data prepared, run directory checked, processes joined and left."""
 
 import contextlib
 import functools
@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pal_ds.config.own_code import refuse_changed_code
 from pal_ds.config.recipe import refuse_changes
@@ -20,7 +19,7 @@ from pal_ds.distributed.watchdog import watch
 from pal_ds.distributed.world import World
 from pal_ds.engine.checkpoint.checkpoint import refuse_other_launch
 from pal_ds.engine.checkpoint.manifest import read_manifest
-from pal_ds.engine.ds_config import check_zero_section, ds_config_of
+from pal_ds.engine.ds_config import DeepSpeedConfig, check_zero_section, ds_config_of
 from pal_ds.engine.process_group import distributed
 from pal_ds.errors import UserError, writing
 from pal_ds.io.files import write_json
@@ -36,13 +35,13 @@ OUR_BASE = "random_weights.json"
 
 @dataclass(frozen=True)
 class TrainingRequest:
-    """One training as it was asked for, checked as far as that needs no data."""
+    """The request for a training, checked as far as that needs no data."""
 
     config: RunConfig
     recipe: str
     """The resolved YAML, which becomes the run's config.yaml."""
     run: RunDirectory
-    ds_config: dict[str, Any]
+    ds_config: DeepSpeedConfig
     """DeepSpeed's JSON for this recipe and world size."""
     fresh: bool = False
     """Refuse a directory that is not empty."""
@@ -53,7 +52,7 @@ class TrainingRequest:
 
 
 def world_size_of_launch() -> int:
-    """Number of ranks that the launcher starts, before they have met; 1 without a launcher."""
+    """Return the number of ranks that the launcher starts, before they have met; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -187,15 +186,15 @@ class Start:
 
 
 def record_loss(run: RunDirectory, reason: str) -> None:
-    """status.json of a run that the watchdog ends; nothing where none had begun."""
+    """Write status.json of a run that the watchdog ends; nothing where none had begun."""
     facts = run.status()
     if facts is not None:
-        facts |= {"state": "failed", "step": phase.current().step, "reason": reason}
-        run.write_status(facts)
+        step = phase.current().step
+        run.write_status({**facts, "state": "failed", "step": step, "reason": reason})
 
 
 def prepare_before_processes_meet(config: RunConfig) -> UserError | None:
-    """Rank 0 of a single node prepares while the others wait to join: tokenising inside a process group times out.
+    """Prepare on rank 0 of a single node before the others join: tokenising inside a process group times out.
 
     What goes wrong is returned, not raised, so that the others learn of it once they have met.
     """
@@ -218,7 +217,7 @@ def prepare_before_processes_meet(config: RunConfig) -> UserError | None:
 
 
 def open_data(config: RunConfig, failure: UserError | None) -> PreparedData:
-    """The prepared tables. Raises the failure of preparing them, if there was one."""
+    """Open the prepared tables. Raises the failure of preparing them, if there was one."""
     if failure is not None:
         raise failure
     return PreparedData.open(config.data.path)
@@ -249,7 +248,7 @@ def check_run_directory(request: TrainingRequest, data: PreparedData) -> None:
 
 
 def write_base_weights(config: RunConfig, data: PreparedData, run: RunDirectory) -> bool:
-    """Writes the random weights of `backbone.architecture`, anew until a checkpoint stands on them; whether it did.
+    """Write random weights of `backbone.architecture`, anew until a checkpoint stands on them; return True if written.
 
     Raises:
         UserError: a folder of that name holds something that we did not write.

@@ -10,6 +10,7 @@ from pal_ds.distributed import phase
 from pal_ds.distributed.preemption import StopRequested, ignore_stop_signals
 from pal_ds.distributed.watchdog import is_symptom
 from pal_ds.engine.checkpoint.checkpoint import save_checkpoint
+from pal_ds.engine.checkpoint.manifest import TrainingFacts
 from pal_ds.engine.checkpoint.retention import retain
 from pal_ds.engine.step import Stepper, UpdateStats
 from pal_ds.errors import NumericError, StorageError
@@ -18,6 +19,7 @@ from pal_ds.io.files import write_json
 from pal_ds.modeling.build import Parts
 from pal_ds.modeling.context import RunContext
 from pal_ds.progress import progress_bar
+from pal_ds.runs.run_dir import RunState, Status
 from pal_ds.training.evaluation import evaluate_in_training
 from pal_ds.training.setup import start_training
 from pal_ds.training.state import Training, plan_of
@@ -33,7 +35,7 @@ def train(
     trust_checkpoint: bool = False,
     recipe: str | None = None,
 ) -> Collator | None:
-    """Trains until the last update (or `train.stop_after`), resuming from the newest intact checkpoint.
+    """Train until the last update (or `train.stop_after`), resuming from the newest intact checkpoint.
 
     Returns the collator, which a sweep over heads and seeds on one frozen backbone passes on as `encoded`; None where
     a stop was asked for before all texts were encoded.
@@ -84,7 +86,7 @@ def end_before_updates(context: RunContext, reason: str) -> None:
 
 
 def run_updates(state: Training) -> None:
-    """The loop: make updates until the last one or until a stop is asked for."""
+    """Make updates until the last one or until a stop is asked for."""
     last = min(state.config.train.stop_after or state.num_updates, state.num_updates)
     tracker, stepper = state.tracker, state.stepper
     write_status(state, "running")
@@ -116,7 +118,7 @@ def run_updates(state: Training) -> None:
 
 
 def evaluate_first(state: Training) -> str | None:
-    """Makes the evaluation before all updates, or one that a stop left out; the reason to stop, where one comes up."""
+    """Make the evaluation before all updates, or one that a stop left out; return the reason to stop, or None."""
     try:
         if state.step == 0 and state.config.train.eval_at_start:
             evaluate_in_training(state, at_start=True)
@@ -128,7 +130,7 @@ def evaluate_first(state: Training) -> str | None:
 
 
 def inputs_until(state: Training, last: int) -> Iterator[UpdateInputs]:
-    """Inputs of the updates from the one at hand to `last`, from worker processes where the recipe asks for them."""
+    """Yield the inputs of the updates from the one at hand to `last`; worker processes may make them."""
     settings = state.config.train
     phase.enter("build batches", state.step)
     return updates_from(
@@ -141,7 +143,7 @@ def inputs_until(state: Training, last: int) -> Iterator[UpdateInputs]:
 
 
 def make_update(state: Training, stepper: Stepper, inputs: UpdateInputs) -> UpdateStats:
-    """Makes the next update, or skips it where the guard says so."""
+    """Make the next update, or skip it where the guard says so."""
     batches = [batch.to(state.world.device) for batch in inputs.batches]
     try:
         stats = stepper.run(state.step, batches, inputs.runs, inputs.user_rows)
@@ -153,14 +155,14 @@ def make_update(state: Training, stepper: Stepper, inputs: UpdateInputs) -> Upda
 
 
 def describe(state: Training, inputs: UpdateInputs) -> str:
-    """Names the comparisons of an update for a person who wants to look at them."""
+    """Name the comparisons of an update for a person who wants to look at them."""
     rows = ", ".join(map(str, inputs.rows[:8])) + (", ..." if len(inputs.rows) > 8 else "")
     epoch, index = divmod(state.step, state.plan.updates_per_epoch)
     return f"(Update {index} of epoch {epoch}: rows {rows} of {state.data.path}/comparisons.npy.)"
 
 
 def agree_on_stop(state: Training) -> str | None:
-    """Why all ranks stop after this update, or None; a signal or the clock may have asked for it."""
+    """Return why all ranks stop after this update, or None; a signal or the clock may have asked for it."""
     phase.enter("agree")
     next_step = state.step + 1
     due = state.due(state.config.train.eval_every, next_step)
@@ -176,7 +178,7 @@ def agree_on_stop(state: Training) -> str | None:
 
 
 def log_evaluate_save(state: Training, stop: str | None) -> str | None:
-    """What is due after an update; the reason to stop, which may come up on the way.
+    """Do what is due after an update; return the reason to stop, which may come up on the way.
 
     A stop on request leaves no time for an evaluation: the next start makes it.
     """
@@ -199,23 +201,28 @@ def log_evaluate_save(state: Training, stop: str | None) -> str | None:
 
 
 def record_failure(state: Training, error: Exception) -> None:
-    """status.json of a run that ends with an error; rank 0 alone, as the others may be gone."""
-    facts = {"state": "failed", "step": state.step, "num_updates": state.num_updates}
+    """Write status.json of a run that ends with an error; rank 0 alone, as the others may be gone."""
+    facts: Status = {"state": "failed", "step": state.step, "num_updates": state.num_updates}
     try:
         state.run.write_status({**facts, "reason": str(error)})
     except (OSError, StorageError) as problem:
         logger.warning("status.json could not be written: %s", problem)
 
 
-def write_status(state: Training, name: str, reason: str | None = None) -> None:
-    """status.json: what a batch script asks for before it queues the job again."""
-    facts = {"state": name, "step": state.step, "num_updates": state.num_updates, "reason": reason}
+def write_status(state: Training, name: RunState, reason: str | None = None) -> None:
+    """Write status.json: what a batch script asks for before it queues the job again."""
+    facts: Status = {
+        "state": name,
+        "step": state.step,
+        "num_updates": state.num_updates,
+        "reason": reason,
+    }
     state.world.from_rank_zero(lambda: state.run.write_status(facts))
 
 
 def save(state: Training) -> None:
-    """One checkpoint, then the best pointer, then the deletion of old ones: never the other way round."""
-    facts = {
+    """Write a checkpoint, then the best pointer, then make the deletion of old ones: never the other way round."""
+    facts: TrainingFacts = {
         "dataset_hash": state.data.hash,
         "num_updates": state.num_updates,
         "best": state.best,
@@ -234,7 +241,7 @@ def save(state: Training) -> None:
 
 
 def publish_best(state: Training) -> None:
-    """best.json, then the deletion of what neither it nor `train.keep_checkpoints` wants."""
+    """Write best.json, then delete what neither it nor `train.keep_checkpoints` wants."""
 
     def publish() -> None:
         if state.best is None:

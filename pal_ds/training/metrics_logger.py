@@ -22,7 +22,7 @@ class Unlogged(NamedTuple):
 
 
 class Tracker:
-    """Collects what updates report; every rank calls the same methods, rank 0 writes."""
+    """Collector of what updates report; every rank calls the same methods, rank 0 writes."""
 
     def __init__(self, run: RunDirectory, config: RunConfig, world: World) -> None:
         self._run, self._config, self._world = run, config, world
@@ -38,7 +38,7 @@ class Tracker:
         self._last = stats
 
     def log(self, step: int, epoch: float) -> None:
-        """One line for the updates since the last."""
+        """Write a line for the updates since the last line."""
         assert self._last is not None, "no update was made since the last line"
         sums, self._unlogged = self.unlogged(), Unlogged()
         norm, num_pairs = self._last.grad_norm, sums.num_pairs
@@ -59,7 +59,7 @@ class Tracker:
         self.last_loss = f"{row['loss']:.4f}" if num_pairs else "skipped"
 
     def unlogged(self) -> Unlogged:
-        """The sums since the last line; waits for the device, so only lines and checkpoints ask for them.
+        """Return the sums since the last line; waits for the device, so only lines and checkpoints ask for them.
 
         Added update by update in float64: where in between a run stopped and went on changes no bit.
         """
@@ -78,11 +78,11 @@ class Tracker:
         return self._unlogged
 
     def resume(self, sums: list[Any]) -> None:
-        """Goes on with the sums that a checkpoint kept."""
+        """Go on with the sums that a checkpoint kept."""
         self._unlogged = Unlogged(*sums)
 
     def log_evaluation(self, step: int, figures: dict[str, dict[str, Any]]) -> None:
-        """One line with the figures of each set under its name: dev_accuracy, NAME_accuracy, ..."""
+        """Write a line with the figures of each set under its name: dev_accuracy, NAME_accuracy, ..."""
         kinds = (
             "pairs",
             "accuracy",

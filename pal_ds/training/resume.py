@@ -1,8 +1,7 @@
-"""Restores the newest intact checkpoint into a training that was just set up."""
+"""Restoring of the newest intact checkpoint into a training that was just set up."""
 
 import logging
 from pathlib import Path
-from typing import Any
 
 from pal_ds.distributed import phase
 from pal_ds.engine.checkpoint.checkpoint import (
@@ -10,21 +9,23 @@ from pal_ds.engine.checkpoint.checkpoint import (
     refuse_other_base,
     refuse_other_launch,
 )
+from pal_ds.engine.checkpoint.manifest import Manifest
 from pal_ds.engine.checkpoint.verify import newest_intact_for_all
 from pal_ds.engine.optim import apply_settings
+from pal_ds.runs.run_dir import BestEvaluation
 from pal_ds.training.state import Training
 
 logger = logging.getLogger(__name__)
 
 
 def resume(state: Training, *, trust: bool) -> None:
-    """Restores the newest intact checkpoint; a directory without any starts at update 0."""
+    """Restore the newest intact checkpoint; a directory without any starts at update 0."""
     world, run = state.world, state.run
     phase.enter("resume")
 
     intact = newest_intact_for_all(run, world, trust=trust)
 
-    def choose() -> tuple[str, dict[str, Any], dict[str, Any] | None] | None:
+    def choose() -> tuple[str, Manifest, BestEvaluation | None] | None:
         if intact is None:
             run.drop_metrics_after(-1)
             return None

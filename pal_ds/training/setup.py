@@ -1,11 +1,10 @@
-"""Sets a training up: data, parts, partitioned weights, users, plan, and the newest intact checkpoint."""
+"""Set-up of a training: data, parts, partitioned weights, users, plan, and the newest intact checkpoint."""
 
 import functools
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from pal_ds.data.tables import PreparedData
 from pal_ds.distributed import phase
 from pal_ds.distributed.preemption import StopWatch
 from pal_ds.engine.guard import UpdateGuard
+from pal_ds.engine.training_engine import TrainingEngine
 from pal_ds.engine.zero import (
     parameter_bytes_on_this_rank,
     partitioned_loading,
@@ -42,7 +42,7 @@ from pal_ds.users import TrainedUsers
 logger = logging.getLogger(__name__)
 
 SLOW = 6.0
-"""Patience for what transformers and DeepSpeed do with a whole model, as they say nothing of their progress."""
+"""Patience (`phase.enter`) for what transformers and DeepSpeed do with a whole model: they report no progress."""
 
 
 def start_training(
@@ -106,7 +106,9 @@ def start_training(
     return state
 
 
-def start_engine(context: RunContext, backbone: nn.Module, head: Head, guard: UpdateGuard) -> Any:
+def start_engine(
+    context: RunContext, backbone: nn.Module, head: Head, guard: UpdateGuard
+) -> TrainingEngine:
     """Hand backbone and head to DeepSpeed as one module."""
     config = context.config
     if config.train.precision == "bf16":
@@ -133,7 +135,7 @@ def log_size(state: Training, seconds: float) -> None:
 
 
 def check_token_budget(config: RunConfig, parts: Parts, data: PreparedData) -> None:
-    """Raises UserError for a budget of tokens where updates read none."""
+    """Raise UserError for a budget of tokens where updates read none."""
     reads_none = parts.needs_store or data.response_vectors is not None
     if config.train.micro_batch_tokens is not None and reads_none:
         raise UserError(

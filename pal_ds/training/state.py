@@ -1,7 +1,6 @@
-"""What a training holds while it runs: model, users, data, plan and progress."""
+"""The state of a training while it runs: model, users, data, plan and progress."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -15,10 +14,11 @@ from pal_ds.distributed.preemption import StopWatch
 from pal_ds.distributed.world import World
 from pal_ds.engine.guard import UpdateGuard
 from pal_ds.engine.step import Stepper
+from pal_ds.engine.training_engine import TrainingEngine
 from pal_ds.errors import UserError
 from pal_ds.modeling.build import Parts
 from pal_ds.modeling.context import RunContext
-from pal_ds.runs.run_dir import RunDirectory
+from pal_ds.runs.run_dir import BestEvaluation, OriginFacts, RunDirectory
 from pal_ds.training.metrics_logger import Tracker
 from pal_ds.users import TrainedUsers
 
@@ -29,7 +29,7 @@ class EvalSet:
 
     name: str
     collator: Collator
-    """Of its data, with the run's table row of each of its users, -1 for strangers."""
+    """Collator of the set's data, with the run's table row of each of its users, -1 for strangers."""
     rows: np.ndarray
 
 
@@ -40,25 +40,25 @@ class Training:
     context: RunContext
     parts: Parts
     collator: Collator
-    engine: Any
+    engine: TrainingEngine
     users: TrainedUsers
     plan: UpdatePlan
     guard: UpdateGuard
     watch: StopWatch
     tracker: Tracker
     step: int = 0
-    best: dict[str, Any] | None = None
+    best: BestEvaluation | None = None
     """Step and accuracy of the best dev evaluation so far."""
     eval_sets: list[EvalSet] = field(default_factory=list)
-    """What is scored beside dev at each evaluation."""
-    origin: dict[str, Any] | None = None
-    """What a run with `train.init_from` started from."""
+    """Sets that are scored beside dev at each evaluation."""
+    origin: OriginFacts | None = None
+    """Origin of a run with `train.init_from`."""
     base_weights: str | None = None
-    """What the frozen weights are that no checkpoint holds; None where all weights are trained."""
+    """Fingerprint of the frozen weights, which no checkpoint holds; None where all weights are trained."""
     owes_evaluation: bool = False
-    """Whether a stop on request left out an evaluation that was due at `step`."""
+    """True where a stop on request left out an evaluation that was due at `step`."""
     owes_save: bool = False
-    """Whether a checkpoint that was due waits for the end of a row of skipped updates."""
+    """True where a checkpoint that was due waits for the end of a row of skipped updates."""
 
     @property
     def config(self) -> RunConfig:
@@ -81,13 +81,13 @@ class Training:
         return self.config.train.epochs * self.plan.updates_per_epoch
 
     def due(self, every: int, step: int | None = None) -> bool:
-        """Whether `step` (the update just made) closes an interval of `every` updates; 0 means an epoch."""
+        """Return True where `step` (the update just made) closes an interval of `every` updates; 0 means an epoch."""
         step = self.step if step is None else step
         return step % (every or self.plan.updates_per_epoch) == 0 or step == self.num_updates
 
     @property
     def inputs(self) -> UpdateSource:
-        """What this rank's updates are made from."""
+        """The source of this rank's updates."""
         settings, head = self.config.train, self.parts.head
         return UpdateSource(
             self.plan,
@@ -107,7 +107,7 @@ class Training:
 
     @property
     def stepper(self) -> Stepper:
-        """What makes an update from them."""
+        """The object that makes an update from its inputs."""
         return Stepper(
             engine=self.engine,
             users=self.users,
@@ -123,7 +123,7 @@ class Training:
 
 
 def plan_of(config: RunConfig, data: PreparedData) -> UpdatePlan:
-    """Which comparisons form which update. Raises UserError where there are none."""
+    """Return which comparisons form which update. Raises UserError where the train split is empty."""
     rows, settings = data.rows("train"), config.train
     if len(rows) == 0:
         raise UserError(

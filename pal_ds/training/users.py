@@ -13,7 +13,7 @@ from pal_ds.users.ids import POPULATION_USER, UserIds, generic_row_of
 
 
 def ids_of_table(config: RunConfig, data: PreparedData) -> UserIds:
-    """Who has a row, in order: the users who may be trained on, and behind them the generic one.
+    """Return the ids that have a row, in order: the users who may be trained on, and behind them the generic one.
 
     The latter where a share of the training is asked for this user, who may be among the former.
     """
@@ -26,7 +26,7 @@ def ids_of_table(config: RunConfig, data: PreparedData) -> UserIds:
 def seen_users(
     config: RunConfig, data: PreparedData, head: Head, world: World
 ) -> tuple[TrainedUsers, np.ndarray, int]:
-    """(fresh table of the users who may be trained on, each data user's row in it (-1: held out), the generic one's).
+    """Return (fresh table of the users to train on, each data user's row in it (-1: held out), the generic user's row).
 
     The generic user is the one whom records without a user id name.
     """

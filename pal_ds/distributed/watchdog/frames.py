@@ -1,4 +1,4 @@
-"""What the threads of this process are doing, read from their frames without stopping them."""
+"""The work of this process's threads, read from their frames without stopping them."""
 
 import collections
 import dis
@@ -14,11 +14,11 @@ WAITING_FILES = (
     "/deepspeed/utils/nvtx.py",
     "/torch/utils/file_baton.py",
 )
-"""Where the innermost Python frame lies while a rank waits for others; the last, while one of them builds operators."""
+"""Files that hold the innermost Python frame while a rank waits for others; the last, while one builds operators."""
 
 
 def look(leave_out: Container[int | None]) -> tuple[str, bool]:
-    """Where the main thread is, and whether any thread waits for other ranks: a backward pass runs in its own."""
+    """Return where the main thread is, and whether any thread waits for other ranks (a backward pass has its own)."""
     where, waiting = "nowhere", False
     for ident, frame in sys._current_frames().items():
         code = frame.f_code
@@ -29,7 +29,7 @@ def look(leave_out: Container[int | None]) -> tuple[str, bool]:
 
 
 def is_waiting(frame: FrameType) -> bool:
-    """Whether a thread whose innermost Python frame is this one waits for other ranks."""
+    """Return True where a thread whose innermost Python frame is this one waits for other ranks."""
     file = frame.f_code.co_filename
     if frame.f_code.co_name == "<module>":
         return False  # it is being imported
@@ -40,7 +40,7 @@ def is_waiting(frame: FrameType) -> bool:
 
 
 def method_called(frame: FrameType) -> str | None:
-    """Name of the method or function that a frame is calling, from its code: reading its source might block."""
+    """Return the name of the function that a frame is calling, from its code: reading its source might block."""
     names = (
         step.argval
         for step in dis.get_instructions(frame.f_code)

@@ -1,4 +1,4 @@
-"""What ranks say of themselves, and whom to blame when a job cannot go on. No threads and no network here.
+"""Signs of life of the ranks, and the verdict on who is to blame when a job cannot go on. No threads or network here.
 
 The caller passes the time, so that every rule can be tested without waiting.
 """
@@ -22,17 +22,17 @@ class Beat(NamedTuple):
     step: int
     """Updates made so far."""
     seconds: float
-    """In this phase, when it was said."""
+    """Time in this phase when the sign was sent."""
     num_entered: int
     """Phases entered by this process: it grows wherever there is progress."""
     num_in_step: int
-    """Of these, since the step last changed: with the step, how far this rank has come, comparable between ranks."""
+    """Phases entered since the step last changed: with the step, how far this rank is, comparable between ranks."""
     where: str
     """The line at which the main thread is."""
     waiting: bool
-    """Whether the process waits for other ranks inside a collective."""
+    """True where the process waits for other ranks inside a collective."""
     patience: float = 1.0
-    """How many times longer than others the phase may take."""
+    """Factor by which the phase may take longer than others."""
 
     def __str__(self) -> str:
         return f"`{self.phase}` at update {self.step}"
@@ -50,7 +50,7 @@ class Failure(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Why the job ends. `kind` is `hung`, `died` or `failed`."""
+    """The reason why the job ends. `kind` is `hung`, `died` or `failed`."""
 
     kind: str
     ranks: tuple[int, ...]
@@ -59,7 +59,7 @@ class Verdict(NamedTuple):
 
     @property
     def may_be_shared(self) -> bool:
-        """Whether every rank may be about to raise the same: what a person can mend is mostly found by all alike."""
+        """Return True where all ranks may be about to raise the same, as they mostly do for what a person can mend."""
         return self.code != RankLostError.exit_code
 
 
@@ -76,14 +76,14 @@ def blamed(beats: Sequence[Beat], silent: Collection[int] = ()) -> tuple[int, ..
 
 
 class Ledger:
-    """What rank 0 has heard of everyone, and the verdict that follows from it."""
+    """All that rank 0 has heard of the ranks, and the verdict that follows from it."""
 
     def __init__(self, hang_seconds: float, patience_seconds: float, stacks: str) -> None:
         self.hang_seconds = hang_seconds
         self.patience_seconds = patience_seconds
-        """How long a symptom waits for its cause."""
+        """Time that a symptom waits for its cause."""
         self.stacks = stacks
-        """Where the stacks will be, for the message."""
+        """Folder of the stacks, for the message."""
         self._beats: dict[int, tuple[Beat, float]] = {}
         self._progress_at = 0.0
         self._failures: dict[int, tuple[Failure, float]] = {}
@@ -99,19 +99,19 @@ class Ledger:
         self._failures.setdefault(failure.rank, (failure, now))
 
     def died(self, rank: int, now: float) -> None:
-        """Its connection ended, and it has said neither `left` nor `failed`."""
+        """Note a rank whose connection ended and that has said neither `left` nor `failed`."""
         if rank in self._beats and rank not in self._failures:
             self._died.append((rank, now))
 
     def left(self, rank: int) -> None:
-        """It has done its work."""
+        """Note a rank that has done its work."""
         self._beats.pop(rank, None)
 
     def latest(self, rank: int) -> Beat | None:
         return self._beats[rank][0] if rank in self._beats else None
 
     def verdict(self, now: float) -> Verdict | None:
-        """Causes before symptoms, and symptoms before the mere lack of progress."""
+        """Return the verdict, if there is one: causes before symptoms, symptoms before the mere lack of progress."""
         for failure, _ in self._failures.values():
             if not failure.symptom:
                 return self._of_failure(failure)
@@ -137,7 +137,7 @@ class Ledger:
         return Verdict("failed", (failure.rank,), text, failure.code)
 
     def _of_symptom(self, failure: Failure, now: float) -> Verdict:
-        """Where a collective timed out, whoever is not in one is the cause; else the first to complain is."""
+        """Return the verdict on a symptom: a rank outside a timed-out collective is the cause, else the first."""
         others = [beat for beat, _ in self._beats.values() if beat.rank not in self._failures]
         if re.search(r"tim(ed|e)[ -]?out", failure.text, re.IGNORECASE) and not all(
             beat.waiting for beat in others
@@ -161,7 +161,7 @@ class Ledger:
 
 
 def describe_hang(guilty: Sequence[Beat], beats: Sequence[Beat]) -> str:
-    """One sentence: who is where for how long, and where the others wait."""
+    """Return a sentence: which ranks are where for how long, and where the others wait."""
     first = guilty[0]
     for_long = f"{first} for {spoken(first.seconds)} (at {first.where})"
     if len(beats) == 1:
@@ -186,7 +186,7 @@ def describe_hang(guilty: Sequence[Beat], beats: Sequence[Beat]) -> str:
 
 
 def died_verdict(beat: Beat, age: float, stacks: str) -> Verdict:
-    """Of a rank whose connection ended without a word, `age` seconds after it was last heard of."""
+    """Return the verdict on a rank whose connection ended without a word, `age` seconds after it was last heard of."""
     return Verdict(
         "died",
         (beat.rank,),
@@ -197,10 +197,10 @@ def died_verdict(beat: Beat, age: float, stacks: str) -> Verdict:
 
 
 def where_stacks_are(stacks: str) -> str:
-    """Second sentence of a message."""
+    """Return the second sentence of a message, on the stacks."""
     return f"Stacks of the ranks that could still write them are in {stacks}."
 
 
 def spoken(seconds: float) -> str:
-    """A duration for people."""
+    """Return a duration in words for people."""
     return f"{seconds:.1f} seconds" if seconds < 120 else f"{seconds / 60:.1f} minutes"

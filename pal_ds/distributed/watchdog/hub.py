@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from pal_ds.distributed.watchdog.heartbeat import Beat, Failure, Ledger, Verdict, spoken
 from pal_ds.distributed.watchdog.lines import (
@@ -18,6 +17,7 @@ from pal_ds.distributed.watchdog.lines import (
     LONGEST_LINE,
     AwakeClock,
     Lines,
+    Message,
     as_line,
     prepared,
 )
@@ -71,16 +71,16 @@ class Hub:
             self._selector.register(self._listener, selectors.EVENT_READ)
 
     def report(self, failure: Failure) -> None:
-        """Rank 0's own failure, from any thread."""
+        """Report rank 0's own failure, from any thread."""
         self._own_failures.append(failure)
         self._wake.send(b"!")
 
     def wait_for_verdict(self, seconds: float) -> None:
-        """Until the others have heard the verdict and left, at most so long."""
+        """Wait until the others have heard the verdict and left, at most so long."""
         self._alone.wait(seconds)
 
     def close(self) -> None:
-        """Tells the others that the watch is over; from another thread."""
+        """Tell the others that the watch is over; from another thread."""
         self._closing.set()
         with contextlib.suppress(OSError):  # the thread saw it first, and has closed this, too
             self._wake.send(b"!")
@@ -127,7 +127,7 @@ class Hub:
             self._alone.set()
 
     def _as_seen_after_sleep(self, verdict: Verdict) -> Verdict:
-        """Of a rank 0 that was stopped the others take leave; it must not put the blame on them."""
+        """Put the blame on a rank 0 that was stopped for a while, not on the others, which have taken leave of it."""
         if verdict.kind != "died" or self._clock.now - self._woke_at > self._interval:
             return verdict
         asleep = f"rank 0 itself was stopped, or stuck in native code, for {spoken(self._slept)}"
@@ -157,7 +157,7 @@ class Hub:
                 self._drop(ready)
 
     def _hear(self, connection: socket.socket, data: bytes) -> bool:
-        """Whether the connection stays. Nothing is parsed before it has shown the token, which only ranks know."""
+        """Return True where the connection stays. Nothing is parsed before it has shown the ranks' secret token."""
         stranger = self._strangers.get(connection)
         if stranger is not None:
             stranger.shown += data
@@ -173,14 +173,14 @@ class Hub:
         return all(self._take(connection, message) for message in messages)
 
     def _drop_strangers(self) -> None:
-        """Those who have not shown the token in time, and the first of too many: ranks show it at once."""
+        """Close connections that have not shown the token in time, and the first of too many: ranks show it at once."""
         too_many = len(self._strangers) - self._world_size - MOST_STRANGERS
         for place, (connection, stranger) in enumerate(list(self._strangers.items())):
             if place < too_many or self._clock.now - stranger.since > SECONDS_TO_SHOW_TOKEN:
                 self._drop(connection)
 
-    def _take(self, connection: socket.socket, message: dict[str, Any]) -> bool:
-        """Whether the connection stays. The first message must name a rank that has none yet."""
+    def _take(self, connection: socket.socket, message: Message) -> bool:
+        """Take a message in; return True where the connection stays. The first must name a rank that has none yet."""
         if connection not in self._ranks:
             rank = message["rank"]
             if type(rank) is not int or not 0 < rank < self._world_size:
@@ -207,20 +207,20 @@ class Hub:
         if rank is not None:
             self._ledger.died(rank, self._clock.now)
 
-    def _tell(self, connection: socket.socket, message: dict[str, Any]) -> None:
+    def _tell(self, connection: socket.socket, message: Message) -> None:
         try:
             connection.send(as_line(message))
         except OSError as error:
             # It will show as the end of the connection, or as silence.
             logger.debug("watchdog: rank %s: %s", self._ranks.get(connection), error)
 
-    def _tell_all(self, message: dict[str, Any]) -> None:
+    def _tell_all(self, message: Message) -> None:
         for connection in list(self._ranks):
             self._tell(connection, message)
 
 
 def _listener() -> socket.socket:
-    """On any free port, of either family where the system has both."""
+    """Return a socket that listens on any free port, of either family where the system has both."""
     if socket.has_dualstack_ipv6():
         with contextlib.suppress(OSError):  # compiled in, and switched off
             listener = socket.create_server(

@@ -14,12 +14,14 @@ from typing import Any
 
 SECONDS_TO_LOSE_A_NODE = 60
 LONGEST_LINE = 1 << 16
+Message = dict[str, Any]
+"""Keys that a rank sends: `rank`, `beat`, `failed`, `bye`; rank 0: `beat`, `verdict`, `bye`; each only where needed."""
 
 HELD_SOCKETS: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
 
 def _close_in_child() -> None:
-    """A forked worker of a data loader must not keep the connection of a rank alive that was killed."""
+    """Close connections in a forked worker of a data loader: it must not keep those of a killed rank alive."""
     for held in list(HELD_SOCKETS):
         held.close()
 
@@ -28,7 +30,7 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 def prepared(connection: socket.socket) -> socket.socket:
-    """Fails when the other node does not answer; a process that is merely busy or stopped is not a lost node."""
+    """Make a connection fail when the other node does not answer; a busy or stopped process is no lost node."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (
         ("TCP_NODELAY", 1),
@@ -43,8 +45,8 @@ def prepared(connection: socket.socket) -> socket.socket:
     return connection
 
 
-def as_line(message: dict[str, Any]) -> bytes:
-    """A message as it travels."""
+def as_line(message: Message) -> bytes:
+    """Return a message as the bytes that travel."""
     return json.dumps(message).encode() + b"\n"
 
 
@@ -54,8 +56,8 @@ class Lines:
     def __init__(self) -> None:
         self._pending = b""
 
-    def feed(self, data: bytes) -> list[dict[str, Any]]:
-        """Raises ValueError for what is no message of ours."""
+    def feed(self, data: bytes) -> list[Message]:
+        """Return the messages that `data` completes. Raises ValueError for what is no message of ours."""
         *lines, self._pending = (self._pending + data).split(b"\n")
         if max(map(len, (*lines, self._pending))) > LONGEST_LINE:
             raise ValueError("a line that is too long")
@@ -74,7 +76,7 @@ class AwakeClock:
         self._last = time.monotonic()
 
     def tick(self) -> float:
-        """Moves the clock on; the seconds that it left out."""
+        """Move the clock on; return the seconds that it left out."""
         now = time.monotonic()
         passed, self._last = now - self._last, now
         self.now += min(passed, self._longest_tick)

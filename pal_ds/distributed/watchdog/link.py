@@ -7,7 +7,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 from pal_ds.distributed.watchdog.heartbeat import Beat, Failure, Verdict, died_verdict, spoken
 from pal_ds.distributed.watchdog.lines import (
@@ -15,6 +14,7 @@ from pal_ds.distributed.watchdog.lines import (
     SECONDS_TO_LOSE_A_NODE,
     AwakeClock,
     Lines,
+    Message,
     as_line,
     prepared,
 )
@@ -25,7 +25,7 @@ SECONDS_TO_SEND = 10
 
 
 class Link:
-    """The side of every other rank. `run` is for a thread of its own."""
+    """The connection of a rank other than 0. `run` is for a thread of its own."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class Link:
         beat: Callable[[], Beat],
         learn: Callable[[Verdict], None],
     ) -> None:
-        """Connects. Raises OSError where rank 0 cannot be reached or does not know this rank."""
+        """Connect to rank 0. Raises OSError where rank 0 cannot be reached or does not know this rank."""
         self._interval, self._silence_seconds, self._stacks = interval, silence_seconds, stacks
         self._beat, self._learn = beat, learn
         self._clock, self._heard_at = AwakeClock(2 * interval), 0.0
@@ -45,7 +45,7 @@ class Link:
         self._socket = prepared(socket.create_connection(address, timeout=SECONDS_TO_LOSE_A_NODE))
         own = beat()
         self._socket.sendall(token.encode() + b"\n" + as_line({"rank": own.rank, "beat": own}))
-        messages: list[dict[str, Any]] = []
+        messages: list[Message] = []
         while not messages:
             messages = self._receive()
         self._root = Beat(*messages[0]["beat"])
@@ -54,14 +54,14 @@ class Link:
         self._selector.register(self._socket, selectors.EVENT_READ)
 
     def report(self, failure: Failure) -> None:
-        """This rank's own failure, from any thread."""
+        """Report this rank's own failure, from any thread."""
         self._send({"failed": failure, "beat": self._beat()})
 
     def wait_for_verdict(self, seconds: float) -> None:
-        """Nothing to wait for: rank 0 tells the others."""
+        """Do nothing: rank 0 tells the others."""
 
     def close(self) -> None:
-        """Takes leave of rank 0; from another thread."""
+        """Take leave of rank 0; from another thread."""
         self._closing.set()
         self._send({"bye": True})
         with contextlib.suppress(OSError):  # rank 0 was faster
@@ -82,7 +82,7 @@ class Link:
             self._selector.close()
             self._socket.close()
 
-    def _send(self, message: dict[str, Any]) -> None:
+    def _send(self, message: Message) -> None:
         try:
             with self._lock:
                 self._socket.sendall(as_line(message))
@@ -90,14 +90,14 @@ class Link:
             # What rank 0 said last may still wait to be read; then its end shows there.
             logger.debug("watchdog: rank 0: %s", error)
 
-    def _receive(self) -> list[dict[str, Any]]:
+    def _receive(self) -> list[Message]:
         data = self._socket.recv(LONGEST_LINE)
         if not data:
             raise ConnectionError("rank 0 closed the connection")
         return self._lines.feed(data)
 
     def _listen(self, until: float) -> bool:
-        """Takes messages in until then; False when there is nothing more to watch."""
+        """Take messages in until then; return False when there is nothing more to watch."""
         while (left := until - time.monotonic()) > 0 and not self._closing.is_set():
             ready = self._selector.select(left)
             self._clock.tick()

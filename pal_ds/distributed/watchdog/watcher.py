@@ -1,4 +1,4 @@
-"""One rank's watchdog: what the rank is doing, and how it ends."""
+"""The watchdog of a rank: what the rank is doing, and how it ends."""
 
 import contextlib
 import faulthandler
@@ -31,19 +31,19 @@ SECONDS_TO_LEAVE = 30
 
 @dataclass(frozen=True)
 class Pace:
-    """How long the watchdog waits for what."""
+    """Seconds that the watchdog waits, by what it waits for."""
 
     hang_seconds: float
     world_size: int
 
     @property
     def interval(self) -> float:
-        """Between two heartbeats; rank 0 hears 200 of them in a second at most, for 1% of a core."""
+        """Time between two heartbeats; rank 0 hears 200 of them in a second at most, for 1% of a core."""
         return min(max(1.0, self.world_size / 200), self.hang_seconds / 6)
 
     @property
     def patience(self) -> float:
-        """For a cause after a symptom, or for other ranks to raise the same by themselves."""
+        """Return the wait for a cause after a symptom, or for other ranks to raise the same by themselves."""
         return max(2 * self.interval, 1.0)
 
 
@@ -54,7 +54,7 @@ def watch(
     hang_minutes: float,
     on_loss: Callable[[str], None] = lambda _: None,
 ) -> Iterator[None]:
-    """Inside, no rank waits for ever for one that hangs (no progress of any rank for `hang_minutes`), dies or fails.
+    """Let no rank, inside the block, wait for ever for one that hangs (`hang_minutes` without progress), dies or fails.
 
     Every rank must enter alike; 0 minutes is no watch at all. `on_loss` is called on one rank, with the reason of an
     end that came from another rank, or seems to.
@@ -101,7 +101,7 @@ class Watcher:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Connects the ranks. Raises UserError on all of them where one cannot be reached."""
+        """Connect the ranks. Raises UserError on all of them where one cannot be reached."""
         address = self.world.from_rank_zero(self._open_hub)
         self.world.on_every_rank(lambda: self._connect(*address))
 
@@ -134,7 +134,7 @@ class Watcher:
         self._thread.start()
 
     def beat(self) -> Beat:
-        """What this rank is doing now. Its watchdog thread calls this at every heartbeat."""
+        """Return what this rank is doing now; its watchdog thread calls this at every heartbeat."""
         now = phase.current()
         own = (threading.get_ident(), self._thread.ident if self._thread else None)
         where, waiting = look(own)
@@ -144,12 +144,12 @@ class Watcher:
         return Beat(self.world.rank, self._host, *place, *counts, where, waiting, now.patience)
 
     def _arm_native_dump(self) -> None:
-        """Where native code keeps the interpreter to itself, no thread of ours runs, but faulthandler's timer does."""
+        """Arm faulthandler's timer: it runs even where native code keeps the interpreter to itself."""
         if sys.__stderr__ is not None:
             faulthandler.dump_traceback_later(self.pace.hang_seconds, file=sys.__stderr__)
 
     def learn(self, verdict: Verdict) -> None:
-        """Called by the watchdog thread, once; it returns at once, and the process ends a little later."""
+        """Take the verdict from the watchdog thread, once; returns at once, and the process ends a little later."""
         self.verdict = verdict
         with self._lock:
             # Else the main thread may be about to raise the same, with its own exit code and message.
@@ -169,7 +169,7 @@ class Watcher:
             print(f"pal-ds: error: {verdict.text}", file=sys.stderr, flush=True)
 
     def _end(self, verdict: Verdict) -> None:
-        """Writes stacks, lets the others hear, and ends the process unless the main thread does."""
+        """Write stacks, let the others hear, and end the process unless the main thread does."""
         if verdict.kind != "failed":
             within(SECONDS_TO_WRITE_STACKS, lambda: self._write_stacks(verdict))
         self._written.set()
@@ -195,13 +195,13 @@ class Watcher:
             faulthandler.dump_traceback(stream, all_threads=True)
 
     def _record(self, reason: str, verdict: Verdict | None) -> None:
-        """On one rank: where rank 0 died, on the next."""
+        """Record the loss on a single rank: on rank 0, or on the next where rank 0 died."""
         if self.world.rank != int(verdict is not None and verdict[:2] == ("died", (0,))):
             return
         record(self.on_loss, reason)
 
     def cause_of(self, error: BaseException) -> RankLostError | None:
-        """Tells the others of `error`; what to raise instead of it, where it came of another rank's end."""
+        """Tell the others of `error`; return what to raise instead, where it came of another rank's end."""
         code = exit_code_of(error)
         if code == 0 or self._line is None:
             return None
@@ -233,7 +233,7 @@ class Watcher:
         return lost
 
     def close(self) -> None:
-        """The watch is over, because the work is done or the process is about to end."""
+        """End the watch, because the work is done or the process is about to end."""
         faulthandler.cancel_dump_traceback_later()
         if self._line is not None and self._thread is not None:
             self._line.close()
@@ -241,7 +241,7 @@ class Watcher:
 
 
 def record(on_loss: Callable[[str], None], reason: str) -> None:
-    """Calls `on_loss`; where it cannot write, the end goes on as it would have."""
+    """Call `on_loss`; where it cannot write, the end goes on as it would have."""
     try:
         on_loss(reason)
     except (OSError, StorageError) as error:
@@ -249,7 +249,7 @@ def record(on_loss: Callable[[str], None], reason: str) -> None:
 
 
 def within(seconds: float, work: Callable[[], object]) -> None:
-    """Does `work`, and goes on without it where it takes longer."""
+    """Do `work`, and go on without it where it takes longer."""
 
     def do() -> None:
         try:
@@ -263,7 +263,7 @@ def within(seconds: float, work: Callable[[], object]) -> None:
 
 
 def is_symptom(error: BaseException) -> bool:
-    """Whether it was raised where ranks meet, as it is when a peer is gone."""
+    """Return True where an error was raised where ranks meet, as it is when a peer is gone."""
     frames = list(traceback.walk_tb(error.__traceback__))
     place = frames[-1][0].f_code.co_filename if frames else ""
     meeting = ("/torch/distributed/", "/deepspeed/", "/pal_ds/engine/dist.py")
@@ -271,7 +271,7 @@ def is_symptom(error: BaseException) -> bool:
 
 
 def exit_code_of(error: BaseException) -> int:
-    """The code that the command line ends with."""
+    """Return the exit code of the command line for an error."""
     mendable = error if isinstance(error, UserError) else storage_error(error)
     if mendable is not None:
         return mendable.exit_code
@@ -281,7 +281,7 @@ def exit_code_of(error: BaseException) -> int:
 
 
 def one_line(error: BaseException) -> str:
-    """One line about it for other ranks."""
+    """Return a line about an error, for other ranks."""
     text = " ".join(str(error).split())[:1000]
     name = [] if isinstance(error, UserError) else [type(error).__name__]
     return ": ".join([*name, *filter(None, [text])])

@@ -8,37 +8,45 @@ import logging
 import os
 import stat
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from pal_ds.distributed import phase
 from pal_ds.distributed.world import World
-from pal_ds.engine.checkpoint.manifest import entry_of, write_manifest
+from pal_ds.engine.checkpoint.manifest import (
+    Manifest,
+    ManifestContent,
+    TrainingFacts,
+    entry_of,
+    write_manifest,
+)
 from pal_ds.engine.checkpoint.reshard import shards_for
 from pal_ds.engine.checkpoint.retention import REPLACED, discard, discard_leftovers
 from pal_ds.engine.checkpoint.shard_reader import ENGINE_FOLDER
-from pal_ds.engine.checkpoint.shard_writer import ShardFiles
+from pal_ds.engine.checkpoint.shard_writer import FileEntry, ShardFiles
 from pal_ds.engine.checkpoint.torch_archive import ForeignObjectError
 from pal_ds.engine.checkpoint.verify import wait_for_files
+from pal_ds.engine.training_engine import TrainingEngine
 from pal_ds.errors import StorageError, UserError, writing
 from pal_ds.io.fault_points import reached
 from pal_ds.io.files import sync_to_disk, write_json
-from pal_ds.runs.run_dir import RunDirectory
+from pal_ds.runs.run_dir import LatestCheckpoint, RunDirectory
 from pal_ds.users import StoredUsers, TrainedUsers
 
 logger = logging.getLogger(__name__)
 
 
 def save_checkpoint(
-    engine: Any,
+    engine: TrainingEngine,
     users: TrainedUsers,
     run: RunDirectory,
     step: int,
     world: World,
-    facts: dict[str, Any],
+    facts: TrainingFacts,
 ) -> Path:
-    """Writes `step_N/` with engine shards, user rows and a manifest, and publishes it in latest.json.
+    """Write `step_N/` with engine shards, user rows and a manifest, and publish it in latest.json.
+
+    Every rank calls it; returns the directory.
 
     Raises:
         StorageError: on every rank, where any of them cannot write; what was there before is as it was.
@@ -54,7 +62,7 @@ def save_checkpoint(
     def publish() -> None:
         with writing(temporary):
             reached("users written")
-            _write_manifest(temporary, entries, {"step": step, **facts}, world)
+            _write_manifest(temporary, entries, step, facts, world)
             _publish(run, step, temporary)
 
     reached("save begins")
@@ -76,8 +84,8 @@ def save_checkpoint(
     return final
 
 
-def _write_shards(engine: Any, temporary: Path, world: World) -> dict[str, dict[str, Any]]:
-    """Every rank's engine shards; returns size and hash of this rank's. Raises StorageError on every rank alike."""
+def _write_shards(engine: TrainingEngine, temporary: Path, world: World) -> dict[str, FileEntry]:
+    """Write every rank's engine shards; return size and hash of this rank's. StorageError is raised on all ranks."""
     shards = ShardFiles()
     engine.checkpoint_engine = shards
     # Scripts that DeepSpeed would copy beside the tag, on one rank and without a net; tools/consolidate.py is ours.
@@ -88,21 +96,25 @@ def _write_shards(engine: Any, temporary: Path, world: World) -> dict[str, dict[
     return world.on_every_rank(lambda: shards.entries(temporary))
 
 
-def _gathered(mine: dict[str, dict[str, Any]], world: World) -> dict[str, dict[str, Any]]:
-    """The entries of all ranks, on every rank."""
+def _gathered(mine: dict[str, FileEntry], world: World) -> dict[str, FileEntry]:
+    """Return the manifest entries of all ranks, on every rank."""
     return {name: entry for part in world.gather(mine) for name, entry in part.items()}
 
 
 def _write_users(users: TrainedUsers, temporary: Path, world: World) -> None:
-    """Rank 0 writes, whoever holds the rows."""
+    """Write the user table from rank 0, whichever ranks hold its rows."""
     with writing(temporary):
         users.save(temporary if world.is_rank_zero else None)
 
 
 def _write_manifest(
-    temporary: Path, entries: dict[str, dict[str, Any]], facts: dict[str, Any], world: World
+    temporary: Path,
+    entries: dict[str, FileEntry],
+    step: int,
+    facts: TrainingFacts,
+    world: World,
 ) -> None:
-    """The manifest of all files there are, and everything on the disk."""
+    """Write the manifest of all files in `temporary`, once everything is on the disk itself."""
     wait_for_files(temporary, entries)
     files = dict(entries)
     for path in temporary.rglob("*"):
@@ -110,8 +122,14 @@ def _write_manifest(
         if path.is_file() and name not in files:
             files[name] = entry_of(path)
     reached("hashed")
-    measured = {"world_size": world.world_size, "num_threads": torch.get_num_threads()}
-    write_manifest(temporary, {**measured, **facts, "files": dict(sorted(files.items()))})
+    manifest: ManifestContent = {
+        "world_size": world.world_size,
+        "num_threads": torch.get_num_threads(),
+        "step": step,
+        **facts,
+        "files": dict(sorted(files.items())),
+    }
+    write_manifest(temporary, manifest)
     for path in (*temporary.rglob("*"), temporary):
         if path.is_dir():
             sync_to_disk(path)
@@ -124,7 +142,7 @@ def _write_manifest(
 
 
 def _publish(run: RunDirectory, step: int, temporary: Path) -> None:
-    """The finished directory gets its name, and latest.json says so; a step of that name leaves only afterwards."""
+    """Give the finished directory its name and say so in latest.json; an older step of that name goes afterwards."""
     final = run.checkpoint(step)
     replaced = final.with_name(final.name + REPLACED)
     if final.exists():
@@ -134,15 +152,14 @@ def _publish(run: RunDirectory, step: int, temporary: Path) -> None:
     os.replace(temporary, final)
     sync_to_disk(final.parent)
     reached("renamed")
-    write_json(run.path / "latest.json", {"step": step, "path": str(final.relative_to(run.path))})
+    latest: LatestCheckpoint = {"step": step, "path": str(final.relative_to(run.path))}
+    write_json(run.path / "latest.json", latest)
     reached("latest.json written")
     discard(replaced)
 
 
-def refuse_other_launch(
-    path: Path, manifest: dict[str, Any], dataset_hash: str, data_path: Path
-) -> None:
-    """Raises UserError where a checkpoint was made from other data than this launch has; ranks may differ in number."""
+def refuse_other_launch(path: Path, manifest: Manifest, dataset_hash: str, data_path: Path) -> None:
+    """Raise UserError where a checkpoint was made from other data than this launch has; ranks may differ in number."""
     if manifest["dataset_hash"] != dataset_hash:
         raise UserError(
             f"{path}: trained on data with hash {manifest['dataset_hash']}, {data_path} has {dataset_hash}. "
@@ -150,8 +167,8 @@ def refuse_other_launch(
         )
 
 
-def refuse_other_base(path: Path, manifest: dict[str, Any], base_weights: str | None) -> None:
-    """Raises UserError where the frozen weights that a checkpoint stands on are not those at hand."""
+def refuse_other_base(path: Path, manifest: Manifest, base_weights: str | None) -> None:
+    """Raise UserError where the frozen weights that a checkpoint stands on are not those at hand."""
     if manifest.get("base_weights") != base_weights:
         raise UserError(
             f"{path}: trained on frozen weights {manifest.get('base_weights')}, backbone.path now holds "
@@ -160,9 +177,14 @@ def refuse_other_base(path: Path, manifest: dict[str, Any], base_weights: str | 
 
 
 def load_checkpoint(
-    engine: Any, users: TrainedUsers, path: Path, manifest: dict[str, Any], world: World
+    engine: TrainingEngine, users: TrainedUsers, path: Path, manifest: Manifest, world: World
 ) -> None:
-    """Restores weights, optimizer moments and user rows into a freshly built engine."""
+    """Restore weights, optimizer moments and user rows of the verified step `path` into a freshly built engine.
+
+    Raises:
+        ForeignObjectError: a shard names an object that reading it would run.
+        UserError: the step does not fit the model or the users of this recipe.
+    """
     if manifest["num_threads"] != torch.get_num_threads():
         logger.warning(
             "resuming with %d threads per rank, the checkpoint had %d: results may differ in the last bits",

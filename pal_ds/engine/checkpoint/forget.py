@@ -1,4 +1,4 @@
-"""A person asks to be forgotten: the user's row leaves every checkpoint of a run and every evaluation of it.
+"""Removal of a person who asks to be forgotten, from every checkpoint of a run and every evaluation of it.
 
 At every moment each step is whole under its own name or under one of two names that training and its clean-up do
 not look at; `recover` gives an interrupted step its name back.
@@ -9,10 +9,11 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from pal_ds.engine.checkpoint.manifest import (
     FormatError,
+    Manifest,
     entry_of,
     verify_checkpoint,
     write_manifest,
@@ -29,8 +30,17 @@ EDITED, OLD = "edited-", "old-"
 """Prefixes of a step while it is exchanged; not `step_*`, of which retention deletes what is no complete step."""
 
 
-def forget_user(run: RunDirectory, user_id: str) -> dict[str, Any]:
-    """Removes a user from all checkpoints and evaluation files; says what was changed.
+class Forgotten(TypedDict):
+    """Record of what the removal of a user changed."""
+
+    user_id: str
+    steps: list[int]
+    evaluations: list[str]
+    """Names of the changed files in D/eval."""
+
+
+def forget_user(run: RunDirectory, user_id: str) -> Forgotten:
+    """Remove a user from all checkpoints and evaluation files; return what was changed.
 
     The raw and prepared data are not this run's to change: the caller says so.
 
@@ -42,7 +52,7 @@ def forget_user(run: RunDirectory, user_id: str) -> dict[str, Any]:
         return _forget_user(run, user_id)
 
 
-def _forget_user(run: RunDirectory, user_id: str) -> dict[str, Any]:
+def _forget_user(run: RunDirectory, user_id: str) -> Forgotten:
     recover(run)
     steps = [
         step for step in run.complete_steps() if user_id in UserTable.load(run.checkpoint(step))
@@ -64,7 +74,7 @@ def _forget_user(run: RunDirectory, user_id: str) -> dict[str, Any]:
 
 
 def recover(run: RunDirectory) -> None:
-    """Finishes the exchange of steps that `forget_user` was interrupted in; does nothing where none was.
+    """Finish the exchange of steps that `forget_user` was interrupted in; does nothing where none was.
 
     For the only writer of the run: a copy that another process is writing would be deleted.
 
@@ -105,7 +115,7 @@ def _copies_aside(run: RunDirectory) -> list[Path]:
 
 
 def _aside(path: Path) -> tuple[Path, Path]:
-    """Where the edited and the old copy of a step lie while one takes the other's place."""
+    """Return the paths of the edited and the old copy of a step while one takes the other's place."""
     return path.with_name(EDITED + path.name), path.with_name(OLD + path.name)
 
 
@@ -119,8 +129,8 @@ def _is_intact(path: Path) -> bool:
     return True
 
 
-def _rewrite_checkpoint(path: Path, manifest: dict[str, Any], user_id: str) -> None:
-    """A complete edited copy takes the step's place; `recover` finishes this wherever it is interrupted."""
+def _rewrite_checkpoint(path: Path, manifest: Manifest, user_id: str) -> None:
+    """Put a complete edited copy in the step's place; `recover` finishes this wherever it is interrupted."""
     table = UserTable.load(path)
     table.remove(user_id)
     edited, old = _aside(path)
@@ -130,7 +140,8 @@ def _rewrite_checkpoint(path: Path, manifest: dict[str, Any], user_id: str) -> N
     files = dict(manifest["files"])
     for name in USER_FILES:
         files[name] = entry_of(edited / name)
-    write_manifest(edited, {**manifest, "files": files})
+    without: Manifest = {**manifest, "files": files}
+    write_manifest(edited, without)
     sync_to_disk(edited)
     sync_to_disk(path.parent)
     path.rename(old)
@@ -140,7 +151,7 @@ def _rewrite_checkpoint(path: Path, manifest: dict[str, Any], user_id: str) -> N
 
 
 def _forget_in_origin(run: RunDirectory, user_id: str) -> None:
-    """In the table that the run started from, if it did from another's."""
+    """Remove the user from the table in D/init, where the run started from another's."""
     if not (run.init / USER_FILES[0]).is_file():
         return
     table = UserTable.load(run.init)
@@ -157,7 +168,7 @@ def _forget_in_origin(run: RunDirectory, user_id: str) -> None:
 
 
 def _link(source: str, target: str) -> None:
-    """Shards are large and never written again, so both copies may share them where the file system can."""
+    """Link or copy a shard: shards are large and never written again, so two copies of a step may share them."""
     try:
         os.link(source, target)
     except OSError:
@@ -166,7 +177,7 @@ def _link(source: str, target: str) -> None:
 
 
 def _forget_in_evaluations(run: RunDirectory, user_id: str) -> list[str]:
-    """Names of the files that held the user."""
+    """Remove the user from the files of D/eval; return the names of those that held the user."""
     changed = [
         path.name for path in sorted(run.eval.glob("*.json")) if _rewrite_figures(path, user_id)
     ]
@@ -175,6 +186,7 @@ def _forget_in_evaluations(run: RunDirectory, user_id: str) -> list[str]:
 
 
 def _rewrite_figures(path: Path, user_id: str) -> bool:
+    """Remove the user from a JSON of figures; return True where the user was in it."""
     figures = json.loads(path.read_text())
     holds_user = False
     for section in (figures, figures.get("unknown_users", {})):
@@ -187,7 +199,7 @@ def _rewrite_figures(path: Path, user_id: str) -> bool:
 
 
 def _rewrite_rows(path: Path, user_id: str) -> bool:
-    """As `_rewrite_figures`, of a table with one row per user."""
+    """Remove the user's row from a Parquet table; return True where there was one."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 

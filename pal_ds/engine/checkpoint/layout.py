@@ -1,4 +1,4 @@
-"""Where DeepSpeed puts each parameter's values: which share a flat vector, and which part of it each rank holds.
+"""Layout of DeepSpeed's shards: which parameters share a flat vector, and which part of it each rank holds.
 
 Facts of DeepSpeed 0.19. A vector is what the optimizer sees as one parameter:
     stage 3     each parameter is cut into `world_size` equal slices, the last one padded; a rank's slices of one
@@ -9,9 +9,9 @@ Facts of DeepSpeed 0.19. A vector is what the optimizer sees as one parameter:
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from pal_ds.engine.ds_config import offloads_optimizer, zero_stage
+from pal_ds.engine.ds_config import DeepSpeedConfig, offloads_optimizer, zero_stage
 
 Shapes = dict[str, tuple[int, ...]]
 """Names and shapes of parameters, in the order in which they are laid down."""
@@ -35,7 +35,7 @@ class VectorGroup(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """What decides how shards look: a few keys of the DeepSpeed config, and the number of ranks."""
+    """All that decides how shards look: a few keys of the DeepSpeed config, and the number of ranks."""
 
     stage: int
     world_size: int
@@ -49,8 +49,8 @@ class Layout:
     """Stages 1 and 2: every parameter begins at a multiple of 16 bytes of the weights' dtype."""
 
     @classmethod
-    def of(cls, ds_config: dict[str, Any], world_size: int) -> "Layout":
-        """The layout under a complete config: the one given to DeepSpeed, or the one stored in its shards."""
+    def of(cls, ds_config: DeepSpeedConfig, world_size: int) -> "Layout":
+        """Return the layout under a complete config: the one given to DeepSpeed, or the one stored in its shards."""
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
         zero = DeepSpeedZeroConfig(**ds_config["zero_optimization"])
@@ -66,7 +66,7 @@ class Layout:
         )
 
     def vectors(self, groups: list[Shapes]) -> list[VectorGroup]:
-        """The vectors of the optimizer's parameter groups, in the order of its states."""
+        """Return the vectors of the optimizer's parameter groups, in the order of its states."""
         if self.stage == 3:
             return [
                 VectorGroup(index, sub_group)
@@ -96,7 +96,7 @@ class Layout:
         return -(-math.prod(shape) // self.world_size)
 
     def paddings(self, shapes: Shapes) -> list[int]:
-        """Stages 1 and 2: unused values after each parameter of a vector, before what pads the whole."""
+        """Count the unused values after each parameter of a vector (stages 1 and 2), but not the end padding."""
         unit = (8 if self.bf16 else 4) if self.aligned else 1
         gaps, end = [], 0
         for shape in shapes.values():
@@ -106,13 +106,13 @@ class Layout:
         return [*gaps[:-1], 0] if gaps else []
 
     def num_values(self, shapes: Shapes) -> int:
-        """Length of each rank's part of a vector, padding included."""
+        """Return the length of each rank's part of a vector, in values, padding included."""
         if self.stage == 3:
             return sum(self._slice_width(shape) for shape in shapes.values())
         return 2 * -(-self._num_laid(shapes) // (2 * self.world_size))
 
     def num_padding(self, shapes: Shapes, rank: int) -> int:
-        """Stages 1 and 2: how many values at the end of this rank's part belong to no parameter."""
+        """Count the values at the end of this rank's part that belong to no parameter (stages 1 and 2)."""
         length = self.num_values(shapes)
         return length - min(max(self._num_laid(shapes) - rank * length, 0), length)
 
@@ -120,7 +120,7 @@ class Layout:
         return sum(map(math.prod, shapes.values())) + sum(self.paddings(shapes))
 
     def pieces(self, shapes: Shapes, rank: int) -> list[Piece]:
-        """What this rank's part of a vector is made of; values in no piece are padding."""
+        """Return the pieces that make up this rank's part of a vector; values in no piece are padding."""
         return self._slices(shapes, rank) if self.stage == 3 else self._cuts(shapes, rank)
 
     def _slices(self, shapes: Shapes, rank: int) -> list[Piece]:
@@ -147,13 +147,22 @@ class Layout:
 
 
 def dealt(shapes: Shapes, world_size: int) -> Shapes:
-    """In the order of `round_robin_gradients`: every world_size-th parameter, then again from the second one on."""
+    """Reorder parameters as `round_robin_gradients` does: every `world_size`-th, then again from the second one on.
+
+    >>> list(dealt({"a": (1,), "b": (2,), "c": (3,), "d": (4,), "e": (5,)}, world_size=2))
+    ['a', 'c', 'e', 'b', 'd']
+    """
     items = list(shapes.items())
     return dict(itertools.chain(*(items[first::world_size] for first in range(world_size))))
 
 
 def undealt(shapes: Shapes, world_size: int) -> Shapes:
-    """The order that `dealt` was given."""
+    """Undo `dealt`.
+
+    >>> shapes = {"a": (1,), "b": (2,), "c": (3,)}
+    >>> undealt(dealt(shapes, world_size=2), world_size=2) == shapes
+    True
+    """
     numbers = dealt({str(number): () for number in range(len(shapes))}, world_size)
     order = sorted(zip(map(int, numbers), shapes.items(), strict=True))
     return dict(item for _, item in order)

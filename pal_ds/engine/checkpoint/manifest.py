@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, and the check that it is true: every file, its size, its hash, its owner.
+"""The manifest of a checkpoint, and the check that it is true: every file, its size, its hash, its owner.
 
 A manifest proves integrity, not origin. Whoever may write to a directory may write a manifest, too: hence the look at
 owners, and shards are read by readers that run nothing.
@@ -11,7 +11,7 @@ import re
 import stat
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TypedDict
 
 import xxhash
 
@@ -19,10 +19,11 @@ from pal_ds.distributed import phase
 from pal_ds.engine.checkpoint.retention import restore_replaced
 from pal_ds.engine.checkpoint.shard_writer import FileEntry
 from pal_ds.engine.checkpoint.torch_archive import ForeignObjectError, load_archive
+from pal_ds.engine.guard import GuardState
 from pal_ds.errors import StorageError, UserError
 from pal_ds.io.files import write_atomically
 from pal_ds.io.hashing import feed
-from pal_ds.runs.run_dir import RunDirectory
+from pal_ds.runs.run_dir import BestEvaluation, OriginFacts, RunDirectory
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,41 @@ _NO_CHECKSUM = "0" * 32
 """Bytes that are hashed at a time, of a size that a processor still holds when it hashes what it has just read."""
 
 
+class TrainingFacts(TypedDict):
+    """The state of a training when it saves: enough, with shards and users, to go on from this step."""
+
+    dataset_hash: str
+    num_updates: int
+    best: BestEvaluation | None
+    base_weights: str | None
+    """Fingerprint of the frozen weights that no checkpoint holds; None where all weights are trained."""
+    init_from: OriginFacts | None
+    guard: GuardState
+    owes_evaluation: bool
+    save_seconds: float | None
+    """Longest time that a save has taken; None before the first."""
+    unlogged: list[float]
+    """The sums of `training.metrics_logger.Unlogged`."""
+
+
+class ManifestContent(TrainingFacts):
+    """manifest.json without what `write_manifest` adds."""
+
+    step: int
+    world_size: int
+    num_threads: int
+    files: dict[str, FileEntry]
+    """Entry of every other file of the directory, by its path there."""
+
+
+class Manifest(ManifestContent):
+    """manifest.json."""
+
+    checksum: str
+    """xxh3, 128 bits, of the file itself with zeros in this place."""
+    format_version: int
+
+
 class UntrustedCheckpointError(UserError):
     """A checkpoint that others may have written; not damaged, so no reason to fall back to an older one."""
 
@@ -49,23 +85,23 @@ class FormatError(UserError):
 
 
 NO_DAMAGE = (UntrustedCheckpointError, ForeignObjectError, FormatError, StorageError)
-"""What ends a start rather than sending it to an older checkpoint."""
+"""Errors that end a start rather than sending it to an older checkpoint."""
 
 
 def hash_file(path: Path) -> str:
-    """xxh3, 128 bits, in hexadecimal: fast enough for shards of many gigabytes."""
+    """Return the xxh3 hash of a file, 128 bits in hexadecimal: fast enough for shards of many gigabytes."""
     return feed(xxhash.xxh3_128(), path, phase.progress).hexdigest()
 
 
-def entry_of(path: Path) -> dict[str, Any]:
-    """Size and hash of a file, as the manifest holds them; the file is on the disk when this returns."""
+def entry_of(path: Path) -> FileEntry:
+    """Return size and hash of a file, as the manifest holds them; the file is on the disk itself then."""
     with open(path, "rb") as stream:
         os.fsync(stream.fileno())
-    return FileEntry(path.stat().st_size, hash_file(path))._asdict()
+    return {"size": path.stat().st_size, "xxh3_128": hash_file(path)}
 
 
-def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
-    """manifest.json of `directory`, with its own checksum.
+def write_manifest(directory: Path, manifest: ManifestContent) -> None:
+    """Write manifest.json of `directory`, with its own checksum.
 
     Raises:
         StorageError: it cannot be written.
@@ -77,8 +113,8 @@ def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     write_atomically(directory / MANIFEST, text.replace(_NO_CHECKSUM, digest, 1))
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """manifest.json of a checkpoint, unharmed and of a known format; none of the files it names is looked at.
+def read_manifest(path: Path) -> Manifest:
+    """Read manifest.json of a checkpoint, unharmed and of a known format; the files that it names are not looked at.
 
     Raises:
         FormatError: another version of pal_ds wrote it.
@@ -92,7 +128,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         )
     content = file.read_bytes()
     try:
-        manifest = json.loads(content)
+        manifest: Manifest = json.loads(content)
     except ValueError as error:
         raise UserError(f"{file}: not valid JSON ({error}); the checkpoint is damaged.") from None
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
@@ -109,7 +145,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _has_own_checksum(content: bytes, manifest: dict[str, Any]) -> bool:
+def _has_own_checksum(content: bytes, manifest: Manifest) -> bool:
     checksum = str(manifest.get("checksum"))
     blank = content.replace(checksum.encode(), _NO_CHECKSUM.encode(), 1)
     return checksum == xxhash.xxh3_128(blank).hexdigest()
@@ -124,7 +160,7 @@ def _other_format(file: Path, version: int) -> str:
     )
 
 
-def _check_fields(file: Path, manifest: dict[str, Any]) -> None:
+def _check_fields(file: Path, manifest: Manifest) -> None:
     for name, kind in _FIELDS.items():
         if not isinstance(manifest.get(name), kind):
             raise UserError(
@@ -143,8 +179,8 @@ def _check_fields(file: Path, manifest: dict[str, Any]) -> None:
             raise UserError(f"{file}: has no size and hash of {name}.")
 
 
-def verify_checkpoint(path: Path, *, trust: bool = False) -> dict[str, Any]:
-    """The manifest of `path`, after every file was found to be named, whole, ours and free of foreign objects.
+def verify_checkpoint(path: Path, *, trust: bool = False) -> Manifest:
+    """Return the manifest of `path`, once every file was found to be named, whole, ours and free of foreign objects.
 
     Args:
         path: a `step_N` directory.
@@ -162,8 +198,8 @@ def verify_checkpoint(path: Path, *, trust: bool = False) -> dict[str, Any]:
     return manifest
 
 
-def check_listing(path: Path, *, trust: bool = False) -> dict[str, Any]:
-    """The cheap part of `verify_checkpoint`, which reads no file but the manifest."""
+def check_listing(path: Path, *, trust: bool = False) -> Manifest:
+    """Do the cheap part of `verify_checkpoint`, which reads no file but the manifest; return and raise as it does."""
     manifest = read_manifest(path)
     files = manifest["files"]
     if not trust:
@@ -192,8 +228,8 @@ def check_listing(path: Path, *, trust: bool = False) -> dict[str, Any]:
     return manifest
 
 
-def check_content(file: Path, entry: dict[str, Any]) -> None:
-    """The expensive part of `verify_checkpoint`, of one file: reads all of it."""
+def check_content(file: Path, entry: FileEntry) -> None:
+    """Do the expensive part of `verify_checkpoint` for one file: read all of it. Raises UserError as it does."""
     if hash_file(file) != entry["xxh3_128"]:
         raise UserError(f"{file}: its content does not match the hash in the manifest.")
     if file.suffix == ".pt":
@@ -202,7 +238,7 @@ def check_content(file: Path, entry: dict[str, Any]) -> None:
 
 
 def refuse_strangers(path: Path) -> None:
-    """Raises UntrustedCheckpointError where someone else than this user and root may have written `path`."""
+    """Raise UntrustedCheckpointError where someone else than this user and root may have written `path`."""
     status = path.lstat()
     if status.st_uid not in (os.getuid(), 0):
         problem = f"belongs to another user (uid {status.st_uid})"
@@ -224,8 +260,8 @@ def refuse_strangers_code(run: RunDirectory) -> None:
             refuse_strangers(path)
 
 
-def newest_intact(run: RunDirectory, *, trust: bool = False) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that verifies, with its manifest; damaged ones are named and skipped.
+def newest_intact(run: RunDirectory, *, trust: bool = False) -> tuple[Path, Manifest] | None:
+    """Return the newest checkpoint that verifies, with its manifest, or None; damaged ones are logged and skipped.
 
     A step whose replacement was cut off has its name back first.
 
@@ -239,9 +275,9 @@ def newest_intact(run: RunDirectory, *, trust: bool = False) -> tuple[Path, dict
 
 
 def first_intact(
-    run: RunDirectory, steps: list[int], verify: Callable[[Path], dict[str, Any]]
-) -> tuple[Path, dict[str, Any]] | None:
-    """The last of `steps` that `verify` finds no damage in; raises as `newest_intact` does."""
+    run: RunDirectory, steps: list[int], verify: Callable[[Path], Manifest]
+) -> tuple[Path, Manifest] | None:
+    """Return the last of `steps` that `verify` finds no damage in, or None; raises as `newest_intact` does."""
     for step in reversed(steps):
         try:
             return run.checkpoint(step), verify(run.checkpoint(step))

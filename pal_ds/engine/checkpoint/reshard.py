@@ -11,14 +11,15 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from pal_ds.distributed.world import World
 from pal_ds.engine.checkpoint.layout import Layout
-from pal_ds.engine.checkpoint.manifest import entry_of, write_manifest
+from pal_ds.engine.checkpoint.manifest import Manifest, entry_of, write_manifest
 from pal_ds.engine.checkpoint.resharder import Resharder
 from pal_ds.engine.checkpoint.shard_reader import ENGINE_FOLDER, ShardedCheckpoint
-from pal_ds.engine.checkpoint.shard_writer import ShardFiles
+from pal_ds.engine.checkpoint.shard_writer import FileEntry, ShardFiles
+from pal_ds.engine.checkpoint.torch_archive import ShardContent
+from pal_ds.engine.training_engine import TrainingEngine
 from pal_ds.errors import UserError, writing
 from pal_ds.io.files import sync_to_disk
 from pal_ds.users import USER_FILES
@@ -29,11 +30,11 @@ logger = logging.getLogger(__name__)
 class ReshardedShards(ShardFiles):
     """Hands DeepSpeed what it would read from files of the new layout."""
 
-    def __init__(self, model_states: dict[str, Any], optimizer_states: dict[str, Any]) -> None:
+    def __init__(self, model_states: ShardContent, optimizer_states: ShardContent) -> None:
         super().__init__()
         self._model_states, self._optimizer_states = model_states, optimizer_states
 
-    def load(self, path: str, map_location: Any = None) -> Any:
+    def load(self, path: str, map_location: object = None) -> ShardContent:
         # DeepSpeed asks for the model's twice, then once for the optimizer's: then none need be kept here.
         if path.endswith("_model_states.pt"):
             return self._model_states
@@ -42,8 +43,8 @@ class ReshardedShards(ShardFiles):
         return states
 
 
-def shards_for(engine: Any, path: Path, world: World) -> ShardFiles:
-    """Through what this engine reads the verified checkpoint `path`: its files where they fit, else shards made anew.
+def shards_for(engine: TrainingEngine, path: Path, world: World) -> ShardFiles:
+    """Return what this engine reads the verified checkpoint `path` through: its files, or shards made anew.
 
     Every rank calls it right before `engine.load_checkpoint`; memory is one shard, as DeepSpeed's loading needs it.
 
@@ -59,7 +60,7 @@ def shards_for(engine: Any, path: Path, world: World) -> ShardFiles:
         # At stage 0 every rank reads the same file.
         return old != new and not (old.stage == new.stage == 0 and old.bf16 == new.bf16)
 
-    def make() -> tuple[Resharder, dict[str, Any], dict[str, Any]]:
+    def make() -> tuple[Resharder, ShardContent, ShardContent]:
         with writing(path):
             settings = [
                 {key: value for key, value in group.items() if key != "params"}
@@ -85,19 +86,19 @@ def shards_for(engine: Any, path: Path, world: World) -> ShardFiles:
     return shards
 
 
-def _read_through(engine: Any, shards: ShardFiles, folder: Path) -> None:
-    """DeepSpeed looks for this rank's file by its name before it asks `shards`; any that is there will do."""
+def _read_through(engine: TrainingEngine, shards: ShardFiles, folder: Path) -> None:
+    """Show DeepSpeed any file that is there, as it looks for this rank's by name before it asks `shards`."""
     by_name = engine._get_all_ckpt_names
     there = [str(next(folder.glob("*_model_states.pt")))]
 
-    def names(*arguments: Any) -> list[str]:
+    def names(*arguments: object) -> list[str]:
         return there if engine.checkpoint_engine is shards else by_name(*arguments)
 
     engine._get_all_ckpt_names = names
 
 
-def _check_fits(engine: Any, resharder: Resharder) -> None:
-    """Raises UserError where the shards would not be what this engine holds: its names, sizes, order and sub-groups."""
+def _check_fits(engine: TrainingEngine, resharder: Resharder) -> None:
+    """Raise UserError where the shards would not be what this engine holds: its names, sizes, order and sub-groups."""
     path = resharder.checkpoint.path.parent
     held = [{n: tuple(s) for n, s in v.items()} for v in engine._get_zero_param_shapes()]
     made = [vector.shapes for vector in resharder.vectors]
@@ -121,7 +122,7 @@ def _check_fits(engine: Any, resharder: Resharder) -> None:
 
 
 def _describe(layout: Layout, other: Layout) -> str:
-    """A layout in words: its ranks, and what else sets it off from the other."""
+    """Describe a layout in words: its ranks, and what else sets it off from the other."""
     words = [f"{layout.world_size} rank{'s' * (layout.world_size != 1)}"]
     if layout.stage != other.stage:
         words.append(f"at ZeRO-{layout.stage}")
@@ -134,10 +135,8 @@ def _describe(layout: Layout, other: Layout) -> str:
     return " ".join(words)
 
 
-def write_resharded(
-    path: Path, out: Path, manifest: dict[str, Any], world_size: int
-) -> Iterator[int]:
-    """Writes into `out` what the verified checkpoint `path` would be had `world_size` ranks written it.
+def write_resharded(path: Path, out: Path, manifest: Manifest, world_size: int) -> Iterator[int]:
+    """Write into `out` what the verified checkpoint `path` would be had `world_size` ranks written it.
 
     One process without a GPU or a process group; yields after each rank's shards how many bytes they take. The
     manifest is written last, everything is on the disk then, and `path` stays as it is. Memory is one shard.
@@ -152,7 +151,7 @@ def write_resharded(
     if micro is not None and "train_batch_size" in ds_config:
         ds_config["train_batch_size"] = micro * world_size
     resharder = Resharder(checkpoint, Layout.of(ds_config, world_size), ds_config)
-    shards, files = ShardFiles(), dict[str, Any]()
+    shards, files = ShardFiles(), dict[str, FileEntry]()
     try:
         with writing(out):
             (out / ENGINE_FOLDER).mkdir(parents=True)
@@ -164,8 +163,12 @@ def write_resharded(
                     shards.save(make(), str(out / ENGINE_FOLDER / name))
                 files |= shards.entries(out)
                 yield sum(entry["size"] for entry in files.values())
-            facts = {"world_size": world_size, "files": dict(sorted(files.items()))}
-            write_manifest(out, {**manifest, **facts})
+            resharded: Manifest = {
+                **manifest,
+                "world_size": world_size,
+                "files": dict(sorted(files.items())),
+            }
+            write_manifest(out, resharded)
             for folder in (out / ENGINE_FOLDER, out, out.parent):
                 sync_to_disk(folder)
     except BaseException:

@@ -13,10 +13,14 @@ from torch import Tensor
 
 from pal_ds.engine.checkpoint.layout import Layout, Shapes, VectorGroup, undealt
 from pal_ds.engine.checkpoint.shard_reader import MOMENTS, Kind, ShardedCheckpoint
-from pal_ds.engine.checkpoint.torch_archive import StoredTensor
+from pal_ds.engine.checkpoint.torch_archive import ShardContent, StoredTensor
+from pal_ds.engine.ds_config import DeepSpeedConfig
+from pal_ds.engine.optim import ParamGroup
 from pal_ds.errors import UserError
 from pal_ds.heads.shapes import Float
 
+AdamState = dict[str, Tensor | int]
+"""`step`, and the moments as vectors."""
 _ADAM = {"step", *MOMENTS}
 
 
@@ -31,10 +35,10 @@ class Resharder:
 
     checkpoint: ShardedCheckpoint
     new: Layout
-    ds_config: dict[str, Any]
-    """The new one."""
-    settings: list[dict[str, Any]] | None = None
-    """What the new optimizer keeps of each parameter group; unset means the same keys as the stored one."""
+    ds_config: DeepSpeedConfig
+    """DeepSpeed's config of the new layout."""
+    settings: list[ParamGroup] | None = None
+    """Settings that the new optimizer keeps of each parameter group; unset means the keys of the stored one."""
 
     def __post_init__(self) -> None:
         path, unknown = self.checkpoint.path.parent, self.checkpoint.state_names() - _ADAM
@@ -55,7 +59,7 @@ class Resharder:
 
     @cached_property
     def groups(self) -> list[Shapes]:
-        """The parameters of each group in the optimizer's own order."""
+        """Return the parameters of each group in the optimizer's own order."""
         groups = self.checkpoint.groups
         if self.old.round_robin:
             return [undealt(group, self.old.world_size) for group in groups]
@@ -65,10 +69,10 @@ class Resharder:
     def vectors(self) -> list[VectorGroup]:
         return self.new.vectors(self.groups)
 
-    def files(self, rank: int) -> dict[str, Callable[[], dict[str, Any]]]:
-        """Names of the files that a rank of the new world has written, and what makes their content."""
+    def files(self, rank: int) -> dict[str, Callable[[], ShardContent]]:
+        """Return the names of the files that a rank of the new world writes, each with what makes its content."""
         prefix = f"zero_pp_rank_{rank}_mp_rank_00"
-        made: dict[str, Callable[[], dict[str, Any]]] = {}
+        made: dict[str, Callable[[], ShardContent]] = {}
         if self.new.stage == 3:
             made[f"{prefix}_model_states.pt"] = lambda: self.model_states(rank)
         elif rank == 0:
@@ -78,8 +82,8 @@ class Resharder:
             made[f"{half}{prefix}_optim_states.pt"] = lambda: self.optimizer_states(rank)
         return made
 
-    def model_states(self, rank: int) -> dict[str, Any]:
-        """What DeepSpeed writes to `*_model_states.pt`: at stages 0 to 2 all weights in the dtype of training.
+    def model_states(self, rank: int) -> ShardContent:
+        """Make the content of a rank's `*_model_states.pt`: at stages 0 to 2 all weights, in the dtype of training.
 
         Buffers are those of the old rank of this number, counted round.
         """
@@ -105,8 +109,8 @@ class Resharder:
         states |= {"optimizer": None, "param_shapes": shapes, "shared_params": tied}
         return {"module": weights, **states}
 
-    def _module(self, stored: dict[str, Any]) -> dict[str, Tensor]:
-        """The module's state: buffers, and weights (at stage 3 DeepSpeed leaves placeholders of no size)."""
+    def _module(self, stored: ShardContent) -> dict[str, Tensor]:
+        """Make the module's state: buffers, and weights (at stage 3 DeepSpeed leaves placeholders of no size)."""
         dtype = torch.bfloat16 if self.new.bf16 else torch.float32
         trained = set(self.checkpoint.trained)
         cast: dict[str, Tensor] = {}
@@ -129,14 +133,14 @@ class Resharder:
             kept[name] = cast[owner]
         return {name: kept[name] for name in stored} | kept
 
-    def optimizer_states(self, rank: int) -> dict[str, Any]:
-        """What DeepSpeed writes to a rank's `*_optim_states.pt`: fp32 masters, moments, step counts, group settings."""
+    def optimizer_states(self, rank: int) -> ShardContent:
+        """Make the content of a rank's `*_optim_states.pt`: fp32 masters, moments, step counts, group settings."""
         from deepspeed.runtime.fp16.loss_scaler import LossScaler
         from deepspeed.runtime.zero.config import ZeroStageEnum
 
         masters = [self._fill(vector.shapes, rank, "master") for vector in self.vectors]
         optimizer = {"state": self._adam(rank), "param_groups": self._param_groups()}
-        states: dict[str, Any] = {
+        states: ShardContent = {
             "zero_stage": ZeroStageEnum(self.new.stage),
             # Neither fp32 nor bf16 scales the loss.
             "loss_scaler": LossScaler(scale=1),
@@ -151,7 +155,7 @@ class Resharder:
         version = self.checkpoint.model_states[0].get("ds_version")
         return {"optimizer_state_dict": states, "ds_config": self.ds_config, "ds_version": version}
 
-    def _stage12(self, rank: int, masters: list[Tensor]) -> dict[str, Any]:
+    def _stage12(self, rank: int, masters: list[Tensor]) -> ShardContent:
         from deepspeed.utils import fragment_address
 
         shapes = [vector.shapes for vector in self.vectors]
@@ -175,14 +179,14 @@ class Resharder:
         }
 
     def _fill(self, shapes: Shapes, rank: int, kind: Kind) -> Float[Tensor, "n"]:
-        """A rank's part of a vector; padding is 0."""
+        """Assemble a rank's part of a vector; padding is 0."""
         values = torch.zeros(self.new.num_values(shapes))
         for name, start, count, offset in self.new.pieces(shapes, rank):
             values[offset : offset + count] = self.checkpoint.read(name, start, count, kind)
         return values
 
-    def _adam(self, rank: int) -> dict[int, dict[str, Any]]:
-        states: dict[int, dict[str, Any]] = {}
+    def _adam(self, rank: int) -> dict[int, AdamState]:
+        states: dict[int, AdamState] = {}
         for index, (_, shapes) in enumerate(self.vectors):
             step = self._step(shapes)
             if step is not None:
@@ -202,7 +206,7 @@ class Resharder:
             )
         return counts.pop()
 
-    def _param_groups(self) -> list[dict[str, Any]]:
+    def _param_groups(self) -> list[ParamGroup]:
         stored = self.checkpoint.param_groups
         groups = []
         for index, settings in enumerate(stored if self.settings is None else self.settings):
@@ -213,7 +217,7 @@ class Resharder:
 
 
 def _read_all(value: Any, seen: dict[StoredTensor, Tensor] | None = None) -> Any:
-    """`value` with its tensors in memory; one that occurs twice (tied weights) stays one."""
+    """Return `value` with its tensors in memory; one that occurs twice (tied weights) stays one."""
     seen = {} if seen is None else seen
     if isinstance(value, StoredTensor):
         if value not in seen:

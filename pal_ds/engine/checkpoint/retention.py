@@ -1,4 +1,4 @@
-"""Which checkpoints stay, and how the others go: renamed first, so that a deletion cut short leaves no half a step."""
+"""Retention of checkpoints: those that go are renamed first, so that a deletion cut short leaves no half a step."""
 
 import logging
 import os
@@ -19,11 +19,11 @@ REPLACED = ".replaced"
 """Suffix of a step whose successor of the same number is being published."""
 _LEFTOVER = re.compile(r"step_\d+(\.tmp|\.replaced|\.gone|\.tmp\.gone|\.replaced\.gone)")
 _warned_of: set[Path] = set()
-"""What could not be deleted and has been complained of."""
+"""Directories that could not be deleted and have been warned of."""
 
 
 def retain(run: RunDirectory, num_keep: int, best_step: int | None, now: int) -> None:
-    """Deletes all but the newest `num_keep` complete checkpoints, the best and the one that latest.json names.
+    """Delete all but the newest `num_keep` complete checkpoints, the best and the one that latest.json names.
 
     Checkpoints newer than `now`, where the run stands, are of a continuation that was given up (they were damaged
     when the run resumed from an older one): they count for nothing. A deletion that fails is complained of once and
@@ -46,7 +46,7 @@ def retain(run: RunDirectory, num_keep: int, best_step: int | None, now: int) ->
 
 
 def discard_leftovers(run: RunDirectory) -> None:
-    """Deletes what interrupted saves and deletions left, to make room."""
+    """Delete what interrupted saves and deletions left, to make room."""
     restore_replaced(run)
     for path in sorted(run.checkpoints.glob("step_*")):
         # Other names are not ours to delete: a person may keep a copy here.
@@ -55,7 +55,7 @@ def discard_leftovers(run: RunDirectory) -> None:
 
 
 def discard(path: Path) -> None:
-    """Deletes a directory of a checkpoint, if it is there; from the first moment on it is none any more."""
+    """Delete a directory of a checkpoint, if it is there; from the first moment on it is none any more."""
     gone = path if path.name.endswith(GONE) else path.with_name(path.name + GONE)
     try:
         if path != gone and path.exists():
@@ -74,7 +74,7 @@ def discard(path: Path) -> None:
 
 
 def restore_replaced(run: RunDirectory) -> None:
-    """Gives a step its name back whose replacement was cut off between two renames; the replacement is made again."""
+    """Give a step its name back whose replacement was cut off between two renames; the replacement is made again."""
     for aside in run.checkpoints.glob("step_*" + REPLACED):
         path = aside.with_name(aside.name.removesuffix(REPLACED))
         if not path.exists():

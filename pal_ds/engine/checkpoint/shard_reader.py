@@ -13,14 +13,16 @@ The optimizer sees each vector as one parameter, so its moments are cut as the m
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pal_ds.engine.checkpoint.torch_archive import StoredTensor, load_archive
+from pal_ds.engine.checkpoint.torch_archive import ShardContent, StoredTensor, load_archive
+from pal_ds.engine.ds_config import DeepSpeedConfig
+from pal_ds.engine.optim import ParamGroup
 from pal_ds.errors import UserError
 from pal_ds.heads.shapes import Float
 
@@ -41,7 +43,7 @@ class _Segment(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where one parameter lies: its shape, its vector and the segments that follow one another to make it."""
+    """The place of one parameter: its shape, its vector and the segments that follow one another to make it."""
 
     shape: tuple[int, ...]
     vector: int
@@ -60,8 +62,8 @@ class ShardedCheckpoint:
 
     groups: list[dict[str, tuple[int, ...]]]
     """Names and shapes of each parameter group, in the order in which the shards hold them; none at stage 0."""
-    param_groups: list[dict[str, Any]]
-    """What the optimizer stored of each parameter group (rates, name), without its parameters; none at stage 0."""
+    param_groups: list[ParamGroup]
+    """Settings that the optimizer stored of each parameter group (rates, name), without parameters; none at stage 0."""
 
     def __init__(self, path: Path) -> None:
         self.path = path / ENGINE_FOLDER
@@ -73,13 +75,13 @@ class ShardedCheckpoint:
             )
         self.model_states = models
         """The content of `*_model_states.pt`, in rank order; tensors as `StoredTensor`."""
-        self.ds_config: dict[str, Any] = models[0].get("ds_config") or {}
+        self.ds_config: DeepSpeedConfig = models[0].get("ds_config") or {}
         self.world_size = int(models[0]["dp_world_size"])
         self.groups, self.param_groups = [], []
         self._places: dict[str, _Place] = {}
         self._whole: dict[str, StoredTensor] = {}
         self._masters: list[list[StoredTensor]] = []
-        self._states: list[list[dict[str, Any]]] = []
+        self._states: list[list[ShardContent]] = []
         flats = [shard.get("optimizer_state_dict") or {} for shard in self._load("optim_states")]
         if flats and "fp32_flat_groups" in flats[0]:
             self._read_stage3(models[0], flats)
@@ -93,7 +95,7 @@ class ShardedCheckpoint:
 
     @property
     def names(self) -> list[str]:
-        """Names as in the trained module: `backbone...`, `head...`."""
+        """Names of all tensors, as in the trained module: `backbone...`, `head...`."""
         return [*self._places, *self._whole]
 
     @property
@@ -105,11 +107,12 @@ class ShardedCheckpoint:
         return name in self._places or name in self._whole
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor. Raises KeyError where there is no such name."""
         place = self._places.get(name)
         return self._whole[name].shape if place is None else place.shape
 
     def tensor(self, name: str, kind: Kind = "master") -> Float[Tensor, "..."]:
-        """The whole tensor, fp32, assembled now.
+        """Assemble and return the whole tensor, fp32.
 
         Raises:
             KeyError: there is no such name, or no moment of it.
@@ -121,7 +124,7 @@ class ShardedCheckpoint:
         return self.read(name, 0, math.prod(shape), kind).view(shape)
 
     def pieces(self, name: str) -> Iterator[Float[Tensor, "n"]]:
-        """The values of a flattened tensor, fp32, one piece of PIECE after the other; raises as `tensor` does."""
+        """Yield the values of a flattened tensor, fp32, PIECE at a time; raises as `tensor` does."""
         if name in self._whole:
             yield self._whole[name].read().float().flatten()
             return
@@ -132,7 +135,7 @@ class ShardedCheckpoint:
     def read(
         self, name: str, start: int, num_values: int, kind: Kind = "master"
     ) -> Float[Tensor, "n"]:
-        """Values [start, start + num_values) of a flattened trainable parameter or of a moment of it, fp32.
+        """Read values [start, start + num_values) of a flattened trainable parameter or of a moment of it, fp32.
 
         Raises:
             KeyError: there is no such name, or no moment of it.
@@ -160,7 +163,7 @@ class ShardedCheckpoint:
         return values
 
     def step(self, name: str) -> float | None:
-        """How many updates the optimizer has made of a trainable parameter; None where it holds no moments of it.
+        """Return how many updates the optimizer has made of a trainable parameter; None where it has no moments of it.
 
         Raises:
             KeyError: there is no such name.
@@ -169,7 +172,7 @@ class ShardedCheckpoint:
         return float(value.read()) if isinstance(value, StoredTensor) else value
 
     def state_names(self) -> set[str]:
-        """What the optimizer holds of parameters: `step`, `exp_avg`, `exp_avg_sq` under Adam."""
+        """Return the names of the optimizer's states of a parameter: `step`, `exp_avg`, `exp_avg_sq` under Adam."""
         return {name for states in self._states for state in states for name in state}
 
     def _vector(self, rank: int, vector: int, kind: Kind) -> StoredTensor:
@@ -178,15 +181,15 @@ class ShardedCheckpoint:
         return self._states[rank][vector][kind]
 
     def items(self) -> Iterator[tuple[str, Float[Tensor, "..."]]]:
-        """(name, tensor) one after the other; only the current one is in memory."""
+        """Yield (name, tensor) one after the other; only the current one is in memory."""
         return ((name, self.tensor(name)) for name in self.names)
 
-    def _load(self, kind: str) -> list[dict[str, Any]]:
-        """All files of a kind in rank order."""
+    def _load(self, kind: str) -> list[ShardContent]:
+        """Read all files of a kind, in rank order."""
         files = sorted(self.path.glob(f"*_{kind}.pt"), key=lambda file: _numbers(file.name))
         return [load_archive(file) for file in files]
 
-    def _check_ranks(self, flats: list[dict[str, Any]], num_expected: Any) -> None:
+    def _check_ranks(self, flats: list[ShardContent], num_expected: object) -> None:
         num_ranks = max(num_expected) if isinstance(num_expected, list) else num_expected
         if isinstance(num_ranks, int) and num_ranks != len(flats):
             raise UserError(
@@ -194,7 +197,7 @@ class ShardedCheckpoint:
                 "*_optim_states.pt are here."
             )
 
-    def _read_stage3(self, model: dict[str, Any], flats: list[dict[str, Any]]) -> None:
+    def _read_stage3(self, model: ShardContent, flats: list[ShardContent]) -> None:
         self._check_ranks(flats, flats[0].get("partition_count"))
         self._masters = [_as_list(flat["fp32_flat_groups"]) for flat in flats]
         self._read_optimizer([flat.get("optimizer_state_dict") for flat in flats], model)
@@ -211,7 +214,7 @@ class ShardedCheckpoint:
             for rank in self._masters:
                 self._check_size(offset, rank[vector].numel, slack=1)
 
-    def _read_stage12(self, model: dict[str, Any], flats: list[dict[str, Any]]) -> None:
+    def _read_stage12(self, model: ShardContent, flats: list[ShardContent]) -> None:
         self._check_ranks(flats, flats[0].get("partition_count"))
         self._masters = [_as_list(flat["single_partition_of_fp32_groups"]) for flat in flats]
         self._read_optimizer([flat.get("base_optimizer_state") for flat in flats], model)
@@ -227,8 +230,8 @@ class ShardedCheckpoint:
             # The whole is padded to a multiple of twice the number of ranks.
             self._check_size(offset, sum(sizes), slack=2 * len(flats))
 
-    def _read_optimizer(self, stored: list[Any], model: dict[str, Any]) -> None:
-        """Fills the optimizer's states of each vector and the members of each parameter group."""
+    def _read_optimizer(self, stored: list[Any], model: ShardContent) -> None:
+        """Fill in the optimizer's states of each vector and the members of each parameter group."""
         if not isinstance(stored[0], dict):
             stored = [{"state": {}, "param_groups": []}] * len(stored)
         order = [index for group in stored[0]["param_groups"] for index in group["params"]]
@@ -259,20 +262,20 @@ class ShardedCheckpoint:
             f"{available}: files of different checkpoints are mixed, or DeepSpeed's format changed."
         )
 
-    def _add_buffers(self, model: dict[str, Any]) -> None:
+    def _add_buffers(self, model: ShardContent) -> None:
         for name in model.get("buffer_names") or ():
             value = model["module"].get(name)
             if value is not None and value.is_floating_point:
                 self._whole[name] = value
 
-    def _add_tied(self, model: dict[str, Any]) -> None:
+    def _add_tied(self, model: ShardContent) -> None:
         for alias, name in (model.get("shared_params") or {}).items():
             if name in self._places and alias not in self._places:
                 self._places[alias] = self._places[name]
 
 
 def _cut(sizes: list[int], offset: int, count: int) -> Iterator[_Segment]:
-    """Segments of [offset, offset + count) of the ranks' parts laid end to end."""
+    """Yield the segments of [offset, offset + count) of the ranks' parts laid end to end."""
     begin = 0
     for rank, size in enumerate(sizes):
         low, high = max(offset, begin), min(offset + count, begin + size)
@@ -281,7 +284,7 @@ def _cut(sizes: list[int], offset: int, count: int) -> Iterator[_Segment]:
         begin += size
 
 
-def _as_list(value: Any) -> list[StoredTensor]:
+def _as_list(value: StoredTensor | Iterable[StoredTensor]) -> list[StoredTensor]:
     # A StoredTensor is a tuple itself: one flat vector may stand without a list around it.
     return [value] if isinstance(value, StoredTensor) else list(value)
 

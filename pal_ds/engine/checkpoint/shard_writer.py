@@ -9,13 +9,13 @@ import os
 import pickle
 import re
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, TypedDict, cast
 
 import torch
 import xxhash
 
 from pal_ds.distributed import phase
-from pal_ds.engine.checkpoint.torch_archive import CHUNK, foreign_object
+from pal_ds.engine.checkpoint.torch_archive import CHUNK, ShardContent, foreign_object
 from pal_ds.errors import StorageError, UserError, storage_error
 from pal_ds.io.fault_points import reached
 
@@ -23,11 +23,13 @@ SYNCED_AT_ONCE = 1 << 30
 """Bytes of a shard that may wait in the cache."""
 
 
-class FileEntry(NamedTuple):
-    """What the manifest says of a file."""
+class FileEntry(TypedDict):
+    """Entry of a file in the manifest."""
 
     size: int
+    """Size in bytes."""
     xxh3_128: str
+    """xxh3 hash of the content, 128 bits in hexadecimal."""
 
 
 class ShardFiles:
@@ -38,8 +40,8 @@ class ShardFiles:
         self.failure: StorageError | None = None
         self._foreign: list[str] = []
 
-    def save(self, state_dict: Any, path: str) -> None:
-        """Writes one shard to the disk itself, past its cache; a failure is kept for `entries` to raise."""
+    def save(self, state_dict: object, path: str) -> None:
+        """Write one shard to the disk itself, past its cache; a failure is kept for `entries` to raise."""
         if self.failure is not None:
             return
         try:
@@ -57,8 +59,8 @@ class ShardFiles:
         self.written[Path(path)] = shard.entry()
         reached("a shard written")
 
-    def entries(self, directory: Path) -> dict[str, dict[str, Any]]:
-        """Size and hash of this rank's files, by their names in `directory`.
+    def entries(self, directory: Path) -> dict[str, FileEntry]:
+        """Return size and hash of this rank's files, by their names in `directory`.
 
         Raises:
             StorageError: one of them could not be written.
@@ -72,13 +74,10 @@ class ShardFiles:
                 f"{directory}: DeepSpeed wrote {self._foreign[0]} into a shard, which a resume would refuse to read. "
                 "Set train.ds_config to one of those that come with pal_ds, and please report this."
             )
-        return {
-            str(path.relative_to(directory)): entry._asdict()
-            for path, entry in self.written.items()
-        }
+        return {str(path.relative_to(directory)): entry for path, entry in self.written.items()}
 
-    def load(self, path: str, map_location: Any = None) -> Any:
-        """The content of a shard: tensors, plain values and the few classes of DeepSpeed that its shards hold.
+    def load(self, path: str, map_location: Any = None) -> ShardContent:
+        """Read the content of a shard: tensors, plain values and the few classes of DeepSpeed that its shards hold.
 
         Raises:
             ForeignObjectError: the shard names anything else.
@@ -101,11 +100,11 @@ class ShardFiles:
         except OSError as error:
             self.failure = self.failure or _as_storage_error(error, path)
 
-    def create(self, info: Any) -> None:
-        """A tag begins; its directory is there already."""
+    def create(self, info: object) -> None:
+        """Do nothing as a tag begins; its directory is there already."""
 
-    def commit(self, info: Any) -> bool:
-        """A tag ends; the manifest says later whether it is whole."""
+    def commit(self, info: object) -> bool:
+        """Return True as a tag ends; the manifest says later whether it is whole."""
         return True
 
     def is_data_parallel_writer(self, dp_rank: int) -> bool:
@@ -114,14 +113,14 @@ class ShardFiles:
     def is_decoupled(self) -> bool:
         return False
 
-    def set_commit_info(self, info: Any) -> None:
-        """Only for engines that commit later."""
+    def set_commit_info(self, info: object) -> None:
+        """Do nothing: for engines that commit later."""
 
     def get_commit_info(self) -> None:
         return None
 
     def cleanup(self) -> None:
-        """No thread or process of its own."""
+        """Do nothing: there is no thread or process to end."""
 
     def preserves_storage_sharing(self) -> bool:
         return True
@@ -130,13 +129,13 @@ class ShardFiles:
 class _HashedStream:
     """A binary file for `torch.save`. It never raises: torch would say nothing of why the write failed."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: io.BufferedWriter) -> None:
         self._stream = stream
         self._digest = xxhash.xxh3_128()
         self._size = self._num_synced = 0
         self.failure: OSError | None = None
 
-    def write(self, data: Any) -> int:
+    def write(self, data: bytes | bytearray | memoryview) -> int:
         whole = memoryview(data)
         for begin in range(0, len(whole), CHUNK):
             if self.failure is None:
@@ -145,7 +144,7 @@ class _HashedStream:
         return len(data)
 
     def _write(self, data: memoryview) -> None:
-        """A part of a tensor, which may be as large as the shard."""
+        """Write a part of a tensor, which may be as large as the shard."""
         try:
             self._stream.write(data)
             # Else what the cache took in minutes would leave it at the end, at once and without a sign of progress.
@@ -158,16 +157,16 @@ class _HashedStream:
         phase.progress()
 
     def sync(self) -> None:
-        """What was written is on the disk itself, past its cache. Raises OSError where it cannot be."""
+        """Bring what was written to the disk itself, past its cache. Raises OSError where it cannot be."""
         self._stream.flush()
         os.fsync(self._stream.fileno())
         self._num_synced = self._size
 
     def flush(self) -> None:
-        """The file is flushed once, at its end."""
+        """Do nothing: the file is flushed once, at its end."""
 
     def entry(self) -> FileEntry:
-        return FileEntry(self._size, self._digest.hexdigest())
+        return {"size": self._size, "xxh3_128": self._digest.hexdigest()}
 
 
 class _MarkedReader:
@@ -182,7 +181,7 @@ class _MarkedReader:
         phase.progress()
         return self._stream.read(size)
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: bytearray | memoryview) -> int:
         view = memoryview(buffer).cast("B")
         done = 0
         while num_read := self._stream.readinto(view[done : done + CHUNK]):
@@ -192,13 +191,13 @@ class _MarkedReader:
 
 
 def _as_storage_error(error: OSError, path: str) -> StorageError:
-    """Whatever kept a shard from being written, the ranks must agree on it."""
+    """Return the error as a StorageError, whatever it was: the ranks must agree on it."""
     known = storage_error(error, path)
     return known or StorageError(f"{path}: cannot be written: {error}. Mend this and start again.")
 
 
 def _classes_in_shards() -> list[Any]:
-    """What DeepSpeed writes beside tensors and plain values: none of these does anything when it is made."""
+    """Return the classes that DeepSpeed writes beside tensors and plain values: to make one of them runs nothing."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

@@ -6,11 +6,13 @@ Tensors are placeholders that know their bytes' place in the file: opening a sha
 costs kilobytes, and what has been read is never kept by the page tables of this process.
 """
 
+import io
 import math
 import pickle
 import struct
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +22,8 @@ from torch import Tensor
 from pal_ds.distributed import phase
 from pal_ds.errors import UserError
 
+ShardContent = dict[str, Any]
+"""Content of one of DeepSpeed's shards, or a mapping inside it: names and values are DeepSpeed's own."""
 CHUNK = 1 << 24
 """Bytes that are read or written at a time, so that a large tensor shows progress."""
 _LOCAL_HEADER = struct.Struct("<26xHH")
@@ -45,7 +49,7 @@ class ForeignObjectError(UserError):
 
 
 def foreign_object(path: Path | str, name: str) -> ForeignObjectError:
-    """The refusal of a shard that names something which reading it would run."""
+    """Return the refusal of a shard that names something which reading it would run."""
     return ForeignObjectError(
         f"{path}: names {name}, which no checkpoint of pal_ds holds; reading it would run foreign "
         "code, so it is not read. Find out who wrote it, and delete this step."
@@ -57,7 +61,7 @@ class Storage(NamedTuple):
 
     path: Path
     begin: int
-    """Of the first element, in bytes from the file's start."""
+    """Place of the first element, in bytes from the file's start."""
     num_elements: int
     dtype: torch.dtype
 
@@ -67,7 +71,7 @@ class StoredTensor(NamedTuple):
 
     storage: Storage
     offset: int
-    """Of the first element, in elements from the storage's start."""
+    """Place of the first element, in elements from the storage's start."""
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
@@ -80,28 +84,28 @@ class StoredTensor(NamedTuple):
         return self.storage.dtype.is_floating_point
 
     def read(self) -> Tensor:
-        """The tensor, in the dtype it was stored in."""
+        """Read the tensor, in the dtype it was stored in."""
         if self.stride == _contiguous_stride(self.shape):
             return self.read_flat(0, self.numel).view(self.shape)
         whole = StoredTensor(self.storage, 0, (self.storage.num_elements,), (1,)).read()
         return whole.as_strided(self.shape, self.stride, self.offset).contiguous()
 
     def read_flat(self, start: int, count: int) -> Tensor:
-        """Elements [start, start + count) of a contiguous tensor, flattened."""
+        """Read elements [start, start + count) of a contiguous tensor, flattened."""
         values = torch.empty(count, dtype=self.storage.dtype)
         self.read_into(values, start)
         return values
 
     def read_into(self, values: Tensor, start: int) -> None:
-        """Fills `values`, contiguous and of the stored dtype, with the elements from `start` of a contiguous tensor."""
+        """Fill `values`, contiguous and of the stored dtype, with the elements from `start` of a contiguous tensor."""
         if values.numel():
             with open(self.storage.path, "rb", buffering=0) as stream:
                 stream.seek(self.storage.begin + (self.offset + start) * values.element_size())
                 _fill(stream, values.view(torch.uint8).numpy().data, self.storage.path)
 
 
-def load_archive(path: Path) -> Any:
-    """The object that `torch.save` wrote to `path`, its tensors as `StoredTensor`.
+def load_archive(path: Path) -> ShardContent:
+    """Read the mapping that `torch.save` wrote to `path`, its tensors as `StoredTensor`.
 
     Raises:
         ForeignObjectError: a pickle with names that no DeepSpeed shard uses.
@@ -127,7 +131,9 @@ def load_archive(path: Path) -> Any:
 class _Unpickler(pickle.Unpickler):
     """Rebuilds containers, numbers and tensor placeholders; everything else is inert or refused."""
 
-    def __init__(self, path: Path, archive: zipfile.ZipFile, stream: Any, root: str) -> None:
+    def __init__(
+        self, path: Path, archive: zipfile.ZipFile, stream: io.BufferedReader, root: str
+    ) -> None:
         super().__init__(archive.open(f"{root}data.pkl"))
         self.path, self.archive, self.stream, self.root = path, archive, stream, root
 
@@ -153,7 +159,7 @@ class _Unpickler(pickle.Unpickler):
             return Inert
         raise foreign_object(self.path, f"{module}.{name}")
 
-    def persistent_load(self, pid: Any) -> Storage:
+    def persistent_load(self, pid: tuple) -> Storage:
         kind, dtype, key, _, num_elements = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype):
             raise pickle.UnpicklingError(f"unknown reference {kind!r}")
@@ -171,10 +177,10 @@ class _Unpickler(pickle.Unpickler):
 class Inert:
     """Stands for an object of DeepSpeed or numpy: takes any arguments and state, does nothing."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         self.arguments = args
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         """State is dropped."""
 
     def __hash__(self) -> int:
@@ -182,16 +188,18 @@ class Inert:
 
 
 def _rebuild_tensor(
-    storage: Storage, offset: int, shape: tuple, stride: tuple, *_: Any
+    storage: Storage, offset: int, shape: tuple, stride: tuple, *_: object
 ) -> StoredTensor:
     return StoredTensor(storage, offset, tuple(shape), tuple(stride))
 
 
-def _rebuild_parameter(data: StoredTensor, *_: Any) -> StoredTensor:
+def _rebuild_parameter(data: StoredTensor, *_: object) -> StoredTensor:
     return data
 
 
-def _rebuild_from_type(rebuild: Any, _: Any, arguments: tuple, __: Any) -> StoredTensor:
+def _rebuild_from_type(
+    rebuild: Callable[..., StoredTensor], _: object, arguments: tuple, __: object
+) -> StoredTensor:
     if rebuild not in _REBUILD.values():
         raise pickle.UnpicklingError("a tensor of an unknown kind")
     return rebuild(*arguments)
@@ -209,7 +217,7 @@ def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     return torch.empty(shape, device="meta").stride()
 
 
-def _fill(stream: Any, view: memoryview, path: Path) -> None:
+def _fill(stream: io.FileIO, view: memoryview, path: Path) -> None:
     done = 0
     while done < len(view):
         num_read = stream.readinto(view[done : done + CHUNK])

@@ -2,12 +2,12 @@
 
 import time
 from pathlib import Path
-from typing import Any
 
 from pal_ds.distributed import phase
 from pal_ds.distributed.world import World
-from pal_ds.engine.checkpoint.manifest import check_content, check_listing, first_intact
+from pal_ds.engine.checkpoint.manifest import Manifest, check_content, check_listing, first_intact
 from pal_ds.engine.checkpoint.retention import restore_replaced
+from pal_ds.engine.checkpoint.shard_writer import FileEntry
 from pal_ds.errors import StorageError, UserError
 from pal_ds.runs.run_dir import RunDirectory
 
@@ -17,8 +17,8 @@ SECONDS_TO_APPEAR = 60
 
 def newest_intact_for_all(
     run: RunDirectory, world: World, *, trust: bool = False
-) -> tuple[Path, dict[str, Any]] | None:
-    """What `manifest.newest_intact` finds, on every rank; each of them reads its share of the files.
+) -> tuple[Path, Manifest] | None:
+    """Return what `manifest.newest_intact` returns, on every rank; each of them reads its share of the files.
 
     Rank 0 chooses the step and looks at its listing; damage that any rank finds sends all to the step before.
 
@@ -31,7 +31,7 @@ def newest_intact_for_all(
         restore_replaced(run)
         return run.all_steps()
 
-    def verify(path: Path) -> dict[str, Any]:
+    def verify(path: Path) -> Manifest:
         phase.enter("verify a checkpoint")
         manifest = world.from_rank_zero(lambda: check_listing(path, trust=trust))
         mine = share_of(manifest["files"], world.rank, world.world_size)
@@ -45,14 +45,23 @@ def newest_intact_for_all(
     return first_intact(run, world.from_rank_zero(choose), verify)
 
 
-def share_of(files: dict[str, Any], rank: int, world_size: int) -> dict[int, tuple[str, Any]]:
-    """The files that a rank reads, the largest dealt out first, under their places in the manifest."""
+def share_of(
+    files: dict[str, FileEntry], rank: int, world_size: int
+) -> dict[int, tuple[str, FileEntry]]:
+    """Return the files that a rank reads, the largest dealt out first, under their places in the manifest.
+
+    >>> files = {name: {"size": size, "xxh3_128": ""} for name, size in (("a", 1), ("b", 9), ("c", 5))}
+    >>> [[name for name, _ in share_of(files, rank, world_size=2).values()] for rank in (0, 1)]
+    [['a', 'b'], ['c']]
+    """
     listed = list(enumerate(files.items()))
     dealt = sorted(listed, key=lambda item: -item[1][1]["size"])[rank::world_size]
     return dict(sorted(dealt))
 
 
-def _first_problem(path: Path, share: dict[int, tuple[str, Any]]) -> tuple[int, UserError] | None:
+def _first_problem(
+    path: Path, share: dict[int, tuple[str, FileEntry]]
+) -> tuple[int, UserError] | None:
     wait_for_files(path, dict(share.values()))
     for place, (name, entry) in share.items():
         try:
@@ -62,8 +71,8 @@ def _first_problem(path: Path, share: dict[int, tuple[str, Any]]) -> tuple[int, 
     return None
 
 
-def wait_for_files(directory: Path, entries: dict[str, dict[str, Any]]) -> None:
-    """Until this node sees files that another rank wrote or has seen.
+def wait_for_files(directory: Path, entries: dict[str, FileEntry]) -> None:
+    """Wait until this node sees files that another rank wrote or has seen.
 
     Raises:
         StorageError: it never does, as where every node has a disk of its own under this name.

@@ -41,29 +41,29 @@ _COMPUTED = ("position_ids", "inv_freq")
 
 @dataclass(frozen=True, kw_only=True)
 class ImportOptions:
-    """What a checkpoint of the reference does not say by itself."""
+    """All that a checkpoint of the reference does not say by itself."""
 
     config: Path
-    """Its prefLearner_config (YAML)."""
+    """The prefLearner_config (YAML) of the checkpoint."""
     backbone: Path
     """Folder with the backbone's config and tokenizer, and its weights where the checkpoint has none."""
     users_out: Path | None = None
-    """Where the user table goes."""
+    """Folder for the user table; None: it is not written."""
     user: str | None = None
     mixture: Sequence[float] | None = None
     end_text: str = "<|endoftext|>"
-    """`end_of_conversation_token` of its ds_config."""
+    """`end_of_conversation_token` of the reference's ds_config."""
     prompt_end: str = " Assistant:"
-    """How every prompt ended: for PAL-B, which must find the response in a text."""
+    """Text at the end of every prompt: for PAL-B, which must find the response in a text."""
     max_length: int = 512
-    """`max_seq_len` of its ds_config."""
+    """`max_seq_len` of the reference's ds_config."""
     dtype: str = "fp32"
     max_shard_size: str = "4GB"
     quiet: bool = False
 
 
-def import_checkpoint(checkpoint: Path, out: Path, options: ImportOptions) -> dict[str, Any]:
-    """Writes the exported folder `out`, and the users; returns the folder's facts (export.json).
+def import_checkpoint(checkpoint: Path, out: Path, options: ImportOptions) -> card.ImportedExport:
+    """Write the exported folder `out`, and the users; return the folder's facts (export.json).
 
     Raises:
         UserError: a file that is no such checkpoint, holds objects beside tensors, or a variant that
@@ -86,9 +86,11 @@ def import_checkpoint(checkpoint: Path, out: Path, options: ImportOptions) -> di
     users.logits.copy_(imported.logits)
     users.seen.fill_(True)
     with new_folder(out) as folder:
-        facts = _fill(folder, imported, users, backbone, options)
-        facts["imported_from"] = checkpoint.name
-        facts["checkpoint_sha256"] = card.sha256_of(checkpoint)
+        facts: card.ImportedExport = {
+            **_fill(folder, imported, users, backbone, options),
+            "imported_from": checkpoint.name,
+            "checkpoint_sha256": card.sha256_of(checkpoint),
+        }
         card.write_card(folder, facts)
         card.write_facts(folder, facts)
         if options.users_out is not None:
@@ -98,7 +100,7 @@ def import_checkpoint(checkpoint: Path, out: Path, options: ImportOptions) -> di
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The tensors of a Lightning checkpoint or a state dict, under names without the learner's prefix.
+    """Read the tensors of a Lightning checkpoint or a state dict, under names without the learner's prefix.
 
     Raises:
         UserError: no such file, no checkpoint of PAL, or one that holds objects, which are not loaded.
@@ -151,7 +153,7 @@ def _fill(
     users: UserTable,
     backbone: dict[str, Tensor],
     options: ImportOptions,
-) -> dict[str, Any]:
+) -> card.DescribedImport:
     head = imported.head
     audience = choose_audience(head, users, user=options.user, mixture=options.mixture)
     inner = _backbone_config(options.backbone)
@@ -184,9 +186,8 @@ def _fill(
         size = parse_size(options.max_shard_size)
         write_sharded(folder, shapes, read, DTYPES[options.dtype], size, advance)
     _check(folder, read, DTYPES[options.dtype])
-    return _facts(head, audience, config, form, options) | {
-        "backbone_weights": "the checkpoint's" if backbone else "not in the checkpoint; given"
-    }
+    origin = "the checkpoint's" if backbone else "not in the checkpoint; given"
+    return _facts(head, audience, config, form, options, backbone_weights=origin)
 
 
 def _facts(
@@ -195,7 +196,9 @@ def _facts(
     config: PalRewardConfig,
     form: TextForm,
     options: ImportOptions,
-) -> dict[str, Any]:
+    *,
+    backbone_weights: str,
+) -> card.DescribedImport:
     return {
         "format_version": card.FORMAT_VERSION,
         "head": type(head).__name__,
@@ -222,11 +225,12 @@ def _facts(
             "special_tokens": False,
             "pad_token_id": config.pad_token_id,
         },
+        "backbone_weights": backbone_weights,
     }
 
 
 def _check(folder: Path, read: Callable[[str], Iterator[Tensor]], dtype: torch.dtype) -> None:
-    """Raises UserError unless the folder opens with the checkpoint's tensors, to the bit."""
+    """Raise UserError unless the folder opens with the checkpoint's tensors, to the bit."""
     model = PalForSequenceClassification.from_pretrained(folder, local_files_only=True)
     for name, tensor in model.state_dict().items():
         if not torch.equal(tensor.flatten(), torch.cat(list(read(name))).to(dtype)):
@@ -249,7 +253,7 @@ def _backbone_config(path: Path) -> PretrainedConfig:
 
 
 def _weights(backbone: dict[str, Tensor], path: Path, head: Head) -> Weights:
-    """The checkpoint's backbone, or that of the folder where it has none."""
+    """Return the checkpoint's backbone, or that of the folder where the checkpoint has none."""
     if not backbone:
         backbone = AutoModel.from_pretrained(path, dtype=torch.float32).state_dict()
     tensors = {

@@ -1,4 +1,4 @@
-"""How a text becomes ids in the PAL reference, as keys of our exported config and a tokenizer.
+"""The form of a text in the PAL reference, as keys of our exported config and a tokenizer.
 
 PAL-A reads prompt, response and end as one text; PAL-B reads prompt and end, and response and end. What
 the tokenizer itself puts around a text stands around each of these.
@@ -8,6 +8,8 @@ import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from pal_ds.data.markers import common_marker
 from pal_ds.data.tokenise import TextEncoder
@@ -19,16 +21,18 @@ _PROBES = ("Pearl 17 glows", "Is quartz 29 humming?", "Raven 38 sings.", "so it 
 
 @dataclass(frozen=True)
 class TextForm:
-    """Where the end goes: its ids after those of the text, or its text before there are ids."""
+    """The place of a text's end: its ids after those of the text, or its text before there are ids."""
 
     config: dict[str, Any]
     """Keys of PalRewardConfig."""
     written_end: str
-    """What the tokenizer writes after every text; empty where the model appends ids."""
+    """Text that the tokenizer writes after every text; empty where the model appends ids."""
 
     @classmethod
-    def of(cls, source: Any, *, end_text: str, prompt_end: str | None) -> "TextForm":
-        """The form for a tokenizer; `prompt_end`, how every prompt ends, where the head reads the prompt.
+    def of(
+        cls, source: PreTrainedTokenizerBase, *, end_text: str, prompt_end: str | None
+    ) -> "TextForm":
+        """Return the form for a tokenizer; `prompt_end`, how every prompt ends, where the head reads the prompt.
 
         Raises:
             UserError: `prompt_end` cannot be found again in the ids of a text.
@@ -52,7 +56,7 @@ class TextForm:
         return cls(config, "" if by_ids else end_text)
 
     def write_tokenizer(self, source: Path, folder: Path, max_length: int) -> int:
-        """The folder's tokenizer; returns its pad id."""
+        """Write the folder's tokenizer; return its pad id."""
         return write_framed_tokenizer(
             source,
             folder,
@@ -63,16 +67,18 @@ class TextForm:
         )
 
 
-def _appended(source: Any, text: str, end_text: str) -> tuple[int, list[int]]:
-    """(n, ids): with the end after it, a text loses its last n ids and gains these."""
+def _appended(source: PreTrainedTokenizerBase, text: str, end_text: str) -> tuple[int, list[int]]:
+    """Return (n, ids): with the end after it, a text loses its last n ids and gains these."""
     bare, full = _ids(source, text), _ids(source, text + end_text)
     together = zip(bare, full, strict=False)
     kept = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], together))
     return len(bare) - kept, full[kept:]
 
 
-def _prompt_end(source: Any, prompt_end: str, end_text: str) -> tuple[int, list[int]]:
-    """The end after a prompt. All prompts end alike, so it joins with them in one way at most."""
+def _prompt_end(
+    source: PreTrainedTokenizerBase, prompt_end: str, end_text: str
+) -> tuple[int, list[int]]:
+    """Return the end after a prompt. All prompts end alike, so it joins with them in one way at most."""
     endings = [_appended(source, probe + prompt_end, end_text) for probe in _PROBES]
     if any(item != endings[0] for item in endings):
         raise UserError(
@@ -82,7 +88,7 @@ def _prompt_end(source: Any, prompt_end: str, end_text: str) -> tuple[int, list[
     return endings[0]
 
 
-def _marker(source: Any, prompt_end: str) -> list[int]:
+def _marker(source: PreTrainedTokenizerBase, prompt_end: str) -> list[int]:
     encoder = TextEncoder(source, separator=prompt_end, chat_template="never", special_tokens=False)
     texts = [
         encoder.render(prompt, f" {response}")
@@ -99,13 +105,13 @@ def _marker(source: Any, prompt_end: str) -> list[int]:
     return marker
 
 
-def _special_ids(source: Any) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and after a text where special tokens are asked for."""
+def _special_ids(source: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the ids that the tokenizer puts before and after a text where special tokens are asked for."""
     bare, full = _ids(source, _PROBES[0]), source(_PROBES[0])["input_ids"]
     starts = [s for s in range(len(full)) if full[s : s + len(bare)] == bare]
     assert starts, "special tokens stand around a text"
     return full[: starts[0]], full[starts[0] + len(bare) :]
 
 
-def _ids(source: Any, text: str) -> list[int]:
+def _ids(source: PreTrainedTokenizerBase, text: str) -> list[int]:
     return source(text, add_special_tokens=False)["input_ids"]

@@ -1,4 +1,4 @@
-"""What a new run starts from (`train.init_from`), written into its own directory: the origin is read once.
+"""Copy of what a new run starts from (`train.init_from`) into its own directory: the origin is read once.
 
 D/init/ origin.json (what it came from)  backbone/ (weights, adapters merged)  head.safetensors  users.*
 """
@@ -28,7 +28,7 @@ from pal_ds.io.folders import new_folder
 from pal_ds.modeling.build import Parts, assemble, resolve_backbone_path
 from pal_ds.progress import progress_bar
 from pal_ds.remote_code.encoding import drop_unused_modules
-from pal_ds.runs.run_dir import RunDirectory
+from pal_ds.runs.run_dir import OriginFacts, RunDirectory
 from pal_ds.training.init_from.load import HEAD_FILE
 from pal_ds.training.init_from.open import open_origin
 from pal_ds.training.init_from.source import STOCK_HEAD, Origin
@@ -80,8 +80,13 @@ def take_over(
             _write_backbone(folder / "backbone", origin, config.train.precision)
         if tensors is not None:
             save_file({n: t.contiguous() for n, t in tensors.items()}, folder / HEAD_FILE)
-        facts = {"path": str(origin.path), **origin.facts, "frozen_path": origin.frozen_path}
-        facts |= {"head": None if tensors is None else origin.head, "users": 0}
+        facts: OriginFacts = {
+            "path": str(origin.path),
+            **origin.facts,
+            "frozen_path": origin.frozen_path,
+            "head": None if tensors is None else origin.head,
+            "users": 0,
+        }
         if users is not None:
             table, facts["users"] = users
             table.save(folder)
@@ -92,7 +97,7 @@ def take_over(
     return replace(parts, backbone=resolve_backbone_path(config, run))
 
 
-def _log_start(facts: dict[str, Any], data: PreparedData) -> None:
+def _log_start(facts: OriginFacts, data: PreparedData) -> None:
     parts = ["backbone"] if data.info["kind"] == "tokens" else []
     parts.append(f"head {facts['head']}" if facts["head"] else "a fresh head")
     parts.append(f"{facts['users']} of {int(data.user_seen.sum())} users")
@@ -101,7 +106,7 @@ def _log_start(facts: dict[str, Any], data: PreparedData) -> None:
 
 
 def origin_for(init_from: str, data: PreparedData, *, trust: bool = False) -> Origin:
-    """What `train.init_from` names, for a run on `data`. Raises UserError as `take_over` does."""
+    """Open what `train.init_from` names, for a run on `data`. Raises UserError as `take_over` does."""
     origin = open_origin(Path(init_from), trust=trust)
     _refuse_other_data(origin, data)
     return origin
@@ -128,7 +133,7 @@ def _kind(info: dict[str, Any]) -> str:
 
 
 def _head_for(origin: Origin, head: Head) -> dict[str, Tensor] | None:
-    """The origin's tensors under the names of `head`; None, and a line that says why, where they are none of its."""
+    """Return the origin's tensors under the names of `head`; None, with a warning, where they do not fit."""
     given = origin.head_tensors
     wanted = {name: tuple(t.shape) for name, t in head.state_dict().items()}
     if STOCK_HEAD in given and head.linear_weight() is not None and len(wanted) == 1:
@@ -152,7 +157,7 @@ def _head_for(origin: Origin, head: Head) -> dict[str, Tensor] | None:
 def _table(
     config: RunConfig, data: PreparedData, head: Head, origin: Origin
 ) -> tuple[UserTable, int] | None:
-    """(the table of the new run's seen users, how many of them have the origin's logits); None for a head without."""
+    """Return (table of the new run's seen users, how many have the origin's logits); None for a head without users."""
     if "logits" not in head.needs:
         return None
     theirs, logits = origin.users(head)
@@ -165,7 +170,7 @@ def _table(
 
 
 def _write_backbone(folder: Path, origin: Origin, precision: str) -> None:
-    """A folder that transformers opens: config and safetensors."""
+    """Write a folder that transformers opens: config and safetensors."""
     assert origin.weights is not None, "a frozen backbone is named, not copied"
     folder.mkdir()
     config = origin.model_config
@@ -192,7 +197,7 @@ def _write_backbone(folder: Path, origin: Origin, precision: str) -> None:
 
 
 def _whole(tensors: Tensors) -> dict[str, Tensor]:
-    """All of them in memory."""
+    """Read all tensors into memory, in their shapes."""
     return {
         name: torch.cat(list(tensors.read(name))).view(shape)
         for name, shape in tensors.shapes.items()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, PretrainedConfig
 
 from pal_ds.distributed import phase
 from pal_ds.engine.checkpoint.manifest import refuse_strangers
@@ -27,7 +27,7 @@ _OF_THE_EXPORT = ("auto_map", "architectures", "canonical", "transformers_versio
 
 
 def open_export(path: Path, *, trust: bool) -> Origin:
-    """The folder at `path`, once its weights, config and tokenizer are those its export.json lists.
+    """Open the folder at `path`, once its weights, config and tokenizer are those its export.json lists.
 
     Raises:
         UntrustedCheckpointError: a stranger may have written it, without `trust`.
@@ -84,7 +84,7 @@ def open_export(path: Path, *, trust: bool) -> Origin:
 
 
 def _verify(path: Path, listed: dict[str, str]) -> None:
-    """Raises UserError where a file that is read here is not the one that was exported."""
+    """Raise UserError where a file that is read here is not the one that was exported."""
     for name in sorted(listed):
         if name.endswith((".safetensors", ".json")) or name == "users.jsonl":
             file = path / name
@@ -98,7 +98,7 @@ def _verify(path: Path, listed: dict[str, str]) -> None:
 
 
 def _tensors(path: Path, listed: dict[str, str]) -> dict[str, Path]:
-    """File of each tensor."""
+    """Return the file of each tensor."""
     file_of = {}
     for name in sorted(listed):
         if name.endswith(".safetensors"):
@@ -117,13 +117,13 @@ def _tensor(file: Path, name: str) -> Tensor:
         return stream.get_tensor(name).float()
 
 
-def _stock_prefix(model_config: Any) -> str:
+def _stock_prefix(model_config: PretrainedConfig) -> str:
     stock: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(model_config)]
     return stock.base_model_prefix
 
 
 def _users(path: Path, head: Head) -> tuple[UserIds, Float[Tensor, "U K"]]:
-    """Those of `--with_users`, whose mixtures the folder holds; nobody where it holds none, or for a head without."""
+    """Return the users of `--with_users`, whose mixtures the folder holds; nobody where it or the head has none."""
     nobody = UserIds.of(()), torch.empty(0, head.num_prototypes)
     file = path / "users.jsonl"
     if not file.is_file():

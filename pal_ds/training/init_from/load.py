@@ -1,12 +1,10 @@
-"""Puts what a run took over (D/init, see `copy.py`) into a fresh head and a fresh user table."""
-
-from typing import Any
+"""Loading of what a run took over (D/init, see `copy.py`) into a fresh head and a fresh user table."""
 
 from safetensors.torch import load_file
 
 from pal_ds.config.run_config import RunConfig
 from pal_ds.heads.base import Head
-from pal_ds.runs.run_dir import RunDirectory
+from pal_ds.runs.run_dir import OriginFacts, RunDirectory
 from pal_ds.users import USER_FILES, StoredUsers, TrainedUsers
 
 HEAD_FILE = "head.safetensors"
@@ -14,8 +12,8 @@ HEAD_FILE = "head.safetensors"
 
 def load_taken_over(
     config: RunConfig, run: RunDirectory, head: Head, users: TrainedUsers
-) -> dict[str, Any] | None:
-    """What the run came from (origin.json), once its head and users, where D/init holds them, are loaded.
+) -> OriginFacts | None:
+    """Load the head and users that D/init holds; return what the run came from (origin.json).
 
     None for a run without `train.init_from`.
 

@@ -1,4 +1,4 @@
-"""What a run may start from (`train.init_from`): weights, head and users of another run or of an exported folder."""
+"""Origins of a run (`train.init_from`): weights, head and users of another run or of an exported folder."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from pal_ds.backbones.language import STATE_PREFIX, output_layer_of
 from pal_ds.backbones.transformer import read_model_config
@@ -18,7 +19,7 @@ from pal_ds.training.init_from.source import Origin
 
 
 def open_origin(path: Path, *, trust: bool) -> Origin:
-    """A run directory at its best step, or at the latest where it has none; or a folder of `tools/consolidate.py`.
+    """Open a run directory at its best step, or at the latest where it has none; or a folder of `tools/consolidate.py`.
 
     Raises:
         UserError: neither lies there, or it cannot be read; see `open_run` and `open_export`.
@@ -60,7 +61,7 @@ def _of_run(path: Path, *, trust: bool) -> Origin:
 
 
 def _backbone_of(opened: OpenRun) -> tuple[Any, str | None, Callable[[], Tensors] | None]:
-    """(config, path of weights that were never trained, how to read weights that were)."""
+    """Return (config, path of weights that were never trained, how to read weights that were)."""
     backbone = opened.parts.backbone
     if backbone is None:
         return None, None, None
@@ -75,8 +76,8 @@ def _backbone_of(opened: OpenRun) -> tuple[Any, str | None, Callable[[], Tensors
     return config, None, lambda: weights_of(opened)
 
 
-def _output_layer(opened: OpenRun, config: Any) -> Tensors | None:
-    """As the run trained it (`loss.lm_weight`), or as it lay beside the weights that the run began with."""
+def _output_layer(opened: OpenRun, config: PretrainedConfig) -> Tensors | None:
+    """Return the output layer as the run trained it (`loss.lm_weight`), or as it lay beside the run's first weights."""
     backbone, checkpoint = opened.parts.backbone, opened.checkpoint
     assert backbone is not None and backbone.path is not None
     files = output_layer_of(backbone.path, config)

@@ -1,4 +1,4 @@
-"""What a run may start from: weights, head and users of another run or of an exported folder."""
+"""The origin of a run: weights, head and users of another run or of an exported folder."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,19 +11,20 @@ from torch import Tensor
 from pal_ds.export.weights import Tensors
 from pal_ds.heads.base import Head
 from pal_ds.heads.shapes import Float
+from pal_ds.runs.run_dir import OriginSource
 from pal_ds.users.ids import UserIds
 
 STOCK_HEAD = "score.weight"
-"""What a stock class calls its only tensor beyond the backbone."""
+"""Name of a stock class's only tensor beyond the backbone."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where weights come from; none of the backbone's is read yet."""
+    """An origin of weights; none of the backbone's is read yet."""
 
     path: Path
-    facts: dict[str, Any]
-    """What names it for good: kind, step, hash."""
+    facts: OriginSource
+    """Kind, step and hash, which name the origin for good."""
     info: dict[str, Any]
     """`kind`, `tokens` and `vector_size`, as in dataset.json of the data it was trained on."""
     tokenizer: Path
@@ -33,18 +34,18 @@ class Origin:
     frozen_path: str | None
     """Folder or hub id of a backbone that was never trained and lies outside of the run; weights is None then."""
     weights: Callable[[], Tensors] | None
-    """Of the backbone, by the names of its transformers class."""
+    """Reads the backbone's tensors, by the names of its transformers class."""
     output_layer: Tensors | None
-    """Of the language model, by its full names, where one lies beside the weights and is not tied."""
+    """Output layer of the language model, by its full names, where one lies beside the weights and is not tied."""
     head: str
-    """Class name."""
+    """Class name of the head."""
     head_tensors: dict[str, Tensor]
     users: Callable[[Head], tuple[UserIds, Float[Tensor, "U K"]]]
     """Ids and logits, for a head of this very class and these tensors."""
 
 
 def logits_of(head: Head, mixtures: Float[Tensor, "U K"]) -> Float[Tensor, "U K"] | None:
-    """Logits to which this head gives these mixtures, as s = softmax(w / tau) up to a constant; None where it is not.
+    """Return logits that this head turns into these mixtures if s = softmax(w / tau), up to a constant; else None.
 
     tau is read off what the head makes of the logits (1, 0, .., 0).
     """
