@@ -1,6 +1,6 @@
 """How well new users are served after k comparisons: the curve that few-shot adaptation is judged by."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from pal_ds.errors import UserError
 from pal_ds.eval.findings import scored_pairs
 from pal_ds.eval.metrics import clustered_standard_error, mean_figures
 from pal_ds.eval.sanity_checks import ScoredPairs, unseen_above_seen
+from pal_ds.eval.schema import CurvePoint, FewShotFigures
 from pal_ds.heads.base import UserState
 from pal_ds.heads.shapes import Float
 from pal_ds.inference.load_run import OpenRun, restore
@@ -31,7 +32,7 @@ from pal_ds.runs.run_dir import RunDirectory
 class Curve(NamedTuple):
     """Accuracy of held-out users against the number of comparisons they gave."""
 
-    rows: list[dict[str, Any]]
+    rows: list[CurvePoint]
     """One per k, see `few_shot_curve`."""
     right: np.ndarray
     """Whether each test pair was judged rightly, mean over draws; fp64 [k, n]."""
@@ -49,7 +50,7 @@ def evaluate_few_shot(
     step: str = "latest",
     trust_checkpoint: bool = False,
     world: World | None = None,
-) -> dict[str, Any]:
+) -> FewShotFigures:
     """What eval/few_shot.json then holds.
 
     {"step", "curve": rows of `few_shot_curve`, "monotone_within_ci95": see `is_monotone`, "seen": {"pairs", "accuracy",
@@ -66,7 +67,7 @@ def evaluate_few_shot(
     restored = restore(run, step, world.device, trust=trust_checkpoint)
     curve = few_shot_curve(restored, num_comparisons, world, seeds=tuple(range(num_draws)))
     seen = _seen(restored, world)
-    figures = {
+    figures: FewShotFigures = {
         "step": restored.step,
         "curve": curve.rows,
         "monotone_within_ci95": is_monotone(curve),
@@ -82,7 +83,7 @@ def evaluate_few_shot(
     return figures
 
 
-def few_shot_lines(figures: dict[str, Any]) -> list[str]:
+def few_shot_lines(figures: FewShotFigures) -> list[str]:
     """Lines for people."""
     rows, seen = figures["curve"], figures["seen"]
     lines = [f"{rows[0]['users']} users, {rows[0]['test_pairs']} test pairs"]
@@ -198,7 +199,7 @@ def _curve(
     table = data.comparisons[test_rows]
     curve = Curve([], right.mean(1), data.response_prompt[table["a"]], table["user"])
     num_users, num_seeds = len(np.unique(table["user"])), right.shape[1]
-    facts = {"users": num_users, "test_pairs": len(test_rows), **_bayes(table)}
+    bayes = _bayes(table)
     for index, of_count in enumerate(right):
         first = index * num_seeds
         curve.rows.append(
@@ -208,7 +209,9 @@ def _curve(
                 "accuracy": float(of_count.mean()),
                 "accuracy_ci95": _interval(curve.right[index], curve),
                 "accuracy_by_seed": of_count.mean(1).tolist(),
-                **facts,
+                "users": num_users,
+                "test_pairs": len(test_rows),
+                **bayes,
             }
         )
     return curve
@@ -248,7 +251,13 @@ def _interval(right: np.ndarray, curve: Curve) -> list[float]:
     return [float(max(0.0, mean - half)), float(min(1.0, mean + half))]
 
 
-def _bayes(table: np.ndarray) -> dict[str, float]:
+class _Bayes(TypedDict, total=False):
+    """Entry of data whose choice probabilities are known."""
+
+    bayes_accuracy: float
+
+
+def _bayes(table: np.ndarray) -> _Bayes:
     """The best possible accuracy on these comparisons, where the data know it of all of them."""
     probability = table["probability"].astype(float)
     if not np.isfinite(probability).all():

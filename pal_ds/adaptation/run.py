@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -36,6 +36,26 @@ FIT_VERSION = 2
 """Counted up with every change that gives fits other numbers: a fit that an older program began is begun anew."""
 
 
+class AdaptedUser(TypedDict):
+    """A user's entry in OUT/report.json."""
+
+    pairs: int
+    accuracy_on_these_pairs: float
+    """Share of the pairs that the fit explains; optimistic, since it was fitted to them."""
+    mixture: list[float]
+    """Weight of each prototype; K numbers that sum to 1."""
+
+
+class AdaptReport(TypedDict):
+    """OUT/report.json."""
+
+    step: int
+    pairs: int
+    accuracy_on_these_pairs: float
+    users: dict[str, AdaptedUser]
+    """By user id; see `results.write_user_figures` for many users."""
+
+
 @dataclass(frozen=True)
 class AdaptOptions:
     """Whom `adapt_run` fits, from which comparisons, and how."""
@@ -55,7 +75,7 @@ class AdaptOptions:
 
 def adapt_run(
     run: RunDirectory, out: Path, options: AdaptOptions, *, device: torch.device | None = None
-) -> dict[str, Any]:
+) -> AdaptReport:
     """Fit every user of a file or of a split of the run's data, write them to OUT, and return the report.
 
     Users are fitted in shards, each of which is kept in OUT/fitting until all are done: called again after it was
@@ -123,7 +143,7 @@ def _inputs(
     solver: Solver,
     seed: int,
     world: World,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """All that the fitted numbers depend on, as JSON."""
     return {
         "fit": FIT_VERSION,
@@ -229,22 +249,22 @@ class Fitting:
         )
 
 
-def _report(restored: OpenRun, table: UserTable, shards: list[FittedShard]) -> dict[str, Any]:
+def _report(restored: OpenRun, table: UserTable, shards: list[FittedShard]) -> AdaptReport:
     """Who was fitted from how much, and how well the fit explains it (an optimistic figure, named as such)."""
     mixtures = user_mixtures(restored.model.head, table)[:-1].tolist()
     num_pairs = torch.cat([shard.num_pairs for shard in shards])
     num_right = torch.cat([shard.num_right for shard in shards])
     accuracy = (num_right / num_pairs).tolist()
-    users = {
+    users: dict[str, AdaptedUser] = {
         user: {"pairs": count, "accuracy_on_these_pairs": share, "mixture": mixture}
         for user, count, share, mixture in zip(
             table.ids, num_pairs.tolist(), accuracy, mixtures, strict=True
         )
     }
     total = int(num_pairs.sum())
-    figures = {
+    return {
         "step": restored.step,
         "pairs": total,
         "accuracy_on_these_pairs": float(num_right.sum()) / total,
+        "users": users,
     }
-    return {**figures, "users": users}

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from pal_ds.backbones.config import Pooling
 from pal_ds.backbones.packed_blocks import Blocks, blocks_of
@@ -63,7 +64,7 @@ def refuse_without_flash(wanted: str, reason: str) -> None:
         )
 
 
-def drops_attention(model_config: Any) -> bool:
+def drops_attention(model_config: PretrainedConfig) -> bool:
     """Whether a transformers config asks for dropout of attention weights, by any of the names it goes by."""
     names = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
     return any((getattr(model_config, name, 0) or 0) > 0 for name in names)

@@ -19,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    PretrainedConfig,
 )
 
 from pal_ds.backbones.config import BackboneConfig, Pooling
@@ -181,7 +182,7 @@ def materialise_architecture(
 
 
 def choose_attention(
-    wanted: str, precision: str, gpu: bool, model_config: Any = None
+    wanted: str, precision: str, gpu: bool, model_config: PretrainedConfig | None = None
 ) -> tuple[str, str]:
     """(implementation, reason) for padded rows: flash-attn where it can run, else SDPA, else eager.
 

@@ -1,6 +1,6 @@
 """A micro-batch: every distinct sequence once, plus index tensors that say which comparison looks at which."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from pal_ds.data.packing import (
     Packing,
 )
 from pal_ds.heads.shapes import Float, Int
+
+PartT = TypeVar("PartT")
 
 
 class Batch(NamedTuple):
@@ -57,11 +59,12 @@ class Batch(NamedTuple):
         return _moved(self, device)
 
 
-def _moved(part: Any, device: torch.device) -> Any:
+def _moved(part: PartT, device: torch.device) -> PartT:
     """A named tuple with its tensors on `device`."""
     if isinstance(part, Tensor):
-        return part.to(device, non_blocking=True)
+        return cast(PartT, part.to(device, non_blocking=True))
     if isinstance(part, tuple):
         inner = [_moved(piece, device) for piece in part]
-        return type(part)(*inner) if hasattr(part, "_fields") else tuple(inner)
+        moved = type(part)(*inner) if hasattr(part, "_fields") else tuple(inner)
+        return cast(PartT, moved)
     return part

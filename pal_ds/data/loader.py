@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
@@ -119,5 +119,8 @@ def updates_from(
     return iter(loader)
 
 
-def _unchanged(inputs: Any) -> Any:
+InputsT = TypeVar("InputsT")
+
+
+def _unchanged(inputs: InputsT) -> InputsT:
     return inputs

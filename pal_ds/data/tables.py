@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from pal_ds.data.info import DatasetInfo
 from pal_ds.data.ragged import Ragged
 from pal_ds.data.splits import SPLITS
 from pal_ds.errors import UserError
@@ -38,7 +39,7 @@ class PreparedData:
     """The tables of one `DATA/` directory. Token data has no vectors, vector data no tokens."""
 
     path: Path
-    info: dict
+    info: DatasetInfo
     comparisons: np.ndarray
     response_prompt: np.ndarray
     users: UserIds | list[str]
@@ -122,7 +123,7 @@ def group_codes(own: PreparedData, data: PreparedData) -> np.ndarray:
     return np.asarray([codes.get(name, -1) for name in data.groups], np.int64)
 
 
-def read_info(path: Path) -> dict:
+def read_info(path: Path) -> DatasetInfo:
     """dataset.json, once its format version is one we read."""
     file = path / INFO_NAME
     if not file.exists():

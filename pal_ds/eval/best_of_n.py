@@ -1,10 +1,10 @@
 """`evaluate --best_of_n`: reads candidates, scores them for their users, and writes D/eval/NAME.json."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from pal_ds.errors import UserError
 from pal_ds.eval.best_of_n_metrics import FIGURES, Lists, best_of_n_figures
 from pal_ds.eval.evaluate import opened_pairs, write_figures
 from pal_ds.eval.requests import EvalRequest
+from pal_ds.eval.schema import BestOfNFigures, SplitRankingFigures
 from pal_ds.inference.load_run import OpenRun
 from pal_ds.inference.readers import KnownUsers, reader_of, with_points
 
@@ -44,7 +45,7 @@ class Line(NamedTuple):
     """One line of a file of candidates."""
 
     where: str
-    fields: dict[str, Any]
+    fields: Mapping[str, object]
     distinct: list[Any]
     """Its distinct responses, in order of appearance."""
     place: list[int]
@@ -68,9 +69,15 @@ def paired(size: int) -> list[tuple[int, int]]:
     return [(place, place + 1 if place + 1 < size else 0) for place in range(0, size, 2)]
 
 
+class _Dropped(TypedDict, total=False):
+    """Entry of a file of lists."""
+
+    dropped: dict[str, int]
+
+
 def rank_set(
     restored: OpenRun, known: KnownUsers, request: EvalRequest, world: World
-) -> dict[str, Any]:
+) -> BestOfNFigures:
     """The figures of eval/NAME.json for best of n, written by rank 0 and returned on every rank.
 
     Of a file each line is a list: {"user_id", "prompt", "responses": [..], "scores": [..]}, the scores being the
@@ -95,7 +102,7 @@ def rank_set(
             yield from line.records(number)
 
     with opened_pairs(restored, request.file, world, pairs_of) as data:
-        dropped = {}
+        dropped: _Dropped = {}
         if request.file is None:
             candidates = compared_candidates(data, request.rows(data))
         else:
@@ -107,15 +114,15 @@ def rank_set(
             )
         known = with_points(known, restored, data, world)
         scores = score_candidates(restored, known, data, candidates, world)
-        figures = _figures(data, candidates, scores, known.table_rows(data))
-    figures = {**figures, **dropped, "step": restored.step}
+        ranking = _figures(data, candidates, scores, known.table_rows(data))
+    figures: BestOfNFigures = {**ranking, **dropped, "step": restored.step}
     world.from_rank_zero(lambda: write_figures(restored.run, request.name, figures))
     return figures
 
 
 def _figures(
     data: PreparedData, candidates: Candidates, scores: np.ndarray, table_rows: np.ndarray
-) -> dict[str, Any]:
+) -> SplitRankingFigures:
     """Of lists whose users the run knows, and under "unknown_users" of those of strangers."""
     names = np.asarray([data.users[user] for user in candidates.user], str)
     prompts = data.response_prompt[candidates.response[candidates.first[:-1]]]
@@ -218,7 +225,7 @@ def read_lists(file: Path) -> list[Line]:
     return [_line(fields, where) for where, fields in read_lines(path)]
 
 
-def _line(fields: Any, where: str) -> Line:
+def _line(fields: object, where: str) -> Line:
     if not isinstance(fields, dict):
         raise UserError(f"{where}: expected an object, found {type(fields).__name__}")
     if unknown := [key for key in fields if key not in _KEYS]:
@@ -231,7 +238,7 @@ def _line(fields: Any, where: str) -> Line:
     return Line(where, fields, first, [place[name] for name in names], scores)
 
 
-def ranking_line(name: str, figures: dict[str, Any]) -> str:
+def ranking_line(name: str, figures: SplitRankingFigures) -> str:
     """One line for people."""
     parts = [f"{name}: {figures['lists']} lists"]
     for who, part in (("", figures), ("users not in the run: ", figures["unknown_users"])):

@@ -1,10 +1,18 @@
 """From margins of judged pairs to the figures of an evaluation; numpy in fp64, fixed order, no model in sight."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict, cast
 
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, log_expit
+
+from pal_ds.eval.schema import (
+    CalibrationFigures,
+    MeanFigures,
+    PairFigures,
+    ReliabilityBin,
+    UserFigures,
+)
 
 NUM_CALIBRATION_BINS = 15
 FIGURES = (
@@ -96,7 +104,7 @@ def calibrations(
     ]
 
 
-def reliability(margins: np.ndarray, labels: np.ndarray) -> list[dict[str, Any]] | None:
+def reliability(margins: np.ndarray, labels: np.ndarray) -> list[ReliabilityBin] | None:
     """The reliability diagram: {"confidence", "accuracy", "pairs"} of each bin that holds pairs, least sure first.
 
     None where a margin is no number.
@@ -121,7 +129,7 @@ def _confidence_bin(confidence: np.ndarray) -> np.ndarray:
 
 def user_figures(
     margins: np.ndarray, labels: np.ndarray, user_ids: np.ndarray, temperature: float
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, UserFigures]:
     """{"user": {"pairs", "accuracy", "ece", "brier"}} in the order of the ids; see `calibrations` for null."""
     names, index, counts = np.unique(user_ids, return_inverse=True, return_counts=True)
     means = np.bincount(index, weights=correctness(margins, labels)) / counts
@@ -137,11 +145,13 @@ def user_figures(
     }
 
 
-def _named(calibration: Calibration | None) -> dict[str, float | None]:
-    return dict.fromkeys(Calibration._fields) if calibration is None else calibration._asdict()
+def _named(calibration: Calibration | None) -> CalibrationFigures:
+    if calibration is None:
+        return {"ece": None, "brier": None}
+    return {"ece": calibration.ece, "brier": calibration.brier}
 
 
-def mean_figures(right: np.ndarray, prompts: np.ndarray) -> dict[str, Any]:
+def mean_figures(right: np.ndarray, prompts: np.ndarray) -> MeanFigures:
     """{"pairs", "accuracy", "accuracy_ci95"} of some of the pairs; the latter two null where there are none."""
     if len(right) == 0:
         return {"pairs": 0, "accuracy": None, "accuracy_ci95": None}
@@ -164,6 +174,13 @@ class LabelledPairs(NamedTuple):
     """Pairs on which users disagree; bool [n]."""
 
 
+class _Known(TypedDict, total=False):
+    """Entries that need known choice probabilities."""
+
+    bayes_accuracy: float
+    probability_mae: float | None
+
+
 def evaluation_figures(
     margins: np.ndarray,
     pairs: LabelledPairs,
@@ -171,7 +188,7 @@ def evaluation_figures(
     temperature: float = 1.0,
     length_margins: np.ndarray | None = None,
     format_margins: np.ndarray | None = None,
-) -> dict[str, Any]:
+) -> PairFigures:
     """Compute the figures of `eval/NAME.json` for one set of pairs; an empty set has every key, null.
 
     Args:
@@ -183,13 +200,20 @@ def evaluation_figures(
     """
     labels, user_ids, prompts, probabilities, controversial = pairs
     if len(margins) == 0:
-        return {"pairs": 0, **dict.fromkeys(FIGURES), "users": {}}
+        return cast(PairFigures, {"pairs": 0, **dict.fromkeys(FIGURES), "users": {}})
     right = correctness(margins, labels)
     users = user_figures(margins, labels, user_ids, temperature)
     accuracies = np.sort([user["accuracy"] for user in users.values()])
     (calibration,) = calibrations(margins / temperature, labels, np.zeros(len(margins), int))
     disputed = np.zeros(len(margins), bool) if controversial is None else controversial
-    figures: dict[str, Any] = {
+    known: _Known = {}
+    if probabilities is not None and np.isfinite(probabilities).all():
+        error = np.abs(expit(margins / temperature) - probabilities).mean()
+        known = {
+            "bayes_accuracy": float(np.maximum(probabilities, 1 - probabilities).mean()),
+            "probability_mae": None if np.isnan(error) else float(error),
+        }
+    return {
         **mean_figures(right, prompts),
         "user_accuracy_mean": float(accuracies.mean()),
         "worst_decile_user_accuracy": float(accuracies[: max(1, len(accuracies) // 10)].mean()),
@@ -199,12 +223,9 @@ def evaluation_figures(
         "controversial": mean_figures(right[disputed], prompts[disputed]),
         "length_baseline_accuracy": _baseline_accuracy(length_margins, labels),
         "format_baseline_accuracy": _baseline_accuracy(format_margins, labels),
+        **known,
+        "users": users,
     }
-    if probabilities is not None and np.isfinite(probabilities).all():
-        figures["bayes_accuracy"] = float(np.maximum(probabilities, 1 - probabilities).mean())
-        error = np.abs(expit(margins / temperature) - probabilities).mean()
-        figures["probability_mae"] = None if np.isnan(error) else float(error)
-    return {**figures, "users": users}
 
 
 def _baseline_accuracy(margins: np.ndarray | None, labels: np.ndarray) -> float | None:

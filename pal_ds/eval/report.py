@@ -5,8 +5,9 @@ leaves out the pictures whose data are not there.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import matplotlib
 
@@ -14,7 +15,9 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
+from pal_ds.eval.schema import EvaluationFigures, FewShotFigures, MeanFigures
 from pal_ds.inference.load_run import open_run
 from pal_ds.inference.mixtures import user_mixtures
 from pal_ds.io.files import write_atomically
@@ -53,8 +56,13 @@ def write_report(
     return out / "report.md"
 
 
-def _evaluation(run: RunDirectory, name: str) -> Any:
-    path = run.eval / f"{name}.json"
+def _test_figures(run: RunDirectory) -> EvaluationFigures | None:
+    path = run.eval / "test.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _few_shot_figures(run: RunDirectory) -> FewShotFigures | None:
+    path = run.eval / "few_shot.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
 
@@ -64,11 +72,11 @@ def _table(runs: dict[str, RunDirectory]) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, run in runs.items():
-        figures = _evaluation(run, "test")
-        if figures and figures["pairs"]:
+        figures = _test_figures(run)
+        if figures and figures["accuracy_ci95"] is not None:
             low, high = figures["accuracy_ci95"]
             # An evaluation of an earlier version lacks the newer figures.
-            disputed = figures.get("controversial") or {"pairs": 0}
+            disputed = figures.get("controversial") or cast(MeanFigures, {"pairs": 0})
             cells = (
                 name,
                 figures["pairs"],
@@ -96,13 +104,16 @@ def _warnings(runs: dict[str, RunDirectory]) -> list[str]:
     warnings = [
         f"- {name}, eval/{file}.json: {warning}"
         for name, run in runs.items()
-        for file in ("test", "few_shot")
-        for warning in (_evaluation(run, file) or {}).get("warnings", [])
+        for file, figures in (("test", _test_figures(run)), ("few_shot", _few_shot_figures(run)))
+        if figures
+        for warning in figures.get("warnings", [])
     ]
     return ["## Warnings", "", *warnings, ""] if warnings else []
 
 
-def _draw(path: Path, runs: dict[str, RunDirectory], draw: Any) -> bool:
+def _draw(
+    path: Path, runs: dict[str, RunDirectory], draw: Callable[[Axes, RunDirectory], bool]
+) -> bool:
     """One panel per run; whether any run had something to show."""
     figure, panels = plt.subplots(1, len(runs), figsize=(4.6 * len(runs), 3.6), squeeze=False)
     shown = False
@@ -115,7 +126,7 @@ def _draw(path: Path, runs: dict[str, RunDirectory], draw: Any) -> bool:
     return shown
 
 
-def _save(figure: Any, path: Path, shown: bool) -> None:
+def _save(figure: Figure, path: Path, shown: bool) -> None:
     figure.tight_layout()
     if shown:
         figure.savefig(path, dpi=120)
@@ -173,7 +184,7 @@ def _simplex(axes: Axes, run: RunDirectory, groups: dict[str, str | None]) -> bo
 
 
 def _accuracy_per_user(axes: Axes, run: RunDirectory) -> bool:
-    figures = _evaluation(run, "test")
+    figures = _test_figures(run)
     if not figures or not isinstance(figures["users"], dict) or not figures["users"]:
         return False
     accuracies = np.sort([user["accuracy"] for user in figures["users"].values()])
@@ -192,7 +203,7 @@ def _accuracy_per_user(axes: Axes, run: RunDirectory) -> bool:
 
 def _reliability(axes: Axes, run: RunDirectory) -> bool:
     """Accuracy of the pairs of each bin of confidence; on the diagonal confidence is deserved."""
-    figures = _evaluation(run, "test")
+    figures = _test_figures(run)
     if not figures or not figures.get("reliability"):
         return False
     bins = figures["reliability"]
@@ -212,7 +223,7 @@ def _reliability(axes: Axes, run: RunDirectory) -> bool:
 
 def _prototypes(axes: Axes, run: RunDirectory) -> bool:
     """Mean weight of each prototype, over the distances between them where the head has points."""
-    figures = _evaluation(run, "test")
+    figures = _test_figures(run)
     diagnostics = figures.get("diagnostics") if figures else None
     # A head that makes points from comparisons has latent units and no prototypes.
     if not diagnostics or not diagnostics.get("prototype_shares"):
@@ -235,7 +246,7 @@ def _prototypes(axes: Axes, run: RunDirectory) -> bool:
 
 def _new_users(path: Path, runs: dict[str, RunDirectory]) -> bool:
     """All runs in one picture; few-shot accuracy at 0, 1, 2, 4, ... comparisons on evenly spaced ticks."""
-    curves = {name: _evaluation(run, "few_shot") for name, run in runs.items()}
+    curves = {name: _few_shot_figures(run) for name, run in runs.items()}
     curves = {name: curve["curve"] for name, curve in curves.items() if curve}
     figure, axes = plt.subplots(figsize=(5.5, 3.8))
     counts = sorted({row["num_comparisons"] for curve in curves.values() for row in curve})

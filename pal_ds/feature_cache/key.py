@@ -10,6 +10,7 @@ from pal_ds.backbones.config import BackboneConfig, Pooling
 from pal_ds.backbones.transformer import choose_attention, read_model_config
 from pal_ds.data.collator import Collator
 from pal_ds.errors import UserError
+from pal_ds.feature_cache.writers import StatesDescription
 
 _SAYS_NOTHING_OF_STATES = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 _TOKEN_KEYS = (
@@ -32,7 +33,7 @@ def describe_states(
     prompt_tokens: bool,
     precision: str,
     gpu: bool,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, StatesDescription]:
     """What the states of responses (and of prompts, where they are read) are made from, as plain JSON values.
 
     Attention is the one that runs: in bf16 flash-attn and SDPA differ in more than a run's last bit, and a change of
@@ -75,7 +76,7 @@ def describe_states(
     }
 
 
-def key_of(made_from: Mapping[str, Any]) -> str:
+def key_of(made_from: Mapping[str, object]) -> str:
     """128 bits in hexadecimal."""
     text = json.dumps(made_from, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -189,7 +189,7 @@ class _Architecture(NamedTuple):
             raise ValueError(f"proj_arch: {name} is none of the reference's.")
         return cls(name, int(found[1]) + 1, found[2], "residual" in (found[3] or ""))
 
-    def arguments(self, layers: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    def arguments(self, layers: list[tuple[Tensor, Tensor]]) -> dict[str, bool | int | str]:
         """Of our projector for these linear maps."""
         shape = {"dim": len(layers[-1][1]), "num_layers": len(layers), "residual": self.residual}
         return shape if self.activation == "linear" else {**shape, "activation": self.activation}

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import NamedTuple, TextIO
 
 import torch
 from transformers import PreTrainedModel
@@ -21,7 +21,7 @@ class Row(NamedTuple):
     """One line of the input: `text`, or `prompt` and `response`."""
 
     where: str
-    record: dict[str, Any]
+    record: dict[str, object]
     text: str | None
     prompt: Text | None
     response: Text | None
@@ -129,7 +129,7 @@ def _read_row(line: str, where: str) -> Row:
     return Row(where, record, None, prompt, response)
 
 
-def _text(value: Any, where: str, key: str) -> Text:
+def _text(value: object, where: str, key: str) -> Text:
     if isinstance(value, list):
         return check_messages(value, where, key)
     if not isinstance(value, str) or (key == "response" and not value.strip()):

@@ -28,7 +28,7 @@ class PalRewardConfig(PretrainedConfig):
 
     def __init__(
         self,
-        text_config: Any = None,
+        text_config: PretrainedConfig | dict | None = None,
         head: dict | None = None,
         mixture: list[float] | None = None,
         encoding: str = "joint",

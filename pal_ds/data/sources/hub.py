@@ -4,13 +4,16 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
 from pal_ds.data.parse import nearest
 from pal_ds.data.sources.base import check_files, describe_files
 from pal_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 BUILDERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 BATCH_ROWS = 1000
@@ -28,9 +31,9 @@ def open_split(
     *,
     name: str | None = None,
     data_dir: str | None = None,
-    data_files: Any = None,
+    data_files: Mapping[str, str] | None = None,
     revision: str | None = None,
-) -> Any:
+) -> "Dataset":
     """The `datasets.Dataset` of one split.
 
     A hub that does not answer is asked once, not six times with pauses; a copy in the cache of
@@ -157,10 +160,10 @@ class HubRows:
         return self.path if isinstance(self.path, str) else self.path[split]
 
     @cached_property
-    def _tables(self) -> dict[str, Any]:
+    def _tables(self) -> dict[str, "Dataset"]:
         return {split: self._open(split) for split in self.splits}
 
-    def _open(self, split: str) -> Any:
+    def _open(self, split: str) -> "Dataset":
         path = self._path_of(split)
         if isinstance(self.path, Mapping):
             check_files(path)
@@ -193,7 +196,7 @@ class PromptSplits:
         return self._splits.setdefault(key, split) == split
 
 
-def text_of(value: Any, where: str, key: str) -> str:
+def text_of(value: object, where: str, key: str) -> str:
     """A text without blank space around it, empty for null; a UserError for anything else."""
     if value is None or isinstance(value, str):
         return (value or "").strip()

@@ -1,8 +1,8 @@
 """Pick-a-Pic: people chose between two generated images; images and captions as CLIP embeddings."""
 
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any, NamedTuple, final
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple, final
 
 from pal_ds.data.records import Record
 from pal_ds.data.sources.base import Source
@@ -122,7 +122,7 @@ def judgements(rows: HubRows, captions: Embeddings, dropped: Counter[str]) -> It
             yield Judgement(SPLITS[split], str(row["user_id"]), caption, images, label)
 
 
-def _label(where: str, row: dict[str, Any]) -> int | None:
+def _label(where: str, row: Mapping[str, object]) -> int | None:
     """-1: the first image, 1: the second, 0: as good; None where the row does not say."""
     pair = row["label_0"], row["label_1"]
     if None in pair:

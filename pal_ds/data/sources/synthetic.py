@@ -9,7 +9,6 @@ accuracy is known.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -124,7 +123,7 @@ class Synthetic(Source):
             for name, row in zip(self._user_ids, self._mixtures, strict=True)
         }
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """Settings and truth: traits, groups' weights by topic, mixtures, scale of choices."""
         return {
             "source": "synthetic",

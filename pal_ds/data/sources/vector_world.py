@@ -6,7 +6,7 @@ model can be held against the truth. The records use the public vector path (`re
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -106,7 +106,7 @@ class VectorWorld(Source):
             return rng.standard_normal((self.num_prototypes, size, size)) / np.sqrt(size)
         return 1.5 * _SPREAD * rng.standard_normal((self.num_prototypes, size))
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """Settings and truth: prototypes, mixtures and the scale of choices."""
         return {
             "source": "vector_world",
