@@ -1,4 +1,4 @@
-"""How well new users are served after k comparisons: the curve that few-shot adaptation is judged by."""
+"""Few-shot curve: accuracy for new users after k comparisons, by which few-shot adaptation is judged."""
 
 from typing import NamedTuple, TypedDict
 
@@ -33,13 +33,13 @@ class Curve(NamedTuple):
     """Accuracy of held-out users against the number of comparisons they gave."""
 
     rows: list[CurvePoint]
-    """One per k, see `few_shot_curve`."""
+    """A point per k, see `few_shot_curve`."""
     right: np.ndarray
-    """Whether each test pair was judged rightly, mean over draws; fp64 [k, n]."""
+    """Correctness of each test pair, mean over draws; fp64 [k, n]."""
     prompts: np.ndarray
-    """Of each test pair, int64 [n]."""
+    """Prompt of each test pair, int64 [n]."""
     users: np.ndarray
-    """Of each test pair, int64 [n]."""
+    """User of each test pair, int64 [n]."""
 
 
 def evaluate_few_shot(
@@ -51,7 +51,7 @@ def evaluate_few_shot(
     trust_checkpoint: bool = False,
     world: World | None = None,
 ) -> FewShotFigures:
-    """What eval/few_shot.json then holds.
+    """Measure the few-shot curve, write eval/few_shot.json and return its content.
 
     {"step", "curve": rows of `few_shot_curve`, "monotone_within_ci95": see `is_monotone`, "seen": {"pairs", "accuracy",
     "accuracy_ci95"} of the run's own users on `test`, "warnings": where the last k is served better than they are}.
@@ -112,7 +112,7 @@ def _seen(restored: OpenRun, world: World) -> ScoredPairs:
 
 
 def is_monotone(curve: Curve) -> bool:
-    """Whether no k is worse than a smaller one by more than the 95% interval of the difference.
+    """Return whether no k is worse than a smaller one by more than the 95% interval of the difference.
 
     The same test pairs are judged at both, so the interval is that of the difference per pair.
     """
@@ -126,7 +126,7 @@ def is_monotone(curve: Curve) -> bool:
 
 
 def _standard_error(values: np.ndarray, curve: Curve) -> float:
-    """Of a mean over test pairs: clustered by user, which has the noise of draws in it, or by prompt if wider."""
+    """Compute the standard error of a mean over test pairs, clustered by user or by prompt, whichever is wider."""
     return max(
         clustered_standard_error(values, curve.users),
         clustered_standard_error(values, curve.prompts),
@@ -195,7 +195,7 @@ def _curve(
     draws: list[tuple[int, int]],
     drawn: list[np.ndarray],
 ) -> Curve:
-    """From `right` [k, draws, n], the (k, seed) of each draw and what was drawn."""
+    """Make the curve from `right` [k, draws, n], the (k, seed) of each draw and what was drawn."""
     table = data.comparisons[test_rows]
     curve = Curve([], right.mean(1), data.response_prompt[table["a"]], table["user"])
     num_users, num_seeds = len(np.unique(table["user"])), right.shape[1]

@@ -58,7 +58,7 @@ class AdaptReport(TypedDict):
 
 @dataclass(frozen=True)
 class AdaptOptions:
-    """Whom `adapt_run` fits, from which comparisons, and how."""
+    """Options of `adapt_run`: whom it fits, from which comparisons, and how."""
 
     pairs: Path | None = None
     """JSONL file of the new users' comparisons; None for a split of the run's data."""
@@ -160,7 +160,7 @@ def _inputs(
 
 @dataclass(frozen=True)
 class Fitting:
-    """How the shards of one call are fitted."""
+    """Common inputs of the fits of all shards of one call."""
 
     restored: OpenRun
     data: PreparedData
@@ -192,7 +192,7 @@ class Fitting:
         return [shards[number] for number in range(len(users.spans))]
 
     def _common_reader(self, missing: list[int], positions: np.ndarray) -> Reader | None:
-        """One for all shards, with each text encoded once, where the states have room together or lie on disk."""
+        """Make one reader for all shards, each text encoded once, where states have room together or lie on disk."""
         if not missing:
             return None
         rows = np.concatenate([self.users.rows_of(self.users.spans[n]) for n in missing])
@@ -250,7 +250,7 @@ class Fitting:
 
 
 def _report(restored: OpenRun, table: UserTable, shards: list[FittedShard]) -> AdaptReport:
-    """Who was fitted from how much, and how well the fit explains it (an optimistic figure, named as such)."""
+    """Report who was fitted from how many pairs, and how well the fit explains them (optimistic, named as such)."""
     mixtures = user_mixtures(restored.model.head, table)[:-1].tolist()
     num_pairs = torch.cat([shard.num_pairs for shard in shards])
     num_right = torch.cat([shard.num_right for shard in shards])

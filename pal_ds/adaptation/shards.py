@@ -82,7 +82,7 @@ class ShardFolder:
 
 
 def _hash_of(shard: FittedShard) -> bytes:
-    """Of its tensors, 16 bytes."""
+    """Hash the shard's tensors; 16 bytes."""
     digest = hashlib.blake2b(digest_size=16)
     for part in shard:
         digest.update(part.contiguous().numpy().tobytes())

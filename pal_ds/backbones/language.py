@@ -26,7 +26,7 @@ from pal_ds.heads.shapes import Float, Int
 CHUNK_LOGITS = 1 << 27
 """Logits at a time, 512 MiB in fp32; at least those of one token."""
 STATE_PREFIX = "backbone.language."
-"""Of its parameters in a checkpoint; what scores never reads them."""
+"""Prefix of the language head's parameters in a checkpoint; what scores never reads them."""
 
 
 class LanguageHead(nn.Module):
@@ -165,7 +165,7 @@ def _weight_files(path: str) -> list[Path]:
 
 
 def logit_scale(config: PretrainedConfig) -> float:
-    """What a family multiplies its logits by."""
+    """Return the factor by which a family multiplies its logits."""
     multiplier = getattr(config, "logit_scale", None)
     divisor = getattr(config, "logits_scaling", None)
     return float(multiplier or 1.0) / float(divisor or 1.0)

@@ -19,7 +19,6 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    PretrainedConfig,
 )
 
 from pal_ds.backbones.config import BackboneConfig, Pooling
@@ -81,7 +80,7 @@ class TransformerBackbone(nn.Module):
         return self._features(batch, hidden), self.language.mean_losses(hidden, batch.answers)
 
     def _hidden(self, batch: Batch) -> Float[Tensor, "N S H"]:
-        """Of every token of the batch."""
+        """Compute the states of every token of the batch."""
         if batch.packing is not None:
             return packed_hidden(self.model, batch, batch.packing, self.layout)
         assert batch.input_ids is not None and batch.attention_mask is not None
@@ -182,7 +181,7 @@ def materialise_architecture(
 
 
 def choose_attention(
-    wanted: str, precision: str, gpu: bool, model_config: PretrainedConfig | None = None
+    wanted: str, precision: str, gpu: bool, model_config: Any = None
 ) -> tuple[str, str]:
     """(implementation, reason) for padded rows: flash-attn where it can run, else SDPA, else eager.
 

@@ -15,7 +15,7 @@ PartT = TypeVar("PartT")
 
 
 class Batch(NamedTuple):
-    """One micro-batch. Axes: N sequences, S tokens, R distinct responses, T scored positions, P prompts, B comparisons.
+    """A micro-batch. Axes: N sequences, S tokens, R distinct responses, T scored positions, P prompts, B comparisons.
 
     A named tuple for the reason given in `heads/base.py`. Either token ids or stored states are present.
     """
@@ -48,7 +48,7 @@ class Batch(NamedTuple):
     context: Int[Tensor, "B N 2"] | None = None
     """Other comparisons of the same user: responses of the batch that were preferred and rejected."""
     context_length: Int[Tensor, "B"] | None = None
-    """How many of them are there."""
+    """Number of comparisons in each context."""
     packing: Packing | None = None
     """Given where all texts lie in one row (N = 1): response_positions and prompt_rows are then columns of it, the
     latter of each prompt's first token."""

@@ -62,7 +62,7 @@ class DatasetInfo(TypedDict):
     tokens: TokensInfo
     """Null where `kind` is "vectors": a reader looks at `kind` first."""
     truncated_prompts: NotRequired[int]
-    vector_size: int | None
+    vector_size: int
     """Numbers of a vector; null where `kind` is "tokens"."""
     bayes_accuracy: NotRequired[dict[str, float]]
     """Best possible accuracy by split, where choice probabilities are known."""

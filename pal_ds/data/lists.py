@@ -9,7 +9,7 @@ from pal_ds.errors import UserError
 
 
 def is_list(fields: object) -> bool:
-    """Whether an object is a list of responses and not a comparison of two."""
+    """Return whether an object is a list of responses and not a comparison of two."""
     return isinstance(fields, Mapping) and "scores" in fields
 
 

@@ -1,4 +1,4 @@
-"""One JSON object or table row -> Record; an error says where, what, the rule and the remedy."""
+"""Parse a JSON object or table row into a Record; an error says where, what, the rule and the remedy."""
 
 import difflib
 import math
@@ -102,7 +102,7 @@ _LARGEST_FLOAT32 = 3.4028234663852886e38
 
 
 def _number(
-    value: object, where: str, key: str, default: DefaultT, bounds: tuple[float, float]
+    value: Any, where: str, key: str, default: DefaultT, bounds: tuple[float, float]
 ) -> float | DefaultT:
     if value is None:
         return default
@@ -186,7 +186,7 @@ def _agree(prompt: Text | None, implicit: list, where: str) -> Text:
     )
 
 
-def _vector(value: object, where: str, key: str) -> tuple[float, ...]:
+def _vector(value: Any, where: str, key: str) -> tuple[float, ...]:
     is_list = isinstance(value, list | tuple) and len(value) > 0
     if not is_list or not all(
         isinstance(x, int | float) and not isinstance(x, bool) for x in value

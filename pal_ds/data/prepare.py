@@ -129,8 +129,14 @@ def print_summary(data: PreparedData) -> None:
             bayes = info.get("bayes_accuracy", {}).get(name)
             note = f" (best possible accuracy {bayes:.3f})" if bayes else ""
             table.add_row(f"comparisons, {name}{note}", f"{count:,}")
-    for name in ("prompts", "responses", "seen_users", "unseen_users"):
-        table.add_row(name.replace("_", " "), f"{info['counts'][name]:,}")
+    counts = info["counts"]
+    for name, count in (
+        ("prompts", counts["prompts"]),
+        ("responses", counts["responses"]),
+        ("seen users", counts["seen_users"]),
+        ("unseen users", counts["unseen_users"]),
+    ):
+        table.add_row(name, f"{count:,}")
     if info.get("truncated_prompts"):
         table.add_row("responses whose prompt will be truncated", f"{info['truncated_prompts']:,}")
     for reason, count in sorted(info["dropped"].items()):

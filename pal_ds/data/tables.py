@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -141,7 +142,7 @@ def read_info(path: Path) -> DatasetInfo:
             f"{file}: format_version is {version!r}, this program reads {FORMAT_VERSION}; delete "
             f"{path} and run `prepare` again"
         )
-    return info
+    return cast(DatasetInfo, info)
 
 
 def _map(path: Path, name: str) -> np.ndarray:

@@ -183,7 +183,7 @@ class TextEncoder:
             return None
 
     def _assistant_header(self) -> str:
-        """What the template writes between the user's text and the assistant's."""
+        """Find the text that the template writes between the user's text and the assistant's."""
         question = as_messages(_PROBES[0], "user")
         prompted = self._apply(question, add_generation_prompt=True)
         plain = self._apply(question)
@@ -215,7 +215,7 @@ class TextEncoder:
 
 
 def truncation_side(tokens: TokensInfo) -> Literal["left", "right"]:
-    """Where prompts of a dataset are cut, from the `tokens` entry of its dataset.json."""
+    """Read where prompts of a dataset are cut from the `tokens` entry of its dataset.json."""
     return tokens.get("truncation_side", "left")
 
 

@@ -1,4 +1,4 @@
-"""Whether two prepared tokenizers give the same ids, so that weights learned with one can read the other's."""
+"""Comparison of two prepared tokenizers: weights learned with one read the other's ids only if these are equal."""
 
 import json
 import logging

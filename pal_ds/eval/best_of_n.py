@@ -18,7 +18,7 @@ from pal_ds.errors import UserError
 from pal_ds.eval.best_of_n_metrics import FIGURES, Lists, best_of_n_figures
 from pal_ds.eval.evaluate import opened_pairs, write_figures
 from pal_ds.eval.requests import EvalRequest
-from pal_ds.eval.schema import BestOfNFigures, SplitRankingFigures
+from pal_ds.eval.schema import BestOfNFigures, RankingFigures, SplitRankingFigures
 from pal_ds.inference.load_run import OpenRun
 from pal_ds.inference.readers import KnownUsers, reader_of, with_points
 
@@ -29,7 +29,7 @@ _KEYS = ("user_id", "prompt", "responses", "prompt_features", "response_features
 
 
 class Candidates(NamedTuple):
-    """What users may choose from; axes as in `best_of_n`."""
+    """Candidates from which users choose; axes as in `best_of_n_metrics`."""
 
     first: np.ndarray
     """int64 [L + 1]."""
@@ -42,14 +42,14 @@ class Candidates(NamedTuple):
 
 
 class Line(NamedTuple):
-    """One line of a file of candidates."""
+    """A line of a file of candidates."""
 
     where: str
     fields: Mapping[str, object]
     distinct: list[Any]
     """Its distinct responses, in order of appearance."""
     place: list[int]
-    """Of each candidate, in `distinct`."""
+    """Place of each candidate in `distinct`."""
     scores: list[float]
 
     def records(self, number: int) -> Iterator[Record]:
@@ -65,7 +65,11 @@ class Line(NamedTuple):
 
 
 def paired(size: int) -> list[tuple[int, int]]:
-    """0 with 1, 2 with 3, ...; where one is left over, it with 0 (alone: a pair that `build_tables` drops)."""
+    """Pair 0 with 1, 2 with 3, ...; the last of an odd number with 0 (alone: a pair that `build_tables` drops).
+
+    >>> paired(5)
+    [(0, 1), (2, 3), (4, 0)]
+    """
     return [(place, place + 1 if place + 1 < size else 0) for place in range(0, size, 2)]
 
 
@@ -123,14 +127,14 @@ def rank_set(
 def _figures(
     data: PreparedData, candidates: Candidates, scores: np.ndarray, table_rows: np.ndarray
 ) -> SplitRankingFigures:
-    """Of lists whose users the run knows, and under "unknown_users" of those of strangers."""
+    """Compute the figures of lists whose users the run knows, and under "unknown_users" of strangers' lists."""
     names = np.asarray([data.users[user] for user in candidates.user], str)
     prompts = data.response_prompt[candidates.response[candidates.first[:-1]]]
     lists = Lists(candidates.first, candidates.utility, names, prompts)
     lengths = None
     if data.response_num_chars is not None:
         lengths = data.response_num_chars[candidates.response].astype(float)
-    parts = []
+    parts: list[RankingFigures] = []
     is_known = table_rows[candidates.user] >= 0
     for chosen in (is_known, ~is_known):
         part, places = lists.take(chosen)
@@ -238,8 +242,8 @@ def _line(fields: object, where: str) -> Line:
     return Line(where, fields, first, [place[name] for name in names], scores)
 
 
-def ranking_line(name: str, figures: SplitRankingFigures) -> str:
-    """One line for people."""
+def ranking_line(name: str, figures: Mapping[str, Any]) -> str:
+    """Summarise best-of-n figures in one line for people."""
     parts = [f"{name}: {figures['lists']} lists"]
     for who, part in (("", figures), ("users not in the run: ", figures["unknown_users"])):
         if part["lists"]:

@@ -12,7 +12,7 @@ from pal_ds.eval.schema import RankingFigures, RankingMeans
 
 FIGURES = ("top1", "regret", "regret_normalised", "kendall_tau_b")
 PAIRS_AT_ONCE = 2**22
-"""Of candidates, that are compared in one go: bounds memory."""
+"""Number of pairs of candidates compared in one go: bounds memory."""
 
 
 class Lists(NamedTuple):
@@ -23,9 +23,9 @@ class Lists(NamedTuple):
     utility: np.ndarray
     """The user's own score of each candidate, fp64 [N]; larger is better."""
     user_ids: np.ndarray
-    """Of each list, str [L]."""
+    """User id of each list, str [L]."""
     prompts: np.ndarray
-    """Of each list, int64 [L]: lists of one prompt stand or fall together."""
+    """Prompt of each list, int64 [L]: lists of one prompt stand or fall together."""
 
     def take(self, chosen: np.ndarray) -> tuple["Lists", np.ndarray]:
         """The lists where `chosen` [L] holds, and the places of their candidates."""
@@ -46,7 +46,7 @@ class Lists(NamedTuple):
 def best_of_n_figures(
     lists: Lists, scores: np.ndarray, lengths: np.ndarray | None = None
 ) -> RankingFigures:
-    """How well `scores` [N] choose among the candidates; the figures of `eval/NAME.json` under `--best_of_n`.
+    """Measure how well `scores` [N] choose among the candidates: figures of `eval/NAME.json` under `--best_of_n`.
 
     Over lists that are not indifferent, means with a 95% interval clustered by prompt:
         top1                whether the candidate with the highest score is one of those the user likes best

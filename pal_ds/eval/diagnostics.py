@@ -1,4 +1,4 @@
-"""What a trained head made of its prototypes and its users made of them: collapse shows here before accuracy does."""
+"""Diagnostics of a trained head's prototypes and users: collapse shows here before accuracy does."""
 
 from typing import TypedDict
 

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from pal_ds.eval.figures import ScoredRows, dev_temperature, report_on
 from pal_ds.eval.findings import findings
 from pal_ds.eval.requests import EvalRequest, split_request
 from pal_ds.eval.results import write_user_figures
-from pal_ds.eval.schema import EvaluationFigures, OptionalFigures, SplitFigures
+from pal_ds.eval.schema import EvaluationFigures, OptionalFigures
 from pal_ds.inference.load_run import OpenRun, restore
 from pal_ds.inference.readers import KnownUsers, known_users, reader_of, with_points
 from pal_ds.modeling.build import refuse_empty_prompts
@@ -198,8 +199,8 @@ def write_figures(run: RunDirectory, name: str, figures: Mapping[str, object]) -
     write_user_figures(run.eval / f"{name}.json", figures)
 
 
-def summary_line(name: str, figures: SplitFigures) -> str:
-    """One line for people."""
+def summary_line(name: str, figures: Mapping[str, Any]) -> str:
+    """Summarise figures in one line for people."""
     parts = [f"{name}: {figures['pairs']} pairs"]
     if (interval := figures["accuracy_ci95"]) is not None:
         low, high = interval

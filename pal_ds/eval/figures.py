@@ -1,4 +1,4 @@
-"""What an evaluation says: whose mixtures are asked for, and the figures that gathered margins give."""
+"""Figures of an evaluation from gathered margins, for users that the run knows and for strangers."""
 
 from typing import NamedTuple
 

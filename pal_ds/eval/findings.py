@@ -1,4 +1,4 @@
-"""What an evaluation says beside its figures: diagnostics of the head, accuracy in training, warnings."""
+"""Findings of an evaluation beside its figures: diagnostics of the head, accuracy in training, warnings."""
 
 import numpy as np
 

@@ -30,11 +30,15 @@ FIGURES = (
     "bayes_accuracy",
     "probability_mae",
 )
-"""What `evaluation_figures` may say beside "pairs" and "users"; all of it null for an empty set."""
+"""Keys of `evaluation_figures` beside "pairs" and "users"; all of them null for an empty set."""
 
 
 def correctness(margins: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """1 where the preferred response scores higher, 0 where lower or no number, 1/2 for a tie; fp64 [n]."""
+    """1 where the preferred response scores higher, 0 where lower or no number, 1/2 for a tie; fp64 [n].
+
+    >>> correctness(np.array([2.0, 2.0, 0.0, np.nan]), np.array([1, -1, 1, 1])).tolist()
+    [1.0, 0.0, 0.5, 0.0]
+    """
     signed = margins * labels
     return (signed > 0) + 0.5 * (signed == 0)
 
@@ -72,7 +76,7 @@ def fit_temperature(margins: np.ndarray, labels: np.ndarray) -> float:
 
 
 class Calibration(NamedTuple):
-    """How far stated confidence is from the truth, over all of some pairs."""
+    """Distance of stated confidence from the truth, over all of some pairs."""
 
     ece: float
     """Mean gap between confidence and accuracy over equal bins of confidence in [1/2, 1] (Naeini et al. 2015)."""
@@ -83,7 +87,7 @@ class Calibration(NamedTuple):
 def calibrations(
     margins: np.ndarray, labels: np.ndarray, groups: np.ndarray
 ) -> list[Calibration | None]:
-    """Of the pairs of each group 0, 1, ..., from log-odds [n], labels -1 or +1 [n] and the group of each pair [n].
+    """Compute calibration by group 0, 1, ... from log-odds [n], labels -1 or +1 [n] and the group of each pair [n].
 
     None where a margin is no number: a diverged model states no confidence. The ECE of few pairs is biased upwards
     (one pair alone has the gap of a bin of its own); the Brier score is not.
@@ -122,7 +126,7 @@ def reliability(margins: np.ndarray, labels: np.ndarray) -> list[ReliabilityBin]
 
 
 def _confidence_bin(confidence: np.ndarray) -> np.ndarray:
-    """Which of the equal bins of [1/2, 1] each confidence falls in; what is no number goes to the last."""
+    """Find the equal bin of [1/2, 1] that each confidence falls in; what is no number goes to the last."""
     place = np.nan_to_num((confidence - 0.5) * 2 * NUM_CALIBRATION_BINS, nan=np.inf)
     return np.minimum(place, NUM_CALIBRATION_BINS - 1).astype(int)
 
@@ -152,7 +156,12 @@ def _named(calibration: Calibration | None) -> CalibrationFigures:
 
 
 def mean_figures(right: np.ndarray, prompts: np.ndarray) -> MeanFigures:
-    """{"pairs", "accuracy", "accuracy_ci95"} of some of the pairs; the latter two null where there are none."""
+    """Compute {"pairs", "accuracy", "accuracy_ci95"} of some of the pairs; the latter two null where there are none.
+
+    >>> figures = mean_figures(np.array([1.0, 1.0, 0.0, 1.0]), np.array([0, 0, 1, 2]))
+    >>> figures["pairs"], round(figures["accuracy"], 4)
+    (4, 0.75)
+    """
     if len(right) == 0:
         return {"pairs": 0, "accuracy": None, "accuracy_ci95": None}
     interval = list(clustered_interval(right, prompts))
@@ -160,12 +169,12 @@ def mean_figures(right: np.ndarray, prompts: np.ndarray) -> MeanFigures:
 
 
 class LabelledPairs(NamedTuple):
-    """What is known of n pairs that are scored, apart from their scores."""
+    """Facts about n pairs that are scored, apart from their scores."""
 
     labels: np.ndarray
     """+1 where response_2 is preferred, -1 where response_1 is; fp64 [n]."""
     user_ids: np.ndarray
-    """Whose comparison each is; str [n]."""
+    """Id of the user of each comparison; str [n]."""
     prompts: np.ndarray
     """Prompt of each, by which intervals are clustered; int64 [n]."""
     probabilities: np.ndarray | None = None

@@ -17,7 +17,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pal_ds.eval.schema import EvaluationFigures, FewShotFigures, MeanFigures
+from pal_ds.eval.schema import EvaluationFigures, FewShotFigures, MeanFigures, PrototypeDiagnostics
 from pal_ds.inference.load_run import open_run
 from pal_ds.inference.mixtures import user_mixtures
 from pal_ds.io.files import write_atomically
@@ -114,7 +114,7 @@ def _warnings(runs: dict[str, RunDirectory]) -> list[str]:
 def _draw(
     path: Path, runs: dict[str, RunDirectory], draw: Callable[[Axes, RunDirectory], bool]
 ) -> bool:
-    """One panel per run; whether any run had something to show."""
+    """Draw one panel per run; return whether any run had something to show."""
     figure, panels = plt.subplots(1, len(runs), figsize=(4.6 * len(runs), 3.6), squeeze=False)
     shown = False
     for axes, (name, run) in zip(panels[0], runs.items(), strict=True):
@@ -190,10 +190,8 @@ def _accuracy_per_user(axes: Axes, run: RunDirectory) -> bool:
     accuracies = np.sort([user["accuracy"] for user in figures["users"].values()])
     axes.bar(np.arange(len(accuracies)), accuracies, width=1.0, color="tab:blue", alpha=0.7)
     axes.axhline(0.5, color="0.5", linewidth=1, linestyle=":")
-    if "bayes_accuracy" in figures:
-        axes.axhline(
-            figures["bayes_accuracy"], color="black", linewidth=1, linestyle="--", label="Bayes"
-        )
+    if (bayes := figures.get("bayes_accuracy")) is not None:
+        axes.axhline(bayes, color="black", linewidth=1, linestyle="--", label="Bayes")
         axes.legend(fontsize=7, loc="lower right")
     axes.set_xlabel("users, worst first")
     axes.set_ylabel("test accuracy")
@@ -204,9 +202,8 @@ def _accuracy_per_user(axes: Axes, run: RunDirectory) -> bool:
 def _reliability(axes: Axes, run: RunDirectory) -> bool:
     """Accuracy of the pairs of each bin of confidence; on the diagonal confidence is deserved."""
     figures = _test_figures(run)
-    if not figures or not figures.get("reliability"):
+    if not figures or not (bins := figures.get("reliability")):
         return False
-    bins = figures["reliability"]
     stated, right = ([row[key] for row in bins] for key in ("confidence", "accuracy"))
     share = np.asarray([row["pairs"] for row in bins]) / figures["pairs"]
     axes.plot([0.5, 1], [0.5, 1], color="0.5", linewidth=1, linestyle=":")
@@ -228,7 +225,8 @@ def _prototypes(axes: Axes, run: RunDirectory) -> bool:
     # A head that makes points from comparisons has latent units and no prototypes.
     if not diagnostics or not diagnostics.get("prototype_shares"):
         return False
-    shares, distances = diagnostics["prototype_shares"], diagnostics["prototype_distances"]
+    facts = cast(PrototypeDiagnostics, diagnostics)
+    shares, distances = facts["prototype_shares"] or [], facts["prototype_distances"]
     ticks = range(len(shares))
     labels = [f"{k + 1}\n{share:.0%}" for k, share in enumerate(shares)]
     if distances is None:
@@ -239,7 +237,7 @@ def _prototypes(axes: Axes, run: RunDirectory) -> bool:
         axes.figure.colorbar(image, ax=axes, label="distance")
         axes.set_yticks(ticks, [str(k + 1) for k in ticks])
     axes.set_xticks(ticks, labels, fontsize=8)
-    used, mixed = diagnostics["effective_prototypes"], diagnostics["effective_prototypes_per_user"]
+    used, mixed = facts["effective_prototypes"], facts["effective_prototypes_per_user"]
     axes.set_xlabel(f"{used:.1f} in use, {mixed:.1f} per user (exp entropy)")
     return True
 

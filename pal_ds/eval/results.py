@@ -31,7 +31,7 @@ def write_user_figures(path: Path, figures: Mapping[str, object]) -> None:
 
 
 def read_user_figures(path: Path) -> dict[str, Any]:
-    """What `write_user_figures` was given."""
+    """Read the figures that `write_user_figures` was given."""
     figures = json.loads(path.read_text())
     if isinstance(figures["users"], str):
         import pyarrow.parquet as pq

@@ -27,7 +27,7 @@ class UserFigures(CalibrationFigures):
 
 
 class ReliabilityBin(TypedDict):
-    """One point of the reliability diagram."""
+    """A point of the reliability diagram."""
 
     confidence: float
     accuracy: float
@@ -35,7 +35,7 @@ class ReliabilityBin(TypedDict):
 
 
 class PairFigures(MeanFigures, CalibrationFigures):
-    """What `metrics.evaluation_figures` computes of one set of pairs; null for an empty set."""
+    """Figures of one set of pairs, made by `metrics.evaluation_figures`; null for an empty set."""
 
     user_accuracy_mean: float | None
     worst_decile_user_accuracy: float | None
@@ -81,7 +81,7 @@ class LatentDiagnostics(TypedDict):
 
 
 class Findings(TypedDict):
-    """What `findings.findings` adds to the figures."""
+    """Entries that `findings.findings` adds to the figures."""
 
     train_accuracy: float | None
     diagnostics: PrototypeDiagnostics | LatentDiagnostics | None
@@ -96,7 +96,7 @@ class OptionalFigures(TypedDict, total=False):
     dropped: dict[str, int]
     """Number of dropped rows by reason, of a file."""
     prompts_seen_in_training: int
-    """Of a file."""
+    """Number of the file's prompts that training has seen; only for a file."""
 
 
 class EvaluationFigures(SplitFigures, Findings, OptionalFigures):

@@ -1,4 +1,4 @@
-"""Where encoded states go: what both ways of keeping them have in common, and the one in memory."""
+"""Keepers of encoded states: what both ways of keeping them have in common, and the one in memory."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +60,7 @@ class Keeper(Protocol):
         ...
 
     def flush(self) -> None:
-        """What was taken outlives this process, if it ever will."""
+        """Make what was taken outlive this process, if it ever will."""
         ...
 
     def finish(self) -> None:

@@ -22,7 +22,7 @@ PAIRS_PER_FORWARD = 2**12
 
 
 def pairs_per_forward(head: Head, collator: Collator, micro_batch_pairs: int) -> int:
-    """How many comparisons have room at once: where the backbone runs for them, those of a training's forward."""
+    """Number of comparisons that have room at once: where the backbone runs for them, those of a training's forward."""
     return PAIRS_PER_FORWARD if collator.stored else micro_batch_pairs * (1 + head.num_context)
 
 

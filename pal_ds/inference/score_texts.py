@@ -18,7 +18,7 @@ from pal_ds.remote_code.rows import pad_right
 
 
 class Row(NamedTuple):
-    """One line of the input: `text`, or `prompt` and `response`."""
+    """A line of the input: `text`, or `prompt` and `response`."""
 
     where: str
     record: dict[str, object]
@@ -41,7 +41,7 @@ class Scorer:
 
     @property
     def reads_boundary(self) -> bool:
-        """Whether a score depends on where the response begins."""
+        """True if a score depends on where the response begins."""
         config = self.model.config
         separate = getattr(config, "encoding", "joint") == "separate"
         return separate or getattr(self.model, "reads_prompt", False)
@@ -71,7 +71,7 @@ class Scorer:
         return _Ids(ids, None)
 
     def score(self, rows: list[Row]) -> list[float]:
-        """One score per row."""
+        """Score each row."""
         items = [self.tokenise(row) for row in rows]
         scores = [0.0] * len(rows)
         # Rows whose boundary was given and rows whose marker must be found go apart.

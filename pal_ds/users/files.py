@@ -17,7 +17,7 @@ from pal_ds.users.ids import UserIds
 from pal_ds.users.rows import UserRows, blocks
 
 USER_FILES = ("users.safetensors", "users.arrow")
-"""What a table is on disk."""
+"""Names of a table's files."""
 _FORMAT = "pal_ds.users/1"
 _DTYPES = {"step": "I64", "exp_avg": "F32", "exp_avg_sq": "F32", "logits": "F32"}
 """Tensors in the order of the file; each begins where its dtype asks for."""

@@ -31,7 +31,7 @@ def open_split(
     *,
     name: str | None = None,
     data_dir: str | None = None,
-    data_files: Mapping[str, str] | None = None,
+    data_files: str | list[str] | dict[str, str] | None = None,
     revision: str | None = None,
 ) -> "Dataset":
     """The `datasets.Dataset` of one split.
@@ -134,7 +134,7 @@ class HubRows:
         return sum(map(len, self._tables.values()))
 
     def describe(self) -> dict:
-        """What was opened, rows per split, and content hashes of local files."""
+        """Describe what was opened: rows per split, and content hashes of local files."""
         rows = self.num_rows
         local = describe_files(self._local_files())
         return {
@@ -160,7 +160,7 @@ class HubRows:
         return self.path if isinstance(self.path, str) else self.path[split]
 
     @cached_property
-    def _tables(self) -> dict[str, "Dataset"]:
+    def _tables(self) -> dict[str, Any]:
         return {split: self._open(split) for split in self.splits}
 
     def _open(self, split: str) -> "Dataset":
@@ -185,13 +185,13 @@ class HubRows:
 
 
 class PromptSplits:
-    """Which split each prompt was first met in: in two, it would carry training data into a test."""
+    """The split each prompt was first met in: in two, it would carry training data into a test."""
 
     def __init__(self) -> None:
         self._splits: dict[int, str] = {}
 
     def admits(self, prompt: str, split: str) -> bool:
-        """Whether the prompt is new or belongs to this split."""
+        """Return whether the prompt is new or belongs to this split."""
         key = xxhash.xxh3_64_intdigest(prompt.encode("utf-8", "surrogatepass"))
         return self._splits.setdefault(key, split) == split
 

@@ -117,7 +117,7 @@ class PersonalLlm(Source):
                     )
 
     def describe(self) -> dict:
-        """What was read."""
+        """Describe what was read."""
         return {"class": "PersonalLlm", **self._rows.describe()}
 
     def weights(self, user: int) -> np.ndarray:

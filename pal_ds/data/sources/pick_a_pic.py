@@ -24,7 +24,7 @@ COLUMNS = (
 
 
 class Judgement(NamedTuple):
-    """One person's choice between two images of one caption; `label` is -1 for the first."""
+    """A person's choice between two images of one caption; `label` is -1 for the first."""
 
     split: str
     user_id: str
@@ -79,7 +79,7 @@ class PickAPic(Source):
             )
 
     def describe(self) -> dict:
-        """What was read, and the embeddings."""
+        """Describe what was read, and the embeddings."""
         return {
             "class": "PickAPic",
             **self._rows.describe(),
@@ -122,7 +122,7 @@ def judgements(rows: HubRows, captions: Embeddings, dropped: Counter[str]) -> It
             yield Judgement(SPLITS[split], str(row["user_id"]), caption, images, label)
 
 
-def _label(where: str, row: Mapping[str, object]) -> int | None:
+def _label(where: str, row: Mapping[str, float | None]) -> int | None:
     """-1: the first image, 1: the second, 0: as good; None where the row does not say."""
     pair = row["label_0"], row["label_1"]
     if None in pair:

@@ -112,7 +112,7 @@ class Synthetic(Source):
             )
 
     def num_records(self) -> int:
-        """How many comparisons the world has."""
+        """Return the number of comparisons of the world."""
         per_user = np.sum([self.train_counts, self.dev_counts, self.test_counts], axis=0)
         return int(per_user @ [self.num_users, self.num_unseen_users])
 

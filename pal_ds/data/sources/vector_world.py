@@ -87,7 +87,7 @@ class VectorWorld(Source):
             )
 
     def num_records(self) -> int:
-        """How many comparisons the world has."""
+        """Return the number of comparisons of the world."""
         return self.num_users * sum(self.counts)
 
     def user_id(self, user: int) -> str:

@@ -152,7 +152,7 @@ def _divided(rng: np.random.Generator, texts: list[str]) -> dict[str, list[str]]
 
 
 def _record(rng: np.random.Generator, split: str, texts: _Texts) -> Iterator[Record]:
-    """One pair, judged by both users."""
+    """Make a pair, judged by both users."""
     kind = int(rng.integers(2 * len(AGREED)))
     controversial = kind >= len(AGREED)
     pets = CONTROVERSIAL if controversial else AGREED[kind]
