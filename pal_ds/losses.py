@@ -44,7 +44,7 @@ class PreferenceLoss:
     kind: LossKind = "logistic"
     """Shape in the signed margin. Only `logistic` makes margins log-odds."""
     token_weighting: TokenWeighting = "last"
-    """Which positions of the window count, see `token_weights`."""
+    """Positions of the window that count, see `token_weights`."""
     lm_weight: float = 0.0
     """Weight of the language-model loss of the preferred response: the mean cross-entropy of its tokens, its end token
     too, given the prompt (decoders that are trained). The model adds it; 0 loads no output layer."""

@@ -16,7 +16,7 @@ NO_SPLIT = -1
 
 @dataclass(frozen=True)
 class SplitOptions:
-    """How prompts and users are split; the defaults put everything in train."""
+    """Options of the split of prompts and users; the defaults put everything in train."""
 
     split: Literal["hash", "ordinal", "field"] = "hash"
     dev_fraction: float = 0.0

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pal_ds.backbones.config import BackboneConfig, Pooling
 from pal_ds.backbones.transformer import choose_attention, read_model_config
@@ -50,7 +50,7 @@ def describe_states(
             f"backbone.cache: which commit {backbone.path} is cannot be told here, so states could be of other "
             "weights. Download the model and name its folder in backbone.path."
         )
-    entries: Mapping[str, object] = collator.data.info["tokens"]
+    entries = cast(Mapping[str, object], collator.data.info["tokens"])
     common = {
         "weights": weights,
         "model": _model_of(backbone),

@@ -95,7 +95,7 @@ class KnownUsers:
     encoded: Float[Tensor, "n K"] | None = None
     """Points that were made from comparisons, of the run's users who are asked for."""
     encoded_rows: np.ndarray | None = None
-    """Whose points these are, as rows of `mixtures`."""
+    """Users of these points, as rows of `mixtures`."""
 
     @property
     def own(self) -> Float[Tensor, "U K"] | None:

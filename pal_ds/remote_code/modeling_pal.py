@@ -28,7 +28,7 @@ class PalRewardConfig(PretrainedConfig):
 
     def __init__(
         self,
-        text_config: PretrainedConfig | dict | None = None,
+        text_config: Any = None,
         head: dict | None = None,
         mixture: list[float] | None = None,
         encoding: str = "joint",

@@ -124,9 +124,10 @@ def judgements(rows: HubRows, captions: Embeddings, dropped: Counter[str]) -> It
 
 def _label(where: str, row: Mapping[str, float | None]) -> int | None:
     """-1: the first image, 1: the second, 0: as good; None where the row does not say."""
-    pair = row["label_0"], row["label_1"]
-    if None in pair:
+    first, second = row["label_0"], row["label_1"]
+    if first is None or second is None:
         return None
+    pair = first, second
     if pair not in ((1.0, 0.0), (0.0, 1.0), (0.5, 0.5)):
         raise UserError(f"{where}: the labels are {pair}; they must be 1 and 0, 0 and 1, or 0.5")
-    return int(pair[1] - pair[0])
+    return int(second - first)
