@@ -36,8 +36,8 @@ class LogitPrior:
     means: Float[Tensor, "M K"]
     """Centred. The first is the typical user, whom one without comparisons gets."""
     precisions: Float[Tensor, "P K K"]
-    """Precision of everybody, and if M > 1 the one that all clusters share. Orthogonal to the constant direction but for
-    a curvature of 1 along it, which keeps them regular."""
+    """Precision of everybody, and if M > 1 the one that all clusters share. Orthogonal to the constant direction but
+    for a curvature of 1 along it, which keeps them regular."""
     heights: Float[Tensor, "M"]
     """Log density at the mean, up to a constant of all."""
 
