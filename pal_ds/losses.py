@@ -62,7 +62,7 @@ class PreferenceLoss:
     kind: LossKind = "logistic"
     """Shape in the signed margin. Only `logistic` makes margins log-odds."""
     token_weighting: TokenWeighting = "last"
-    """Which positions of the window count, see `token_weights`."""
+    """Positions of the window that count, see `token_weights`."""
     lm_weight: float = 0.0
     """Weight of the language-model loss of the preferred response: the mean cross-entropy of its tokens, its end token
     too, given the prompt (decoders that are trained). The model adds it; 0 loads no output layer."""
@@ -125,6 +125,10 @@ def token_weights(
 
     With n = end - start and t counted from start: `last` 1 at t = n - 1; `mean` 1 / n; `cumulative`
     (t + 1) / (n (n + 1) / 2), the closed form of the reference's running sum.
+
+    >>> weights = token_weights("cumulative", torch.tensor([1]), torch.tensor([4]), num_positions=5)
+    >>> [round(weight, 4) for weight in weights[0].tolist()]
+    [0.0, 0.1667, 0.3333, 0.5, 0.0]
     """
     outside, weight = _window(weighting, start, end, num_positions)
     return weight.masked_fill(outside, 0.0)

@@ -14,18 +14,18 @@ from pal_ds.heads.shapes import Float, Int
 from pal_ds.heads.statistics import MixtureStatistics
 
 FLOATS_PER_BLOCK = 2**20
-"""Of `linear` and `quadratic`: 4 MB, so that steps are not memory-bound and few enough that calls cost little."""
+"""Bytes of `linear` and `quadratic` in a block: 4 MB, so that steps are not memory-bound and calls are few."""
 
 
 class Comparisons(NamedTuple):
-    """What is known of each comparison beside its rewards."""
+    """Facts about each comparison beside its rewards."""
 
     user: Int[Tensor, "B"]
     label: Int[Tensor, "B"]
     required: Float[Tensor, "B"]
     """Margin that the annotation asks for."""
     weight: Float[Tensor, "B T"]
-    """Of each position in the loss, see `losses.token_weights`."""
+    """Weight of each position in the loss, see `losses.token_weights`."""
 
 
 class Block(NamedTuple):
@@ -33,12 +33,12 @@ class Block(NamedTuple):
 
     users: Int[Tensor, "U"]
     linear: Float[Tensor, "r K N U"]
-    """Of both responses (r = 2), or response_1 minus response_0 (r = 1) where no more than that enters a margin."""
+    """Coefficients of both responses (r = 2), or response_1 minus response_0 (r = 1) where a margin needs no more."""
     quadratic: Float[Tensor, "s K K C V"]
     """One for all (s = C = V = 1), or one (s = 1) or one per response (s = 2) of each comparison. V is U, or a
     divisor of U where as many users repeat."""
     comparison: Int[Tensor, "N U"] | None
-    """Which of the user's comparisons a term belongs to; None where that is evident."""
+    """Index of the user's comparison that a term belongs to; None where that is evident."""
     label: Float[Tensor, "N U"]
     required: Float[Tensor, "N U"]
     weight: Float[Tensor, "N U"]

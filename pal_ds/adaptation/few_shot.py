@@ -1,6 +1,6 @@
-"""How well new users are served after k comparisons: the curve that few-shot adaptation is judged by."""
+"""Few-shot curve: accuracy for new users after k comparisons, by which few-shot adaptation is judged."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from pal_ds.errors import UserError
 from pal_ds.eval.findings import scored_pairs
 from pal_ds.eval.metrics import clustered_standard_error, mean_figures
 from pal_ds.eval.sanity_checks import ScoredPairs, unseen_above_seen
+from pal_ds.eval.schema import CurvePoint, FewShotFigures
 from pal_ds.heads.base import UserState
 from pal_ds.heads.shapes import Float
 from pal_ds.inference.load_run import OpenRun, restore
@@ -31,14 +32,14 @@ from pal_ds.runs.run_dir import RunDirectory
 class Curve(NamedTuple):
     """Accuracy of held-out users against the number of comparisons they gave."""
 
-    rows: list[dict[str, Any]]
-    """One per k, see `few_shot_curve`."""
+    rows: list[CurvePoint]
+    """A point per k, see `few_shot_curve`."""
     right: np.ndarray
-    """Whether each test pair was judged rightly, mean over draws; fp64 [k, n]."""
+    """Correctness of each test pair, mean over draws; fp64 [k, n]."""
     prompts: np.ndarray
-    """Of each test pair, int64 [n]."""
+    """Prompt of each test pair, int64 [n]."""
     users: np.ndarray
-    """Of each test pair, int64 [n]."""
+    """User of each test pair, int64 [n]."""
 
 
 def evaluate_few_shot(
@@ -49,8 +50,8 @@ def evaluate_few_shot(
     step: str = "latest",
     trust_checkpoint: bool = False,
     world: World | None = None,
-) -> dict[str, Any]:
-    """What eval/few_shot.json then holds.
+) -> FewShotFigures:
+    """Measure the few-shot curve, write eval/few_shot.json and return its content.
 
     {"step", "curve": rows of `few_shot_curve`, "monotone_within_ci95": see `is_monotone`, "seen": {"pairs", "accuracy",
     "accuracy_ci95"} of the run's own users on `test`, "warnings": where the last k is served better than they are}.
@@ -66,7 +67,7 @@ def evaluate_few_shot(
     restored = restore(run, step, world.device, trust=trust_checkpoint)
     curve = few_shot_curve(restored, num_comparisons, world, seeds=tuple(range(num_draws)))
     seen = _seen(restored, world)
-    figures = {
+    figures: FewShotFigures = {
         "step": restored.step,
         "curve": curve.rows,
         "monotone_within_ci95": is_monotone(curve),
@@ -82,7 +83,7 @@ def evaluate_few_shot(
     return figures
 
 
-def few_shot_lines(figures: dict[str, Any]) -> list[str]:
+def few_shot_lines(figures: FewShotFigures) -> list[str]:
     """Lines for people."""
     rows, seen = figures["curve"], figures["seen"]
     lines = [f"{rows[0]['users']} users, {rows[0]['test_pairs']} test pairs"]
@@ -111,7 +112,7 @@ def _seen(restored: OpenRun, world: World) -> ScoredPairs:
 
 
 def is_monotone(curve: Curve) -> bool:
-    """Whether no k is worse than a smaller one by more than the 95% interval of the difference.
+    """Return whether no k is worse than a smaller one by more than the 95% interval of the difference.
 
     The same test pairs are judged at both, so the interval is that of the difference per pair.
     """
@@ -125,7 +126,7 @@ def is_monotone(curve: Curve) -> bool:
 
 
 def _standard_error(values: np.ndarray, curve: Curve) -> float:
-    """Of a mean over test pairs: clustered by user, which has the noise of draws in it, or by prompt if wider."""
+    """Compute the standard error of a mean over test pairs, clustered by user or by prompt, whichever is wider."""
     return max(
         clustered_standard_error(values, curve.users),
         clustered_standard_error(values, curve.prompts),
@@ -194,11 +195,11 @@ def _curve(
     draws: list[tuple[int, int]],
     drawn: list[np.ndarray],
 ) -> Curve:
-    """From `right` [k, draws, n], the (k, seed) of each draw and what was drawn."""
+    """Make the curve from `right` [k, draws, n], the (k, seed) of each draw and what was drawn."""
     table = data.comparisons[test_rows]
     curve = Curve([], right.mean(1), data.response_prompt[table["a"]], table["user"])
     num_users, num_seeds = len(np.unique(table["user"])), right.shape[1]
-    facts = {"users": num_users, "test_pairs": len(test_rows), **_bayes(table)}
+    bayes = _bayes(table)
     for index, of_count in enumerate(right):
         first = index * num_seeds
         curve.rows.append(
@@ -208,7 +209,9 @@ def _curve(
                 "accuracy": float(of_count.mean()),
                 "accuracy_ci95": _interval(curve.right[index], curve),
                 "accuracy_by_seed": of_count.mean(1).tolist(),
-                **facts,
+                "users": num_users,
+                "test_pairs": len(test_rows),
+                **bayes,
             }
         )
     return curve
@@ -248,7 +251,13 @@ def _interval(right: np.ndarray, curve: Curve) -> list[float]:
     return [float(max(0.0, mean - half)), float(min(1.0, mean + half))]
 
 
-def _bayes(table: np.ndarray) -> dict[str, float]:
+class _Bayes(TypedDict, total=False):
+    """Entry of data whose choice probabilities are known."""
+
+    bayes_accuracy: float
+
+
+def _bayes(table: np.ndarray) -> _Bayes:
     """The best possible accuracy on these comparisons, where the data know it of all of them."""
     probability = table["probability"].astype(float)
     if not np.isfinite(probability).all():

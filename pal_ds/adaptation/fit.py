@@ -53,7 +53,7 @@ class UserPairs(NamedTuple):
     rows: np.ndarray
     """Rows of the comparisons table; int64 [n]."""
     user_index: np.ndarray
-    """Whose each is; int64 [n]."""
+    """User of each comparison; int64 [n]."""
     num_users: int
 
 

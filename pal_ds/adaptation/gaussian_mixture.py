@@ -16,7 +16,7 @@ MAX_COMPONENTS = 16
 POINTS_PER_COMPONENT = 4
 """Fewer points have fewer components."""
 MAX_POINTS = 1024
-"""Of more points, so many are looked at."""
+"""Number of points looked at where there are more."""
 MAX_STEPS = 100
 TOLERANCE = 1e-6
 PATIENCE = 3

@@ -1,4 +1,4 @@
-"""Whom `adapt` fits from which comparisons, and which users are fitted together."""
+"""New users that `adapt` fits: their comparisons, and who is fitted together."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from pal_ds.data.tables import PreparedData
 from pal_ds.inference.load_run import OpenRun
 
 PAIRS_PER_SHARD = 2**14
-"""What is lost at most when a fit is cut off."""
+"""Number of pairs that are lost at most when a fit is cut off."""
 POSITIONS_PER_SHARD = 2**18
 """Hidden states of a backbone that are in memory at once: 4 GB at 4,096 numbers each."""
 
@@ -30,7 +30,7 @@ def few_per_user(data: PreparedData, rows: np.ndarray, num_pairs: int, seed: int
 
 @dataclass(frozen=True)
 class NewUsers:
-    """Whom to fit from which comparisons, and which of them are fitted together."""
+    """Users to fit, their comparisons, and the shards in which they are fitted together."""
 
     ids: list[str]
     table_rows: np.ndarray

@@ -75,7 +75,7 @@ def _descend(objective: Objective) -> Float[Tensor, "K U"]:
 
 
 def _follow(objective: Objective, begin: Float[Tensor, "K L"], num_kept: int) -> Point:
-    """Where descent from these lanes, `num_kept` of each user, ends; only the best of a user's goes all the way."""
+    """Descend from these lanes, `num_kept` of each user; only the best of a user's goes all the way."""
     point = objective(begin)
     ended = Point(*(part.clone() for part in point))
     num_lanes = len(point.value)
@@ -109,7 +109,7 @@ def _follow(objective: Objective, begin: Float[Tensor, "K L"], num_kept: int) ->
 
 
 def _leaders(values: Float[Tensor, "M U"]) -> Tensor:
-    """Which of a user's lanes is the best so far, the first of equals; bool [M U], flat."""
+    """Mark the best lane of each user so far, the first of equals; bool [M U], flat."""
     place = torch.arange(len(values), device=values.device)[:, None]
     return (place == values.nan_to_num(nan=torch.inf).argmin(0)).flatten()
 
@@ -132,7 +132,7 @@ def solve_positive_definite(
 def pivots(
     matrix: Float[Tensor, "K K L"], least: Float[Tensor, "K L"] | None = None
 ) -> Float[Tensor, "K L"]:
-    """Of each lane's matrix by the same elimination; their product is its determinant. `least` bounds them below."""
+    """Pivots of each lane's matrix by the same elimination; their product is its determinant. `least` bounds them."""
     matrix, chosen = matrix.clone(), []
     for k in range(len(matrix)):
         chosen.append(matrix[k, k] if least is None else torch.maximum(matrix[k, k], least[k]))

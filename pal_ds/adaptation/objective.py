@@ -1,4 +1,4 @@
-"""What localising minimises, with its slopes and curvature, for many users side by side.
+"""Objective of adaptation, with its slopes and curvature, for many users side by side.
 
 Axes as in `newton.py`: U users, L lanes (a user from one start), N terms of a user, K prototypes.
 """
@@ -81,13 +81,13 @@ class Objective:
         self.own = _OwnPrior.of(prior, None)
 
     def follow(self, component: Int[Tensor, "n U"]) -> None:
-        """From now on users repeat n times, each time under the component of the prior that is named."""
+        """Repeat users n times from now on, each time under the component of the prior that is named."""
         self.block = self.block.repeat(len(component))
         if self.prior.num_components > 1:
             self.own = _OwnPrior.of(self.prior, component.flatten())
 
     def keep(self, lanes: Int[Tensor, "L"]) -> None:
-        """From now on only these."""
+        """Keep only these users from now on."""
         self.block, self.own = self.block.take(lanes), self.own.take(lanes)
 
     def values_of_all(self, starts: Starts) -> Float[Tensor, "S U"]:

@@ -1,4 +1,4 @@
-"""What is known of a new user before any comparison: the density of the run's own users' logits (empirical Bayes).
+"""Prior of a new user before any comparison: the density of the run's own users' logits (empirical Bayes).
 
 A mixture of Gaussians: one of everybody, and one around each cluster of the run's users where they fall into clusters.
 A new user is like none of the run's U users with probability 1 / (U + 1), as in a Dirichlet process of concentration 1.
@@ -18,7 +18,7 @@ from pal_ds.users.ids import generic_row_of
 from pal_ds.users.rows import BLOCK_ROWS
 
 VERTEX_LOGIT = 2.0
-"""How far a start leans towards its prototype."""
+"""Logit by which a start leans towards its prototype."""
 
 
 class Starts(NamedTuple):
@@ -36,21 +36,21 @@ class LogitPrior:
     means: Float[Tensor, "M K"]
     """Centred. The first is the typical user, whom one without comparisons gets."""
     precisions: Float[Tensor, "P K K"]
-    """Of everybody, and if M > 1 the one that all clusters share. Orthogonal to the constant direction but for a
-    curvature of 1 along it, which keeps them regular."""
+    """Precision of everybody, and if M > 1 the one that all clusters share. Orthogonal to the constant direction but
+    for a curvature of 1 along it, which keeps them regular."""
     heights: Float[Tensor, "M"]
     """Log density at the mean, up to a constant of all."""
 
     @staticmethod
     def gaussian(mean: Float[Tensor, "K"], precision: Float[Tensor, "K K"]) -> "LogitPrior":
-        """One Gaussian, of everybody."""
+        """Make the prior of one Gaussian, of all users."""
         centring = torch.eye(len(mean)) - 1 / len(mean)
         precisions = (centring @ precision @ centring + 1 / len(mean))[None]
         return LogitPrior((mean - mean.mean())[None], precisions, torch.zeros(1))
 
     @staticmethod
     def of(users: UserTable) -> "LogitPrior":
-        """From the run's users.
+        """Estimate the prior from the run's users.
 
         Where the run has a generic user, who is what users get at zero comparisons, everybody is centred there.
         """
@@ -90,13 +90,13 @@ class LogitPrior:
         return len(self.means)
 
     def to(self, device: torch.device) -> "LogitPrior":
-        """The same on a device."""
+        """Copy the prior to a device."""
         names = ("means", "precisions", "heights")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     @cached_property
     def starts(self) -> Starts:
-        """Where to look for the best logits of a user, under which component.
+        """Propose where to look for the best logits of a user, under which component.
 
         Everybody's mean and around it one towards each prototype, since the objective is not convex; the simplex's
         centre, where the population has taste and its mean is far from there; the means of clusters. The former under

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -36,9 +36,29 @@ FIT_VERSION = 2
 """Counted up with every change that gives fits other numbers: a fit that an older program began is begun anew."""
 
 
+class AdaptedUser(TypedDict):
+    """A user's entry in OUT/report.json."""
+
+    pairs: int
+    accuracy_on_these_pairs: float
+    """Share of the pairs that the fit explains; optimistic, since it was fitted to them."""
+    mixture: list[float]
+    """Weight of each prototype; K numbers that sum to 1."""
+
+
+class AdaptReport(TypedDict):
+    """OUT/report.json."""
+
+    step: int
+    pairs: int
+    accuracy_on_these_pairs: float
+    users: dict[str, AdaptedUser]
+    """By user id; see `results.write_user_figures` for many users."""
+
+
 @dataclass(frozen=True)
 class AdaptOptions:
-    """Whom `adapt_run` fits, from which comparisons, and how."""
+    """Options of `adapt_run`: whom it fits, from which comparisons, and how."""
 
     pairs: Path | None = None
     """JSONL file of the new users' comparisons; None for a split of the run's data."""
@@ -55,7 +75,7 @@ class AdaptOptions:
 
 def adapt_run(
     run: RunDirectory, out: Path, options: AdaptOptions, *, device: torch.device | None = None
-) -> dict[str, Any]:
+) -> AdaptReport:
     """Fit every user of a file or of a split of the run's data, write them to OUT, and return the report.
 
     Users are fitted in shards, each of which is kept in OUT/fitting until all are done: called again after it was
@@ -123,7 +143,7 @@ def _inputs(
     solver: Solver,
     seed: int,
     world: World,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """All that the fitted numbers depend on, as JSON."""
     return {
         "fit": FIT_VERSION,
@@ -140,7 +160,7 @@ def _inputs(
 
 @dataclass(frozen=True)
 class Fitting:
-    """How the shards of one call are fitted."""
+    """Common inputs of the fits of all shards of one call."""
 
     restored: OpenRun
     data: PreparedData
@@ -172,7 +192,7 @@ class Fitting:
         return [shards[number] for number in range(len(users.spans))]
 
     def _common_reader(self, missing: list[int], positions: np.ndarray) -> Reader | None:
-        """One for all shards, with each text encoded once, where the states have room together or lie on disk."""
+        """Make one reader for all shards, each text encoded once, where states have room together or lie on disk."""
         if not missing:
             return None
         rows = np.concatenate([self.users.rows_of(self.users.spans[n]) for n in missing])
@@ -229,22 +249,22 @@ class Fitting:
         )
 
 
-def _report(restored: OpenRun, table: UserTable, shards: list[FittedShard]) -> dict[str, Any]:
-    """Who was fitted from how much, and how well the fit explains it (an optimistic figure, named as such)."""
+def _report(restored: OpenRun, table: UserTable, shards: list[FittedShard]) -> AdaptReport:
+    """Report who was fitted from how many pairs, and how well the fit explains them (optimistic, named as such)."""
     mixtures = user_mixtures(restored.model.head, table)[:-1].tolist()
     num_pairs = torch.cat([shard.num_pairs for shard in shards])
     num_right = torch.cat([shard.num_right for shard in shards])
     accuracy = (num_right / num_pairs).tolist()
-    users = {
+    users: dict[str, AdaptedUser] = {
         user: {"pairs": count, "accuracy_on_these_pairs": share, "mixture": mixture}
         for user, count, share, mixture in zip(
             table.ids, num_pairs.tolist(), accuracy, mixtures, strict=True
         )
     }
     total = int(num_pairs.sum())
-    figures = {
+    return {
         "step": restored.step,
         "pairs": total,
         "accuracy_on_these_pairs": float(num_right.sum()) / total,
+        "users": users,
     }
-    return {**figures, "users": users}

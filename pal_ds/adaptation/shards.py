@@ -8,8 +8,9 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ class FittedShard(NamedTuple):
 class ShardFolder:
     """The shards of one set of inputs under OUT/fitting."""
 
-    def __init__(self, out: Path, inputs: dict[str, Any]) -> None:
+    def __init__(self, out: Path, inputs: Mapping[str, object]) -> None:
         """`inputs` (JSON) is what the fits depend on. Raises StorageError where OUT cannot be written."""
         text = json.dumps({"version": _VERSION, **inputs}, sort_keys=True)
         key = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
@@ -81,7 +82,7 @@ class ShardFolder:
 
 
 def _hash_of(shard: FittedShard) -> bytes:
-    """Of its tensors, 16 bytes."""
+    """Hash the shard's tensors; 16 bytes."""
     digest = hashlib.blake2b(digest_size=16)
     for part in shard:
         digest.update(part.contiguous().numpy().tobytes())

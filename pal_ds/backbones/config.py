@@ -1,10 +1,10 @@
-"""Which backbone a run uses and which of its weights move."""
+"""Configuration of the backbone of a run, and of which of its weights move."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Pooling = Literal["last", "mean", "max"]
-"""One state for a text: that of its last token, or the mean or largest entry over all of them."""
+"""Pooling to one state for a text: that of its last token, or the mean or largest entry over all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)

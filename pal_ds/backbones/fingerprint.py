@@ -1,4 +1,4 @@
-"""What frozen weights were: a hash that a checkpoint names them by, since it does not hold them."""
+"""Fingerprint of frozen weights: a hash that a checkpoint names them by, since it does not hold them."""
 
 from pathlib import Path
 

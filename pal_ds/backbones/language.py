@@ -11,7 +11,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from pal_ds.data.answers import Answers
@@ -21,7 +26,7 @@ from pal_ds.heads.shapes import Float, Int
 CHUNK_LOGITS = 1 << 27
 """Logits at a time, 512 MiB in fp32; at least those of one token."""
 STATE_PREFIX = "backbone.language."
-"""Of its parameters in a checkpoint; what scores never reads them."""
+"""Prefix of the language head's parameters in a checkpoint; what scores never reads them."""
 
 
 class LanguageHead(nn.Module):
@@ -124,7 +129,7 @@ def with_language_head(path: str, **options: Any) -> tuple[PreTrainedModel | Any
     return whole.base_model, LanguageHead(layer.weight, layer.bias, logit_scale(whole.config))
 
 
-def output_layer_of(path: str, config: Any) -> dict[str, Path]:
+def output_layer_of(path: str, config: PretrainedConfig) -> dict[str, Path]:
     """File (safetensors) of each tensor of the output layer that lies beside a backbone's weights, by its full name.
 
     Empty where the model ties it to its embedding, has none, or its weights lie in no safetensors of this machine.
@@ -159,8 +164,8 @@ def _weight_files(path: str) -> list[Path]:
     return [Path(index).with_name(name) for name in sorted(names)]
 
 
-def logit_scale(config: Any) -> float:
-    """What a family multiplies its logits by."""
+def logit_scale(config: PretrainedConfig) -> float:
+    """Return the factor by which a family multiplies its logits."""
     multiplier = getattr(config, "logit_scale", None)
     divisor = getattr(config, "logits_scaling", None)
     return float(multiplier or 1.0) / float(divisor or 1.0)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from pal_ds.backbones.config import Pooling
 from pal_ds.backbones.packed_blocks import Blocks, blocks_of
@@ -63,8 +64,8 @@ def refuse_without_flash(wanted: str, reason: str) -> None:
         )
 
 
-def drops_attention(model_config: Any) -> bool:
-    """Whether a transformers config asks for dropout of attention weights, by any of the names it goes by."""
+def drops_attention(model_config: PretrainedConfig) -> bool:
+    """Return whether a transformers config asks for dropout of attention weights, by any of its names."""
     names = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
     return any((getattr(model_config, name, 0) or 0) > 0 for name in names)
 
@@ -87,7 +88,7 @@ def packed_states(
 def pooled_states(
     hidden: Float[Tensor, "S H"], batch: Batch, pooling: Pooling
 ) -> tuple[Float[Tensor, "R 1 H"], Float[Tensor, "P 1 H"] | None, Int[Tensor, "P"] | None]:
-    """As `packed_states`, for encoders: one state for each text, pooled in fp32."""
+    """Read states as `packed_states` does, for encoders: one state for each text, pooled in fp32."""
     assert batch.packing is not None and batch.response_positions is not None
     lengths = batch.packing.sequence_start.diff()
     # In the order of tokens on every device; the lengths are right by construction, and checking them would wait.
@@ -104,7 +105,7 @@ def pooled_states(
 def pooled_pairs(
     hidden: Float[Tensor, "S H"], batch: Batch, pooling: Pooling
 ) -> tuple[Float[Tensor, "R 1 H"], Float[Tensor, "P 1 H"] | None, Int[Tensor, "P"] | None]:
-    """As `packed_states`, for decoders: pooled in fp32 over a response and the prompt in front of it.
+    """Read states as `packed_states` does, for decoders: pooled in fp32 over a response and the prompt in front of it.
 
     Each sequence is reduced once, in the order of its tokens, and a prompt's part then joins its responses'.
     """

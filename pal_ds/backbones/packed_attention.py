@@ -15,7 +15,7 @@ from pal_ds.backbones.packed_spans import Spans, attend_spans
 from pal_ds.heads.shapes import Float
 
 NAME = "pal_packed"
-"""What the function is registered as; goes into `attn_implementation`."""
+"""Name under which the function is registered; goes into `attn_implementation`."""
 
 
 def packed_attention(

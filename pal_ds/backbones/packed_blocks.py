@@ -19,7 +19,7 @@ class Block(NamedTuple):
     """(n, J)"""
     query_position: Int[Tensor, "#n 1 Q 1"]
     visible: Bool[Tensor, "n 1 #Q J"] | None
-    """Whether a query may look at a key; None: prompts, each query at itself and what is before it."""
+    """True where a query may look at a key; None: prompts, each query at itself and what is before it."""
 
 
 class Blocks(NamedTuple):
@@ -116,7 +116,7 @@ def attend_blocks(
 
 
 def _mask(block: Block, window: int | None) -> dict[str, Any]:
-    """What SDPA is told of who sees whom."""
+    """Arguments of SDPA that say who sees whom."""
     num_keys = block.keys_shape[1]
     if window is None or window >= num_keys:
         return {"is_causal": True} if block.visible is None else {"attn_mask": block.visible}

@@ -31,7 +31,7 @@ class Spans(NamedTuple):
 
     @property
     def bounds(self) -> tuple[Tensor, Tensor, int, int]:
-        """What says where sequences begin and how long they get, in the order of both kernels' arguments."""
+        """Begins and longest lengths of sequences, in the order of both kernels' arguments."""
         return self.query_start, self.key_start, self.longest_query, self.longest_key
 
 
@@ -72,7 +72,7 @@ def attend_spans(
     scaling: float | None,
     window: int | None,
 ) -> Float[Tensor, "h S D"]:
-    """One call of the kernel; its deterministic backward aside, the sums over copies have a fixed order."""
+    """Call the kernel once; its deterministic backward aside, the sums over copies have a fixed order."""
     keys, values = copies(key, spans.keys), copies(value, spans.keys)
     output = spans.kernel(
         *(part.transpose(0, 1) for part in (query, keys, values)), spans, dropout, scaling, window

@@ -10,7 +10,7 @@ from pal_ds.heads.shapes import Float, Int
 
 
 class Gather(NamedTuple):
-    """Which tokens are copied where, and how the gradients find their way back without atomics."""
+    """Copies of tokens and their places; gradients find their way back without atomics."""
 
     token: Int[Tensor, "n"]
     """Token of each copy."""
@@ -21,7 +21,7 @@ class Gather(NamedTuple):
 
 
 def owner_and_column(packing: Packing) -> tuple[Int[Tensor, "S"], Int[Tensor, "S"]]:
-    """Which sequence each token belongs to, and its place in it."""
+    """Compute the sequence that each token belongs to, and its place in it."""
     start = packing.sequence_start
     num_tokens = packing.position_ids.shape[1]
     sequences = torch.arange(len(start) - 1, device=start.device)
@@ -37,7 +37,7 @@ def shared_copies(
     keys_start: Int[Tensor, "R"],
     num_copies: int,
 ) -> Int[Tensor, "T M"]:
-    """Where each prompt token lies among the keys of each response of its prompt, which begin at `keys_start`."""
+    """Place each prompt token among the keys of each response of its prompt, which begin at `keys_start`."""
     num_tokens = packing.num_prompt_tokens
     responses = packing.responses_of_prompt[owner[:num_tokens]]
     copies = keys_start[responses.clamp(min=0)] + column[:num_tokens, None]

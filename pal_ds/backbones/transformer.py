@@ -80,7 +80,7 @@ class TransformerBackbone(nn.Module):
         return self._features(batch, hidden), self.language.mean_losses(hidden, batch.answers)
 
     def _hidden(self, batch: Batch) -> Float[Tensor, "N S H"]:
-        """Of every token of the batch."""
+        """Compute the states of every token of the batch."""
         if batch.packing is not None:
             return packed_hidden(self.model, batch, batch.packing, self.layout)
         assert batch.input_ids is not None and batch.attention_mask is not None

@@ -19,7 +19,7 @@ class Answers(NamedTuple):
     lengths: Int[Tensor, "A"]
     """Tokens of each response, its end token included; one less where nothing stands before the first."""
     answer_index: Int[Tensor, "B"]
-    """Which of them each comparison prefers."""
+    """Index of the preferred response of each comparison among the A."""
 
 
 def answers_of(

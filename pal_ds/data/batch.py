@@ -1,6 +1,6 @@
 """A micro-batch: every distinct sequence once, plus index tensors that say which comparison looks at which."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -11,9 +11,11 @@ from pal_ds.data.packing import (
 )
 from pal_ds.heads.shapes import Float, Int
 
+PartT = TypeVar("PartT")
+
 
 class Batch(NamedTuple):
-    """One micro-batch. Axes: N sequences, S tokens, R distinct responses, T scored positions, P prompts, B comparisons.
+    """A micro-batch. Axes: N sequences, S tokens, R distinct responses, T scored positions, P prompts, B comparisons.
 
     A named tuple for the reason given in `heads/base.py`. Either token ids or stored states are present.
     """
@@ -46,7 +48,7 @@ class Batch(NamedTuple):
     context: Int[Tensor, "B N 2"] | None = None
     """Other comparisons of the same user: responses of the batch that were preferred and rejected."""
     context_length: Int[Tensor, "B"] | None = None
-    """How many of them are there."""
+    """Number of comparisons in each context."""
     packing: Packing | None = None
     """Given where all texts lie in one row (N = 1): response_positions and prompt_rows are then columns of it, the
     latter of each prompt's first token."""
@@ -57,11 +59,12 @@ class Batch(NamedTuple):
         return _moved(self, device)
 
 
-def _moved(part: Any, device: torch.device) -> Any:
+def _moved(part: PartT, device: torch.device) -> PartT:
     """A named tuple with its tensors on `device`."""
     if isinstance(part, Tensor):
-        return part.to(device, non_blocking=True)
+        return cast(PartT, part.to(device, non_blocking=True))
     if isinstance(part, tuple):
         inner = [_moved(piece, device) for piece in part]
-        return type(part)(*inner) if hasattr(part, "_fields") else tuple(inner)
+        moved = type(part)(*inner) if hasattr(part, "_fields") else tuple(inner)
+        return cast(PartT, moved)
     return part

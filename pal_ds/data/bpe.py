@@ -6,7 +6,7 @@ PAD_TOKEN, END_TOKEN = "<pad>", "</s>"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int):
-    """The same texts give the same tokenizer; <pad> is 0, </s> is 1, there is no BOS."""
+    """Train a byte-level BPE, the same for the same texts; <pad> is 0, </s> is 1, there is no BOS."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -5,12 +5,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 
 from pal_ds.data.collect import Collector
+from pal_ds.data.info import Counts, DatasetInfo
 from pal_ds.data.ragged import Ragged
 from pal_ds.data.records import Record
 from pal_ds.data.splits import NUM_BASE_SPLITS, SPLITS, SplitOptions
@@ -55,8 +57,12 @@ def build_tables(
 
 
 def _write(
-    collector: Collector, folder: Path, check_marker: bool, source_dropped: Mapping, extra: dict
-) -> dict:
+    collector: Collector,
+    folder: Path,
+    check_marker: bool,
+    source_dropped: Mapping[str, int],
+    extra: dict[str, object],
+) -> DatasetInfo:
     table, content_prompt = collector.comparisons()
     users, seen = list(collector.members.users), collector.members.seen()
     split = collector.members.prompt_splits()[content_prompt]
@@ -88,7 +94,7 @@ def _write(
     group = [collector.user_group[row] for row in kept_users]
     names = [groups[code] if code >= 0 else None for code in group]
     _write_users(folder, [users[row] for row in kept_users], seen[kept_users], names)
-    return {
+    info = {
         "format_version": FORMAT_VERSION,
         "kind": store.kind,
         "hash": hash_tables(folder),
@@ -101,6 +107,7 @@ def _write(
         **details,
         **_bayes(table),
     }
+    return cast(DatasetInfo, info)
 
 
 def _drop(table: np.ndarray, reason: np.ndarray) -> tuple[np.ndarray, Counter[str]]:
@@ -200,7 +207,7 @@ def _write_users(folder: Path, ids: list[str], seen: np.ndarray, groups: list) -
         writer.write_table(table)
 
 
-def _counts(table: np.ndarray, seen: np.ndarray, num_prompts: int, num_responses: int) -> dict:
+def _counts(table: np.ndarray, seen: np.ndarray, num_prompts: int, num_responses: int) -> Counts:
     by_split = np.bincount(table["split"], minlength=len(SPLITS)).tolist()
     return {
         "comparisons": len(table),

@@ -1,4 +1,4 @@
-"""From row numbers to a batch.
+"""Make a batch from row numbers.
 
 It reads prepared tables only; it knows nothing of heads or losses beyond which positions, prompts and contexts are
 asked for.
@@ -43,9 +43,9 @@ class Collator:
     packed: bool = False
     """All texts in one row without padding; for decoders with each prompt once for all its responses."""
     pooled: bool = False
-    """Whether one mean stands for each text: encoders."""
+    """True if one mean stands for each text: encoders."""
     with_answers: bool = False
-    """Whether batches say where the tokens of preferred responses are predicted; joint encoding of token ids."""
+    """True if batches say where the tokens of preferred responses are predicted; joint encoding of token ids."""
     pad_token_id: int = 0
     response_store: FeatureStore | MappedFeatures | None = None
     prompt_store: FeatureStore | MappedFeatures | None = None
@@ -57,7 +57,7 @@ class Collator:
     generic_row: int = -1
     """User table row of the generic user, of whom nothing is known: no context, no group of a borrowed comparison."""
     contexts: Contexts | None = None
-    """What other comparisons of a user are drawn from; given where the head reads them."""
+    """Source of a user's other comparisons; given where the head reads them."""
 
     def __call__(
         self,
@@ -118,7 +118,7 @@ class Collator:
 
     @property
     def stored(self) -> bool:
-        """Whether batches carry states in place of token ids."""
+        """True if batches carry states in place of token ids."""
         return self.response_store is not None or self.data.response_vectors is not None
 
     @property
@@ -257,7 +257,7 @@ class Collator:
         return self._truncated(self.prompts[prompt], self.data.info["tokens"]["max_length"])
 
     def _truncated(self, ids: np.ndarray, budget: int) -> np.ndarray:
-        """Of a prompt's ids at most `budget`; the special tokens in front stay."""
+        """Keep at most `budget` of a prompt's ids; the special tokens in front stay."""
         if len(ids) <= budget:
             return ids
         tokens = self.data.info["tokens"]

@@ -1,4 +1,4 @@
-"""Which other comparisons tell of a user: drawn anew for every comparison of a training, fixed for a user elsewhere.
+"""Other comparisons that tell of a user: drawn anew for every comparison of a training, fixed for a user elsewhere.
 
 Nothing is stored: a draw is a function of (seed, epoch, row) alone, so it is the same on every rank and after a resume.
 """
@@ -27,14 +27,14 @@ class Contexts:
 
     @staticmethod
     def of(data: PreparedData, rows: np.ndarray, seed: int) -> "Contexts":
-        """From the comparisons `rows`."""
+        """Index the comparisons `rows` by user."""
         users = data.comparisons["user"][rows]
         order = np.argsort(users, kind="stable")
         first = np.searchsorted(users[order], np.arange(len(data.users) + 1))
         return Contexts(data, rows[order].astype(np.int64), first, seed)
 
     def draw(self, rows: np.ndarray, epoch: int, num_pairs: int) -> tuple[np.ndarray, np.ndarray]:
-        """For each comparison of `rows` up to `num_pairs` others of its user about other prompts, none twice.
+        """Draw for each comparison of `rows` up to `num_pairs` others of its user about other prompts, none twice.
 
         Returns:
             (comparisons int64 [B, num_pairs], of which the first so many count int64 [B]); what lies behind them
@@ -47,7 +47,7 @@ class Contexts:
         return _first_of(candidates, there, num_pairs, rows)
 
     def known(self, users: np.ndarray, num_pairs: int) -> tuple[np.ndarray, np.ndarray]:
-        """What stands for each of these users of the data outside a training: up to `num_pairs`, as `draw` gives them.
+        """Fix the context of each of these users outside a training: up to `num_pairs`, as `draw` gives them.
 
         Behind them, and for a user of whom nothing is known, stands row 0.
         """
@@ -78,7 +78,7 @@ class Contexts:
 
 
 def _is_repeated(chosen: np.ndarray) -> np.ndarray:
-    """Whether an entry stands further left in its row already."""
+    """Mark entries that stand further left in their row already."""
     order = np.argsort(chosen, axis=1, kind="stable")
     ranked = np.take_along_axis(chosen, order, axis=1)
     again = np.zeros(chosen.shape, bool)

@@ -1,4 +1,4 @@
-"""What the comparisons of prepared data cost a backbone, in tokens."""
+"""Cost of the comparisons of prepared data for a backbone, in tokens."""
 
 import numpy as np
 

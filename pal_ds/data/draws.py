@@ -1,4 +1,4 @@
-"""What a training draws at random per comparison: keyed, so that every rank and every start draws alike."""
+"""Random draws of a training per comparison: keyed, so that every rank and every start draws alike."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from pal_ds.data.plan import keyed_generator
 
 @dataclass(frozen=True)
 class Draws:
-    """What an update of a training draws at random; everything is keyed, nothing is a stream."""
+    """Random draws of an update of a training; everything is keyed, nothing is a stream."""
 
     seed: int
     num_prototypes: int

@@ -8,8 +8,8 @@ from typing import Any
 from pal_ds.errors import UserError
 
 
-def is_list(fields: Any) -> bool:
-    """Whether an object is a list of responses and not a comparison of two."""
+def is_list(fields: object) -> bool:
+    """Return whether an object is a list of responses and not a comparison of two."""
     return isinstance(fields, Mapping) and "scores" in fields
 
 
@@ -34,7 +34,7 @@ def check_list(fields: Mapping[str, Any], where: str) -> tuple[str, list[Any], l
     return key, responses, [float(score) for score in scores]
 
 
-def pairs_of_list(fields: Mapping[str, Any], where: str) -> Iterator[dict[str, Any] | None]:
+def pairs_of_list(fields: Mapping[str, Any], where: str) -> Iterator[dict[str, object] | None]:
     """Each two responses as a comparison's fields, in the order of the list; None for two of equal score.
 
     The mean logistic loss over these pairs is the masked list-wise ranking loss of DSP (arXiv 2309.03126): a batch

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
@@ -16,7 +16,7 @@ from pal_ds.data.split_packed import split_by_cost
 
 
 class UpdateInputs(NamedTuple):
-    """What one rank needs to make one update."""
+    """Inputs that one rank needs to make one update."""
 
     rows: np.ndarray
     """Rows of the comparisons table, of the whole update, in global order; one that the generic user is trained on,
@@ -40,7 +40,7 @@ class UpdateSource(Dataset[UpdateInputs]):
     micro_batch_pairs: int
     micro_batch_tokens: int | None = None
     draws: Draws | None = None
-    """What the head reads that is drawn at random; its update and epoch are filled in."""
+    """Random inputs of the head; their update and epoch are filled in."""
     generic_fraction: float = 0.0
     """Probability that a comparison is also trained for the generic user, at `collator.generic_row`."""
 
@@ -119,5 +119,8 @@ def updates_from(
     return iter(loader)
 
 
-def _unchanged(inputs: Any) -> Any:
+InputsT = TypeVar("InputsT")
+
+
+def _unchanged(inputs: InputsT) -> InputsT:
     return inputs

@@ -1,4 +1,4 @@
-"""Which tokens mark the start of a response, and which rows do not keep to it.
+"""Tokens that mark the start of a response, and rows that do not keep to them.
 
 A marker is worth having only if it says where the prompt ends for every row: `find_prompt_length`
 of the exported model must find the very boundary that the tables hold.
@@ -45,7 +45,7 @@ def run_starts(tokens: np.ndarray, marker: Sequence[int]) -> np.ndarray:
 def count_in_rows(
     tokens: np.ndarray, offsets: np.ndarray, marker: Sequence[int], skip_end: bool = False
 ) -> np.ndarray:
-    """How often the marker lies wholly inside each row; `skip_end` ignores one at the very end."""
+    """Count how often the marker lies wholly inside each row; `skip_end` ignores one at the very end."""
     hits = np.concatenate([[0], np.cumsum(run_starts(tokens, marker))])
     last_start = np.maximum(offsets[1:] - len(marker) + 1 - skip_end, offsets[:-1])
     return hits[last_start] - hits[offsets[:-1]]
@@ -57,7 +57,7 @@ def count_across(
     left_row: np.ndarray,
     marker: Sequence[int],
 ) -> np.ndarray:
-    """How often the marker straddles the border of each right row and the left row it follows."""
+    """Count how often the marker straddles the border of each right row and the left row it follows."""
     reach = len(marker) - 1
     if not reach:
         return np.zeros(len(left_row), np.int64)

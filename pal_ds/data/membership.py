@@ -1,4 +1,4 @@
-"""Who and what appears in a dataset: users and prompts in order of appearance, and their splits."""
+"""Members of a dataset: users and prompts in order of appearance, and their splits."""
 
 import json
 from array import array
@@ -33,7 +33,7 @@ def compared(record: Record) -> tuple:
 
 
 def prompt_digest(record: Record, where: str = "record") -> bytes:
-    """What decides the split: the prompt, or where there is none the two responses in any order."""
+    """Hash what decides the split: the prompt, or where there is none the two responses in any order."""
     prompt = record.prompt if record.responses is not None else record.prompt_features
     if prompt is not None:
         return content_digest(prompt, where)

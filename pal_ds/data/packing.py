@@ -32,7 +32,7 @@ class Group(NamedTuple):
 
 
 class Packing(NamedTuple):
-    """Where the sequences of a packed row of S tokens lie. Axes: P prompts, R responses, M responses of one prompt.
+    """Places of the sequences of a packed row of S tokens. Axes: P prompts, R responses, M responses of one prompt.
 
     Lengths are also given as plain numbers: a tensor's size must not wait for the device.
     """
@@ -45,7 +45,7 @@ class Packing(NamedTuple):
     prompt_of_response: Int[Tensor, "R"]
     """Without meaning where there are none."""
     responses_of_prompt: Int[Tensor, "P M"]
-    """Those that it stands before; -1 where a prompt has fewer than M."""
+    """Responses that each prompt stands before; -1 where a prompt has fewer than M."""
     num_prompts: int
     num_prompt_tokens: int
     num_keys: int
@@ -87,7 +87,7 @@ class PackedTexts(NamedTuple):
 def pack_joint(
     heads: Sequence[np.ndarray], prompts: np.ndarray, tails: Sequence[np.ndarray]
 ) -> PackedTexts:
-    """One row of all distinct heads (what precedes a response), then all tails (the responses).
+    """Pack one row of all distinct heads (what precedes a response), then all tails (the responses).
 
     Args:
         heads: token ids in front of each response; a function of its prompt and of how many were kept.
@@ -103,7 +103,7 @@ def pack_joint(
 def pack_separate(
     prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], prompt_of_response: np.ndarray
 ) -> PackedTexts:
-    """One row of texts that do not see each other: distinct prompts (none where no one reads them), then responses."""
+    """Pack texts that do not see each other: distinct prompts (none where no one reads them), then responses."""
     return _pack(prompts, responses, prompt_of_response, np.zeros(len(responses), np.int64))
 
 

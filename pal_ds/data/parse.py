@@ -1,9 +1,9 @@
-"""One JSON object or table row -> Record; an error says where, what, the rule and the remedy."""
+"""Parse a JSON object or table row into a Record; an error says where, what, the rule and the remedy."""
 
 import difflib
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from pal_ds.data.chat import check_messages, is_empty, split_conversations
 from pal_ds.data.records import Record, Text
@@ -29,7 +29,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f" (did you mean '{matches[0]}'?)" if matches else ""
 
 
-def parse_record(fields: Any, where: str, extra_keys: str = "error") -> Record:
+def parse_record(fields: object, where: str, extra_keys: str = "error") -> Record:
     """Check one object of either record form (design section 5) or the vector form."""
     if not isinstance(fields, Mapping):
         raise UserError(f"{where}: expected an object, found {type(fields).__name__}")
@@ -95,11 +95,15 @@ def _label(value: object, where: str) -> int:
     return int(value)
 
 
+DefaultT = TypeVar("DefaultT", float, None)
+
 _LARGEST_FLOAT32 = 3.4028234663852886e38
 """A larger margin would be infinite in the tables."""
 
 
-def _number(value: Any, where: str, key: str, default: Any, bounds: tuple) -> Any:
+def _number(
+    value: Any, where: str, key: str, default: DefaultT, bounds: tuple[float, float]
+) -> float | DefaultT:
     if value is None:
         return default
     low, high = bounds

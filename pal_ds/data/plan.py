@@ -1,4 +1,4 @@
-"""Which comparisons form which update: a pure function of (seed, epoch, dataset hash), never of the launch.
+"""Comparisons of each update: a pure function of (seed, epoch, dataset hash), never of the launch.
 
 How an update is cut into micro-batches over ranks is execution only (`split_update`): it moves no comparison to
 another update, so the order of data is the same on one GPU and on a thousand.
@@ -71,7 +71,7 @@ def split_update(num_pairs: int, world_size: int, micro_batch_pairs: int) -> lis
 def split_by_tokens(
     lengths: np.ndarray, world_size: int, micro_batch_pairs: int, micro_batch_tokens: int
 ) -> list[list[np.ndarray]]:
-    """As `split_update`, where the padded tokens of a run stay within a budget, too, and ranks share them evenly.
+    """Split an update as `split_update` does, with padded tokens within a budget and shared evenly by ranks.
 
     A run of n pairs costs n times its longest pair. Runs are consecutive; the fewest micro-steps that the budget
     allows are taken, then the dearest run is made as cheap as these steps allow. A pair dearer than the budget makes

@@ -31,7 +31,7 @@ PROGRESS_EVERY = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the prepared data lies and, if it is to be made, from what and how."""
+    """Settings of the prepared data: where it lies and, if it is to be made, from what and how."""
 
     path: str
     """Folder of the prepared tables (`DATA/`)."""
@@ -42,11 +42,11 @@ class DataConfig:
     trust_remote_code: bool = False
     """Run Python code that a tokenizer's repository brings."""
     vocab_size: int = 2048
-    """Of a tokenizer trained here."""
+    """Number of tokens of a tokenizer trained here."""
     max_length: int = 1024
     """Tokens of prompt + response; the prompt alone is truncated."""
     truncation_side: Literal["left", "right"] = "left"
-    """Which end of a long prompt goes: its beginning, or what stands just in front of the response marker, which
+    """End of a long prompt that goes: its beginning, or what stands just in front of the response marker, which
     stays. The response and its end token are never cut."""
     separator: str = DEFAULT_SEPARATOR
     """Between prompt and response where there is no chat template. It marks where the response
@@ -62,7 +62,7 @@ class DataConfig:
     unseen_user_fraction: float = 0.0
     """Share of users held out whole, among those whose records do not say."""
     seed: int = 0
-    """Of the hashes that decide splits and unseen users."""
+    """Seed of the hashes that decide splits and unseen users."""
 
     def split_options(self) -> SplitOptions:
         """The keys that decide who and what is held out."""
@@ -129,10 +129,16 @@ def print_summary(data: PreparedData) -> None:
             bayes = info.get("bayes_accuracy", {}).get(name)
             note = f" (best possible accuracy {bayes:.3f})" if bayes else ""
             table.add_row(f"comparisons, {name}{note}", f"{count:,}")
-    for name in ("prompts", "responses", "seen_users", "unseen_users"):
-        table.add_row(name.replace("_", " "), f"{info['counts'][name]:,}")
-    if info.get("truncated_prompts"):
-        table.add_row("responses whose prompt will be truncated", f"{info['truncated_prompts']:,}")
+    counts = info["counts"]
+    for name, count in (
+        ("prompts", counts["prompts"]),
+        ("responses", counts["responses"]),
+        ("seen users", counts["seen_users"]),
+        ("unseen users", counts["unseen_users"]),
+    ):
+        table.add_row(name, f"{count:,}")
+    if num_truncated := info.get("truncated_prompts"):
+        table.add_row("responses whose prompt will be truncated", f"{num_truncated:,}")
     for reason, count in sorted(info["dropped"].items()):
         table.add_row(f"dropped: {reason}", f"{count:,}")
     Console().print(table)

@@ -7,7 +7,14 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Ragged:
-    """Row i is `tokens[offsets[i] : offsets[i + 1]]`."""
+    """A table whose row i is `tokens[offsets[i] : offsets[i + 1]]`.
+
+    >>> texts = Ragged(np.array([5, 6, 7, 8]), np.array([0, 3, 4]))
+    >>> texts[0].tolist(), texts.lengths.tolist()
+    ([5, 6, 7], [3, 1])
+    >>> texts.take(np.array([1, 0])).tokens.tolist()
+    [8, 5, 6, 7]
+    """
 
     tokens: np.ndarray
     offsets: np.ndarray
@@ -39,7 +46,21 @@ class Ragged:
 def windows_from_first_difference(
     texts: Ragged, rows: np.ndarray, pairs: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(first place where the two texts of a pair differ, end of the longer one); `pairs` [B, 2]: places in `rows`."""
+    """Find the positions that a pair's two texts do not share.
+
+    Args:
+        texts: token ids.
+        rows: rows of `texts`; int64 [R].
+        pairs: two places in `rows` for each pair; int64 [B, 2].
+
+    Returns:
+        the first position where the two texts differ, and the end of the longer one; int64 [B] each.
+
+    >>> texts = Ragged(np.array([5, 6, 7, 5, 9]), np.array([0, 3, 5]))
+    >>> start, end = windows_from_first_difference(texts, np.array([0, 1]), np.array([[0, 1]]))
+    >>> start.tolist(), end.tolist()
+    ([1], [3])
+    """
     lengths = texts.lengths_of(rows)
     padded = np.full((len(rows), int(lengths.max()) + 1), -1, np.int64)
     for place, row in enumerate(rows):

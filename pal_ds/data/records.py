@@ -1,4 +1,4 @@
-"""One preference record: the form every source yields and every file is checked against."""
+"""A preference record: the form every source yields and every file is checked against."""
 
 from dataclasses import dataclass
 
@@ -20,13 +20,13 @@ class Record:
     prompt_features: tuple[float, ...] | None = None
     response_features: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     margin: float = 0.0
-    """How much better, >= 0; the loss asks for at least this margin."""
+    """Strength of the preference, >= 0; the loss asks for at least this margin."""
     group: str | None = None
     split: str | None = None
     """train, dev or test, read only by `split: field`."""
     seen: bool | None = None
     """False holds this user's every comparison out of training; None leaves it to `unseen_user_fraction`."""
     controversial: bool | None = None
-    """Whether the dataset's users disagree on this pair; None where its source cannot know."""
+    """True if the dataset's users disagree on this pair; None where its source cannot know."""
     probability: float | None = None
     """Known probability that responses[1] is preferred (synthetic worlds)."""

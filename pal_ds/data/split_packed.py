@@ -22,7 +22,7 @@ class PairTexts(NamedTuple):
     response_tokens: np.ndarray
     """Tokens of each response, int64 [n, 2]."""
     joint: bool
-    """Whether a response looks at its prompt, and so holds a copy of the prompt's keys and values."""
+    """True if a response looks at its prompt, and so holds a copy of the prompt's keys and values."""
 
 
 def split_by_cost(
@@ -83,7 +83,7 @@ def _pieces(texts: PairTexts, most_pairs: int, most_tokens: int | None) -> list[
 
 
 def _text_costs(texts: PairTexts, position: int) -> dict[tuple[str, int], int]:
-    """What each distinct text of one comparison costs; keys are unique among those of its prompt."""
+    """Compute the cost of each distinct text of one comparison; keys are unique among those of its prompt."""
     tokens = {}
     for side in (0, 1):
         kept = int(texts.prompt_tokens[position, side])

@@ -1,4 +1,4 @@
-"""Which split a comparison belongs to: decided per prompt, with users that are held out whole."""
+"""Split of each comparison: decided per prompt, with users that are held out whole."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -16,7 +16,7 @@ NO_SPLIT = -1
 
 @dataclass(frozen=True)
 class SplitOptions:
-    """How prompts and users are split; the defaults put everything in train."""
+    """Options of the split of prompts and users; the defaults put everything in train."""
 
     split: Literal["hash", "ordinal", "field"] = "hash"
     dev_fraction: float = 0.0
@@ -38,18 +38,31 @@ class SplitOptions:
 
 
 def prompt_fraction(seed: int, digest: bytes) -> float:
-    """Where a prompt falls in [0, 1): the lowest go to test, the next to dev."""
+    """Place a prompt in [0, 1) by its hash: the lowest go to test, the next to dev."""
     return xxhash.xxh3_64_intdigest(digest, seed=seed & (2**64 - 1)) / 2**64
 
 
 def user_fraction(seed: int, user_id: str) -> float:
-    """Where a user falls in [0, 1): those below `unseen_user_fraction` are held out."""
+    """Place a user in [0, 1) by a hash of the id: those below `unseen_user_fraction` are held out."""
     key = b"user\x1f" + user_id.encode("utf-8", "surrogatepass")
     return xxhash.xxh3_64_intdigest(key, seed=seed & (2**64 - 1)) / 2**64
 
 
 def prompt_splits(options: SplitOptions, fractions: np.ndarray, fields: np.ndarray) -> np.ndarray:
-    """Split code (train, dev, test) per distinct prompt, in order of first appearance."""
+    """Decide the split of each distinct prompt, in order of first appearance.
+
+    Args:
+        options: how to split.
+        fractions: place of each prompt in [0, 1), see `prompt_fraction`; fp64 [P].
+        fields: split code that the records themselves give; int [P], read for `split: field` alone.
+
+    Returns:
+        place of each prompt's split in `SPLITS`: train 0, dev 1 or test 2; int8 [P].
+
+    >>> options = SplitOptions(dev_fraction=0.2, test_fraction=0.1)
+    >>> prompt_splits(options, np.array([0.05, 0.25, 0.8]), np.zeros(3)).tolist()
+    [2, 1, 0]
+    """
     if options.split == "field":
         return fields.astype(np.int8)
     num_prompts = len(fractions)

@@ -1,4 +1,4 @@
-"""Where the texts or vectors of a dataset collect while its records stream by."""
+"""Stores in which the texts or vectors of a dataset collect while its records stream by."""
 
 from array import array
 from collections import Counter
@@ -173,7 +173,7 @@ class TokenStore:
 
 
 class TokenTables(NamedTuple):
-    """What a TokenStore holds in the end: a row per prompt and per response ever added."""
+    """Content of a finished TokenStore: a row per prompt and per response ever added."""
 
     prompts: Ragged
     responses: Ragged

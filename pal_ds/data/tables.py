@@ -4,10 +4,12 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
 
+from pal_ds.data.info import DatasetInfo
 from pal_ds.data.ragged import Ragged
 from pal_ds.data.splits import SPLITS
 from pal_ds.errors import UserError
@@ -38,7 +40,7 @@ class PreparedData:
     """The tables of one `DATA/` directory. Token data has no vectors, vector data no tokens."""
 
     path: Path
-    info: dict
+    info: DatasetInfo
     comparisons: np.ndarray
     response_prompt: np.ndarray
     users: UserIds | list[str]
@@ -122,7 +124,7 @@ def group_codes(own: PreparedData, data: PreparedData) -> np.ndarray:
     return np.asarray([codes.get(name, -1) for name in data.groups], np.int64)
 
 
-def read_info(path: Path) -> dict:
+def read_info(path: Path) -> DatasetInfo:
     """dataset.json, once its format version is one we read."""
     file = path / INFO_NAME
     if not file.exists():
@@ -140,7 +142,7 @@ def read_info(path: Path) -> dict:
             f"{file}: format_version is {version!r}, this program reads {FORMAT_VERSION}; delete "
             f"{path} and run `prepare` again"
         )
-    return info
+    return cast(DatasetInfo, info)
 
 
 def _map(path: Path, name: str) -> np.ndarray:

@@ -8,9 +8,10 @@ import json
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypedDict
 
 from pal_ds.data.chat import as_messages, render_plain
+from pal_ds.data.info import TokensInfo
 from pal_ds.data.records import Text
 from pal_ds.errors import UserError
 from pal_ds.remote_code.canonical import canonical_ids, num_leading
@@ -33,6 +34,12 @@ class Encoded(NamedTuple):
     prompt_ids: list[int]
     response_ids: list[int]
     marker_ids: tuple[int, ...]
+
+
+class _Side(TypedDict, total=False):
+    """An entry of `TokensInfo` that only some encoders have."""
+
+    truncation_side: Literal["left", "right"]
 
 
 class TextEncoder:
@@ -102,14 +109,17 @@ class TextEncoder:
             )
         ]
 
-    def describe(self, marker_ids: list[int] | None, user_marker_ids: list[int] | None) -> dict:
+    def describe(
+        self, marker_ids: list[int] | None, user_marker_ids: list[int] | None
+    ) -> TokensInfo:
         """The `tokens` entry of dataset.json, from which `from_info` makes this encoder again."""
         pad = self.tokenizer.pad_token_id
+        side: _Side = {} if self.truncation_side == "left" else {"truncation_side": "right"}
         return {
             "tokenizer": self.name,
             "vocab_size": len(self.tokenizer),
             "max_length": self.max_length,
-            **({} if self.truncation_side == "left" else {"truncation_side": "right"}),
+            **side,
             "prefix_ids": self.prefix_ids,
             "end_ids": self.end_ids,
             "marker_ids": marker_ids,
@@ -121,7 +131,7 @@ class TextEncoder:
         }
 
     @classmethod
-    def from_info(cls, tokens: dict, tokenizer_folder: str | Path) -> "TextEncoder":
+    def from_info(cls, tokens: TokensInfo, tokenizer_folder: str | Path) -> "TextEncoder":
         """The encoder that made a dataset, from its `tokens` entry and its `tokenizer/` folder."""
         return cls(
             load_tokenizer(str(tokenizer_folder)),
@@ -173,7 +183,7 @@ class TextEncoder:
             return None
 
     def _assistant_header(self) -> str:
-        """What the template writes between the user's text and the assistant's."""
+        """Find the text that the template writes between the user's text and the assistant's."""
         question = as_messages(_PROBES[0], "user")
         prompted = self._apply(question, add_generation_prompt=True)
         plain = self._apply(question)
@@ -204,8 +214,8 @@ class TextEncoder:
         return markers[0][len(markers[0]) - width :] or None
 
 
-def truncation_side(tokens: dict) -> Literal["left", "right"]:
-    """Where prompts of a dataset are cut, from the `tokens` entry of its dataset.json."""
+def truncation_side(tokens: TokensInfo) -> Literal["left", "right"]:
+    """Read where prompts of a dataset are cut from the `tokens` entry of its dataset.json."""
     return tokens.get("truncation_side", "left")
 
 

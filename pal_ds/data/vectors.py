@@ -1,4 +1,4 @@
-"""Where given vectors collect: records that carry features in place of text."""
+"""Collector of given vectors: records that carry features in place of text."""
 
 from array import array
 

@@ -1,12 +1,12 @@
-"""Whether two prepared tokenizers give the same ids, so that weights learned with one can read the other's."""
+"""Comparison of two prepared tokenizers: weights learned with one read the other's ids only if these are equal."""
 
 import json
 import logging
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
+from pal_ds.data.info import TokensInfo
 from pal_ds.data.tables import PreparedData
 from pal_ds.errors import UserError
 
@@ -16,7 +16,7 @@ _FORM = ("separator", "chat_template", "max_length", "truncation_side")
 
 
 def refuse_other_tokenizer(
-    origin: str, tokenizer: Path, tokens: dict[str, Any], data: PreparedData, *, rewritten: bool
+    origin: str, tokenizer: Path, tokens: TokensInfo, data: PreparedData, *, rewritten: bool
 ) -> None:
     """Compares what turns text into ids: vocabulary, merges, how text is cut up, and the special tokens around it.
 

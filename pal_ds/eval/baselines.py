@@ -1,4 +1,4 @@
-"""What gives a preferred response away without being read: its length, its first and its last token.
+"""Baselines that do not read a response: its length, its first and its last token.
 
 A model no better than this has learned an artefact of how the data were made, or nothing.
 """
@@ -12,7 +12,7 @@ from pal_ds.data.tables import PreparedData
 
 
 def length_margins(data: PreparedData, table: np.ndarray) -> np.ndarray | None:
-    """How many characters longer response_2 is, fp64 [n]; None for vectors, which have no length."""
+    """Count how many characters longer response_2 is, fp64 [n]; None for vectors, which have no length."""
     if data.response_num_chars is None:
         return None
     chars = data.response_num_chars
@@ -64,7 +64,7 @@ class FormatBaseline:
 
 
 def _counts(ids: np.ndarray, num_tokens: int) -> np.ndarray:
-    """How often each token occurs, plus one."""
+    """Count how often each token occurs, plus one."""
     return np.bincount(ids, minlength=num_tokens) + 1.0
 
 
@@ -80,7 +80,7 @@ def _ends(texts: Ragged, rows: np.ndarray, num_end: int) -> tuple[np.ndarray, np
 
 
 def _num_common_end(texts: Ragged, rows: np.ndarray) -> int:
-    """How many tokens at their end all of these texts share."""
+    """Count the tokens at their end that all of these texts share."""
     ends, shortest = texts.offsets[rows + 1], int(texts.lengths_of(rows).min())
     for count in range(shortest):
         tokens = texts.tokens[ends - 1 - count]

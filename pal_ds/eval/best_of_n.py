@@ -1,10 +1,10 @@
 """`evaluate --best_of_n`: reads candidates, scores them for their users, and writes D/eval/NAME.json."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from pal_ds.errors import UserError
 from pal_ds.eval.best_of_n_metrics import FIGURES, Lists, best_of_n_figures
 from pal_ds.eval.evaluate import opened_pairs, write_figures
 from pal_ds.eval.requests import EvalRequest
+from pal_ds.eval.schema import BestOfNFigures, RankingFigures, SplitRankingFigures
 from pal_ds.inference.load_run import OpenRun
 from pal_ds.inference.readers import KnownUsers, reader_of, with_points
 
@@ -28,7 +29,7 @@ _KEYS = ("user_id", "prompt", "responses", "prompt_features", "response_features
 
 
 class Candidates(NamedTuple):
-    """What users may choose from; axes as in `best_of_n`."""
+    """Candidates from which users choose; axes as in `best_of_n_metrics`."""
 
     first: np.ndarray
     """int64 [L + 1]."""
@@ -41,14 +42,14 @@ class Candidates(NamedTuple):
 
 
 class Line(NamedTuple):
-    """One line of a file of candidates."""
+    """A line of a file of candidates."""
 
     where: str
-    fields: dict[str, Any]
+    fields: Mapping[str, object]
     distinct: list[Any]
     """Its distinct responses, in order of appearance."""
     place: list[int]
-    """Of each candidate, in `distinct`."""
+    """Place of each candidate in `distinct`."""
     scores: list[float]
 
     def records(self, number: int) -> Iterator[Record]:
@@ -64,13 +65,23 @@ class Line(NamedTuple):
 
 
 def paired(size: int) -> list[tuple[int, int]]:
-    """0 with 1, 2 with 3, ...; where one is left over, it with 0 (alone: a pair that `build_tables` drops)."""
+    """Pair 0 with 1, 2 with 3, ...; the last of an odd number with 0 (alone: a pair that `build_tables` drops).
+
+    >>> paired(5)
+    [(0, 1), (2, 3), (4, 0)]
+    """
     return [(place, place + 1 if place + 1 < size else 0) for place in range(0, size, 2)]
+
+
+class _Dropped(TypedDict, total=False):
+    """Entry of a file of lists."""
+
+    dropped: dict[str, int]
 
 
 def rank_set(
     restored: OpenRun, known: KnownUsers, request: EvalRequest, world: World
-) -> dict[str, Any]:
+) -> BestOfNFigures:
     """The figures of eval/NAME.json for best of n, written by rank 0 and returned on every rank.
 
     Of a file each line is a list: {"user_id", "prompt", "responses": [..], "scores": [..]}, the scores being the
@@ -95,7 +106,7 @@ def rank_set(
             yield from line.records(number)
 
     with opened_pairs(restored, request.file, world, pairs_of) as data:
-        dropped = {}
+        dropped: _Dropped = {}
         if request.file is None:
             candidates = compared_candidates(data, request.rows(data))
         else:
@@ -107,23 +118,23 @@ def rank_set(
             )
         known = with_points(known, restored, data, world)
         scores = score_candidates(restored, known, data, candidates, world)
-        figures = _figures(data, candidates, scores, known.table_rows(data))
-    figures = {**figures, **dropped, "step": restored.step}
+        ranking = _figures(data, candidates, scores, known.table_rows(data))
+    figures: BestOfNFigures = {**ranking, **dropped, "step": restored.step}
     world.from_rank_zero(lambda: write_figures(restored.run, request.name, figures))
     return figures
 
 
 def _figures(
     data: PreparedData, candidates: Candidates, scores: np.ndarray, table_rows: np.ndarray
-) -> dict[str, Any]:
-    """Of lists whose users the run knows, and under "unknown_users" of those of strangers."""
+) -> SplitRankingFigures:
+    """Compute the figures of lists whose users the run knows, and under "unknown_users" of strangers' lists."""
     names = np.asarray([data.users[user] for user in candidates.user], str)
     prompts = data.response_prompt[candidates.response[candidates.first[:-1]]]
     lists = Lists(candidates.first, candidates.utility, names, prompts)
     lengths = None
     if data.response_num_chars is not None:
         lengths = data.response_num_chars[candidates.response].astype(float)
-    parts = []
+    parts: list[RankingFigures] = []
     is_known = table_rows[candidates.user] >= 0
     for chosen in (is_known, ~is_known):
         part, places = lists.take(chosen)
@@ -218,7 +229,7 @@ def read_lists(file: Path) -> list[Line]:
     return [_line(fields, where) for where, fields in read_lines(path)]
 
 
-def _line(fields: Any, where: str) -> Line:
+def _line(fields: object, where: str) -> Line:
     if not isinstance(fields, dict):
         raise UserError(f"{where}: expected an object, found {type(fields).__name__}")
     if unknown := [key for key in fields if key not in _KEYS]:
@@ -231,8 +242,8 @@ def _line(fields: Any, where: str) -> Line:
     return Line(where, fields, first, [place[name] for name in names], scores)
 
 
-def ranking_line(name: str, figures: dict[str, Any]) -> str:
-    """One line for people."""
+def ranking_line(name: str, figures: Mapping[str, Any]) -> str:
+    """Summarise best-of-n figures in one line for people."""
     parts = [f"{name}: {figures['lists']} lists"]
     for who, part in (("", figures), ("users not in the run: ", figures["unknown_users"])):
         if part["lists"]:

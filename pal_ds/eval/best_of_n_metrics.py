@@ -3,15 +3,16 @@
 Axes: L lists (one user, one prompt), N candidates in all, of which list l has those from first[l] to first[l + 1].
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
 from pal_ds.eval.metrics import clustered_standard_error
+from pal_ds.eval.schema import RankingFigures, RankingMeans
 
 FIGURES = ("top1", "regret", "regret_normalised", "kendall_tau_b")
 PAIRS_AT_ONCE = 2**22
-"""Of candidates, that are compared in one go: bounds memory."""
+"""Number of pairs of candidates compared in one go: bounds memory."""
 
 
 class Lists(NamedTuple):
@@ -22,9 +23,9 @@ class Lists(NamedTuple):
     utility: np.ndarray
     """The user's own score of each candidate, fp64 [N]; larger is better."""
     user_ids: np.ndarray
-    """Of each list, str [L]."""
+    """User id of each list, str [L]."""
     prompts: np.ndarray
-    """Of each list, int64 [L]: lists of one prompt stand or fall together."""
+    """Prompt of each list, int64 [L]: lists of one prompt stand or fall together."""
 
     def take(self, chosen: np.ndarray) -> tuple["Lists", np.ndarray]:
         """The lists where `chosen` [L] holds, and the places of their candidates."""
@@ -44,8 +45,8 @@ class Lists(NamedTuple):
 
 def best_of_n_figures(
     lists: Lists, scores: np.ndarray, lengths: np.ndarray | None = None
-) -> dict[str, Any]:
-    """How well `scores` [N] choose among the candidates; the figures of `eval/NAME.json` under `--best_of_n`.
+) -> RankingFigures:
+    """Measure how well `scores` [N] choose among the candidates: figures of `eval/NAME.json` under `--best_of_n`.
 
     Over lists that are not indifferent, means with a 95% interval clustered by prompt:
         top1                whether the candidate with the highest score is one of those the user likes best
@@ -61,10 +62,10 @@ def best_of_n_figures(
     if not clear.any():
         intervals = [f"{name}_ci95" for name in FIGURES]
         empty = dict.fromkeys([*FIGURES, *intervals, "baselines"])
-        return {**counts, "candidates_mean": None, **empty, "users": {}}
+        return cast(RankingFigures, {**counts, "candidates_mean": None, **empty, "users": {}})
     lists, places = lists.take(clear)
     per_list = _per_list(lists, scores[places])
-    figures: dict[str, Any] = {**counts, "candidates_mean": float(np.diff(lists.first).mean())}
+    figures: dict[str, object] = {**counts, "candidates_mean": float(np.diff(lists.first).mean())}
     for name, values in zip(FIGURES, per_list, strict=True):
         low = -1.0 if name == "kendall_tau_b" else 0.0
         high = np.inf if name == "regret" else 1.0
@@ -87,11 +88,12 @@ def best_of_n_figures(
             strict=True,
         )
     }
-    return figures
+    return cast(RankingFigures, figures)
 
 
-def _means(per_list: tuple[np.ndarray, ...]) -> dict[str, float]:
-    return {name: float(values.mean()) for name, values in zip(FIGURES, per_list, strict=True)}
+def _means(per_list: tuple[np.ndarray, ...]) -> RankingMeans:
+    means = {name: float(values.mean()) for name, values in zip(FIGURES, per_list, strict=True)}
+    return cast(RankingMeans, means)
 
 
 def _per_list(lists: Lists, scores: np.ndarray) -> tuple[np.ndarray, ...]:

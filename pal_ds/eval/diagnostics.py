@@ -1,16 +1,17 @@
-"""What a trained head made of its prototypes and its users made of them: collapse shows here before accuracy does."""
+"""Diagnostics of a trained head's prototypes and users: collapse shows here before accuracy does."""
 
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pal_ds.eval.schema import LatentDiagnostics, PrototypeDiagnostics
 from pal_ds.heads.base import Head, UserState
 from pal_ds.heads.shapes import Float
 
 
-def diagnose(head: Head, mixtures: Float[Tensor, "U K"]) -> dict[str, Any]:
+def diagnose(head: Head, mixtures: Float[Tensor, "U K"]) -> PrototypeDiagnostics:
     """The "diagnostics" of `eval/NAME.json` from the mixtures s_u of a run's own users.
 
     Entropies are in nats, at most log K. `effective_prototypes` is exp H(mean of s_u), how many are in use;
@@ -42,7 +43,7 @@ ACTIVE_VARIANCE = 1e-2
 """A latent unit is in use where its mean varies by more than this over users (Burda et al. 2016, arXiv 1509.00519)."""
 
 
-def diagnose_latent(points: Float[Tensor, "U K"]) -> dict[str, Any]:
+def diagnose_latent(points: Float[Tensor, "U K"]) -> LatentDiagnostics:
     """The "diagnostics" of a head that makes points from comparisons: which of its K latent units say anything.
 
     `active_units` is the share of units in use; null for fewer than two users.
@@ -87,10 +88,23 @@ def _prototypes(head: Head, num_prototypes: int) -> Float[Tensor, "K d"] | None:
     return None if points is None else points.double().cpu()
 
 
-def _distances(points: Float[Tensor, "K d"] | None) -> dict[str, Any]:
+class _Distances(TypedDict):
+    """Entries of `PrototypeDiagnostics` about points."""
+
+    prototype_distances: list[list[float]] | None
+    distance_min: float | None
+    distance_mean: float | None
+    cosine_max: float | None
+
+
+def _distances(points: Float[Tensor, "K d"] | None) -> _Distances:
     if points is None or len(points) < 2:
-        names = ("prototype_distances", "distance_min", "distance_mean", "cosine_max")
-        return dict.fromkeys(names)
+        return {
+            "prototype_distances": None,
+            "distance_min": None,
+            "distance_mean": None,
+            "cosine_max": None,
+        }
     distances = torch.linalg.vector_norm(points[:, None] - points, dim=-1)
     unit = torch.nn.functional.normalize(points, dim=-1)
     first, second = torch.triu_indices(len(points), len(points), offset=1)

@@ -4,7 +4,7 @@ import numpy as np
 
 
 def controversial(table: np.ndarray) -> np.ndarray:
-    """Whether users disagree on a comparison, as its source says or else as these rows show; bool [n].
+    """Mark comparisons on which users disagree, as their source says or else as these rows show; bool [n].
 
     `table` is in `COMPARISON_DTYPE`. A pair of responses, in either order, is controversial where two different users
     prefer different ones of them, and then all comparisons of it are; a user at odds with nobody but themselves makes

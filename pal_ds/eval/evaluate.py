@@ -3,7 +3,7 @@
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from pal_ds.eval.figures import ScoredRows, dev_temperature, report_on
 from pal_ds.eval.findings import findings
 from pal_ds.eval.requests import EvalRequest, split_request
 from pal_ds.eval.results import write_user_figures
+from pal_ds.eval.schema import EvaluationFigures, OptionalFigures
 from pal_ds.inference.load_run import OpenRun, restore
 from pal_ds.inference.readers import KnownUsers, known_users, reader_of, with_points
 from pal_ds.modeling.build import refuse_empty_prompts
@@ -111,7 +112,7 @@ def evaluate_run(
     users: Path | None = None,
     step: str = "latest",
     trust_checkpoint: bool = False,
-) -> dict[str, Any]:
+) -> EvaluationFigures:
     """Compute the figures of `eval/NAME.json`, which rank 0 writes, and return them on every rank.
 
     Args:
@@ -132,7 +133,7 @@ def evaluate_run(
 
 def evaluate_set(
     restored: OpenRun, known: KnownUsers, request: EvalRequest, world: World
-) -> dict[str, Any]:
+) -> EvaluationFigures:
     """Evaluate a run that is in memory; see `evaluate_run`."""
     with opened_pairs(restored, request.file, world) as data:
         rows = request.rows(data)
@@ -143,21 +144,27 @@ def evaluate_set(
         user_rows = reader.collator.user_rows(rows)
         format_baseline = FormatBaseline.of(restored.data)
         scored = ScoredRows(data, rows, margins, user_rows)
-        figures = report_on(scored, temperature, format_baseline)
-        figures |= findings(restored, known, scored, format_baseline, world)
+        report = report_on(scored, temperature, format_baseline)
+        observed = findings(restored, known, scored, format_baseline, world)
+        extra: OptionalFigures = {}
         if known.encoded_rows is not None:
             other = with_points(known, restored, data, world, flipped=True)
             turned = reader.forwards(world).margins(rows, other.mixtures)
             # Points of adapted users were made elsewhere, and stay as they are.
             could_turn = np.isin(user_rows, known.encoded_rows)
-            figures["context_flip"] = context_flip(
+            extra["context_flip"] = context_flip(
                 margins, turned, could_turn, controversial(data.comparisons[rows])
             )
         if request.file is not None:
-            figures["dropped"] = data.info["dropped"]
-            figures["prompts_seen_in_training"] = _num_seen_prompts(restored.data, data)
-    figures["step"] = restored.step
-    figures["adapted_users"] = sum(len(ids) for ids in known.ids[1:])
+            extra["dropped"] = data.info["dropped"]
+            extra["prompts_seen_in_training"] = _num_seen_prompts(restored.data, data)
+    figures: EvaluationFigures = {
+        **report,
+        **observed,
+        **extra,
+        "step": restored.step,
+        "adapted_users": sum(len(ids) for ids in known.ids[1:]),
+    }
     world.from_rank_zero(lambda: write_figures(restored.run, request.name, figures))
     return figures
 
@@ -185,18 +192,18 @@ def _num_seen_prompts(trained_on: PreparedData, data: PreparedData) -> int:
     return int(np.isin(data.prompt_hashes(), seen).sum())
 
 
-def write_figures(run: RunDirectory, name: str, figures: dict[str, Any]) -> None:
+def write_figures(run: RunDirectory, name: str, figures: Mapping[str, object]) -> None:
     """Writes eval/NAME.json. Raises StorageError where it cannot be written."""
     with writing(run.eval):
         run.eval.mkdir(parents=True, exist_ok=True)
     write_user_figures(run.eval / f"{name}.json", figures)
 
 
-def summary_line(name: str, figures: dict[str, Any]) -> str:
-    """One line for people."""
+def summary_line(name: str, figures: Mapping[str, Any]) -> str:
+    """Summarise figures in one line for people."""
     parts = [f"{name}: {figures['pairs']} pairs"]
-    if figures["pairs"]:
-        low, high = figures["accuracy_ci95"]
+    if (interval := figures["accuracy_ci95"]) is not None:
+        low, high = interval
         parts.append(f"accuracy {figures['accuracy']:.4f} [{low:.4f}, {high:.4f}]")
         parts.append(f"mean over {len(figures['users'])} users {figures['user_accuracy_mean']:.4f}")
         if figures["ece"] is not None:

@@ -1,6 +1,6 @@
-"""What an evaluation says: whose mixtures are asked for, and the figures that gathered margins give."""
+"""Figures of an evaluation from gathered margins, for users that the run knows and for strangers."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -8,6 +8,7 @@ from pal_ds.data.tables import PreparedData
 from pal_ds.eval.baselines import FormatBaseline, length_margins
 from pal_ds.eval.disagreement import controversial
 from pal_ds.eval.metrics import LabelledPairs, evaluation_figures, fit_temperature
+from pal_ds.eval.schema import PairFigures, SplitFigures
 
 
 def figures_of(
@@ -16,7 +17,7 @@ def figures_of(
     margins: np.ndarray,
     temperature: float = 1.0,
     format_baseline: FormatBaseline | None = None,
-) -> dict[str, Any]:
+) -> PairFigures:
     """Compute the figures of `eval/NAME.json`; `format_baseline` was counted on the training data."""
     table = data.comparisons[rows]
     owners, owner = np.unique(table["user"], return_inverse=True)
@@ -51,7 +52,7 @@ class ScoredRows(NamedTuple):
 
 def report_on(
     scored: ScoredRows, temperature: float = 1.0, format_baseline: FormatBaseline | None = None
-) -> dict[str, Any]:
+) -> SplitFigures:
     """Compute figures over the users that the table holds; those of strangers are under "unknown_users"."""
     data, rows, margins, table_rows = scored
     known = table_rows >= 0

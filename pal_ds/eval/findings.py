@@ -1,6 +1,4 @@
-"""What an evaluation says beside its figures: diagnostics of the head, accuracy in training, warnings."""
-
-from typing import Any
+"""Findings of an evaluation beside its figures: diagnostics of the head, accuracy in training, warnings."""
 
 import numpy as np
 
@@ -17,6 +15,7 @@ from pal_ds.eval.sanity_checks import (
     training_accuracy,
     unseen_above_seen,
 )
+from pal_ds.eval.schema import Findings
 from pal_ds.inference.load_run import OpenRun
 from pal_ds.inference.readers import KnownUsers
 
@@ -27,7 +26,7 @@ def findings(
     scored: ScoredRows,
     format_baseline: FormatBaseline | None,
     world: World,
-) -> dict[str, Any]:
+) -> Findings:
     """Find {"train_accuracy", "diagnostics", "warnings"} of a run on comparisons that it has scored.
 
     Where the set holds both users that the run knows and strangers, the former are held against baselines.

@@ -1,10 +1,18 @@
 """From margins of judged pairs to the figures of an evaluation; numpy in fp64, fixed order, no model in sight."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict, cast
 
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, log_expit
+
+from pal_ds.eval.schema import (
+    CalibrationFigures,
+    MeanFigures,
+    PairFigures,
+    ReliabilityBin,
+    UserFigures,
+)
 
 NUM_CALIBRATION_BINS = 15
 FIGURES = (
@@ -22,11 +30,15 @@ FIGURES = (
     "bayes_accuracy",
     "probability_mae",
 )
-"""What `evaluation_figures` may say beside "pairs" and "users"; all of it null for an empty set."""
+"""Keys of `evaluation_figures` beside "pairs" and "users"; all of them null for an empty set."""
 
 
 def correctness(margins: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """1 where the preferred response scores higher, 0 where lower or no number, 1/2 for a tie; fp64 [n]."""
+    """1 where the preferred response scores higher, 0 where lower or no number, 1/2 for a tie; fp64 [n].
+
+    >>> correctness(np.array([2.0, 2.0, 0.0, np.nan]), np.array([1, -1, 1, 1])).tolist()
+    [1.0, 0.0, 0.5, 0.0]
+    """
     signed = margins * labels
     return (signed > 0) + 0.5 * (signed == 0)
 
@@ -64,7 +76,7 @@ def fit_temperature(margins: np.ndarray, labels: np.ndarray) -> float:
 
 
 class Calibration(NamedTuple):
-    """How far stated confidence is from the truth, over all of some pairs."""
+    """Distance of stated confidence from the truth, over all of some pairs."""
 
     ece: float
     """Mean gap between confidence and accuracy over equal bins of confidence in [1/2, 1] (Naeini et al. 2015)."""
@@ -75,7 +87,7 @@ class Calibration(NamedTuple):
 def calibrations(
     margins: np.ndarray, labels: np.ndarray, groups: np.ndarray
 ) -> list[Calibration | None]:
-    """Of the pairs of each group 0, 1, ..., from log-odds [n], labels -1 or +1 [n] and the group of each pair [n].
+    """Compute calibration by group 0, 1, ... from log-odds [n], labels -1 or +1 [n] and the group of each pair [n].
 
     None where a margin is no number: a diverged model states no confidence. The ECE of few pairs is biased upwards
     (one pair alone has the gap of a bin of its own); the Brier score is not.
@@ -96,7 +108,7 @@ def calibrations(
     ]
 
 
-def reliability(margins: np.ndarray, labels: np.ndarray) -> list[dict[str, Any]] | None:
+def reliability(margins: np.ndarray, labels: np.ndarray) -> list[ReliabilityBin] | None:
     """The reliability diagram: {"confidence", "accuracy", "pairs"} of each bin that holds pairs, least sure first.
 
     None where a margin is no number.
@@ -114,14 +126,14 @@ def reliability(margins: np.ndarray, labels: np.ndarray) -> list[dict[str, Any]]
 
 
 def _confidence_bin(confidence: np.ndarray) -> np.ndarray:
-    """Which of the equal bins of [1/2, 1] each confidence falls in; what is no number goes to the last."""
+    """Find the equal bin of [1/2, 1] that each confidence falls in; what is no number goes to the last."""
     place = np.nan_to_num((confidence - 0.5) * 2 * NUM_CALIBRATION_BINS, nan=np.inf)
     return np.minimum(place, NUM_CALIBRATION_BINS - 1).astype(int)
 
 
 def user_figures(
     margins: np.ndarray, labels: np.ndarray, user_ids: np.ndarray, temperature: float
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, UserFigures]:
     """{"user": {"pairs", "accuracy", "ece", "brier"}} in the order of the ids; see `calibrations` for null."""
     names, index, counts = np.unique(user_ids, return_inverse=True, return_counts=True)
     means = np.bincount(index, weights=correctness(margins, labels)) / counts
@@ -137,12 +149,19 @@ def user_figures(
     }
 
 
-def _named(calibration: Calibration | None) -> dict[str, float | None]:
-    return dict.fromkeys(Calibration._fields) if calibration is None else calibration._asdict()
+def _named(calibration: Calibration | None) -> CalibrationFigures:
+    if calibration is None:
+        return {"ece": None, "brier": None}
+    return {"ece": calibration.ece, "brier": calibration.brier}
 
 
-def mean_figures(right: np.ndarray, prompts: np.ndarray) -> dict[str, Any]:
-    """{"pairs", "accuracy", "accuracy_ci95"} of some of the pairs; the latter two null where there are none."""
+def mean_figures(right: np.ndarray, prompts: np.ndarray) -> MeanFigures:
+    """Compute {"pairs", "accuracy", "accuracy_ci95"} of some of the pairs; the latter two null where there are none.
+
+    >>> figures = mean_figures(np.array([1.0, 1.0, 0.0, 1.0]), np.array([0, 0, 1, 2]))
+    >>> figures["pairs"], round(figures["accuracy"], 4)
+    (4, 0.75)
+    """
     if len(right) == 0:
         return {"pairs": 0, "accuracy": None, "accuracy_ci95": None}
     interval = list(clustered_interval(right, prompts))
@@ -150,18 +169,25 @@ def mean_figures(right: np.ndarray, prompts: np.ndarray) -> dict[str, Any]:
 
 
 class LabelledPairs(NamedTuple):
-    """What is known of n pairs that are scored, apart from their scores."""
+    """Facts about n pairs that are scored, apart from their scores."""
 
     labels: np.ndarray
     """+1 where response_2 is preferred, -1 where response_1 is; fp64 [n]."""
     user_ids: np.ndarray
-    """Whose comparison each is; str [n]."""
+    """Id of the user of each comparison; str [n]."""
     prompts: np.ndarray
     """Prompt of each, by which intervals are clustered; int64 [n]."""
     probabilities: np.ndarray | None = None
     """Known probability that response_2 is preferred, NaN where unknown; fp64 [n]."""
     controversial: np.ndarray | None = None
     """Pairs on which users disagree; bool [n]."""
+
+
+class _Known(TypedDict, total=False):
+    """Entries that need known choice probabilities."""
+
+    bayes_accuracy: float
+    probability_mae: float | None
 
 
 def evaluation_figures(
@@ -171,7 +197,7 @@ def evaluation_figures(
     temperature: float = 1.0,
     length_margins: np.ndarray | None = None,
     format_margins: np.ndarray | None = None,
-) -> dict[str, Any]:
+) -> PairFigures:
     """Compute the figures of `eval/NAME.json` for one set of pairs; an empty set has every key, null.
 
     Args:
@@ -183,13 +209,20 @@ def evaluation_figures(
     """
     labels, user_ids, prompts, probabilities, controversial = pairs
     if len(margins) == 0:
-        return {"pairs": 0, **dict.fromkeys(FIGURES), "users": {}}
+        return cast(PairFigures, {"pairs": 0, **dict.fromkeys(FIGURES), "users": {}})
     right = correctness(margins, labels)
     users = user_figures(margins, labels, user_ids, temperature)
     accuracies = np.sort([user["accuracy"] for user in users.values()])
     (calibration,) = calibrations(margins / temperature, labels, np.zeros(len(margins), int))
     disputed = np.zeros(len(margins), bool) if controversial is None else controversial
-    figures: dict[str, Any] = {
+    known: _Known = {}
+    if probabilities is not None and np.isfinite(probabilities).all():
+        error = np.abs(expit(margins / temperature) - probabilities).mean()
+        known = {
+            "bayes_accuracy": float(np.maximum(probabilities, 1 - probabilities).mean()),
+            "probability_mae": None if np.isnan(error) else float(error),
+        }
+    return {
         **mean_figures(right, prompts),
         "user_accuracy_mean": float(accuracies.mean()),
         "worst_decile_user_accuracy": float(accuracies[: max(1, len(accuracies) // 10)].mean()),
@@ -199,12 +232,9 @@ def evaluation_figures(
         "controversial": mean_figures(right[disputed], prompts[disputed]),
         "length_baseline_accuracy": _baseline_accuracy(length_margins, labels),
         "format_baseline_accuracy": _baseline_accuracy(format_margins, labels),
+        **known,
+        "users": users,
     }
-    if probabilities is not None and np.isfinite(probabilities).all():
-        figures["bayes_accuracy"] = float(np.maximum(probabilities, 1 - probabilities).mean())
-        error = np.abs(expit(margins / temperature) - probabilities).mean()
-        figures["probability_mae"] = None if np.isnan(error) else float(error)
-    return {**figures, "users": users}
 
 
 def _baseline_accuracy(margins: np.ndarray | None, labels: np.ndarray) -> float | None:

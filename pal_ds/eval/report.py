@@ -5,8 +5,9 @@ leaves out the pictures whose data are not there.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import matplotlib
 
@@ -14,7 +15,9 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
+from pal_ds.eval.schema import EvaluationFigures, FewShotFigures, MeanFigures, PrototypeDiagnostics
 from pal_ds.inference.load_run import open_run
 from pal_ds.inference.mixtures import user_mixtures
 from pal_ds.io.files import write_atomically
@@ -53,8 +56,13 @@ def write_report(
     return out / "report.md"
 
 
-def _evaluation(run: RunDirectory, name: str) -> Any:
-    path = run.eval / f"{name}.json"
+def _test_figures(run: RunDirectory) -> EvaluationFigures | None:
+    path = run.eval / "test.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _few_shot_figures(run: RunDirectory) -> FewShotFigures | None:
+    path = run.eval / "few_shot.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
 
@@ -64,11 +72,11 @@ def _table(runs: dict[str, RunDirectory]) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, run in runs.items():
-        figures = _evaluation(run, "test")
-        if figures and figures["pairs"]:
+        figures = _test_figures(run)
+        if figures and figures["accuracy_ci95"] is not None:
             low, high = figures["accuracy_ci95"]
             # An evaluation of an earlier version lacks the newer figures.
-            disputed = figures.get("controversial") or {"pairs": 0}
+            disputed = figures.get("controversial") or cast(MeanFigures, {"pairs": 0})
             cells = (
                 name,
                 figures["pairs"],
@@ -96,14 +104,17 @@ def _warnings(runs: dict[str, RunDirectory]) -> list[str]:
     warnings = [
         f"- {name}, eval/{file}.json: {warning}"
         for name, run in runs.items()
-        for file in ("test", "few_shot")
-        for warning in (_evaluation(run, file) or {}).get("warnings", [])
+        for file, figures in (("test", _test_figures(run)), ("few_shot", _few_shot_figures(run)))
+        if figures
+        for warning in figures.get("warnings", [])
     ]
     return ["## Warnings", "", *warnings, ""] if warnings else []
 
 
-def _draw(path: Path, runs: dict[str, RunDirectory], draw: Any) -> bool:
-    """One panel per run; whether any run had something to show."""
+def _draw(
+    path: Path, runs: dict[str, RunDirectory], draw: Callable[[Axes, RunDirectory], bool]
+) -> bool:
+    """Draw one panel per run; return whether any run had something to show."""
     figure, panels = plt.subplots(1, len(runs), figsize=(4.6 * len(runs), 3.6), squeeze=False)
     shown = False
     for axes, (name, run) in zip(panels[0], runs.items(), strict=True):
@@ -115,7 +126,7 @@ def _draw(path: Path, runs: dict[str, RunDirectory], draw: Any) -> bool:
     return shown
 
 
-def _save(figure: Any, path: Path, shown: bool) -> None:
+def _save(figure: Figure, path: Path, shown: bool) -> None:
     figure.tight_layout()
     if shown:
         figure.savefig(path, dpi=120)
@@ -173,16 +184,14 @@ def _simplex(axes: Axes, run: RunDirectory, groups: dict[str, str | None]) -> bo
 
 
 def _accuracy_per_user(axes: Axes, run: RunDirectory) -> bool:
-    figures = _evaluation(run, "test")
+    figures = _test_figures(run)
     if not figures or not isinstance(figures["users"], dict) or not figures["users"]:
         return False
     accuracies = np.sort([user["accuracy"] for user in figures["users"].values()])
     axes.bar(np.arange(len(accuracies)), accuracies, width=1.0, color="tab:blue", alpha=0.7)
     axes.axhline(0.5, color="0.5", linewidth=1, linestyle=":")
-    if "bayes_accuracy" in figures:
-        axes.axhline(
-            figures["bayes_accuracy"], color="black", linewidth=1, linestyle="--", label="Bayes"
-        )
+    if (bayes := figures.get("bayes_accuracy")) is not None:
+        axes.axhline(bayes, color="black", linewidth=1, linestyle="--", label="Bayes")
         axes.legend(fontsize=7, loc="lower right")
     axes.set_xlabel("users, worst first")
     axes.set_ylabel("test accuracy")
@@ -192,10 +201,9 @@ def _accuracy_per_user(axes: Axes, run: RunDirectory) -> bool:
 
 def _reliability(axes: Axes, run: RunDirectory) -> bool:
     """Accuracy of the pairs of each bin of confidence; on the diagonal confidence is deserved."""
-    figures = _evaluation(run, "test")
-    if not figures or not figures.get("reliability"):
+    figures = _test_figures(run)
+    if not figures or not (bins := figures.get("reliability")):
         return False
-    bins = figures["reliability"]
     stated, right = ([row[key] for row in bins] for key in ("confidence", "accuracy"))
     share = np.asarray([row["pairs"] for row in bins]) / figures["pairs"]
     axes.plot([0.5, 1], [0.5, 1], color="0.5", linewidth=1, linestyle=":")
@@ -212,12 +220,13 @@ def _reliability(axes: Axes, run: RunDirectory) -> bool:
 
 def _prototypes(axes: Axes, run: RunDirectory) -> bool:
     """Mean weight of each prototype, over the distances between them where the head has points."""
-    figures = _evaluation(run, "test")
+    figures = _test_figures(run)
     diagnostics = figures.get("diagnostics") if figures else None
     # A head that makes points from comparisons has latent units and no prototypes.
     if not diagnostics or not diagnostics.get("prototype_shares"):
         return False
-    shares, distances = diagnostics["prototype_shares"], diagnostics["prototype_distances"]
+    facts = cast(PrototypeDiagnostics, diagnostics)
+    shares, distances = facts["prototype_shares"] or [], facts["prototype_distances"]
     ticks = range(len(shares))
     labels = [f"{k + 1}\n{share:.0%}" for k, share in enumerate(shares)]
     if distances is None:
@@ -228,14 +237,14 @@ def _prototypes(axes: Axes, run: RunDirectory) -> bool:
         axes.figure.colorbar(image, ax=axes, label="distance")
         axes.set_yticks(ticks, [str(k + 1) for k in ticks])
     axes.set_xticks(ticks, labels, fontsize=8)
-    used, mixed = diagnostics["effective_prototypes"], diagnostics["effective_prototypes_per_user"]
+    used, mixed = facts["effective_prototypes"], facts["effective_prototypes_per_user"]
     axes.set_xlabel(f"{used:.1f} in use, {mixed:.1f} per user (exp entropy)")
     return True
 
 
 def _new_users(path: Path, runs: dict[str, RunDirectory]) -> bool:
     """All runs in one picture; few-shot accuracy at 0, 1, 2, 4, ... comparisons on evenly spaced ticks."""
-    curves = {name: _evaluation(run, "few_shot") for name, run in runs.items()}
+    curves = {name: _few_shot_figures(run) for name, run in runs.items()}
     curves = {name: curve["curve"] for name, curve in curves.items() if curve}
     figure, axes = plt.subplots(figsize=(5.5, 3.8))
     counts = sorted({row["num_comparisons"] for curve in curves.values() for row in curve})

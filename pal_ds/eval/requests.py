@@ -1,4 +1,4 @@
-"""What an evaluation scores, and under which name its result is kept."""
+"""Requests for an evaluation: what it scores, and under which name its result is kept."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from pal_ds.errors import UserError
 
 
 class EvalRequest(NamedTuple):
-    """One set to evaluate: a split of the run's data, or a file in its place; the result goes to eval/NAME.json."""
+    """A set to evaluate: a split of the run's data, or a file in its place; the result goes to eval/NAME.json."""
 
     name: str
     split: str

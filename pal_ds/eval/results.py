@@ -1,6 +1,7 @@
 """JSON figures with an entry per user: in the file itself, or in a table beside it where there are many."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,18 @@ from pal_ds.io.files import replacing, write_json
 USERS_IN_PARQUET_ABOVE = 10_000
 
 
-def write_user_figures(path: Path, figures: dict[str, Any]) -> None:
+def write_user_figures(path: Path, figures: Mapping[str, object]) -> None:
     """Writes `figures`, of which "users" is {id: {...}}; above 10,000 users those go to a parquet beside the file.
 
     "users" then holds the parquet's name. Raises StorageError where a file cannot be written.
     """
-    if len(figures["users"]) > USERS_IN_PARQUET_ABOVE:
+    users = figures["users"]
+    assert isinstance(users, dict)
+    if len(users) > USERS_IN_PARQUET_ABOVE:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        rows = [{"user_id": user, **entry} for user, entry in figures["users"].items()]
+        rows = [{"user_id": user, **entry} for user, entry in users.items()]
         table = path.with_suffix(".parquet")
         with writing(table), replacing(table) as aside:
             pq.write_table(pa.Table.from_pylist(rows), aside)
@@ -28,7 +31,7 @@ def write_user_figures(path: Path, figures: dict[str, Any]) -> None:
 
 
 def read_user_figures(path: Path) -> dict[str, Any]:
-    """What `write_user_figures` was given."""
+    """Read the figures that `write_user_figures` was given."""
     figures = json.loads(path.read_text())
     if isinstance(figures["users"], str):
         import pyarrow.parquet as pq

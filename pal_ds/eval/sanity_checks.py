@@ -1,9 +1,11 @@
 """Warnings about results too good, or too cheap, to be true: what a leak or an artefact of the data looks like."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from pal_ds.data.info import DatasetInfo
 from pal_ds.eval.metrics import clustered_standard_error
 
 SUSPICIOUS_ACCURACY = 0.95
@@ -43,7 +45,7 @@ def unseen_above_seen(seen: ScoredPairs, unseen: ScoredPairs) -> list[str]:
 
 
 def both_nearly_perfect(
-    train_accuracy: float | None, held_out: ScoredPairs, info: dict[str, Any]
+    train_accuracy: float | None, held_out: ScoredPairs, info: DatasetInfo
 ) -> list[str]:
     """A warning where train and held-out accuracy both exceed 95% on data that real people made.
 
@@ -86,7 +88,7 @@ def no_better_than_surface(
     return warnings
 
 
-def training_accuracy(metrics: list[dict[str, Any]], step: int) -> float | None:
+def training_accuracy(metrics: Sequence[Mapping[str, Any]], step: int) -> float | None:
     """Accuracy while training over the last quarter of an epoch before `step`: mean of those lines of metrics.jsonl.
 
     None where there is no such line.

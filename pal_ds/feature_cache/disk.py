@@ -205,7 +205,7 @@ class CacheKeeper:
         )
 
     def _write(self) -> None:
-        """One shard of what was taken. Raises StorageError."""
+        """Write a shard of what was taken. Raises StorageError."""
         self._pending_since = time.monotonic()
         if not self._pending:
             return

@@ -86,7 +86,7 @@ def encode_once(
 
 @dataclass(frozen=True)
 class _Encoding:
-    """How all texts of one call of `encode_once` are encoded."""
+    """Settings with which all texts of one call of `encode_once` are encoded."""
 
     load: Load
     collator: Collator
@@ -149,7 +149,7 @@ def fixed_batches(
 ) -> list[tuple[np.ndarray, int]]:
     """(rows, width in tokens) of each forward, wide ones first; rows of a batch all have padding, or none has."""
     data = collator.data
-    max_length, prefix = (data.info["tokens"][name] for name in ("max_length", "prefix_ids"))
+    max_length, prefix = data.info["tokens"]["max_length"], data.info["tokens"]["prefix_ids"]
     if of_prompts:
         lengths = collator.prompts.lengths_of(rows)
     elif collator.encoding == "separate":

@@ -1,4 +1,4 @@
-"""Which folders of `backbone.cache` a run's states belong to: one for responses, one for prompts."""
+"""Folders of `backbone.cache` that a run's states belong to: one for responses, one for prompts."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -66,7 +66,7 @@ def check_cache_path(path: str) -> None:
 def restored_cache_folders(
     parts: Parts, collator: Collator, config: RunConfig, base_weights: str | None, precision: str
 ) -> dict[str, CacheFolder] | None:
-    """As `cache_folders`, for a plain torch model as `restore` makes it, whose attention is its own choice."""
+    """Find the folders as `cache_folders` does, for the model of `restore`, whose attention is its own choice."""
     if parts.backbone is not None:
         parts = replace(parts, backbone=replace(parts.backbone, attention="auto"))
     return cache_folders(parts, collator, config, base_weights, precision, gpu=False)

@@ -1,4 +1,4 @@
-"""Which text lies in which shard of the feature cache: an index over memory-mapped shards."""
+"""Index over the memory-mapped shards of the feature cache: which text lies in which."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from pal_ds.feature_cache.shards import Shard
 
 
 def first_of_each(addresses: np.ndarray) -> np.ndarray:
-    """Where each distinct address (uint64 [n, 2]) first occurs, in ascending order of address; int64."""
+    """Find where each distinct address (uint64 [n, 2]) first occurs, in ascending order of address; int64."""
     order = np.lexsort((addresses[:, 1], addresses[:, 0]))
     ordered = addresses[order]
     is_new = np.ones(len(order), bool)
@@ -16,7 +16,7 @@ def first_of_each(addresses: np.ndarray) -> np.ndarray:
 
 
 class FeatureIndex:
-    """Which text lies in which shard. A text that two writers have stored counts once."""
+    """An index of which text lies in which shard. A text that two writers have stored counts once."""
 
     def __init__(self, shards: list[Shard]) -> None:
         self.values = [shard.values for shard in shards]

@@ -4,12 +4,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pal_ds.backbones.config import BackboneConfig, Pooling
 from pal_ds.backbones.transformer import choose_attention, read_model_config
 from pal_ds.data.collator import Collator
 from pal_ds.errors import UserError
+from pal_ds.feature_cache.writers import StatesDescription
 
 _SAYS_NOTHING_OF_STATES = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 _TOKEN_KEYS = (
@@ -32,8 +33,8 @@ def describe_states(
     prompt_tokens: bool,
     precision: str,
     gpu: bool,
-) -> dict[str, dict[str, Any]]:
-    """What the states of responses (and of prompts, where they are read) are made from, as plain JSON values.
+) -> dict[str, StatesDescription]:
+    """Describe what the states of responses (and of prompts, where read) are made from, as plain JSON values.
 
     Attention is the one that runs: in bf16 flash-attn and SDPA differ in more than a run's last bit, and a change of
     `backbone.attention` is refused on resume as well. Left out is what `backbone.encode_batch_texts`, the device, the
@@ -49,7 +50,7 @@ def describe_states(
             f"backbone.cache: which commit {backbone.path} is cannot be told here, so states could be of other "
             "weights. Download the model and name its folder in backbone.path."
         )
-    tokens = collator.data.info["tokens"]
+    entries = cast(Mapping[str, object], collator.data.info["tokens"])
     common = {
         "weights": weights,
         "model": _model_of(backbone),
@@ -60,7 +61,7 @@ def describe_states(
             backbone.attention, precision, gpu, read_model_config(backbone)
         )[0],
         "tokenizer": _tokenizer_hash(collator.data.tokenizer_path),
-        "tokens": {name: tokens[name] for name in _TOKEN_KEYS if name in tokens},
+        "tokens": {name: entries[name] for name in _TOKEN_KEYS if name in entries},
         "encoding": collator.encoding,
     }
     every, last = "every token", "last token"
@@ -75,7 +76,7 @@ def describe_states(
     }
 
 
-def key_of(made_from: Mapping[str, Any]) -> str:
+def key_of(made_from: Mapping[str, object]) -> str:
     """128 bits in hexadecimal."""
     text = json.dumps(made_from, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
@@ -87,14 +88,14 @@ def _model_of(backbone: BackboneConfig) -> dict[str, Any]:
 
 
 def _code_hash(backbone: BackboneConfig) -> str | None:
-    """Of modelling code that comes with the weights; a hub id's commit is in the fingerprint."""
+    """Hash modelling code that comes with the weights; a hub id's commit is in the fingerprint."""
     assert backbone.path is not None
     files = sorted(Path(backbone.path).glob("*.py")) if backbone.trust_remote_code else []
     return _hash_of(files) if files else None
 
 
 def _tokenizer_hash(folder: Path) -> str:
-    """Of what turns text into ids: vocabulary and rules, and the chat template."""
+    """Hash what turns text into ids: vocabulary and rules, and the chat template."""
     digest = hashlib.blake2b(_hash_of([folder / "tokenizer.json"]).encode(), digest_size=16)
     for template in sorted(folder.glob("*.jinja")):
         digest.update(template.read_bytes())

@@ -1,4 +1,4 @@
-"""One file of hidden states: packed, named by the hash of its own content, verified, memory-mapped.
+"""A file of hidden states: packed, named by the hash of its own content, verified, memory-mapped.
 
 A shard is a safetensors file that holds its part of the index, too, so that one rename makes both visible.
 """
@@ -74,7 +74,7 @@ _verified: set[tuple[str, int, int]] = set()
 
 
 def verify_once(path: Path, progress: Callable[[], None]) -> None:
-    """As `verify_shard`, but a file that this process has verified and that has not changed is not read again."""
+    """Verify as `verify_shard` does; a file that was verified in this process and is unchanged is not read again."""
     state = path.stat()
     seen = (str(path), state.st_size, state.st_mtime_ns)
     if seen not in _verified:

@@ -1,8 +1,8 @@
-"""Where encoded states go: what both ways of keeping them have in common, and the one in memory."""
+"""Keepers of encoded states: what both ways of keeping them have in common, and the one in memory."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -12,13 +12,36 @@ from pal_ds.data.features import FeatureStore, MappedFeatures
 from pal_ds.distributed.world import World
 
 
+class StatesDescription(TypedDict):
+    """`made_from` in cache.json: all that decides the states of one kind of text, whose hash names their folder."""
+
+    states: str
+    """"responses" or "prompts"."""
+    weights: str
+    """Fingerprint of the weight files."""
+    model: dict[str, Any]
+    """The transformers config, without what says nothing of states."""
+    code: str | None
+    """Hash of modelling code that comes with the weights."""
+    layer: str
+    precision: str
+    attention: str
+    tokenizer: str
+    """Hash of vocabulary, rules and chat template."""
+    tokens: dict[str, object]
+    """Entries of `TokensInfo` that decide token ids."""
+    encoding: str
+    pooling: str
+    """"every token", "last token", "mean" or "max"."""
+
+
 @dataclass(frozen=True)
 class CacheFolder:
     """A folder for the states of one kind of text, read in one way; named by what they are made from."""
 
     path: Path
     key: str
-    made_from: dict[str, Any]
+    made_from: StatesDescription
 
 
 class Keeper(Protocol):
@@ -37,7 +60,7 @@ class Keeper(Protocol):
         ...
 
     def flush(self) -> None:
-        """What was taken outlives this process, if it ever will."""
+        """Make what was taken outlive this process, if it ever will."""
         ...
 
     def finish(self) -> None:

@@ -22,7 +22,7 @@ from .statistics import MixtureStatistics
 
 
 class Features(NamedTuple):
-    """What a backbone says about the distinct texts of a batch, and which comparison looks at which of them."""
+    """States of the distinct texts of a batch, and which comparison reads which of them."""
 
     response: Float[Tensor, "R T H"]
     """Hidden states at the scored positions of each distinct response; positions past its end are padding."""
@@ -35,7 +35,7 @@ class Features(NamedTuple):
 
 
 class UserState(NamedTuple):
-    """What a head may know about the user of each comparison; a head names what it reads in `Head.needs`."""
+    """Facts that a head may read about the user of each comparison; `Head.needs` names those it reads."""
 
     logits: Float[Tensor, "B K"] | None = None
     """w_u, fp32."""
@@ -47,7 +47,7 @@ class UserState(NamedTuple):
     context: Int[Tensor, "B N 2"] | None = None
     """Other comparisons of the user: rows of `Features.response` that were preferred and rejected."""
     context_length: Int[Tensor, "B"] | None = None
-    """How many of the N are there; 0 for a user of whom nothing is known."""
+    """Number of the N that are there; 0 for a user of whom nothing is known."""
     group: Int[Tensor, "B"] | None = None
     """Group of each comparison; -1 where it has none."""
     normal: Float[Tensor, "B K"] | None = None
@@ -57,7 +57,7 @@ class UserState(NamedTuple):
 
 
 class HeadOutput(NamedTuple):
-    """What training and evaluation read from a head."""
+    """Output of a head that training and evaluation read."""
 
     reward: Float[Tensor, "B r T"]
     margin: Float[Tensor, "B T"]
@@ -71,18 +71,18 @@ class HeadOutput(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """Where responses and users lie: all that a reward by distance or by cosine depends on."""
+    """Places of responses and users: all that a reward by distance or by cosine depends on."""
 
     response: Float[Tensor, "R T d"]
     response_index: Int[Tensor, "B 2"]
     point: Float[Tensor, "B g d"]
     """The user's point, one for both responses (g = 1) or one for each (g = 2)."""
     scale: Float[Tensor, "1"] | None
-    """Of the cosine; None for minus the distance."""
+    """Scale of the cosine; None for minus the distance."""
 
 
 PairLoss = Callable[[Placement], tuple[Tensor, Tensor, Tensor, Tensor]]
-"""From a placement to (total, loss [B], reward [B, 2, T], margin [B, T]); only the total carries gradients."""
+"""Function from a placement to (total, loss [B], reward [B, 2, T], margin [B, T]); only the total has gradients."""
 
 
 class Head(nn.Module, ABC):
@@ -92,15 +92,15 @@ class Head(nn.Module, ABC):
     """Subset of {"prompt", "prompt_tokens", "logits", "gumbel", "context", "group", "normal"}: what Features and
     UserState must carry. `prompt_tokens` asks for every position of the prompt instead of its last."""
     family: ClassVar[str] = ""
-    """Which of the models that people ask for by name this head makes; see `reward_models.py`."""
+    """Names under which `reward_models.py` makes this head."""
     num_prototypes: int
     """K, the width of a user's point and logits; 1 for a head without users."""
     on_simplex: ClassVar[bool] = True
-    """Whether users' points are mixtures, at least 0 and summing to 1; else any K numbers."""
+    """True if users' points are mixtures, at least 0 and summing to 1; else they are any K numbers."""
     num_context: int = 0
     """N, how many of a user's comparisons a head that needs `context` reads in training."""
     num_context_scored: int = 0
-    """The same in evaluation, where one draw stands for a user."""
+    """Number of context comparisons in evaluation, where one draw stands for a user."""
 
     @abstractmethod
     def reward(self, features: Features, user: UserState) -> Float[Tensor, "B r T"]:
@@ -108,12 +108,12 @@ class Head(nn.Module, ABC):
 
     @property
     def is_personal(self) -> bool:
-        """Whether rewards depend on a point of K numbers."""
+        """True if rewards depend on a point of K numbers."""
         return not self.needs.isdisjoint({"logits", "context", "group"})
 
     @property
     def has_points(self) -> bool:
-        """Whether the point is the user's own: looked up, fitted or made from comparisons."""
+        """True if the point is the user's own: looked up, fitted or made from comparisons."""
         return not self.needs.isdisjoint({"logits", "context"})
 
     @property
@@ -154,7 +154,7 @@ class Head(nn.Module, ABC):
 
     @property
     def has_statistics(self) -> bool:
-        """Whether the rewards depend on a mixture through K numbers per position, whatever the features."""
+        """True if the rewards depend on a mixture through K numbers per position, whatever the features."""
         return False
 
     def statistics(self, features: Features) -> MixtureStatistics | None:

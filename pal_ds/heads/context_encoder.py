@@ -13,7 +13,7 @@ ContextSymmetry = Literal["odd", "none"]
 
 
 class ContextEncoder(nn.Module):
-    """One attention layer over the N comparisons, then their mean: no order, no loop over users (arXiv 2408.10075).
+    """A block of attention over the N comparisons, then their mean: no order, no loop over users (arXiv 2408.10075).
 
     h_n = MLP([preferred_n; rejected_n]);  o = mean_n softmax(Q h K h^T / sqrt(L)) V h;  mu, logvar linear in o.
     `odd`: with g = this network, mu = (g(p, r) - g(r, p)) / 2 and logvar = (g(p, r) + g(r, p)) / 2.

@@ -25,7 +25,11 @@ def take(table: Float[Tensor, "R *item"], index: Int[Tensor, "B *n"]) -> Float[T
 
 
 def unit(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-    """x / ||x||_2 in fp32; the zero vector stays zero and receives no gradient."""
+    """x / ||x||_2 in fp32; the zero vector stays zero and receives no gradient.
+
+    >>> [[round(number, 4) for number in row] for row in unit(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).tolist()]
+    [[0.6, 0.8], [0.0, 0.0]]
+    """
     x = x.float()
     square = x.square().sum(-1, keepdim=True)
     # The inner choice keeps rsqrt finite, the outer one drops its gradient: one alone leaves 0 *
@@ -37,7 +41,11 @@ def unit(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
 def distance(
     x: Float[Tensor, "*batch d"], y: Float[Tensor, "*#batch d"]
 ) -> Float[Tensor, "*batch"]:
-    """||x - y||_2 in fp32, the square not expanded (it cancels); gradient 0 at x = y."""
+    """||x - y||_2 in fp32, the square not expanded (it cancels); gradient 0 at x = y.
+
+    >>> round(distance(torch.tensor([3.0, 4.0]), torch.zeros(2)).item(), 4)
+    5.0
+    """
     return torch.linalg.vector_norm(x.float() - y.float(), dim=-1)
 
 

@@ -32,7 +32,7 @@ class Mixture(nn.Module):
         check_choice("mixture", kind, get_args(MixtureKind))
         check_choice("evaluation", evaluation, get_args(MixtureEvaluation))
         self.needs = frozenset({"logits", "gumbel"} if kind == "gumbel" else {"logits"})
-        """What the user state must carry, as `Head.needs`."""
+        """Entries that the user state must carry, as in `Head.needs`."""
         self.temperature = temperature
         self.kind = kind
         self.evaluation = evaluation

@@ -17,7 +17,7 @@ from .pal_b import PalB
 from .shapes import Float
 
 BACKBONE = "llm."
-"""What the names of a backbone's tensors begin with once copies are merged."""
+"""Prefix of the names of a backbone's tensors once copies are merged."""
 _BATCH_NORM_EPSILON = 1e-5
 _ARCHITECTURE = re.compile(
     r"mlp(\d+)-(relu|gelu|linear)-dropout\d+"
@@ -140,7 +140,7 @@ def head_from_reference(
 
 
 def _kind(rest: dict[str, Tensor], config: Mapping[str, Any]) -> type[PalA] | type[PalB]:
-    """Which head the config is of. Raises ValueError where there is none, or not for these tensors."""
+    """Choose the head that the config describes. Raises ValueError where there is none, or not for these tensors."""
     kind: type[PalA] | type[PalB] = PalA if "user_learner_type" in config else PalB
     if ("user_learner.P" in rest) != (kind is PalA):
         raise ValueError(
@@ -172,7 +172,7 @@ def _users(rest: dict[str, Tensor]) -> tuple[list[str], Tensor]:
 
 
 class _Architecture(NamedTuple):
-    """What `proj_arch` says."""
+    """Read `proj_arch`."""
 
     name: str
     num_layers: int
@@ -189,8 +189,8 @@ class _Architecture(NamedTuple):
             raise ValueError(f"proj_arch: {name} is none of the reference's.")
         return cls(name, int(found[1]) + 1, found[2], "residual" in (found[3] or ""))
 
-    def arguments(self, layers: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-        """Of our projector for these linear maps."""
+    def arguments(self, layers: list[tuple[Tensor, Tensor]]) -> dict[str, bool | int | str]:
+        """Give the arguments of our projector for these linear maps."""
         shape = {"dim": len(layers[-1][1]), "num_layers": len(layers), "residual": self.residual}
         return shape if self.activation == "linear" else {**shape, "activation": self.activation}
 

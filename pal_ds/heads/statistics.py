@@ -20,7 +20,7 @@ SMALLEST_SQUARE = 1e-12
 
 
 class MixtureStatistics(NamedTuple):
-    """What a head's rewards depend on beside a user's mixture. Axes as in `base.py`; Q matrices."""
+    """Everything that a head's rewards depend on beside a user's mixture. Axes as in `base.py`; Q matrices."""
 
     linear: Float[Tensor, "N T K"]
     """||z - p_k||^2, or scale <z / |z|, p_k>: of each distinct response, with its prompt where that
@@ -32,7 +32,7 @@ class MixtureStatistics(NamedTuple):
     quadratic_index: Int[Tensor, "N"]
     """Matrix of each row of `linear`."""
     by_distance: bool
-    """Which of the two rewards this is."""
+    """Shape of the reward: linear or quadratic in the mixture."""
     temperature: float
     """tau of softmax(w_u / tau)."""
 
@@ -61,7 +61,7 @@ def distance_statistics(
     points: Float[Tensor, "K d"],
     temperature: float,
 ) -> MixtureStatistics:
-    """Of minus the distance to the mixed point, fp32; squares are expanded around the mean point.
+    """Statistics of minus the distance to the mixed point, fp32; squares are expanded around the mean point.
 
     The expansion errs by about 1e-7 times the squared distance to the mean point.
     """
@@ -83,7 +83,7 @@ def cosine_statistics(
     scale: Float[Tensor, "1"],
     temperature: float,
 ) -> MixtureStatistics:
-    """Of the scaled cosine with the mixed point, fp32; `owner` names each response's set of K points."""
+    """Statistics of the scaled cosine with the mixed point, fp32; `owner` names each response's set of K points."""
     points, direction = points.float(), unit(response)
     shared = len(points) == 1
     linear = (

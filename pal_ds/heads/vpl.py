@@ -20,7 +20,7 @@ from .shapes import Float
 RewardForm = Literal["bilinear", "mlp"]
 KlSchedule = Literal["constant", "linear", "cosine"]
 COSINE_BASE = 0.1
-"""What the cyclic cosine starts from, as published."""
+"""Start value of the cyclic cosine, as published."""
 
 
 @final
@@ -103,13 +103,13 @@ class Vpl(Head):
         return self.encoder(*self._pairs(features, user))[0]
 
     def reward(self, features: Features, user: UserState) -> Float[Tensor, "B r T"]:
-        """For the given points, or those of the given contexts; fp32."""
+        """Compute rewards for the given points, or for those of the given contexts; fp32."""
         given = user.mixture is not None or user.logits is not None
         point = self.mixture_weights(user) if given else self.encode(features, user)
         return self._reward(features, point)
 
     def compare(self, features: Features, user: UserState) -> HeadOutput:
-        """As `Head.compare`; with a context also the divergence as the penalty and mu as the point."""
+        """Compare as `Head.compare` does; with a context also the divergence as the penalty and mu as the point."""
         if user.context is None or user.mixture is not None:
             return super().compare(features, user)
         pairs = self._pairs(features, user)

@@ -3,16 +3,17 @@
 In a training the engine's forward makes them (its parameters may be partitioned), elsewhere the head by itself.
 """
 
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pal_ds.data.batch import Batch
 from pal_ds.data.collator import Collator
 from pal_ds.distributed import phase
 from pal_ds.distributed.world import World
-from pal_ds.heads.base import Head
+from pal_ds.heads.base import Head, HeadOutput, UserState
 from pal_ds.heads.shapes import Float
 from pal_ds.model import RewardModel, user_state
 from pal_ds.users.ids import UserIds
@@ -21,12 +22,18 @@ PAIRS_PER_FORWARD = 2**12
 
 
 def pairs_per_forward(head: Head, collator: Collator, micro_batch_pairs: int) -> int:
-    """How many comparisons have room at once: where the backbone runs for them, those of a training's forward."""
+    """Number of comparisons that have room at once: where the backbone runs for them, those of a training's forward."""
     return PAIRS_PER_FORWARD if collator.stored else micro_batch_pairs * (1 + head.num_context)
 
 
+class ScoreUsers(Protocol):
+    """A reward model, or an engine around one, as a function."""
+
+    def __call__(self, batch: Batch, state: UserState, /) -> HeadOutput: ...
+
+
 def points_in_training(
-    engine: Any,
+    engine: ScoreUsers,
     head: Head,
     collator: Collator,
     scored: Collator,

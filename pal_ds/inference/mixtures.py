@@ -30,7 +30,7 @@ def user_mixtures(head: Head, users: UserTable) -> Float[Tensor, "U+1 K"]:
 
 @dataclass(frozen=True)
 class MixtureSource:
-    """Where an evaluation during training takes its users' mixtures from."""
+    """Source of the users' mixtures for an evaluation during training."""
 
     forward: Forward
     """Makes the points of a head that reads users' comparisons."""

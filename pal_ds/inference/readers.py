@@ -1,4 +1,4 @@
-"""How a run reads comparisons of any data, and whom of their users it knows."""
+"""Readers of comparisons of any data for a run, and the users of these data that it knows."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from pal_ds.users.ids import UserIds, generic_row_of
 
 @dataclass(frozen=True)
 class Reader:
-    """How a run scores comparisons of some data: its collator, and the module that takes the batches."""
+    """Parts that score comparisons of some data for a run: its collator, and the module that takes the batches."""
 
     collator: Collator
     model: RewardModel
@@ -85,17 +85,17 @@ def reader_of(
 
 @dataclass(frozen=True)
 class KnownUsers:
-    """Whom a run can score: its own users and, if given, adapted ones; an adapted user hides a trained one."""
+    """Users whom a run can score: its own and, if given, adapted ones; an adapted user hides a trained one."""
 
     ids: list[UserIds]
-    """Of each table, the rows of one after those of the other; the last that holds a user has the say."""
+    """Ids of each table, whose rows follow each other in `mixtures`; the last table that holds a user decides."""
     mixtures: Float[Tensor, "U+1 K"] | None
     """Mixtures by row; the last is the population of the run's own users. None where users are their groups."""
 
     encoded: Float[Tensor, "n K"] | None = None
     """Points that were made from comparisons, of the run's users who are asked for."""
     encoded_rows: np.ndarray | None = None
-    """Whose points these are, as rows of `mixtures`."""
+    """Users of these points, as rows of `mixtures`."""
 
     @property
     def own(self) -> Float[Tensor, "U K"] | None:
@@ -144,7 +144,7 @@ def with_points(
     *,
     flipped: bool = False,
 ) -> KnownUsers:
-    """The same where the run's users have rows of their own; else with points of those whom `data` names.
+    """Make points for `KnownUsers`: unchanged where the run's users have rows of their own, else for those of `data`.
 
     They are made from what the run's train split tells of each, as many comparisons as in the run's own evaluations;
     `flipped`, from the opposite of each.

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import NamedTuple, TextIO
 
 import torch
 from transformers import PreTrainedModel
@@ -18,10 +18,10 @@ from pal_ds.remote_code.rows import pad_right
 
 
 class Row(NamedTuple):
-    """One line of the input: `text`, or `prompt` and `response`."""
+    """A line of the input: `text`, or `prompt` and `response`."""
 
     where: str
-    record: dict[str, Any]
+    record: dict[str, object]
     text: str | None
     prompt: Text | None
     response: Text | None
@@ -41,7 +41,7 @@ class Scorer:
 
     @property
     def reads_boundary(self) -> bool:
-        """Whether a score depends on where the response begins."""
+        """True if a score depends on where the response begins."""
         config = self.model.config
         separate = getattr(config, "encoding", "joint") == "separate"
         return separate or getattr(self.model, "reads_prompt", False)
@@ -75,7 +75,7 @@ class Scorer:
         return [score for batch in _batches(rows, batch_texts) for score in self.score(batch)]
 
     def score(self, rows: list[Row]) -> list[float]:
-        """One score per row."""
+        """Score each row."""
         items = [self.tokenise(row) for row in rows]
         scores = [0.0] * len(rows)
         # Rows whose boundary was given and rows whose marker must be found go apart.
@@ -151,7 +151,7 @@ def _checked(record: dict[str, Any], where: str) -> Row:
     return Row(where, record, None, prompt, response)
 
 
-def _text(value: Any, where: str, key: str) -> Text:
+def _text(value: object, where: str, key: str) -> Text:
     if isinstance(value, list):
         return check_messages(value, where, key)
     if not isinstance(value, str) or (key == "response" and not value.strip()):

@@ -41,7 +41,7 @@ class Forwards:
     micro_batch_tokens: int | None = None
     """Bounds a forward as it does in training."""
     label: str | None = None
-    """Of a progress bar; none is shown without."""
+    """Label of a progress bar; none is shown without."""
     between_steps: Callable[[], None] = lambda: None
 
     def margins(
@@ -80,7 +80,7 @@ class Forwards:
         read: Callable[[Batch, HeadOutput], Float[Tensor, "B c"]],
         num_values: int,
     ) -> Float[np.ndarray, "n c"]:
-        """What `read` finds for each comparison, in the order of `rows`."""
+        """Collect the result of `read` for each comparison, in the order of `rows`."""
         world, collator = self.world, self.collator
         mixtures = None if mixtures is None else mixtures.to(world.device)
         prompts = collator.data.response_prompt[collator.data.comparisons["a"][rows]]

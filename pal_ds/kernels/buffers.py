@@ -1,4 +1,4 @@
-"""What launches share: output buffers, block sizes, grids.
+"""Common parts of launches: output buffers, block sizes, grids.
 
 Buffers are uninitialised, for kernels write every element themselves; tests fill them with NaN.
 """

@@ -1,4 +1,4 @@
-"""Which implementation of a kernel runs: by the shipped table, never by timing, and said once with its reason."""
+"""Choice of a kernel's implementation: by the shipped table, never by timing, and said once with its reason."""
 
 import functools
 import importlib.util
@@ -51,7 +51,7 @@ def choose(
 
 
 def covers(kernel: str, device: torch.device, table: tuple[Row, ...] = TABLE) -> bool:
-    """Whether the table holds anything but the reference for a kernel on this hardware."""
+    """Return whether the table holds anything but the reference for a kernel on this hardware."""
     hardware = hardware_of(device)
     return any(
         (row.kernel, row.hardware) == (kernel, hardware) and row.implementation != "torch"
@@ -69,7 +69,7 @@ def hardware_of(device: torch.device) -> str:
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether triton is installed; it is not imported to find out."""
+    """Return whether triton is installed; it is not imported to find out."""
     return importlib.util.find_spec("triton") is not None
 
 

@@ -1,4 +1,4 @@
-"""Where a fused kernel runs by default: the rows that `tools/bench/bench_head.py` has measured faster.
+"""Defaults of fused kernels: the rows that `tools/bench/bench_head.py` has measured faster.
 
 A row is added by hand from that benchmark's output and names it. What no row covers runs the plain reference, so a
 machine that nobody measured loses speed and nothing else. The choice is a function of hardware, dtype and shape:

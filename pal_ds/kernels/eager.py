@@ -16,7 +16,7 @@ _LOSSES = {"logistic": logistic, "hinge": hinge, "smooth_hinge": smooth_hinge}
 
 
 class PairFacts(NamedTuple):
-    """What a loss knows of each comparison beside the two responses."""
+    """Facts about each comparison that a loss reads beside the two responses."""
 
     label: Int[Tensor, "B"]
     """+1 where response_2 is preferred, -1 where response_1."""
@@ -29,7 +29,7 @@ class PairFacts(NamedTuple):
 
 
 class PairLossOutput(NamedTuple):
-    """What the pair loss says. Only `total` carries gradients."""
+    """Result of the pair loss. Only `total` carries gradients."""
 
     total: Float[Tensor, ""]
     """sum over comparisons of weight * loss."""

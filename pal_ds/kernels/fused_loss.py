@@ -1,4 +1,4 @@
-"""How a training step uses the fused pair loss without knowing the head: a loss of where responses and users lie.
+"""Use of the fused pair loss in a training step that knows no head: a loss of where responses and users lie.
 
 A head whose reward is a distance or a cosine can say where its responses and its users' points lie (`Placement`);
 the step hands it a loss made for the batch. Other heads never call theirs.

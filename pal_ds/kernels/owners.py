@@ -1,4 +1,4 @@
-"""Who uses a row of a table, in a fixed order: the means by which kernels sum without atomics."""
+"""Users of a row of a table, in a fixed order: the means by which kernels sum without atomics."""
 
 from typing import NamedTuple
 
@@ -8,14 +8,14 @@ from torch import Tensor
 
 
 class Owners(NamedTuple):
-    """For each row of a table the entries of an index that name it, ascending. Made without a host sync."""
+    """Entries of an index by the table row that they name, ascending. Made without a host sync."""
 
     entries: Int[Tensor, "n"]
     """Entries of the flattened index, those of one row together."""
     first: Int[Tensor, "R"]
-    """Where a row's entries begin in `entries`."""
+    """Begin of each row's entries in `entries`."""
     uses: Int[Tensor, "R"]
-    """How many there are."""
+    """Number of each row's entries."""
 
 
 def owners(index: Int[Tensor, "*n"], num_rows: int) -> Owners:

@@ -22,7 +22,7 @@ ELEMENTS_PER_BLOCK = 2048
 
 
 class Blocks(NamedTuple):
-    """How a launch cuts the positions and columns, from T and d alone."""
+    """Cut of the positions and columns of a launch, from T and d alone."""
 
     span: int
     """Positions of a pair that one program walks through."""
@@ -108,7 +108,7 @@ def launch(
 def _gradient_buffers(
     response: Tensor, point: Tensor, num_parts: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For d loss / d margin [B, T], d response [R, T, d], parts of d point and of d scale."""
+    """Buffers for d loss / d margin [B, T], d response [R, T, d], parts of d point and of d scale."""
     num_pairs = len(point)
     return (
         buffer(num_pairs, response.shape[1], like=response),

@@ -137,7 +137,7 @@ def _score_pair(
 
 @triton.jit
 def _counting(facts, pair, t, weighting: tl.constexpr):
-    """Whether positions t of the comparison have a weight [t]."""
+    """Return whether positions t of the comparison have a weight [t]."""
     first = tl.load(facts[1] + pair)
     return _token_weight(t - first, tl.load(facts[2] + pair) - first, weighting) > 0
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 def num_leading(ids: Sequence[int], prefix_ids: Sequence[int]) -> int:
-    """How many ids at the front are (repeats of) the prefix."""
+    """Count the ids at the front that are (repeats of) the prefix."""
     width, count = len(prefix_ids), 0
     prefix = list(prefix_ids)
     while width and list(ids[count : count + width]) == prefix:
@@ -27,6 +27,11 @@ def canonical_ids(
     Prefixes and ends that the text or the tokenizer already put there are stripped first. The cut
     keeps the prefix and the last ids. Look for the prompt (`find_prompt_length`) before the cut:
     with `max_length=None` nothing is cut.
+
+    >>> canonical_ids([1, 7, 8, 2], prefix_ids=[1], end_ids=[2])
+    [1, 7, 8, 2]
+    >>> canonical_ids([6, 7, 8], prefix_ids=[1], end_ids=[2], max_length=4)
+    [1, 7, 8, 2]
     """
     body = list(ids[num_leading(ids, prefix_ids) :])
     width, end = len(end_ids), list(end_ids)
@@ -46,7 +51,7 @@ def canonical_ids(
 def truncated(
     length: int, num_prefix: int, budget: int, num_marker: int, side: str
 ) -> tuple[int, int]:
-    """Which of a prompt's `length` ids go to leave `budget`: from the first number up to the second.
+    """Choose which of a prompt's `length` ids go to leave `budget`: from the first number up to the second.
 
     The prefix stays. `left` cuts behind it; `right` in front of the response marker, the last
     `num_marker` ids, of which as many stay as there is room for.

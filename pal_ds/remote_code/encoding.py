@@ -6,7 +6,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 
 def is_encoder(config) -> bool:
-    """Whether a transformers config names a bidirectional encoder (BERT, DistilBERT, XLM-R, ...)."""
+    """Return whether a transformers config names a bidirectional encoder (BERT, DistilBERT, XLM-R, ...)."""
     return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 

@@ -20,7 +20,7 @@ from .simplex import check_point
 
 
 class PalRewardConfig(PretrainedConfig):
-    """What the exported model is made of and how its texts were prepared."""
+    """Configuration of the exported model: its parts, and how its texts were prepared."""
 
     model_type = "pal_reward"
     # transformers reads it from the class.
@@ -163,7 +163,7 @@ class PalForSequenceClassification(PreTrainedModel):
     def _response_starts(
         self, given: list[list[int]], rows: list[list[int]], prompt_lengths: Any
     ) -> list[int] | None:
-        """Where the response begins in each canonical row, if anything here depends on it."""
+        """Find where the response begins in each canonical row, if anything here depends on it."""
         config = self.config
         always = self.reads_prompt or config.encoding == "separate"
         cuts_right = config.truncation_side == "right" and any(map(self._is_long, rows))
@@ -197,7 +197,7 @@ class PalForSequenceClassification(PreTrainedModel):
         return starts
 
     def _texts(self, rows: list[list[int]], starts: list[int] | None) -> list["_Text"]:
-        """What the backbone reads for each canonical row."""
+        """Cut each canonical row to what the backbone reads."""
         num_prefix = len(self.config.prefix_ids)
         texts = []
         for index, row in enumerate(rows):
@@ -280,7 +280,7 @@ class PalForSequenceClassification(PreTrainedModel):
 
 
 class _Text(NamedTuple):
-    """One text as the backbone reads it."""
+    """A text as the backbone reads it."""
 
     ids: list[int]
     """The row that holds the response."""

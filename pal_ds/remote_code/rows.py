@@ -15,7 +15,7 @@ def token_mask(
     pad_token_id: int | None,
     end_ids: Sequence[int],
 ) -> Tensor:
-    """Which entries of [B, L] are tokens of the text, bool on the CPU.
+    """Mark the entries of [B, L] that are tokens of the text, bool on the CPU.
 
     Without an attention mask, padding is runs of the pad id at a row's edges; where that id may
     also end a text (pad == eos), a row alone counts as unpadded and several raise ValueError.

@@ -10,7 +10,7 @@ BYTES_REPLICATED = 2**31
 
 @dataclass(frozen=True)
 class UsersConfig:
-    """How user logits start and learn, and where they lie."""
+    """Settings of user logits: how they start and learn, and where they lie."""
 
     learning_rate: float = 5e-2
     """Peak rate of the rows' own Adam; it follows the model's schedule. One update moves a logit by

@@ -4,9 +4,8 @@ The files are the same whether one rank held the table or many, and no more than
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from pal_ds.users.ids import UserIds
 from pal_ds.users.rows import UserRows, blocks
 
 USER_FILES = ("users.safetensors", "users.arrow")
-"""What a table is on disk."""
+"""Names of a table's files."""
 _FORMAT = "pal_ds.users/1"
 _DTYPES = {"step": "I64", "exp_avg": "F32", "exp_avg_sq": "F32", "logits": "F32"}
 """Tensors in the order of the file; each begins where its dtype asks for."""
@@ -50,7 +49,7 @@ def _write(
     ids: UserIds,
     seed: int,
     num_prototypes: int,
-    pending: Any,
+    pending: Iterable[tuple[int, int]],
     read_block: ReadBlock,
 ) -> None:
     directory.mkdir(parents=True, exist_ok=True)
@@ -72,7 +71,7 @@ def _write(
 
 def _header(num_users: int, num_prototypes: int, seed: int) -> tuple[bytes, dict[str, int]]:
     """The head of a safetensors file, and where each tensor begins in it."""
-    fields: dict[str, Any] = {"__metadata__": {"format": _FORMAT, "seed": str(seed)}}
+    fields: dict[str, dict[str, object]] = {"__metadata__": {"format": _FORMAT, "seed": str(seed)}}
     ends = [0]
     for name, dtype in _DTYPES.items():
         shape = (num_users,) if name == "step" else (num_users, num_prototypes)

@@ -48,7 +48,7 @@ class UserIds(Sequence[str]):
 
     @classmethod
     def from_arrow(cls, column: Any) -> "UserIds":
-        """Of a string column without nulls; the text stays where Arrow has it, on a memory-mapped file too."""
+        """Read a string column without nulls; the text stays where Arrow has it, on a memory-mapped file too."""
         import pyarrow as pa
 
         chunks = [chunk.cast(pa.large_string()) for chunk in column.chunks]

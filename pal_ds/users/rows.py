@@ -63,7 +63,7 @@ class UserRows:
         learning_rate: float,
         config: UsersConfig,
     ) -> None:
-        """One Adam step (arXiv 1412.6980) for the users in `rows` on their summed gradients.
+        """Apply an Adam step (arXiv 1412.6980) to the users in `rows` with their summed gradients.
 
         `order` is each gradient's place in the update (its global comparison index, distinct within
         a user), None that of the arguments: a user's gradients are summed in that order in fp32, so

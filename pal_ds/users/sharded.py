@@ -22,7 +22,7 @@ from pal_ds.users.table import TrainedUsers, UserTable
 
 @dataclass(frozen=True)
 class Shard:
-    """Which of how many slices this process holds, and how the slices are brought together."""
+    """The slice that this process holds among how many, and how the slices are brought together."""
 
     index: int
     count: int
@@ -44,7 +44,7 @@ class FetchedRows:
     logits: Float[Tensor, "m K"]
 
     def leaf(self, rows: Int[Tensor, "B"]) -> Float[Tensor, "B K"]:
-        """As `UserTable.leaf`, of rows that were fetched."""
+        """Make the leaf tensor that gradients reach, as `UserTable.leaf` does, from rows that were fetched."""
         return self.logits.index_select(0, torch.searchsorted(self.rows, rows)).requires_grad_()
 
 
@@ -71,7 +71,7 @@ class ShardedUserTable:
 
     @property
     def device(self) -> torch.device:
-        """Where the rows lie."""
+        """Device that holds the rows."""
         return self.own.records.device
 
     def __len__(self) -> int:
@@ -97,7 +97,7 @@ class ShardedUserTable:
         order: Int[Tensor, "n"] | None,
         learning_rate: float,
     ) -> None:
-        """As `UserTable.apply`: every rank is given all gradients and moves its own rows."""
+        """Apply an Adam step as `UserTable.apply` does: every rank gets all gradients and moves its own rows."""
         rows = rows.cpu()
         mine = torch.nonzero((self.begin <= rows) & (rows < self.end)).flatten()
         self.own.apply(
@@ -109,7 +109,7 @@ class ShardedUserTable:
         )
 
     def save(self, directory: Path | str | None) -> None:
-        """As `UserTable.save`, in blocks that all ranks bring together; one of them has a directory and writes."""
+        """Write what `UserTable.save` writes, in blocks from all ranks; the rank with a directory writes."""
         path = None if directory is None else Path(directory)
         write_users(path, self.ids, self.seed, self.num_prototypes, self._block)
 

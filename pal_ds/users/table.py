@@ -27,13 +27,13 @@ class Leaves(Protocol):
 
 @runtime_checkable
 class TrainedUsers(Protocol):
-    """What training asks of a user table, whole or sharded. Every rank makes the same calls in the same order."""
+    """Methods that training needs of a user table, whole or sharded; ranks make the same calls in the same order."""
 
     ids: UserIds
 
     @property
     def device(self) -> torch.device:
-        """Where the rows lie."""
+        """Device that holds the rows."""
         ...
 
     def __len__(self) -> int: ...
@@ -49,7 +49,7 @@ class TrainedUsers(Protocol):
         order: Int[Tensor, "n"] | None,
         learning_rate: float,
     ) -> None:
-        """One Adam step for the users in `rows` on their summed gradients; see `UserRows.apply`."""
+        """Apply an Adam step to the users in `rows` with their summed gradients; see `UserRows.apply`."""
         ...
 
     def save(self, directory: Path | str | None) -> None:
@@ -62,7 +62,7 @@ class TrainedUsers(Protocol):
 
 
 class UserTable:
-    """One row per user: logits w and Adam moments [U, K] fp32, `step` and `seen` [U] int32.
+    """A table with one row per user: logits w and Adam moments [U, K] fp32, `step` and `seen` [U] int32.
 
     `seen` (0 or 1) is whether the user has taken part in an update. A row is a place in these tensors
     and may change when another user is removed; the id is the name that lasts.
@@ -107,7 +107,7 @@ class UserTable:
 
     @property
     def device(self) -> torch.device:
-        """Where the rows lie."""
+        """Device that holds the rows."""
         return self._rows.records.device
 
     def __len__(self) -> int:
@@ -146,7 +146,7 @@ class UserTable:
         order: Int[Tensor, "n"] | None,
         learning_rate: float,
     ) -> None:
-        """One Adam step for the users in `rows` on their summed gradients; see `UserRows.apply`."""
+        """Apply an Adam step to the users in `rows` with their summed gradients; see `UserRows.apply`."""
         self._rows.apply(rows, gradients, order, learning_rate, self.config)
 
     def add(self, ids: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""What a source is: one dataset that yields records, as often as it is asked."""
+"""The base of all sources: a dataset that yields records, as often as it is asked."""
 
 import json
 from abc import ABC, abstractmethod
@@ -30,10 +30,10 @@ class Source(ABC):
 
     @abstractmethod
     def describe(self) -> dict:
-        """What was read, for dataset.json and for noticing that it changed."""
+        """Describe what was read, for dataset.json and for noticing that it changed."""
 
     def num_records(self) -> int | None:
-        """How many records to expect (for the progress bar), None when unknown."""
+        """Return the number of records to expect (for the progress bar), None when unknown."""
         return None
 
 

@@ -85,7 +85,7 @@ class HhRlhf(Source):
                     )
 
     def describe(self) -> dict:
-        """What was read, per subset."""
+        """Describe what was read, per subset."""
         read = {subset: rows.describe() for subset, rows in self._rows.items()}
         return {"class": "HhRlhf", "subsets": read}
 

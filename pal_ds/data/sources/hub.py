@@ -4,13 +4,16 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
 from pal_ds.data.parse import nearest
 from pal_ds.data.sources.base import check_files, describe_files
 from pal_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 BUILDERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 BATCH_ROWS = 1000
@@ -28,9 +31,9 @@ def open_split(
     *,
     name: str | None = None,
     data_dir: str | None = None,
-    data_files: Any = None,
+    data_files: str | list[str] | dict[str, str] | None = None,
     revision: str | None = None,
-) -> Any:
+) -> "Dataset":
     """The `datasets.Dataset` of one split.
 
     A hub that does not answer is asked once, not six times with pauses; a copy in the cache of
@@ -131,7 +134,7 @@ class HubRows:
         return sum(map(len, self._tables.values()))
 
     def describe(self) -> dict:
-        """What was opened, rows per split, and content hashes of local files."""
+        """Describe what was opened: rows per split, and content hashes of local files."""
         rows = self.num_rows
         local = describe_files(self._local_files())
         return {
@@ -160,7 +163,7 @@ class HubRows:
     def _tables(self) -> dict[str, Any]:
         return {split: self._open(split) for split in self.splits}
 
-    def _open(self, split: str) -> Any:
+    def _open(self, split: str) -> "Dataset":
         path = self._path_of(split)
         if isinstance(self.path, Mapping):
             check_files(path)
@@ -182,18 +185,18 @@ class HubRows:
 
 
 class PromptSplits:
-    """Which split each prompt was first met in: in two, it would carry training data into a test."""
+    """The split each prompt was first met in: in two, it would carry training data into a test."""
 
     def __init__(self) -> None:
         self._splits: dict[int, str] = {}
 
     def admits(self, prompt: str, split: str) -> bool:
-        """Whether the prompt is new or belongs to this split."""
+        """Return whether the prompt is new or belongs to this split."""
         key = xxhash.xxh3_64_intdigest(prompt.encode("utf-8", "surrogatepass"))
         return self._splits.setdefault(key, split) == split
 
 
-def text_of(value: Any, where: str, key: str) -> str:
+def text_of(value: object, where: str, key: str) -> str:
     """A text without blank space around it, empty for null; a UserError for anything else."""
     if value is None or isinstance(value, str):
         return (value or "").strip()

@@ -64,7 +64,7 @@ class HuggingFace(Source):
                 number += 1
 
     def describe(self) -> dict:
-        """What was opened and how many rows it had; content hashes where it is local files."""
+        """Describe what was opened: number of rows, and content hashes of local files."""
         described = {
             "class": "HuggingFace",
             "path": self.path,

@@ -1,9 +1,9 @@
 """PersonalLLM: simulated users who weigh the scores of ten reward models, each in their own way."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import Any, final
+from typing import final
 
 import numpy as np
 
@@ -117,7 +117,7 @@ class PersonalLlm(Source):
                     )
 
     def describe(self) -> dict:
-        """What was read."""
+        """Describe what was read."""
         return {"class": "PersonalLlm", **self._rows.describe()}
 
     def weights(self, user: int) -> np.ndarray:
@@ -154,7 +154,7 @@ class PersonalLlm(Source):
         return self.prompts_per_user if user < self.num_users else self.prompts_per_unseen_user
 
 
-def _scores(row: dict[str, Any]) -> np.ndarray:
+def _scores(row: Mapping[str, float | None]) -> np.ndarray:
     """[8, 10] fp64, NaN where a score is missing."""
     return np.array(
         [[row[f"{response}_{model}"] for model in REWARD_MODELS] for response in _RESPONSES],

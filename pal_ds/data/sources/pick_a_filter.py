@@ -82,7 +82,7 @@ class PickAFilter(Source):
             )
 
     def describe(self) -> dict:
-        """What was read, and the embeddings."""
+        """Describe what was read, and the embeddings."""
         return {
             "class": "PickAFilter",
             **self._rows.describe(),
@@ -103,7 +103,7 @@ class PickAFilter(Source):
     def _versions(
         self, user_id: str, images: tuple[str, str], label: int, group: str
     ) -> list[Embeddings]:
-        """Which version of each image the user is shown."""
+        """Choose which version of each image the user is shown."""
         key = (self.seed, user_id, *images)
         versions = [self._plain, self._plain]
         if stable_fraction("changed", *key) < self.mixture_ratio:

@@ -1,8 +1,8 @@
 """Pick-a-Pic: people chose between two generated images; images and captions as CLIP embeddings."""
 
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any, NamedTuple, final
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple, final
 
 from pal_ds.data.records import Record
 from pal_ds.data.sources.base import Source
@@ -24,7 +24,7 @@ COLUMNS = (
 
 
 class Judgement(NamedTuple):
-    """One person's choice between two images of one caption; `label` is -1 for the first."""
+    """A person's choice between two images of one caption; `label` is -1 for the first."""
 
     split: str
     user_id: str
@@ -79,7 +79,7 @@ class PickAPic(Source):
             )
 
     def describe(self) -> dict:
-        """What was read, and the embeddings."""
+        """Describe what was read, and the embeddings."""
         return {
             "class": "PickAPic",
             **self._rows.describe(),
@@ -122,11 +122,12 @@ def judgements(rows: HubRows, captions: Embeddings, dropped: Counter[str]) -> It
             yield Judgement(SPLITS[split], str(row["user_id"]), caption, images, label)
 
 
-def _label(where: str, row: dict[str, Any]) -> int | None:
+def _label(where: str, row: Mapping[str, float | None]) -> int | None:
     """-1: the first image, 1: the second, 0: as good; None where the row does not say."""
-    pair = row["label_0"], row["label_1"]
-    if None in pair:
+    first, second = row["label_0"], row["label_1"]
+    if first is None or second is None:
         return None
+    pair = first, second
     if pair not in ((1.0, 0.0), (0.0, 1.0), (0.5, 0.5)):
         raise UserError(f"{where}: the labels are {pair}; they must be 1 and 0, 0 and 1, or 0.5")
-    return int(pair[1] - pair[0])
+    return int(second - first)

@@ -69,7 +69,7 @@ class Prism(Source):
             yield from self._dialogue(where, row)
 
     def describe(self) -> dict:
-        """What was read."""
+        """Describe what was read."""
         return {"class": "Prism", **self._rows.describe()}
 
     @cached_property
@@ -115,7 +115,7 @@ class Prism(Source):
 
 
 def _turn(where: str, entries: list[dict[str, Any]]) -> tuple[str, str | None, list[str]]:
-    """What the user said, the chosen answer (None where there is none), and the rejected ones."""
+    """Read (the user's text, the chosen answer or None where there is none, the rejected ones)."""
     said, chosen, rejected = "", None, []
     for entry in entries:
         text = text_of(entry["content"], where, "conversation_history.content")

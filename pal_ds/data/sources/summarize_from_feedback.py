@@ -102,7 +102,7 @@ class SummarizeFromFeedback(Source):
                 yield self._record(item, groups[item.worker], item.worker not in unseen)
 
     def describe(self) -> dict:
-        """What was read, and who is in which group."""
+        """Describe what was read, and who is in which group."""
         return {
             "class": "SummarizeFromFeedback",
             **self._rows.describe(),

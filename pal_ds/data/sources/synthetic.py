@@ -9,7 +9,6 @@ accuracy is known.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -113,7 +112,7 @@ class Synthetic(Source):
             )
 
     def num_records(self) -> int:
-        """How many comparisons the world has."""
+        """Return the number of comparisons of the world."""
         per_user = np.sum([self.train_counts, self.dev_counts, self.test_counts], axis=0)
         return int(per_user @ [self.num_users, self.num_unseen_users])
 
@@ -124,7 +123,7 @@ class Synthetic(Source):
             for name, row in zip(self._user_ids, self._mixtures, strict=True)
         }
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """Settings and truth: traits, groups' weights by topic, mixtures, scale of choices."""
         return {
             "source": "synthetic",

@@ -1,4 +1,4 @@
-"""What the synthetic world is made of: topics, traits, tastes of groups, the grammar of its texts.
+"""Phrases of the synthetic world: topics, traits, tastes of groups, the grammar of its texts.
 
 Every trait shows in several distinct phrases. Texts differ between splits by recombination and
 topic slots, while each single phrase also occurs in training: words are enough to generalise from.
@@ -219,7 +219,7 @@ def prompt_text(topic: str, number: int) -> str:
 
 
 def response_text(topic: str, traits: np.ndarray, rng: np.random.Generator) -> str:
-    """One response about `topic` that shows `traits` (-1 or +1, in the order of TRAITS)."""
+    """Write a response about `topic` that shows `traits` (-1 or +1, in the order of TRAITS)."""
     long, formal, cautious, concrete, warm, structured = (int(trait > 0) for trait in traits)
     actions = rng.permutation(_ACTIONS[topic])[: 3 if long else 2]
     colon = ":" if structured else ""

@@ -85,7 +85,7 @@ class UltraFeedbackP(Source):
                 yield from self._preference_of(prompt, (i, j), completions[i], completions[j])
 
     def describe(self) -> dict:
-        """What was read."""
+        """Describe what was read."""
         return {"class": "UltraFeedbackP", **self._rows.describe()}
 
     def _pairs(self, prompt: str, num_completions: int) -> list[tuple[int, int]]:

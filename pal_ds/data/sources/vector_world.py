@@ -6,7 +6,7 @@ model can be held against the truth. The records use the public vector path (`re
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -87,7 +87,7 @@ class VectorWorld(Source):
             )
 
     def num_records(self) -> int:
-        """How many comparisons the world has."""
+        """Return the number of comparisons of the world."""
         return self.num_users * sum(self.counts)
 
     def user_id(self, user: int) -> str:
@@ -106,7 +106,7 @@ class VectorWorld(Source):
             return rng.standard_normal((self.num_prototypes, size, size)) / np.sqrt(size)
         return 1.5 * _SPREAD * rng.standard_normal((self.num_prototypes, size))
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """Settings and truth: prototypes, mixtures and the scale of choices."""
         return {
             "source": "vector_world",

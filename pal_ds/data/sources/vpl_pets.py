@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import product
-from typing import Any, NamedTuple, final
+from typing import NamedTuple, final
 
 import numpy as np
 
@@ -99,7 +99,7 @@ class VplPets(Source):
             for _ in range(self._counts[split]):
                 yield from _record(rng, split, texts)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """Settings and how many sentences of each animal a split has."""
         sizes = {split: len(texts.sentences["bird"]) for split, texts in self._texts().items()}
         return {
@@ -152,7 +152,7 @@ def _divided(rng: np.random.Generator, texts: list[str]) -> dict[str, list[str]]
 
 
 def _record(rng: np.random.Generator, split: str, texts: _Texts) -> Iterator[Record]:
-    """One pair, judged by both users."""
+    """Make a pair, judged by both users."""
     kind = int(rng.integers(2 * len(AGREED)))
     controversial = kind >= len(AGREED)
     pets = CONTROVERSIAL if controversial else AGREED[kind]

@@ -57,7 +57,7 @@ class WebGpt(Source):
                 )
 
     def describe(self) -> dict:
-        """What was read."""
+        """Describe what was read."""
         return {"class": "WebGpt", **self._rows.describe()}
 
     def num_records(self) -> int:
