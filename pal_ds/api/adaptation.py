@@ -50,12 +50,14 @@ def few_shot(
 
     where = run_of(run)
     with for_people():
-        return evaluate_few_shot(
-            RunDirectory(where.path),
-            list(num_comparisons),
-            num_draws,
-            step=str(where.step),
-            trust_checkpoint=where.trust_checkpoint,
+        return dict(
+            evaluate_few_shot(
+                RunDirectory(where.path),
+                list(num_comparisons),
+                num_draws,
+                step=str(where.step),
+                trust_checkpoint=where.trust_checkpoint,
+            )
         )
 
 
@@ -96,4 +98,5 @@ def adapt(
             solver=solver,
             trust_checkpoint=where.trust_checkpoint,
         )
-        return AdaptedUsers(folder, adapt_run(RunDirectory(where.path), folder, options))
+        report = adapt_run(RunDirectory(where.path), folder, options)
+        return AdaptedUsers(folder, dict(report))

@@ -36,7 +36,7 @@ class Run:
     @property
     def status(self) -> dict[str, Any]:
         """How the training stands: `state` (finished, stopped, failed), `step` and `num_updates`."""
-        return RunDirectory(self.path).status() or {}
+        return dict(RunDirectory(self.path).status() or {})
 
     @property
     def metrics(self) -> list[dict[str, Any]]:

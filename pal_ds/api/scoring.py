@@ -95,5 +95,5 @@ def consolidate(
     with for_people():
         directory = RunDirectory(where.path)
         if user_ids is None:
-            return export(directory, folder, chosen)
-        return export_users(directory, folder, list(user_ids), chosen)
+            return dict(export(directory, folder, chosen))
+        return dict(export_users(directory, folder, list(user_ids), chosen))

@@ -131,4 +131,4 @@ def evaluate(
             trust = where.trust_checkpoint
             restored = restore(directory, where.step, world.device, trust=trust)
             measure = rank_set if best_of_n else evaluate_set
-            return measure(restored, known_users(restored, table), request, world)
+            return dict(measure(restored, known_users(restored, table), request, world))

@@ -3,8 +3,9 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, final
+from typing import NotRequired, TypedDict, final
 
+from pal_ds.data.info import TokensInfo
 from pal_ds.export.audience import Audience
 from pal_ds.inference.load_run import OpenRun
 from pal_ds.io.hashing import feed
@@ -27,7 +28,7 @@ class ExportFacts(TypedDict):
     licence: str | None
     backbone: str
     dtype: str
-    tokens: dict[str, Any]
+    tokens: TokensInfo
     """How texts became ids, as in dataset.json of the training data."""
 
 
@@ -189,7 +190,7 @@ refused.
     return text
 
 
-def _text_form(tokens: dict[str, Any]) -> str:
+def _text_form(tokens: TokensInfo) -> str:
     if tokens["chat_template"]:
         return "A text is the conversation, response last, in the tokenizer's chat template."
     if not tokens["separator"]:

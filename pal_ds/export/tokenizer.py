@@ -13,6 +13,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, processors
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from pal_ds.data.info import TokensInfo
 from pal_ds.data.tokenise import Encoded, load_tokenizer
 from pal_ds.errors import UserError
 
@@ -28,7 +29,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def write_canonical_tokenizer(
-    source: Path, folder: Path, tokens: dict, vocab_size: int, *, in_text: bool = True
+    source: Path, folder: Path, tokens: TokensInfo, vocab_size: int, *, in_text: bool = True
 ) -> int:
     """Write a tokenizer whose every text carries its prefix and end tokens exactly once.
 

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from pal_ds.data.vocabulary import refuse_other_tokenizer
 from pal_ds.distributed import phase
 from pal_ds.errors import UserError
 from pal_ds.eval.figures import dev_temperature, figures_of
+from pal_ds.eval.schema import PairFigures
 from pal_ds.inference.mixtures import MixtureSource, with_mixtures
 from pal_ds.inference.scoring import Forwards
 from pal_ds.training.state import EvalSet, Training
@@ -68,7 +68,7 @@ def evaluate_in_training(state: Training, *, at_start: bool = False) -> bool:
         return False
     phase.enter("evaluate")
     state.engine.eval()
-    figures: dict[str, dict[str, Any]] = {}
+    figures: dict[str, PairFigures] = {}
     margins, temperature = np.empty(0), 1.0
     with state.watch.timed("evaluation"):
         if len(rows):
@@ -86,6 +86,7 @@ def evaluate_in_training(state: Training, *, at_start: bool = False) -> bool:
     if at_start or len(rows) == 0:
         return False
     accuracy, best = figures["dev"]["accuracy"], state.best
+    assert accuracy is not None, "dev has pairs"
     improved = state.world.from_rank_zero(
         # A model that has diverged is the best of nothing.
         lambda: (

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -81,7 +82,7 @@ class Tracker:
         """Go on with the sums that a checkpoint kept."""
         self._unlogged = Unlogged(*sums)
 
-    def log_evaluation(self, step: int, figures: dict[str, dict[str, Any]]) -> None:
+    def log_evaluation(self, step: int, figures: Mapping[str, Mapping[str, Any]]) -> None:
         """Write a line with the figures of each set under its name: dev_accuracy, NAME_accuracy, ..."""
         kinds = (
             "pairs",

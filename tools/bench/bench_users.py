@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -230,7 +230,14 @@ def vectors(num_comparisons: int, hidden: int) -> PreparedData:
     states = generator.standard_normal((1000, hidden), np.float32)
     owners = np.zeros(1000, np.int64)
     return PreparedData(
-        Path(), {}, comparisons, owners, [], np.zeros(0, bool), [], response_vectors=states
+        Path(),
+        cast(Any, {}),
+        comparisons,
+        owners,
+        [],
+        np.zeros(0, bool),
+        [],
+        response_vectors=states,
     )
 
 

@@ -7,6 +7,7 @@ which takes 1 for the pad id of every model, and TRL's last-token search are rig
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor
@@ -193,7 +194,7 @@ def prepared(case: Case) -> PreparedData:
     }
     return PreparedData(
         case.scratch,
-        {"kind": "tokens", "tokens": tokens, "hash": "0" * 32, "groups": []},
+        cast(Any, {"kind": "tokens", "tokens": tokens, "hash": "0" * 32, "groups": []}),
         table,
         np.repeat(np.arange(len(prompts)), 2),
         [f"u{user}" for user in range(len(prompts))],

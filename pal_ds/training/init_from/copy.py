@@ -7,7 +7,6 @@ import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
 from pal_ds.config.run_config import RunConfig
+from pal_ds.data.info import DatasetInfo
 from pal_ds.data.tables import PreparedData
 from pal_ds.data.vocabulary import refuse_other_tokenizer
 from pal_ds.distributed import phase
@@ -128,7 +128,7 @@ def _refuse_other_data(origin: Origin, data: PreparedData) -> None:
         )
 
 
-def _kind(info: dict[str, Any]) -> str:
+def _kind(info: DatasetInfo) -> str:
     return "texts" if info["kind"] == "tokens" else f"vectors of {info['vector_size']} numbers"
 
 

@@ -4,13 +4,14 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, PretrainedConfig
 
+from pal_ds.data.info import DatasetInfo
 from pal_ds.distributed import phase
 from pal_ds.engine.checkpoint.manifest import refuse_strangers
 from pal_ds.errors import UserError
@@ -70,7 +71,7 @@ def open_export(path: Path, *, trust: bool) -> Origin:
     return Origin(
         path=path,
         facts={"kind": "export", "step": facts["step"], "hash": f"sha256:{digest}"},
-        info={"kind": "tokens", "tokens": facts["tokens"], "vector_size": None},
+        info=cast(DatasetInfo, {"kind": "tokens", "tokens": facts["tokens"], "vector_size": None}),
         tokenizer=path,
         tokenizer_rewritten=stock,
         model_config=model_config,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pal_ds.data.info import DatasetInfo
 from pal_ds.export.weights import Tensors
 from pal_ds.heads.base import Head
 from pal_ds.heads.shapes import Float
@@ -25,7 +26,7 @@ class Origin:
     path: Path
     facts: OriginSource
     """Kind, step and hash, which name the origin for good."""
-    info: dict[str, Any]
+    info: DatasetInfo
     """`kind`, `tokens` and `vector_size`, as in dataset.json of the data it was trained on."""
     tokenizer: Path
     tokenizer_rewritten: bool
