@@ -28,10 +28,10 @@ def test_against_the_definition(
 ) -> None:
     tensors = inputs(*shape)
     kernel = {"scores": score_all(*tensors, scale, "triton")}
-    eager = {"scores": score_all(*tensors, scale)}
+    plain = {"scores": score_all(*tensors, scale)}
     wide = [x.double() if x.is_floating_point() else x for x in tensors]
-    check_errors(kernel, eager, {"scores": eager.score_all(*wide, scale)})
-    torch.testing.assert_close(eager["scores"], eager.score_all(*tensors, scale))
+    check_errors(kernel, plain, {"scores": eager.score_all(*wide, scale)})
+    torch.testing.assert_close(plain["scores"], eager.score_all(*tensors, scale))
 
 
 def test_bf16_items_are_scored_in_fp32(interpreter: None) -> None:
