@@ -71,7 +71,7 @@ def test_nothing_names_a_machine() -> None:
     for path in (HERE / "kept").rglob("*"):
         if path.is_file():
             content = path.read_bytes()
-            for folder in (b"/tmp/", b"/home/", b"/root/", b"/work/"):
+            for folder in (b"/tmp/", b"/home/", str(Path.home()).encode()):
                 assert folder not in content, path
     size = sum(path.stat().st_size for path in (HERE / "kept").rglob("*") if path.is_file())
     assert size < 1.5e6

@@ -151,7 +151,7 @@ def test_files_that_never_appear(run: RunDirectory, monkeypatch: pytest.MonkeyPa
 def test_a_file_system_without_chmod(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked for only where there is something to change."""
     step = run.checkpoint(3)
-    facts = {"step": 3, "dataset_hash": "x"}
+    facts = {"dataset_hash": "x"}
     files = verify_checkpoint(step)["files"]
     (step / "manifest.json").unlink()
     alone = World(0, 1, torch.device("cpu"))
@@ -160,5 +160,5 @@ def test_a_file_system_without_chmod(run: RunDirectory, monkeypatch: pytest.Monk
         raise PermissionError(1, "Operation not permitted", str(path))
 
     monkeypatch.setattr(Path, "chmod", refuse)
-    checkpoint._write_manifest(step, files, facts, alone)
+    checkpoint._write_manifest(step, files, 3, facts, alone)
     assert verify_checkpoint(step)["files"] == files
