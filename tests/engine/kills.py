@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import time
+import unittest.mock
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,8 +67,9 @@ def command(*words: object) -> Callable[[], None]:
     parser = cli.build_parser(str(words[0]))
 
     def run() -> None:
-        cli.build_parser = lambda *_: parser
-        cli.main([str(word) for word in words])
+        # Put back: the next command of this process has a parser of its own.
+        with unittest.mock.patch.object(cli, "build_parser", lambda *_: parser):
+            cli.main([str(word) for word in words])
 
     return run
 
