@@ -1,5 +1,6 @@
 """Every test runs on the CPU, and the shapes in signatures are checked as the code runs."""
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,12 @@ from tests.tiny_run import TinyRun, make_tiny_run  # noqa: E402
 from tests.warm import WarmParent, keep_recipe_parser, warm_parent  # noqa: E402 (after the hook)
 
 keep_recipe_parser()
+
+
+@pytest.fixture(autouse=True)
+def _log_as_rank_zero() -> None:
+    """Gives each test our logger as rank 0 has it: a command run as another rank leaves its level in the process."""
+    logging.getLogger("pal_ds").setLevel(logging.INFO)
 
 
 @pytest.fixture(scope="session", autouse=True)
