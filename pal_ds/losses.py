@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pal_ds.errors import UserError
-from pal_ds.heads.shapes import Float, Int
+from pal_ds.heads.jaxtyping_fallback import Float, Int
 
 LossKind = Literal["logistic", "hinge", "smooth_hinge"]
 TokenWeighting = Literal["last", "mean", "cumulative"]

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from pal_ds.data.batch import Batch
 from pal_ds.heads.base import Head, HeadOutput, PairLoss, UserState
-from pal_ds.heads.shapes import Float
+from pal_ds.heads.jaxtyping_fallback import Float
 
 
 def user_state(

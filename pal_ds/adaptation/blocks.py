@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pal_ds.heads.shapes import Float, Int
+from pal_ds.heads.jaxtyping_fallback import Float, Int
 from pal_ds.heads.statistics import MixtureStatistics
 
 FLOATS_PER_BLOCK = 2**20

@@ -19,7 +19,7 @@ from pal_ds.eval.metrics import clustered_standard_error, mean_figures
 from pal_ds.eval.sanity_checks import ScoredPairs, unseen_above_seen
 from pal_ds.eval.schema import CurvePoint, FewShotFigures
 from pal_ds.heads.base import UserState
-from pal_ds.heads.shapes import Float
+from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.inference.load_run import OpenRun, restore
 from pal_ds.inference.mixtures import user_mixtures
 from pal_ds.inference.readers import Reader, known_users, reader_of, with_points

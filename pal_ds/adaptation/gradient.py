@@ -14,7 +14,7 @@ from torch import Tensor
 from pal_ds.adaptation.prior import LogitPrior, mean_over_components
 from pal_ds.heads.base import Features, Head, Placement, UserState
 from pal_ds.heads.geometry import unit
-from pal_ds.heads.shapes import Float, Int
+from pal_ds.heads.jaxtyping_fallback import Float, Int
 from pal_ds.heads.statistics import MixtureStatistics, combine
 from pal_ds.losses import PreferenceLoss
 

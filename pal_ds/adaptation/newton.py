@@ -22,7 +22,7 @@ from torch import Tensor
 from pal_ds.adaptation.blocks import Comparisons, blocks
 from pal_ds.adaptation.objective import SHAPES, Objective, Point
 from pal_ds.adaptation.prior import LogitPrior, mean_over_components
-from pal_ds.heads.shapes import Float
+from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.heads.statistics import MixtureStatistics
 
 NUM_KEPT = 3

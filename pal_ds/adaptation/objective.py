@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pal_ds.adaptation.blocks import Block
 from pal_ds.adaptation.prior import LogitPrior, Starts
-from pal_ds.heads.shapes import Float, Int
+from pal_ds.heads.jaxtyping_fallback import Float, Int
 from pal_ds.heads.statistics import SMALLEST_SQUARE, MixtureStatistics, combine
 
 SMALLEST_GAP = 1e-2

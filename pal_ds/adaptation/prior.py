@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pal_ds.adaptation.gaussian_mixture import find_clusters, shrunk
-from pal_ds.heads.shapes import Float, Int
+from pal_ds.heads.jaxtyping_fallback import Float, Int
 from pal_ds.users import UserTable
 from pal_ds.users.ids import generic_row_of
 from pal_ds.users.rows import BLOCK_ROWS

@@ -21,7 +21,7 @@ from pal_ds.eval.evaluate import opened_pairs
 from pal_ds.eval.metrics import correctness
 from pal_ds.eval.results import write_user_figures
 from pal_ds.heads.base import UserState
-from pal_ds.heads.shapes import Float
+from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.inference.load_run import OpenRun, restore
 from pal_ds.inference.mixtures import user_mixtures
 from pal_ds.inference.readers import Reader, reader_of

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pal_ds.errors import writing
-from pal_ds.heads.shapes import Float, Int
+from pal_ds.heads.jaxtyping_fallback import Float, Int
 from pal_ds.io.files import replacing
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from pal_ds.data.answers import Answers
 from pal_ds.errors import UserError
-from pal_ds.heads.shapes import Float, Int
+from pal_ds.heads.jaxtyping_fallback import Float, Int
 
 CHUNK_LOGITS = 1 << 27
 """Logits at a time, 512 MiB in fp32; at least those of one token."""

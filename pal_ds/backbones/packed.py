@@ -14,7 +14,7 @@ from pal_ds.backbones.packed_spans import Spans, spans_of, varlen_kernel
 from pal_ds.data.batch import Batch
 from pal_ds.data.packing import Packing
 from pal_ds.errors import UserError
-from pal_ds.heads.shapes import Float, Int
+from pal_ds.heads.jaxtyping_fallback import Float, Int
 
 DECODERS = frozenset(
     (

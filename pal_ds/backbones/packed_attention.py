@@ -12,7 +12,7 @@ from transformers.masking_utils import sdpa_mask
 
 from pal_ds.backbones.packed_blocks import Blocks, attend_blocks
 from pal_ds.backbones.packed_spans import Spans, attend_spans
-from pal_ds.heads.shapes import Float
+from pal_ds.heads.jaxtyping_fallback import Float
 
 NAME = "pal_packed"
 """Name under which the function is registered; goes into `attn_implementation`."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pal_ds.backbones.token_copies import Gather, copies, owner_and_column, shared_copies
 from pal_ds.data.packing import Group, Packing
-from pal_ds.heads.shapes import Bool, Float, Int
+from pal_ds.heads.jaxtyping_fallback import Bool, Float, Int
 
 
 class Block(NamedTuple):

@@ -10,7 +10,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from pal_ds.backbones.token_copies import Gather, copies, owner_and_column, shared_copies
 from pal_ds.data.packing import Packing
-from pal_ds.heads.shapes import Float, Int
+from pal_ds.heads.jaxtyping_fallback import Float, Int
 
 VarlenKernel = Callable[..., Tensor]
 """(query [S, h, D], key [n, g, D], value [n, g, D], spans, dropout, scaling, window) -> [S, h, D]; where it is causal,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pal_ds.data.packing import Packing
-from pal_ds.heads.shapes import Float, Int
+from pal_ds.heads.jaxtyping_fallback import Float, Int
 
 
 class Gather(NamedTuple):

@@ -35,7 +35,7 @@ from pal_ds.backbones.packed_blocks import blocks_of
 from pal_ds.data.batch import Batch
 from pal_ds.errors import UserError
 from pal_ds.heads.base import Features
-from pal_ds.heads.shapes import Float
+from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.remote_code.encoding import hidden_size_of, hidden_states, is_encoder, read_states
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pal_ds.data.ragged import Ragged
-from pal_ds.heads.shapes import Int
+from pal_ds.heads.jaxtyping_fallback import Int
 
 
 class Answers(NamedTuple):

@@ -9,7 +9,7 @@ from pal_ds.data.answers import Answers
 from pal_ds.data.packing import (
     Packing,
 )
-from pal_ds.heads.shapes import Float, Int
+from pal_ds.heads.jaxtyping_fallback import Float, Int
 
 PartT = TypeVar("PartT")
 

@@ -25,7 +25,7 @@ from pal_ds.data.packing import (
 from pal_ds.data.ragged import Ragged, windows_from_first_difference
 from pal_ds.data.tables import PreparedData
 from pal_ds.data.tokenise import truncation_side
-from pal_ds.heads.shapes import Float
+from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.remote_code.canonical import truncated
 
 ScoredPositions = Literal["last", "all"]

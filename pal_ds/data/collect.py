@@ -6,9 +6,9 @@ import numpy as np
 import xxhash
 
 from pal_ds.data.chat import is_empty
+from pal_ds.data.kept_texts import SampleKeeper
 from pal_ds.data.membership import Membership, compared, content_digest
 from pal_ds.data.records import Record
-from pal_ds.data.samples import SampleKeeper
 from pal_ds.data.splits import SplitOptions
 from pal_ds.data.stores import TokenStore
 from pal_ds.data.tables import COMPARISON_DTYPE

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pal_ds.heads.shapes import Float
+from pal_ds.heads.jaxtyping_fallback import Float
 
 
 @dataclass(frozen=True)

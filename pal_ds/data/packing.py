@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pal_ds.heads.shapes import Int
+from pal_ds.heads.jaxtyping_fallback import Int
 
 SMALL_LENGTH = 32
 """Padding of so many tokens is not worth a call of its own."""

@@ -18,7 +18,7 @@ from pal_ds.engine.guard import UpdateGuard
 from pal_ds.engine.optim import schedule_factor
 from pal_ds.engine.training_engine import TrainingEngine
 from pal_ds.heads.base import HeadOutput, PairLoss
-from pal_ds.heads.shapes import Float
+from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.kernels.eager import PairFacts
 from pal_ds.kernels.fused_loss import FusedLoss
 from pal_ds.losses import PreferenceLoss, decision_margin

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pal_ds.eval.schema import LatentDiagnostics, PrototypeDiagnostics
 from pal_ds.heads.base import Head, UserState
-from pal_ds.heads.shapes import Float
+from pal_ds.heads.jaxtyping_fallback import Float
 
 
 def diagnose(head: Head, mixtures: Float[Tensor, "U K"]) -> PrototypeDiagnostics:

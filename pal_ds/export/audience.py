@@ -10,7 +10,7 @@ from torch import Tensor
 from pal_ds.data.parse import nearest
 from pal_ds.errors import UserError
 from pal_ds.heads.base import Head, UserState
-from pal_ds.heads.shapes import Float
+from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.inference.mixtures import user_mixtures
 from pal_ds.remote_code.simplex import check_point
 from pal_ds.users import UserTable

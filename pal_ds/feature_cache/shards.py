@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pal_ds.errors import StorageError
-from pal_ds.heads.shapes import Float
+from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.io.hashing import feed
 
 SUFFIX = ".safetensors"

@@ -17,7 +17,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .shapes import Float, Int
+from .jaxtyping_fallback import Float, Int
 from .statistics import MixtureStatistics
 
 

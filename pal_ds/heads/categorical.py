@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .base import Features, Head, HeadOutput, UserState
 from .checks import check_not_negative, check_positive
 from .geometry import take
-from .shapes import Float
+from .jaxtyping_fallback import Float
 
 SMALLEST_PROBABILITY = 1e-30
 

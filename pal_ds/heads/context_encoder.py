@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_choice
-from .shapes import Bool, Float, Int
+from .jaxtyping_fallback import Bool, Float, Int
 
 ContextSymmetry = Literal["odd", "none"]
 

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .shapes import Float, Int
+from .jaxtyping_fallback import Float, Int
 
 INITIAL_LOG_SCALE = math.log(1 / 0.07)
 """Start of the learned cosine scale, as in CLIP (arXiv 2103.00020, 2.5) and the PAL reference."""

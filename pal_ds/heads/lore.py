@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from .base import Features, Head, UserState
 from .checks import check_positive
 from .geometry import take
+from .jaxtyping_fallback import Float
 from .mixture import Mixture, MixtureEvaluation, MixtureKind
-from .shapes import Float
 from .statistics import MixtureStatistics
 
 

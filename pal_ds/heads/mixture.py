@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .base import UserState
 from .checks import check_choice, check_positive
-from .shapes import Float
+from .jaxtyping_fallback import Float
 
 MixtureKind = Literal["softmax", "gumbel"]
 MixtureEvaluation = Literal["soft", "hard"]

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from .base import Features, Head, Placement, UserState
 from .checks import check_choice, check_positive
 from .geometry import bounded_scale, distance, new_log_scale, take, unit
+from .jaxtyping_fallback import Float
 from .mixture import Mixture, MixtureEvaluation, MixtureKind
 from .projector import Activation, Projector
-from .shapes import Float
 from .statistics import MixtureStatistics, cosine_statistics, distance_statistics
 
 UserPoint = Literal["f(Pw)", "f(P)w", "Pw"]

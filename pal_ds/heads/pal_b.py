@@ -12,9 +12,9 @@ from torch import Tensor
 from .base import Features, Head, Placement, UserState
 from .checks import check_choice, check_positive
 from .geometry import bounded_scale, new_log_scale, take, unit
+from .jaxtyping_fallback import Float, Int
 from .mixture import Mixture, MixtureEvaluation, MixtureKind
 from .projector import Activation, Projector, StackedProjector
-from .shapes import Float, Int
 from .statistics import MixtureStatistics, cosine_statistics
 
 PromptPosition = Literal["last", "aligned"]

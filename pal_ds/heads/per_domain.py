@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .base import Features, Head, UserState
 from .checks import check_positive
 from .geometry import take
-from .shapes import Float
+from .jaxtyping_fallback import Float
 
 
 @final

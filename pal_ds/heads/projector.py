@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_choice, check_positive
-from .shapes import Float
+from .jaxtyping_fallback import Float
 
 Activation = Literal["relu", "gelu"]
 _ACTIVATIONS = {"relu": nn.functional.relu, "gelu": nn.functional.gelu}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .geometry import take, unit
-from .shapes import Float, Int
+from .jaxtyping_fallback import Float, Int
 
 SMALLEST_SQUARE = 1e-12
 """Below this a squared distance or norm counts as zero: its reward is flat there."""

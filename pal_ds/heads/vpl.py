@@ -15,7 +15,7 @@ from .base import Features, Head, HeadOutput, UserState
 from .checks import check_choice, check_not_negative, check_positive
 from .context_encoder import ContextEncoder, ContextSymmetry
 from .geometry import take
-from .shapes import Float
+from .jaxtyping_fallback import Float
 
 RewardForm = Literal["bilinear", "mlp"]
 KlSchedule = Literal["constant", "linear", "cosine"]

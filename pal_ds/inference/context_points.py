@@ -14,7 +14,7 @@ from pal_ds.data.collator import Collator
 from pal_ds.distributed import phase
 from pal_ds.distributed.world import World
 from pal_ds.heads.base import Head, HeadOutput, UserState
-from pal_ds.heads.shapes import Float
+from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.model import RewardModel, user_state
 from pal_ds.users.ids import UserIds
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from pal_ds.data.collator import Collator
 from pal_ds.distributed.world import World
 from pal_ds.heads.base import Head, UserState
-from pal_ds.heads.shapes import Float
+from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.inference.context_points import pairs_per_forward, points_in_training
 from pal_ds.inference.scoring import Forward
 from pal_ds.users import TrainedUsers, UserTable

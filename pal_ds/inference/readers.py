@@ -15,7 +15,7 @@ from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
 from pal_ds.feature_cache.encode import encode_once
 from pal_ds.feature_cache.folders import restored_cache_folders
-from pal_ds.heads.shapes import Float
+from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.inference.context_points import encode_users
 from pal_ds.inference.load_run import OpenRun
 from pal_ds.inference.mixtures import user_mixtures

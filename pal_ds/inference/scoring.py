@@ -15,7 +15,7 @@ from pal_ds.data.plan import split_update
 from pal_ds.distributed import phase
 from pal_ds.distributed.world import World
 from pal_ds.heads.base import HeadOutput, UserState
-from pal_ds.heads.shapes import Float
+from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.losses import decision_margin
 from pal_ds.model import user_state
 from pal_ds.progress import progress_bar

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pal_ds.errors import UserError
-from pal_ds.heads.shapes import Float
+from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.users.ids import UserIds
 from pal_ds.users.rows import UserRows, blocks
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pal_ds.errors import UserError
-from pal_ds.heads.shapes import Float, Int
+from pal_ds.heads.jaxtyping_fallback import Float, Int
 from pal_ds.users.config import UsersConfig
 from pal_ds.users.files import StoredUsers, check_shapes, write_users
 from pal_ds.users.ids import UserIds, named

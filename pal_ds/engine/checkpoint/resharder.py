@@ -17,7 +17,7 @@ from pal_ds.engine.checkpoint.torch_archive import ShardContent, StoredTensor
 from pal_ds.engine.ds_config import DeepSpeedConfig
 from pal_ds.engine.optim import ParamGroup
 from pal_ds.errors import UserError
-from pal_ds.heads.shapes import Float
+from pal_ds.heads.jaxtyping_fallback import Float
 
 AdamState = dict[str, Tensor | int]
 """`step`, and the moments as vectors."""

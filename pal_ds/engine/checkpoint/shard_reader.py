@@ -24,7 +24,7 @@ from pal_ds.engine.checkpoint.torch_archive import ShardContent, StoredTensor, l
 from pal_ds.engine.ds_config import DeepSpeedConfig
 from pal_ds.engine.optim import ParamGroup
 from pal_ds.errors import UserError
-from pal_ds.heads.shapes import Float
+from pal_ds.heads.jaxtyping_fallback import Float
 
 ENGINE_FOLDER = "engine"
 Kind = Literal["master", "exp_avg", "exp_avg_sq"]

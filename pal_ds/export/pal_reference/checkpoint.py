@@ -23,7 +23,7 @@ from pal_ds.export.pal_reference.text import TextForm
 from pal_ds.export.weights import Weights, exported_tensors
 from pal_ds.export.writer import write_sharded
 from pal_ds.heads.base import Head
-from pal_ds.heads.reference import (
+from pal_ds.heads.pal_reference import (
     BACKBONE,
     ReferenceHead,
     head_from_reference,

@@ -18,7 +18,7 @@ from pal_ds.errors import UserError
 from pal_ds.export.card import FACTS_NAME, FORMAT_VERSION
 from pal_ds.export.weights import Tensors
 from pal_ds.heads.base import Head
-from pal_ds.heads.shapes import Float
+from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.io.hashing import feed
 from pal_ds.training.init_from.source import Origin, logits_of
 from pal_ds.users.ids import UserIds

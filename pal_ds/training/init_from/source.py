@@ -11,7 +11,7 @@ from torch import Tensor
 from pal_ds.data.info import DatasetInfo
 from pal_ds.export.weights import Tensors
 from pal_ds.heads.base import Head
-from pal_ds.heads.shapes import Float
+from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.runs.run_dir import OriginSource
 from pal_ds.users.ids import UserIds
 

@@ -25,7 +25,7 @@ from pal_ds.export.pal_reference.checkpoint import (
 )
 from pal_ds.export.pal_reference.text import TextForm
 from pal_ds.heads import Features, UserState
-from pal_ds.heads.reference import head_from_reference
+from pal_ds.heads.pal_reference import head_from_reference
 from pal_ds.reward_models import load_reward_model
 from pal_ds.users import UserTable
 from tests.export.cases import ARCHITECTURES, make_tokenizer

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from .base import Head
+from .jaxtyping_fallback import Float
 from .pal_a import PalA
 from .pal_b import PalB
-from .shapes import Float
 
 BACKBONE = "llm."
 """Prefix of the names of a backbone's tensors once copies are merged."""
