@@ -93,7 +93,7 @@ def token_loop(margin: Tensor, label: Tensor, start: Tensor, end: Tensor, weight
 
 
 def cpu_rows(options: argparse.Namespace) -> None:
-    """Compares what exists without a GPU: the shipped head against the kernels' reference, and the two exact rearrangements."""
+    """Compares what runs without a GPU: the shipped head, the eager kernels, the two exact rearrangements."""
     num_pairs, num_positions, dim, num_prototypes = 8, 40, 256, 4
     case = pairs(num_pairs, num_positions, dim, torch.float32, "cpu")
     head, loss = (
