@@ -27,6 +27,8 @@ SECONDS_TO_WRITE_STACKS = 10
 """A file system that no longer answers, which may be why the rank hangs, must not keep it alive."""
 SECONDS_TO_LEAVE = 30
 """A rank that raised may hang once more while it tidies up after peers that are gone."""
+MEETING_FILES = ("/torch/distributed/", "/deepspeed/", World.from_rank_zero.__code__.co_filename)
+"""Where ranks meet: torch and DeepSpeed raise there when a peer is gone, `World` what rank 0 could not do."""
 
 
 @dataclass(frozen=True)
@@ -266,8 +268,7 @@ def is_symptom(error: BaseException) -> bool:
     """Return True where an error was raised where ranks meet, as it is when a peer is gone."""
     frames = list(traceback.walk_tb(error.__traceback__))
     place = frames[-1][0].f_code.co_filename if frames else ""
-    meeting = ("/torch/distributed/", "/deepspeed/", "/pal_ds/engine/dist.py")
-    return isinstance(error, RuntimeError) and any(part in place for part in meeting)
+    return isinstance(error, RuntimeError) and any(part in place for part in MEETING_FILES)
 
 
 def exit_code_of(error: BaseException) -> int:

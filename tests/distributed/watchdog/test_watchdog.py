@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pal_ds.distributed.watchdog.frames import is_waiting
 from pal_ds.distributed.watchdog.lines import LONGEST_LINE, AwakeClock, Lines
-from pal_ds.distributed.watchdog.watcher import record, watch
+from pal_ds.distributed.watchdog.watcher import MEETING_FILES, is_symptom, record, watch
 from pal_ds.distributed.world import World
 from pal_ds.engine.build_lock import remove_stale_build_locks
 from pal_ds.errors import StorageError
@@ -275,6 +275,23 @@ def test_messages_survive_any_cut(messages: list[dict[str, Any]], size: int) -> 
 def test_noise_is_refused(noise: bytes) -> None:
     with pytest.raises(ValueError):
         Lines().feed(noise)
+
+
+def test_a_bug_of_rank_zero_is_a_symptom_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else every rank would end as if it had the bug, with a traceback and exit code 1 each."""
+    sent: list[Any] = []
+
+    def broadcast(outcome: list[Any], **_: object) -> None:
+        if outcome != [None, None]:
+            sent[:] = outcome
+        outcome[:] = sent
+
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", broadcast)
+    for rank, error in ((0, KeyError), (1, RuntimeError)):
+        with pytest.raises(error, match="no such column") as raised:
+            World(rank, 2, torch.device("cpu")).from_rank_zero(lambda: {}["no such column"])
+        assert is_symptom(raised.value) == (rank == 1)
+    assert MEETING_FILES[-1].endswith("world.py")
 
 
 def test_zero_minutes_is_no_watch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
