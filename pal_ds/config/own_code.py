@@ -96,8 +96,7 @@ def _imported(file: Path, module: str) -> list[str]:
 
 def _is_installed(file: Path) -> bool:
     """Whether a file lies where pip or Python put it: such code is found again without a copy."""
-    paths = sysconfig.get_paths()
-    places = (paths["purelib"], paths["platlib"], paths["stdlib"])
+    places = (sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib"))
     return any(file.resolve().is_relative_to(Path(place).resolve()) for place in places)
 
 
@@ -120,23 +119,16 @@ def keep_code(recipe: str, run: Path) -> None:
                 target.write_bytes(text)
 
 
-def changed_code(recipe: str, run: Path) -> dict[str, Path]:
-    """{key of the recipe: file} where code at hand is not what RUN/code holds.
+def refuse_changed_code(recipe: str, run: Path, allowed: Iterable[str] = ()) -> None:
+    """Raises UserError where code of one's own is not what a run was trained with, but for the keys in `allowed`.
 
     Sources are passed over: what a run knows of them is the hash of the data that they gave.
     """
-    changed = {}
     for key, name, file in _own_files(recipe):
         kept = run / CODE / name
-        if key != "data" and kept.is_file() and kept.read_bytes() != file.read_bytes():
-            changed[key] = file
-    return changed
-
-
-def refuse_changed_code(recipe: str, run: Path, allowed: Iterable[str] = ()) -> None:
-    """Raises UserError where code of one's own is not what a run was trained with, but for the keys in `allowed`."""
-    for key, file in changed_code(recipe, run).items():
-        if key not in allowed:
+        if key in ("data", *allowed) or not kept.is_file():
+            continue
+        if kept.read_bytes() != file.read_bytes():
             raise UserError(
                 f"{file}: not what this run was trained with, {run / CODE / file.name}. Restore the file, train in "
                 f"another --run_dir, or resume with --allow_change {key} if the change alters no result. Where another "

@@ -40,7 +40,9 @@ def read(
         files = [_file(layer, Path(folder, f"layer_{n}.yaml")) for n, layer in enumerate(layers)]
         make_importable([Path.cwd(), *(f.parent for f in files if f.parent != Path(folder))])
         words = [f"--config={file}" for file in files]
-        words += [f"--{key}={_word(value, key)}" for key, value in overrides.items()]
+        for key, value in overrides.items():
+            value = plain(value, key)
+            words.append(f"--{key}={value if isinstance(value, str) else json.dumps(value)}")
         parser = recipe_parser(require_head=require_head)
         try:
             options = parser.parse_args(words)
@@ -65,11 +67,6 @@ def _file(layer: Any, place: Path) -> Path:
         raise UserError(f"recipe: a {type(layer).__name__}; give a file, a dict or a RunConfig.")
     place.write_text(yaml.safe_dump(content, sort_keys=False))
     return place
-
-
-def _word(value: Any, key: str) -> str:
-    value = plain(value, key)
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def plain(value: Any, key: str) -> Any:

@@ -96,25 +96,18 @@ def check_language(
     elif config.backbone.tuning == "frozen":
         obstacle = "a frozen backbone cannot learn from it. Set backbone.tuning to full or lora, or it to 0"
     elif model_config.model_type not in DECODERS or config.backbone.trust_remote_code:
-        obstacle = (
-            f"{model_config.model_type} is not among the decoders it is known for: "
-            f"{', '.join(sorted(DECODERS))}. Set it to 0"
-        )
+        known = ", ".join(sorted(DECODERS))
+        obstacle = f"{model_config.model_type} is not among the decoders it is known for: {known}. Set it to 0"
     elif encoding == "separate":
-        obstacle = (
-            "backbone.encoding: separate reads the response without its prompt. Set that to joint, or "
-            "this to 0"
-        )
+        obstacle = "backbone.encoding: separate reads the response without its prompt. Set that to joint, or this to 0"
     if obstacle:
         raise UserError(f"loss.lm_weight: {obstacle}.")
 
 
 def check_vocabulary(model_config: "PretrainedConfig", data: PreparedData) -> None:
     """Raise UserError where the tokenizer has ids that the backbone has no embedding for."""
-    vocab_size, needed = (
-        getattr(model_config, "vocab_size", None),
-        int(data.info["tokens"]["vocab_size"]),
-    )
+    vocab_size = getattr(model_config, "vocab_size", None)
+    needed = int(data.info["tokens"]["vocab_size"])
     if vocab_size is not None and vocab_size < needed:
         raise UserError(
             f"backbone.path: its vocabulary has {vocab_size} entries, the data's tokenizer has {needed}. "

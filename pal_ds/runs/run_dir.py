@@ -152,21 +152,17 @@ class RunDirectory:
 
     def complete_steps(self) -> list[int]:
         """Return the steps with a manifest, ascending; whether it is true is not looked at."""
-        return [
-            step for step in self.all_steps() if (self.checkpoint(step) / "manifest.json").is_file()
-        ]
+        return [s for s in self.all_steps() if (self.checkpoint(s) / "manifest.json").is_file()]
 
     def all_steps(self) -> list[int]:
-        """Return the numbers of all directories that are named as a step, ascending."""
-        numbers = (self.step_of(path) for path in self.checkpoints.glob("step_*") if path.is_dir())
-        return sorted(number for number in numbers if number is not None)
+        """Return the numbers of all directories that are named as a step, ascending.
 
-    def step_of(self, path: Path) -> int | None:
-        """Return the step whose directory this is; None for one being written or deleted, or not named by us."""
-        number = path.name.removeprefix("step_")
-        if not number.isdecimal() or self.checkpoint(int(number)).name != path.name:
-            return None
-        return int(number)
+        Those that are being written or deleted, or that were not named by us, are none.
+        """
+        numbers = (
+            p.name.removeprefix("step_") for p in self.checkpoints.glob("step_*") if p.is_dir()
+        )
+        return sorted(int(n) for n in numbers if n.isdecimal() and n == f"{int(n):08d}")
 
     def pointer(self, name: Literal["latest", "best"]) -> StepPointer | None:
         """Return the content of latest.json or best.json, or None; of it only the step is ever followed.

@@ -10,8 +10,6 @@ from typing import NamedTuple
 
 from pal_ds.errors import RankLostError
 
-RESUMES = "The same command resumes from the newest checkpoint."
-
 
 class Beat(NamedTuple):
     """A sign of life of a rank."""
@@ -157,7 +155,7 @@ class Ledger:
                 f" Rank {ranks[0]} has sent no sign of life for {spoken(ages[ranks[0]])}: "
                 "its process is stopped, or stuck in native code."
             )
-        return Verdict("hung", ranks, f"{text} {where_stacks_are(self.stacks)} {RESUMES}")
+        return Verdict("hung", ranks, f"{text} {what_to_do(self.stacks)}")
 
 
 def describe_hang(guilty: Sequence[Beat], beats: Sequence[Beat]) -> str:
@@ -192,13 +190,16 @@ def died_verdict(beat: Beat, age: float, stacks: str) -> Verdict:
         (beat.rank,),
         f"rank {beat.rank} on {beat.host} died without a word, {spoken(age)} after it was heard of in {beat}: killed "
         "(out of memory?), crashed in native code, or its node or its network was lost. "
-        f"{where_stacks_are(stacks)} {RESUMES}",
+        f"{what_to_do(stacks)}",
     )
 
 
-def where_stacks_are(stacks: str) -> str:
-    """Return the second sentence of a message, on the stacks."""
-    return f"Stacks of the ranks that could still write them are in {stacks}."
+def what_to_do(stacks: str) -> str:
+    """Return the end of a message: where the stacks are, and how the run goes on."""
+    return (
+        f"Stacks of the ranks that could still write them are in {stacks}. "
+        "The same command resumes from the newest checkpoint."
+    )
 
 
 def spoken(seconds: float) -> str:

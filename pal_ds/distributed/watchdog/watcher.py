@@ -138,15 +138,12 @@ class Watcher:
         now = phase.current()
         own = (threading.get_ident(), self._thread.ident if self._thread else None)
         where, waiting = look(own)
-        self._arm_native_dump()
+        if sys.__stderr__ is not None:
+            # Its timer runs even where native code keeps the interpreter to itself.
+            faulthandler.dump_traceback_later(self.pace.hang_seconds, file=sys.__stderr__)
         place = (now.name, now.step, time.monotonic() - now.since)
         counts = (now.num_entered, now.num_in_step)
         return Beat(self.world.rank, self._host, *place, *counts, where, waiting, now.patience)
-
-    def _arm_native_dump(self) -> None:
-        """Arm faulthandler's timer: it runs even where native code keeps the interpreter to itself."""
-        if sys.__stderr__ is not None:
-            faulthandler.dump_traceback_later(self.pace.hang_seconds, file=sys.__stderr__)
 
     def learn(self, verdict: Verdict) -> None:
         """Take the verdict from the watchdog thread, once; returns at once, and the process ends a little later."""

@@ -52,7 +52,7 @@ class ShardFiles:
                     raise shard.failure
                 shard.sync()
         except OSError as error:
-            self.failure = _as_storage_error(error, path)
+            self._note(error, path)
             return
         with torch.serialization.safe_globals(_classes_in_shards()):
             self._foreign += torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -98,7 +98,13 @@ class ShardFiles:
         try:
             os.makedirs(path, exist_ok=exist_ok)  # noqa: PTH103 (DeepSpeed gives text)
         except OSError as error:
-            self.failure = self.failure or _as_storage_error(error, path)
+            self._note(error, path)
+
+    def _note(self, error: OSError, path: str) -> None:
+        """Keep the first failure as a StorageError, whatever it was: the ranks must agree on it."""
+        known = storage_error(error, path)
+        remedy = f"{path}: cannot be written: {error}. Mend this and start again."
+        self.failure = self.failure or known or StorageError(remedy)
 
     def create(self, info: object) -> None:
         """Do nothing as a tag begins; its directory is there already."""
@@ -188,12 +194,6 @@ class _MarkedReader:
             done += num_read
             phase.progress()
         return done
-
-
-def _as_storage_error(error: OSError, path: str) -> StorageError:
-    """Return the error as a StorageError, whatever it was: the ranks must agree on it."""
-    known = storage_error(error, path)
-    return known or StorageError(f"{path}: cannot be written: {error}. Mend this and start again.")
 
 
 def _classes_in_shards() -> list[Any]:
