@@ -23,10 +23,9 @@ from pal_ds.engine.ds_config import DeepSpeedConfig, ds_config_of
 from pal_ds.errors import UserError
 from pal_ds.heads.base import Head
 from pal_ds.modeling.compatibility import (
+    check_head,
     check_language,
-    check_positions,
-    check_prompt,
-    check_vocabulary,
+    check_sizes,
     encoding_of,
     is_packed,
     pooling_of,
@@ -105,8 +104,7 @@ def assemble(
 
         backbone, model_config = _describe_backbone(config, data, run, model_config)
         hidden_size, encoder = hidden_size_of(model_config), is_encoder(model_config)
-        check_vocabulary(model_config, data)
-        check_positions(model_config, data)
+        check_sizes(model_config, data)
         packed = is_packed(config.backbone, model_config)
     with torch.random.fork_rng(devices=[]):
         # A stream of its own: a backbone's random initialisation does not shift it.
@@ -127,13 +125,8 @@ def assemble(
         raise UserError(
             f"loss.token_weighting: {weighting} needs a score per response token; {reason}. Set it to last."
         )
-    check_prompt(data, with_prompt)
+    check_head(data, head)
     check_language(config, model_config, encoding)
-    if "group" in head.needs and len(data.groups) > head.num_prototypes:
-        raise UserError(
-            f"head.num_prototypes: {head.num_prototypes}, and the data have {len(data.groups)} groups "
-            f"({', '.join(data.groups)}). Set it to {len(data.groups)}."
-        )
     collator = Collator(
         data,
         scored_positions="last" if weighting == "last" else "all",

@@ -60,11 +60,8 @@ def start_training(
 ) -> Training:
     """Load and shard everything, and restore the newest intact checkpoint if there is one.
 
-    Args:
-        context: recipe, run directory, data and ranks.
-        parts: what `assemble` made of them.
-        encoded: a collator with stored states of the same texts, of an earlier run on the same frozen backbone.
-        trust_checkpoint: read checkpoints of another owner.
+    `encoded` is a collator with stored states of the same texts, of an earlier run on the same frozen backbone;
+    `trust_checkpoint` reads checkpoints of another owner.
 
     Raises:
         StopRequested: a stop was asked for while texts were being encoded; on every rank, and the cache keeps them.
