@@ -95,11 +95,7 @@ def train_among(
 ) -> Collator | None:
     """Make one training of ranks that have met, as the run's only writer and under the watchdog.
 
-    Args:
-        world: the ranks.
-        request: what to train, and where.
-        tables: opens the prepared data, on every rank.
-        encoded: as for `train`, whose result is returned.
+    `tables` opens the prepared data, on every rank; `encoded` and the result are those of `train`.
     """
     config, run = request.config, request.run
     with contextlib.ExitStack() as held:

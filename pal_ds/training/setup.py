@@ -170,15 +170,8 @@ def encode_frozen(
 ) -> Collator:
     """Give the collator stored states of every text of the comparisons `rows`, from `backbone.cache` where it is set.
 
-    Weights are loaded for states that are not in the cache, and not needed after it.
-
-    Args:
-        context: recipe and ranks; its data may be others than the collator's.
-        parts: the frozen backbone and how it is read.
-        collator: which texts are read, of which data.
-        rows: comparisons of that data; int64 [n].
-        base_weights: fingerprint of the frozen weights.
-        between: called before each forward.
+    Weights are loaded for states that are not in the cache, and not needed after it. The collator's data may be others
+    than the context's; `rows` (int64 [n]) are comparisons of them. `between` is called before each forward.
 
     Raises:
         StopRequested: what `between` raises; the cache keeps what was encoded.

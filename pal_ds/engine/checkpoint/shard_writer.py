@@ -106,11 +106,13 @@ class ShardFiles:
         remedy = f"{path}: cannot be written: {error}. Mend this and start again."
         self.failure = self.failure or known or StorageError(remedy)
 
-    def create(self, info: object) -> None:
-        """Do nothing as a tag begins; its directory is there already."""
+    # A tag's directory is there as it begins, the manifest says later whether it is whole, and no thread has to end.
+    def create(self, info: object) -> None: ...
+    def set_commit_info(self, info: object) -> None: ...
+    def get_commit_info(self) -> None: ...
+    def cleanup(self) -> None: ...
 
     def commit(self, info: object) -> bool:
-        """Return True as a tag ends; the manifest says later whether it is whole."""
         return True
 
     def is_data_parallel_writer(self, dp_rank: int) -> bool:
@@ -118,15 +120,6 @@ class ShardFiles:
 
     def is_decoupled(self) -> bool:
         return False
-
-    def set_commit_info(self, info: object) -> None:
-        """Do nothing: for engines that commit later."""
-
-    def get_commit_info(self) -> None:
-        return None
-
-    def cleanup(self) -> None:
-        """Do nothing: there is no thread or process to end."""
 
     def preserves_storage_sharing(self) -> bool:
         return True

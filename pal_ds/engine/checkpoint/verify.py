@@ -42,9 +42,7 @@ NO_DAMAGE = (UntrustedCheckpointError, ForeignObjectError, FormatError, StorageE
 def verify_checkpoint(path: Path, *, trust: bool = False) -> Manifest:
     """Return the manifest of `path`, once every file was found to be named, whole, ours and free of foreign objects.
 
-    Args:
-        path: a `step_N` directory.
-        trust: accept files that another user owns or anyone may write.
+    `trust` accepts files that another user owns or anyone may write.
 
     Raises:
         UntrustedCheckpointError: others may have written it, and `trust` is not given.

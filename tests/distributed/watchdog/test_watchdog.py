@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pal_ds.distributed.watchdog.frames import is_waiting
+from pal_ds.distributed.watchdog.heartbeat import is_waiting
 from pal_ds.distributed.watchdog.link import LONGEST_LINE, AwakeClock, Lines
 from pal_ds.distributed.watchdog.watcher import record, watch
 from pal_ds.distributed.world import World
