@@ -125,18 +125,11 @@ class RunDirectory:
             )
 
     def initial_backbone(self) -> str:
-        """Return the path of the backbone that `train.init_from` gave: a folder here, or where its frozen weights lie.
-
-        Raises UserError where D/init is missing.
-        """
+        """Return where the backbone that `train.init_from` gave lies. Raises UserError as `origin_facts` does."""
         return self.origin_facts()["frozen_path"] or str(self.init / "backbone")
 
     def origin_facts(self) -> OriginFacts:
-        """Read origin.json of a run with `train.init_from`.
-
-        Raises:
-            UserError: D/init is missing.
-        """
+        """Read origin.json of a run with `train.init_from`. Raises UserError where D/init is missing."""
         if not self.origin_file.is_file():
             raise UserError(
                 f"{self.init}: missing. A run with train.init_from keeps there what it started from, and `train` "
@@ -195,15 +188,13 @@ class RunDirectory:
                 f"{self.checkpoints}: no complete checkpoint. Train first, or check --run_dir."
             )
         if step == "latest":
-            named = self.pointer("latest")
-            if named is not None and named["step"] > steps[-1]:
-                logger.warning(
-                    "%s: latest.json names step %d, of which there is no whole checkpoint; taking step %d",
-                    self.path,
-                    named["step"],
-                    steps[-1],
+            named, newest = self.pointer("latest"), steps[-1]
+            if named is not None and named["step"] > newest:
+                missing = (
+                    f"latest.json names step {named['step']}, of which there is no whole checkpoint"
                 )
-            return steps[-1]
+                logger.warning("%s: %s; taking step %d", self.path, missing, newest)
+            return newest
         if step == "best":
             best = self.pointer("best")
             if best is None:

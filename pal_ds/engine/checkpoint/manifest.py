@@ -75,11 +75,7 @@ def entry_of(path: Path) -> FileEntry:
 
 
 def write_manifest(directory: Path, manifest: ManifestContent) -> None:
-    """Write manifest.json of `directory`, with its own checksum.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
+    """Write manifest.json of `directory`, with its own checksum. Raises StorageError where it cannot be written."""
     own = {"checksum": _NO_CHECKSUM, "format_version": FORMAT_VERSION}
     content = {**own, **manifest, **own}
     text = json.dumps(content, indent=2) + "\n"

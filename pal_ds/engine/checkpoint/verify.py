@@ -59,11 +59,11 @@ def verify_checkpoint(path: Path, *, trust: bool = False) -> Manifest:
 def check_listing(path: Path, *, trust: bool = False) -> Manifest:
     """Do the cheap part of `verify_checkpoint`, which reads no file but the manifest; return and raise as it does."""
     manifest = read_manifest(path)
-    files = manifest["files"]
+    files, there = manifest["files"], sorted(path.rglob("*"))
     if not trust:
-        for inside in (path, *sorted(path.rglob("*"))):
+        for inside in (path, *there):
             refuse_strangers(inside)
-    for file in sorted(path.rglob("*")):
+    for file in there:
         name = file.relative_to(path).as_posix()
         if file.is_symlink():
             raise UserError(
