@@ -31,15 +31,6 @@ def make_importable(folders: Iterable[Path]) -> None:
             importlib.invalidate_caches()
 
 
-def own_classes(recipe: str) -> Iterator[tuple[str, str]]:
-    """(top-level key, import path) of each class of a recipe (YAML text) that is not pal_ds's."""
-    tree = yaml.safe_load(recipe)
-    for key, value in tree.items() if isinstance(tree, dict) else ():
-        for path in _class_paths(value, key):
-            if "." in path and path.partition(".")[0] != "pal_ds":
-                yield key, path
-
-
 def _class_paths(value: Any, name: str) -> Iterator[str]:
     if isinstance(value, str) and name == "head":
         yield value
@@ -101,11 +92,14 @@ def _is_installed(file: Path) -> bool:
 
 
 def _own_files(recipe: str) -> Iterator[tuple[str, str, Path]]:
-    """(key of the recipe, name in the copy, file) of all code of one's own."""
-    for key, path in own_classes(recipe):
-        for name, file in source_files(path.rpartition(".")[0]).items():
-            if not _is_installed(file):
-                yield key, name, file
+    """(top-level key of a recipe (YAML text), name in the copy, file) of all code of one's own."""
+    tree = yaml.safe_load(recipe)
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        modules = {path.rpartition(".")[0]: None for path in _class_paths(value, key)}
+        for module in modules:
+            if module and module.partition(".")[0] != "pal_ds":
+                files = source_files(module).items()
+                yield from ((key, name, file) for name, file in files if not _is_installed(file))
 
 
 def keep_code(recipe: str, run: Path) -> None:
