@@ -74,8 +74,8 @@ def recover(run: RunDirectory) -> None:
         FormatError: a copy is of another version of pal_ds; nothing was deleted.
         UserError: a step has lost its name and neither copy of it is intact; nothing was deleted.
     """
-    aside = _copies_aside(run)
-    for name in sorted({path.name.removeprefix(EDITED).removeprefix(OLD) for path in aside}):
+    copies = _copies_aside(run)
+    for name in sorted({path.name.removeprefix(EDITED).removeprefix(OLD) for path in copies}):
         path = run.checkpoints / name
         edited, old = aside(path)
         if not path.exists() and edited.exists():
