@@ -1,7 +1,6 @@
 """Training figures: summed on the device, read once per interval, written to metrics.jsonl and, if set up, wandb."""
 
 import math
-import operator
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -70,8 +69,13 @@ class Tracker:
             parts = torch.stack([torch.stack([s.loss_sum, s.correct]) for s in stats])
             sums = self._world.all_gather(parts).double().sum(0).tolist()
             for (loss, correct), update in zip(sums, stats, strict=True):
-                made = loss, correct, update.num_pairs, int(not update.applied)
-                self._unlogged = Unlogged(*map(operator.add, self._unlogged, made))
+                loss_sum, num_correct, num_pairs, num_skipped = self._unlogged
+                self._unlogged = Unlogged(
+                    loss_sum + loss,
+                    num_correct + correct,
+                    num_pairs + update.num_pairs,
+                    num_skipped + (not update.applied),
+                )
         return self._unlogged
 
     def resume(self, sums: list[Any]) -> None:

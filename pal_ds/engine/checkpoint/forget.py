@@ -132,7 +132,8 @@ def _rewrite_checkpoint(path: Path, manifest: Manifest, user_id: str) -> None:
     shutil.copytree(path, edited, copy_function=_link, ignore=left_out)
     table.save(edited)
     files = {**manifest["files"], **{name: entry_of(edited / name) for name in USER_FILES}}
-    write_manifest(edited, {**manifest, "files": files})
+    without: Manifest = {**manifest, "files": files}
+    write_manifest(edited, without)
     sync_to_disk(edited)
     sync_to_disk(path.parent)
     put_in_place(path)

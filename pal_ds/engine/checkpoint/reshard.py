@@ -162,7 +162,8 @@ def write_resharded(path: Path, out: Path, manifest: Manifest, world_size: int) 
                 files |= shards.entries(out)
                 yield sum(entry["size"] for entry in files.values())
             listed = dict(sorted(files.items()))
-            write_manifest(out, {**manifest, "world_size": world_size, "files": listed})
+            resharded: Manifest = {**manifest, "world_size": world_size, "files": listed}
+            write_manifest(out, resharded)
             for folder in (out / ENGINE_FOLDER, out, out.parent):
                 sync_to_disk(folder)
     except BaseException:
