@@ -61,20 +61,17 @@ class UnfinishedError(UserError):
     exit_code = 75
 
 
-STORAGE_ERRNOS = frozenset(
-    (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
-)
-"""Error numbers of a file system that cannot take what it is given."""
-
+_THIS_USER_MAY_NOT = "This user may not: mend the permissions, or name another place"
 _REMEDIES = {
     errno.ENOSPC: "Make room there",
     errno.EDQUOT: "Make room there, or ask for more quota",
     errno.EROFS: "It is mounted read-only: name another place",
-    errno.EACCES: "This user may not: mend the permissions, or name another place",
-    errno.EPERM: "This user may not: mend the permissions, or name another place",
+    errno.EACCES: _THIS_USER_MAY_NOT,
+    errno.EPERM: _THIS_USER_MAY_NOT,
     errno.EIO: "The device or its network failed: see the system's log",
     errno.EFBIG: "The file would be larger than allowed there: see `ulimit -f`",
 }
+"""By the error numbers of a file system that cannot take what it is given."""
 
 
 def storage_error(error: BaseException, path: Path | str | None = None) -> StorageError | None:
@@ -87,7 +84,7 @@ def storage_error(error: BaseException, path: Path | str | None = None) -> Stora
         # safetensors raises a class of its own, which tells the number in its text alone.
         found = re.search(r"os error (\d+)", str(error))
         number = int(found[1]) if found else None
-    if number not in STORAGE_ERRNOS:
+    if number not in _REMEDIES:
         return None
     where = getattr(error, "filename", None) or path or "a file"
     return StorageError(

@@ -28,7 +28,8 @@ class _TimeLeft(TimeRemainingColumn):
 
 _outer: list[Progress] = []
 """The display that bars inside of it may add a row to."""
-_shown_bars: list[str] = []
+_shown_bars: list[Progress] = []
+"""The display of the bar that is shown alone, inside which no other is."""
 
 
 @contextlib.contextmanager
@@ -42,10 +43,6 @@ def progress_bar(
     if not shown or _shown_bars:
         yield lambda num_units=0, **facts: None
         return
-    if _outer:
-        with _row(_outer[-1], label, total, unit) as advance:
-            yield advance
-        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -54,26 +51,7 @@ def progress_bar(
         _TimeLeft(),
         TextColumn("{task.fields[facts]}"),
     )
-    with Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as progress:
-        if not outer:
-            with _row(progress, label, total, unit, keep=True) as advance:
-                yield advance
-            return
-        _outer.append(progress)
-        try:
-            with _row(progress, label, total, unit, keep=True, alone=False) as advance:
-                yield advance
-        finally:
-            _outer.pop()
-
-
-@contextlib.contextmanager
-def _row(
-    progress: Progress, label: str, total: int, unit: str, *, keep: bool = False, alone: bool = True
-) -> Iterator[Callable[..., None]]:
-    """Show a bar of a display; while one that is `alone` is there, no other bar is shown inside it."""
-    task = progress.add_task(label, total=total, rate="", facts="", outer=not alone)
-    num_done = 0
+    num_done, inner = 0, bool(_outer)
 
     def advance(num_units: int = 0, **facts: object) -> None:
         nonlocal num_done
@@ -83,12 +61,14 @@ def _row(
         shown_facts = " ".join(f"{name} {value}" for name, value in facts.items())
         progress.update(task, advance=1, rate=rate, facts=shown_facts)
 
-    if alone:
-        _shown_bars.append(label)
-    try:
+    with contextlib.ExitStack() as held:
+        display = Progress(*columns, console=Console(stderr=True), refresh_per_second=4)
+        progress = _outer[-1] if inner else held.enter_context(display)
+        opens = outer and not inner
+        task = progress.add_task(label, total=total, rate="", facts="", outer=opens)
+        if inner:
+            held.callback(progress.remove_task, task)
+        bars = _outer if opens else _shown_bars
+        bars.append(progress)
+        held.callback(bars.pop)
         yield advance
-    finally:
-        if alone:
-            _shown_bars.pop()
-        if not keep:
-            progress.remove_task(task)

@@ -6,8 +6,7 @@ from pal_ds.config.run_config import RunConfig
 from pal_ds.data.collator import Collator
 from pal_ds.data.tables import PreparedData
 from pal_ds.distributed.world import World
-from pal_ds.modeling.build import assemble
-from pal_ds.modeling.context import RunContext
+from pal_ds.modeling.build import RunContext, assemble
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.training import loop
 from pal_ds.training.setup import start_training

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from pal_ds.engine.checkpoint.manifest import verify_checkpoint
+from pal_ds.engine.checkpoint.verify import verify_checkpoint
 
 
 def figures(run: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import pytest
 
-import pal_ds.engine.checkpoint.exchange
+import pal_ds.engine.checkpoint.reshard
 import pal_ds.export
 from pal_ds.cli.main import main
 from pal_ds.cli.table import COMMANDS
@@ -35,7 +35,7 @@ def program(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
         monkeypatch.setattr(COMMANDS["users"].load(), "run", fail)
         monkeypatch.setattr(pal_ds.export, "export", fail)
-        monkeypatch.setattr(pal_ds.engine.checkpoint.exchange, "exchange_step", fail)
+        monkeypatch.setattr(pal_ds.engine.checkpoint.reshard, "exchange_step", fail)
         run(words)
 
     return request.param, end

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pal_ds.api.run import AnyRun, Records, Run, as_file, for_people, run_of
-from pal_ds.config.python_recipe import Recipe, read
+from pal_ds.config.recipe import Recipe, read
 from pal_ds.data.prepare import prepare as prepare_data
 from pal_ds.data.tables import PreparedData
 from pal_ds.runs.run_dir import RunDirectory

@@ -1,4 +1,6 @@
-"""States that the batch already carries in place of a backbone: vector records, or a frozen backbone's output."""
+"""Backbones without weights of their own: the batch carries the states, or weights are read when a text needs them."""
+
+from collections.abc import Callable
 
 from torch import nn
 
@@ -7,14 +9,23 @@ from pal_ds.heads.base import Features
 
 
 class GivenStates(nn.Module):
-    """Passes stored states on as features; it has no parameters."""
+    """Passes on states of vector records, or a frozen backbone's stored ones, as features."""
 
     def forward(self, batch: Batch) -> Features:
         assert batch.response_states is not None, "this batch carries token ids, not states"
-        return Features(
-            batch.response_states,
-            batch.response_index,
-            batch.prompt_states,
-            batch.prompt_index,
-            batch.prompt_length,
-        )
+        prompt = batch.prompt_states, batch.prompt_index, batch.prompt_length
+        return Features(batch.response_states, batch.response_index, *prompt)
+
+
+class DeferredBackbone(nn.Module):
+    """A frozen backbone that `load` gives when the first text needs it, which a full cache never does."""
+
+    def __init__(self, load: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self._load = load
+        self.loaded: nn.Module | None = None
+
+    def forward(self, batch: Batch) -> Features:
+        if self.loaded is None:
+            self.loaded = self._load().to(batch.label.device).eval().requires_grad_(False)
+        return self.loaded(batch)

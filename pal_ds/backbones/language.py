@@ -72,10 +72,10 @@ class _TokenLosses(torch.autograd.Function):
         hidden, weight, bias, target, log_sums = ctx.saved_tensors
         for_hidden = torch.empty_like(hidden)
         # In fp32 over the chunks: a sum of many is longer than bf16 can hold.
-        for_weight = (
-            torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for_weight, for_bias = (
+            torch.zeros_like(parameter, dtype=torch.float32) if needed else None
+            for parameter, needed in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True)
         )
-        for_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         for part in _chunks(len(hidden), len(weight)):
             logits = _logits(hidden[part], weight, bias, ctx.scale)
             share = logits.sub_(log_sums[part, None]).exp_()
@@ -87,13 +87,8 @@ class _TokenLosses(torch.autograd.Function):
             for_hidden[part] = share @ weight
             if for_weight is not None:
                 for_weight += share.t() @ hidden[part]
-        return (
-            for_hidden,
-            None if for_weight is None else for_weight.to(weight.dtype),
-            None if for_bias is None else for_bias.to(weight.dtype),
-            None,
-            None,
-        )
+        for_layer = (g if g is None else g.to(weight.dtype) for g in (for_weight, for_bias))
+        return for_hidden, *for_layer, None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -166,6 +161,5 @@ def _weight_files(path: str) -> list[Path]:
 
 def logit_scale(config: PretrainedConfig) -> float:
     """Return the factor by which a family multiplies its logits."""
-    multiplier = getattr(config, "logit_scale", None)
-    divisor = getattr(config, "logits_scaling", None)
+    multiplier, divisor = (getattr(config, n, None) for n in ("logit_scale", "logits_scaling"))
     return float(multiplier or 1.0) / float(divisor or 1.0)

@@ -1,19 +1,23 @@
-"""Reads a transformers model for its tuning, with the attention that padded or packed batches need."""
+"""Reads a transformers model for its tuning, with the attention that its batches need; fingerprints frozen weights."""
 
 import logging
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from pal_ds.backbones.config import BackboneConfig
 from pal_ds.backbones.language import LanguageHead, with_language_head
-from pal_ds.backbones.packed_attention import NAME as PACKED
+from pal_ds.backbones.packed import NAME as PACKED
 from pal_ds.backbones.transformer import choose_attention, read_model_config
+from pal_ds.distributed import phase
 from pal_ds.errors import UserError
+from pal_ds.io.files import feed
 from pal_ds.remote_code.encoding import drop_unused_modules
 
 logger = logging.getLogger(__name__)
@@ -34,16 +38,9 @@ def load_transformer(
     Call it inside the engine's loading context: under ZeRO-3 the weights are then partitioned as they are read.
     """
     assert config.path is not None, "materialise `backbone.architecture` first"
-    attention = PACKED
+    options, reason = _options(config, precision, gpu=gpu, packed=packed)
     if not packed:
-        choice = choose_attention(config.attention, precision, gpu, read_model_config(config))
-        attention, reason = choice
-        logger.info("attention: %s (%s)", attention, reason)
-    options = {
-        "dtype": torch.bfloat16 if precision == "bf16" else torch.float32,
-        "attn_implementation": attention,
-        "trust_remote_code": config.trust_remote_code,
-    }
+        logger.info("attention: %s (%s)", options["attn_implementation"], reason)
     output = None
     if language:
         model, output = with_language_head(config.path, **options)
@@ -69,18 +66,27 @@ def empty_transformer(
     config: BackboneConfig, precision: str, *, packed: bool
 ) -> PreTrainedModel | Any:
     """The model of `config.path` without its weights, which the caller fills in; for the CPU."""
-    model_config = read_model_config(config)
-    choice = choose_attention(config.attention, precision, gpu=False, model_config=model_config)
-    attention = PACKED if packed else choice[0]
+    options, _ = _options(config, precision, gpu=False, packed=packed)
     with no_init_weights():
-        model = AutoModel.from_config(
-            model_config,
-            dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
-            attn_implementation=attention,
-            trust_remote_code=config.trust_remote_code,
-        )
+        model = AutoModel.from_config(read_model_config(config), **options)
     drop_unused_modules(model)
     return model
+
+
+def _options(
+    config: BackboneConfig, precision: str, *, gpu: bool, packed: bool
+) -> tuple[dict[str, Any], str]:
+    """Return transformers' options of a model that is read or built, and why its attention is what it is."""
+    attention, reason = PACKED, "rows are packed"
+    if not packed:
+        model_config = read_model_config(config)
+        attention, reason = choose_attention(config.attention, precision, gpu, model_config)
+    options = {
+        "dtype": torch.bfloat16 if precision == "bf16" else torch.float32,
+        "attn_implementation": attention,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    return options, reason
 
 
 def add_adapters(model: PreTrainedModel, config: BackboneConfig, seed: int) -> nn.Module:
@@ -107,3 +113,24 @@ def add_adapters(model: PreTrainedModel, config: BackboneConfig, seed: int) -> n
         raise UserError(
             f"backbone.lora: {error} Name modules of {config.path}, or null for all linear layers."
         ) from None
+
+
+def weights_fingerprint(path: str, revision: str | None) -> str:
+    """xxh3_128 over the weight files of a local folder; the commit for a hub id, or the id where none is known.
+
+    Raises:
+        UserError: the folder holds an adapter, whose base and settings lie outside these files.
+    """
+    folder = Path(path)
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"backbone.path: {folder} holds a PEFT adapter (adapter_config.json), which transformers would apply to "
+            "weights that no hash here covers. Merge it into its base first (merge_and_unload, then save_pretrained)."
+        )
+    if not folder.is_dir():
+        return f"hub:{path}@{revision or 'unknown'}"
+    digest = xxhash.xxh3_128()
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        digest.update(file.name.encode())
+        feed(digest, file, phase.progress)
+    return f"xxh3_128:{digest.hexdigest()}"

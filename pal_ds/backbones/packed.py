@@ -1,4 +1,8 @@
-"""Hidden states of a packed batch: one row without padding, each prompt computed once."""
+"""Hidden states of a packed batch: one row without padding, each prompt computed once.
+
+Its attention is registered with transformers, so no model is patched. Without a layout it is transformers' own SDPA, so
+one model serves packed and padded batches.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from pal_ds.backbones.config import Pooling
 from pal_ds.backbones.packed_blocks import Blocks, blocks_of
@@ -29,8 +35,8 @@ FAMILIES = DECODERS | ENCODERS
 Others could be silently wrong: positions as a bias on the attention (ALiBi), soft caps, attention of their own.
 """
 _POSITIONS_BEHIND_PAD = ("roberta", "xlm-roberta")
-
-
+NAME = "pal_packed"
+"""Name under which transformers knows `packed_attention`; goes into `attn_implementation`."""
 Layout = Callable[[Packing], Blocks | Spans]
 
 
@@ -95,11 +101,10 @@ def pooled_states(
     pooled = torch.segment_reduce(hidden.float(), pooling, lengths=lengths, unsafe=True)
     texts = pooled.to(hidden.dtype)[:, None]
     rows = batch.prompt_rows
-    return (
-        texts[: len(batch.response_positions)],
-        None if rows is None else texts[rows],
-        None if rows is None else torch.ones_like(rows),
-    )
+    response = texts[: len(batch.response_positions)]
+    if rows is None:
+        return response, None, None
+    return response, texts[rows], torch.ones_like(rows)
 
 
 def pooled_pairs(
@@ -150,3 +155,28 @@ def packed_hidden(
         **({"use_cache": False} if config.model_type in DECODERS else {}),
     )
     return output.last_hidden_state
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Float[Tensor, "1 h S D"],
+    key: Float[Tensor, "1 g S D"],
+    value: Float[Tensor, "1 g S D"],
+    attention_mask: Tensor | None,
+    pal_layout: Blocks | Spans | None = None,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "1 S h D"], None]:
+    """Attention of the packed row that `pal_layout` describes; plain SDPA of a padded batch without one."""
+    if pal_layout is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    for name in ("softcap", "s_aux", "position_bias"):
+        unknown = f"packed attention has no {name}; this family must not be packed"
+        assert kwargs.get(name) is None, unknown
+    dropout, scaling = kwargs.get("dropout", 0.0), kwargs.get("scaling")
+    window = kwargs.get("sliding_window")
+    output = pal_layout.attend(query[0], key[0], value[0], dropout, scaling, window)
+    return output.transpose(0, 1)[None], None
+
+
+AttentionInterface.register(NAME, packed_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

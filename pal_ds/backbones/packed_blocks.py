@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pal_ds.backbones.token_copies import Gather, copies, owner_and_column, shared_copies
-from pal_ds.data.packing import Group, Packing
+from pal_ds.data.packing import Packing
 from pal_ds.heads.jaxtyping_fallback import Bool, Float, Int
 
 
@@ -28,6 +28,30 @@ class Blocks(NamedTuple):
     queries: Gather
     keys: Gather
     parts: tuple[Block, ...]
+
+    def attend(
+        self,
+        query: Float[Tensor, "h S D"],
+        key: Float[Tensor, "g S D"],
+        value: Float[Tensor, "g S D"],
+        dropout: float,
+        scaling: float | None,
+        window: int | None,
+    ) -> Float[Tensor, "h S D"]:
+        """Prompts see themselves; responses see their prompt and themselves: one call of SDPA for each block."""
+        queries = _split(copies(query, self.queries), [part.shape for part in self.parts])
+        keys, values = (
+            _split(copies(states, self.keys), [part.keys_shape for part in self.parts])
+            for states in (key, value)
+        )
+        grouped = len(query) != len(key)
+        outputs = []
+        for part, *states in zip(self.parts, queries, keys, values, strict=True):
+            output = nn.functional.scaled_dot_product_attention(
+                *states, **_mask(part, window), dropout_p=dropout, scale=scaling, enable_gqa=grouped
+            )
+            outputs.append(output.transpose(0, 1).flatten(1, 2))
+        return torch.cat(outputs, dim=1).index_select(1, self.queries.first_copy)
 
 
 def blocks_of(packing: Packing, *, causal: bool = True) -> Blocks:
@@ -59,8 +83,17 @@ def blocks_of(packing: Packing, *, causal: bool = True) -> Blocks:
         key_tokens.append(keys.minimum(last_token).flatten())
         num_queries += len(query_tokens[-1])
         num_keys += len(key_tokens[-1])
-        length = (end[rows] - start[rows])[:, None]
-        parts.append(_block(group, ahead, length, of_query, of_key, causal))
+        query_position = (ahead + of_query)[:, None, :, None]
+        visible = None
+        if not causal:
+            length = (end[rows] - start[rows])[:, None]
+            visible = (of_key < length)[:, None, None, :]
+        elif not group.are_prompts:
+            visible = query_position >= of_key
+        else:
+            query_position = query_position[:1]
+        shape, keys_shape = (len(rows), len(of_query)), (len(rows), len(of_key))
+        parts.append(Block(shape, keys_shape, query_position, visible))
     owner, column = owner_and_column(packing)
     shared = shared_copies(packing, owner, column, first_key[num_prompts:], num_keys)
     return Blocks(
@@ -68,51 +101,6 @@ def blocks_of(packing: Packing, *, causal: bool = True) -> Blocks:
         Gather(torch.cat(key_tokens), first_key[owner] + before[owner] + column, shared),
         tuple(parts),
     )
-
-
-def _block(
-    group: Group,
-    ahead: Int[Tensor, "n 1"],
-    length: Int[Tensor, "n 1"],
-    of_query: Int[Tensor, "Q"],
-    of_key: Int[Tensor, "J"],
-    causal: bool,
-) -> Block:
-    query_position = (ahead + of_query)[:, None, :, None]
-    visible = None
-    if not causal:
-        visible = (of_key < length)[:, None, None, :]
-    elif not group.are_prompts:
-        visible = query_position >= of_key
-    num_rows = len(group.sequences)
-    if visible is None:
-        query_position = query_position[:1]
-    return Block((num_rows, len(of_query)), (num_rows, len(of_key)), query_position, visible)
-
-
-def attend_blocks(
-    query: Float[Tensor, "h S D"],
-    key: Float[Tensor, "g S D"],
-    value: Float[Tensor, "g S D"],
-    blocks: Blocks,
-    dropout: float,
-    scaling: float | None,
-    window: int | None,
-) -> Float[Tensor, "h S D"]:
-    """Prompts see themselves; responses see their prompt and themselves: one call of SDPA for each block."""
-    queries = _split(copies(query, blocks.queries), [part.shape for part in blocks.parts])
-    keys, values = (
-        _split(copies(states, blocks.keys), [part.keys_shape for part in blocks.parts])
-        for states in (key, value)
-    )
-    grouped = len(query) != len(key)
-    outputs = []
-    for part, *states in zip(blocks.parts, queries, keys, values, strict=True):
-        output = nn.functional.scaled_dot_product_attention(
-            *states, **_mask(part, window), dropout_p=dropout, scale=scaling, enable_gqa=grouped
-        )
-        outputs.append(output.transpose(0, 1).flatten(1, 2))
-    return torch.cat(outputs, dim=1).index_select(1, blocks.queries.first_copy)
 
 
 def _mask(block: Block, window: int | None) -> dict[str, Any]:

@@ -34,6 +34,20 @@ class Spans(NamedTuple):
         """Begins and longest lengths of sequences, in the order of both kernels' arguments."""
         return self.query_start, self.key_start, self.longest_query, self.longest_key
 
+    def attend(
+        self,
+        query: Float[Tensor, "h S D"],
+        key: Float[Tensor, "g S D"],
+        value: Float[Tensor, "g S D"],
+        dropout: float,
+        scaling: float | None,
+        window: int | None,
+    ) -> Float[Tensor, "h S D"]:
+        """Call the kernel once; its deterministic backward aside, the sums over copies have a fixed order."""
+        states = (query, copies(key, self.keys), copies(value, self.keys))
+        in_order = (part.transpose(0, 1) for part in states)
+        return self.kernel(*in_order, self, dropout, scaling, window).transpose(0, 1)
+
 
 def spans_of(packing: Packing, kernel: VarlenKernel, *, causal: bool = True) -> Spans:
     """Index tensors of the sequences, on the packing's device and without waiting for it."""
@@ -63,23 +77,6 @@ def spans_of(packing: Packing, kernel: VarlenKernel, *, causal: bool = True) -> 
     )
 
 
-def attend_spans(
-    query: Float[Tensor, "h S D"],
-    key: Float[Tensor, "g S D"],
-    value: Float[Tensor, "g S D"],
-    spans: Spans,
-    dropout: float,
-    scaling: float | None,
-    window: int | None,
-) -> Float[Tensor, "h S D"]:
-    """Call the kernel once; its deterministic backward aside, the sums over copies have a fixed order."""
-    keys, values = copies(key, spans.keys), copies(value, spans.keys)
-    output = spans.kernel(
-        *(part.transpose(0, 1) for part in (query, keys, values)), spans, dropout, scaling, window
-    )
-    return output.transpose(0, 1)
-
-
 def varlen_kernel(*, dropout: bool) -> tuple[VarlenKernel | None, str]:
     """(kernel, why): flash-attn where it is installed, else torch's own, else None. For half precision on a GPU."""
     if is_flash_attn_2_available():
@@ -88,16 +85,11 @@ def varlen_kernel(*, dropout: bool) -> tuple[VarlenKernel | None, str]:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None, "neither flash-attn nor a torch with variable-length attention is installed"
+    missing = "flash-attn is not installed, and"
     if not {"window_size", "scale", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters):
-        return (
-            None,
-            "flash-attn is not installed, and this torch's variable-length attention has no windows",
-        )
+        return None, f"{missing} this torch's variable-length attention has no windows"
     if dropout:
-        return (
-            None,
-            "flash-attn is not installed, and torch's own has no dropout, which this model has",
-        )
+        return None, f"{missing} torch's own has no dropout, which this model has"
     return _torch_varlen, "torch's own, as flash-attn is not installed"
 
 
@@ -144,13 +136,7 @@ def _torch_varlen(
 
     assert dropout == 0, "torch's variable-length attention has no dropout"
     options: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
-    output = varlen_attn(
-        query,
-        key,
-        value,
-        *spans.bounds,
-        window_size=_window(spans, window),
-        **options,
-    )
+    options["window_size"] = _window(spans, window)
+    output = varlen_attn(query, key, value, *spans.bounds, **options)
     assert isinstance(output, Tensor), "nothing but the states was asked for"
     return output

@@ -13,13 +13,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_MAPPING,
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-)
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
 
 from pal_ds.backbones.config import BackboneConfig, Pooling
 from pal_ds.backbones.language import LanguageHead
@@ -36,7 +30,7 @@ from pal_ds.data.batch import Batch
 from pal_ds.errors import UserError
 from pal_ds.heads.base import Features
 from pal_ds.heads.jaxtyping_fallback import Float
-from pal_ds.remote_code.encoding import hidden_size_of, hidden_states, is_encoder, read_states
+from pal_ds.remote_code.encoding import hidden_states, is_encoder, read_states
 
 logger = logging.getLogger(__name__)
 
@@ -87,30 +81,26 @@ class TransformerBackbone(nn.Module):
         return hidden_states(self.model, batch.input_ids, batch.attention_mask)
 
     def _features(self, batch: Batch, hidden: Float[Tensor, "N S H"]) -> Features:
-        response, prompt, prompt_length = self._states(batch, hidden)
+        if batch.packing is None:
+            assert batch.attention_mask is not None
+            assert batch.response_positions is not None, "this batch carries states, not token ids"
+            states = read_states(
+                hidden,
+                batch.attention_mask,
+                batch.response_positions,
+                batch.prompt_rows,
+                batch.prompt_length,
+                pooling=self.pooling,
+                prompt_tokens=self.prompt_tokens,
+            )
+        elif self.encoder:
+            states = pooled_states(hidden[0], batch, self.pooling)
+        elif self.pooling != "last":
+            states = pooled_pairs(hidden[0], batch, self.pooling)
+        else:
+            states = packed_states(hidden[0], batch, prompt_tokens=self.prompt_tokens)
+        response, prompt, prompt_length = states
         return Features(response, batch.response_index, prompt, batch.prompt_index, prompt_length)
-
-    def _states(
-        self, batch: Batch, hidden: Float[Tensor, "N S H"]
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(responses [R, T, H], prompts [P, C, H], valid positions of each prompt [P])."""
-        if batch.packing is not None:
-            if self.encoder:
-                return pooled_states(hidden[0], batch, self.pooling)
-            if self.pooling != "last":
-                return pooled_pairs(hidden[0], batch, self.pooling)
-            return packed_states(hidden[0], batch, prompt_tokens=self.prompt_tokens)
-        assert batch.attention_mask is not None
-        assert batch.response_positions is not None, "this batch carries states, not token ids"
-        return read_states(
-            hidden,
-            batch.attention_mask,
-            batch.response_positions,
-            batch.prompt_rows,
-            batch.prompt_length,
-            pooling=self.pooling,
-            prompt_tokens=self.prompt_tokens,
-        )
 
 
 def read_model_config(config: BackboneConfig) -> Any:
@@ -150,10 +140,8 @@ def architecture_config(config: BackboneConfig, vocab_size: int) -> Any:
     for key in options:
         if not hasattr(known, key):
             near = difflib.get_close_matches(key, list(vars(known)), n=1)
-            raise UserError(
-                f"backbone.architecture: {model_type} has no option {key}."
-                + (f" Did you mean {near[0]}?" if near else "")
-            )
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise UserError(f"backbone.architecture: {model_type} has no option {key}.{hint}")
     try:
         return AutoConfig.for_model(model_type, **options, vocab_size=vocab_size)
     except (KeyError, ValueError, TypeError, StrictDataclassError) as error:
@@ -204,14 +192,3 @@ def choose_attention(
     if not getattr(model_class, "_supports_sdpa", True):
         return "eager", f"{obstacle}, and transformers has no SDPA for {model_config.model_type}"
     return "sdpa", obstacle
-
-
-__all__ = [
-    "TransformerBackbone",
-    "architecture_config",
-    "choose_attention",
-    "hidden_size_of",
-    "is_encoder",
-    "materialise_architecture",
-    "read_model_config",
-]

@@ -31,7 +31,7 @@ class Reshard:
     def run(options: Namespace, _: Namespace) -> None:
         # DeepSpeed is imported for its defaults alone, and should neither look for a GPU nor say so.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        from pal_ds.engine.checkpoint.exchange import exchange_step
+        from pal_ds.engine.checkpoint.reshard import exchange_step
         from pal_ds.runs.run_dir import RunDirectory
 
         if options.world_size < 1:

@@ -31,15 +31,6 @@ def make_importable(folders: Iterable[Path]) -> None:
             importlib.invalidate_caches()
 
 
-def own_classes(recipe: str) -> Iterator[tuple[str, str]]:
-    """(top-level key, import path) of each class of a recipe (YAML text) that is not pal_ds's."""
-    tree = yaml.safe_load(recipe)
-    for key, value in tree.items() if isinstance(tree, dict) else ():
-        for path in _class_paths(value, key):
-            if "." in path and path.partition(".")[0] != "pal_ds":
-                yield key, path
-
-
 def _class_paths(value: Any, name: str) -> Iterator[str]:
     if isinstance(value, str) and name == "head":
         yield value
@@ -96,17 +87,19 @@ def _imported(file: Path, module: str) -> list[str]:
 
 def _is_installed(file: Path) -> bool:
     """Whether a file lies where pip or Python put it: such code is found again without a copy."""
-    paths = sysconfig.get_paths()
-    places = (paths["purelib"], paths["platlib"], paths["stdlib"])
+    places = (sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib"))
     return any(file.resolve().is_relative_to(Path(place).resolve()) for place in places)
 
 
 def _own_files(recipe: str) -> Iterator[tuple[str, str, Path]]:
-    """(key of the recipe, name in the copy, file) of all code of one's own."""
-    for key, path in own_classes(recipe):
-        for name, file in source_files(path.rpartition(".")[0]).items():
-            if not _is_installed(file):
-                yield key, name, file
+    """(top-level key of a recipe (YAML text), name in the copy, file) of all code of one's own."""
+    tree = yaml.safe_load(recipe)
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        modules = {path.rpartition(".")[0]: None for path in _class_paths(value, key)}
+        for module in modules:
+            if module and module.partition(".")[0] != "pal_ds":
+                files = source_files(module).items()
+                yield from ((key, name, file) for name, file in files if not _is_installed(file))
 
 
 def keep_code(recipe: str, run: Path) -> None:
@@ -120,23 +113,16 @@ def keep_code(recipe: str, run: Path) -> None:
                 target.write_bytes(text)
 
 
-def changed_code(recipe: str, run: Path) -> dict[str, Path]:
-    """{key of the recipe: file} where code at hand is not what RUN/code holds.
+def refuse_changed_code(recipe: str, run: Path, allowed: Iterable[str] = ()) -> None:
+    """Raises UserError where code of one's own is not what a run was trained with, but for the keys in `allowed`.
 
     Sources are passed over: what a run knows of them is the hash of the data that they gave.
     """
-    changed = {}
     for key, name, file in _own_files(recipe):
         kept = run / CODE / name
-        if key != "data" and kept.is_file() and kept.read_bytes() != file.read_bytes():
-            changed[key] = file
-    return changed
-
-
-def refuse_changed_code(recipe: str, run: Path, allowed: Iterable[str] = ()) -> None:
-    """Raises UserError where code of one's own is not what a run was trained with, but for the keys in `allowed`."""
-    for key, file in changed_code(recipe, run).items():
-        if key not in allowed:
+        if key in ("data", *allowed) or not kept.is_file():
+            continue
+        if kept.read_bytes() != file.read_bytes():
             raise UserError(
                 f"{file}: not what this run was trained with, {run / CODE / file.name}. Restore the file, train in "
                 f"another --run_dir, or resume with --allow_change {key} if the change alters no result. Where another "

@@ -28,22 +28,15 @@ class Parser(ArgumentParser):
 def explained(message: str, parser: ArgumentParser) -> str:
     """Reword a message of jsonargparse: without its Python types, and with the nearest option for a typo."""
     message = _without_noise(message)
-    return message + _suggestion(message, _option_names(parser))
+    unknown = any(part in message for part in ("nrecognized arguments", "not accept"))
+    return message + (_suggestion(message, parser) if unknown else "")
 
 
-def _option_names(parser: ArgumentParser) -> list[str]:
-    """Option names of a parser and of its commands, without dashes."""
-    names = {option.lstrip("-") for option in parser._option_string_actions}
-    for action in parser._actions:
-        for command in (getattr(action, "_name_parser_map", None) or {}).values():
-            names |= {option.lstrip("-") for option in command._option_string_actions}
-    return sorted(names)
-
-
-def _suggestion(message: str, names: list[str]) -> str:
+def _suggestion(message: str, parser: ArgumentParser) -> str:
     """Return the remedy for the unknown option that a message of jsonargparse names."""
-    if not any(part in message for part in ("nrecognized arguments", "not accept")):
-        return ""
+    maps = (getattr(action, "_name_parser_map", None) or {} for action in parser._actions)
+    parsers = [parser, *(command for commands in maps for command in commands.values())]
+    names = sorted({name.lstrip("-") for one in parsers for name in one._option_string_actions})
     for word in message.replace("'", " ").replace('"', " ").replace("=", " ").split():
         word = word.lstrip("-").rstrip(".,:")
         # Or of a key that holds others.

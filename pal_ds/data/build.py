@@ -20,8 +20,7 @@ from pal_ds.data.stores import CODE, REASONS, TokenStore, TokenTables
 from pal_ds.data.tables import FORMAT_VERSION, INFO_NAME, PreparedData
 from pal_ds.data.tokenise import TextEncoder
 from pal_ds.errors import UserError
-from pal_ds.io.folders import new_folder, refuse_existing
-from pal_ds.io.hashing import feed
+from pal_ds.io.files import feed, new_folder, refuse_existing
 
 
 def build_tables(

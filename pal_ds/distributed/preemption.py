@@ -97,10 +97,9 @@ class StopWatch:
         if self.time_limit_minutes is None:
             return False
         limit = 60 * self.time_limit_minutes
-        save = limit / 20 if self.save_seconds is None else 2 * self.save_seconds
-        needed = save + self._longest.get("update", 0.0)
-        if evaluation_due:
-            needed += self._longest.get("evaluation", 0.0)
+        needed = limit / 20 if self.save_seconds is None else 2 * self.save_seconds
+        for what in ("update", "evaluation") if evaluation_due else ("update",):
+            needed += self._longest.get(what, 0.0)
         return time.monotonic() - phase.STARTED + needed > limit
 
     def reason_to_stop(self, world: "World", *, evaluation_due: bool) -> str | None:

@@ -43,7 +43,9 @@ class World:
             # Whatever it is (a full disk, say), the others must hear of it instead of waiting.
             except Exception as error:
                 failure = storage_error(error) or error
-                outcome = [None, _for_other_ranks(failure)]
+                # Mistakes keep their class; the rest may not survive pickling.
+                mendable = isinstance(failure, UserError)
+                outcome = [None, failure if mendable else RuntimeError(f"rank 0: {failure}")]
         if self.world_size > 1:
             torch_dist.broadcast_object_list(outcome, src=0, device=self.device)
         if failure is not None:
@@ -107,11 +109,6 @@ class World:
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum over ranks, in rank order: the same bits on every rank and every run."""
         return self.all_gather(tensor).sum(0)
-
-
-def _for_other_ranks(error: Exception) -> Exception:
-    """A failure of rank 0 as the other ranks raise it: mistakes keep their class, the rest may not survive pickling."""
-    return error if isinstance(error, UserError) else RuntimeError(f"rank 0: {error}")
 
 
 def leave(code: int) -> NoReturn:

@@ -1,6 +1,5 @@
 """Loads a DeepSpeed JSON, fills what the recipe owns, and refuses contradictions before anything is queued."""
 
-import copy
 import difflib
 import json
 import sys
@@ -10,10 +9,8 @@ from typing import Any
 from pal_ds.config.run_config import TrainConfig
 from pal_ds.errors import UserError
 
-_CHECKOUT, _INSTALLED = (
-    Path(__file__).resolve().parents[2] / "ds_configs",
-    Path(sys.prefix) / "share" / "pal_ds" / "ds_configs",
-)
+_CHECKOUT = Path(__file__).resolve().parents[2] / "ds_configs"
+_INSTALLED = Path(sys.prefix, "share", "pal_ds", "ds_configs")
 SHIPPED_CONFIGS = _CHECKOUT if _CHECKOUT.is_dir() else _INSTALLED
 
 DeepSpeedConfig = dict[str, Any]
@@ -29,36 +26,22 @@ OWNED_BY_RECIPE = {
 }
 COMMON_KEYS = (
     *OWNED_BY_RECIPE,
-    "zero_optimization",
-    "bf16",
-    "fp16",
-    "activation_checkpointing",
-    "communication_data_type",
-    "wall_clock_breakdown",
-    "comms_logger",
-    "flops_profiler",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "steps_per_print",
-    "dump_state",
-    "checkpoint",
-    "data_types",
-    "aio",
+    *("zero_optimization", "bf16", "fp16", "activation_checkpointing", "communication_data_type"),
+    *("wall_clock_breakdown", "comms_logger", "flops_profiler", "zero_allow_untested_optimizer"),
+    *("zero_force_ds_cpu_optimizer", "prescale_gradients", "gradient_predivide_factor"),
+    *("steps_per_print", "dump_state", "checkpoint", "data_types", "aio"),
 )
 REMOVED_KEYS = {
-    "nebula": "delete it",
-    "compression_training": "delete it",
+    **dict.fromkeys(
+        (
+            *("nebula", "compression_training", "quantize_training", "eigenvalue"),
+            *("sparse_attention", "elasticity", "graph_harvesting", "curriculum_learning"),
+            "progressive_layer_drop",
+        ),
+        "delete it",
+    ),
     "amp": "delete it and set train.precision: bf16",
-    "quantize_training": "delete it",
     "sparse_gradients": "delete it (user rows are already updated row by row)",
-    "eigenvalue": "delete it",
-    "sparse_attention": "delete it",
-    "elasticity": "delete it",
-    "graph_harvesting": "delete it",
-    "curriculum_learning": "delete it",
-    "progressive_layer_drop": "delete it",
 }
 REMOVED_ZERO_KEYS = {
     "mics_shard_size": "use zero_hpz_partition_size",
@@ -92,14 +75,13 @@ def load_ds_config(name_or_path: str) -> tuple[DeepSpeedConfig, str]:
             f"{path}: a DeepSpeed config is a JSON object, found {type(config).__name__}."
         )
     _check_shape(config, path)
-    _check_supported(config.get("zero_optimization", {}), path)
     zero = config.get("zero_optimization", {})
-    for section, removed, section_keys in (
-        ("", REMOVED_KEYS, config),
-        ("zero_optimization.", REMOVED_ZERO_KEYS, zero),
-    ):
-        for key in removed.keys() & section_keys.keys():
-            raise UserError(f"{path}: DeepSpeed removed the key {section}{key}; {removed[key]}.")
+    _check_supported(zero, path)
+    removed = {key: REMOVED_KEYS[key] for key in REMOVED_KEYS.keys() & config}
+    for key in REMOVED_ZERO_KEYS.keys() & zero:
+        removed[f"zero_optimization.{key}"] = REMOVED_ZERO_KEYS[key]
+    for key, remedy in removed.items():
+        raise UserError(f"{path}: DeepSpeed removed the key {key}; {remedy}.")
     return config, str(path)
 
 
@@ -164,15 +146,8 @@ def check_zero_section(config: DeepSpeedConfig, name_or_path: str) -> None:
         ) from None
 
 
-def resolve_ds_config(
-    name_or_path: str,
-    *,
-    world_size: int,
-    micro_batch_pairs: int,
-    gradient_clipping: float,
-    precision: str,
-) -> DeepSpeedConfig:
-    """Return the complete config for `deepspeed.initialize`: no "auto", clipping always written out.
+def ds_config_of(settings: TrainConfig, world_size: int) -> DeepSpeedConfig:
+    """Return the complete config of a recipe for `deepspeed.initialize`: no "auto", clipping always written out.
 
     DeepSpeed clips at 1.0 when the key is absent, hence the explicit 0.0 for "off". Its batch sizes are nominal
     here: the update plan decides which comparisons form an update, the step closes the accumulation itself.
@@ -180,13 +155,13 @@ def resolve_ds_config(
     Raises:
         UserError: a key that the recipe owns has another value in the JSON.
     """
-    config, origin = load_ds_config(name_or_path)
-    config = copy.deepcopy(config)
+    config, origin = load_ds_config(settings.ds_config)
+    precision = settings.precision
     filled = {
-        "train_micro_batch_size_per_gpu": micro_batch_pairs,
+        "train_micro_batch_size_per_gpu": settings.micro_batch_pairs,
         "gradient_accumulation_steps": 1,
-        "train_batch_size": micro_batch_pairs * world_size,
-        "gradient_clipping": float(gradient_clipping),
+        "train_batch_size": settings.micro_batch_pairs * world_size,
+        "gradient_clipping": float(settings.gradient_clipping),
     }
     for key, recipe_key in OWNED_BY_RECIPE.items():
         given = config.pop(key, "auto")
@@ -212,17 +187,6 @@ def resolve_ds_config(
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
     }
-
-
-def ds_config_of(settings: TrainConfig, world_size: int) -> DeepSpeedConfig:
-    """Return the complete config of a recipe's `train` keys. Raises UserError as `resolve_ds_config` does."""
-    return resolve_ds_config(
-        settings.ds_config,
-        world_size=world_size,
-        micro_batch_pairs=settings.micro_batch_pairs,
-        gradient_clipping=settings.gradient_clipping,
-        precision=settings.precision,
-    )
 
 
 def zero_stage(config: DeepSpeedConfig) -> int:

@@ -45,8 +45,7 @@ class UpdateGuard:
         self._read_norm: Callable[[], float | Tensor | None] = lambda: None
         self._update, self._loss = 0, 0.0
         self._decided = False
-        self.num_skipped = 0
-        self.num_in_a_row = 0
+        self.num_skipped = self.num_in_a_row = 0
         self.reason: str | None = None
         """Reason why the update at hand is skipped; None where it is made."""
 

@@ -22,8 +22,10 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[ParamGroup]:
     """
     members: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
     for name, parameter in model.named_parameters():
+        last = name.rpartition(".")[2]
+        group = {"prototypes": "prototypes", "log_scale": "scale"}.get(last, "projectors")
         if parameter.requires_grad:
-            members[_group_of(name)].append(parameter)
+            members["backbone" if name.startswith("backbone.") else group].append(parameter)
     return [
         {"name": name, "params": members[name], **_settings_of(name, config)}
         for name in GROUPS
@@ -48,14 +50,6 @@ def _settings_of(name: str, config: OptimConfig) -> dict[str, float]:
     # A learnt temperature has no reason to shrink.
     weight_decay = 0.0 if name == "scale" else config.weight_decay
     return {"lr": rate, "full_lr": rate, "weight_decay": weight_decay}
-
-
-def _group_of(name: str) -> str:
-    if name.startswith("backbone."):
-        return "backbone"
-    return {"prototypes": "prototypes", "log_scale": "scale"}.get(
-        name.rsplit(".", 1)[-1], "projectors"
-    )
 
 
 def build_optimizer(

@@ -1,13 +1,17 @@
 """The process group: who am I, what do all ranks share, and a clean way out.
 
-Every decision that ranks must share is taken on rank 0 and broadcast (`World.from_rank_zero`), then acted on by all.
+Locks that killed builds of torch extensions left are removed first: every later start would wait for them, silently and
+for ever. torch builds and loads DeepSpeed's operators under a file named `lock`, which the process at work holds open
+until it removes it; all others wait for as long as the file exists.
 """
 
 import contextlib
 import datetime
+import logging
 import os
 import socket
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +21,9 @@ import torch.distributed as torch_dist
 
 from pal_ds.distributed.watchdog import meeting
 from pal_ds.distributed.world import World
-from pal_ds.engine.build_lock import remove_stale_build_locks
 from pal_ds.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def _fill_rank_variables() -> list[str]:
@@ -38,14 +43,20 @@ _stores: list[torch_dist.Store] = []
 """Where the ranks of a launcher met first, and again for each later group of this process under a prefix of its own."""
 
 
-def _meet_again(backend: str, timeout: datetime.timedelta) -> None:
-    """Joins the ranks once more after an earlier group came to its end: its keys are still in the launcher's store."""
-    store = torch_dist.PrefixStore(f"pal_ds_{len(_stores)}", _stores[0])
-    _stores.append(store)
-    rank, world_size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
-    torch_dist.init_process_group(
-        backend, timeout=timeout, store=store, rank=rank, world_size=world_size
-    )
+def _meet(backend: str, timeout: datetime.timedelta, *, is_alone: bool) -> None:
+    import deepspeed
+
+    if _stores and not is_alone:
+        # Keys of the group that came to its end are still in the launcher's store.
+        store = torch_dist.PrefixStore(f"pal_ds_{len(_stores)}", _stores[0])
+        _stores.append(store)
+        rank, world_size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+        torch_dist.init_process_group(
+            backend, timeout=timeout, store=store, rank=rank, world_size=world_size
+        )
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+    if not _stores and not is_alone:
+        _stores.append(torch_dist.distributed_c10d._get_default_store())
 
 
 @contextlib.contextmanager
@@ -57,14 +68,12 @@ def distributed(timeout_minutes: int = 30) -> Iterator[World]:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # torch builds DeepSpeed's CPU operators with ninja, which pip put beside this interpreter.
-    os.environ["PATH"] = os.pathsep.join(
-        [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
-    )
+    beside = str(Path(sys.executable).parent)
+    os.environ["PATH"] = os.pathsep.join([beside, os.environ.get("PATH", "")])
     # Imported here: deepspeed takes seconds, and `--help` should not pay for it.
     import deepspeed
-    from deepspeed.utils import logger
 
-    logger.setLevel("WARNING")
+    deepspeed.utils.logger.setLevel("WARNING")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -85,11 +94,7 @@ def distributed(timeout_minutes: int = 30) -> Iterator[World]:
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(minutes=timeout_minutes)
     with meeting():
-        if _stores and not filled:
-            _meet_again(backend, timeout)
-        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
-        if not _stores and not filled:
-            _stores.append(torch_dist.distributed_c10d._get_default_store())
+        _meet(backend, timeout, is_alone=bool(filled))
         control = torch_dist.new_group(backend="gloo", timeout=timeout)
     world = World(torch_dist.get_rank(), torch_dist.get_world_size(), device, control)
     try:
@@ -114,3 +119,52 @@ def joined_or_alone(timeout_minutes: int = 30) -> Iterator[World]:
             yield world
         return
     yield World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+STALE_AFTER_SECONDS = 180.0
+"""Seconds without a change in a lock's folder: a build on another node is not seen here, but it writes files there."""
+
+
+def remove_stale_build_locks(stale_after: float = STALE_AFTER_SECONDS) -> None:
+    """Remove, with a warning, locks that no process here holds after `stale_after` seconds without a change."""
+    from torch._appdirs import user_cache_dir
+
+    # As torch.utils.cpp_extension (a slow import) has it: a folder per Python and accelerator; all are looked at.
+    root = os.environ.get("TORCH_EXTENSIONS_DIR", user_cache_dir(appname="torch_extensions"))
+    for lock in Path(root).glob("**/lock"):
+        _wait_or_remove(lock, stale_after)
+
+
+def _wait_or_remove(lock: Path, stale_after: float) -> None:
+    seen_at, has_warned = time.monotonic(), False
+    while str(lock.resolve()) not in _open_files():
+        changes = []
+        for path in lock.parent.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # a compiler's temporary file
+                changes.append(path.stat().st_mtime)
+        if not lock.exists():
+            return
+        if time.time() - max(changes) > stale_after:
+            lock.unlink(missing_ok=True)
+            logger.warning(
+                "%s: removed; whoever built %s was killed, and every start would have waited for it",
+                lock,
+                lock.parent.name,
+            )
+            return
+        if not has_warned and time.monotonic() - seen_at > 2:
+            has_warned = True
+            logger.warning(
+                "%s: waiting for a build of %s that no process here makes; removed after %.0f s without a change",
+                lock,
+                lock.parent.name,
+                stale_after,
+            )
+        time.sleep(0.2)
+
+
+def _open_files() -> Iterator[str]:
+    """Yield the files that processes of this user on this machine hold open."""
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # closed meanwhile, or another user's
+            yield str(descriptor.readlink())

@@ -74,15 +74,14 @@ class Stepper:
             group["lr"] = group["full_lr"] * factor
         self.engine.train()
         num_pairs = len(user_rows)
-        loss_sum, correct = (
-            torch.zeros((), device=self.world.device),
-            torch.zeros((), device=self.world.device),
-        )
+        loss_sum, correct = torch.zeros(2, device=self.world.device)
         leaves: list[Tensor] = []
         at_hand = self.users.fetch(torch.from_numpy(user_rows)) if self.needs_users else None
         for index, batch in enumerate(batches):
             phase.enter("forward", update)
-            self._seed_dropout(update, index)
+            # Dropout is a function of these: a resumed run needs no saved generator state.
+            key = keyed_generator("dropout", self.seed, update, index, self.world.rank)
+            torch.manual_seed(int(key.integers(0, 2**63)))
             self.engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
             leaf = None if at_hand is None else at_hand.leaf(batch.user_row)
             # ZeRO averages gradients over ranks, hence the factor world size.
@@ -104,27 +103,17 @@ class Stepper:
         applied, grad_norm = self._apply(update, loss_sum, leaves, runs, user_rows, rate)
         if not applied:
             loss_sum, correct = torch.zeros_like(loss_sum), torch.zeros_like(correct)
-        return UpdateStats(
-            loss_sum,
-            correct,
-            num_pairs if applied else 0,
-            self.optim.learning_rate * factor,
-            applied,
-            grad_norm,
-        )
+        num_made = num_pairs if applied else 0
+        full_rate = self.optim.learning_rate * factor
+        return UpdateStats(loss_sum, correct, num_made, full_rate, applied, grad_norm)
 
     def _fused_pair_loss(self, batch: Batch, scale: float) -> PairLoss | None:
         """The fused loss of this batch, on hardware where it pays."""
         fused = FusedLoss.where_it_pays(self.loss, self.world.device)
         if fused is None:
             return None
-        facts = PairFacts(
-            batch.label,
-            batch.window_start,
-            batch.window_end,
-            batch.required_margin,
-            batch.weight * scale,
-        )
+        window = batch.window_start, batch.window_end
+        facts = PairFacts(batch.label, *window, batch.required_margin, batch.weight * scale)
         return lambda placement: fused.compute(placement, facts)
 
     def _losses(
@@ -135,13 +124,8 @@ class Stepper:
             # Its factor is in the weights of the facts: the gradient that reaches it is 1.
             scaled = output.total + (output.penalty * batch.weight).sum() * scale
             return scaled / scale, scaled
-        per_pair = self.loss(
-            output.margin,
-            batch.label,
-            batch.window_start,
-            batch.window_end,
-            batch.required_margin,
-        )
+        window = batch.window_start, batch.window_end
+        per_pair = self.loss(output.margin, batch.label, *window, batch.required_margin)
         total = ((per_pair + output.penalty) * batch.weight).sum()
         return total, total * scale
 
@@ -196,11 +180,6 @@ class Stepper:
                 source[step_runs[rank]] = column + np.arange(len(step_runs[rank]))
                 column += sizes[step, rank]
         return gathered[torch.from_numpy(source).to(gathered.device)] / world_size
-
-    def _seed_dropout(self, update: int, micro_step: int) -> None:
-        """Dropout is a function of (seed, update, micro-step, rank): a resumed run needs no saved generator state."""
-        key = keyed_generator("dropout", self.seed, update, micro_step, self.world.rank)
-        torch.manual_seed(int(key.integers(0, 2**63)))
 
     def _grad_norm_at_stage_zero(self) -> Tensor | None:
         """Plain data parallelism in fp32 keeps no norm of its own; elsewhere the engine reports it after its step."""

@@ -8,7 +8,7 @@ from typing import NotRequired, TypedDict, final
 from pal_ds.data.info import TokensInfo
 from pal_ds.export.audience import Audience
 from pal_ds.inference.load_run import OpenRun
-from pal_ds.io.hashing import feed
+from pal_ds.io.files import feed
 
 FACTS_NAME = "export.json"
 FORMAT_VERSION = 1

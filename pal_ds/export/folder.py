@@ -34,7 +34,7 @@ from pal_ds.export.writer import write_sharded
 from pal_ds.heads.base import Head
 from pal_ds.inference.load_run import OpenRun, load_model, open_run
 from pal_ds.inference.mixtures import user_mixtures
-from pal_ds.io.folders import new_folder, refuse_existing
+from pal_ds.io.files import new_folder, refuse_existing
 from pal_ds.progress import progress_bar
 from pal_ds.remote_code.encoding import drop_unused_modules
 from pal_ds.remote_code.modeling_pal import PalForSequenceClassification

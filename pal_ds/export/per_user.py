@@ -15,7 +15,7 @@ from pal_ds.errors import UserError
 from pal_ds.export import card
 from pal_ds.export.audience import mixtures_of
 from pal_ds.export.folder import ExportOptions, fill_folder, open_for_export
-from pal_ds.io.folders import new_folder
+from pal_ds.io.files import new_folder
 from pal_ds.progress import progress_bar
 from pal_ds.runs.run_dir import RunDirectory
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pal_ds.errors import StorageError
 from pal_ds.heads.jaxtyping_fallback import Float
-from pal_ds.io.hashing import feed
+from pal_ds.io.files import feed
 
 SUFFIX = ".safetensors"
 ADDRESS_BYTES = 16

@@ -1,7 +1,7 @@
 """List the users of a run with their mixtures."""
 
 from pal_ds.engine.checkpoint.forget import finish_interrupted_removal
-from pal_ds.engine.checkpoint.manifest import refuse_strangers_code
+from pal_ds.engine.checkpoint.verify import refuse_strangers_code
 from pal_ds.inference.load_run import open_run
 from pal_ds.inference.mixtures import user_mixtures
 from pal_ds.runs.run_dir import RunDirectory

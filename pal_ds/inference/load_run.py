@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pal_ds.backbones.deferred import DeferredBackbone
+from pal_ds.backbones.given import DeferredBackbone
 from pal_ds.backbones.language import STATE_PREFIX
 from pal_ds.backbones.loading import empty_transformer
 from pal_ds.backbones.transformer import TransformerBackbone
@@ -19,15 +19,15 @@ from pal_ds.config.recipe import load_recipe
 from pal_ds.config.run_config import RunConfig
 from pal_ds.data.tables import PreparedData
 from pal_ds.engine.checkpoint.checkpoint import refuse_other_base
-from pal_ds.engine.checkpoint.manifest import (
-    Manifest,
+from pal_ds.engine.checkpoint.manifest import Manifest
+from pal_ds.engine.checkpoint.shard_reader import ShardedCheckpoint
+from pal_ds.engine.checkpoint.torch_archive import ForeignObjectError
+from pal_ds.engine.checkpoint.verify import (
     UntrustedCheckpointError,
     refuse_strangers,
     refuse_strangers_code,
     verify_checkpoint,
 )
-from pal_ds.engine.checkpoint.shard_reader import ShardedCheckpoint
-from pal_ds.engine.checkpoint.torch_archive import ForeignObjectError
 from pal_ds.errors import UserError
 from pal_ds.model import RewardModel
 from pal_ds.modeling.build import Parts, assemble, base_weights_of, load_backbone

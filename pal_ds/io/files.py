@@ -1,13 +1,23 @@
-"""Write files that are whole or absent: beside, flushed to the disk, renamed."""
+"""Files and folders that are whole or absent (written beside, flushed to the disk, renamed), and hashes of files."""
 
 import contextlib
+import glob
 import json
+import logging
 import os
+import shutil
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from pal_ds.errors import writing
+from pal_ds.errors import UserError, writing
+from pal_ds.io.fault_points import reached
+
+logger = logging.getLogger(__name__)
+CHUNK_BYTES = 1 << 20
+"""Bytes that are hashed at a time, of a size that a processor still holds when it hashes what it has just read."""
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -49,3 +59,73 @@ def sync_to_disk(path: Path) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write `value` as indented JSON. Raises StorageError as `write_atomically` does."""
     write_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise UserError where `out` holds something."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists and is not empty. Name another folder, or remove it first.")
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yield a folder that becomes `out` at the end of the block, and is deleted where anything fails in it.
+
+    All of it is on the disk before it has its name; an empty folder of that name gives way.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    with writing(out):
+        temporary = folder_aside(out)
+        try:
+            yield temporary
+            for path in (*temporary.rglob("*"), temporary):
+                if not path.is_symlink():  # what a link leads to is among these files
+                    sync_to_disk(path)
+            reached("folder written")
+            os.replace(temporary, out)
+            sync_to_disk(out.parent)
+            reached("folder renamed")
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def folder_aside(out: Path) -> Path:
+    """Make a folder beside `out`, in place of those that killed writers on this machine left."""
+    prefix = f"{out.name}.tmp-{socket.gethostname()}-"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for left in out.parent.glob(f"{glob.escape(prefix)}*"):
+        pid = left.name.removeprefix(prefix)
+        # In a container a killed process and its successor often have the same number.
+        if pid.isdecimal() and (int(pid) == os.getpid() or not _is_running(int(pid))):
+            logger.info("%s: left by a process that was killed; deleted", left)
+            shutil.rmtree(left)
+    temporary = out.with_name(f"{prefix}{os.getpid()}")
+    temporary.mkdir()
+    return temporary
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # somebody else's
+    return True
+
+
+def feed(digest: Any, path: Path, progress: Callable[[], None] = lambda: None) -> Any:
+    """Update a digest of hashlib or xxhash with all bytes of a file, and return it.
+
+    `progress` is called after each piece, so that a watchdog sees a long read go on.
+    """
+    # One buffer for all: fresh memory for each piece would cost more than its bytes.
+    chunk = memoryview(bytearray(CHUNK_BYTES))
+    with open(path, "rb", buffering=0) as stream:
+        while num_read := stream.readinto(chunk):
+            digest.update(chunk[:num_read])
+            progress()
+    return digest

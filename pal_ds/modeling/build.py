@@ -1,4 +1,4 @@
-"""Assembly of a recipe's parts: which texts are read how, the backbone, the head, the collator.
+"""Assembly of a recipe's parts: which texts are read how, the backbone, the head, the collator; and their context.
 
 Everything that depends on what meets what (encoder and weighting, head and prompt, vectors and backbone) is decided
 and refused here, once, before any engine starts.
@@ -18,13 +18,14 @@ from pal_ds.config.run_config import RunConfig
 from pal_ds.data.collator import Collator
 from pal_ds.data.contexts import Contexts
 from pal_ds.data.tables import PreparedData
+from pal_ds.distributed.world import World
+from pal_ds.engine.ds_config import DeepSpeedConfig, ds_config_of
 from pal_ds.errors import UserError
 from pal_ds.heads.base import Head
 from pal_ds.modeling.compatibility import (
+    check_head,
     check_language,
-    check_positions,
-    check_prompt,
-    check_vocabulary,
+    check_sizes,
     encoding_of,
     is_packed,
     pooling_of,
@@ -35,6 +36,28 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """The fixed surroundings of a training; nothing in it changes while the training goes on."""
+
+    config: RunConfig
+    run: RunDirectory
+    data: PreparedData
+    world: World
+    ds_config: DeepSpeedConfig
+    """DeepSpeed's JSON for this recipe and world size."""
+
+    @staticmethod
+    def of(config: RunConfig, run: RunDirectory, data: PreparedData, world: World) -> "RunContext":
+        """Return the context with the DeepSpeed settings that the recipe asks for.
+
+        Raises:
+            UserError: the recipe and its DeepSpeed JSON contradict each other.
+        """
+        ds_config = ds_config_of(config.train, world.world_size)
+        return RunContext(config=config, run=run, data=data, world=world, ds_config=ds_config)
 
 
 @dataclass(frozen=True)
@@ -58,11 +81,6 @@ class Parts:
         return self.backbone is not None and self.backbone.tuning == "frozen"
 
 
-def head_seed(seed: int) -> int:
-    """Return the seed of the head's own stream: a backbone's random initialisation does not shift it."""
-    return seed + 1
-
-
 def assemble(
     config: RunConfig,
     data: PreparedData,
@@ -82,15 +100,15 @@ def assemble(
     if data.info["kind"] == "vectors":
         hidden_size = int(data.info["vector_size"])
     else:
-        from pal_ds.backbones.transformer import hidden_size_of, is_encoder
+        from pal_ds.remote_code.encoding import hidden_size_of, is_encoder
 
         backbone, model_config = _describe_backbone(config, data, run, model_config)
         hidden_size, encoder = hidden_size_of(model_config), is_encoder(model_config)
-        check_vocabulary(model_config, data)
-        check_positions(model_config, data)
+        check_sizes(model_config, data)
         packed = is_packed(config.backbone, model_config)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(head_seed(config.train.seed))
+        # A stream of its own: a backbone's random initialisation does not shift it.
+        torch.manual_seed(config.train.seed + 1)
         try:
             head = config.head(hidden_size)
         except (ValueError, TypeError) as error:
@@ -107,9 +125,8 @@ def assemble(
         raise UserError(
             f"loss.token_weighting: {weighting} needs a score per response token; {reason}. Set it to last."
         )
-    check_prompt(data, with_prompt)
+    check_head(data, head)
     check_language(config, model_config, encoding)
-    _check_groups(data, head)
     collator = Collator(
         data,
         scored_positions="last" if weighting == "last" else "all",
@@ -134,28 +151,23 @@ def _describe_backbone(
     """Return (the backbone with its path, its transformers config, which is `model_config` where one is given)."""
     from pal_ds.backbones.transformer import architecture_config, read_model_config
 
-    _check_one_origin(config)
-    if model_config is not None:
-        return config.backbone, model_config
-    backbone = resolve_backbone_path(config, run)
-    if config.backbone.architecture is None:
-        return backbone, read_model_config(backbone)
-    return backbone, architecture_config(backbone, int(data.info["tokens"]["vocab_size"]))
-
-
-def _check_one_origin(config: RunConfig) -> None:
     backbone = config.backbone
-    if config.train.init_from is not None:
-        for key in ("path", "architecture"):
-            if getattr(backbone, key) is not None:
-                raise UserError(
-                    f"backbone.{key}: train.init_from gives the backbone. Set backbone.{key} to null, or leave out "
-                    "train.init_from."
-                )
-    elif (backbone.path is None) == (backbone.architecture is None):
+    given = [key for key in ("path", "architecture") if getattr(backbone, key) is not None]
+    if config.train.init_from is not None and given:
+        raise UserError(
+            f"backbone.{given[0]}: train.init_from gives the backbone. Set backbone.{given[0]} to null, or leave out "
+            "train.init_from."
+        )
+    if config.train.init_from is None and len(given) != 1:
         raise UserError(
             "backbone: give exactly one of path (weights to load) and architecture (random weights)."
         )
+    if model_config is not None:
+        return backbone, model_config
+    resolved = resolve_backbone_path(config, run)
+    if backbone.architecture is None:
+        return resolved, read_model_config(resolved)
+    return resolved, architecture_config(resolved, int(data.info["tokens"]["vocab_size"]))
 
 
 def _contexts(
@@ -171,14 +183,6 @@ def _contexts(
             f"{head.num_context} others for each. Unset it; train.micro_batch_pairs bounds a micro-batch."
         )
     return Contexts.of(data, data.rows("train"), config.train.seed)
-
-
-def _check_groups(data: PreparedData, head: Head) -> None:
-    if "group" in head.needs and len(data.groups) > head.num_prototypes:
-        raise UserError(
-            f"head.num_prototypes: {head.num_prototypes}, and the data have {len(data.groups)} groups "
-            f"({', '.join(data.groups)}). Set it to {len(data.groups)}."
-        )
 
 
 def refuse_empty_prompts(collator: Collator, where: Path) -> None:
@@ -208,7 +212,7 @@ def base_weights_of(parts: Parts) -> str | None:
     """Return the fingerprint of the weights that training leaves as they are; None where there are none."""
     if parts.backbone is None or parts.backbone.tuning == "full":
         return None
-    from pal_ds.backbones.fingerprint import weights_fingerprint
+    from pal_ds.backbones.loading import weights_fingerprint
     from pal_ds.backbones.transformer import read_model_config
 
     assert parts.backbone.path is not None, "materialise `backbone.architecture` first"
@@ -227,25 +231,19 @@ def load_backbone(
         return GivenStates()
     from pal_ds.backbones.loading import load_transformer
     from pal_ds.backbones.packed import choose_layout, drops_attention
-    from pal_ds.backbones.transformer import TransformerBackbone, is_encoder
+    from pal_ds.backbones.transformer import TransformerBackbone
+    from pal_ds.remote_code.encoding import is_encoder
 
     packed, precision = parts.collator.packed, config.train.precision
+    seed = config.train.seed
     model, output = load_transformer(
-        parts.backbone,
-        precision=precision,
-        seed=config.train.seed,
-        gpu=gpu,
-        packed=packed,
-        language=language,
+        parts.backbone, precision=precision, seed=seed, gpu=gpu, packed=packed, language=language
     )
     layout = None
     if packed:
+        causal, dropout = not is_encoder(model.config), drops_attention(model.config)
         layout, reason = choose_layout(
-            parts.backbone.attention,
-            precision,
-            gpu=gpu,
-            causal=not is_encoder(model.config),
-            dropout=drops_attention(model.config),
+            parts.backbone.attention, precision, gpu=gpu, causal=causal, dropout=dropout
         )
         logger.info("packed rows: %s", reason)
     return TransformerBackbone(

@@ -7,6 +7,7 @@ from pal_ds.backbones.config import BackboneConfig, Pooling
 from pal_ds.config.run_config import RunConfig
 from pal_ds.data.tables import PreparedData
 from pal_ds.errors import UserError
+from pal_ds.heads.base import Head
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -65,9 +66,14 @@ def is_packed(config: BackboneConfig, model_config: "PretrainedConfig") -> bool:
     return config.packing != "padded" and obstacle is None
 
 
-def check_prompt(data: PreparedData, with_prompt: bool) -> None:
-    """Raise UserError where a head reads the prompt and nobody could say where it ends."""
-    if not with_prompt:
+def check_head(data: PreparedData, head: Head) -> None:
+    """Raise UserError where a head reads a prompt that nobody could say the end of, or has no prototype for a group."""
+    if "group" in head.needs and len(data.groups) > head.num_prototypes:
+        raise UserError(
+            f"head.num_prototypes: {head.num_prototypes}, and the data have {len(data.groups)} groups "
+            f"({', '.join(data.groups)}). Set it to {len(data.groups)}."
+        )
+    if "prompt" not in head.needs:
         return
     if data.info["kind"] == "vectors":
         if data.prompt_vectors is None:
@@ -96,34 +102,23 @@ def check_language(
     elif config.backbone.tuning == "frozen":
         obstacle = "a frozen backbone cannot learn from it. Set backbone.tuning to full or lora, or it to 0"
     elif model_config.model_type not in DECODERS or config.backbone.trust_remote_code:
-        obstacle = (
-            f"{model_config.model_type} is not among the decoders it is known for: "
-            f"{', '.join(sorted(DECODERS))}. Set it to 0"
-        )
+        known = ", ".join(sorted(DECODERS))
+        obstacle = f"{model_config.model_type} is not among the decoders it is known for: {known}. Set it to 0"
     elif encoding == "separate":
-        obstacle = (
-            "backbone.encoding: separate reads the response without its prompt. Set that to joint, or "
-            "this to 0"
-        )
+        obstacle = "backbone.encoding: separate reads the response without its prompt. Set that to joint, or this to 0"
     if obstacle:
         raise UserError(f"loss.lm_weight: {obstacle}.")
 
 
-def check_vocabulary(model_config: "PretrainedConfig", data: PreparedData) -> None:
-    """Raise UserError where the tokenizer has ids that the backbone has no embedding for."""
-    vocab_size, needed = (
-        getattr(model_config, "vocab_size", None),
-        int(data.info["tokens"]["vocab_size"]),
-    )
+def check_sizes(model_config: "PretrainedConfig", data: PreparedData) -> None:
+    """Raise UserError where the data have ids that the backbone has no embedding for, or texts longer than it reads."""
+    vocab_size = getattr(model_config, "vocab_size", None)
+    needed = int(data.info["tokens"]["vocab_size"])
     if vocab_size is not None and vocab_size < needed:
         raise UserError(
             f"backbone.path: its vocabulary has {vocab_size} entries, the data's tokenizer has {needed}. "
             "Prepare the data with the backbone's own tokenizer (data.tokenizer)."
         )
-
-
-def check_positions(model_config: "PretrainedConfig", data: PreparedData) -> None:
-    """Raise UserError where texts may be longer than the backbone can read."""
     positions = getattr(model_config, "max_position_embeddings", None)
     if positions is None:
         return

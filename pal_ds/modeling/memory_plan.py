@@ -98,14 +98,8 @@ def _activations(config: RunConfig, model_config: PretrainedConfig, size: int) -
     # Both responses, each behind its prompt; packed rows hold the prompt once, so this is the most there can be.
     num_tokens = train.micro_batch_tokens or 2 * train.micro_batch_pairs * config.data.max_length
     hidden = model_config.hidden_size
-    inner = next(
-        (
-            value
-            for name in ("intermediate_size", "ffn_dim", "hidden_dim", "n_inner")
-            if (value := getattr(model_config, name, None))
-        ),
-        4 * hidden,
-    )
+    names = ("intermediate_size", "ffn_dim", "hidden_dim", "n_inner")
+    inner = next(filter(None, (getattr(model_config, name, None) for name in names)), 4 * hidden)
     layer = size * num_tokens * (8 * hidden + 3 * inner)
     if config.backbone.tuning == "frozen":
         return float(layer)

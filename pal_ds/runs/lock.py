@@ -20,7 +20,6 @@ logger = logging.getLogger(__name__)
 LOCK = "lock"
 WAIT_SECONDS = 120.0
 """A network file system holds a dead node's lock for about a minute and a half."""
-_TAKEN = (errno.EACCES, errno.EAGAIN)
 
 
 @contextlib.contextmanager
@@ -63,8 +62,13 @@ def _acquired(run: RunDirectory, wait_seconds: float) -> int:
         except OSError as error:
             holder = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
-            if error.errno not in _TAKEN:
-                return _unlocked(path, error)
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                logger.warning(
+                    "%s: this file system has no locks (%s); nothing keeps two trainings out of this run",
+                    path,
+                    os.strerror(error.errno or 0),
+                )
+                return os.open(os.devnull, os.O_RDONLY)
             # Whoever asks for a stop now does not want to wait for another run.
             if time.monotonic() > deadline or preemption.stop_is_requested():
                 raise BusyError(
@@ -79,17 +83,13 @@ def _acquired(run: RunDirectory, wait_seconds: float) -> int:
             continue
         if _is_at(path, descriptor):
             os.ftruncate(descriptor, 0)
-            os.write(descriptor, json.dumps(_own_name()).encode())
+            # A name by which a person finds this process: in a SLURM job its number, as its host may be anywhere.
+            who = {"host": socket.gethostname(), "pid": os.getpid()}
+            given = {"slurm_job": "SLURM_JOB_ID", "slurm_restarts": "SLURM_RESTART_COUNT"}
+            who |= {name: os.environ[key] for name, key in given.items() if key in os.environ}
+            os.write(descriptor, json.dumps({**who, "since": time.ctime()}).encode())
             return descriptor
         os.close(descriptor)
-
-
-def _own_name() -> dict[str, str | int]:
-    """Return a name by which a person finds this process: in a SLURM job its number, as its host may be anywhere."""
-    who: dict[str, str | int] = {"host": socket.gethostname(), "pid": os.getpid()}
-    given = {"slurm_job": "SLURM_JOB_ID", "slurm_restarts": "SLURM_RESTART_COUNT"}
-    job = {name: os.environ[key] for name, key in given.items() if key in os.environ}
-    return {**who, **job, "since": time.ctime()}
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
@@ -98,12 +98,3 @@ def _is_at(path: Path, descriptor: int) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
-
-
-def _unlocked(path: Path, error: OSError) -> int:
-    logger.warning(
-        "%s: this file system has no locks (%s); nothing keeps two trainings out of this run",
-        path,
-        os.strerror(error.errno or 0),
-    )
-    return os.open(os.devnull, os.O_RDONLY)

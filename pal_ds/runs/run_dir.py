@@ -125,18 +125,11 @@ class RunDirectory:
             )
 
     def initial_backbone(self) -> str:
-        """Return the path of the backbone that `train.init_from` gave: a folder here, or where its frozen weights lie.
-
-        Raises UserError where D/init is missing.
-        """
+        """Return where the backbone that `train.init_from` gave lies. Raises UserError as `origin_facts` does."""
         return self.origin_facts()["frozen_path"] or str(self.init / "backbone")
 
     def origin_facts(self) -> OriginFacts:
-        """Read origin.json of a run with `train.init_from`.
-
-        Raises:
-            UserError: D/init is missing.
-        """
+        """Read origin.json of a run with `train.init_from`. Raises UserError where D/init is missing."""
         if not self.origin_file.is_file():
             raise UserError(
                 f"{self.init}: missing. A run with train.init_from keeps there what it started from, and `train` "
@@ -152,21 +145,17 @@ class RunDirectory:
 
     def complete_steps(self) -> list[int]:
         """Return the steps with a manifest, ascending; whether it is true is not looked at."""
-        return [
-            step for step in self.all_steps() if (self.checkpoint(step) / "manifest.json").is_file()
-        ]
+        return [s for s in self.all_steps() if (self.checkpoint(s) / "manifest.json").is_file()]
 
     def all_steps(self) -> list[int]:
-        """Return the numbers of all directories that are named as a step, ascending."""
-        numbers = (self.step_of(path) for path in self.checkpoints.glob("step_*") if path.is_dir())
-        return sorted(number for number in numbers if number is not None)
+        """Return the numbers of all directories that are named as a step, ascending.
 
-    def step_of(self, path: Path) -> int | None:
-        """Return the step whose directory this is; None for one being written or deleted, or not named by us."""
-        number = path.name.removeprefix("step_")
-        if not number.isdecimal() or self.checkpoint(int(number)).name != path.name:
-            return None
-        return int(number)
+        Those that are being written or deleted, or that were not named by us, are none.
+        """
+        numbers = (
+            p.name.removeprefix("step_") for p in self.checkpoints.glob("step_*") if p.is_dir()
+        )
+        return sorted(int(n) for n in numbers if n.isdecimal() and n == f"{int(n):08d}")
 
     def pointer(self, name: Literal["latest", "best"]) -> StepPointer | None:
         """Return the content of latest.json or best.json, or None; of it only the step is ever followed.
@@ -199,15 +188,13 @@ class RunDirectory:
                 f"{self.checkpoints}: no complete checkpoint. Train first, or check --run_dir."
             )
         if step == "latest":
-            named = self.pointer("latest")
-            if named is not None and named["step"] > steps[-1]:
-                logger.warning(
-                    "%s: latest.json names step %d, of which there is no whole checkpoint; taking step %d",
-                    self.path,
-                    named["step"],
-                    steps[-1],
+            named, newest = self.pointer("latest"), steps[-1]
+            if named is not None and named["step"] > newest:
+                missing = (
+                    f"latest.json names step {named['step']}, of which there is no whole checkpoint"
                 )
-            return steps[-1]
+                logger.warning("%s: %s; taking step %d", self.path, missing, newest)
+            return newest
         if step == "best":
             best = self.pointer("best")
             if best is None:

@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import os
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +12,13 @@ from pal_ds.distributed.watchdog import watch
 from pal_ds.engine.ds_config import check_zero_section, ds_config_of
 from pal_ds.engine.process_group import distributed
 from pal_ds.errors import UserError
-from pal_ds.modeling.build import assemble, base_weights_of
-from pal_ds.modeling.context import RunContext
+from pal_ds.modeling.build import RunContext, assemble, base_weights_of
 from pal_ds.runs.run_dir import RunDirectory
-from pal_ds.training.launch import open_data, prepare_before_processes_meet
+from pal_ds.training.launch import (
+    open_data,
+    prepare_before_processes_meet,
+    world_size_of_launch,
+)
 from pal_ds.training.setup import encode_frozen
 
 logger = logging.getLogger(__name__)
@@ -32,7 +34,7 @@ def embed(config: RunConfig) -> bool:
         StorageError: the cache cannot be written; the shards written before are intact.
     """
     refuse_what_has_no_cache(config)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = world_size_of_launch()
     ds_config = ds_config_of(config.train, world_size)
     failure = prepare_before_processes_meet(config)
     if failure is not None and world_size == 1:
@@ -82,10 +84,9 @@ def encode_all(context: RunContext) -> bool:
     config, data, world = context.config, context.data, context.world
     parts = world.on_every_rank(lambda: assemble(config, data, context.run))
     weights = world.from_rank_zero(lambda: base_weights_of(parts))
-    watch_ = StopWatch(config.train.time_limit_minutes)
+    leave = functools.partial(StopWatch(config.train.time_limit_minutes).leave_if_requested, world)
     rows = np.arange(len(data.comparisons))
     try:
-        leave = functools.partial(watch_.leave_if_requested, world)
         encode_frozen(context, parts, parts.collator, rows, weights, between=leave)
     except StopRequested as stop_error:
         logger.warning(

@@ -87,12 +87,9 @@ def evaluate_in_training(state: Training, *, at_start: bool = False) -> bool:
         return False
     accuracy, best = figures["dev"]["accuracy"], state.best
     assert accuracy is not None, "dev has pairs"
-    improved = state.world.from_rank_zero(
-        # A model that has diverged is the best of nothing.
-        lambda: (
-            bool(np.isfinite(margins).all()) and (best is None or accuracy > best["dev_accuracy"])
-        )
-    )
+    # A model that has diverged is the best of nothing.
+    is_better = np.isfinite(margins).all() and (best is None or accuracy > best["dev_accuracy"])
+    improved = state.world.from_rank_zero(lambda: bool(is_better))
     if improved:
         state.best = {"step": state.step, "dev_accuracy": accuracy, "temperature": temperature}
     return improved

@@ -22,10 +22,8 @@ from pal_ds.engine.checkpoint.manifest import read_manifest
 from pal_ds.engine.ds_config import DeepSpeedConfig, check_zero_section, ds_config_of
 from pal_ds.engine.process_group import distributed
 from pal_ds.errors import UserError, writing
-from pal_ds.io.files import write_json
-from pal_ds.io.folders import new_folder
-from pal_ds.modeling.build import Parts, assemble
-from pal_ds.modeling.context import RunContext
+from pal_ds.io.files import new_folder, write_json
+from pal_ds.modeling.build import Parts, RunContext, assemble
 from pal_ds.runs.lock import LOCK, only_writer
 from pal_ds.runs.run_dir import RunDirectory
 
@@ -65,15 +63,7 @@ def launch_training(
     allow_change: Sequence[str] = (),
     trust_checkpoint: bool = False,
 ) -> None:
-    """Prepare the data where this launch is a single node, then train.
-
-    Args:
-        config: the recipe.
-        recipe: the same as resolved YAML, kept as the run's config.yaml.
-        run_dir: the run's directory; one with checkpoints is resumed.
-        fresh: refuse a directory that is not empty.
-        allow_change: keys that may differ on resume.
-        trust_checkpoint: read checkpoints of another owner.
+    """Prepare the data where this launch is a single node, then train; all else is as in `TrainingRequest`.
 
     Raises:
         UserError: the recipe contradicts itself, the data or the run that is to be resumed.
@@ -105,11 +95,7 @@ def train_among(
 ) -> Collator | None:
     """Make one training of ranks that have met, as the run's only writer and under the watchdog.
 
-    Args:
-        world: the ranks.
-        request: what to train, and where.
-        tables: opens the prepared data, on every rank.
-        encoded: as for `train`, whose result is returned.
+    `tables` opens the prepared data, on every rank; `encoded` and the result are those of `train`.
     """
     config, run = request.config, request.run
     with contextlib.ExitStack() as held:
@@ -130,60 +116,48 @@ def train_among(
             config=config, run=run, data=data, world=world, ds_config=request.ds_config
         )
         world.from_rank_zero(lambda: check_run_directory(request, data))
-        start = Start(context)
+        written: list[Path] = []
         try:
-            parts = start.assemble(trust=request.trust_checkpoint)
             return train(
                 context,
-                parts,
+                _assemble(context, written, trust=request.trust_checkpoint),
                 encoded=encoded,
                 trust_checkpoint=request.trust_checkpoint,
                 recipe=request.recipe,
             )
         except UserError:
             if world.is_rank_zero and not run.config_file.is_file():
-                start.leave_no_trace()
+                # A start that never came to its first update leaves no trace.
+                for folder in written:
+                    shutil.rmtree(folder, ignore_errors=True)
             raise
 
 
-@dataclass
-class Start:
-    """Weights that a run begins with, and what this launch has written of them."""
+def _assemble(context: RunContext, written: list[Path], *, trust: bool) -> Parts:
+    """Assemble the parts once, and write the weights that no path gives into folders that join `written`.
 
-    context: RunContext
-    made_init: bool = False
-    made_base: bool = False
+    Raises:
+        UserError: on every rank, where the recipe does not fit the data or the weights cannot be written.
+    """
+    config, data, run, world = context.config, context.data, context.run, context.world
+    taken: Parts | None = None
 
-    def assemble(self, *, trust: bool) -> Parts:
-        """Assemble the parts once, and write the weights that no path gives.
+    def take() -> None:
+        nonlocal taken
+        from pal_ds.training.init_from.copy import take_over
 
-        Raises:
-            UserError: on every rank, where the recipe does not fit the data or the weights cannot be written.
-        """
-        config, world = self.context.config, self.context.world
-        data, run = self.context.data, self.context.run
-        taken: Parts | None = None
+        taken = take_over(config, data, run, trust=trust)
+        written.extend([] if taken is None else [run.init])
 
-        def take() -> bool:
-            nonlocal taken
-            from pal_ds.training.init_from.copy import take_over
+    def write_base() -> None:
+        written.extend([run.base] if write_base_weights(config, data, run) else [])
 
-            taken = take_over(config, data, run, trust=trust)
-            return taken is not None
-
-        if config.train.init_from is not None:
-            self.made_init = world.from_rank_zero(take)
-        parts = world.on_every_rank(lambda: assemble(config, data, run) if taken is None else taken)
-        if config.backbone.architecture is not None and data.info["kind"] == "tokens":
-            self.made_base = world.from_rank_zero(lambda: write_base_weights(config, data, run))
-        return parts
-
-    def leave_no_trace(self) -> None:
-        """Delete the weights that this launch wrote, after a start that never came to its first update."""
-        run = self.context.run
-        for folder, ours in ((run.base, self.made_base), (run.init, self.made_init)):
-            if ours:
-                shutil.rmtree(folder, ignore_errors=True)
+    if config.train.init_from is not None:
+        world.from_rank_zero(take)
+    parts = world.on_every_rank(lambda: assemble(config, data, run) if taken is None else taken)
+    if config.backbone.architecture is not None and data.info["kind"] == "tokens":
+        world.from_rank_zero(write_base)
+    return parts
 
 
 def record_loss(run: RunDirectory, reason: str) -> None:
@@ -269,13 +243,7 @@ def write_base_weights(config: RunConfig, data: PreparedData, run: RunDirectory)
     # Half a folder, or one without its mark, could not be told from somebody else's.
     with new_folder(run.base) as folder:
         vocab_size = data.info["tokens"]["vocab_size"]
-        materialise_architecture(
-            config.backbone,
-            vocab_size,
-            config.train.seed,
-            folder,
-            language=config.loss.lm_weight > 0,
-        )
-        seeded = {"architecture": config.backbone.architecture, "seed": config.train.seed}
-        write_json(folder / OUR_BASE, seeded)
+        seed, language = config.train.seed, config.loss.lm_weight > 0
+        materialise_architecture(config.backbone, vocab_size, seed, folder, language=language)
+        write_json(folder / OUR_BASE, {"architecture": config.backbone.architecture, "seed": seed})
     return True

@@ -1,7 +1,7 @@
 """The training loop. It knows no method: parts come from the recipe, figures go to the run directory."""
 
+import functools
 import logging
-from collections.abc import Iterator
 
 from pal_ds.config.recipe import record_recipe
 from pal_ds.data.collator import Collator
@@ -16,8 +16,7 @@ from pal_ds.engine.step import Stepper, UpdateStats
 from pal_ds.errors import NumericError, StorageError
 from pal_ds.io.fault_points import reached
 from pal_ds.io.files import write_json
-from pal_ds.modeling.build import Parts
-from pal_ds.modeling.context import RunContext
+from pal_ds.modeling.build import Parts, RunContext
 from pal_ds.progress import progress_bar
 from pal_ds.runs.run_dir import RunState, Status
 from pal_ds.training.evaluation import evaluate_in_training
@@ -54,7 +53,11 @@ def train(
     except Exception as error:
         # Of what other ranks cause, the watchdog finds and records the cause.
         if world.is_rank_zero and not is_symptom(error):
-            record_failure(state, error)
+            try:
+                # Rank 0 alone, as the others may be gone.
+                run.write_status(status_of(state, "failed", str(error)))
+            except (OSError, StorageError) as problem:
+                logger.warning("status.json could not be written: %s", problem)
         raise
     finally:
         # Without this a finished process may abort in DeepSpeed's background threads.
@@ -65,10 +68,9 @@ def train(
 def end_before_updates(context: RunContext, reason: str) -> None:
     """Record a run that was stopped before its updates: the next start goes on from checkpoint and cache."""
     config, run = context.config, context.run
-
-    def tell() -> None:
-        step = max(run.complete_steps(), default=0)
-        num_updates = config.train.epochs * plan_of(config, context.data).updates_per_epoch
+    step = context.world.from_rank_zero(lambda: max(run.complete_steps(), default=0))
+    num_updates = config.train.epochs * plan_of(config, context.data).updates_per_epoch
+    if context.world.is_rank_zero:
         logger.warning(
             "stopping while texts are being encoded, at update %d of %d (%s): %s; the same command resumes",
             step,
@@ -78,11 +80,8 @@ def end_before_updates(context: RunContext, reason: str) -> None:
             if config.backbone.cache
             else "the next start encodes them anew",
         )
-        run.write_status(
-            {"state": "stopped", "step": step, "num_updates": num_updates, "reason": reason}
-        )
-
-    context.world.from_rank_zero(tell)
+    facts: Status = {"state": "stopped", "step": step, "num_updates": num_updates, "reason": reason}
+    context.world.from_rank_zero(lambda: run.write_status(facts))
 
 
 def run_updates(state: Training) -> None:
@@ -100,7 +99,11 @@ def run_updates(state: Training) -> None:
             advance(0)
         stop = evaluate_first(state)
         state.watch.begin_lap()
-        for inputs in inputs_until(state, state.step if stop else last):
+        phase.enter("build batches", state.step)
+        settings = state.config.train
+        ignore = functools.partial(ignore_stop_signals, settings.stop_signals)
+        up_to = state.step if stop else last
+        for inputs in updates_from(state.inputs, state.step, up_to, settings.num_workers, ignore):
             stats = make_update(state, stepper, inputs)
             state.watch.end_lap()
             tracker.add(stats)
@@ -129,36 +132,21 @@ def evaluate_first(state: Training) -> str | None:
     return None
 
 
-def inputs_until(state: Training, last: int) -> Iterator[UpdateInputs]:
-    """Yield the inputs of the updates from the one at hand to `last`; worker processes may make them."""
-    settings = state.config.train
-    phase.enter("build batches", state.step)
-    return updates_from(
-        state.inputs,
-        state.step,
-        last,
-        settings.num_workers,
-        lambda: ignore_stop_signals(settings.stop_signals),
-    )
-
-
 def make_update(state: Training, stepper: Stepper, inputs: UpdateInputs) -> UpdateStats:
     """Make the next update, or skip it where the guard says so."""
     batches = [batch.to(state.world.device) for batch in inputs.batches]
     try:
         stats = stepper.run(state.step, batches, inputs.runs, inputs.user_rows)
     except NumericError as error:
-        raise NumericError(f"{error} {describe(state, inputs)}") from None
+        rows = ", ".join(map(str, inputs.rows[:8])) + (", ..." if len(inputs.rows) > 8 else "")
+        epoch, index = divmod(state.step, state.plan.updates_per_epoch)
+        # For a person who wants to look at its comparisons.
+        raise NumericError(
+            f"{error} (Update {index} of epoch {epoch}: rows {rows} of {state.data.path}/comparisons.npy.)"
+        ) from None
     state.step += 1
     phase.enter("build batches", state.step)
     return stats
-
-
-def describe(state: Training, inputs: UpdateInputs) -> str:
-    """Name the comparisons of an update for a person who wants to look at them."""
-    rows = ", ".join(map(str, inputs.rows[:8])) + (", ..." if len(inputs.rows) > 8 else "")
-    epoch, index = divmod(state.step, state.plan.updates_per_epoch)
-    return f"(Update {index} of epoch {epoch}: rows {rows} of {state.data.path}/comparisons.npy.)"
 
 
 def agree_on_stop(state: Training) -> str | None:
@@ -200,24 +188,16 @@ def log_evaluate_save(state: Training, stop: str | None) -> str | None:
     return stop
 
 
-def record_failure(state: Training, error: Exception) -> None:
-    """Write status.json of a run that ends with an error; rank 0 alone, as the others may be gone."""
-    facts: Status = {"state": "failed", "step": state.step, "num_updates": state.num_updates}
-    try:
-        state.run.write_status({**facts, "reason": str(error)})
-    except (OSError, StorageError) as problem:
-        logger.warning("status.json could not be written: %s", problem)
-
-
 def write_status(state: Training, name: RunState, reason: str | None = None) -> None:
-    """Write status.json: what a batch script asks for before it queues the job again."""
-    facts: Status = {
-        "state": name,
-        "step": state.step,
-        "num_updates": state.num_updates,
-        "reason": reason,
-    }
+    """Write status.json from every rank: what a batch script asks for before it queues the job again."""
+    facts = status_of(state, name, reason)
     state.world.from_rank_zero(lambda: state.run.write_status(facts))
+
+
+def status_of(state: Training, name: RunState, reason: str | None) -> Status:
+    """Return what status.json says of a run."""
+    step, num_updates = state.step, state.num_updates
+    return {"state": name, "step": step, "num_updates": num_updates, "reason": reason}
 
 
 def save(state: Training) -> None:

@@ -67,14 +67,14 @@ class Tracker:
         stats, self._pending = self._pending, []
         if stats:
             parts = torch.stack([torch.stack([s.loss_sum, s.correct]) for s in stats])
-            for (loss, correct), update in zip(
-                self._world.all_gather(parts).double().sum(0).tolist(), stats, strict=True
-            ):
+            sums = self._world.all_gather(parts).double().sum(0).tolist()
+            for (loss, correct), update in zip(sums, stats, strict=True):
+                loss_sum, num_correct, num_pairs, num_skipped = self._unlogged
                 self._unlogged = Unlogged(
-                    self._unlogged.loss_sum + loss,
-                    self._unlogged.num_correct + correct,
-                    self._unlogged.num_pairs + update.num_pairs,
-                    self._unlogged.num_skipped + (not update.applied),
+                    loss_sum + loss,
+                    num_correct + correct,
+                    num_pairs + update.num_pairs,
+                    num_skipped + (not update.applied),
                 )
         return self._unlogged
 
@@ -85,12 +85,8 @@ class Tracker:
     def log_evaluation(self, step: int, figures: Mapping[str, Mapping[str, Any]]) -> None:
         """Write a line with the figures of each set under its name: dev_accuracy, NAME_accuracy, ..."""
         kinds = (
-            "pairs",
-            "accuracy",
-            "user_accuracy_mean",
-            "worst_decile_user_accuracy",
-            "ece",
-            "temperature",
+            *("pairs", "accuracy", "user_accuracy_mean", "worst_decile_user_accuracy"),
+            *("ece", "temperature"),
         )
         named = {
             f"{name}_{kind}": of_set[kind] for name, of_set in figures.items() for kind in kinds
@@ -104,19 +100,19 @@ class Tracker:
         self._world.from_rank_zero(lambda: self._run.append_metrics(row))
         if self._world.is_rank_zero and self._config.wandb.project:
             # At the first line rather than before: a start that is refused leaves no run there.
-            self._wandb = self._wandb or _start_wandb(self._run, self._config)
+            if self._wandb is None:
+                import wandb
+
+                settings = self._config.wandb
+                # The key comes from wandb's own environment or netrc and never passes through our config.
+                self._wandb = wandb.init(
+                    project=settings.project,
+                    name=settings.name,
+                    mode=settings.mode,
+                    dir=str(self._run.path),
+                )
             self._wandb.log(row, step=row["step"])
 
     def close(self) -> None:
         if self._wandb is not None:
             self._wandb.finish()
-
-
-def _start_wandb(run: RunDirectory, config: RunConfig) -> Any:
-    import wandb
-
-    settings = config.wandb
-    # The key comes from wandb's own environment or netrc and never passes through our config.
-    return wandb.init(
-        project=settings.project, name=settings.name, mode=settings.mode, dir=str(run.path)
-    )

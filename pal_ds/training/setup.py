@@ -1,10 +1,11 @@
-"""Set-up of a training: data, parts, partitioned weights, users, plan, and the newest intact checkpoint."""
+"""Set-up of a training: data, parts, partitioned weights, users, plan, and the newest intact checkpoint restored."""
 
 import functools
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,9 +17,17 @@ from pal_ds.data.collator import Collator
 from pal_ds.data.tables import PreparedData
 from pal_ds.distributed import phase
 from pal_ds.distributed.preemption import StopWatch
+from pal_ds.engine.checkpoint.checkpoint import (
+    load_checkpoint,
+    refuse_other_base,
+    refuse_other_launch,
+)
+from pal_ds.engine.checkpoint.manifest import Manifest
+from pal_ds.engine.checkpoint.verify import newest_intact_for_all
 from pal_ds.engine.guard import UpdateGuard
-from pal_ds.engine.training_engine import TrainingEngine
-from pal_ds.engine.zero import (
+from pal_ds.engine.optim import apply_settings
+from pal_ds.engine.training_engine import (
+    TrainingEngine,
     parameter_bytes_on_this_rank,
     partitioned_loading,
     start_inference_engine,
@@ -29,15 +38,12 @@ from pal_ds.feature_cache.encode import encode_once
 from pal_ds.feature_cache.folders import cache_folders
 from pal_ds.heads.base import Head
 from pal_ds.model import RewardModel
-from pal_ds.modeling.build import Parts, base_weights_of, load_backbone
-from pal_ds.modeling.context import RunContext
+from pal_ds.modeling.build import Parts, RunContext, base_weights_of, load_backbone
+from pal_ds.runs.run_dir import BestEvaluation
 from pal_ds.training.evaluation import open_eval_sets
-from pal_ds.training.init_from.load import load_taken_over
+from pal_ds.training.init_from.copy import load_taken_over
 from pal_ds.training.metrics_logger import Tracker
-from pal_ds.training.resume import resume
-from pal_ds.training.state import EvalSet, Training, plan_of
-from pal_ds.training.users import seen_users
-from pal_ds.users import TrainedUsers
+from pal_ds.training.state import Training, plan_of, seen_users
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +60,8 @@ def start_training(
 ) -> Training:
     """Load and shard everything, and restore the newest intact checkpoint if there is one.
 
-    Args:
-        context: recipe, run directory, data and ranks.
-        parts: what `assemble` made of them.
-        encoded: a collator with stored states of the same texts, of an earlier run on the same frozen backbone.
-        trust_checkpoint: read checkpoints of another owner.
+    `encoded` is a collator with stored states of the same texts, of an earlier run on the same frozen backbone;
+    `trust_checkpoint` reads checkpoints of another owner.
 
     Raises:
         StopRequested: a stop was asked for while texts were being encoded; on every rank, and the cache keeps them.
@@ -84,7 +87,11 @@ def start_training(
         collator = encode_frozen(context, parts, collator, rows, base_weights, between=leave)
     elif encoded is None:
         backbone = load_partitioned(context, parts)
-    sets = other_sets(context, parts, collator, users, base_weights)
+    paths = config.train.eval_sets
+    sets = world.on_every_rank(lambda: open_eval_sets(paths, data, collator, users.ids))
+    if parts.needs_store:
+        encode = functools.partial(encode_frozen, context, parts, base_weights=base_weights)
+        sets = [replace(s, collator=encode(s.collator, s.rows)) for s in sets]
     origin = load_taken_over(config, context.run, parts.head, users)
     guard = UpdateGuard(config.train, world)
     state = Training(
@@ -123,13 +130,12 @@ def log_size(state: Training, seconds: float) -> None:
     """Log where the run stands, how many parameters it has, and which share of their bytes this rank holds."""
     module = state.engine.module
     held, whole = parameter_bytes_on_this_rank(module)
-    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
     logger.info(
         "ready at update %d of %d after %.1f s: %s parameters, %.3f of their bytes on this rank",
         state.step,
         state.num_updates,
         seconds,
-        f"{num_parameters:,}",
+        f"{sum(getattr(p, 'ds_numel', p.numel()) for p in module.parameters()):,}",
         held / max(whole, 1),
     )
 
@@ -164,15 +170,8 @@ def encode_frozen(
 ) -> Collator:
     """Give the collator stored states of every text of the comparisons `rows`, from `backbone.cache` where it is set.
 
-    Weights are loaded for states that are not in the cache, and not needed after it.
-
-    Args:
-        context: recipe and ranks; its data may be others than the collator's.
-        parts: the frozen backbone and how it is read.
-        collator: which texts are read, of which data.
-        rows: comparisons of that data; int64 [n].
-        base_weights: fingerprint of the frozen weights.
-        between: called before each forward.
+    Weights are loaded for states that are not in the cache, and not needed after it. The collator's data may be others
+    than the context's; `rows` (int64 [n]) are comparisons of them. `between` is called before each forward.
 
     Raises:
         StopRequested: what `between` raises; the cache keeps what was encoded.
@@ -192,25 +191,39 @@ def encode_frozen(
     return encode_once(load, collator, rows, batch_texts, world, caches, between)
 
 
-def other_sets(
-    context: RunContext,
-    parts: Parts,
-    collator: Collator,
-    users: TrainedUsers,
-    base_weights: str | None,
-) -> list[EvalSet]:
-    """Open `train.eval_sets`, and encode their texts where the backbone is frozen.
+def resume(state: Training, *, trust: bool) -> None:
+    """Restore the newest intact checkpoint; a directory without any starts at update 0."""
+    world, run = state.world, state.run
+    phase.enter("resume")
 
-    Raises:
-        UserError: as `open_eval_sets` does.
-    """
-    paths = context.config.train.eval_sets
-    sets = context.world.on_every_rank(
-        lambda: open_eval_sets(paths, collator.data, collator, users.ids)
+    intact = newest_intact_for_all(run, world, trust=trust)
+
+    def choose() -> tuple[str, Manifest, BestEvaluation | None] | None:
+        if intact is None:
+            run.drop_metrics_after(-1)
+            return None
+        path, manifest = intact
+        refuse_other_launch(path, manifest, state.data.hash, state.data.path)
+        refuse_other_base(path, manifest, state.base_weights)
+        # As the checkpoint knew it: best.json may be of a step that is damaged or was never published.
+        best = manifest.get("best")
+        return str(path), manifest, best if best and best["step"] in run.complete_steps() else None
+
+    checkpoint = world.from_rank_zero(choose)
+    if checkpoint is None:
+        return
+    path, manifest, state.best = checkpoint
+    phase.enter("load the checkpoint", int(manifest["step"]))
+    load_checkpoint(state.engine, state.users, Path(path), manifest, world)
+    apply_settings(state.engine.optimizer.param_groups, state.config.optim)
+    state.step = int(manifest["step"])
+    state.owes_evaluation = manifest["owes_evaluation"]
+    state.guard.load_state_dict(manifest["guard"])
+    state.tracker.resume(manifest["unlogged"])
+    state.watch.save_seconds = manifest["save_seconds"]
+    # Last of all: a start that is refused changes nothing.
+    world.from_rank_zero(
+        lambda: run.drop_metrics_after(state.step, owes_evaluation=state.owes_evaluation)
     )
-    if not parts.needs_store:
-        return sets
-    return [
-        replace(s, collator=encode_frozen(context, parts, s.collator, s.rows, base_weights))
-        for s in sets
-    ]
+    if world.is_rank_zero:
+        logger.warning("resuming from %s at update %d of %d", path, state.step, state.num_updates)

@@ -10,7 +10,7 @@ import yaml
 import pal_ds
 from pal_ds.backbones.config import BackboneConfig
 from pal_ds.config.own_code import source_files
-from pal_ds.config.python_recipe import plain, read
+from pal_ds.config.recipe import plain, read
 from pal_ds.config.run_config import OptimConfig, RunConfig
 from pal_ds.data.prepare import DataConfig
 from pal_ds.data.sources import Jsonl

@@ -13,8 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from pal_ds.backbones import language
 from pal_ds.backbones.config import BackboneConfig
 from pal_ds.backbones.language import LanguageHead, logit_scale, with_language_head
-from pal_ds.backbones.packed import DECODERS
-from pal_ds.backbones.packed_attention import NAME
+from pal_ds.backbones.packed import DECODERS, NAME
 from pal_ds.backbones.transformer import TransformerBackbone, architecture_config
 from pal_ds.data.batch import Batch
 from pal_ds.data.collator import Collator

@@ -15,8 +15,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModel
 
 from pal_ds.backbones.config import BackboneConfig
-from pal_ds.backbones.packed import DECODERS, ENCODERS, choose_layout, drops_attention
-from pal_ds.backbones.packed_attention import NAME
+from pal_ds.backbones.packed import DECODERS, ENCODERS, NAME, choose_layout, drops_attention
 from pal_ds.backbones.packed_blocks import blocks_of
 from pal_ds.backbones.packed_spans import Spans, spans_of
 from pal_ds.backbones.transformer import (

@@ -13,18 +13,14 @@ import yaml
 from safetensors import safe_open
 
 from pal_ds.cli.main import main
-from pal_ds.engine.checkpoint.manifest import (
-    UntrustedCheckpointError,
-    entry_of,
-    newest_intact,
-    verify_checkpoint,
-    write_manifest,
-)
+from pal_ds.engine.checkpoint.manifest import entry_of, write_manifest
 from pal_ds.engine.checkpoint.shard_writer import ShardFiles
 from pal_ds.engine.checkpoint.torch_archive import ForeignObjectError
+from pal_ds.engine.checkpoint.verify import UntrustedCheckpointError, verify_checkpoint
 from pal_ds.errors import UserError
 from pal_ds.runs.run_dir import RunDirectory
 from tests.engine.kills import said
+from tests.engine.newest import newest_intact
 from tests.warm import WarmParent, fork_ranks, wait_for
 from tools import consolidate
 

@@ -18,8 +18,9 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from pal_ds.engine.checkpoint.manifest import newest_intact, verify_checkpoint
+from pal_ds.engine.checkpoint.verify import verify_checkpoint
 from pal_ds.runs.run_dir import RunDirectory
+from tests.engine.newest import newest_intact
 from tests.same_run import figures, leaves, load
 from tests.tiny import LLAMA, write_pairs
 from tests.warm import KILLED, Hook, Rank, fork_ranks, kill_at, wait_for

@@ -19,7 +19,7 @@ from pal_ds.engine.optim import parameter_groups, schedule_factor
 from pal_ds.heads.base import UserState
 from pal_ds.model import RewardModel
 from pal_ds.runs.run_dir import RunDirectory
-from pal_ds.training.users import seen_users
+from pal_ds.training.state import seen_users
 from tests.engine.parity_worker import NUM_UPDATES, recipe
 from tests.spawn import run_ranks
 from tests.tiny import LLAMA, write_pairs

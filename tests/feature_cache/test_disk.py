@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from pal_ds.backbones.config import BackboneConfig
-from pal_ds.backbones.fingerprint import weights_fingerprint
-from pal_ds.backbones.loading import load_transformer
+from pal_ds.backbones.loading import load_transformer, weights_fingerprint
 from pal_ds.backbones.transformer import (
     TransformerBackbone,
     materialise_architecture,

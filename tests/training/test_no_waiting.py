@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel
 
 from pal_ds.backbones.config import BackboneConfig
-from pal_ds.backbones.packed_attention import NAME
+from pal_ds.backbones.packed import NAME
 from pal_ds.backbones.packed_spans import spans_of
 from pal_ds.backbones.transformer import TransformerBackbone, architecture_config
 from pal_ds.data.batch import Batch

@@ -6,13 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pal_ds.backbones.fingerprint import weights_fingerprint
+from pal_ds.backbones.loading import weights_fingerprint
 from pal_ds.distributed import phase
 from pal_ds.engine.checkpoint import shard_writer, torch_archive
 from pal_ds.engine.checkpoint.manifest import hash_file
 from pal_ds.engine.checkpoint.shard_writer import ShardFiles
 from pal_ds.engine.checkpoint.torch_archive import load_archive
-from pal_ds.io import hashing
 
 SMALL = 1 << 12
 NUM_CHUNKS = 20

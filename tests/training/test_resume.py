@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from pal_ds.engine.checkpoint.manifest import newest_intact, verify_checkpoint
+from pal_ds.engine.checkpoint.verify import verify_checkpoint
 from pal_ds.errors import UserError
 from pal_ds.runs.run_dir import RunDirectory
+from tests.engine.newest import newest_intact
 from tests.same_run import assert_same_step, figures
 from tests.spawn import run_ranks
 from tests.tiny_run import TinyRun

@@ -167,8 +167,7 @@ def whole_runs(
 ) -> dict[str, float]:
     """Seconds of a training with an empty cache, and of its parts: the cache filled, then the same on a full one."""
     from pal_ds.engine.process_group import distributed
-    from pal_ds.modeling.build import assemble
-    from pal_ds.modeling.context import RunContext
+    from pal_ds.modeling.build import RunContext, assemble
     from pal_ds.runs.run_dir import RunDirectory
     from pal_ds.training.embed import encode_all
     from pal_ds.training.loop import train

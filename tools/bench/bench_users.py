@@ -38,7 +38,7 @@ from pal_ds.engine.ds_config import ds_config_of
 from pal_ds.engine.guard import UpdateGuard
 from pal_ds.engine.process_group import distributed
 from pal_ds.engine.step import Stepper
-from pal_ds.engine.zero import start_training_engine
+from pal_ds.engine.training_engine import start_training_engine
 from pal_ds.heads import PalA
 from pal_ds.losses import PreferenceLoss
 from pal_ds.model import RewardModel

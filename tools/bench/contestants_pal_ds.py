@@ -18,8 +18,7 @@ from pal_ds.errors import UserError
 from pal_ds.heads import BradleyTerry, PalA, PalB
 from pal_ds.heads.base import UserState
 from pal_ds.losses import PreferenceLoss
-from pal_ds.modeling.build import assemble
-from pal_ds.modeling.context import RunContext
+from pal_ds.modeling.build import RunContext, assemble
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.training.loop import make_update
 from pal_ds.training.setup import start_training

@@ -11,7 +11,7 @@ import xxhash
 
 from pal_ds.data.records import Record
 from pal_ds.errors import UserError
-from pal_ds.io.hashing import feed
+from pal_ds.io.files import feed
 
 
 class Source(ABC):

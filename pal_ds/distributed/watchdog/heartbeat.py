@@ -1,16 +1,20 @@
-"""Signs of life of the ranks, and the verdict on who is to blame when a job cannot go on. No threads or network here.
+"""Signs of life of the ranks, and the verdict on who is to blame when a job cannot go on. No network here.
 
-The caller passes the time, so that every rule can be tested without waiting.
+What a process does is read from its threads' frames without stopping them. The caller passes the time, so that every
+rule can be tested without waiting.
 """
 
+import dis
 import re
+import sys
+import threading
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Container, Sequence
+from pathlib import Path
+from types import FrameType
 from typing import NamedTuple
 
 from pal_ds.errors import RankLostError
-
-RESUMES = "The same command resumes from the newest checkpoint."
 
 
 class Beat(NamedTuple):
@@ -157,7 +161,7 @@ class Ledger:
                 f" Rank {ranks[0]} has sent no sign of life for {spoken(ages[ranks[0]])}: "
                 "its process is stopped, or stuck in native code."
             )
-        return Verdict("hung", ranks, f"{text} {where_stacks_are(self.stacks)} {RESUMES}")
+        return Verdict("hung", ranks, f"{text} {what_to_do(self.stacks)}")
 
 
 def describe_hang(guilty: Sequence[Beat], beats: Sequence[Beat]) -> str:
@@ -192,15 +196,57 @@ def died_verdict(beat: Beat, age: float, stacks: str) -> Verdict:
         (beat.rank,),
         f"rank {beat.rank} on {beat.host} died without a word, {spoken(age)} after it was heard of in {beat}: killed "
         "(out of memory?), crashed in native code, or its node or its network was lost. "
-        f"{where_stacks_are(stacks)} {RESUMES}",
+        f"{what_to_do(stacks)}",
     )
 
 
-def where_stacks_are(stacks: str) -> str:
-    """Return the second sentence of a message, on the stacks."""
-    return f"Stacks of the ranks that could still write them are in {stacks}."
+def what_to_do(stacks: str) -> str:
+    """Return the end of a message: where the stacks are, and how the run goes on."""
+    return (
+        f"Stacks of the ranks that could still write them are in {stacks}. "
+        "The same command resumes from the newest checkpoint."
+    )
 
 
 def spoken(seconds: float) -> str:
     """Return a duration in words for people."""
     return f"{seconds:.1f} seconds" if seconds < 120 else f"{seconds / 60:.1f} minutes"
+
+
+WAITING_FILES = (
+    "/torch/distributed/",
+    "/deepspeed/comm/",
+    "/deepspeed/utils/nvtx.py",
+    "/torch/utils/file_baton.py",
+)
+"""Files that hold the innermost Python frame while a rank waits for others; the last, while one builds operators."""
+
+
+def look(leave_out: Container[int | None]) -> tuple[str, bool]:
+    """Return where the main thread is, and whether any thread waits for other ranks (a backward pass has its own)."""
+    where, waiting = "nowhere", False
+    for ident, frame in sys._current_frames().items():
+        code = frame.f_code
+        if ident == threading.main_thread().ident:
+            where = f"{Path(code.co_filename).name}:{frame.f_lineno} in {code.co_name}"
+        waiting |= ident not in leave_out and is_waiting(frame)
+    return where, waiting
+
+
+def is_waiting(frame: FrameType) -> bool:
+    """Return True where a thread whose innermost Python frame is this one waits for other ranks."""
+    file = frame.f_code.co_filename
+    if frame.f_code.co_name == "<module>":
+        return False  # it is being imported
+    if any(part in file for part in WAITING_FILES):
+        return True
+    if "/deepspeed/" not in file:
+        return False
+    # DeepSpeed waits for its handles wherever it needs them; what else it does there is work. Which function it calls
+    # is told by the code of its frame: reading its source might block.
+    names = [
+        step.argval
+        for step in dis.get_instructions(frame.f_code)
+        if step.offset <= frame.f_lasti and step.opname in ("LOAD_METHOD", "LOAD_ATTR")
+    ]
+    return names[-1:] == ["wait"]

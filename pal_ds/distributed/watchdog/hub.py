@@ -10,9 +10,10 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from pal_ds.distributed.watchdog.heartbeat import Beat, Failure, Ledger, Verdict, spoken
-from pal_ds.distributed.watchdog.lines import (
+from pal_ds.distributed.watchdog.link import (
     HELD_SOCKETS,
     LONGEST_LINE,
     AwakeClock,
@@ -119,19 +120,19 @@ class Hub:
         if self._verdict is None:
             self._verdict = self._ledger.verdict(self._clock.now)
             if self._verdict is not None:
-                self._verdict = self._as_seen_after_sleep(self._verdict)
+                if (
+                    self._verdict.kind == "died"
+                    and self._clock.now - self._woke_at <= self._interval
+                ):
+                    # The others have taken leave of a rank 0 that was stopped for a while: it is to blame.
+                    asleep = f"rank 0 itself was stopped, or stuck in native code, for {spoken(self._slept)}"
+                    text = f"{asleep}; meanwhile {self._verdict.text}"
+                    self._verdict = self._verdict._replace(ranks=(0,), text=text)
                 # Here first: others may leave at once, and launchers then end this process, too.
                 self._learn(self._verdict)
                 self._tell_all({"verdict": self._verdict})
         if self._verdict is not None and not self._ranks:
             self._alone.set()
-
-    def _as_seen_after_sleep(self, verdict: Verdict) -> Verdict:
-        """Put the blame on a rank 0 that was stopped for a while, not on the others, which have taken leave of it."""
-        if verdict.kind != "died" or self._clock.now - self._woke_at > self._interval:
-            return verdict
-        asleep = f"rank 0 itself was stopped, or stuck in native code, for {spoken(self._slept)}"
-        return verdict._replace(ranks=(0,), text=f"{asleep}; meanwhile {verdict.text}")
 
     def _serve(self, ready: socket.socket) -> None:
         if ready is self._listener:
@@ -183,9 +184,8 @@ class Hub:
         """Take a message in; return True where the connection stays. The first must name a rank that has none yet."""
         if connection not in self._ranks:
             rank = message["rank"]
-            if type(rank) is not int or not 0 < rank < self._world_size:
-                return False
-            if rank in self._ranks.values():
+            known = range(1, self._world_size)
+            if type(rank) is not int or rank not in known or rank in self._ranks.values():
                 return False
             self._ranks[connection] = rank
         elif "bye" in message:
@@ -221,13 +221,11 @@ class Hub:
 
 def _listener() -> socket.socket:
     """Return a socket that listens on any free port, of either family where the system has both."""
+    listener = None
     if socket.has_dualstack_ipv6():
         with contextlib.suppress(OSError):  # compiled in, and switched off
-            listener = socket.create_server(
-                ("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024
-            )
-            HELD_SOCKETS.add(listener)
-            return listener
-    listener = socket.create_server(("", 0), backlog=1024)
+            options: dict[str, Any] = {"family": socket.AF_INET6, "dualstack_ipv6": True}
+            listener = socket.create_server(("", 0), backlog=1024, **options)
+    listener = listener or socket.create_server(("", 0), backlog=1024)
     HELD_SOCKETS.add(listener)
     return listener

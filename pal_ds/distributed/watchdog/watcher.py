@@ -9,12 +9,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from pal_ds.distributed import phase
-from pal_ds.distributed.watchdog.frames import look
-from pal_ds.distributed.watchdog.heartbeat import Beat, Failure, Ledger, Verdict
+from pal_ds.distributed.watchdog.heartbeat import Beat, Failure, Ledger, Verdict, look
 from pal_ds.distributed.watchdog.hub import Hub
 from pal_ds.distributed.watchdog.link import Link
 from pal_ds.distributed.watchdog.lost_ranks import exit_code_of, is_symptom, meeting, one_line
@@ -27,24 +25,6 @@ SECONDS_TO_WRITE_STACKS = 10
 """A file system that no longer answers, which may be why the rank hangs, must not keep it alive."""
 SECONDS_TO_LEAVE = 30
 """A rank that raised may hang once more while it tidies up after peers that are gone."""
-
-
-@dataclass(frozen=True)
-class Pace:
-    """Seconds that the watchdog waits, by what it waits for."""
-
-    hang_seconds: float
-    world_size: int
-
-    @property
-    def interval(self) -> float:
-        """Time between two heartbeats; rank 0 hears 200 of them in a second at most, for 1% of a core."""
-        return min(max(1.0, self.world_size / 200), self.hang_seconds / 6)
-
-    @property
-    def patience(self) -> float:
-        """Return the wait for a cause after a symptom, or for other ranks to raise the same by themselves."""
-        return max(2 * self.interval, 1.0)
 
 
 @contextlib.contextmanager
@@ -70,7 +50,7 @@ def watch(
                 record(on_loss, one_line(error))
             raise
         return
-    watcher = Watcher(world, stacks, Pace(60 * hang_minutes, world.world_size), on_loss)
+    watcher = Watcher(world, stacks, 60 * hang_minutes, on_loss)
     try:
         watcher.start()
         yield
@@ -89,9 +69,14 @@ class Watcher:
     """The watchdog of this rank."""
 
     def __init__(
-        self, world: World, stacks: Path, pace: Pace, on_loss: Callable[[str], None]
+        self, world: World, stacks: Path, hang_seconds: float, on_loss: Callable[[str], None]
     ) -> None:
-        self.world, self.stacks, self.pace, self.on_loss = world, stacks, pace, on_loss
+        self.world, self.stacks, self.on_loss = world, stacks, on_loss
+        self.hang_seconds = hang_seconds
+        self.interval = min(max(1.0, world.world_size / 200), hang_seconds / 6)
+        """Seconds between two heartbeats; rank 0 hears 200 of them in a second at most, for 1% of a core."""
+        self.patience = max(2 * self.interval, 1.0)
+        """Seconds of waiting for a cause after a symptom, or for other ranks to raise the same by themselves."""
         self.verdict: Verdict | None = None
         self._known, self._main_leaves = threading.Event(), threading.Event()
         self._written = threading.Event()
@@ -107,19 +92,18 @@ class Watcher:
             self.world.on_every_rank(lambda: self._connect(*address))
 
     def _open_hub(self) -> tuple[int, str]:
-        pace, size = self.pace, self.world.world_size
-        ledger = Ledger(pace.hang_seconds, pace.patience, f"{self.stacks}/")
-        hub = Hub(size, ledger, pace.interval, self.beat, self.learn)
+        ledger = Ledger(self.hang_seconds, self.patience, f"{self.stacks}/")
+        hub = Hub(self.world.world_size, ledger, self.interval, self.beat, self.learn)
         self._run(hub)
         return hub.port, hub.token
 
     def _connect(self, port: int, token: str) -> None:
         if self.world.is_rank_zero:
             return
-        pace, address = self.pace, (os.environ["MASTER_ADDR"], port)
+        address = (os.environ["MASTER_ADDR"], port)
         # Rank 0 judges first; this is for a rank 0 that cannot.
-        silence = pace.hang_seconds + 4 * pace.patience
-        places = (pace.interval, silence, f"{self.stacks}/")
+        silence = self.hang_seconds + 4 * self.patience
+        places = (self.interval, silence, f"{self.stacks}/")
         try:
             link = Link(address, token, *places, self.beat, self.learn)
         except OSError as error:
@@ -139,15 +123,12 @@ class Watcher:
         now = phase.current()
         own = (threading.get_ident(), self._thread.ident if self._thread else None)
         where, waiting = look(own)
-        self._arm_native_dump()
+        if sys.__stderr__ is not None:
+            # Its timer runs even where native code keeps the interpreter to itself.
+            faulthandler.dump_traceback_later(self.hang_seconds, file=sys.__stderr__)
         place = (now.name, now.step, time.monotonic() - now.since)
         counts = (now.num_entered, now.num_in_step)
         return Beat(self.world.rank, self._host, *place, *counts, where, waiting, now.patience)
-
-    def _arm_native_dump(self) -> None:
-        """Arm faulthandler's timer: it runs even where native code keeps the interpreter to itself."""
-        if sys.__stderr__ is not None:
-            faulthandler.dump_traceback_later(self.pace.hang_seconds, file=sys.__stderr__)
 
     def learn(self, verdict: Verdict) -> None:
         """Take the verdict from the watchdog thread, once; returns at once, and the process ends a little later."""
@@ -162,11 +143,11 @@ class Watcher:
         threading.Thread(target=self._end, args=(verdict,), name="end", daemon=True).start()
 
     def _say(self, verdict: Verdict) -> None:
-        rank = self.world.rank
-        concerned = rank in verdict.ranks or (verdict.kind == "died" and 0 in verdict.ranks)
-        if verdict.kind == "failed" and rank in verdict.ranks:
-            return  # it raises, with its own message or traceback
-        if rank == 0 or concerned:
+        rank, kind = self.world.rank, verdict.kind
+        concerned = rank in verdict.ranks or (kind == "died" and 0 in verdict.ranks)
+        # A rank that failed raises, with its own message or traceback.
+        raises = kind == "failed" and rank in verdict.ranks
+        if (rank == 0 or concerned) and not raises:
             print(f"pal-ds: error: {verdict.text}", file=sys.stderr, flush=True)
 
     def _end(self, verdict: Verdict) -> None:
@@ -175,7 +156,7 @@ class Watcher:
             within(SECONDS_TO_WRITE_STACKS, lambda: self._write_stacks(verdict))
         self._written.set()
         if verdict.may_be_shared:
-            self._main_leaves.wait(self.pace.patience)
+            self._main_leaves.wait(self.patience)
             with self._lock:
                 self._thread_ends = not self._main_leaves.is_set()
             if self._thread_ends:
@@ -184,7 +165,7 @@ class Watcher:
             return
         within(SECONDS_TO_WRITE_STACKS, lambda: self._record(verdict.text, verdict))
         assert self._line is not None
-        self._line.wait_for_verdict(self.pace.patience)
+        self._line.wait_for_verdict(self.patience)
         within(SECONDS_TO_WRITE_STACKS, lambda: leave(verdict.code))
         os._exit(verdict.code)
 
@@ -197,9 +178,8 @@ class Watcher:
 
     def _record(self, reason: str, verdict: Verdict | None) -> None:
         """Record the loss on a single rank: on rank 0, or on the next where rank 0 died."""
-        if self.world.rank != int(verdict is not None and verdict[:2] == ("died", (0,))):
-            return
-        record(self.on_loss, reason)
+        if self.world.rank == int(verdict is not None and verdict[:2] == ("died", (0,))):
+            record(self.on_loss, reason)
 
     def cause_of(self, error: BaseException) -> RankLostError | None:
         """Tell the others of `error`; return what to raise instead, where it came of another rank's end."""
@@ -213,12 +193,12 @@ class Watcher:
         symptom = is_symptom(error)
         self._line.report(Failure(self.world.rank, one_line(error), code, symptom))
         # A bit longer than rank 0 waits for a cause; where this is the cause, it is known at once.
-        self._known.wait(2 * self.pace.patience + self.pace.interval)
+        self._known.wait(2 * self.patience + self.interval)
         verdict = self.verdict
         if verdict is not None:
             self._written.wait(SECONDS_TO_WRITE_STACKS)
         if self.world.world_size > 1:
-            self._line.wait_for_verdict(self.pace.patience)
+            self._line.wait_for_verdict(self.patience)
             timer = threading.Timer(SECONDS_TO_LEAVE, os._exit, (code,))
             timer.daemon = True
             timer.start()
@@ -238,7 +218,7 @@ class Watcher:
         faulthandler.cancel_dump_traceback_later()
         if self._line is not None and self._thread is not None:
             self._line.close()
-            self._thread.join(self.pace.interval)
+            self._thread.join(self.interval)
 
 
 def record(on_loss: Callable[[str], None], reason: str) -> None:

@@ -59,6 +59,11 @@ def save_checkpoint(
             discard_leftovers(run)
             (temporary / ENGINE_FOLDER).mkdir(parents=True)
 
+    def write_users() -> None:
+        with writing(temporary):
+            # From rank 0, whichever ranks hold its rows.
+            users.save(temporary if world.is_rank_zero else None)
+
     def publish() -> None:
         with writing(temporary):
             reached("users written")
@@ -72,9 +77,9 @@ def save_checkpoint(
         phase.enter("write shards")
         mine = _write_shards(engine, temporary, world)
         reached("shards written")
-        entries = _gathered(mine, world)
+        entries = {name: entry for part in world.gather(mine) for name, entry in part.items()}
         phase.enter("write users")
-        world.on_every_rank(lambda: _write_users(users, temporary, world))
+        world.on_every_rank(write_users)
         phase.enter("publish the checkpoint")
         world.from_rank_zero(publish)
     except StorageError as error:
@@ -96,23 +101,8 @@ def _write_shards(engine: TrainingEngine, temporary: Path, world: World) -> dict
     return world.on_every_rank(lambda: shards.entries(temporary))
 
 
-def _gathered(mine: dict[str, FileEntry], world: World) -> dict[str, FileEntry]:
-    """Return the manifest entries of all ranks, on every rank."""
-    return {name: entry for part in world.gather(mine) for name, entry in part.items()}
-
-
-def _write_users(users: TrainedUsers, temporary: Path, world: World) -> None:
-    """Write the user table from rank 0, whichever ranks hold its rows."""
-    with writing(temporary):
-        users.save(temporary if world.is_rank_zero else None)
-
-
 def _write_manifest(
-    temporary: Path,
-    entries: dict[str, FileEntry],
-    step: int,
-    facts: TrainingFacts,
-    world: World,
+    temporary: Path, entries: dict[str, FileEntry], step: int, facts: TrainingFacts, world: World
 ) -> None:
     """Write the manifest of all files in `temporary`, once everything is on the disk itself."""
     wait_for_files(temporary, entries)

@@ -11,13 +11,8 @@ import shutil
 from pathlib import Path
 from typing import TypedDict
 
-from pal_ds.engine.checkpoint.manifest import (
-    FormatError,
-    Manifest,
-    entry_of,
-    verify_checkpoint,
-    write_manifest,
-)
+from pal_ds.engine.checkpoint.manifest import FormatError, Manifest, entry_of, write_manifest
+from pal_ds.engine.checkpoint.verify import verify_checkpoint
 from pal_ds.errors import BusyError, StorageError, UserError
 from pal_ds.io.files import replacing, sync_to_disk, write_json
 from pal_ds.runs.lock import only_writer
@@ -49,28 +44,25 @@ def forget_user(run: RunDirectory, user_id: str) -> Forgotten:
     """
     run.require_run()
     with only_writer(run):
-        return _forget_user(run, user_id)
-
-
-def _forget_user(run: RunDirectory, user_id: str) -> Forgotten:
-    recover(run)
-    steps = [
-        step for step in run.complete_steps() if user_id in UserTable.load(run.checkpoint(step))
-    ]
-    if not steps:
-        raise UserError(
-            f"--remove {user_id}: no checkpoint of {run.path} holds this user; --list shows who is there."
-        )
-    manifests = {step: verify_checkpoint(run.checkpoint(step)) for step in steps}
-    # Checkpoints last: as long as one holds the user, an interrupted removal can be asked for again.
-    changed = _forget_in_evaluations(run, user_id)
-    for leftover in run.path.glob("pairs-of-*.tables*"):
-        # What an evaluation that was killed left of a file of pairs, all its users included.
-        shutil.rmtree(leftover)
-    _forget_in_origin(run, user_id)
-    for step, manifest in manifests.items():
-        _rewrite_checkpoint(run.checkpoint(step), manifest, user_id)
-    return {"user_id": user_id, "steps": steps, "evaluations": changed}
+        recover(run)
+        held = [(step, run.checkpoint(step)) for step in run.complete_steps()]
+        held = [(step, path) for step, path in held if user_id in UserTable.load(path)]
+        if not held:
+            raise UserError(
+                f"--remove {user_id}: no checkpoint of {run.path} holds this user; --list shows who is there."
+            )
+        manifests = {path: verify_checkpoint(path) for _, path in held}
+        # Checkpoints last: as long as one holds the user, an interrupted removal can be asked for again.
+        figures, rows = sorted(run.eval.glob("*.json")), sorted(run.eval.glob("*.parquet"))
+        changed = [path.name for path in figures if _rewrite_figures(path, user_id)]
+        changed += [path.name for path in rows if _rewrite_rows(path, user_id)]
+        for leftover in run.path.glob("pairs-of-*.tables*"):
+            # What an evaluation that was killed left of a file of pairs, all its users included.
+            shutil.rmtree(leftover)
+        _forget_in_origin(run, user_id)
+        for path, manifest in manifests.items():
+            _rewrite_checkpoint(path, manifest, user_id)
+    return {"user_id": user_id, "steps": [step for step, _ in held], "evaluations": changed}
 
 
 def recover(run: RunDirectory) -> None:
@@ -82,16 +74,20 @@ def recover(run: RunDirectory) -> None:
         FormatError: a copy is of another version of pal_ds; nothing was deleted.
         UserError: a step has lost its name and neither copy of it is intact; nothing was deleted.
     """
-    aside = _copies_aside(run)
-    for name in sorted({path.name.removeprefix(EDITED).removeprefix(OLD) for path in aside}):
+    copies = _copies_aside(run)
+    for name in sorted({path.name.removeprefix(EDITED).removeprefix(OLD) for path in copies}):
         path = run.checkpoints / name
-        edited, old = _aside(path)
+        edited, old = aside(path)
         if not path.exists() and edited.exists():
-            if _is_intact(edited):
+            try:
+                verify_checkpoint(edited)
                 edited.rename(path)
-            elif old.exists():
-                verify_checkpoint(old)
-                old.rename(path)
+            except FormatError:
+                raise
+            except UserError:
+                if old.exists():
+                    verify_checkpoint(old)
+                    old.rename(path)
         # An old copy without an edited one was replaced before: it must not come back, the user is in it.
         for leftover in (edited, old):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -114,40 +110,33 @@ def _copies_aside(run: RunDirectory) -> list[Path]:
     return [path for stage in (EDITED, OLD) for path in run.checkpoints.glob(f"{stage}step_*")]
 
 
-def _aside(path: Path) -> tuple[Path, Path]:
+def aside(path: Path) -> tuple[Path, Path]:
     """Return the paths of the edited and the old copy of a step while one takes the other's place."""
     return path.with_name(EDITED + path.name), path.with_name(OLD + path.name)
 
 
-def _is_intact(path: Path) -> bool:
-    try:
-        verify_checkpoint(path)
-    except FormatError:
-        raise
-    except UserError:
-        return False
-    return True
-
-
-def _rewrite_checkpoint(path: Path, manifest: Manifest, user_id: str) -> None:
-    """Put a complete edited copy in the step's place; `recover` finishes this wherever it is interrupted."""
-    table = UserTable.load(path)
-    table.remove(user_id)
-    edited, old = _aside(path)
-    left_out = shutil.ignore_patterns(*USER_FILES, "manifest.json")
-    shutil.copytree(path, edited, copy_function=_link, ignore=left_out)
-    table.save(edited)
-    files = dict(manifest["files"])
-    for name in USER_FILES:
-        files[name] = entry_of(edited / name)
-    without: Manifest = {**manifest, "files": files}
-    write_manifest(edited, without)
-    sync_to_disk(edited)
-    sync_to_disk(path.parent)
+def put_in_place(path: Path) -> None:
+    """Exchange a step for its complete edited copy; `recover` finishes this wherever it is interrupted."""
+    edited, old = aside(path)
     path.rename(old)
     edited.rename(path)
     sync_to_disk(path.parent)
     shutil.rmtree(old)
+
+
+def _rewrite_checkpoint(path: Path, manifest: Manifest, user_id: str) -> None:
+    table = UserTable.load(path)
+    table.remove(user_id)
+    edited, _ = aside(path)
+    left_out = shutil.ignore_patterns(*USER_FILES, "manifest.json")
+    shutil.copytree(path, edited, copy_function=_link, ignore=left_out)
+    table.save(edited)
+    files = {**manifest["files"], **{name: entry_of(edited / name) for name in USER_FILES}}
+    without: Manifest = {**manifest, "files": files}
+    write_manifest(edited, without)
+    sync_to_disk(edited)
+    sync_to_disk(path.parent)
+    put_in_place(path)
 
 
 def _forget_in_origin(run: RunDirectory, user_id: str) -> None:
@@ -174,15 +163,6 @@ def _link(source: str, target: str) -> None:
     except OSError:
         shutil.copy2(source, target)
         sync_to_disk(Path(target))
-
-
-def _forget_in_evaluations(run: RunDirectory, user_id: str) -> list[str]:
-    """Remove the user from the files of D/eval; return the names of those that held the user."""
-    changed = [
-        path.name for path in sorted(run.eval.glob("*.json")) if _rewrite_figures(path, user_id)
-    ]
-    tables = sorted(run.eval.glob("*.parquet"))
-    return changed + [path.name for path in tables if _rewrite_rows(path, user_id)]
 
 
 def _rewrite_figures(path: Path, user_id: str) -> bool:

@@ -73,10 +73,9 @@ class Layout:
                 for index, group in enumerate(groups)
                 for sub_group in self._sub_groups(group)
             ]
-        deal = dealt if self.round_robin else lambda shapes, _: shapes
-        return [
-            VectorGroup(index, deal(group, self.world_size)) for index, group in enumerate(groups)
-        ]
+        if self.round_robin:
+            groups = [dealt(group, self.world_size) for group in groups]
+        return [VectorGroup(index, group) for index, group in enumerate(groups)]
 
     def _sub_groups(self, group: Shapes) -> list[Shapes]:
         widths = {name: self._slice_width(shape) for name, shape in group.items()}

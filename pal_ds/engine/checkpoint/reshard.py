@@ -3,25 +3,32 @@
 DeepSpeed loads a checkpoint only into the world size that wrote it, and its universal checkpoint silently loses
 parameter groups, frozen weights and buffers and lets all sub-groups share one step count. Here every rank makes its own
 shard of the new layout from the slices it needs of the old ones: at resume in memory, where DeepSpeed would have read
-a file (nothing is written, so nothing can be left over); offline as files, one after the other.
+a file (nothing is written, so nothing can be left over); offline as files, one after the other, which then take the
+place of the old ones.
 """
 
 import logging
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from pal_ds.distributed.world import World
+from pal_ds.engine.checkpoint.forget import aside, put_in_place, recover
 from pal_ds.engine.checkpoint.layout import Layout
 from pal_ds.engine.checkpoint.manifest import Manifest, entry_of, write_manifest
 from pal_ds.engine.checkpoint.resharder import Resharder
 from pal_ds.engine.checkpoint.shard_reader import ENGINE_FOLDER, ShardedCheckpoint
 from pal_ds.engine.checkpoint.shard_writer import FileEntry, ShardFiles
 from pal_ds.engine.checkpoint.torch_archive import ShardContent
+from pal_ds.engine.checkpoint.verify import verify_checkpoint
 from pal_ds.engine.training_engine import TrainingEngine
 from pal_ds.errors import UserError, writing
 from pal_ds.io.files import sync_to_disk
+from pal_ds.progress import progress_bar
+from pal_ds.runs.lock import only_writer
+from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.users import USER_FILES
 
 logger = logging.getLogger(__name__)
@@ -68,33 +75,24 @@ def shards_for(engine: TrainingEngine, path: Path, world: World) -> ShardFiles:
             ]
             resharder = Resharder(ShardedCheckpoint(path), new, engine.config, settings)
             _check_fits(engine, resharder)
-            return (
-                resharder,
-                resharder.model_states(world.rank),
-                resharder.optimizer_states(world.rank),
-            )
+            model_states = resharder.model_states(world.rank)
+            return resharder, model_states, resharder.optimizer_states(world.rank)
 
     if not world.from_rank_zero(differs):
         return ShardFiles()
     resharder, model_states, optimizer_states = world.on_every_rank(make)
     shards = ReshardedShards(model_states, optimizer_states)
-    _read_through(engine, shards, resharder.checkpoint.path)
-    if world.is_rank_zero:
-        described = (_describe(resharder.old, new), _describe(new, resharder.old))
-        seconds = time.monotonic() - started
-        logger.warning("resharded %s from %s to %s in %.1f s", path.name, *described, seconds)
-    return shards
-
-
-def _read_through(engine: TrainingEngine, shards: ShardFiles, folder: Path) -> None:
-    """Show DeepSpeed any file that is there, as it looks for this rank's by name before it asks `shards`."""
+    # DeepSpeed looks for this rank's file by name before it asks `shards`: show it any that is there.
     by_name = engine._get_all_ckpt_names
-    there = [str(next(folder.glob("*_model_states.pt")))]
-
-    def names(*arguments: object) -> list[str]:
-        return there if engine.checkpoint_engine is shards else by_name(*arguments)
-
-    engine._get_all_ckpt_names = names
+    there = [str(next(resharder.checkpoint.path.glob("*_model_states.pt")))]
+    engine._get_all_ckpt_names = lambda *arguments: (
+        there if engine.checkpoint_engine is shards else by_name(*arguments)
+    )
+    if world.is_rank_zero:
+        before, after = _describe(resharder.old, new), _describe(new, resharder.old)
+        seconds = time.monotonic() - started
+        logger.warning("resharded %s from %s to %s in %.1f s", path.name, before, after, seconds)
+    return shards
 
 
 def _check_fits(engine: TrainingEngine, resharder: Resharder) -> None:
@@ -163,14 +161,38 @@ def write_resharded(path: Path, out: Path, manifest: Manifest, world_size: int) 
                     shards.save(make(), str(out / ENGINE_FOLDER / name))
                 files |= shards.entries(out)
                 yield sum(entry["size"] for entry in files.values())
-            resharded: Manifest = {
-                **manifest,
-                "world_size": world_size,
-                "files": dict(sorted(files.items())),
-            }
+            listed = dict(sorted(files.items()))
+            resharded: Manifest = {**manifest, "world_size": world_size, "files": listed}
             write_manifest(out, resharded)
             for folder in (out / ENGINE_FOLDER, out, out.parent):
                 sync_to_disk(folder)
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)
         raise
+
+
+def exchange_step(run: RunDirectory, world_size: int, step: str, *, trust: bool = False) -> str:
+    """Rewrites a step (`latest`, `best` or a number) for `world_size` ranks, at least 1; returns what was done.
+
+    Raises:
+        BusyError: another process writes to the run.
+        StorageError: the new step cannot be written; the old one is as it was.
+        UserError: no such run or step, or a damaged checkpoint.
+    """
+    run.require_run()
+    with only_writer(run):
+        # Gives a step its name back that an interrupted exchange, or removal of a user, left under another.
+        recover(run)
+        path = run.checkpoint(run.resolve_step(step))
+        manifest = verify_checkpoint(path, trust=trust)
+        before = manifest["world_size"]
+        if before == world_size:
+            return f"{path}: has world size {world_size} already"
+        edited, _ = aside(path)
+        shown = sys.stderr.isatty()
+        with progress_bar("resharding", world_size, shown=shown, unit="bytes") as advance:
+            for num_bytes in write_resharded(path, edited, manifest, world_size):
+                advance(num_bytes)
+        with writing(path):
+            put_in_place(path)
+    return f"{path}: resharded from world size {before} to {world_size}"

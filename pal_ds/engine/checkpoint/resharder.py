@@ -90,19 +90,11 @@ class Resharder:
         models = self.checkpoint.model_states
         stored = models[rank % len(models)]
         others = {key: value for key, value in stored.items() if key not in ("module", "optimizer")}
-        states = {
-            **_read_all(others),
-            "ds_config": self.ds_config,
-            "dp_world_size": self.new.world_size,
-        }
+        states = _read_all(others)
+        states |= {"ds_config": self.ds_config, "dp_world_size": self.new.world_size}
         if self.new.stage == 0:
-            return (
-                _read_all({"module": stored["module"], "optimizer": stored["optimizer"]}) | states
-            )
-        shapes = [
-            {name: torch.Size(shape) for name, shape in vector.shapes.items()}
-            for vector in self.vectors
-        ]
+            return _read_all({key: stored[key] for key in ("module", "optimizer")}) | states
+        shapes = [{n: torch.Size(s) for n, s in vector.shapes.items()} for vector in self.vectors]
         weights = self._module(stored["module"])
         # Rank 0 alone looks for tied weights.
         tied = models[0].get("shared_params") if rank == 0 else {}
@@ -115,21 +107,14 @@ class Resharder:
         trained = set(self.checkpoint.trained)
         cast: dict[str, Tensor] = {}
         owners = self.checkpoint.model_states[0].get("shared_params") or {}
-        kept = _read_all(
-            {
-                name: value
-                for name, value in stored.items()
-                if name not in trained or (self.new.stage < 3 and self.old.stage < 3)
-            }
-        )
+        whole = self.new.stage < 3 and self.old.stage < 3
+        kept = _read_all({n: value for n, value in stored.items() if whole or n not in trained})
         for name in trained - kept.keys():
             owner = owners.get(name, name)
             if owner not in cast:
-                cast[owner] = (
-                    torch.empty(0, dtype=dtype)
-                    if self.new.stage == 3
-                    else self.checkpoint.tensor(owner).to(dtype)
-                )
+                placeholder = self.new.stage == 3
+                weight = torch.empty(0) if placeholder else self.checkpoint.tensor(owner)
+                cast[owner] = weight.to(dtype)
             kept[name] = cast[owner]
         return {name: kept[name] for name in stored} | kept
 

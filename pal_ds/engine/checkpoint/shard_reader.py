@@ -70,8 +70,7 @@ class ShardedCheckpoint:
         models = self._load("model_states")
         if not models:
             raise UserError(
-                f"{self.path}: no *_model_states.pt here. A checkpoint is a step_N directory that "
-                "`train` wrote."
+                f"{self.path}: no *_model_states.pt here. A checkpoint is a step_N directory that `train` wrote."
             )
         self.model_states = models
         """The content of `*_model_states.pt`, in rank order; tensors as `StoredTensor`."""
@@ -83,15 +82,16 @@ class ShardedCheckpoint:
         self._masters: list[list[StoredTensor]] = []
         self._states: list[list[ShardContent]] = []
         flats = [shard.get("optimizer_state_dict") or {} for shard in self._load("optim_states")]
-        if flats and "fp32_flat_groups" in flats[0]:
-            self._read_stage3(models[0], flats)
-        elif flats and "single_partition_of_fp32_groups" in flats[0]:
-            self._read_stage12(models[0], flats)
+        module = models[0]["module"]
+        if flats and flats[0].keys() & {"fp32_flat_groups", "single_partition_of_fp32_groups"}:
+            self._read_vectors(models[0], flats)
         else:
-            module = models[0]["module"]
             self._whole |= {name: t for name, t in module.items() if t.is_floating_point}
-        self._add_buffers(models[0])
-        self._add_tied(models[0])
+        buffers = {name: module.get(name) for name in models[0].get("buffer_names") or ()}
+        self._whole |= {n: t for n, t in buffers.items() if t is not None and t.is_floating_point}
+        for alias, name in (models[0].get("shared_params") or {}).items():
+            if name in self._places:
+                self._places.setdefault(alias, self._places[name])
 
     @property
     def names(self) -> list[str]:
@@ -186,49 +186,46 @@ class ShardedCheckpoint:
 
     def _load(self, kind: str) -> list[ShardContent]:
         """Read all files of a kind, in rank order."""
-        files = sorted(self.path.glob(f"*_{kind}.pt"), key=lambda file: _numbers(file.name))
-        return [load_archive(file) for file in files]
+        files = self.path.glob(f"*_{kind}.pt")
+        in_order = sorted(files, key=lambda file: list(map(int, re.findall(r"\d+", file.name))))
+        return [load_archive(file) for file in in_order]
 
-    def _check_ranks(self, flats: list[ShardContent], num_expected: object) -> None:
+    def _read_vectors(self, model: ShardContent, flats: list[ShardContent]) -> None:
+        """Find the parameters in the ranks' vectors: in equal slices (stage 3), or end to end (stages 1 and 2)."""
+        num_expected = flats[0].get("partition_count")
         num_ranks = max(num_expected) if isinstance(num_expected, list) else num_expected
         if isinstance(num_ranks, int) and num_ranks != len(flats):
             raise UserError(
                 f"{self.path}: {num_ranks} ranks wrote this checkpoint, but {len(flats)} files "
                 "*_optim_states.pt are here."
             )
-
-    def _read_stage3(self, model: ShardContent, flats: list[ShardContent]) -> None:
-        self._check_ranks(flats, flats[0].get("partition_count"))
-        self._masters = [_as_list(flat["fp32_flat_groups"]) for flat in flats]
-        self._read_optimizer([flat.get("optimizer_state_dict") for flat in flats], model)
-        for vector, shapes in enumerate(model["param_shapes"]):
-            offset = 0
-            for name, shape in shapes.items():
-                numel = math.prod(shape)
-                width = -(-numel // len(flats))
-                # The last slice is padded; where there are more ranks than values, others hold padding alone.
-                held = (min(numel - rank * width, width) for rank in range(len(flats)))
-                segments = (_Segment(rank, offset, n) for rank, n in enumerate(held) if n > 0)
-                self._places[name] = _Place(tuple(shape), vector, tuple(segments))
-                offset += width
-            for rank in self._masters:
-                self._check_size(offset, rank[vector].numel, slack=1)
-
-    def _read_stage12(self, model: ShardContent, flats: list[ShardContent]) -> None:
-        self._check_ranks(flats, flats[0].get("partition_count"))
-        self._masters = [_as_list(flat["single_partition_of_fp32_groups"]) for flat in flats]
-        self._read_optimizer([flat.get("base_optimizer_state") for flat in flats], model)
+        sliced = "fp32_flat_groups" in flats[0]
+        masters, states = "single_partition_of_fp32_groups", "base_optimizer_state"
+        if sliced:
+            masters, states = "fp32_flat_groups", "optimizer_state_dict"
+        self._masters = [_as_list(flat[masters]) for flat in flats]
+        self._read_optimizer([flat.get(states) for flat in flats], model)
         paddings = flats[0].get("param_alignment_paddings")
         for vector, shapes in enumerate(model["param_shapes"]):
             sizes = [rank[vector].numel for rank in self._masters]
             offset = 0
             for index, (name, shape) in enumerate(shapes.items()):
                 numel = math.prod(shape)
-                segments = tuple(_cut(sizes, offset, numel))
-                self._places[name] = _Place(tuple(shape), vector, segments)
-                offset += numel + (paddings[vector][index] if paddings else 0)
-            # The whole is padded to a multiple of twice the number of ranks.
-            self._check_size(offset, sum(sizes), slack=2 * len(flats))
+                if sliced:
+                    width = -(-numel // len(flats))
+                    # The last slice is padded; where there are more ranks than values, others hold padding alone.
+                    held = (min(numel - rank * width, width) for rank in range(len(flats)))
+                    segments = [_Segment(rank, offset, n) for rank, n in enumerate(held) if n > 0]
+                    offset += width
+                else:
+                    segments = list(_cut(sizes, offset, numel))
+                    offset += numel + (paddings[vector][index] if paddings else 0)
+                self._places[name] = _Place(tuple(shape), vector, tuple(segments))
+            # End to end, the whole is padded to a multiple of twice the number of ranks.
+            available, slack = (sizes, 1) if sliced else ([sum(sizes)], 2 * len(flats))
+            for num_values in available:
+                if not 0 <= num_values - offset < slack:
+                    self._refuse_layout(offset, num_values)
 
     def _read_optimizer(self, stored: list[Any], model: ShardContent) -> None:
         """Fill in the optimizer's states of each vector and the members of each parameter group."""
@@ -252,26 +249,11 @@ class ShardedCheckpoint:
             self.groups.append({n: tuple(s) for shapes in members for n, s in shapes.items()})
             self.param_groups.append({k: v for k, v in group.items() if k != "params"})
 
-    def _check_size(self, wanted: int, available: int, slack: int) -> None:
-        if not 0 <= available - wanted < slack:
-            self._refuse_layout(wanted, available)
-
     def _refuse_layout(self, wanted: int, available: int, unit: str = "values") -> None:
         raise UserError(
             f"{self.path}: parameters need {wanted} {unit} per shard and the shards hold "
             f"{available}: files of different checkpoints are mixed, or DeepSpeed's format changed."
         )
-
-    def _add_buffers(self, model: ShardContent) -> None:
-        for name in model.get("buffer_names") or ():
-            value = model["module"].get(name)
-            if value is not None and value.is_floating_point:
-                self._whole[name] = value
-
-    def _add_tied(self, model: ShardContent) -> None:
-        for alias, name in (model.get("shared_params") or {}).items():
-            if name in self._places and alias not in self._places:
-                self._places[alias] = self._places[name]
 
 
 def _cut(sizes: list[int], offset: int, count: int) -> Iterator[_Segment]:
@@ -287,7 +269,3 @@ def _cut(sizes: list[int], offset: int, count: int) -> Iterator[_Segment]:
 def _as_list(value: StoredTensor | Iterable[StoredTensor]) -> list[StoredTensor]:
     # A StoredTensor is a tuple itself: one flat vector may stand without a list around it.
     return [value] if isinstance(value, StoredTensor) else list(value)
-
-
-def _numbers(name: str) -> list[int]:
-    return [int(digits) for digits in re.findall(r"\d+", name)]

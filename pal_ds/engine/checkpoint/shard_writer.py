@@ -52,7 +52,7 @@ class ShardFiles:
                     raise shard.failure
                 shard.sync()
         except OSError as error:
-            self.failure = _as_storage_error(error, path)
+            self._note(error, path)
             return
         with torch.serialization.safe_globals(_classes_in_shards()):
             self._foreign += torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -98,13 +98,21 @@ class ShardFiles:
         try:
             os.makedirs(path, exist_ok=exist_ok)  # noqa: PTH103 (DeepSpeed gives text)
         except OSError as error:
-            self.failure = self.failure or _as_storage_error(error, path)
+            self._note(error, path)
 
-    def create(self, info: object) -> None:
-        """Do nothing as a tag begins; its directory is there already."""
+    def _note(self, error: OSError, path: str) -> None:
+        """Keep the first failure as a StorageError, whatever it was: the ranks must agree on it."""
+        known = storage_error(error, path)
+        remedy = f"{path}: cannot be written: {error}. Mend this and start again."
+        self.failure = self.failure or known or StorageError(remedy)
+
+    # A tag's directory is there as it begins, the manifest says later whether it is whole, and no thread has to end.
+    def create(self, info: object) -> None: ...
+    def set_commit_info(self, info: object) -> None: ...
+    def get_commit_info(self) -> None: ...
+    def cleanup(self) -> None: ...
 
     def commit(self, info: object) -> bool:
-        """Return True as a tag ends; the manifest says later whether it is whole."""
         return True
 
     def is_data_parallel_writer(self, dp_rank: int) -> bool:
@@ -112,15 +120,6 @@ class ShardFiles:
 
     def is_decoupled(self) -> bool:
         return False
-
-    def set_commit_info(self, info: object) -> None:
-        """Do nothing: for engines that commit later."""
-
-    def get_commit_info(self) -> None:
-        return None
-
-    def cleanup(self) -> None:
-        """Do nothing: there is no thread or process to end."""
 
     def preserves_storage_sharing(self) -> bool:
         return True
@@ -188,12 +187,6 @@ class _MarkedReader:
             done += num_read
             phase.progress()
         return done
-
-
-def _as_storage_error(error: OSError, path: str) -> StorageError:
-    """Return the error as a StorageError, whatever it was: the ranks must agree on it."""
-    known = storage_error(error, path)
-    return known or StorageError(f"{path}: cannot be written: {error}. Mend this and start again.")
 
 
 def _classes_in_shards() -> list[Any]:

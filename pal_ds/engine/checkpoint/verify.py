@@ -1,48 +1,178 @@
-"""The newest intact checkpoint, found by all ranks together: one alone would hash for longer than the others wait."""
+"""The check that a checkpoint is whole and ours, and the newest one that is.
 
+A manifest proves integrity, not origin. Whoever may write to a directory may write a manifest, too: hence the look at
+owners, and shards are read by readers that run nothing.
+"""
+
+import logging
+import os
+import stat
 import time
 from pathlib import Path
 
 from pal_ds.distributed import phase
 from pal_ds.distributed.world import World
-from pal_ds.engine.checkpoint.manifest import Manifest, check_content, check_listing, first_intact
+from pal_ds.engine.checkpoint.manifest import (
+    MANIFEST,
+    FormatError,
+    Manifest,
+    hash_file,
+    read_manifest,
+)
 from pal_ds.engine.checkpoint.retention import restore_replaced
 from pal_ds.engine.checkpoint.shard_writer import FileEntry
+from pal_ds.engine.checkpoint.torch_archive import ForeignObjectError, load_archive
 from pal_ds.errors import StorageError, UserError
 from pal_ds.runs.run_dir import RunDirectory
+
+logger = logging.getLogger(__name__)
 
 SECONDS_TO_APPEAR = 60
 """A network file system may show one node's files to another with this delay."""
 
 
+class UntrustedCheckpointError(UserError):
+    """A checkpoint that others may have written; not damaged, so no reason to fall back to an older one."""
+
+
+NO_DAMAGE = (UntrustedCheckpointError, ForeignObjectError, FormatError, StorageError)
+"""Errors that end a start rather than sending it to an older checkpoint."""
+
+
+def verify_checkpoint(path: Path, *, trust: bool = False) -> Manifest:
+    """Return the manifest of `path`, once every file was found to be named, whole, ours and free of foreign objects.
+
+    `trust` accepts files that another user owns or anyone may write.
+
+    Raises:
+        UntrustedCheckpointError: others may have written it, and `trust` is not given.
+        FormatError: another version of pal_ds wrote it.
+        ForeignObjectError: a shard names an object that reading it would run.
+        UserError: what is wrong with which file.
+    """
+    manifest = check_listing(path, trust=trust)
+    for name, entry in manifest["files"].items():
+        check_content(path / name, entry)
+    return manifest
+
+
+def check_listing(path: Path, *, trust: bool = False) -> Manifest:
+    """Do the cheap part of `verify_checkpoint`, which reads no file but the manifest; return and raise as it does."""
+    manifest = read_manifest(path)
+    files, there = manifest["files"], sorted(path.rglob("*"))
+    if not trust:
+        for inside in (path, *there):
+            refuse_strangers(inside)
+    for file in there:
+        name = file.relative_to(path).as_posix()
+        if file.is_symlink():
+            raise UserError(
+                f"{file}: is a link, whose target may change after this check. Put the files here."
+            )
+        # Hidden files are a file system's own; neither we nor DeepSpeed look at them.
+        if file.is_dir() or name in files or name == MANIFEST or file.name.startswith("."):
+            continue
+        raise UserError(
+            f"{file}: is not named in the manifest, and DeepSpeed might read it. Take it out of the checkpoint."
+        )
+    for name, entry in files.items():
+        file = path / name
+        if not file.is_file():
+            raise UserError(f"{file}: named in the manifest but missing.")
+        if file.stat().st_size != entry["size"]:
+            raise UserError(
+                f"{file}: {file.stat().st_size} bytes, the manifest says {entry['size']}."
+            )
+    return manifest
+
+
+def check_content(file: Path, entry: FileEntry) -> None:
+    """Do the expensive part of `verify_checkpoint` for one file: read all of it. Raises UserError as it does."""
+    if hash_file(file) != entry["xxh3_128"]:
+        raise UserError(f"{file}: its content does not match the hash in the manifest.")
+    if file.suffix == ".pt":
+        # Costs kilobytes: tensors stay where they are.
+        load_archive(file)
+
+
+def refuse_strangers(path: Path) -> None:
+    """Raise UntrustedCheckpointError where someone else than this user and root may have written `path`."""
+    status = path.lstat()
+    if status.st_uid not in (os.getuid(), 0):
+        problem = f"belongs to another user (uid {status.st_uid})"
+    elif status.st_mode & stat.S_IWOTH and not stat.S_ISLNK(status.st_mode):
+        problem = "may be written by anyone"
+    else:
+        return
+    raise UntrustedCheckpointError(
+        f"{path}: {problem}, so a stranger may have put weights or code here. Pass --trust_checkpoint if you trust "
+        "whoever wrote it."
+    )
+
+
+def refuse_strangers_code(run: RunDirectory) -> None:
+    """Raises UntrustedCheckpointError where a stranger may have written code that opening the run would execute."""
+    folder = run.path / "code"
+    if folder.is_dir():
+        for path in (folder, *folder.rglob("*")):
+            refuse_strangers(path)
+
+
 def newest_intact_for_all(
     run: RunDirectory, world: World, *, trust: bool = False
 ) -> tuple[Path, Manifest] | None:
-    """Return what `manifest.newest_intact` returns, on every rank; each of them reads its share of the files.
+    """Return the newest checkpoint that verifies, with its manifest, on every rank; None where there is none.
 
-    Rank 0 chooses the step and looks at its listing; damage that any rank finds sends all to the step before.
+    Rank 0 chooses the step and looks at its listing; each rank reads its share of the files, as one alone would hash
+    for longer than the others wait. Damage that any rank finds is logged and sends all to the step before. A step whose
+    replacement was cut off has its name back first.
 
     Raises:
         StorageError: a rank cannot read a file, or does not see what rank 0 sees.
-        UserError: as `newest_intact`, on every rank alike.
+        UntrustedCheckpointError, ForeignObjectError: the newest that is whole may come from a stranger.
+        FormatError: the newest that is whole is of another version of pal_ds.
+        UserError: there are checkpoints and none is intact.
     """
 
     def choose() -> list[int]:
         restore_replaced(run)
         return run.all_steps()
 
-    def verify(path: Path) -> Manifest:
-        phase.enter("verify a checkpoint")
-        manifest = world.from_rank_zero(lambda: check_listing(path, trust=trust))
-        mine = share_of(manifest["files"], world.rank, world.world_size)
-        own_problem = world.on_every_rank(lambda: _first_problem(path, mine))
-        problems = [problem for problem in world.gather(own_problem) if problem is not None]
-        if problems:
-            # The one that a process alone would have come to first.
-            raise min(problems, key=lambda problem: problem[0])[1]
-        return manifest
+    steps = world.from_rank_zero(choose)
+    for step in reversed(steps):
+        try:
+            return run.checkpoint(step), _verify_together(run.checkpoint(step), world, trust=trust)
+        except NO_DAMAGE:
+            raise
+        except UserError as error:
+            logger.warning("skipping a damaged checkpoint: %s", error)
+    if steps:
+        raise UserError(
+            f"{run.checkpoints}: none of the steps {steps} is intact. Start again with --fresh elsewhere."
+        )
+    return None
 
-    return first_intact(run, world.from_rank_zero(choose), verify)
+
+def _verify_together(path: Path, world: World, *, trust: bool) -> Manifest:
+    phase.enter("verify a checkpoint")
+    manifest = world.from_rank_zero(lambda: check_listing(path, trust=trust))
+    mine = share_of(manifest["files"], world.rank, world.world_size)
+
+    def first_problem() -> tuple[int, UserError] | None:
+        wait_for_files(path, dict(mine.values()))
+        for place, (name, entry) in mine.items():
+            try:
+                check_content(path / name, entry)
+            except UserError as error:
+                return place, error
+        return None
+
+    own_problem = world.on_every_rank(first_problem)
+    problems = [problem for problem in world.gather(own_problem) if problem is not None]
+    if problems:
+        # The one that a process alone would have come to first.
+        raise min(problems, key=lambda problem: problem[0])[1]
+    return manifest
 
 
 def share_of(
@@ -57,18 +187,6 @@ def share_of(
     listed = list(enumerate(files.items()))
     dealt = sorted(listed, key=lambda item: -item[1][1]["size"])[rank::world_size]
     return dict(sorted(dealt))
-
-
-def _first_problem(
-    path: Path, share: dict[int, tuple[str, FileEntry]]
-) -> tuple[int, UserError] | None:
-    wait_for_files(path, dict(share.values()))
-    for place, (name, entry) in share.items():
-        try:
-            check_content(path / name, entry)
-        except UserError as error:
-            return place, error
-    return None
 
 
 def wait_for_files(directory: Path, entries: dict[str, FileEntry]) -> None:

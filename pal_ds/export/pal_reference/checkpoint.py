@@ -29,7 +29,7 @@ from pal_ds.heads.pal_reference import (
     head_from_reference,
     merge_copies,
 )
-from pal_ds.io.folders import new_folder, refuse_existing
+from pal_ds.io.files import new_folder, refuse_existing
 from pal_ds.progress import progress_bar
 from pal_ds.remote_code.encoding import hidden_size_of
 from pal_ds.remote_code.modeling_pal import PalForSequenceClassification, PalRewardConfig

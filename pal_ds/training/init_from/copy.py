@@ -10,35 +10,32 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
 from pal_ds.config.run_config import RunConfig
-from pal_ds.data.info import DatasetInfo
 from pal_ds.data.tables import PreparedData
 from pal_ds.data.vocabulary import refuse_other_tokenizer
 from pal_ds.distributed import phase
 from pal_ds.errors import UserError
-from pal_ds.export.weights import Tensors, exported_tensors
+from pal_ds.export.weights import exported_tensors
 from pal_ds.export.writer import write_sharded
 from pal_ds.heads.base import Head
-from pal_ds.io.files import write_json
-from pal_ds.io.folders import new_folder
+from pal_ds.io.files import new_folder, write_json
 from pal_ds.modeling.build import Parts, assemble, resolve_backbone_path
 from pal_ds.progress import progress_bar
 from pal_ds.remote_code.encoding import drop_unused_modules
 from pal_ds.runs.run_dir import OriginFacts, RunDirectory
-from pal_ds.training.init_from.load import HEAD_FILE
-from pal_ds.training.init_from.open import open_origin
-from pal_ds.training.init_from.source import STOCK_HEAD, Origin
-from pal_ds.training.users import ids_of_table
-from pal_ds.users import UserTable
+from pal_ds.training.init_from.origin import STOCK_HEAD, Origin, open_origin, whole
+from pal_ds.training.state import ids_of_table
+from pal_ds.users import USER_FILES, StoredUsers, TrainedUsers, UserTable
 
 logger = logging.getLogger(__name__)
 
 PATIENCE = 6.0
 SHARD_BYTES = 4 * 10**9
+HEAD_FILE = "head.safetensors"
 
 
 def take_over(
@@ -91,45 +88,30 @@ def take_over(
             table, facts["users"] = users
             table.save(folder)
         write_json(folder / run.origin_file.name, facts)
-    _log_start(facts, data)
+    taken = ["backbone"] if data.info["kind"] == "tokens" else []
+    taken.append(f"head {facts['head']}" if facts["head"] else "a fresh head")
+    taken.append(f"{facts['users']} of {int(data.user_seen.sum())} users")
+    source = facts["path"], facts["kind"], facts["step"]
+    logger.warning("starting from %s (%s, step %d): %s", *source, ", ".join(taken))
     if parts.backbone is None:
         return parts
     return replace(parts, backbone=resolve_backbone_path(config, run))
 
 
-def _log_start(facts: OriginFacts, data: PreparedData) -> None:
-    parts = ["backbone"] if data.info["kind"] == "tokens" else []
-    parts.append(f"head {facts['head']}" if facts["head"] else "a fresh head")
-    parts.append(f"{facts['users']} of {int(data.user_seen.sum())} users")
-    origin = facts["path"], facts["kind"], facts["step"]
-    logger.warning("starting from %s (%s, step %d): %s", *origin, ", ".join(parts))
-
-
 def origin_for(init_from: str, data: PreparedData, *, trust: bool = False) -> Origin:
     """Open what `train.init_from` names, for a run on `data`. Raises UserError as `take_over` does."""
     origin = open_origin(Path(init_from), trust=trust)
-    _refuse_other_data(origin, data)
-    return origin
-
-
-def _refuse_other_data(origin: Origin, data: PreparedData) -> None:
-    theirs, ours = origin.info, data.info
-    if theirs["kind"] != ours["kind"] or theirs["vector_size"] != ours["vector_size"]:
-        raise UserError(
-            f"train.init_from {origin.path}: learned from {_kind(theirs)}, {data.path} holds {_kind(ours)}."
-        )
+    key, theirs, ours = f"train.init_from {origin.path}", origin.info, data.info
+    kinds = [
+        "texts" if info["kind"] == "tokens" else f"vectors of {info['vector_size']} numbers"
+        for info in (theirs, ours)
+    ]
+    if kinds[0] != kinds[1]:
+        raise UserError(f"{key}: learned from {kinds[0]}, {data.path} holds {kinds[1]}.")
     if ours["kind"] == "tokens":
-        refuse_other_tokenizer(
-            f"train.init_from {origin.path}",
-            origin.tokenizer,
-            theirs["tokens"],
-            data,
-            rewritten=origin.tokenizer_rewritten,
-        )
-
-
-def _kind(info: DatasetInfo) -> str:
-    return "texts" if info["kind"] == "tokens" else f"vectors of {info['vector_size']} numbers"
+        tokens, rewritten = theirs["tokens"], origin.tokenizer_rewritten
+        refuse_other_tokenizer(key, origin.tokenizer, tokens, data, rewritten=rewritten)
+    return origin
 
 
 def _head_for(origin: Origin, head: Head) -> dict[str, Tensor] | None:
@@ -178,7 +160,7 @@ def _write_backbone(folder: Path, origin: Origin, precision: str) -> None:
     kind, prefix, output_layer = AutoModel, "", {}
     if origin.output_layer is not None:
         # As a language model, which its base loads from, too.
-        kind, output_layer = AutoModelForCausalLM, _whole(origin.output_layer)
+        kind, output_layer = AutoModelForCausalLM, whole(origin.output_layer)
     with torch.device("meta"):
         target = kind.from_config(config)
     if origin.output_layer is not None:
@@ -196,9 +178,24 @@ def _write_backbone(folder: Path, origin: Origin, precision: str) -> None:
         write_sharded(folder, shapes, read, dtype, SHARD_BYTES, count)
 
 
-def _whole(tensors: Tensors) -> dict[str, Tensor]:
-    """Read all tensors into memory, in their shapes."""
-    return {
-        name: torch.cat(list(tensors.read(name))).view(shape)
-        for name, shape in tensors.shapes.items()
-    }
+def load_taken_over(
+    config: RunConfig, run: RunDirectory, head: Head, users: TrainedUsers
+) -> OriginFacts | None:
+    """Load the head and users that D/init holds; return what the run came from (origin.json).
+
+    None for a run without `train.init_from`.
+
+    Raises:
+        UserError: D/init is missing, or its table lacks a user who was removed from the run.
+    """
+    if config.train.init_from is None:
+        return None
+    facts = run.origin_facts()
+    if (run.init / HEAD_FILE).is_file():
+        head.load_state_dict(load_file(run.init / HEAD_FILE))
+    if (run.init / USER_FILES[0]).is_file():
+        stored = StoredUsers(run.init)
+        # Here, too: the checkpoint's table is held against this one.
+        stored.refuse_removed(users.ids)
+        users.restore(stored)
+    return facts

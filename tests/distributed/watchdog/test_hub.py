@@ -14,8 +14,7 @@ import pytest
 from pal_ds.distributed.watchdog import hub as hubs
 from pal_ds.distributed.watchdog.heartbeat import Beat, Ledger, Verdict
 from pal_ds.distributed.watchdog.hub import Hub
-from pal_ds.distributed.watchdog.lines import LONGEST_LINE
-from pal_ds.distributed.watchdog.link import Link
+from pal_ds.distributed.watchdog.link import LONGEST_LINE, Link
 
 DEEP = b"[" * (LONGEST_LINE - 1) + b"\n"
 

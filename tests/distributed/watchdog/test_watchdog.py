@@ -14,12 +14,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pal_ds.distributed.watchdog.frames import is_waiting
-from pal_ds.distributed.watchdog.lines import LONGEST_LINE, AwakeClock, Lines
+from pal_ds.distributed.watchdog.heartbeat import is_waiting
+from pal_ds.distributed.watchdog.link import LONGEST_LINE, AwakeClock, Lines
 from pal_ds.distributed.watchdog.lost_ranks import MEETING_FILES, is_symptom, meeting
 from pal_ds.distributed.watchdog.watcher import record, watch
 from pal_ds.distributed.world import World
-from pal_ds.engine.build_lock import remove_stale_build_locks
+from pal_ds.engine.process_group import remove_stale_build_locks
 from pal_ds.errors import RankLostError, StorageError
 from tests.distributed.watchdog.watchdog_train_worker import ASLEEP_IN_UPDATE
 from tests.distributed.watchdog.watchdog_worker import CASES, HANG_SECONDS, MISHAP_AT

@@ -17,9 +17,9 @@ from torch import nn
 
 from pal_ds.distributed.world import World
 from pal_ds.engine.checkpoint.checkpoint import load_checkpoint, save_checkpoint
-from pal_ds.engine.checkpoint.manifest import verify_checkpoint
 from pal_ds.engine.checkpoint.resharder import Resharder
 from pal_ds.engine.checkpoint.shard_reader import MOMENTS
+from pal_ds.engine.checkpoint.verify import verify_checkpoint
 from pal_ds.errors import UserError
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.users import UserTable

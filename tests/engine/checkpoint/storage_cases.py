@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from pal_ds.engine.checkpoint.manifest import verify_checkpoint
+from pal_ds.engine.checkpoint.verify import verify_checkpoint
 from pal_ds.runs.run_dir import RunDirectory
 from tests.engine.kills import command, harness_in, make_place, said
 from tests.warm import Hook, fork_ranks, wait_for

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from pal_ds.engine.checkpoint.manifest import newest_intact, read_manifest, verify_checkpoint
+from pal_ds.engine.checkpoint.manifest import read_manifest
 from pal_ds.engine.checkpoint.retention import discard_leftovers, retain
+from pal_ds.engine.checkpoint.verify import verify_checkpoint
 from pal_ds.errors import UserError
 from pal_ds.io.files import write_json
 from pal_ds.runs.run_dir import RunDirectory
+from tests.engine.newest import newest_intact
 from tests.same_run import assert_same_step
 from tests.warm import WarmParent
 

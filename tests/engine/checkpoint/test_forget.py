@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from pal_ds.distributed.world import World
 from pal_ds.engine.checkpoint import forget
 from pal_ds.engine.checkpoint.forget import forget_user, recover
-from pal_ds.engine.checkpoint.manifest import newest_intact, verify_checkpoint
 from pal_ds.engine.checkpoint.retention import retain
+from pal_ds.engine.checkpoint.verify import verify_checkpoint
 from pal_ds.errors import UserError
 from pal_ds.eval import evaluate as evaluating
 from pal_ds.eval import results
@@ -28,6 +28,7 @@ from pal_ds.inference.load_run import restore
 from pal_ds.runs.lock import only_writer
 from pal_ds.runs.run_dir import RunDirectory
 from tests.bad_input.conftest import contents
+from tests.engine.newest import newest_intact
 from tests.spawn import run_command
 from tests.tiny import LLAMA, write_pairs
 

@@ -17,9 +17,9 @@ from pal_ds.backbones.transformer import materialise_architecture
 from pal_ds.data.prepare import DataConfig, prepare
 from pal_ds.data.sources import Jsonl
 from pal_ds.engine.checkpoint.forget import recover
-from pal_ds.engine.checkpoint.manifest import verify_checkpoint
 from pal_ds.engine.checkpoint.reshard import write_resharded
 from pal_ds.engine.checkpoint.shard_reader import MOMENTS, ShardedCheckpoint
+from pal_ds.engine.checkpoint.verify import verify_checkpoint
 from pal_ds.errors import StorageError, UserError
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.users import UserTable

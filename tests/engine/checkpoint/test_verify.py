@@ -12,16 +12,11 @@ from hypothesis import strategies as st
 from pal_ds.distributed.world import World
 from pal_ds.engine.checkpoint import checkpoint, verify
 from pal_ds.engine.checkpoint.forget import recover
-from pal_ds.engine.checkpoint.manifest import (
-    FORMAT_VERSION,
-    FormatError,
-    newest_intact,
-    read_manifest,
-    verify_checkpoint,
-)
-from pal_ds.engine.checkpoint.verify import share_of, wait_for_files
+from pal_ds.engine.checkpoint.manifest import FORMAT_VERSION, FormatError, read_manifest
+from pal_ds.engine.checkpoint.verify import share_of, verify_checkpoint, wait_for_files
 from pal_ds.errors import StorageError, UserError
 from pal_ds.runs.run_dir import RunDirectory
+from tests.engine.newest import newest_intact
 from tests.engine.steps import make_step, of_format
 from tests.warm import WarmParent
 

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from pal_ds.distributed.world import World
-from pal_ds.engine.checkpoint import manifest, verify
-from pal_ds.engine.checkpoint.manifest import newest_intact
+from pal_ds.engine.checkpoint import verify
 from pal_ds.engine.checkpoint.verify import newest_intact_for_all
 from pal_ds.engine.process_group import distributed
 from pal_ds.errors import StorageError, UserError
 from pal_ds.runs.run_dir import RunDirectory
 from tests.cli.test_trust import Evil, replaced
 from tests.engine.kills import said
+from tests.engine.newest import newest_intact
 from tests.engine.steps import SHARDS, make_step, of_format
 from tests.warm import fork_ranks, wait_for
 
@@ -67,14 +67,14 @@ class Told(logging.Handler):
 def outcome_of(find: Callable[[], Any]) -> list[Any]:
     """The step that was found or what was raised, and what was said on the way."""
     told = Told()
-    manifest.logger.addHandler(told)
+    verify.logger.addHandler(told)
     try:
         found = find()
         return [str(found and found[0]), found and found[1], told.lines]
     except UserError as error:
         return [type(error).__name__, str(error), told.lines]
     finally:
-        manifest.logger.removeHandler(told)
+        verify.logger.removeHandler(told)
 
 
 def look(world: World, folder: Path) -> dict[str, Any]:
@@ -93,10 +93,10 @@ def look(world: World, folder: Path) -> dict[str, Any]:
         together = outcome_of(lambda run=run: newest_intact_for_all(run, world))
         seen[name] = [outcome_of(lambda run=run: newest_intact(run)), together]
     run, read = RunDirectory(folder / "nothing"), []
-    hash_file = manifest.hash_file
-    manifest.hash_file = lambda path: read.append(path.name) or hash_file(path)
+    hash_file = verify.hash_file
+    verify.hash_file = lambda path: read.append(path.name) or hash_file(path)
     newest_intact_for_all(run, world)
-    manifest.hash_file = hash_file
+    verify.hash_file = hash_file
     world.barrier()
     if world.rank == 1:
         verify.wait_for_files = not_seen

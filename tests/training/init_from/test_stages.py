@@ -31,9 +31,8 @@ from pal_ds.inference.scoring import Forwards
 from pal_ds.modeling.build import assemble
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.training.evaluation import open_eval_sets
-from pal_ds.training.init_from.copy import take_over
-from pal_ds.training.init_from.load import load_taken_over
-from pal_ds.training.users import seen_users
+from pal_ds.training.init_from.copy import load_taken_over, take_over
+from pal_ds.training.state import seen_users
 from pal_ds.users import UserTable
 from pal_ds.users.ids import UserIds
 from tests.near import margin_bound, room

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pal_ds.io.folders import new_folder
+from pal_ds.io.files import new_folder
 
 
 def left_by(pid: int, out: Path) -> Path:
