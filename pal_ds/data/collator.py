@@ -11,11 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pal_ds.data.answers import answers_of
-from pal_ds.data.batch import Batch
-from pal_ds.data.contexts import Contexts, preferred_first
-from pal_ds.data.draws import Draws
-from pal_ds.data.features import FeatureStore, MappedFeatures
+from pal_ds.data.batch import Batch, answers_of
+from pal_ds.data.draws import Contexts, Draws, preferred_first
+from pal_ds.data.features import MappedFeatures
 from pal_ds.data.packing import (
     pack_joint,
     pack_pooled,
@@ -47,8 +45,8 @@ class Collator:
     with_answers: bool = False
     """True if batches say where the tokens of preferred responses are predicted; joint encoding of token ids."""
     pad_token_id: int = 0
-    response_store: FeatureStore | MappedFeatures | None = None
-    prompt_store: FeatureStore | MappedFeatures | None = None
+    response_store: MappedFeatures | None = None
+    prompt_store: MappedFeatures | None = None
     """Keyed by response in joint encoding (a truncated prompt differs between responses), else by prompt."""
     table_rows: np.ndarray | None = None
     """User table row of each user of the data, -1 for one the table does not hold; None: the same rows."""
@@ -123,13 +121,11 @@ class Collator:
 
     @property
     def responses(self) -> Ragged:
-        """Token ids of the responses."""
         assert self.data.responses is not None, "vector records have no token ids"
         return self.data.responses
 
     @property
     def prompts(self) -> Ragged:
-        """Token ids of the prompts."""
         assert self.data.prompts is not None, "vector records have no token ids"
         return self.data.prompts
 

@@ -34,7 +34,6 @@ class SampleKeeper:
         text: str,
         num_prompt_tokens: int,
     ) -> None:
-        """Consider response `row`."""
         sample = {
             "prompt": prompt,
             "response": response,

@@ -1,12 +1,15 @@
-"""Parse a JSON object or table row into a Record; an error says where, what, the rule and the remedy."""
+"""Parse a JSON object into a Record, or a list of scored responses into several.
+
+An error says where, what, the rule and the remedy.
+"""
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import combinations
 from typing import Any, TypeVar
 
-from pal_ds.data.chat import check_messages, is_empty, split_conversations
-from pal_ds.data.records import Record, Text
+from pal_ds.data.records import Record, Text, check_messages, is_empty, split_conversations
 from pal_ds.errors import UserError
 from pal_ds.users.ids import POPULATION_USER
 
@@ -215,3 +218,48 @@ def _vectors(fields: Mapping[str, Any], where: str) -> dict:
             f"{where}: vectors of sizes {sizes} in one record; all vectors must have one size"
         )
     return {"prompt_features": prompt, "response_features": tuple(vectors)}
+
+
+def is_list(fields: object) -> bool:
+    """Return whether an object is a list of responses and not a comparison of two."""
+    return isinstance(fields, Mapping) and "scores" in fields
+
+
+def check_list(fields: Mapping[str, Any], where: str) -> tuple[str, list[Any], list[float]]:
+    """(the key of the responses, the responses, what the user thinks of each).
+
+    Raises:
+        UserError: fewer than two responses, another number of scores, or a score that is no finite number.
+    """
+    key = "response_features" if "response_features" in fields else "responses"
+    responses, scores = fields.get(key), fields.get("scores")
+    if not isinstance(responses, list) or len(responses) < 2:
+        raise UserError(f"{where}: '{key}' must be a list of two or more candidates.")
+    if not isinstance(scores, list) or len(scores) != len(responses):
+        raise UserError(
+            f"{where}: 'scores' must be a list of {len(responses)} numbers, what the user thinks of each candidate."
+        )
+    for score in scores:
+        number = isinstance(score, int | float) and not isinstance(score, bool)
+        if not number or not math.isfinite(score):
+            raise UserError(f"{where}: 'scores' holds {score!r}; each must be a finite number.")
+    return key, responses, [float(score) for score in scores]
+
+
+def pairs_of_list(fields: Mapping[str, Any], where: str) -> Iterator[dict[str, object] | None]:
+    """Each two responses as a comparison's fields, in the order of the list; None for two of equal score.
+
+    The mean logistic loss over these pairs is the masked list-wise ranking loss of DSP (arXiv 2309.03126): a batch
+    holds each response once, so r of them cost r encodings, and `train.shuffle_unit: item` keeps them together.
+    """
+    key, responses, scores = check_list(fields, where)
+    rest = {name: value for name, value in fields.items() if name not in (key, "scores")}
+    for i, j in combinations(range(len(responses)), 2):
+        if scores[i] == scores[j]:
+            yield None
+            continue
+        both = responses[i], responses[j]
+        pair = {"response_1": both[0], "response_2": both[1]}
+        if key == "response_features":
+            pair = {key: list(both)}
+        yield {**rest, **pair, "y": -1 if scores[i] > scores[j] else 1}

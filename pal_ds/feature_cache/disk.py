@@ -9,7 +9,6 @@ import logging
 import tempfile
 import time
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -18,17 +17,19 @@ from pal_ds.data.features import MappedFeatures
 from pal_ds.distributed import phase
 from pal_ds.distributed.world import World
 from pal_ds.errors import StorageError, UserError, writing
-from pal_ds.feature_cache.index import FeatureIndex, first_of_each
+from pal_ds.feature_cache.folders import CacheFolder
 from pal_ds.feature_cache.shards import (
     SUFFIX,
     DamagedShardError,
+    FeatureIndex,
     Shard,
+    first_of_each,
     pack_shard,
     shard_name,
     verify_once,
     verify_shard,
 )
-from pal_ds.feature_cache.writers import CacheFolder
+from pal_ds.feature_cache.writers import Keeper
 from pal_ds.io.fault_points import reached
 from pal_ds.io.files import replacing, write_json
 
@@ -41,7 +42,7 @@ STALE_SECONDS = 3600.0
 """No shard takes so long to be written: a file under its temporary name that is older was left by a killed process."""
 
 
-class CacheKeeper:
+class CacheKeeper(Keeper):
     """Keeps states in a `CacheFolder`, and knows those that are there already.
 
     A damaged shard is named and passed over: its texts are encoded anew, and then it is deleted.
@@ -119,11 +120,6 @@ class CacheKeeper:
         entries = self._index.find(self._addresses)
         assert (entries >= 0).all(), f"{self._folder.path}: a text was not encoded"
         return self._index.store(entries, self._rows, num_rows)
-
-    @property
-    def num_encoded(self) -> int:
-        """Texts that were lacking at `begin`."""
-        return len(self._lacking)
 
     def _names(self) -> list[str]:
         """Shards of the folder; on rank 0, as directories may look different elsewhere for a while."""
@@ -213,21 +209,18 @@ class CacheKeeper:
         addresses, states = zip(*self._pending, strict=True)
         content = pack_shard(self._folder.key, list(addresses), list(states))
         path = self._folder.path / shard_name(content)
+        half = len(content) // 2
         with writing(path), replacing(path) as temporary:
-            self._write_through(temporary, content)
+            with open(temporary, "wb") as stream:
+                stream.write(content[:half])
+                stream.flush()
+                reached("inside a state shard")
+                stream.write(content[half:])
+            reached("state shard written")
         self._written.append(path.name)
         self._pending, self._pending_bytes = [], 0
         reached("shard renamed")
         phase.progress()
-
-    def _write_through(self, path: Path, content: bytes) -> None:
-        half = len(content) // 2
-        with open(path, "wb") as stream:
-            stream.write(content[:half])
-            stream.flush()
-            reached("inside a state shard")
-            stream.write(content[half:])
-        reached("state shard written")
 
     def _raise_problem(self) -> None:
         if self._problem is not None:
@@ -244,6 +237,3 @@ class CacheKeeper:
                     path.unlink(missing_ok=True)
                 except FileNotFoundError:
                     continue
-
-
-__all__ = ["SHARD_BYTES", "SHARD_SECONDS", "CacheKeeper"]

@@ -1,4 +1,4 @@
-"""A file of hidden states: packed, named by the hash of its own content, verified, memory-mapped.
+"""Files of hidden states: packed, named by the hash of their content, verified, memory-mapped; an index over them.
 
 A shard is a safetensors file that holds its part of the index, too, so that one rename makes both visible.
 """
@@ -15,6 +15,7 @@ import xxhash
 from safetensors.torch import save
 from torch import Tensor
 
+from pal_ds.data.features import MappedFeatures
 from pal_ds.errors import StorageError
 from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.io.hashing import feed
@@ -123,3 +124,54 @@ class Shard:
             np.frombuffer(part("lengths").numpy().tobytes(), "<i8"),
             part("values").view(_DTYPES[entry["dtype"]]).view(entry["shape"]),
         )
+
+
+def first_of_each(addresses: np.ndarray) -> np.ndarray:
+    """Find where each distinct address (uint64 [n, 2]) first occurs, in ascending order of address; int64."""
+    order = np.lexsort((addresses[:, 1], addresses[:, 0]))
+    ordered = addresses[order]
+    is_new = np.ones(len(order), bool)
+    is_new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    return order[is_new]
+
+
+class FeatureIndex:
+    """An index of which text lies in which shard. A text that two writers have stored counts once."""
+
+    def __init__(self, shards: list[Shard]) -> None:
+        self.values = [shard.values for shard in shards]
+        nothing = np.empty((0, 2), np.uint64)
+        addresses = np.concatenate([nothing, *(shard.addresses for shard in shards)])
+        of_shard = np.repeat(np.arange(len(shards)), [len(shard.lengths) for shard in shards])
+        begin = [np.cumsum(shard.lengths) - shard.lengths for shard in shards]
+        order = first_of_each(addresses)
+        self._addresses = addresses[order]
+        self._shard = of_shard[order].astype(np.int64)
+        self._begin = np.concatenate([np.empty(0, np.int64), *begin])[order]
+        lengths = [np.empty(0, np.int64), *(shard.lengths for shard in shards)]
+        self._lengths = np.concatenate(lengths)[order]
+        counts = np.unique(self._addresses[:, 0], return_counts=True)[1]
+        self._longest_run = int(counts.max(initial=1))
+
+    def __len__(self) -> int:
+        return len(self._addresses)
+
+    def find(self, addresses: np.ndarray) -> np.ndarray:
+        """Entry of each address (uint64 [n, 2]), -1 for those that are not here; int64 [n]."""
+        entries = np.full(len(addresses), -1, np.int64)
+        place = np.searchsorted(self._addresses[:, 0], addresses[:, 0])
+        # Texts whose addresses share their first half lie side by side.
+        for step in range(self._longest_run):
+            candidate = np.minimum(place + step, len(self) - 1)
+            if len(self):
+                equal = (self._addresses[candidate] == addresses).all(axis=1)
+                entries[equal] = candidate[equal]
+        return entries
+
+    def store(self, entries: np.ndarray, rows: np.ndarray, num_rows: int) -> MappedFeatures:
+        """A store for a table of `num_rows` texts, of which `rows` lie at `entries`."""
+        shard = np.full(num_rows, -1, np.int64)
+        begin, lengths = np.zeros(num_rows, np.int64), np.zeros(num_rows, np.int64)
+        shard[rows], begin[rows] = self._shard[entries], self._begin[entries]
+        lengths[rows] = self._lengths[entries]
+        return MappedFeatures(self.values, shard, begin, lengths)

@@ -1,9 +1,5 @@
 """Keepers of encoded states: what both ways of keeping them have in common, and the one in memory."""
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol, TypedDict
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,67 +8,33 @@ from pal_ds.data.features import FeatureStore, MappedFeatures
 from pal_ds.distributed.world import World
 
 
-class StatesDescription(TypedDict):
-    """`made_from` in cache.json: all that decides the states of one kind of text, whose hash names their folder."""
-
-    states: str
-    """"responses" or "prompts"."""
-    weights: str
-    """Fingerprint of the weight files."""
-    model: dict[str, Any]
-    """The transformers config, without what says nothing of states."""
-    code: str | None
-    """Hash of modelling code that comes with the weights."""
-    layer: str
-    precision: str
-    attention: str
-    tokenizer: str
-    """Hash of vocabulary, rules and chat template."""
-    tokens: dict[str, object]
-    """Entries of `TokensInfo` that decide token ids."""
-    encoding: str
-    pooling: str
-    """"every token", "last token", "mean" or "max"."""
-
-
-@dataclass(frozen=True)
-class CacheFolder:
-    """A folder for the states of one kind of text, read in one way; named by what they are made from."""
-
-    path: Path
-    key: str
-    made_from: StatesDescription
-
-
-class Keeper(Protocol):
+class Keeper:
     """Takes states [n_i, H] row by row; `begin`, `settle`, `flush` and `finish` are called on all ranks in step."""
 
     def begin(self, rows: np.ndarray, addresses: np.ndarray | None) -> np.ndarray:
         """The rows among `rows` (sorted) whose states it lacks, the same on every rank."""
-        ...
+        raise NotImplementedError
 
     def take(self, row: int, states: Tensor) -> None:
         """States of a row that this rank has encoded."""
-        ...
+        raise NotImplementedError
 
     def settle(self) -> None:
         """Called after each forward. Raises on all ranks what went wrong on any."""
-        ...
 
     def flush(self) -> None:
         """Make what was taken outlive this process, if it ever will."""
-        ...
 
     def finish(self) -> None:
         """All that was lacking has been taken, on some rank."""
-        ...
+        raise NotImplementedError
 
-    def store(self, num_rows: int) -> FeatureStore | MappedFeatures | None:
+    def store(self, num_rows: int) -> MappedFeatures | None:
         """The states of the rows of `begin` for a table of `num_rows`; None where there are none."""
-        ...
+        raise NotImplementedError
 
 
-class MemoryKeeper:
+class MemoryKeeper(Keeper):
     """Keeps the states of all ranks in the memory of each of them."""
 
     def __init__(self, world: World) -> None:
@@ -86,12 +48,6 @@ class MemoryKeeper:
 
     def take(self, row: int, states: Tensor) -> None:
         self._taken[row] = states
-
-    def settle(self) -> None:
-        """Memory has nothing to agree on."""
-
-    def flush(self) -> None:
-        """Memory does not outlive the process."""
 
     def finish(self) -> None:
         parts = self._world.gather(self._taken)

@@ -17,7 +17,7 @@ from pal_ds.users.config import UsersConfig
 from pal_ds.users.files import StoredUsers, check_shapes, write_users
 from pal_ds.users.ids import UserIds, named
 from pal_ds.users.rows import UserRows, fresh_rows, width_of
-from pal_ds.users.table import TrainedUsers, UserTable
+from pal_ds.users.table import UserTable
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,6 @@ class ShardedUserTable:
 
     @property
     def device(self) -> torch.device:
-        """Device that holds the rows."""
         return self.own.records.device
 
     def __len__(self) -> int:
@@ -143,6 +142,10 @@ class ShardedUserTable:
 
     def _to_device(self, rows: np.ndarray) -> Int[Tensor, "n"]:
         return torch.from_numpy(rows).to(self.device)
+
+
+TrainedUsers = UserTable | ShardedUserTable
+"""What training needs of a user table both have; ranks make the same calls in the same order."""
 
 
 def trained_users(

@@ -1,6 +1,7 @@
 """Domain-specific preference (DSP): five writers answer each query, each prefers its own answer."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import final
 
 from pal_ds.data.parse import nearest
@@ -16,6 +17,7 @@ from pal_ds.errors import UserError
 
 
 @final
+@dataclass(eq=False)
 class Dsp(Source):
     """One user per domain; user u prefers u's own answer to each of the others.
 
@@ -30,9 +32,8 @@ class Dsp(Source):
 
     licence = "CC BY-NC 4.0 (Linear95/DSP)"
 
-    def __init__(self, path: str, users: list[str] | None = None) -> None:
-        self.path = path
-        self.users = users
+    path: str
+    users: list[str] | None = None
 
     def records(self) -> Iterator[Record]:
         """Queries x domains x (domains - 1) comparisons, query by query."""
@@ -59,7 +60,6 @@ class Dsp(Source):
                     )
 
     def describe(self) -> dict:
-        """The file with its content hash."""
         return {"class": "Dsp", "files": describe_files(check_files(self.path))}
 
     @staticmethod

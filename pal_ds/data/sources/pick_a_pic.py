@@ -2,12 +2,12 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple, final
 
 from pal_ds.data.records import Record
-from pal_ds.data.sources.base import Source
 from pal_ds.data.sources.embeddings import Embeddings
-from pal_ds.data.sources.hub import HubPath, HubRows, PromptSplits, text_of
+from pal_ds.data.sources.hub import HubPath, HubRows, HubSource, PromptSplits, text_of
 from pal_ds.errors import UserError
 
 SPLITS = {"train": "train", "validation": "dev", "test": "test"}
@@ -34,7 +34,8 @@ class Judgement(NamedTuple):
 
 
 @final
-class PickAPic(Source):
+@dataclass(eq=False)
+class PickAPic(HubSource):
     """Records of vectors: the caption's embedding as prompt, the images' as responses.
 
     Rows come from the hub (the version without images is enough), embeddings from the files you
@@ -52,17 +53,15 @@ class PickAPic(Source):
 
     licence = "see yuvalkirstain/pickapic_v1"
 
-    def __init__(
-        self, images: str, captions: str, path: HubPath = "yuvalkirstain/pickapic_v1_no_images"
-    ) -> None:
-        self.images = images
-        self.captions = captions
-        self.path = path
-        self._images, self._captions = Embeddings(images), Embeddings(captions)
-        self._rows = HubRows(path, tuple(SPLITS), COLUMNS)
+    images: str
+    captions: str
+    path: HubPath = "yuvalkirstain/pickapic_v1_no_images"
+
+    def __post_init__(self) -> None:
+        self._images, self._captions = Embeddings(self.images), Embeddings(self.captions)
+        self._rows = HubRows(self.path, tuple(SPLITS), COLUMNS)
 
     def records(self) -> Iterator[Record]:
-        """In the order of the dataset, split by split."""
         self.dropped.clear()
         check_sizes(self._captions, self._images)
         for item in judgements(self._rows, self._captions, self.dropped):
@@ -79,16 +78,13 @@ class PickAPic(Source):
             )
 
     def describe(self) -> dict:
-        """Describe what was read, and the embeddings."""
         return {
-            "class": "PickAPic",
-            **self._rows.describe(),
+            **super().describe(),
             "images": self._images.describe(),
             "captions": self._captions.describe(),
         }
 
     def num_records(self) -> int:
-        """Rows of the dataset."""
         return len(self._rows)
 
 

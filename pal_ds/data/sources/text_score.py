@@ -1,6 +1,7 @@
 """DSP's other format: `{"text": [..], "score": [..]}`, two or more scored texts an entry."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import combinations
 from typing import final
 
@@ -11,6 +12,7 @@ from pal_ds.users.ids import POPULATION_USER
 
 
 @final
+@dataclass(eq=False)
 class TextScore(Source):
     """Every pair of an entry's texts with different scores; the higher score is preferred.
 
@@ -27,19 +29,14 @@ class TextScore(Source):
         licence: recorded in dataset.json.
     """
 
-    def __init__(
-        self,
-        path: str,
-        response_marker: str | None = "\n\nAssistant:",
-        user_id: str = POPULATION_USER,
-        licence: str | None = None,
-    ) -> None:
-        if response_marker == "":
+    path: str
+    response_marker: str | None = "\n\nAssistant:"
+    user_id: str = POPULATION_USER
+    licence: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.response_marker == "":
             raise UserError("response_marker is empty; give text, or null for texts without prompt")
-        self.path = path
-        self.response_marker = response_marker
-        self.user_id = user_id
-        self.licence = licence
 
     def records(self) -> Iterator[Record]:
         """Pairs (i, j), i < j, in the order of the file."""
@@ -66,7 +63,6 @@ class TextScore(Source):
                     )
 
     def describe(self) -> dict:
-        """The file with its content hash."""
         return {"class": "TextScore", "files": describe_files(check_files(self.path))}
 
     def _cut(self, text: str) -> tuple[str | None, str] | None:

@@ -15,8 +15,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
 from pal_ds.config.run_config import RunConfig
-from pal_ds.data.info import DatasetInfo
-from pal_ds.data.tables import PreparedData
+from pal_ds.data.tables import DatasetInfo, PreparedData
 from pal_ds.data.vocabulary import refuse_other_tokenizer
 from pal_ds.distributed import phase
 from pal_ds.errors import UserError

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, PretrainedConfig
 
-from pal_ds.data.info import DatasetInfo
+from pal_ds.data.tables import DatasetInfo
 from pal_ds.distributed import phase
 from pal_ds.engine.checkpoint.manifest import refuse_strangers
 from pal_ds.errors import UserError

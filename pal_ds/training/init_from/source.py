@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pal_ds.data.info import DatasetInfo
+from pal_ds.data.tables import DatasetInfo
 from pal_ds.export.weights import Tensors
 from pal_ds.heads.base import Head
 from pal_ds.heads.jaxtyping_fallback import Float
