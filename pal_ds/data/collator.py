@@ -83,6 +83,9 @@ class Collator:
         # Records that name no user are the generic user's own, and their group is known all the same.
         is_borrowed = is_generic & (self.user_rows(rows) != self.generic_row)
         table = self.data.comparisons[rows]
+        groups = table["group"].astype(np.int64)
+        if self.group_codes is not None:
+            groups = np.append(self.group_codes, -1)[groups]
         pairs = np.stack([table["a"], table["b"]], axis=1)
         others = pairs[:0] if context is None else preferred_first(self.data, context[0].ravel())
         responses, index = np.unique(np.concatenate([pairs, others]), return_inverse=True)
@@ -109,7 +112,7 @@ class Collator:
             weight=torch.from_numpy(weight),
             user_row=torch.from_numpy(users),
             position=torch.from_numpy(positions.astype(np.int64)),
-            group=torch.from_numpy(np.where(is_borrowed, -1, self._groups(rows))),
+            group=torch.from_numpy(np.where(is_borrowed, -1, groups)),
             **({} if draws is None else draws.noise(positions)),
             **context_inputs,
         )
@@ -133,10 +136,6 @@ class Collator:
         """User table row of each comparison, int64; -1 for users the table does not hold."""
         users = self.data.comparisons["user"][rows].astype(np.int64)
         return users if self.table_rows is None else self.table_rows[users]
-
-    def _groups(self, rows: np.ndarray) -> np.ndarray:
-        codes = self.data.comparisons["group"][rows].astype(np.int64)
-        return codes if self.group_codes is None else np.append(self.group_codes, -1)[codes]
 
     def _windows(
         self, responses: np.ndarray, response_index: np.ndarray

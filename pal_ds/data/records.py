@@ -76,23 +76,22 @@ def is_empty(text: Text) -> bool:
     return not (text if isinstance(text, str) else text[-1]["content"]).strip()
 
 
-def split_conversations(first: list[Message], second: list[Message]) -> tuple[int, str | None]:
-    """Number of leading messages two conversations share as an implicit prompt, and what is wrong.
+def num_shared_messages(first: list[Message], second: list[Message], where: str) -> int:
+    """Number of leading messages two conversations share as an implicit prompt.
 
-    Each keeps at least its last message; all that remains must be the assistant's.
+    Each keeps at least its last message. Raises UserError unless all that remains is the assistant's.
     """
     limit = min(len(first), len(second)) - 1
     shared = 0
     while shared < limit and first[shared] == second[shared]:
         shared += 1
-    for messages in (first, second):
-        for message in messages[shared:]:
-            if message["role"] != "assistant":
-                return shared, (
-                    f"the responses differ from message {shared} on, but that part holds a message "
-                    f"of role '{message['role']}'; only the assistant's messages may differ"
-                )
-    return shared, None
+    for message in (*first[shared:], *second[shared:]):
+        if message["role"] != "assistant":
+            raise UserError(
+                f"{where}: the responses differ from message {shared} on, but that part holds a "
+                f"message of role '{message['role']}'; only the assistant's messages may differ"
+            )
+    return shared
 
 
 def _short(value: object, limit: int = 60) -> str:

@@ -147,6 +147,9 @@ def describe_states(
     from pal_ds.backbones.transformer import choose_attention, read_model_config
 
     model = read_model_config(backbone)
+    assert backbone.path is not None
+    # Modelling code that comes with the weights; a hub id's commit is in the fingerprint.
+    code = sorted(Path(backbone.path).glob("*.py")) if backbone.trust_remote_code else []
     entries = cast(Mapping[str, object], collator.data.info["tokens"])
     common = {
         "weights": weights,
@@ -155,7 +158,7 @@ def describe_states(
             for key, value in model.to_diff_dict().items()
             if key not in _SAYS_NOTHING_OF_STATES
         },
-        "code": _code_hash(backbone),
+        "code": _hash_of(code) if code else None,
         "layer": "last",
         "precision": precision,
         "attention": choose_attention(backbone.attention, precision, gpu, model)[0],
@@ -179,13 +182,6 @@ def key_of(made_from: Mapping[str, object]) -> str:
     """128 bits in hexadecimal."""
     text = json.dumps(made_from, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _code_hash(backbone: BackboneConfig) -> str | None:
-    """Hash modelling code that comes with the weights; a hub id's commit is in the fingerprint."""
-    assert backbone.path is not None
-    files = sorted(Path(backbone.path).glob("*.py")) if backbone.trust_remote_code else []
-    return _hash_of(files) if files else None
 
 
 def _tokenizer_hash(folder: Path) -> str:

@@ -129,14 +129,12 @@ class PersonalLlm(HubSource):
         for code, split in enumerate(SPLITS):
             users_of[split] = defaultdict(list)
             for user in range(self.num_users + self.num_unseen_users):
-                wanted = self._prompts_of(user, split)
+                wanted = self.test_prompts_per_user
+                if split == "train":
+                    is_seen = user < self.num_users
+                    wanted = self.prompts_per_user if is_seen else self.prompts_per_unseen_user
                 rng = np.random.default_rng([self.seed, user, 1 + code])
                 order = rng.permutation(num_rows.get(split, 0))
                 for row in order[:wanted].tolist():
                     users_of[split][row].append(user)
         return users_of
-
-    def _prompts_of(self, user: int, split: str) -> int:
-        if split == "test":
-            return self.test_prompts_per_user
-        return self.prompts_per_user if user < self.num_users else self.prompts_per_unseen_user

@@ -1,14 +1,14 @@
 """PAL's Pick-a-Filter: Pick-a-Pic with a planted taste for blue or red images in half the users each."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 from pal_ds.data.records import Record
 from pal_ds.data.sources.base import stable_fraction
 from pal_ds.data.sources.embeddings import Embeddings
 from pal_ds.data.sources.hub import HubPath, HubRows, HubSource
-from pal_ds.data.sources.pick_a_pic import COLUMNS, SPLITS, check_sizes, judgements
+from pal_ds.data.sources.pick_a_pic import COLUMNS, SPLITS, check_sizes, image_records
 from pal_ds.errors import UserError
 
 
@@ -58,21 +58,8 @@ class PickAFilter(HubSource):
     def records(self) -> Iterator[Record]:
         self.dropped.clear()
         check_sizes(self._captions, self._plain, *self._filtered.values())
-        for item in judgements(self._rows, self._captions, self.dropped):
-            group = self.group_of(item.user_id)
-            versions = self._versions(item.user_id, item.images, item.label, group)
-            if not all(uid in images for uid, images in zip(item.images, versions, strict=True)):
-                self.dropped["no_image_features"] += 1
-                continue
-            (first, second), (of_first, of_second) = item.images, versions
-            yield Record(
-                user_id=item.user_id,
-                label=item.label,
-                prompt_features=self._captions[item.caption],
-                response_features=(of_first[first], of_second[second]),
-                group=group,
-                split=item.split,
-            )
+        for record in image_records(self._rows, self._captions, self._shown, self.dropped):
+            yield replace(record, group=self.group_of(record.user_id))
 
     def describe(self) -> dict:
         return {
@@ -89,16 +76,16 @@ class PickAFilter(HubSource):
     def group_of(self, user_id: str) -> str:
         return "blue" if stable_fraction("colour", self.seed, user_id) < 0.5 else "red"
 
-    def _versions(
-        self, user_id: str, images: tuple[str, str], label: int, group: str
-    ) -> list[Embeddings]:
+    def _shown(
+        self, user_id: str, images: tuple[str, str], label: int
+    ) -> tuple[Embeddings, Embeddings]:
         """Choose which version of each image the user is shown."""
         key = (self.seed, user_id, *images)
-        versions = [self._plain, self._plain]
+        group, versions = self.group_of(user_id), [self._plain, self._plain]
         if stable_fraction("changed", *key) < self.mixture_ratio:
             chosen = 0 if label == -1 else 1
             if stable_fraction("chosen changes", *key) < 0.5:
                 versions[chosen] = self._filtered[group]
             else:
                 versions[1 - chosen] = self._filtered["red" if group == "blue" else "blue"]
-        return versions
+        return versions[0], versions[1]

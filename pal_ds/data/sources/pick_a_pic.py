@@ -1,9 +1,9 @@
 """Pick-a-Pic: people chose between two generated images; images and captions as CLIP embeddings."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, final
+from typing import final
 
 from pal_ds.data.records import Record
 from pal_ds.data.sources.embeddings import Embeddings
@@ -21,16 +21,6 @@ COLUMNS = (
     "has_label",
     "are_different",
 )
-
-
-class Judgement(NamedTuple):
-    """A person's choice between two images of one caption; `label` is -1 for the first."""
-
-    split: str
-    user_id: str
-    caption: str
-    images: tuple[str, str]
-    label: int
 
 
 @final
@@ -64,18 +54,8 @@ class PickAPic(HubSource):
     def records(self) -> Iterator[Record]:
         self.dropped.clear()
         check_sizes(self._captions, self._images)
-        for item in judgements(self._rows, self._captions, self.dropped):
-            if not all(uid in self._images for uid in item.images):
-                self.dropped["no_image_features"] += 1
-                continue
-            first, second = item.images
-            yield Record(
-                user_id=item.user_id,
-                label=item.label,
-                prompt_features=self._captions[item.caption],
-                response_features=(self._images[first], self._images[second]),
-                split=item.split,
-            )
+        images = self._images, self._images
+        yield from image_records(self._rows, self._captions, lambda *_: images, self.dropped)
 
     def describe(self) -> dict:
         return {
@@ -88,24 +68,23 @@ class PickAPic(HubSource):
         return len(self._rows)
 
 
-def check_sizes(captions: Embeddings, *images: Embeddings) -> None:
-    """A UserError where vectors of captions and images differ in size."""
-    for embeddings in images:
-        if embeddings.size != captions.size:
-            raise UserError(
-                f"{embeddings.path}: vectors of size {embeddings.size}, but those of captions in "
-                f"{captions.path} have {captions.size}; make all with one model"
-            )
+def image_records(
+    rows: HubRows,
+    captions: Embeddings,
+    shown: Callable[[str, tuple[str, str], int], tuple[Embeddings, Embeddings]],
+    dropped: Counter[str],
+) -> Iterator[Record]:
+    """The rows in which someone preferred one of two different images, others counted by reason.
 
-
-def judgements(rows: HubRows, captions: Embeddings, dropped: Counter[str]) -> Iterator[Judgement]:
-    """The rows in which someone preferred one of two different images, others counted by reason."""
+    `shown` says of (user id, uids of both images, label) in which embeddings either image is found.
+    """
     prompts = PromptSplits()
     for where, split, row in rows:
         caption, label = text_of(row["caption"], where, "caption"), _label(where, row)
+        user, images = str(row["user_id"]), (str(row["image_0_uid"]), str(row["image_1_uid"]))
         if not row["has_label"] or label is None:
             dropped["no_label"] += 1
-        elif not row["are_different"] or row["image_0_uid"] == row["image_1_uid"]:
+        elif not row["are_different"] or images[0] == images[1]:
             dropped["same_image"] += 1
         elif label == 0:
             dropped["tie"] += 1
@@ -114,8 +93,27 @@ def judgements(rows: HubRows, captions: Embeddings, dropped: Counter[str]) -> It
         elif not prompts.admits(caption, split):
             dropped["prompt_in_two_splits"] += 1
         else:
-            images = str(row["image_0_uid"]), str(row["image_1_uid"])
-            yield Judgement(SPLITS[split], str(row["user_id"]), caption, images, label)
+            first, second = shown(user, images, label)
+            if images[0] not in first or images[1] not in second:
+                dropped["no_image_features"] += 1
+                continue
+            yield Record(
+                user_id=user,
+                label=label,
+                prompt_features=captions[caption],
+                response_features=(first[images[0]], second[images[1]]),
+                split=SPLITS[split],
+            )
+
+
+def check_sizes(captions: Embeddings, *images: Embeddings) -> None:
+    """A UserError where vectors of captions and images differ in size."""
+    for embeddings in images:
+        if embeddings.size != captions.size:
+            raise UserError(
+                f"{embeddings.path}: vectors of size {embeddings.size}, but those of captions in "
+                f"{captions.path} have {captions.size}; make all with one model"
+            )
 
 
 def _label(where: str, row: Mapping[str, float | None]) -> int | None:

@@ -96,8 +96,8 @@ class Synthetic(Source):
         names = self._user_ids
         for judgement in self._judgements:
             user, item = judgement.user, judgement.item
-            probability = self._probability(judgement)
             mixture = self._mixtures[user]
+            probability = float(1.0 / (1.0 + np.exp(-self._scale * (mixture @ item.opinions))))
             pure = mixture.max() >= PURE_WEIGHT
             yield Record(
                 user_id=names[user],
@@ -199,10 +199,6 @@ class Synthetic(Source):
     def _scale(self) -> float:
         utility = np.abs([self._mixtures[j.user] @ j.item.opinions for j in self._judgements])
         return choice_scale(utility, self.bayes_accuracy)
-
-    def _probability(self, judgement: _Judgement) -> float:
-        utility = self._mixtures[judgement.user] @ judgement.item.opinions
-        return float(1.0 / (1.0 + np.exp(-self._scale * utility)))
 
     def _num_items(self, counts: tuple[int, int]) -> int:
         """Enough items for the seen users at `annotators_per_item`, and for the busiest user."""

@@ -43,7 +43,8 @@ class TextScore(Source):
         self.dropped.clear()
         for where, item in read_json_list(check_files(self.path)[0]):
             texts, scores = self._check(where, item)
-            parts = [self._cut(text) for text in texts]
+            marker = self.response_marker
+            parts = [(None, t) if marker is None else cut_transcript(t, marker) for t in texts]
             for i, j in combinations(range(len(texts)), 2):
                 first, second = parts[i], parts[j]
                 if scores[i] == scores[j]:
@@ -64,11 +65,6 @@ class TextScore(Source):
 
     def describe(self) -> dict:
         return {"class": "TextScore", "files": describe_files(check_files(self.path))}
-
-    def _cut(self, text: str) -> tuple[str | None, str] | None:
-        if self.response_marker is None:
-            return None, text
-        return cut_transcript(text, self.response_marker)
 
     @staticmethod
     def _check(where: str, item: object) -> tuple[list[str], list[float]]:
