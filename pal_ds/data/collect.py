@@ -64,11 +64,7 @@ class Collector:
                 f"{where}: holds text, but there is no tokenizer: this run was made from vectors. "
                 "Give records with response_features"
             )
-        members = self.members
-        samples = SampleKeeper(
-            lambda row: members.prompt_fraction[row], lambda row: members.prompt_field[row] > 0
-        )
-        return TokenStore(self.encoder, samples)
+        return TokenStore(self.encoder, SampleKeeper(self.members))
 
     def _check(self, record: Record, where: str) -> None:
         is_text = record.response_features is None

@@ -4,7 +4,7 @@ The files are the same whether one rank held the table or many, and no more than
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -40,36 +40,26 @@ def write_users(
     """
     pending = iter(blocks(len(ids)))
     try:
-        if directory is not None:
-            _write(directory, ids, seed, num_prototypes, pending, read_block)
+        if directory is None:
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        header, starts = _header(len(ids), num_prototypes, seed)
+        seen = np.zeros(len(ids), bool)
+        with open(directory / USER_FILES[0], "wb") as stream:
+            stream.write(header)
+            for begin, end in pending:
+                block = UserRows(0, num_prototypes)
+                block.records = read_block(begin, end)
+                seen[begin:end] = block.seen.bool().numpy()
+                for name, start in starts.items():
+                    values = getattr(block, name)
+                    values = values.long() if name == "step" else values.contiguous()
+                    stream.seek(start + begin * values.element_size() * values[:1].numel())
+                    stream.write(memoryview(values.numpy()).cast("B"))
+        _write_index(directory / USER_FILES[1], ids, seen)
     finally:
         for begin, end in pending:
             read_block(begin, end)
-
-
-def _write(
-    directory: Path,
-    ids: UserIds,
-    seed: int,
-    num_prototypes: int,
-    pending: Iterable[tuple[int, int]],
-    read_block: ReadBlock,
-) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    header, starts = _header(len(ids), num_prototypes, seed)
-    seen = np.zeros(len(ids), bool)
-    with open(directory / USER_FILES[0], "wb") as stream:
-        stream.write(header)
-        for begin, end in pending:
-            block = UserRows(0, num_prototypes)
-            block.records = read_block(begin, end)
-            seen[begin:end] = block.seen.bool().numpy()
-            for name, start in starts.items():
-                values = getattr(block, name)
-                values = values.long() if name == "step" else values.contiguous()
-                stream.seek(start + begin * values.element_size() * values[:1].numel())
-                stream.write(memoryview(values.numpy()).cast("B"))
-    _write_index(directory / USER_FILES[1], ids, seen)
 
 
 def _header(num_users: int, num_prototypes: int, seed: int) -> tuple[bytes, dict[str, int]]:
