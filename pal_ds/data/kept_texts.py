@@ -3,7 +3,6 @@
 import heapq
 from collections import deque
 
-from pal_ds.data.records import Text
 from pal_ds.data.splits import Membership
 
 NUM_SAMPLES = 64
@@ -22,21 +21,8 @@ class SampleKeeper:
         self._latest: deque[tuple[int, dict]] = deque(maxlen=NUM_SAMPLES)
         self._named: list[tuple[int, dict]] = []
 
-    def offer(
-        self,
-        row: int,
-        prompt_row: int,
-        prompt: Text | None,
-        response: Text,
-        text: str,
-        num_prompt_tokens: int,
-    ) -> None:
-        sample = {
-            "prompt": prompt,
-            "response": response,
-            "text": text,
-            "prompt_tokens": num_prompt_tokens,
-        }
+    def offer(self, row: int, prompt_row: int, sample: dict) -> None:
+        """Consider the sample of response `row`: a line of `samples.jsonl`."""
         self._latest.append((row, sample))
         if len(self._named) < NUM_SAMPLES and self._members.prompt_field[prompt_row] > 0:
             self._named.append((row, sample))

@@ -69,9 +69,9 @@ class TokenStore:
         for item, text in zip(self._pending, rendered, strict=True):
             result = None if text is None else next(encoded)
             if text is not None and result is not None:
-                self.samples.offer(
-                    len(self.status), *item, text.text, num_prompt_tokens=len(result.prompt_ids)
-                )
+                sample = {"prompt": item.prompt, "response": item.response, "text": text.text}
+                sample["prompt_tokens"] = len(result.prompt_ids)
+                self.samples.offer(len(self.status), item.prompt_row, sample)
             self._append(item, result, "template" if text is None else "boundary")
         self._pending.clear()
 

@@ -9,7 +9,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, TypedDict
+from typing import Literal, NamedTuple, cast
 
 from pal_ds.data.records import Text, as_messages, render_plain
 from pal_ds.data.tables import TokensInfo
@@ -34,12 +34,6 @@ class Encoded(NamedTuple):
     prompt_ids: list[int]
     response_ids: list[int]
     marker_ids: tuple[int, ...]
-
-
-class _Side(TypedDict, total=False):
-    """An entry of `TokensInfo` that only some encoders have."""
-
-    truncation_side: Literal["left", "right"]
 
 
 class TextEncoder:
@@ -102,24 +96,19 @@ class TextEncoder:
     def encode(self, rendered: Sequence[Rendered]) -> list[Encoded | None]:
         """Canonical ids of each text; None where no token starts at the response."""
         batch = self._tokenise([item.text for item in rendered])
-        return [
-            self._divide(ids, offsets, item)
-            for ids, offsets, item in zip(
-                batch["input_ids"], batch["offset_mapping"], rendered, strict=True
-            )
-        ]
+        texts = zip(batch["input_ids"], batch["offset_mapping"], rendered, strict=True)
+        return [self._divide(ids, offsets, item) for ids, offsets, item in texts]
 
     def describe(
         self, marker_ids: list[int] | None, user_marker_ids: list[int] | None
     ) -> TokensInfo:
         """The `tokens` entry of dataset.json, from which `from_info` makes this encoder again."""
         pad = self.tokenizer.pad_token_id
-        side: _Side = {} if self.truncation_side == "left" else {"truncation_side": "right"}
-        return {
+        tokens = {
             "tokenizer": self.name,
             "vocab_size": len(self.tokenizer),
             "max_length": self.max_length,
-            **side,
+            **({} if self.truncation_side == "left" else {"truncation_side": "right"}),
             "prefix_ids": self.prefix_ids,
             "end_ids": self.end_ids,
             "marker_ids": marker_ids,
@@ -129,6 +118,7 @@ class TextEncoder:
             "special_tokens": self.special_tokens,
             "pad_token_id": pad if pad is not None else (self.tokenizer.eos_token_id or 0),
         }
+        return cast(TokensInfo, tokens)
 
     @classmethod
     def from_info(cls, tokens: TokensInfo, tokenizer_folder: str | Path) -> "TextEncoder":

@@ -4,7 +4,6 @@ A shard is a safetensors file that holds its part of the index, too, so that one
 """
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import xxhash
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -22,7 +22,6 @@ from pal_ds.io.hashing import feed
 
 SUFFIX = ".safetensors"
 ADDRESS_BYTES = 16
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 
 
 class DamagedShardError(Exception):
@@ -102,28 +101,19 @@ class Shard:
         Raises:
             StorageError: it cannot be mapped.
         """
-        size = path.stat().st_size
         try:
-            content = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-        except RuntimeError as error:
+            with safe_open(str(path), "pt") as file:
+                return cls(
+                    key=file.metadata()["key"],
+                    addresses=as_addresses(file.get_tensor("addresses").numpy().tobytes()),
+                    lengths=file.get_tensor("lengths").numpy().copy(),
+                    values=file.get_tensor("values"),
+                )
+        except (MemoryError, RuntimeError) as error:
             raise StorageError(
                 f"{path}: cannot be mapped into memory ({str(error).splitlines()[0]}). Raise the limits on address "
                 "space and on mappings (ulimit -v, vm.max_map_count), or unset backbone.cache."
             ) from None
-        begin = 8 + int.from_bytes(content[:8].numpy().tobytes(), "little")
-        header = json.loads(content[8:begin].numpy().tobytes())
-
-        def part(name: str) -> Tensor:
-            first, last = header[name]["data_offsets"]
-            return content[begin + first : begin + last]
-
-        entry = header["values"]
-        return cls(
-            header["__metadata__"]["key"],
-            as_addresses(part("addresses").numpy().tobytes()),
-            np.frombuffer(part("lengths").numpy().tobytes(), "<i8"),
-            part("values").view(_DTYPES[entry["dtype"]]).view(entry["shape"]),
-        )
 
 
 def first_of_each(addresses: np.ndarray) -> np.ndarray:
