@@ -118,11 +118,12 @@ class Shard:
 
 def first_of_each(addresses: np.ndarray) -> np.ndarray:
     """Find where each distinct address (uint64 [n, 2]) first occurs, in ascending order of address; int64."""
-    order = np.lexsort((addresses[:, 1], addresses[:, 0]))
-    ordered = addresses[order]
-    is_new = np.ones(len(order), bool)
-    is_new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    return order[is_new]
+    return np.unique(_as_texts(addresses), return_index=True)[1]
+
+
+def _as_texts(addresses: np.ndarray) -> np.ndarray:
+    """The 16 bytes of each address as one value, which numpy sorts and compares as it does texts."""
+    return np.ascontiguousarray(addresses).view(f"S{ADDRESS_BYTES}")[:, 0]
 
 
 class FeatureIndex:
@@ -134,29 +135,22 @@ class FeatureIndex:
         addresses = np.concatenate([nothing, *(shard.addresses for shard in shards)])
         of_shard = np.repeat(np.arange(len(shards)), [len(shard.lengths) for shard in shards])
         begin = [np.cumsum(shard.lengths) - shard.lengths for shard in shards]
-        order = first_of_each(addresses)
-        self._addresses = addresses[order]
+        self._addresses, order = np.unique(_as_texts(addresses), return_index=True)
         self._shard = of_shard[order].astype(np.int64)
         self._begin = np.concatenate([np.empty(0, np.int64), *begin])[order]
         lengths = [np.empty(0, np.int64), *(shard.lengths for shard in shards)]
         self._lengths = np.concatenate(lengths)[order]
-        counts = np.unique(self._addresses[:, 0], return_counts=True)[1]
-        self._longest_run = int(counts.max(initial=1))
 
     def __len__(self) -> int:
         return len(self._addresses)
 
     def find(self, addresses: np.ndarray) -> np.ndarray:
         """Entry of each address (uint64 [n, 2]), -1 for those that are not here; int64 [n]."""
-        entries = np.full(len(addresses), -1, np.int64)
-        place = np.searchsorted(self._addresses[:, 0], addresses[:, 0])
-        # Texts whose addresses share their first half lie side by side.
-        for step in range(self._longest_run):
-            candidate = np.minimum(place + step, len(self) - 1)
-            if len(self):
-                equal = (self._addresses[candidate] == addresses).all(axis=1)
-                entries[equal] = candidate[equal]
-        return entries
+        if len(self) == 0:
+            return np.full(len(addresses), -1, np.int64)
+        wanted = _as_texts(addresses)
+        entries = np.minimum(np.searchsorted(self._addresses, wanted), len(self) - 1)
+        return np.where(self._addresses[entries] == wanted, entries, -1)
 
     def store(self, entries: np.ndarray, rows: np.ndarray, num_rows: int) -> MappedFeatures:
         """A store for a table of `num_rows` texts, of which `rows` lie at `entries`."""
