@@ -20,10 +20,9 @@ from pal_ds.data.collator import Collator
 from pal_ds.distributed import phase
 from pal_ds.distributed.preemption import StopRequested
 from pal_ds.distributed.world import World
-from pal_ds.feature_cache.disk import CacheKeeper
 from pal_ds.feature_cache.folders import CacheFolder
+from pal_ds.feature_cache.keepers import CacheKeeper, Keeper, MemoryKeeper
 from pal_ds.feature_cache.shards import address_of, as_addresses
-from pal_ds.feature_cache.writers import Keeper, MemoryKeeper
 from pal_ds.heads.base import Features
 from pal_ds.progress import progress_bar
 

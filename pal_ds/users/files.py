@@ -128,7 +128,9 @@ class StoredUsers:
             )
 
     def read(self, rows: UserRows, first: int = 0) -> UserRows:
-        """Fills `rows` with the stored ones from `first` on; of the file, only those are read."""
+        """Fills `rows` with the stored ones from `first` on, reading only those. Raises UserError where K disagrees."""
+        shapes = {"logits": (len(self), self.num_prototypes)}
+        check_shapes(shapes, len(self), rows.num_prototypes)
         with safe_open(str(self._path), "pt") as file:
             slices = {name: file.get_slice(name) for name in _DTYPES}
             for begin, end in blocks(len(rows)):

@@ -163,11 +163,7 @@ class UserTable:
 
     def restore(self, stored: StoredUsers) -> None:
         """Replaces the table by a stored one. Raises UserError where K disagrees."""
-        check_shapes(
-            {"logits": (len(stored), stored.num_prototypes)}, len(stored), self.num_prototypes
-        )
-        rows = UserRows(len(stored), self.num_prototypes, self.device)
-        self._rows = stored.read(rows)
+        self._rows = stored.read(UserRows(len(stored), self.num_prototypes, self.device))
         self.ids, self.seed = stored.ids, stored.seed
 
     @classmethod
