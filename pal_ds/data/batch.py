@@ -6,9 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pal_ds.data.packing import (
-    Packing,
-)
+from pal_ds.data.packing import Packing
 from pal_ds.data.ragged import Ragged
 from pal_ds.heads.jaxtyping_fallback import Float, Int
 

@@ -14,12 +14,7 @@ from torch import Tensor
 from pal_ds.data.batch import Batch, answers_of
 from pal_ds.data.draws import Contexts, Draws, preferred_first
 from pal_ds.data.features import MappedFeatures
-from pal_ds.data.packing import (
-    pack_joint,
-    pack_pooled,
-    pack_separate,
-    pad_right,
-)
+from pal_ds.data.packing import pack_joint, pack_pooled, pack_separate, pad_right
 from pal_ds.data.ragged import Ragged, windows_from_first_difference
 from pal_ds.data.tables import PreparedData
 from pal_ds.data.tokenise import truncation_side

@@ -228,35 +228,28 @@ def _check_id(path: str) -> None:
 
 def _ask_hub(path: str, revision: str | None) -> str | None:
     """None if the hub would serve the dataset, why not if it is silent; a UserError if it refuses."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import HfApi, errors
     from huggingface_hub.utils import httpx
 
     api = HfApi()
     try:
         if api.dataset_info(path, revision=revision, timeout=HUB_TIMEOUT_S).gated:
             api.auth_check(path, repo_type="dataset")
-    except GatedRepoError as error:
+    except errors.GatedRepoError as error:
         raise UserError(
             f"{path}: lies behind a licence gate on the hub; accept its terms at "
             f"{api.endpoint}/datasets/{path}, then log in here with `hf auth login` or set HF_TOKEN"
         ) from error
-    except RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         raise UserError(
             f"{path}: neither a file or folder here nor a dataset on the hub that this login may "
             "read; check the name, or log in with `hf auth login` if it is private"
         ) from error
-    except RevisionNotFoundError as error:
+    except errors.RevisionNotFoundError as error:
         raise UserError(f"{path}: has no revision '{revision}' on the hub; name another") from error
-    except HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         return f"it answers {error.response.status_code}"
-    except OfflineModeIsEnabled:
+    except errors.OfflineModeIsEnabled:
         return "HF_HUB_OFFLINE is set"
     except httpx.HTTPError as error:
         return str(error) or type(error).__name__

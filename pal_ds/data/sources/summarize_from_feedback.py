@@ -103,11 +103,7 @@ class SummarizeFromFeedback(HubSource):
                 yield self._record(item, groups[item.worker], item.worker not in unseen)
 
     def describe(self) -> dict:
-        return {
-            **super().describe(),
-            "groups": self._groups,
-            "unseen": sorted(self._unseen),
-        }
+        return {**super().describe(), "groups": self._groups, "unseen": sorted(self._unseen)}
 
     def _record(self, item: _Comparison, group: str, seen: bool) -> Record:
         split = "test"
