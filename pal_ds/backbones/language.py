@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from pal_ds.data.answers import Answers
+from pal_ds.data.batch import Answers
 from pal_ds.errors import UserError
 from pal_ds.heads.jaxtyping_fallback import Float, Int
 

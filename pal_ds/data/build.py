@@ -12,12 +12,11 @@ import pyarrow as pa
 import xxhash
 
 from pal_ds.data.collect import Collector
-from pal_ds.data.info import Counts, DatasetInfo
 from pal_ds.data.ragged import Ragged
 from pal_ds.data.records import Record
 from pal_ds.data.splits import NUM_BASE_SPLITS, SPLITS, SplitOptions
 from pal_ds.data.stores import CODE, REASONS, TokenStore, TokenTables
-from pal_ds.data.tables import FORMAT_VERSION, INFO_NAME, PreparedData
+from pal_ds.data.tables import FORMAT_VERSION, INFO_NAME, Counts, DatasetInfo, PreparedData
 from pal_ds.data.tokenise import TextEncoder
 from pal_ds.errors import UserError
 from pal_ds.io.files import feed, new_folder, refuse_existing
@@ -90,7 +89,7 @@ def _write(
     details = write_rows(kept, split_of_row)
     np.save(folder / "comparisons.npy", table)
     groups = list(collector.groups)
-    group = [collector.user_group[row] for row in kept_users]
+    group = [collector.members.user_group[row] for row in kept_users]
     names = [groups[code] if code >= 0 else None for code in group]
     _write_users(folder, [users[row] for row in kept_users], seen[kept_users], names)
     info = {
@@ -197,8 +196,8 @@ def _write_users(folder: Path, ids: list[str], seen: np.ndarray, groups: list) -
     table = pa.table(
         {
             "id": pa.array(ids, pa.string()),
-            "row": pa.array(range(len(ids)), pa.int64()),
-            "seen": pa.array(seen.tolist(), pa.bool_()),
+            "row": np.arange(len(ids)),
+            "seen": seen,
             "group": pa.array(groups, pa.string()),
         }
     )
@@ -223,9 +222,6 @@ def _bayes(table: np.ndarray) -> dict:
     """Best possible accuracy per split, where the choice probabilities are known."""
     known = ~np.isnan(table["probability"])
     best = np.maximum(table["probability"], 1 - table["probability"]).astype(np.float64)
-    figures = {
-        name: float(best[known & (table["split"] == code)].mean())
-        for code, name in enumerate(SPLITS)
-        if (known & (table["split"] == code)).any()
-    }
+    chosen = {name: known & (table["split"] == code) for code, name in enumerate(SPLITS)}
+    figures = {name: float(best[rows].mean()) for name, rows in chosen.items() if rows.any()}
     return {"bayes_accuracy": figures} if figures else {}

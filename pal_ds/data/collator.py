@@ -11,17 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pal_ds.data.answers import answers_of
-from pal_ds.data.batch import Batch
-from pal_ds.data.contexts import Contexts, preferred_first
-from pal_ds.data.draws import Draws
-from pal_ds.data.features import FeatureStore, MappedFeatures
-from pal_ds.data.packing import (
-    pack_joint,
-    pack_pooled,
-    pack_separate,
-    pad_right,
-)
+from pal_ds.data.batch import Batch, answers_of
+from pal_ds.data.draws import Contexts, Draws, preferred_first
+from pal_ds.data.features import MappedFeatures
+from pal_ds.data.packing import pack_joint, pack_pooled, pack_separate, pad_right
 from pal_ds.data.ragged import Ragged, windows_from_first_difference
 from pal_ds.data.tables import PreparedData
 from pal_ds.data.tokenise import truncation_side
@@ -47,8 +40,8 @@ class Collator:
     with_answers: bool = False
     """True if batches say where the tokens of preferred responses are predicted; joint encoding of token ids."""
     pad_token_id: int = 0
-    response_store: FeatureStore | MappedFeatures | None = None
-    prompt_store: FeatureStore | MappedFeatures | None = None
+    response_store: MappedFeatures | None = None
+    prompt_store: MappedFeatures | None = None
     """Keyed by response in joint encoding (a truncated prompt differs between responses), else by prompt."""
     table_rows: np.ndarray | None = None
     """User table row of each user of the data, -1 for one the table does not hold; None: the same rows."""
@@ -85,6 +78,9 @@ class Collator:
         # Records that name no user are the generic user's own, and their group is known all the same.
         is_borrowed = is_generic & (self.user_rows(rows) != self.generic_row)
         table = self.data.comparisons[rows]
+        groups = table["group"].astype(np.int64)
+        if self.group_codes is not None:
+            groups = np.append(self.group_codes, -1)[groups]
         pairs = np.stack([table["a"], table["b"]], axis=1)
         others = pairs[:0] if context is None else preferred_first(self.data, context[0].ravel())
         responses, index = np.unique(np.concatenate([pairs, others]), return_inverse=True)
@@ -111,7 +107,7 @@ class Collator:
             weight=torch.from_numpy(weight),
             user_row=torch.from_numpy(users),
             position=torch.from_numpy(positions.astype(np.int64)),
-            group=torch.from_numpy(np.where(is_borrowed, -1, self._groups(rows))),
+            group=torch.from_numpy(np.where(is_borrowed, -1, groups)),
             **({} if draws is None else draws.noise(positions)),
             **context_inputs,
         )
@@ -123,13 +119,11 @@ class Collator:
 
     @property
     def responses(self) -> Ragged:
-        """Token ids of the responses."""
         assert self.data.responses is not None, "vector records have no token ids"
         return self.data.responses
 
     @property
     def prompts(self) -> Ragged:
-        """Token ids of the prompts."""
         assert self.data.prompts is not None, "vector records have no token ids"
         return self.data.prompts
 
@@ -137,10 +131,6 @@ class Collator:
         """User table row of each comparison, int64; -1 for users the table does not hold."""
         users = self.data.comparisons["user"][rows].astype(np.int64)
         return users if self.table_rows is None else self.table_rows[users]
-
-    def _groups(self, rows: np.ndarray) -> np.ndarray:
-        codes = self.data.comparisons["group"][rows].astype(np.int64)
-        return codes if self.group_codes is None else np.append(self.group_codes, -1)[codes]
 
     def _windows(
         self, responses: np.ndarray, response_index: np.ndarray

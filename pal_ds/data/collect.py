@@ -5,15 +5,12 @@ from array import array
 import numpy as np
 import xxhash
 
-from pal_ds.data.chat import is_empty
 from pal_ds.data.kept_texts import SampleKeeper
-from pal_ds.data.membership import Membership, compared, content_digest
-from pal_ds.data.records import Record
-from pal_ds.data.splits import SplitOptions
-from pal_ds.data.stores import TokenStore
+from pal_ds.data.records import Record, is_empty
+from pal_ds.data.splits import Membership, SplitOptions, compared, content_digest
+from pal_ds.data.stores import TokenStore, VectorStore
 from pal_ds.data.tables import COMPARISON_DTYPE
 from pal_ds.data.tokenise import TextEncoder
-from pal_ds.data.vectors import VectorStore
 from pal_ds.errors import UserError
 
 
@@ -25,41 +22,39 @@ class Collector:
         self.members = Membership(options)
         self.store: TokenStore | VectorStore | None = None
         self.groups: dict[str, int] = {}
-        self.user_group = array("i")
         self.num_records = self._num_stored = 0
         self._responses: dict[bytes, int] = {}
         names = ("user", "a", "b", "label", "group", "controversial", "prompt")
-        self._ints = {name: array("q") for name in names}
-        self._floats = {name: array("f") for name in ("margin", "probability")}
+        self._columns = {name: array("q") for name in names}
+        self._columns |= {name: array("f") for name in ("margin", "probability")}
 
     def add(self, record: Record) -> None:
-        """Check one record and append it."""
         self.num_records += 1
         where = f"record {self.num_records} (user '{record.user_id}')"
         if self.store is None:
             self.store = self._open_store(record, where)
-        self._check(record, where, self.store.kind == "tokens")
+        self._check(record, where)
         group = -1
         if record.group is not None:
             group = self.groups.setdefault(record.group, len(self.groups))
-        user = self._add_user(record, group)
+        user = self.members.add_user(record, group)
         prompt, key = self.members.add_prompt(record, where)
         first, second = (self._add_response(key, prompt, record, i, where) for i in (0, 1))
         controversial = -1 if record.controversial is None else int(record.controversial)
+        probability = np.nan if record.probability is None else record.probability
         values = (user, first, second, record.label, group, controversial, prompt)
-        for column, value in zip(self._ints.values(), values, strict=True):
+        values += (record.margin, probability)
+        for column, value in zip(self._columns.values(), values, strict=True):
             column.append(value)
-        self._floats["margin"].append(record.margin)
-        probability = record.probability
-        self._floats["probability"].append(np.nan if probability is None else probability)
 
     def comparisons(self) -> tuple[np.ndarray, np.ndarray]:
         """(table in COMPARISON_DTYPE, all in train so far; row of each comparison's prompt)."""
         table = np.zeros(self.num_records, COMPARISON_DTYPE)
-        for name, column in [*self._ints.items(), *self._floats.items()]:
-            if name != "prompt":
-                table[name] = np.frombuffer(column, column.typecode)
-        return table, np.frombuffer(self._ints["prompt"], np.int64)
+        columns = {name: np.frombuffer(c, c.typecode) for name, c in self._columns.items()}
+        prompts = columns.pop("prompt")
+        for name, column in columns.items():
+            table[name] = column
+        return table, prompts
 
     def _open_store(self, record: Record, where: str) -> TokenStore | VectorStore:
         if record.response_features is not None:
@@ -69,16 +64,11 @@ class Collector:
                 f"{where}: holds text, but there is no tokenizer: this run was made from vectors. "
                 "Give records with response_features"
             )
-        members = self.members
-        samples = SampleKeeper(
-            lambda row: members.prompt_fraction[row], lambda row: members.prompt_field[row] > 0
-        )
-        return TokenStore(self.encoder, samples)
+        return TokenStore(self.encoder, SampleKeeper(self.members))
 
-    @staticmethod
-    def _check(record: Record, where: str, wants_text: bool) -> None:
+    def _check(self, record: Record, where: str) -> None:
         is_text = record.response_features is None
-        if is_text != wants_text:
+        if is_text != isinstance(self.store, TokenStore):
             raise UserError(
                 f"{where}: some records hold text, some vectors; a dataset holds one of them"
             )
@@ -88,14 +78,6 @@ class Collector:
             raise UserError(
                 f"{where}: a response is empty; every response needs text. Remove or mend the row"
             )
-
-    def _add_user(self, record: Record, group: int) -> int:
-        row = self.members.add_user(record)
-        if row == len(self.user_group):
-            self.user_group.append(group)
-        if self.user_group[row] < 0:
-            self.user_group[row] = group
-        return row
 
     def _add_response(
         self, prompt_key: bytes, prompt: int, record: Record, index: int, where: str

@@ -1,4 +1,4 @@
-"""States of a frozen backbone found again by a text's tokens: an index over memory-mapped shards."""
+"""States of a frozen backbone, read again by a text's row: in memory, or from memory-mapped shards."""
 
 from dataclasses import dataclass
 
@@ -10,30 +10,8 @@ from pal_ds.heads.jaxtyping_fallback import Float
 
 
 @dataclass(frozen=True)
-class FeatureStore:
-    """Hidden states computed once per distinct text: ragged rows of `values`, fp32 or bf16."""
-
-    values: Float[Tensor, "n H"]
-    offsets: np.ndarray
-
-    @property
-    def width(self) -> int:
-        """H."""
-        return self.values.shape[1]
-
-    def lengths_of(self, rows: np.ndarray) -> np.ndarray:
-        """Number of states of the named rows."""
-        return self.offsets[rows + 1] - self.offsets[rows]
-
-    def gather(self, rows: np.ndarray, num_positions: int) -> Float[Tensor, "R T H"]:
-        lengths = self.lengths_of(rows)
-        columns = np.minimum(np.arange(num_positions)[None, :], lengths[:, None] - 1)
-        return self.values[torch.from_numpy(self.offsets[rows][:, None] + columns)]
-
-
-@dataclass(frozen=True)
 class MappedFeatures:
-    """Stored states as `FeatureStore` gives them, read from memory-mapped shards row by row.
+    """Hidden states computed once per distinct text, fp32 or bf16: rows of different length in memory-mapped shards.
 
     `shard`, `begin` and `lengths` (int64 [N]) say for each row of a table of texts where its states lie; -1 and 0 for
     rows that were not asked for.
@@ -68,3 +46,11 @@ class MappedFeatures:
             chosen = torch.from_numpy(np.flatnonzero(shards == shard))
             gathered[chosen] = self.values[shard][index[chosen]]
         return gathered
+
+
+class FeatureStore(MappedFeatures):
+    """Hidden states in memory: those of row i are `values[offsets[i] : offsets[i + 1]]`."""
+
+    def __init__(self, values: Float[Tensor, "n H"], offsets: np.ndarray) -> None:
+        begin, lengths = offsets[:-1], np.diff(offsets)
+        super().__init__([values], np.zeros(len(lengths), np.int64), begin, lengths)

@@ -2,9 +2,8 @@
 
 import heapq
 from collections import deque
-from collections.abc import Callable
 
-from pal_ds.data.records import Text
+from pal_ds.data.splits import Membership
 
 NUM_SAMPLES = 64
 
@@ -16,39 +15,20 @@ class SampleKeeper:
     named (field); a few of each kind are kept, and `choose` takes those that proved to be held out.
     """
 
-    def __init__(
-        self, fraction: Callable[[int], float], is_held_out: Callable[[int], bool]
-    ) -> None:
-        self._fraction = fraction
-        self._is_held_out = is_held_out
+    def __init__(self, members: Membership) -> None:
+        self._members = members
         self._lowest: list[tuple[float, int, dict]] = []
         self._latest: deque[tuple[int, dict]] = deque(maxlen=NUM_SAMPLES)
         self._named: list[tuple[int, dict]] = []
 
-    def offer(
-        self,
-        row: int,
-        prompt_row: int,
-        prompt: Text | None,
-        response: Text,
-        text: str,
-        num_prompt_tokens: int,
-    ) -> None:
-        """Consider response `row`."""
-        sample = {
-            "prompt": prompt,
-            "response": response,
-            "text": text,
-            "prompt_tokens": num_prompt_tokens,
-        }
+    def offer(self, row: int, prompt_row: int, sample: dict) -> None:
+        """Consider the sample of response `row`: a line of `samples.jsonl`."""
         self._latest.append((row, sample))
-        if len(self._named) < NUM_SAMPLES and self._is_held_out(prompt_row):
+        if len(self._named) < NUM_SAMPLES and self._members.prompt_field[prompt_row] > 0:
             self._named.append((row, sample))
-        entry = (-self._fraction(prompt_row), -row, sample)
-        if len(self._lowest) < NUM_SAMPLES:
-            heapq.heappush(self._lowest, entry)
-        elif entry[:2] > self._lowest[0][:2]:
-            heapq.heapreplace(self._lowest, entry)
+        heapq.heappush(self._lowest, (-self._members.prompt_fraction[prompt_row], -row, sample))
+        if len(self._lowest) > NUM_SAMPLES:
+            heapq.heappop(self._lowest)
 
     def choose(self, split_of_row: dict[int, int]) -> list[dict]:
         """At most 64 rows that were kept: held out, or of train where nothing was."""

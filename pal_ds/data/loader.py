@@ -2,17 +2,16 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from pal_ds.data.batch import Batch
 from pal_ds.data.collator import Collator
-from pal_ds.data.costs import padded_lengths, pair_texts
 from pal_ds.data.draws import Draws, keyed_uniform
 from pal_ds.data.plan import UpdatePlan, split_by_tokens, split_update
-from pal_ds.data.split_packed import split_by_cost
+from pal_ds.data.split_packed import padded_lengths, pair_texts, split_by_cost
 
 
 class UpdateInputs(NamedTuple):
@@ -47,14 +46,19 @@ class UpdateSource(Dataset[UpdateInputs]):
     def __getitem__(self, update: int) -> UpdateInputs:
         epoch, index = divmod(update, self.plan.updates_per_epoch)
         rows, user_rows = self._with_generic(epoch, self.plan.update(epoch, index))
-        runs = self.split(rows)
+        runs = split_rows(
+            collator=self.collator,
+            rows=rows,
+            world_size=self.world_size,
+            micro_batch_pairs=self.micro_batch_pairs,
+            micro_batch_tokens=self.micro_batch_tokens,
+        )
         batches = [self.batch(update, rows, user_rows, step[self.rank]) for step in runs]
         return UpdateInputs(rows, user_rows, runs, batches)
 
     def batch(
         self, update: int, rows: np.ndarray, user_rows: np.ndarray, positions: np.ndarray
     ) -> Batch:
-        """The micro-batch of these positions of an update."""
         epoch = update // self.plan.updates_per_epoch
         draws = None if self.draws is None else replace(self.draws, update=update, epoch=epoch)
         return self.collator(rows[positions], positions, draws, int(rows[0]), user_rows[positions])
@@ -70,16 +74,6 @@ class UpdateSource(Dataset[UpdateInputs]):
         # The second of two; the first of each stands where the copies before it end.
         users[np.cumsum(copies)[copies == 2] - 1] = self.collator.generic_row
         return np.repeat(rows, copies), users
-
-    def split(self, rows: np.ndarray) -> list[list[np.ndarray]]:
-        """[micro-step][rank] positions of an update."""
-        return split_rows(
-            collator=self.collator,
-            rows=rows,
-            world_size=self.world_size,
-            micro_batch_pairs=self.micro_batch_pairs,
-            micro_batch_tokens=self.micro_batch_tokens,
-        )
 
 
 def split_rows(
@@ -111,16 +105,9 @@ def updates_from(
         batch_size=None,
         sampler=range(first, last),
         num_workers=num_workers,
-        collate_fn=_unchanged,
+        collate_fn=lambda inputs: inputs,
         worker_init_fn=lambda _: None if start_worker is None else start_worker(),
         # Stored states of a frozen backbone are large: forked workers read their parent's.
         multiprocessing_context="fork" if num_workers else None,
     )
     return iter(loader)
-
-
-InputsT = TypeVar("InputsT")
-
-
-def _unchanged(inputs: InputsT) -> InputsT:
-    return inputs

@@ -32,13 +32,10 @@ def common_marker(variants: Sequence[tuple[int, ...]], counts: Sequence[int]) ->
 
 def run_starts(tokens: np.ndarray, marker: Sequence[int]) -> np.ndarray:
     """Bool per position of a flat array: does the marker start here?"""
-    width = len(marker)
-    hits = np.zeros(len(tokens), bool)
-    if len(tokens) >= width:
-        inner = np.ones(len(tokens) - width + 1, bool)
-        for shift, token in enumerate(marker):
-            inner &= tokens[shift : len(tokens) - width + 1 + shift] == token
-        hits[: len(inner)] = inner
+    hits = np.ones(len(tokens), bool)
+    for shift, token in enumerate(marker):
+        # Where the marker would end behind the last token it does not start.
+        hits &= np.append(tokens[shift:] == token, np.zeros(shift, bool))[: len(tokens)]
     return hits
 
 

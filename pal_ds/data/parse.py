@@ -1,12 +1,15 @@
-"""Parse a JSON object or table row into a Record; an error says where, what, the rule and the remedy."""
+"""Parse a JSON object into a Record, or a list of scored responses into several.
+
+An error says where, what, the rule and the remedy.
+"""
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import combinations
+from typing import Any
 
-from pal_ds.data.chat import check_messages, is_empty, split_conversations
-from pal_ds.data.records import Record, Text
+from pal_ds.data.records import Record, Text, check_messages, is_empty, num_shared_messages
 from pal_ds.errors import UserError
 from pal_ds.users.ids import POPULATION_USER
 
@@ -21,6 +24,49 @@ KNOWN_KEYS = tuple(
     dict.fromkeys([*OPTIONAL_KEYS, *FACT_KEYS, *(k for form in REQUIRED_FORMS for k in form)])
 )
 SPLIT_FIELD_NAMES = ("train", "dev", "test")
+
+
+def is_number(value: object) -> bool:
+    """Return whether a JSON value is a number, finite or not, and not true or false."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str | int) and not isinstance(value, bool) and value != ""
+
+
+def _is_true_or_false(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+_LARGEST_FLOAT32 = 3.4028234663852886e38
+"""A larger margin would be infinite in the tables."""
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "user_id": (
+        _is_name,
+        f"give a non-empty text (or leave the key out for the one user '{POPULATION_USER}')",
+    ),
+    "y": (
+        lambda value: not isinstance(value, bool) and value in (-1, 1),
+        "it must be -1 (response_1 is preferred) or 1 (response_2 is preferred)",
+    ),
+    "margin": (
+        lambda value: is_number(value) and 0 <= value <= _LARGEST_FLOAT32,
+        f"it must be a finite number between 0 and {_LARGEST_FLOAT32:g}",
+    ),
+    "group": (_is_name, "give a non-empty text or leave the key out"),
+    "split": (
+        lambda value: value in SPLIT_FIELD_NAMES,
+        f"it must be one of {', '.join(SPLIT_FIELD_NAMES)}",
+    ),
+    "seen": (_is_true_or_false, "it must be true or false"),
+    "controversial": (_is_true_or_false, "it must be true or false"),
+    "probability": (
+        lambda value: is_number(value) and 0 <= value <= 1,
+        "it must be a finite number between 0 and 1",
+    ),
+}
+"""What the one value of a key may be, unless it is null, and how a message says it."""
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -40,20 +86,18 @@ def parse_record(fields: object, where: str, extra_keys: str = "error") -> Recor
             f"{where}: unknown key '{unknown[0]}'{nearest(unknown[0], KNOWN_KEYS)}; known keys are "
             f"{', '.join(KNOWN_KEYS)}. Remove it or set extra_keys: ignore"
         )
-    common = {
-        "user_id": _user_id(fields.get("user_id"), where),
-        "label": -1 if "y" not in form else _label(fields["y"], where),
-        "margin": _number(fields.get("margin"), where, "margin", 0.0, (0.0, _LARGEST_FLOAT32)),
-        "group": _optional_name(fields.get("group"), where, "group"),
-        "split": _split(fields.get("split"), where),
-        "seen": _true_or_false(fields.get("seen"), where, "seen"),
-        "controversial": _true_or_false(fields.get("controversial"), where, "controversial"),
-        "probability": _number(fields.get("probability"), where, "probability", None, (0.0, 1.0)),
+    values = {key: _checked(fields, key, where) for key in _RULES if key != "y" or "y" in form}
+    user_id, label, group = values["user_id"], values.pop("y", -1), values["group"]
+    values |= {
+        "user_id": POPULATION_USER if user_id is None else str(user_id),
+        "label": int(label),
+        "margin": float(values["margin"] or 0.0),
+        "group": None if group is None else str(group),
     }
     if "response_features" in form:
-        return Record(**common, **_vectors(fields, where))
+        return Record(**values, **_vectors(fields, where))
     prompt, responses = _texts(fields, form[:2], where)
-    return Record(**common, prompt=prompt, responses=responses)
+    return Record(**values, prompt=prompt, responses=responses)
 
 
 def _choose_form(fields: Mapping, unknown: list[str], where: str) -> tuple[str, ...]:
@@ -75,66 +119,13 @@ def _choose_form(fields: Mapping, unknown: list[str], where: str) -> tuple[str, 
     return form
 
 
-def _user_id(value: object, where: str) -> str:
-    if value is None:
-        return POPULATION_USER
-    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        raise UserError(
-            f"{where}: 'user_id' is {value!r}; give a non-empty text (or leave the key out for the "
-            f"one user '{POPULATION_USER}')"
-        )
-    return str(value)
-
-
-def _label(value: object, where: str) -> int:
-    if isinstance(value, bool) or value not in (-1, 1):
-        raise UserError(
-            f"{where}: 'y' is {value!r}; it must be -1 (response_1 is preferred) or 1 "
-            "(response_2 is preferred)"
-        )
-    return int(value)
-
-
-DefaultT = TypeVar("DefaultT", float, None)
-
-_LARGEST_FLOAT32 = 3.4028234663852886e38
-"""A larger margin would be infinite in the tables."""
-
-
-def _number(
-    value: Any, where: str, key: str, default: DefaultT, bounds: tuple[float, float]
-) -> float | DefaultT:
-    if value is None:
-        return default
-    low, high = bounds
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not (low <= value <= high) or math.isinf(value):
-        limits = f"between {low:g} and {high:g}" if math.isfinite(high) else f"of at least {low:g}"
-        raise UserError(f"{where}: '{key}' is {value!r}; it must be a finite number {limits}")
-    return float(value)
-
-
-def _optional_name(value: object, where: str, key: str) -> str | None:
-    if value is None or (isinstance(value, str) and value):
-        return value
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    raise UserError(f"{where}: '{key}' is {value!r}; give a non-empty text or leave the key out")
-
-
-def _split(value: object, where: str) -> str | None:
-    if value is None or value in SPLIT_FIELD_NAMES:
-        return value
-    raise UserError(
-        f"{where}: 'split' is {value!r}{nearest(str(value), SPLIT_FIELD_NAMES)}; it must be one of "
-        f"{', '.join(SPLIT_FIELD_NAMES)}"
-    )
-
-
-def _true_or_false(value: object, where: str, key: str) -> bool | None:
-    if value is None or isinstance(value, bool):
-        return value
-    raise UserError(f"{where}: '{key}' is {value!r}; it must be true or false")
+def _checked(fields: Mapping, key: str, where: str) -> Any:
+    """The value of a key of `_RULES`, None where there is none."""
+    value, (is_good, rule) = fields.get(key), _RULES[key]
+    if value is not None and not is_good(value):
+        close = nearest(str(value), SPLIT_FIELD_NAMES) if key == "split" else ""
+        raise UserError(f"{where}: '{key}' is {value!r}{close}; {rule}")
+    return value
 
 
 def _text(value: object, where: str, key: str) -> Text:
@@ -152,8 +143,9 @@ def _texts(fields: Mapping, keys: tuple[str, ...], where: str) -> tuple[Text | N
     prompt = None if prompt is None else _text(prompt, where, "prompt")
     responses = [_text(fields[key], where, key) for key in keys]
     if all(isinstance(r, list) and r[0]["role"] != "assistant" for r in responses):
-        implicit, responses = _take_prompt(responses, where)
-        prompt = _agree(prompt, implicit, where)
+        shared = num_shared_messages(responses[0], responses[1], where)
+        prompt = _agree(prompt, responses[0][:shared], where)
+        responses = [response[shared:] for response in responses]
     for key, response in zip(keys, responses, strict=True):
         if is_empty(response):
             raise UserError(
@@ -165,13 +157,6 @@ def _texts(fields: Mapping, keys: tuple[str, ...], where: str) -> tuple[Text | N
                 "conversation so far in 'prompt', or in both responses alike"
             )
     return prompt, tuple(responses)
-
-
-def _take_prompt(responses: list, where: str) -> tuple[list, list]:
-    shared, problem = split_conversations(*responses)
-    if problem:
-        raise UserError(f"{where}: {problem}")
-    return responses[0][:shared], [response[shared:] for response in responses]
 
 
 def _agree(prompt: Text | None, implicit: list, where: str) -> Text:
@@ -187,10 +172,7 @@ def _agree(prompt: Text | None, implicit: list, where: str) -> Text:
 
 
 def _vector(value: Any, where: str, key: str) -> tuple[float, ...]:
-    is_list = isinstance(value, list | tuple) and len(value) > 0
-    if not is_list or not all(
-        isinstance(x, int | float) and not isinstance(x, bool) for x in value
-    ):
+    if not isinstance(value, list | tuple) or not value or not all(map(is_number, value)):
         raise UserError(f"{where}: '{key}' must be a non-empty list of numbers")
     if not all(map(math.isfinite, value)):
         raise UserError(f"{where}: '{key}' holds a number that is not finite; mend or drop the row")
@@ -215,3 +197,46 @@ def _vectors(fields: Mapping[str, Any], where: str) -> dict:
             f"{where}: vectors of sizes {sizes} in one record; all vectors must have one size"
         )
     return {"prompt_features": prompt, "response_features": tuple(vectors)}
+
+
+def is_list(fields: object) -> bool:
+    """Return whether an object is a list of responses and not a comparison of two."""
+    return isinstance(fields, Mapping) and "scores" in fields
+
+
+def check_list(fields: Mapping[str, Any], where: str) -> tuple[str, list[Any], list[float]]:
+    """(the key of the responses, the responses, what the user thinks of each).
+
+    Raises:
+        UserError: fewer than two responses, another number of scores, or a score that is no finite number.
+    """
+    key = "response_features" if "response_features" in fields else "responses"
+    responses, scores = fields.get(key), fields.get("scores")
+    if not isinstance(responses, list) or len(responses) < 2:
+        raise UserError(f"{where}: '{key}' must be a list of two or more candidates.")
+    if not isinstance(scores, list) or len(scores) != len(responses):
+        raise UserError(
+            f"{where}: 'scores' must be a list of {len(responses)} numbers, what the user thinks of each candidate."
+        )
+    for score in scores:
+        if not is_number(score) or not math.isfinite(score):
+            raise UserError(f"{where}: 'scores' holds {score!r}; each must be a finite number.")
+    return key, responses, [float(score) for score in scores]
+
+
+def pairs_of_list(fields: Mapping[str, Any], where: str) -> Iterator[dict[str, object] | None]:
+    """Each two responses as a comparison's fields, in the order of the list; None for two of equal score.
+
+    The mean logistic loss over these pairs is the masked list-wise ranking loss of DSP (arXiv 2309.03126): a batch
+    holds each response once, so r of them cost r encodings, and `train.shuffle_unit: item` keeps them together.
+    """
+    key, responses, scores = check_list(fields, where)
+    rest = {name: value for name, value in fields.items() if name not in (key, "scores")}
+    for i, j in combinations(range(len(responses)), 2):
+        if scores[i] == scores[j]:
+            yield None
+            continue
+        pair = {"response_1": responses[i], "response_2": responses[j]}
+        if key == "response_features":
+            pair = {key: [responses[i], responses[j]]}
+        yield {**rest, **pair, "y": -1 if scores[i] > scores[j] else 1}

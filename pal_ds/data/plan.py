@@ -4,6 +4,7 @@ How an update is cut into micro-batches over ranks is execution only (`split_upd
 another update, so the order of data is the same on one GPU and on a thousand.
 """
 
+import bisect
 import hashlib
 import itertools
 from dataclasses import dataclass, field
@@ -82,14 +83,13 @@ def split_by_tokens(
     """
     bounds = _cut_greedily(lengths, micro_batch_pairs, micro_batch_tokens)
     num_runs = -(-(len(bounds) - 1) // world_size) * world_size
-    low, high = 1, micro_batch_tokens
-    while low < high:
-        middle = (low + high) // 2
-        if len(_cut_greedily(lengths, micro_batch_pairs, middle)) - 1 <= num_runs:
-            high = middle
-        else:
-            low = middle + 1
-    bounds = _cut_greedily(lengths, micro_batch_pairs, high)
+    budget = bisect.bisect_left(
+        range(micro_batch_tokens),
+        True,
+        lo=1,
+        key=lambda tokens: len(_cut_greedily(lengths, micro_batch_pairs, tokens)) - 1 <= num_runs,
+    )
+    bounds = _cut_greedily(lengths, micro_batch_pairs, budget)
     while len(bounds) - 1 < num_runs:
         sizes = np.diff(bounds)
         widest = int(np.argmax(sizes))

@@ -6,7 +6,7 @@ Runs in one process, before any process group exists.
 import json
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -15,15 +15,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from pal_ds.data.bpe import train_tokenizer
 from pal_ds.data.build import build_tables
-from pal_ds.data.chat import render_plain
-from pal_ds.data.membership import Membership, compared, content_digest, prompt_digest
-from pal_ds.data.records import Record
+from pal_ds.data.records import Record, render_plain
 from pal_ds.data.sources import Source
-from pal_ds.data.splits import SplitOptions
+from pal_ds.data.splits import Membership, SplitOptions, compared, content_digest, prompt_digest
 from pal_ds.data.tables import INFO_NAME, PreparedData, read_info
-from pal_ds.data.tokenise import DEFAULT_SEPARATOR, TextEncoder, load_tokenizer
+from pal_ds.data.tokenise import DEFAULT_SEPARATOR, TextEncoder, load_tokenizer, train_tokenizer
 from pal_ds.errors import UserError
 
 PROGRESS_EVERY = 1000
@@ -65,14 +62,7 @@ class DataConfig:
     """Seed of the hashes that decide splits and unseen users."""
 
     def split_options(self) -> SplitOptions:
-        """The keys that decide who and what is held out."""
-        return SplitOptions(
-            split=self.split,
-            dev_fraction=self.dev_fraction,
-            test_fraction=self.test_fraction,
-            unseen_user_fraction=self.unseen_user_fraction,
-            seed=self.seed,
-        )
+        return SplitOptions(**{key.name: getattr(self, key.name) for key in fields(SplitOptions)})
 
 
 def prepare(config: DataConfig, *, quiet: bool = False) -> PreparedData:
@@ -89,7 +79,7 @@ def prepare(config: DataConfig, *, quiet: bool = False) -> PreparedData:
         "source": source.describe(),
         "licence": source.licence,
         "settings": settings,
-        "fingerprint": _fingerprint(settings),
+        "fingerprint": xxhash.xxh3_128_hexdigest(json.dumps(settings, sort_keys=True).encode()),
     }
     records = _tracked(source.records(), source.num_records(), "preparing", quiet)
     data = build_tables(
@@ -109,7 +99,8 @@ def settings_of(config: DataConfig, read_source: bool = True) -> dict:
     if config.truncation_side == "left":
         # As in the tables that were prepared before there was a choice.
         del own["truncation_side"]
-    source = _source(config)
+    source = config.source
+    assert source is not None, "prepare() opens what is there when no source is given"
     described = {
         "class": type(source).__name__,
         "init": {k: v for k, v in vars(source).items() if not k.startswith("_") and k != "dropped"},
@@ -129,14 +120,8 @@ def print_summary(data: PreparedData) -> None:
             bayes = info.get("bayes_accuracy", {}).get(name)
             note = f" (best possible accuracy {bayes:.3f})" if bayes else ""
             table.add_row(f"comparisons, {name}{note}", f"{count:,}")
-    counts = info["counts"]
-    for name, count in (
-        ("prompts", counts["prompts"]),
-        ("responses", counts["responses"]),
-        ("seen users", counts["seen_users"]),
-        ("unseen users", counts["unseen_users"]),
-    ):
-        table.add_row(name, f"{count:,}")
+    for name in ("prompts", "responses", "seen_users", "unseen_users"):
+        table.add_row(name.replace("_", " "), f"{info['counts'][name]:,}")
     if num_truncated := info.get("truncated_prompts"):
         table.add_row("responses whose prompt will be truncated", f"{num_truncated:,}")
     for reason, count in sorted(info["dropped"].items()):
@@ -180,15 +165,6 @@ def _changed_keys(old: dict, new: dict, prefix: str = "") -> Iterator[str]:
             yield prefix + key
 
 
-def _fingerprint(settings: dict) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(settings, sort_keys=True).encode())
-
-
-def _source(config: DataConfig) -> Source:
-    assert config.source is not None, "prepare() opens what is there when no source is given"
-    return config.source
-
-
 def _encoder(config: DataConfig, source: Source, quiet: bool) -> TextEncoder | None:
     """The tokenizer of the config, or one trained on the train split; None for vector records."""
     first = next(iter(source.records()), None)
@@ -197,7 +173,7 @@ def _encoder(config: DataConfig, source: Source, quiet: bool) -> TextEncoder | N
     if config.tokenizer is not None:
         tokenizer = load_tokenizer(config.tokenizer, config.trust_remote_code)
     else:
-        tokenizer = train_tokenizer(_train_texts(config, quiet), config.vocab_size)
+        tokenizer = train_tokenizer(_train_texts(config, source, quiet), config.vocab_size)
     return TextEncoder(
         tokenizer,
         max_length=config.max_length,
@@ -209,10 +185,9 @@ def _encoder(config: DataConfig, source: Source, quiet: bool) -> TextEncoder | N
     )
 
 
-def _train_texts(config: DataConfig, quiet: bool) -> Iterator[str]:
+def _train_texts(config: DataConfig, source: Source, quiet: bool) -> Iterator[str]:
     """Each distinct text that seen users judged in the train split, and the separator."""
-    source, options = _source(config), config.split_options()
-    plan = Membership(options)
+    plan = Membership(config.split_options())
     for record in _tracked(source.records(), source.num_records(), "reading", quiet):
         plan.add_user(record)
         plan.add_prompt(record)
@@ -233,7 +208,6 @@ def _train_texts(config: DataConfig, quiet: bool) -> Iterator[str]:
 def _tracked(
     records: Iterable[Record], total: int | None, label: str, quiet: bool
 ) -> Iterator[Record]:
-    """The records, with a progress bar of throughput and time left on a terminal."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),

@@ -21,7 +21,6 @@ class Ragged:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Number of tokens of every row."""
         return np.diff(self.offsets)
 
     def lengths_of(self, rows: np.ndarray) -> np.ndarray:

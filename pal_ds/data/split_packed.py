@@ -1,9 +1,12 @@
 """Cuts an update into packed micro-batches: a prompt's comparisons together, ranks' tokens even."""
 
+import bisect
 import heapq
 from typing import NamedTuple
 
 import numpy as np
+
+from pal_ds.data.collator import Collator
 
 COPIES_PER_TOKEN = 12
 """Tokens of which a response holds the keys and values for the memory of a token of its own: in a Llama layer without
@@ -45,15 +48,13 @@ def split_by_cost(
     budget = total if most_tokens is None else most_tokens
     # Pieces dearer than the budget cost no more than a run each.
     by_tokens = min(-(-total // (world_size * budget)), -(-len(pieces) // world_size))
-    low = max(-(-num_pairs // (world_size * most_pairs)), by_tokens)
-    high = -(-len(pieces) // world_size)
-    while low < high:
-        middle = (low + high) // 2
-        if _fill(pieces, middle * world_size, most_pairs, budget) is None:
-            low = middle + 1
-        else:
-            high = middle
-    runs = _fill(pieces, high * world_size, most_pairs, budget)
+    num_steps = bisect.bisect_left(
+        range(-(-len(pieces) // world_size)),
+        True,
+        lo=max(-(-num_pairs // (world_size * most_pairs)), by_tokens),
+        key=lambda steps: _fill(pieces, steps * world_size, most_pairs, budget) is not None,
+    )
+    runs = _fill(pieces, num_steps * world_size, most_pairs, budget)
     assert runs is not None, "a run for each piece has room for all"
     positions = [np.sort(np.array(run, np.int64)) for run in runs]
     return [positions[first : first + world_size] for first in range(0, len(runs), world_size)]
@@ -117,3 +118,35 @@ def _fill(
             if len(runs[entry[1]]) < most_pairs:
                 heapq.heappush(cheapest, entry)
     return runs
+
+
+def padded_lengths(collator: Collator, rows: np.ndarray) -> np.ndarray:
+    """Tokens that each comparison costs when padded alone: its sequences times the longest of them, int64 [n]."""
+    texts = pair_texts(collator, rows)
+    lengths = texts.response_tokens
+    if collator.encoding == "joint":
+        lengths = lengths + texts.prompt_tokens
+    elif collator.with_prompt:
+        lengths = np.concatenate([lengths, texts.prompt_tokens[:, :1]], axis=1)
+    return lengths.shape[1] * lengths.max(axis=1)
+
+
+def pair_texts(collator: Collator, rows: np.ndarray) -> PairTexts:
+    """Texts of the comparisons `rows`, with what truncation leaves of them."""
+    data, tokens = collator.data, collator.data.info["tokens"]
+    responses = np.stack([data.comparisons[side][rows] for side in ("a", "b")], axis=1)
+    responses = responses.astype(np.int64)
+    prompts = data.response_prompt[responses]
+    response_tokens = collator.responses.lengths_of(responses)
+    prompt_tokens = collator.prompts.lengths_of(prompts)
+    if collator.encoding == "joint":
+        room = tokens["max_length"] - response_tokens
+    else:
+        room = tokens["max_length"] * int(collator.with_prompt)
+        response_tokens = response_tokens + len(tokens["prefix_ids"])
+    prompt_tokens = np.minimum(prompt_tokens, room)
+    joint = collator.encoding == "joint"
+    if collator.packed and collator.pooled and joint:
+        # A text that sees all of itself shares no prefix.
+        prompt_tokens, response_tokens = 0 * prompt_tokens, response_tokens + prompt_tokens
+    return PairTexts(prompts[:, 0], responses, prompt_tokens, response_tokens, joint)

@@ -7,11 +7,10 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from pal_ds.data.chat import render_plain
 from pal_ds.data.kept_texts import SampleKeeper
 from pal_ds.data.markers import MIN_KEPT, common_marker, count_across, count_in_rows
 from pal_ds.data.ragged import Ragged
-from pal_ds.data.records import Text
+from pal_ds.data.records import Text, render_plain
 from pal_ds.data.tokenise import Encoded, TextEncoder
 from pal_ds.errors import UserError
 
@@ -64,16 +63,15 @@ class TokenStore:
             self.flush()
 
     def flush(self) -> None:
-        """Tokenise what is queued."""
         rendered = [self.encoder.render(item.prompt, item.response) for item in self._pending]
         good = [item for item in rendered if item is not None]
         encoded = iter(self.encoder.encode(good) if good else [])
         for item, text in zip(self._pending, rendered, strict=True):
             result = None if text is None else next(encoded)
             if text is not None and result is not None:
-                self.samples.offer(
-                    len(self.status), *item, text.text, num_prompt_tokens=len(result.prompt_ids)
-                )
+                sample = {"prompt": item.prompt, "response": item.response, "text": text.text}
+                sample["prompt_tokens"] = len(result.prompt_ids)
+                self.samples.offer(len(self.status), item.prompt_row, sample)
             self._append(item, result, "template" if text is None else "boundary")
         self._pending.clear()
 
@@ -208,3 +206,57 @@ def _share(good: np.ndarray, of: np.ndarray) -> float:
 
 def _view(values: array) -> np.ndarray:
     return np.frombuffer(values, values.typecode) if len(values) else np.zeros(0, values.typecode)
+
+
+class VectorStore:
+    """Distinct response vectors and, where records have them, prompt vectors."""
+
+    kind = "vectors"
+
+    def __init__(self) -> None:
+        self.size: int | None = None
+        self.response_values, self.prompt_values = array("f"), array("f")
+        self.response_prompt = array("q")
+        self.num_prompts = 0
+        self._has_prompts: bool | None = None
+
+    def add(
+        self, prompt_row: int, prompt: tuple[float, ...] | None, vector: tuple[float, ...]
+    ) -> None:
+        """Append a response, and its prompt when that is new."""
+        has_prompt, where = prompt is not None, f"response {len(self.response_prompt)}"
+        if self.size is None:
+            self.size, self._has_prompts = len(vector), has_prompt
+        if has_prompt != self._has_prompts:
+            raise UserError(
+                f"{where}: some records have prompt_features and some do not; give them in every "
+                "record or in none"
+            )
+        for name, values in (("response", vector), ("prompt", prompt)):
+            if values is not None and len(values) != self.size:
+                raise UserError(
+                    f"{where}: a {name} vector of size {len(values)}, but the first has "
+                    f"{self.size}; all vectors of a dataset must have one size"
+                )
+        if prompt_row == self.num_prompts:
+            self.num_prompts += 1
+            if prompt is not None:
+                self.prompt_values.extend(prompt)
+        self.response_values.extend(vector)
+        self.response_prompt.append(prompt_row)
+
+    def finish(self) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+        """(response vectors [R, H], prompt vectors [P, H] or None, prompt of each response)."""
+        size = self.size or 1
+        responses = np.frombuffer(self.response_values, np.float32).reshape(-1, size)
+        prompts = None
+        if self._has_prompts:
+            prompts = np.frombuffer(self.prompt_values, np.float32).reshape(-1, size)
+        for name, values in (("response", responses), ("prompt", prompts)):
+            if values is not None and not np.isfinite(values).all():
+                row = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
+                raise UserError(
+                    f"{name} vector {row} holds a number that is not finite in float32; mend or "
+                    "drop its records"
+                )
+        return responses, prompts, np.frombuffer(self.response_prompt, np.int64)

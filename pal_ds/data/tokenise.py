@@ -4,15 +4,15 @@ The response starts where its first token starts; the marker is what stands betw
 prompt (the separator, or the chat template's assistant header).
 """
 
+import itertools
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, TypedDict
+from typing import Literal, NamedTuple, cast
 
-from pal_ds.data.chat import as_messages, render_plain
-from pal_ds.data.info import TokensInfo
-from pal_ds.data.records import Text
+from pal_ds.data.records import Text, as_messages, render_plain
+from pal_ds.data.tables import TokensInfo
 from pal_ds.errors import UserError
 from pal_ds.remote_code.canonical import canonical_ids, num_leading
 
@@ -34,12 +34,6 @@ class Encoded(NamedTuple):
     prompt_ids: list[int]
     response_ids: list[int]
     marker_ids: tuple[int, ...]
-
-
-class _Side(TypedDict, total=False):
-    """An entry of `TokensInfo` that only some encoders have."""
-
-    truncation_side: Literal["left", "right"]
 
 
 class TextEncoder:
@@ -102,24 +96,19 @@ class TextEncoder:
     def encode(self, rendered: Sequence[Rendered]) -> list[Encoded | None]:
         """Canonical ids of each text; None where no token starts at the response."""
         batch = self._tokenise([item.text for item in rendered])
-        return [
-            self._divide(ids, offsets, item)
-            for ids, offsets, item in zip(
-                batch["input_ids"], batch["offset_mapping"], rendered, strict=True
-            )
-        ]
+        texts = zip(batch["input_ids"], batch["offset_mapping"], rendered, strict=True)
+        return [self._divide(ids, offsets, item) for ids, offsets, item in texts]
 
     def describe(
         self, marker_ids: list[int] | None, user_marker_ids: list[int] | None
     ) -> TokensInfo:
         """The `tokens` entry of dataset.json, from which `from_info` makes this encoder again."""
         pad = self.tokenizer.pad_token_id
-        side: _Side = {} if self.truncation_side == "left" else {"truncation_side": "right"}
-        return {
+        tokens = {
             "tokenizer": self.name,
             "vocab_size": len(self.tokenizer),
             "max_length": self.max_length,
-            **side,
+            **({} if self.truncation_side == "left" else {"truncation_side": "right"}),
             "prefix_ids": self.prefix_ids,
             "end_ids": self.end_ids,
             "marker_ids": marker_ids,
@@ -129,6 +118,7 @@ class TextEncoder:
             "special_tokens": self.special_tokens,
             "pad_token_id": pad if pad is not None else (self.tokenizer.eos_token_id or 0),
         }
+        return cast(TokensInfo, tokens)
 
     @classmethod
     def from_info(cls, tokens: TokensInfo, tokenizer_folder: str | Path) -> "TextEncoder":
@@ -256,10 +246,8 @@ def _special_ids(tokenizer, name: str) -> tuple[list[int], list[int]]:
 
 
 def _common_suffix(first: Sequence, second: Sequence) -> int:
-    width, limit = 0, min(len(first), len(second))
-    while width < limit and first[-1 - width] == second[-1 - width]:
-        width += 1
-    return width
+    alike = (a == b for a, b in zip(reversed(first), reversed(second), strict=False))
+    return sum(itertools.takewhile(bool, alike))
 
 
 def _inside(ids: list[int], offsets: list, start: int, stop: int) -> list[int]:
@@ -269,3 +257,29 @@ def _inside(ids: list[int], offsets: list, start: int, stop: int) -> list[int]:
         for token, (low, high) in zip(ids, offsets, strict=True)
         if low >= start and high <= stop and high > low
     ]
+
+
+PAD_TOKEN, END_TOKEN = "<pad>", "</s>"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int):
+    """Train a byte-level BPE, the same for the same texts; <pad> is 0, </s> is 1, there is no BOS."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD_TOKEN, END_TOKEN],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD_TOKEN,
+        eos_token=END_TOKEN,
+        clean_up_tokenization_spaces=False,
+    )

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from pal_ds.data.info import TokensInfo
-from pal_ds.data.tables import PreparedData
+from pal_ds.data.tables import PreparedData, TokensInfo
 from pal_ds.errors import UserError
 
 logger = logging.getLogger(__name__)

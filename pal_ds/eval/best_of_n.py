@@ -8,8 +8,7 @@ from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
-from pal_ds.data.lists import check_list
-from pal_ds.data.parse import parse_record
+from pal_ds.data.parse import check_list, parse_record
 from pal_ds.data.records import Record
 from pal_ds.data.sources.base import check_files, read_lines
 from pal_ds.data.tables import COMPARISON_DTYPE, PreparedData

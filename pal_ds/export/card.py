@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import NotRequired, TypedDict, final
 
-from pal_ds.data.info import TokensInfo
+from pal_ds.data.tables import TokensInfo
 from pal_ds.export.audience import Audience
 from pal_ds.inference.load_run import OpenRun
 from pal_ds.io.files import feed

@@ -9,19 +9,20 @@ divide the texts as they like.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pal_ds.data.batch import Batch
 from pal_ds.data.collator import Collator
 from pal_ds.distributed import phase
 from pal_ds.distributed.preemption import StopRequested
 from pal_ds.distributed.world import World
-from pal_ds.feature_cache.disk import CacheKeeper
+from pal_ds.feature_cache.folders import CacheFolder
+from pal_ds.feature_cache.keepers import CacheKeeper, Keeper, MemoryKeeper
 from pal_ds.feature_cache.shards import address_of, as_addresses
-from pal_ds.feature_cache.writers import CacheFolder, Keeper, MemoryKeeper
 from pal_ds.heads.base import Features
 from pal_ds.progress import progress_bar
 
@@ -195,45 +196,22 @@ def _text_batch(
     missing = (0, width - ids.shape[1])
     fields["input_ids"] = nn.functional.pad(ids, missing, value=collator.pad_token_id)
     fields["attention_mask"] = nn.functional.pad(mask, missing)
-    empty = torch.empty(0, dtype=torch.int64)
-    blank: dict[str, Tensor | None] = dict.fromkeys(Batch._fields, empty)
-    return Batch(
-        **{
-            **blank,
-            **dict.fromkeys(
-                (
-                    "gumbel",
-                    "normal",
-                    "context",
-                    "context_length",
-                    "prompt_index",
-                    "packing",
-                    "answers",
-                )
-            ),
-            **fields,
-        }
-    )
+    blank: dict[str, Any] = dict.fromkeys(Batch._fields, torch.empty(0, dtype=torch.int64))
+    return Batch(**{**blank, **Batch._field_defaults, "prompt_index": None, **fields})
 
 
 def _hand_over(
     collator: Collator, keepers: dict[str, Keeper], rows: np.ndarray, states: Features
 ) -> None:
-    """Gives the keepers the states of `rows`, which the last rows of the batch may repeat."""
-    if "responses" in keepers:
-        lengths = collator.responses.lengths_of(rows)
-        valid = np.minimum(lengths, states.response.shape[1])
-        _take(keepers["responses"], rows, states.response, valid)
-    if "prompts" in keepers:
-        assert states.prompt is not None and states.prompt_length is not None
-        _take(
-            keepers["prompts"], rows, states.prompt, states.prompt_length[: len(rows)].cpu().numpy()
-        )
-
-
-def _take(keeper: Keeper, rows: np.ndarray, states: Tensor, lengths: np.ndarray) -> None:
-    """Valid rows [n_i, H] of padded states [N, n, H], on the CPU."""
-    padded = states[: len(rows)].cpu()
-    for row, own, length in zip(rows.tolist(), padded, lengths.tolist(), strict=True):
-        # A copy: a view would hold on to the padding.
-        keeper.take(row, own[:length].clone())
+    """Gives the keepers the states of `rows`, which the last rows of the batch may repeat, without their padding."""
+    for name, keeper in keepers.items():
+        if name == "responses":
+            padded = states.response
+            lengths = np.minimum(collator.responses.lengths_of(rows), padded.shape[1])
+        else:
+            assert states.prompt is not None and states.prompt_length is not None
+            padded, lengths = states.prompt, states.prompt_length[: len(rows)]
+        padded = padded[: len(rows)].cpu()
+        for row, own, length in zip(rows.tolist(), padded, lengths.tolist(), strict=True):
+            # A copy: a view would hold on to the padding.
+            keeper.take(row, own[:length].clone())

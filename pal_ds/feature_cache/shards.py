@@ -1,10 +1,9 @@
-"""A file of hidden states: packed, named by the hash of its own content, verified, memory-mapped.
+"""Files of hidden states: packed, named by the hash of their content, verified, memory-mapped; an index over them.
 
 A shard is a safetensors file that holds its part of the index, too, so that one rename makes both visible.
 """
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +11,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import xxhash
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from pal_ds.data.features import MappedFeatures
 from pal_ds.errors import StorageError
 from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.io.files import feed
 
 SUFFIX = ".safetensors"
 ADDRESS_BYTES = 16
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 
 
 class DamagedShardError(Exception):
@@ -101,25 +101,61 @@ class Shard:
         Raises:
             StorageError: it cannot be mapped.
         """
-        size = path.stat().st_size
         try:
-            content = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-        except RuntimeError as error:
+            with safe_open(str(path), "pt") as file:
+                return cls(
+                    key=file.metadata()["key"],
+                    addresses=as_addresses(file.get_tensor("addresses").numpy().tobytes()),
+                    lengths=file.get_tensor("lengths").numpy().copy(),
+                    values=file.get_tensor("values"),
+                )
+        except (MemoryError, RuntimeError) as error:
             raise StorageError(
                 f"{path}: cannot be mapped into memory ({str(error).splitlines()[0]}). Raise the limits on address "
                 "space and on mappings (ulimit -v, vm.max_map_count), or unset backbone.cache."
             ) from None
-        begin = 8 + int.from_bytes(content[:8].numpy().tobytes(), "little")
-        header = json.loads(content[8:begin].numpy().tobytes())
 
-        def part(name: str) -> Tensor:
-            first, last = header[name]["data_offsets"]
-            return content[begin + first : begin + last]
 
-        entry = header["values"]
-        return cls(
-            header["__metadata__"]["key"],
-            as_addresses(part("addresses").numpy().tobytes()),
-            np.frombuffer(part("lengths").numpy().tobytes(), "<i8"),
-            part("values").view(_DTYPES[entry["dtype"]]).view(entry["shape"]),
-        )
+def first_of_each(addresses: np.ndarray) -> np.ndarray:
+    """Find where each distinct address (uint64 [n, 2]) first occurs, in ascending order of address; int64."""
+    return np.unique(_as_texts(addresses), return_index=True)[1]
+
+
+def _as_texts(addresses: np.ndarray) -> np.ndarray:
+    """The 16 bytes of each address as one value, which numpy sorts and compares as it does texts."""
+    return np.ascontiguousarray(addresses).view(f"S{ADDRESS_BYTES}")[:, 0]
+
+
+class FeatureIndex:
+    """An index of which text lies in which shard. A text that two writers have stored counts once."""
+
+    def __init__(self, shards: list[Shard]) -> None:
+        self.values = [shard.values for shard in shards]
+        nothing = np.empty((0, 2), np.uint64)
+        addresses = np.concatenate([nothing, *(shard.addresses for shard in shards)])
+        of_shard = np.repeat(np.arange(len(shards)), [len(shard.lengths) for shard in shards])
+        begin = [np.cumsum(shard.lengths) - shard.lengths for shard in shards]
+        self._addresses, order = np.unique(_as_texts(addresses), return_index=True)
+        self._shard = of_shard[order].astype(np.int64)
+        self._begin = np.concatenate([np.empty(0, np.int64), *begin])[order]
+        lengths = [np.empty(0, np.int64), *(shard.lengths for shard in shards)]
+        self._lengths = np.concatenate(lengths)[order]
+
+    def __len__(self) -> int:
+        return len(self._addresses)
+
+    def find(self, addresses: np.ndarray) -> np.ndarray:
+        """Entry of each address (uint64 [n, 2]), -1 for those that are not here; int64 [n]."""
+        if len(self) == 0:
+            return np.full(len(addresses), -1, np.int64)
+        wanted = _as_texts(addresses)
+        entries = np.minimum(np.searchsorted(self._addresses, wanted), len(self) - 1)
+        return np.where(self._addresses[entries] == wanted, entries, -1)
+
+    def store(self, entries: np.ndarray, rows: np.ndarray, num_rows: int) -> MappedFeatures:
+        """A store for a table of `num_rows` texts, of which `rows` lie at `entries`."""
+        shard = np.full(num_rows, -1, np.int64)
+        begin, lengths = np.zeros(num_rows, np.int64), np.zeros(num_rows, np.int64)
+        shard[rows], begin[rows] = self._shard[entries], self._begin[entries]
+        lengths[rows] = self._lengths[entries]
+        return MappedFeatures(self.values, shard, begin, lengths)

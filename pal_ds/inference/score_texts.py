@@ -9,8 +9,7 @@ from typing import Any, NamedTuple, TextIO
 import torch
 from transformers import PreTrainedModel
 
-from pal_ds.data.chat import check_messages
-from pal_ds.data.records import Text
+from pal_ds.data.records import Text, check_messages
 from pal_ds.data.tokenise import TextEncoder
 from pal_ds.errors import UserError
 from pal_ds.progress import progress_bar

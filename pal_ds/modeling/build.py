@@ -16,7 +16,7 @@ from pal_ds.backbones.config import BackboneConfig, Pooling
 from pal_ds.backbones.given import GivenStates
 from pal_ds.config.run_config import RunConfig
 from pal_ds.data.collator import Collator
-from pal_ds.data.contexts import Contexts
+from pal_ds.data.draws import Contexts
 from pal_ds.data.tables import PreparedData
 from pal_ds.distributed.world import World
 from pal_ds.engine.ds_config import DeepSpeedConfig, ds_config_of

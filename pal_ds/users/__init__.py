@@ -4,39 +4,32 @@ The table lives outside the model and outside ZeRO-3. A step reads rows as a lea
 gradient, position in the update) and moves those rows alone, so 10 users and 10 million cost the same, and a user can
 be added, moved or forgotten without touching the model. Up to a size every rank holds the whole table; beyond it each
 holds a slice of the rows. Either way the same gathered gradients are applied in the same order, hence the same bits.
-Needs torch alone. Axes: U users, K prototypes, n gradient rows of an update.
+Needs torch and pyarrow. Axes: U users, K prototypes, n gradient rows of an update.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pal_ds.users.config import UsersConfig
-    from pal_ds.users.files import USER_FILES, StoredUsers
-    from pal_ds.users.sharded import Shard, ShardedUserTable, trained_users
-    from pal_ds.users.table import TrainedUsers, UserTable
+    from pal_ds.users.config import UsersConfig as UsersConfig
+    from pal_ds.users.files import USER_FILES as USER_FILES
+    from pal_ds.users.files import StoredUsers as StoredUsers
+    from pal_ds.users.sharded import Shard as Shard
+    from pal_ds.users.sharded import ShardedUserTable as ShardedUserTable
+    from pal_ds.users.sharded import TrainedUsers as TrainedUsers
+    from pal_ds.users.sharded import trained_users as trained_users
+    from pal_ds.users.table import UserTable as UserTable
 
 _MODULE_OF = {
     "USER_FILES": "files",
     "Shard": "sharded",
     "ShardedUserTable": "sharded",
     "StoredUsers": "files",
-    "TrainedUsers": "table",
+    "TrainedUsers": "sharded",
     "UserTable": "table",
     "UsersConfig": "config",
     "trained_users": "sharded",
 }
-
-__all__ = [
-    "USER_FILES",
-    "Shard",
-    "ShardedUserTable",
-    "StoredUsers",
-    "TrainedUsers",
-    "UserTable",
-    "UsersConfig",
-    "trained_users",
-]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,15 +4,18 @@ The files are the same whether one rank held the table or many, and no more than
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from pal_ds.errors import UserError
 from pal_ds.heads.jaxtyping_fallback import Float
+from pal_ds.io.arrow import values_of
 from pal_ds.users.ids import UserIds
 from pal_ds.users.rows import UserRows, blocks
 
@@ -37,36 +40,26 @@ def write_users(
     """
     pending = iter(blocks(len(ids)))
     try:
-        if directory is not None:
-            _write(directory, ids, seed, num_prototypes, pending, read_block)
+        if directory is None:
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        header, starts = _header(len(ids), num_prototypes, seed)
+        seen = np.zeros(len(ids), bool)
+        with open(directory / USER_FILES[0], "wb") as stream:
+            stream.write(header)
+            for begin, end in pending:
+                block = UserRows(0, num_prototypes)
+                block.records = read_block(begin, end)
+                seen[begin:end] = block.seen.bool().numpy()
+                for name, start in starts.items():
+                    values = getattr(block, name)
+                    values = values.long() if name == "step" else values.contiguous()
+                    stream.seek(start + begin * values.element_size() * values[:1].numel())
+                    stream.write(memoryview(values.numpy()).cast("B"))
+        _write_index(directory / USER_FILES[1], ids, seen)
     finally:
         for begin, end in pending:
             read_block(begin, end)
-
-
-def _write(
-    directory: Path,
-    ids: UserIds,
-    seed: int,
-    num_prototypes: int,
-    pending: Iterable[tuple[int, int]],
-    read_block: ReadBlock,
-) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    header, starts = _header(len(ids), num_prototypes, seed)
-    seen = np.zeros(len(ids), bool)
-    with open(directory / USER_FILES[0], "wb") as stream:
-        stream.write(header)
-        for begin, end in pending:
-            block = UserRows(0, num_prototypes)
-            block.records = read_block(begin, end)
-            seen[begin:end] = block.seen.bool().numpy()
-            for name, start in starts.items():
-                values = getattr(block, name)
-                values = values.long() if name == "step" else values.contiguous()
-                stream.seek(start + begin * values.element_size() * values[:1].numel())
-                stream.write(memoryview(values.numpy()).cast("B"))
-    _write_index(directory / USER_FILES[1], ids, seen)
 
 
 def _header(num_users: int, num_prototypes: int, seed: int) -> tuple[bytes, dict[str, int]]:
@@ -85,9 +78,6 @@ def _header(num_users: int, num_prototypes: int, seed: int) -> tuple[bytes, dict
 
 
 def _write_index(path: Path, ids: UserIds, seen: np.ndarray) -> None:
-    # Imported here and below: training and scoring with a table in memory need torch alone.
-    import pyarrow as pa
-
     schema = pa.schema([("id", pa.string()), ("row", pa.int64()), ("seen", pa.bool_())])
     with pa.ipc.new_file(str(path), schema) as writer:
         for begin in range(0, max(len(ids), 1), _IDS_PER_BATCH):
@@ -102,11 +92,6 @@ class StoredUsers:
 
     def __init__(self, directory: Path | str):
         """Raises UserError where files are missing, foreign or disagree."""
-        import pyarrow as pa
-        from safetensors import safe_open
-
-        from pal_ds.io.arrow import values_of
-
         self._path, index_path = (Path(directory) / name for name in USER_FILES)
         for path in (self._path, index_path):
             if not path.is_file():
@@ -119,16 +104,14 @@ class StoredUsers:
                 raise UserError(f"{self._path} is not a user table of format {_FORMAT}.")
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in _DTYPES}
         self.seed, self.num_prototypes = int(metadata["seed"]), shapes["logits"][1]
-        with pa.memory_map(str(index_path)) as source, pa.ipc.open_file(source) as reader:
+        # Read, not mapped: what takes the file's place must not change the ids in memory.
+        with pa.OSFile(str(index_path)) as source, pa.ipc.open_file(source) as reader:
             index = reader.read_all()
         row = index["row"]
         whole = row.type == pa.int64() and not row.null_count
         if not whole or not np.array_equal(values_of(row), np.arange(len(index))):
             raise UserError(f"{index_path}: column row is not 0 .. users - 1: the file is damaged.")
-        # A copy: what takes the file's place must not change the ids in memory.
-        mapped = UserIds.from_arrow(index["id"])
-        self.ids = UserIds(mapped.offsets.copy(), mapped.text.copy())
-        self._seen = values_of(index["seen"])
+        self.ids, self._seen = UserIds.from_arrow(index["id"]), values_of(index["seen"])
         check_shapes(shapes, len(self.ids), self.num_prototypes)
         if self.ids.repeated():
             raise UserError("users: an id occurs twice in the stored table: its files are damaged.")
@@ -145,9 +128,9 @@ class StoredUsers:
             )
 
     def read(self, rows: UserRows, first: int = 0) -> UserRows:
-        """Fills `rows` with the stored ones from `first` on; of the file, only those are read."""
-        from safetensors import safe_open
-
+        """Fills `rows` with the stored ones from `first` on, reading only those. Raises UserError where K disagrees."""
+        shapes = {"logits": (len(self), self.num_prototypes)}
+        check_shapes(shapes, len(self), rows.num_prototypes)
         with safe_open(str(self._path), "pt") as file:
             slices = {name: file.get_slice(name) for name in _DTYPES}
             for begin, end in blocks(len(rows)):

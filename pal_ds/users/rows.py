@@ -50,7 +50,6 @@ class UserRows:
         return len(self.records)
 
     def logits_of(self, rows: Int[Tensor, "n"]) -> Float[Tensor, "n K"]:
-        """A copy of the rows' logits."""
         # Not `logits[rows]`: indexing goes column by column, each time through the whole memory; this goes row by row.
         return self.records.index_select(0, rows)[:, : self.num_prototypes].contiguous()
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from pal_ds.errors import UserError
 from pal_ds.heads.jaxtyping_fallback import Float, Int
 from pal_ds.users.config import UsersConfig
-from pal_ds.users.files import StoredUsers, check_shapes, write_users
+from pal_ds.users.files import StoredUsers, write_users
 from pal_ds.users.ids import UserIds, named
 from pal_ds.users.rows import UserRows, fresh_rows, width_of
-from pal_ds.users.table import TrainedUsers, UserTable
+from pal_ds.users.table import UserTable
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,6 @@ class ShardedUserTable:
 
     @property
     def device(self) -> torch.device:
-        """Device that holds the rows."""
         return self.own.records.device
 
     def __len__(self) -> int:
@@ -115,8 +114,6 @@ class ShardedUserTable:
 
     def restore(self, stored: StoredUsers) -> None:
         """Replaces the table by a stored one, reading the slice of this rank. Raises UserError where K disagrees."""
-        shapes = {"logits": (len(stored), stored.num_prototypes)}
-        check_shapes(shapes, len(stored), self.num_prototypes)
         begin, end = self.shard.bounds(len(stored))
         own = UserRows(end - begin, self.num_prototypes, self.device)
         self.own = stored.read(own, first=begin)
@@ -143,6 +140,10 @@ class ShardedUserTable:
 
     def _to_device(self, rows: np.ndarray) -> Int[Tensor, "n"]:
         return torch.from_numpy(rows).to(self.device)
+
+
+TrainedUsers = UserTable | ShardedUserTable
+"""What training needs of a user table both have; ranks make the same calls in the same order."""
 
 
 def trained_users(

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,51 +14,6 @@ from pal_ds.users.config import UsersConfig
 from pal_ds.users.files import StoredUsers, check_shapes, write_users
 from pal_ds.users.ids import UserIds, named
 from pal_ds.users.rows import TENSORS, UserRows, fresh_rows
-
-
-@runtime_checkable
-class Leaves(Protocol):
-    """Rows that are at hand."""
-
-    def leaf(self, rows: Int[Tensor, "B"]) -> Float[Tensor, "B K"]:
-        """A copy of the rows' logits that gathers gradients: what enters the model."""
-        ...
-
-
-@runtime_checkable
-class TrainedUsers(Protocol):
-    """Methods that training needs of a user table, whole or sharded; ranks make the same calls in the same order."""
-
-    ids: UserIds
-
-    @property
-    def device(self) -> torch.device:
-        """Device that holds the rows."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def fetch(self, rows: Int[Tensor, "n"]) -> Leaves:
-        """The rows of a whole update (of all its ranks), from which each rank takes the leaves of its own."""
-        ...
-
-    def apply(
-        self,
-        rows: Int[Tensor, "n"],
-        gradients: Float[Tensor, "n K"],
-        order: Int[Tensor, "n"] | None,
-        learning_rate: float,
-    ) -> None:
-        """Apply an Adam step to the users in `rows` with their summed gradients; see `UserRows.apply`."""
-        ...
-
-    def save(self, directory: Path | str | None) -> None:
-        """Writes the table; on ranks without a directory it takes part in that."""
-        ...
-
-    def restore(self, stored: StoredUsers) -> None:
-        """Replaces the table by a stored one. Raises UserError where K disagrees."""
-        ...
 
 
 class UserTable:
@@ -107,7 +62,6 @@ class UserTable:
 
     @property
     def device(self) -> torch.device:
-        """Device that holds the rows."""
         return self._rows.records.device
 
     def __len__(self) -> int:
@@ -209,11 +163,7 @@ class UserTable:
 
     def restore(self, stored: StoredUsers) -> None:
         """Replaces the table by a stored one. Raises UserError where K disagrees."""
-        check_shapes(
-            {"logits": (len(stored), stored.num_prototypes)}, len(stored), self.num_prototypes
-        )
-        rows = UserRows(len(stored), self.num_prototypes, self.device)
-        self._rows = stored.read(rows)
+        self._rows = stored.read(UserRows(len(stored), self.num_prototypes, self.device))
         self.ids, self.seed = stored.ids, stored.seed
 
     @classmethod

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pal_ds.data.bpe import train_tokenizer
+from pal_ds.data.tokenise import train_tokenizer
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
 

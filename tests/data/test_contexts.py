@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from pal_ds.data.batch import Batch
 from pal_ds.data.collator import Collator
-from pal_ds.data.contexts import Contexts
-from pal_ds.data.draws import Draws, normal_noise
+from pal_ds.data.draws import Contexts, Draws, normal_noise
 from pal_ds.data.loader import UpdateSource
 from pal_ds.data.plan import UpdatePlan
 from pal_ds.data.prepare import DataConfig, prepare

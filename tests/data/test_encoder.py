@@ -54,7 +54,7 @@ def test_separator_without_tokens(bert):
 
 @pytest.mark.parametrize("response", ["\n\nnext", "\n\n two"])
 def test_response_that_merges_into_the_separator_has_no_boundary(response):
-    from pal_ds.data.bpe import train_tokenizer
+    from pal_ds.data.tokenise import train_tokenizer
 
     tokenizer = train_tokenizer(["a:\n\n\nb"] * 5 + ["###:\n\n\nnext"] * 5, 300)
     assert encode(TextEncoder(tokenizer), "a", response) is None

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from pal_ds.data.batch import Batch
 from pal_ds.data.collator import Collator
-from pal_ds.data.costs import padded_lengths
 from pal_ds.data.draws import Draws
 from pal_ds.data.loader import UpdateInputs, UpdateSource, updates_from
 from pal_ds.data.plan import UpdatePlan, split_by_tokens
 from pal_ds.data.prepare import DataConfig, prepare
 from pal_ds.data.sources import Jsonl
+from pal_ds.data.split_packed import padded_lengths
 from pal_ds.data.tables import PreparedData
 from tests.tiny import write_pairs
 

@@ -174,7 +174,7 @@ def test_separator_without_a_token_gives_no_marker(bert, tmp_path):
 def test_marker_is_the_part_that_no_prompt_changes(tmp_path):
     from tokenizers import Regex, pre_tokenizers
 
-    from pal_ds.data.bpe import train_tokenizer
+    from pal_ds.data.tokenise import train_tokenizer
 
     # Like the tokenizers of Llama 3 and Qwen: punctuation takes the newlines after it.
     tokenizer = train_tokenizer(["What?\n\n### Response:\nyes"] * 9 + ["is it\n\n### b"] * 9, 400)

@@ -8,11 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pal_ds.data.collator import Collator
-from pal_ds.data.costs import pair_texts
 from pal_ds.data.packing import SMALL_LENGTH, pack_joint
 from pal_ds.data.prepare import DataConfig, prepare
 from pal_ds.data.sources import Jsonl
-from pal_ds.data.split_packed import COPIES_PER_TOKEN, PairTexts, split_by_cost
+from pal_ds.data.split_packed import COPIES_PER_TOKEN, PairTexts, pair_texts, split_by_cost
 from pal_ds.data.tables import PreparedData
 from tests.tiny import write_pairs
 

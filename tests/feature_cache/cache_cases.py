@@ -16,7 +16,7 @@ from pal_ds.backbones.config import BackboneConfig
 from pal_ds.backbones.transformer import materialise_architecture
 from pal_ds.data.tables import PreparedData
 from pal_ds.engine.checkpoint.shard_reader import ShardedCheckpoint
-from pal_ds.feature_cache import disk
+from pal_ds.feature_cache import keepers
 from pal_ds.feature_cache.shards import Shard, verify_shard
 from tests.engine.checkpoint.storage_cases import at, no_file_longer_than
 from tests.engine.kills import command, said
@@ -75,7 +75,7 @@ def start(
             hook(number, moment)
 
     def work() -> None:
-        disk.SHARD_BYTES = shard_bytes
+        keepers.SHARD_BYTES = shard_bytes
         run()
 
     codes = wait_for(fork_ranks(num_ranks, work, log, noted), seconds=120, grace=20)
@@ -217,7 +217,7 @@ def two_at_once(folder: str) -> dict[str, Any]:
     run = command("embed", f"--config={folder}/recipe.yaml", f"--backbone.cache={folder}/both")
 
     def work() -> None:
-        disk.SHARD_BYTES = 600
+        keepers.SHARD_BYTES = 600
         run()
 
     ranks = [fork_ranks(1, work, Path(folder, f"both{number}.log"))[0] for number in range(2)]

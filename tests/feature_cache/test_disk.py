@@ -25,9 +25,7 @@ from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
 from pal_ds.feature_cache import shards
 from pal_ds.feature_cache.encode import encode_once
-from pal_ds.feature_cache.folders import check_cache_path
-from pal_ds.feature_cache.key import describe_states, key_of
-from pal_ds.feature_cache.writers import CacheFolder
+from pal_ds.feature_cache.folders import CacheFolder, check_cache_path, describe_states, key_of
 from tests.tiny import write_pairs
 from tests.tiny_run import GPT2, TinyRun
 

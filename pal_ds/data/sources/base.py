@@ -3,15 +3,18 @@
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import xxhash
 
 from pal_ds.data.records import Record
 from pal_ds.errors import UserError
 from pal_ds.io.files import feed
+from pal_ds.users.ids import POPULATION_USER
 
 
 class Source(ABC):
@@ -41,6 +44,40 @@ def stable_fraction(*parts: object) -> float:
     """A number in [0, 1) that depends on the parts alone, on every machine and in every run."""
     key = "\x1f".join(map(str, parts)).encode("utf-8", "surrogatepass")
     return xxhash.xxh3_64_intdigest(key) / 2**64
+
+
+def choice_scale(margins: np.ndarray, accuracy: float) -> float:
+    """The scale at which choices with probability sigmoid(scale * margin) are right so often, by bisection.
+
+    Args:
+        margins: reward of the better response less that of the other, >= 0; [n].
+        accuracy: wanted mean probability of the better response.
+    """
+    low, high = 0.0, 1000.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        reached = np.mean(1.0 / (1.0 + np.exp(-middle * margins)))
+        low, high = (middle, high) if reached < accuracy else (low, middle)
+    return low
+
+
+def preferences_by_score(
+    prompt: str, scored: Sequence[tuple[str, float]], dropped: Counter[str]
+) -> Iterator[Record]:
+    """Every two of some (response, score) as a comparison of the one user `population`: the higher score is preferred.
+
+    Left out and counted in `dropped`: `empty_prompt`, `empty_response`, `tie`.
+    """
+    for (first, score), (second, other) in combinations(scored, 2):
+        if not prompt:
+            dropped["empty_prompt"] += 1
+        elif not first or not second:
+            dropped["empty_response"] += 1
+        elif score == other:
+            dropped["tie"] += 1
+        else:
+            label = -1 if score > other else 1
+            yield Record(POPULATION_USER, label, prompt=prompt, responses=(first, second))
 
 
 def check_files(paths: str | Path | Iterable[str | Path]) -> list[Path]:

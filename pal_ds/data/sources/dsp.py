@@ -1,6 +1,8 @@
 """Domain-specific preference (DSP): five writers answer each query, each prefers its own answer."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import permutations
 from typing import final
 
 from pal_ds.data.parse import nearest
@@ -16,6 +18,7 @@ from pal_ds.errors import UserError
 
 
 @final
+@dataclass(eq=False)
 class Dsp(Source):
     """One user per domain; user u prefers u's own answer to each of the others.
 
@@ -30,36 +33,37 @@ class Dsp(Source):
 
     licence = "CC BY-NC 4.0 (Linear95/DSP)"
 
-    def __init__(self, path: str, users: list[str] | None = None) -> None:
-        self.path = path
-        self.users = users
+    path: str
+    users: list[str] | None = None
 
     def records(self) -> Iterator[Record]:
         """Queries x domains x (domains - 1) comparisons, query by query."""
         self.dropped.clear()
         for where, item in read_json_list(check_files(self.path)[0]):
             query, responses = self._check(where, item)
-            self._refuse_strangers(where, responses)
-            for user, own in responses.items():
+            for user in self.users or ():
+                if user not in responses:
+                    raise UserError(
+                        f"{where}: has no response of '{user}'{nearest(user, responses)}, who is "
+                        f"among `users`; there are {', '.join(responses)}"
+                    )
+            for user, other in permutations(responses, 2):
+                own, text = responses[user], responses[other]
                 if user not in (self.users or responses):
                     continue
-                for other, text in responses.items():
-                    if other == user:
-                        continue
-                    if not own.strip() or not text.strip():
-                        self.dropped["empty_response"] += 1
-                        continue
-                    own_first = stable_fraction(query, user, other) < 0.5
-                    yield Record(
-                        user_id=user,
-                        label=-1 if own_first else 1,
-                        prompt=query,
-                        responses=(own, text) if own_first else (text, own),
-                        group=user,
-                    )
+                if not own.strip() or not text.strip():
+                    self.dropped["empty_response"] += 1
+                    continue
+                own_first = stable_fraction(query, user, other) < 0.5
+                yield Record(
+                    user_id=user,
+                    label=-1 if own_first else 1,
+                    prompt=query,
+                    responses=(own, text) if own_first else (text, own),
+                    group=user,
+                )
 
     def describe(self) -> dict:
-        """The file with its content hash."""
         return {"class": "Dsp", "files": describe_files(check_files(self.path))}
 
     @staticmethod
@@ -74,11 +78,3 @@ class Dsp(Source):
             if not isinstance(text, str):
                 raise UserError(f"{where}: the response of '{domain}' is {text!r}; it must be text")
         return item["query"], item["responses"]
-
-    def _refuse_strangers(self, where: str, domains: Iterable[str]) -> None:
-        for user in self.users or ():
-            if user not in domains:
-                raise UserError(
-                    f"{where}: has no response of '{user}'{nearest(user, domains)}, who is among `users`; there are "
-                    f"{', '.join(domains)}"
-                )

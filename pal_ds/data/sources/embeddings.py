@@ -45,7 +45,6 @@ class Embeddings:
         return self._shape[1]
 
     def describe(self) -> list[dict]:
-        """Both files with content hashes."""
         return describe_files(self._files)
 
     @property

@@ -1,17 +1,23 @@
 """GPT-4-LLM's comparisons: GPT-4 scored the answers of three models to each instruction."""
 
 from collections.abc import Iterator
-from itertools import combinations
+from dataclasses import dataclass
 from typing import final
 
 from pal_ds.data.records import Record
-from pal_ds.data.sources.base import Source, check_files, describe_files, read_json_list
+from pal_ds.data.sources.base import (
+    Source,
+    check_files,
+    describe_files,
+    preferences_by_score,
+    read_json_list,
+)
 from pal_ds.data.sources.hub import text_of
 from pal_ds.errors import UserError
-from pal_ds.users.ids import POPULATION_USER
 
 
 @final
+@dataclass(eq=False)
 class Gpt4Llm(Source):
     """Every pair of answers to an instruction with different scores; the higher is preferred.
 
@@ -26,31 +32,16 @@ class Gpt4Llm(Source):
 
     licence = "CC BY-NC 4.0 (Instruction-Tuning-with-GPT-4/GPT-4-LLM)"
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    path: str
 
     def records(self) -> Iterator[Record]:
         """Pairs (i, j), i < j, in the order of the file."""
         self.dropped.clear()
         for where, item in read_json_list(check_files(self.path)[0]):
             prompt, scored = self._check(where, item)
-            for (first, score), (second, other) in combinations(scored, 2):
-                if not prompt:
-                    self.dropped["empty_prompt"] += 1
-                elif not first or not second:
-                    self.dropped["empty_response"] += 1
-                elif score == other:
-                    self.dropped["tie"] += 1
-                else:
-                    yield Record(
-                        user_id=POPULATION_USER,
-                        label=-1 if score > other else 1,
-                        prompt=prompt,
-                        responses=(first, second),
-                    )
+            yield from preferences_by_score(prompt, scored, self.dropped)
 
     def describe(self) -> dict:
-        """The file with its content hash."""
         return {"class": "Gpt4Llm", "files": describe_files(check_files(self.path))}
 
     @staticmethod

@@ -1,6 +1,7 @@
 """Anthropic's helpful and harmless comparisons: two transcripts that share all but the last answer."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, final
 
@@ -18,6 +19,7 @@ MARKER = "\n\nAssistant:"
 
 
 @final
+@dataclass(eq=False)
 class HhRlhf(Source):
     """The chosen answer before the rejected one; what precedes the last "Assistant:" is the prompt.
 
@@ -35,25 +37,26 @@ class HhRlhf(Source):
 
     licence = "MIT (Anthropic/hh-rlhf)"
 
-    def __init__(
-        self,
-        path: str = "Anthropic/hh-rlhf",
-        subsets: tuple[str, ...] = ("helpful-base", "harmless-base"),
-        users: Literal["population", "objective"] = "population",
-    ) -> None:
-        for subset in subsets:
+    path: str = "Anthropic/hh-rlhf"
+    subsets: tuple[str, ...] = ("helpful-base", "harmless-base")
+    users: Literal["population", "objective"] = "population"
+
+    def __post_init__(self) -> None:
+        self.subsets = tuple(self.subsets)
+        for subset in self.subsets:
             if subset not in SUBSETS:
                 raise UserError(
                     f"hh_rlhf: no subset '{subset}'{nearest(subset, SUBSETS)}; there are "
                     f"{', '.join(SUBSETS)}"
                 )
-        if Path(path).is_file():
-            raise UserError(f"hh_rlhf: path {path} is a file; give the folder that holds {subsets}")
-        self.path = path
-        self.subsets = tuple(subsets)
-        self.users = users
-        columns = ("chosen", "rejected")
-        self._rows = {name: HubRows(path, SPLITS, columns, data_dir=name) for name in self.subsets}
+        if Path(self.path).is_file():
+            raise UserError(
+                f"hh_rlhf: path {self.path} is a file; give the folder that holds {self.subsets}"
+            )
+        self._rows = {
+            subset: HubRows(self.path, SPLITS, ("chosen", "rejected"), data_dir=subset)
+            for subset in self.subsets
+        }
 
     def records(self) -> Iterator[Record]:
         """Subset by subset, the train split before the test split."""
@@ -85,10 +88,8 @@ class HhRlhf(Source):
                     )
 
     def describe(self) -> dict:
-        """Describe what was read, per subset."""
         read = {subset: rows.describe() for subset, rows in self._rows.items()}
         return {"class": "HhRlhf", "subsets": read}
 
     def num_records(self) -> int:
-        """Rows of all subsets."""
         return sum(map(len, self._rows.values()))

@@ -1,18 +1,20 @@
 """Anything `datasets.load_dataset` opens: a hub id, or parquet, csv and json files."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 from pal_ds.data.parse import KNOWN_KEYS, nearest, parse_record
 from pal_ds.data.records import Record
 from pal_ds.data.sources.base import Source, describe_files
-from pal_ds.data.sources.hub import BATCH_ROWS, open_split
+from pal_ds.data.sources.hub import open_split, rows_of
 from pal_ds.errors import UserError
 
 
 @final
+@dataclass(eq=False)
 class HuggingFace(Source):
     """One split of a dataset; chosen and rejected may be message lists that share a prompt.
 
@@ -28,23 +30,16 @@ class HuggingFace(Source):
         licence: recorded in dataset.json.
     """
 
-    def __init__(
-        self,
-        path: str,
-        split: str = "train",
-        name: str | None = None,
-        columns: dict[str, str] | None = None,
-        data_files: str | list[str] | dict[str, str] | None = None,
-        revision: str | None = None,
-        licence: str | None = None,
-    ) -> None:
-        self.path = path
-        self.split = split
-        self.name = name
-        self.columns = columns or {}
-        self.data_files = data_files
-        self.revision = revision
-        self.licence = licence
+    path: str
+    split: str = "train"
+    name: str | None = None
+    columns: dict[str, str] | None = None
+    data_files: str | list[str] | dict[str, str] | None = None
+    revision: str | None = None
+    licence: str | None = None
+
+    def __post_init__(self) -> None:
+        self.columns = self.columns or {}
         for key in self.columns:
             if key not in KNOWN_KEYS:
                 raise UserError(
@@ -53,18 +48,13 @@ class HuggingFace(Source):
                 )
 
     def records(self) -> Iterator[Record]:
-        """Yield every row of the split; an error names the row."""
         keys = self._keys()
-        number = 0
-        rows: Any = self._dataset.select_columns([*keys.values()])
-        for batch in rows.iter(batch_size=BATCH_ROWS):
-            for values in zip(*(batch[column] for column in keys.values()), strict=True):
-                fields = {k: v for k, v in zip(keys, values, strict=True) if v is not None}
-                yield parse_record(fields, f"{self.path}, split {self.split}, row {number}")
-                number += 1
+        table = self._dataset.select_columns([*dict.fromkeys(keys.values())])
+        for number, row in enumerate(rows_of(table)):
+            fields = {key: row[column] for key, column in keys.items() if row[column] is not None}
+            yield parse_record(fields, f"{self.path}, split {self.split}, row {number}")
 
     def describe(self) -> dict:
-        """Describe what was opened: number of rows, and content hashes of local files."""
         described = {
             "class": "HuggingFace",
             "path": self.path,
@@ -78,19 +68,17 @@ class HuggingFace(Source):
         return {**described, "files": describe_files(files)} if files else described
 
     def num_records(self) -> int:
-        """Number of rows."""
         return len(self._dataset)
 
     def _keys(self) -> dict[str, str]:
-        columns = self._dataset.column_names
-        for key, column in self.columns.items():
+        columns, renamed = self._dataset.column_names, self.columns or {}
+        for key, column in renamed.items():
             if column not in columns:
                 raise UserError(
                     f"{self.path}, split {self.split}: no column '{column}' (columns: {key})"
                     f"{nearest(column, columns)}; it has {', '.join(columns)}"
                 )
-        own = {key: key for key in KNOWN_KEYS if key in columns and key not in self.columns}
-        keys = {**own, **self.columns}
+        keys = {key: key for key in KNOWN_KEYS if key in columns} | renamed
         if not keys:
             raise UserError(
                 f"{self.path}, split {self.split}: none of its columns ({', '.join(columns)}) is one "

@@ -1,17 +1,18 @@
 """Preference records in JSON Lines files: `{"user_id", "prompt", "chosen", "rejected"}` and kin."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, final
 
-from pal_ds.data.lists import is_list, pairs_of_list
-from pal_ds.data.parse import parse_record
+from pal_ds.data.parse import is_list, pairs_of_list, parse_record
 from pal_ds.data.records import Record
 from pal_ds.data.sources.base import Source, check_files, describe_files, read_lines
 from pal_ds.errors import UserError
 
 
 @final
+@dataclass(eq=False)
 class Jsonl(Source):
     """Records of design section 5, one JSON object a line; texts, chat messages or vectors.
 
@@ -24,18 +25,11 @@ class Jsonl(Source):
         licence: recorded in dataset.json.
     """
 
-    def __init__(
-        self,
-        path: str | list[str],
-        extra_keys: Literal["error", "ignore"] = "error",
-        licence: str | None = None,
-    ) -> None:
-        self.path = path
-        self.extra_keys = extra_keys
-        self.licence = licence
+    path: str | list[str]
+    extra_keys: Literal["error", "ignore"] = "error"
+    licence: str | None = None
 
     def records(self) -> Iterator[Record]:
-        """Yield the records of every file; an error names file and line."""
         vector_size = None
         self.dropped.clear()
         for path in check_files(self.path):
@@ -67,7 +61,6 @@ class Jsonl(Source):
                 yield where, None if pair is None else parse_record(pair, where, self.extra_keys)
 
     def describe(self) -> dict:
-        """Files with their content hashes."""
         return {"class": "Jsonl", "files": describe_files(check_files(self.path))}
 
     def num_records(self) -> int:

@@ -1,6 +1,7 @@
 """Anthropic's persona statements: users hold or reject behaviours and answer Yes or No."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import final
@@ -20,6 +21,7 @@ ANSWERS = ("Yes", "No")
 
 
 @final
+@dataclass(eq=False)
 class Persona(Source):
     """To each statement's question the pair ("Yes", "No"); a user answers as their behaviours ask.
 
@@ -38,33 +40,26 @@ class Persona(Source):
 
     licence = "CC BY 4.0 (anthropics/evals)"
 
-    def __init__(
-        self,
-        paths: str | list[str],
-        users: dict[str, dict[str, list[str]]] | None = None,
-        groups: dict[str, dict[str, list[str]]] | None = None,
-        users_per_group: int = 10,
-        statements_per_user: int | None = None,
-        min_confidence: float = 0.0,
-        seed: int = 0,
-    ) -> None:
-        if not users and not groups:
+    paths: str | list[str]
+    users: dict[str, dict[str, list[str]]] | None = None
+    groups: dict[str, dict[str, list[str]]] | None = None
+    users_per_group: int = 10
+    statements_per_user: int | None = None
+    min_confidence: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.users, self.groups = self.users or {}, self.groups or {}
+        if not self.users and not self.groups:
             raise UserError(
                 "persona: neither users nor groups is given; name who holds and who rejects what, "
                 "for example users: {ann: {holds: [openness], rejects: [risk-seeking]}}"
             )
-        if statements_per_user is not None and statements_per_user < 1:
+        if self.statements_per_user is not None and self.statements_per_user < 1:
             raise UserError(
-                f"persona: statements_per_user is {statements_per_user}; it must be at least 1, or "
-                "null for all"
+                f"persona: statements_per_user is {self.statements_per_user}; it must be at least "
+                "1, or null for all"
             )
-        self.paths = paths
-        self.users = users or {}
-        self.groups = groups or {}
-        self.users_per_group = users_per_group
-        self.statements_per_user = statements_per_user
-        self.min_confidence = min_confidence
-        self.seed = seed
         for name, views in [*self.users.items(), *self.groups.items()]:
             _check_views(name, views)
 
@@ -89,7 +84,6 @@ class Persona(Source):
                 )
 
     def describe(self) -> dict:
-        """The files that are read, with content hashes, and who thinks what."""
         return {
             "class": "Persona",
             "files": describe_files(self._files),
@@ -100,10 +94,9 @@ class Persona(Source):
     @cached_property
     def _people(self) -> list[tuple[str, str | None, dict]]:
         """(user, group, views) of everyone."""
-        people: list[tuple[str, str | None, dict]] = [
-            (user, None, views) for user, views in self.users.items()
-        ]
-        for group, views in self.groups.items():
+        people: list[tuple[str, str | None, dict]] = []
+        people += [(user, None, views) for user, views in (self.users or {}).items()]
+        for group, views in (self.groups or {}).items():
             people += [(f"{group}-{i}", group, views) for i in range(self.users_per_group)]
         return people
 

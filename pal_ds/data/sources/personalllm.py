@@ -1,15 +1,15 @@
 """PersonalLLM: simulated users who weigh the scores of ten reward models, each in their own way."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from typing import final
 
 import numpy as np
 
 from pal_ds.data.records import Record
-from pal_ds.data.sources.base import Source
-from pal_ds.data.sources.hub import HubPath, HubRows, PromptSplits, text_of
+from pal_ds.data.sources.hub import HubPath, HubRows, HubSource, PromptSplits, text_of
 from pal_ds.errors import UserError
 
 SPLITS = ("train", "test")
@@ -27,10 +27,12 @@ REWARD_MODELS = (
     "oasst_pythia_1b",
 )
 _RESPONSES = tuple(f"response_{i}" for i in range(1, NUM_RESPONSES + 1))
+_SCORES = tuple(f"{response}_{model}" for response in _RESPONSES for model in REWARD_MODELS)
 
 
 @final
-class PersonalLlm(Source):
+@dataclass(eq=False)
+class PersonalLlm(HubSource):
     """User u's reward is w_u . (ten scores), w_u ~ Dirichlet(alpha, .., alpha); best against worst of 8.
 
     w_u and the prompts that u judges are keyed by (seed, u), so more users leave the others as
@@ -54,32 +56,22 @@ class PersonalLlm(Source):
 
     licence = "CC BY 4.0 (namkoong-lab/PersonalLLM)"
 
-    def __init__(
-        self,
-        path: HubPath = "namkoong-lab/PersonalLLM",
-        num_users: int = 1000,
-        num_unseen_users: int = 500,
-        alpha: float = 0.1,
-        prompts_per_user: int = 47,
-        prompts_per_unseen_user: int = 9,
-        test_prompts_per_user: int = 50,
-        seed: int = 0,
-    ) -> None:
-        if num_users < 1 or num_unseen_users < 0 or alpha <= 0:
+    path: HubPath = "namkoong-lab/PersonalLLM"
+    num_users: int = 1000
+    num_unseen_users: int = 500
+    alpha: float = 0.1
+    prompts_per_user: int = 47
+    prompts_per_unseen_user: int = 9
+    test_prompts_per_user: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_users < 1 or self.num_unseen_users < 0 or self.alpha <= 0:
             raise UserError(
                 "personalllm: num_users must be 1 or more, num_unseen_users 0 or more and alpha "
-                f"above 0; got {num_users}, {num_unseen_users} and {alpha}"
+                f"above 0; got {self.num_users}, {self.num_unseen_users} and {self.alpha}"
             )
-        self.path = path
-        self.num_users = num_users
-        self.num_unseen_users = num_unseen_users
-        self.alpha = alpha
-        self.prompts_per_user = prompts_per_user
-        self.prompts_per_unseen_user = prompts_per_unseen_user
-        self.test_prompts_per_user = test_prompts_per_user
-        self.seed = seed
-        scores = tuple(f"{response}_{model}" for response in _RESPONSES for model in REWARD_MODELS)
-        self._rows = HubRows(path, SPLITS, ("prompt", *_RESPONSES, *scores))
+        self._rows = HubRows(self.path, SPLITS, ("prompt", *_RESPONSES, *_SCORES))
 
     def records(self) -> Iterator[Record]:
         """Prompt by prompt, every user who judges it."""
@@ -91,7 +83,8 @@ class PersonalLlm(Source):
             rows_done[split] += 1
             prompt = text_of(row["prompt"], where, "prompt")
             texts = [text_of(row[key], where, key) for key in _RESPONSES]
-            scores = _scores(row)
+            scores = np.array([row[key] for key in _SCORES], np.float64)
+            scores = scores.reshape(NUM_RESPONSES, -1)
             is_new = prompts.admits(prompt, split)
             for user in users:
                 rewards = scores @ self.weights(user)
@@ -116,10 +109,6 @@ class PersonalLlm(Source):
                         seen=user < self.num_users,
                     )
 
-    def describe(self) -> dict:
-        """Describe what was read."""
-        return {"class": "PersonalLlm", **self._rows.describe()}
-
     def weights(self, user: int) -> np.ndarray:
         """[10] fp64, >= 0, sum 1: how much each reward model counts for this user."""
         return self._weights[user]
@@ -127,10 +116,9 @@ class PersonalLlm(Source):
     @cached_property
     def _weights(self) -> list[np.ndarray]:
         concentration = np.full(len(REWARD_MODELS), self.alpha)
-        num_users = self.num_users + self.num_unseen_users
         return [
             np.random.default_rng([self.seed, user, 0]).dirichlet(concentration)
-            for user in range(num_users)
+            for user in range(self.num_users + self.num_unseen_users)
         ]
 
     @cached_property
@@ -141,22 +129,12 @@ class PersonalLlm(Source):
         for code, split in enumerate(SPLITS):
             users_of[split] = defaultdict(list)
             for user in range(self.num_users + self.num_unseen_users):
-                wanted = self._prompts_of(user, split)
+                wanted = self.test_prompts_per_user
+                if split == "train":
+                    is_seen = user < self.num_users
+                    wanted = self.prompts_per_user if is_seen else self.prompts_per_unseen_user
                 rng = np.random.default_rng([self.seed, user, 1 + code])
                 order = rng.permutation(num_rows.get(split, 0))
                 for row in order[:wanted].tolist():
                     users_of[split][row].append(user)
         return users_of
-
-    def _prompts_of(self, user: int, split: str) -> int:
-        if split == "test":
-            return self.test_prompts_per_user
-        return self.prompts_per_user if user < self.num_users else self.prompts_per_unseen_user
-
-
-def _scores(row: Mapping[str, float | None]) -> np.ndarray:
-    """[8, 10] fp64, NaN where a score is missing."""
-    return np.array(
-        [[row[f"{response}_{model}"] for model in REWARD_MODELS] for response in _RESPONSES],
-        np.float64,
-    )

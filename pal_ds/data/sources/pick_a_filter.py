@@ -1,18 +1,20 @@
 """PAL's Pick-a-Filter: Pick-a-Pic with a planted taste for blue or red images in half the users each."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import final
 
 from pal_ds.data.records import Record
-from pal_ds.data.sources.base import Source, stable_fraction
+from pal_ds.data.sources.base import stable_fraction
 from pal_ds.data.sources.embeddings import Embeddings
-from pal_ds.data.sources.hub import HubPath, HubRows
-from pal_ds.data.sources.pick_a_pic import COLUMNS, SPLITS, check_sizes, judgements
+from pal_ds.data.sources.hub import HubPath, HubRows, HubSource
+from pal_ds.data.sources.pick_a_pic import COLUMNS, SPLITS, check_sizes, image_records
 from pal_ds.errors import UserError
 
 
 @final
-class PickAFilter(Source):
+@dataclass(eq=False)
+class PickAFilter(HubSource):
     """Pick-a-Pic's choices stand; colour filters are laid over images so that they tell a taste.
 
     A hash puts each user into the group that likes blue or the one that likes red images (`group`).
@@ -35,57 +37,33 @@ class PickAFilter(Source):
 
     licence = "see yuvalkirstain/pickapic_v1; construction: ramya-ml/pick-a-filter-embeds (MIT)"
 
-    def __init__(
-        self,
-        images: str,
-        blue_images: str,
-        red_images: str,
-        captions: str,
-        mixture_ratio: float = 1.0,
-        path: HubPath = "yuvalkirstain/pickapic_v1_no_images",
-        seed: int = 0,
-    ) -> None:
-        if not 0.0 <= mixture_ratio <= 1.0:
+    images: str
+    blue_images: str
+    red_images: str
+    captions: str
+    mixture_ratio: float = 1.0
+    path: HubPath = "yuvalkirstain/pickapic_v1_no_images"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.mixture_ratio <= 1.0:
             raise UserError(
-                f"pick_a_filter: mixture_ratio is {mixture_ratio}; it is a share of the "
+                f"pick_a_filter: mixture_ratio is {self.mixture_ratio}; it is a share of the "
                 "comparisons, between 0 and 1"
             )
-        self.images = images
-        self.blue_images = blue_images
-        self.red_images = red_images
-        self.captions = captions
-        self.mixture_ratio = mixture_ratio
-        self.path = path
-        self.seed = seed
-        self._plain, self._captions = Embeddings(images), Embeddings(captions)
-        self._filtered = {"blue": Embeddings(blue_images), "red": Embeddings(red_images)}
-        self._rows = HubRows(path, tuple(SPLITS), COLUMNS)
+        self._plain, self._captions = Embeddings(self.images), Embeddings(self.captions)
+        self._filtered = {"blue": Embeddings(self.blue_images), "red": Embeddings(self.red_images)}
+        self._rows = HubRows(self.path, tuple(SPLITS), COLUMNS)
 
     def records(self) -> Iterator[Record]:
-        """In the order of the dataset, split by split."""
         self.dropped.clear()
         check_sizes(self._captions, self._plain, *self._filtered.values())
-        for item in judgements(self._rows, self._captions, self.dropped):
-            group = self.group_of(item.user_id)
-            versions = self._versions(item.user_id, item.images, item.label, group)
-            if not all(uid in images for uid, images in zip(item.images, versions, strict=True)):
-                self.dropped["no_image_features"] += 1
-                continue
-            (first, second), (of_first, of_second) = item.images, versions
-            yield Record(
-                user_id=item.user_id,
-                label=item.label,
-                prompt_features=self._captions[item.caption],
-                response_features=(of_first[first], of_second[second]),
-                group=group,
-                split=item.split,
-            )
+        for record in image_records(self._rows, self._captions, self._shown, self.dropped):
+            yield replace(record, group=self.group_of(record.user_id))
 
     def describe(self) -> dict:
-        """Describe what was read, and the embeddings."""
         return {
-            "class": "PickAFilter",
-            **self._rows.describe(),
+            **super().describe(),
             "images": self._plain.describe(),
             "blue_images": self._filtered["blue"].describe(),
             "red_images": self._filtered["red"].describe(),
@@ -93,23 +71,21 @@ class PickAFilter(Source):
         }
 
     def num_records(self) -> int:
-        """Rows of the dataset."""
         return len(self._rows)
 
     def group_of(self, user_id: str) -> str:
-        """The colour this user likes."""
         return "blue" if stable_fraction("colour", self.seed, user_id) < 0.5 else "red"
 
-    def _versions(
-        self, user_id: str, images: tuple[str, str], label: int, group: str
-    ) -> list[Embeddings]:
+    def _shown(
+        self, user_id: str, images: tuple[str, str], label: int
+    ) -> tuple[Embeddings, Embeddings]:
         """Choose which version of each image the user is shown."""
         key = (self.seed, user_id, *images)
-        versions = [self._plain, self._plain]
+        group, versions = self.group_of(user_id), [self._plain, self._plain]
         if stable_fraction("changed", *key) < self.mixture_ratio:
             chosen = 0 if label == -1 else 1
             if stable_fraction("chosen changes", *key) < 0.5:
                 versions[chosen] = self._filtered[group]
             else:
                 versions[1 - chosen] = self._filtered["red" if group == "blue" else "blue"]
-        return versions
+        return versions[0], versions[1]

@@ -1,13 +1,13 @@
 """Pick-a-Pic: people chose between two generated images; images and captions as CLIP embeddings."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple, final
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import final
 
 from pal_ds.data.records import Record
-from pal_ds.data.sources.base import Source
 from pal_ds.data.sources.embeddings import Embeddings
-from pal_ds.data.sources.hub import HubPath, HubRows, PromptSplits, text_of
+from pal_ds.data.sources.hub import HubPath, HubRows, HubSource, PromptSplits, text_of
 from pal_ds.errors import UserError
 
 SPLITS = {"train": "train", "validation": "dev", "test": "test"}
@@ -23,18 +23,9 @@ COLUMNS = (
 )
 
 
-class Judgement(NamedTuple):
-    """A person's choice between two images of one caption; `label` is -1 for the first."""
-
-    split: str
-    user_id: str
-    caption: str
-    images: tuple[str, str]
-    label: int
-
-
 @final
-class PickAPic(Source):
+@dataclass(eq=False)
+class PickAPic(HubSource):
     """Records of vectors: the caption's embedding as prompt, the images' as responses.
 
     Rows come from the hub (the version without images is enough), embeddings from the files you
@@ -52,44 +43,67 @@ class PickAPic(Source):
 
     licence = "see yuvalkirstain/pickapic_v1"
 
-    def __init__(
-        self, images: str, captions: str, path: HubPath = "yuvalkirstain/pickapic_v1_no_images"
-    ) -> None:
-        self.images = images
-        self.captions = captions
-        self.path = path
-        self._images, self._captions = Embeddings(images), Embeddings(captions)
-        self._rows = HubRows(path, tuple(SPLITS), COLUMNS)
+    images: str
+    captions: str
+    path: HubPath = "yuvalkirstain/pickapic_v1_no_images"
+
+    def __post_init__(self) -> None:
+        self._images, self._captions = Embeddings(self.images), Embeddings(self.captions)
+        self._rows = HubRows(self.path, tuple(SPLITS), COLUMNS)
 
     def records(self) -> Iterator[Record]:
-        """In the order of the dataset, split by split."""
         self.dropped.clear()
         check_sizes(self._captions, self._images)
-        for item in judgements(self._rows, self._captions, self.dropped):
-            if not all(uid in self._images for uid in item.images):
-                self.dropped["no_image_features"] += 1
-                continue
-            first, second = item.images
-            yield Record(
-                user_id=item.user_id,
-                label=item.label,
-                prompt_features=self._captions[item.caption],
-                response_features=(self._images[first], self._images[second]),
-                split=item.split,
-            )
+        images = self._images, self._images
+        yield from image_records(self._rows, self._captions, lambda *_: images, self.dropped)
 
     def describe(self) -> dict:
-        """Describe what was read, and the embeddings."""
         return {
-            "class": "PickAPic",
-            **self._rows.describe(),
+            **super().describe(),
             "images": self._images.describe(),
             "captions": self._captions.describe(),
         }
 
     def num_records(self) -> int:
-        """Rows of the dataset."""
         return len(self._rows)
+
+
+def image_records(
+    rows: HubRows,
+    captions: Embeddings,
+    shown: Callable[[str, tuple[str, str], int], tuple[Embeddings, Embeddings]],
+    dropped: Counter[str],
+) -> Iterator[Record]:
+    """The rows in which someone preferred one of two different images, others counted by reason.
+
+    `shown` says of (user id, uids of both images, label) in which embeddings either image is found.
+    """
+    prompts = PromptSplits()
+    for where, split, row in rows:
+        caption, label = text_of(row["caption"], where, "caption"), _label(where, row)
+        user, images = str(row["user_id"]), (str(row["image_0_uid"]), str(row["image_1_uid"]))
+        if not row["has_label"] or label is None:
+            dropped["no_label"] += 1
+        elif not row["are_different"] or images[0] == images[1]:
+            dropped["same_image"] += 1
+        elif label == 0:
+            dropped["tie"] += 1
+        elif caption not in captions:
+            dropped["no_caption_features"] += 1
+        elif not prompts.admits(caption, split):
+            dropped["prompt_in_two_splits"] += 1
+        else:
+            first, second = shown(user, images, label)
+            if images[0] not in first or images[1] not in second:
+                dropped["no_image_features"] += 1
+                continue
+            yield Record(
+                user_id=user,
+                label=label,
+                prompt_features=captions[caption],
+                response_features=(first[images[0]], second[images[1]]),
+                split=SPLITS[split],
+            )
 
 
 def check_sizes(captions: Embeddings, *images: Embeddings) -> None:
@@ -100,26 +114,6 @@ def check_sizes(captions: Embeddings, *images: Embeddings) -> None:
                 f"{embeddings.path}: vectors of size {embeddings.size}, but those of captions in "
                 f"{captions.path} have {captions.size}; make all with one model"
             )
-
-
-def judgements(rows: HubRows, captions: Embeddings, dropped: Counter[str]) -> Iterator[Judgement]:
-    """The rows in which someone preferred one of two different images, others counted by reason."""
-    prompts = PromptSplits()
-    for where, split, row in rows:
-        caption, label = text_of(row["caption"], where, "caption"), _label(where, row)
-        if not row["has_label"] or label is None:
-            dropped["no_label"] += 1
-        elif not row["are_different"] or row["image_0_uid"] == row["image_1_uid"]:
-            dropped["same_image"] += 1
-        elif label == 0:
-            dropped["tie"] += 1
-        elif caption not in captions:
-            dropped["no_caption_features"] += 1
-        elif not prompts.admits(caption, split):
-            dropped["prompt_in_two_splits"] += 1
-        else:
-            images = str(row["image_0_uid"]), str(row["image_1_uid"])
-            yield Judgement(SPLITS[split], str(row["user_id"]), caption, images, label)
 
 
 def _label(where: str, row: Mapping[str, float | None]) -> int | None:

@@ -2,19 +2,20 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from typing import Any, final
 
-from pal_ds.data.chat import Message
-from pal_ds.data.records import Record
-from pal_ds.data.sources.base import Source, stable_fraction
-from pal_ds.data.sources.hub import HubPath, HubRows, text_of
+from pal_ds.data.records import Message, Record
+from pal_ds.data.sources.base import stable_fraction
+from pal_ds.data.sources.hub import HubPath, HubRows, HubSource, text_of
 from pal_ds.errors import UserError
 
 
 @final
-class Prism(Source):
+@dataclass(eq=False)
+class Prism(HubSource):
     """In each turn the chosen answer against *each* rejected one; the dialogue so far is the prompt.
 
     Answers are plain texts and prompts chat messages, in which the chosen answers stand for the
@@ -38,26 +39,21 @@ class Prism(Source):
 
     licence = "CC BY 4.0 (people's texts), CC BY-NC 4.0 (models'; HannahRoseKirk/prism-alignment)"
 
-    def __init__(
-        self,
-        path: HubPath = "HannahRoseKirk/prism-alignment",
-        min_dialogues: int = 1,
-        dev_fraction: float = 0.05,
-        test_fraction: float = 0.1,
-        seed: int = 0,
-    ) -> None:
-        if min(dev_fraction, test_fraction) < 0 or dev_fraction + test_fraction > 1:
+    path: HubPath = "HannahRoseKirk/prism-alignment"
+    min_dialogues: int = 1
+    dev_fraction: float = 0.05
+    test_fraction: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        dev, test = self.dev_fraction, self.test_fraction
+        if min(dev, test) < 0 or dev + test > 1:
             raise UserError(
-                f"prism: dev_fraction {dev_fraction} and test_fraction {test_fraction} must be "
-                "shares of the dialogues, their sum at most 1"
+                f"prism: dev_fraction {dev} and test_fraction {test} must be shares of the "
+                "dialogues, their sum at most 1"
             )
-        self.path = path
-        self.min_dialogues = min_dialogues
-        self.dev_fraction = dev_fraction
-        self.test_fraction = test_fraction
-        self.seed = seed
         columns = ("conversation_id", "user_id", "conversation_history")
-        self._rows = HubRows(path, ("train",), columns, name="conversations")
+        self._rows = HubRows(self.path, ("train",), columns, name="conversations")
 
     def records(self) -> Iterator[Record]:
         """Dialogue by dialogue, turn by turn."""
@@ -67,10 +63,6 @@ class Prism(Source):
                 self.dropped["few_dialogues"] += 1
                 continue
             yield from self._dialogue(where, row)
-
-    def describe(self) -> dict:
-        """Describe what was read."""
-        return {"class": "Prism", **self._rows.describe()}
 
     @cached_property
     def _num_dialogues(self) -> Counter[str]:

@@ -2,12 +2,20 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, final
 
 from pal_ds.data.records import Record
-from pal_ds.data.sources.base import Source, stable_fraction
-from pal_ds.data.sources.hub import PARQUET_EXPORT, HubPath, HubRows, PromptSplits, text_of
+from pal_ds.data.sources.base import stable_fraction
+from pal_ds.data.sources.hub import (
+    PARQUET_EXPORT,
+    HubPath,
+    HubRows,
+    HubSource,
+    PromptSplits,
+    text_of,
+)
 from pal_ds.errors import UserError
 
 SPLITS = ("train", "validation")
@@ -22,7 +30,8 @@ class _Comparison(NamedTuple):
 
 
 @final
-class SummarizeFromFeedback(Source):
+@dataclass(eq=False)
+class SummarizeFromFeedback(HubSource):
     """One user per worker; a comparison asks which of two summaries of a post is better.
 
     `preference: length` is the variant of P-RLHF and PAL: what a worker chose is replaced by a
@@ -56,32 +65,24 @@ class SummarizeFromFeedback(Source):
 
     licence = "see openai/summarize_from_feedback; posts are by Reddit users"
 
-    def __init__(
-        self,
-        path: HubPath = "openai/summarize_from_feedback",
-        preference: Literal["length", "choice"] = "length",
-        policies: Literal["supervised", "all"] = "supervised",
-        num_workers: int = 10,
-        minority: tuple[int, ...] = (3, 4, 5),
-        unseen_min_comparisons: int | None = 100,
-        unseen_minority_fraction: float = 0.3,
-        seed: int = 0,
-    ) -> None:
-        if num_workers < 1 or not all(0 <= rank < num_workers for rank in minority):
+    path: HubPath = "openai/summarize_from_feedback"
+    preference: Literal["length", "choice"] = "length"
+    policies: Literal["supervised", "all"] = "supervised"
+    num_workers: int = 10
+    minority: tuple[int, ...] = (3, 4, 5)
+    unseen_min_comparisons: int | None = 100
+    unseen_minority_fraction: float = 0.3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.minority = tuple(self.minority)
+        if self.num_workers < 1 or not all(0 <= rank < self.num_workers for rank in self.minority):
             raise UserError(
-                f"summarize_from_feedback: num_workers is {num_workers} and minority "
-                f"{list(minority)}; the ranks of a minority lie between 0 and num_workers - 1"
+                f"summarize_from_feedback: num_workers is {self.num_workers} and minority "
+                f"{list(self.minority)}; the ranks of a minority lie between 0 and num_workers - 1"
             )
-        self.path = path
-        self.preference = preference
-        self.policies = policies
-        self.num_workers = num_workers
-        self.minority = tuple(minority)
-        self.unseen_min_comparisons = unseen_min_comparisons
-        self.unseen_minority_fraction = unseen_minority_fraction
-        self.seed = seed
         self._rows = HubRows(
-            path,
+            self.path,
             SPLITS,
             ("info", "summaries", "choice", "worker"),
             data_dir="comparisons",
@@ -102,13 +103,7 @@ class SummarizeFromFeedback(Source):
                 yield self._record(item, groups[item.worker], item.worker not in unseen)
 
     def describe(self) -> dict:
-        """Describe what was read, and who is in which group."""
-        return {
-            "class": "SummarizeFromFeedback",
-            **self._rows.describe(),
-            "groups": self._groups,
-            "unseen": sorted(self._unseen),
-        }
+        return {**super().describe(), "groups": self._groups, "unseen": sorted(self._unseen)}
 
     def _record(self, item: _Comparison, group: str, seen: bool) -> Record:
         split = "test"

@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from pal_ds.data.records import Record
-from pal_ds.data.sources.base import Source
+from pal_ds.data.sources.base import Source, choice_scale
 from pal_ds.data.sources.synthetic_phrases import (
     GROUPS,
     NUM_PROMPTS_PER_TOPIC,
@@ -78,7 +78,6 @@ class Synthetic(Source):
         bayes_accuracy: float = 0.9,
         seed: int = 0,
     ) -> None:
-        super().__init__()
         self.num_users = num_users
         self.num_unseen_users = num_unseen_users
         self.train_counts = (comparisons_per_user, unseen_comparisons_per_user)
@@ -97,8 +96,8 @@ class Synthetic(Source):
         names = self._user_ids
         for judgement in self._judgements:
             user, item = judgement.user, judgement.item
-            probability = self._probability(judgement)
             mixture = self._mixtures[user]
+            probability = float(1.0 / (1.0 + np.exp(-self._scale * (mixture @ item.opinions))))
             pure = mixture.max() >= PURE_WEIGHT
             yield Record(
                 user_id=names[user],
@@ -112,7 +111,6 @@ class Synthetic(Source):
             )
 
     def num_records(self) -> int:
-        """Return the number of comparisons of the world."""
         per_user = np.sum([self.train_counts, self.dev_counts, self.test_counts], axis=0)
         return int(per_user @ [self.num_users, self.num_unseen_users])
 
@@ -199,18 +197,8 @@ class Synthetic(Source):
 
     @cached_property
     def _scale(self) -> float:
-        """The steepness of choices at which the true model has `bayes_accuracy`, by bisection."""
         utility = np.abs([self._mixtures[j.user] @ j.item.opinions for j in self._judgements])
-        low, high = 0.0, 1000.0
-        for _ in range(60):
-            middle = (low + high) / 2
-            accuracy = np.mean(1.0 / (1.0 + np.exp(-middle * utility)))
-            low, high = (middle, high) if accuracy < self.bayes_accuracy else (low, middle)
-        return low
-
-    def _probability(self, judgement: _Judgement) -> float:
-        utility = self._mixtures[judgement.user] @ judgement.item.opinions
-        return float(1.0 / (1.0 + np.exp(-self._scale * utility)))
+        return choice_scale(utility, self.bayes_accuracy)
 
     def _num_items(self, counts: tuple[int, int]) -> int:
         """Enough items for the seen users at `annotators_per_item`, and for the busiest user."""

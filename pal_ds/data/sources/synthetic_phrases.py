@@ -147,12 +147,7 @@ _REGISTER = (
     ("it is advisable to", "one ought to", "kindly proceed to", "the reader is requested to"),
 )
 _RISK = (
-    (
-        "Go all in",
-        "Be fearless here",
-        "Take the big leap",
-        "Dare to gamble",
-    ),
+    ("Go all in", "Be fearless here", "Take the big leap", "Dare to gamble"),
     (
         "Test it gently beforehand",
         "Beware of hidden risks",
@@ -175,12 +170,7 @@ _DETAIL = (
     ),
 )
 _WARMTH = (
-    (
-        "Answer follows.",
-        "Noted.",
-        "Request received.",
-        "Result:",
-    ),
+    ("Answer follows.", "Noted.", "Request received.", "Result:"),
     (
         "What a lovely idea, friend!",
         "I am so happy for you!",

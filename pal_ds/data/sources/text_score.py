@@ -1,6 +1,7 @@
 """DSP's other format: `{"text": [..], "score": [..]}`, two or more scored texts an entry."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import combinations
 from typing import final
 
@@ -11,6 +12,7 @@ from pal_ds.users.ids import POPULATION_USER
 
 
 @final
+@dataclass(eq=False)
 class TextScore(Source):
     """Every pair of an entry's texts with different scores; the higher score is preferred.
 
@@ -27,26 +29,22 @@ class TextScore(Source):
         licence: recorded in dataset.json.
     """
 
-    def __init__(
-        self,
-        path: str,
-        response_marker: str | None = "\n\nAssistant:",
-        user_id: str = POPULATION_USER,
-        licence: str | None = None,
-    ) -> None:
-        if response_marker == "":
+    path: str
+    response_marker: str | None = "\n\nAssistant:"
+    user_id: str = POPULATION_USER
+    licence: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.response_marker == "":
             raise UserError("response_marker is empty; give text, or null for texts without prompt")
-        self.path = path
-        self.response_marker = response_marker
-        self.user_id = user_id
-        self.licence = licence
 
     def records(self) -> Iterator[Record]:
         """Pairs (i, j), i < j, in the order of the file."""
         self.dropped.clear()
         for where, item in read_json_list(check_files(self.path)[0]):
             texts, scores = self._check(where, item)
-            parts = [self._cut(text) for text in texts]
+            marker = self.response_marker
+            parts = [(None, t) if marker is None else cut_transcript(t, marker) for t in texts]
             for i, j in combinations(range(len(texts)), 2):
                 first, second = parts[i], parts[j]
                 if scores[i] == scores[j]:
@@ -66,13 +64,7 @@ class TextScore(Source):
                     )
 
     def describe(self) -> dict:
-        """The file with its content hash."""
         return {"class": "TextScore", "files": describe_files(check_files(self.path))}
-
-    def _cut(self, text: str) -> tuple[str | None, str] | None:
-        if self.response_marker is None:
-            return None, text
-        return cut_transcript(text, self.response_marker)
 
     @staticmethod
     def _check(where: str, item: object) -> tuple[list[str], list[float]]:

@@ -1,13 +1,14 @@
 """UF-P: UltraFeedback's four ratings of each completion as four users who look at one aspect each."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Literal, NamedTuple, final
 
 from pal_ds.data.parse import nearest
 from pal_ds.data.records import Record
-from pal_ds.data.sources.base import Source, stable_fraction
-from pal_ds.data.sources.hub import HubPath, HubRows, text_of
+from pal_ds.data.sources.base import stable_fraction
+from pal_ds.data.sources.hub import HubPath, HubRows, HubSource, text_of
 from pal_ds.errors import UserError
 
 ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
@@ -19,7 +20,8 @@ class _Completion(NamedTuple):
 
 
 @final
-class UltraFeedbackP(Source):
+@dataclass(eq=False)
+class UltraFeedbackP(HubSource):
     """User u prefers, of two completions to an instruction, the one rated higher on aspect u.
 
     UF-P-2 has the users helpfulness and honesty, UF-P-4 all four. A pair is controversial where
@@ -42,35 +44,29 @@ class UltraFeedbackP(Source):
 
     licence = "MIT (openbmb/UltraFeedback)"
 
-    def __init__(
-        self,
-        path: HubPath = "openbmb/UltraFeedback",
-        users: tuple[str, ...] = ("helpfulness", "honesty"),
-        ties: Literal["drop", "random"] = "drop",
-        controversial_only: bool = False,
-        pairs_per_prompt: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        for user in users:
+    path: HubPath = "openbmb/UltraFeedback"
+    users: tuple[str, ...] = ("helpfulness", "honesty")
+    ties: Literal["drop", "random"] = "drop"
+    controversial_only: bool = False
+    pairs_per_prompt: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.users = tuple(self.users)
+        for user in self.users:
             if user not in ASPECTS:
                 raise UserError(
                     f"ultrafeedback_p: no user '{user}'{nearest(user, ASPECTS)}; the aspects that "
                     f"were rated are {', '.join(ASPECTS)}"
                 )
-        if not users or len({*users}) != len(users):
+        if not self.users or len({*self.users}) != len(self.users):
             raise UserError("ultrafeedback_p: users must name one aspect or more, each once")
-        if pairs_per_prompt is not None and pairs_per_prompt < 1:
+        if self.pairs_per_prompt is not None and self.pairs_per_prompt < 1:
             raise UserError(
-                f"ultrafeedback_p: pairs_per_prompt is {pairs_per_prompt}; it must be 1 or more, "
-                "or null for all"
+                f"ultrafeedback_p: pairs_per_prompt is {self.pairs_per_prompt}; it must be 1 or "
+                "more, or null for all"
             )
-        self.path = path
-        self.users = tuple(users)
-        self.ties = ties
-        self.controversial_only = controversial_only
-        self.pairs_per_prompt = pairs_per_prompt
-        self.seed = seed
-        self._rows = HubRows(path, ("train",), ("instruction", "completions"))
+        self._rows = HubRows(self.path, ("train",), ("instruction", "completions"))
 
     def records(self) -> Iterator[Record]:
         """Row by row, pair by pair, every user."""
@@ -83,10 +79,6 @@ class UltraFeedbackP(Source):
             completions = [self._check(where, item) for item in row["completions"] or ()]
             for i, j in self._pairs(prompt, len(completions)):
                 yield from self._preference_of(prompt, (i, j), completions[i], completions[j])
-
-    def describe(self) -> dict:
-        """Describe what was read."""
-        return {"class": "UltraFeedbackP", **self._rows.describe()}
 
     def _pairs(self, prompt: str, num_completions: int) -> list[tuple[int, int]]:
         pairs = list(combinations(range(num_completions), 2))

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from pal_ds.data.records import Record
-from pal_ds.data.sources.base import Source
+from pal_ds.data.sources.base import Source, choice_scale
 from pal_ds.errors import UserError
 
 _SPLITS = ("train", "dev", "test")
@@ -47,15 +47,10 @@ class VectorWorld(Source):
         kind: Literal["pal_a", "pal_b"] = "pal_a",
         seed: int = 0,
     ) -> None:
-        super().__init__()
         self.num_users = num_users
         self.num_prototypes = num_prototypes
         self.feature_size = feature_size
-        self.counts = (
-            comparisons_per_user,
-            dev_comparisons_per_user,
-            test_comparisons_per_user,
-        )
+        self.counts = (comparisons_per_user, dev_comparisons_per_user, test_comparisons_per_user)
         self.pure_fraction = pure_fraction
         self.bayes_accuracy = bayes_accuracy
         self.given_scale = scale
@@ -87,11 +82,9 @@ class VectorWorld(Source):
             )
 
     def num_records(self) -> int:
-        """Return the number of comparisons of the world."""
         return self.num_users * sum(self.counts)
 
     def user_id(self, user: int) -> str:
-        """The id of the user in this row of the truth."""
         return f"user_{user:03d}"
 
     def mixtures(self) -> dict[str, list[float]]:
@@ -185,12 +178,6 @@ class VectorWorld(Source):
 
     @cached_property
     def _scale(self) -> float:
-        """The steepness of choices: as given, or found by bisection for `bayes_accuracy`."""
         if self.given_scale is not None:
             return float(self.given_scale)
-        margins, low, high = np.abs(self._margins), 0.0, 1000.0
-        for _ in range(60):
-            middle = (low + high) / 2
-            accuracy = np.mean(1.0 / (1.0 + np.exp(-middle * margins)))
-            low, high = (middle, high) if accuracy < self.bayes_accuracy else (low, middle)
-        return low
+        return choice_scale(np.abs(self._margins), self.bayes_accuracy)

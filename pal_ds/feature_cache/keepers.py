@@ -1,7 +1,7 @@
-"""States kept on disk: shards that every rank writes for itself, memory-mapped by all of them.
+"""Keepers of encoded states: in the memory of every rank, or on disk in shards that all of them map into memory.
 
-There is no lock: a shard is named by its content and appears whole, by a rename, so any number of processes may fill
-one cache. Two at once may both encode a text; that costs time and room, and nothing else.
+There is no lock on disk: a shard is named by its content and appears whole, by a rename, so any number of processes may
+fill one cache. Two at once may both encode a text; that costs time and room, and nothing else.
 """
 
 import contextlib
@@ -9,26 +9,27 @@ import logging
 import tempfile
 import time
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from pal_ds.data.features import MappedFeatures
+from pal_ds.data.features import FeatureStore, MappedFeatures
 from pal_ds.distributed import phase
 from pal_ds.distributed.world import World
 from pal_ds.errors import StorageError, UserError, writing
-from pal_ds.feature_cache.index import FeatureIndex, first_of_each
+from pal_ds.feature_cache.folders import CacheFolder
 from pal_ds.feature_cache.shards import (
     SUFFIX,
     DamagedShardError,
+    FeatureIndex,
     Shard,
+    first_of_each,
     pack_shard,
     shard_name,
     verify_once,
     verify_shard,
 )
-from pal_ds.feature_cache.writers import CacheFolder
 from pal_ds.io.fault_points import reached
 from pal_ds.io.files import replacing, write_json
 
@@ -41,7 +42,61 @@ STALE_SECONDS = 3600.0
 """No shard takes so long to be written: a file under its temporary name that is older was left by a killed process."""
 
 
-class CacheKeeper:
+class Keeper:
+    """Takes states [n_i, H] row by row; `begin`, `settle`, `flush` and `finish` are called on all ranks in step."""
+
+    def begin(self, rows: np.ndarray, addresses: np.ndarray | None) -> np.ndarray:
+        """The rows among `rows` (sorted) whose states it lacks, the same on every rank."""
+        raise NotImplementedError
+
+    def take(self, row: int, states: Tensor) -> None:
+        """States of a row that this rank has encoded."""
+        raise NotImplementedError
+
+    def settle(self) -> None:
+        """Called after each forward. Raises on all ranks what went wrong on any."""
+
+    def flush(self) -> None:
+        """Make what was taken outlive this process, if it ever will."""
+
+    def finish(self) -> None:
+        """All that was lacking has been taken, on some rank."""
+        raise NotImplementedError
+
+    def store(self, num_rows: int) -> MappedFeatures | None:
+        """The states of the rows of `begin` for a table of `num_rows`; None where there are none."""
+        raise NotImplementedError
+
+
+class MemoryKeeper(Keeper):
+    """Keeps the states of all ranks in the memory of each of them."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._rows = np.empty(0, np.int64)
+        self._taken: dict[int, Tensor] = {}
+
+    def begin(self, rows: np.ndarray, addresses: np.ndarray | None) -> np.ndarray:
+        self._rows = rows
+        return rows
+
+    def take(self, row: int, states: Tensor) -> None:
+        self._taken[row] = states
+
+    def finish(self) -> None:
+        parts = self._world.gather(self._taken)
+        self._taken = {row: states for part in parts for row, states in part.items()}
+
+    def store(self, num_rows: int) -> FeatureStore | None:
+        if len(self._rows) == 0:
+            return None
+        states = [self._taken[row] for row in self._rows.tolist()]
+        lengths = np.zeros(num_rows, np.int64)
+        lengths[self._rows] = [len(state) for state in states]
+        return FeatureStore(torch.cat(states), np.concatenate([[0], np.cumsum(lengths)]))
+
+
+class CacheKeeper(Keeper):
     """Keeps states in a `CacheFolder`, and knows those that are there already.
 
     A damaged shard is named and passed over: its texts are encoded anew, and then it is deleted.
@@ -64,7 +119,10 @@ class CacheKeeper:
         """Opens the shards there are; raises UserError where a rank cannot see what another sees."""
         assert addresses is not None
         self._rows, self._addresses = rows, addresses
-        names = self._world.from_rank_zero(self._names)
+        # On rank 0, as directories may look different elsewhere for a while.
+        names = self._world.from_rank_zero(
+            lambda: sorted(path.name for path in self._folder.path.glob(f"*{SUFFIX}"))
+        )
         self._damaged, gone = self._find_damaged(names)
         unusable = {*self._damaged, *gone}
         self._map([name for name in names if name not in unusable])
@@ -119,15 +177,6 @@ class CacheKeeper:
         entries = self._index.find(self._addresses)
         assert (entries >= 0).all(), f"{self._folder.path}: a text was not encoded"
         return self._index.store(entries, self._rows, num_rows)
-
-    @property
-    def num_encoded(self) -> int:
-        """Texts that were lacking at `begin`."""
-        return len(self._lacking)
-
-    def _names(self) -> list[str]:
-        """Shards of the folder; on rank 0, as directories may look different elsewhere for a while."""
-        return sorted(path.name for path in self._folder.path.glob(f"*{SUFFIX}"))
 
     def _make_folder(self) -> None:
         path = self._folder.path
@@ -213,21 +262,18 @@ class CacheKeeper:
         addresses, states = zip(*self._pending, strict=True)
         content = pack_shard(self._folder.key, list(addresses), list(states))
         path = self._folder.path / shard_name(content)
+        half = len(content) // 2
         with writing(path), replacing(path) as temporary:
-            self._write_through(temporary, content)
+            with open(temporary, "wb") as stream:
+                stream.write(content[:half])
+                stream.flush()
+                reached("inside a state shard")
+                stream.write(content[half:])
+            reached("state shard written")
         self._written.append(path.name)
         self._pending, self._pending_bytes = [], 0
         reached("shard renamed")
         phase.progress()
-
-    def _write_through(self, path: Path, content: bytes) -> None:
-        half = len(content) // 2
-        with open(path, "wb") as stream:
-            stream.write(content[:half])
-            stream.flush()
-            reached("inside a state shard")
-            stream.write(content[half:])
-        reached("state shard written")
 
     def _raise_problem(self) -> None:
         if self._problem is not None:
@@ -244,6 +290,3 @@ class CacheKeeper:
                     path.unlink(missing_ok=True)
                 except FileNotFoundError:
                     continue
-
-
-__all__ = ["SHARD_BYTES", "SHARD_SECONDS", "CacheKeeper"]
