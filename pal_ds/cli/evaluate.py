@@ -1,10 +1,14 @@
-"""The `evaluate` and `few_shot` commands: which sets, against what, on which ranks."""
+"""The commands that measure or use trained runs: evaluations, new users, reports."""
 
+import json
+import sys
 from pathlib import Path
+from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from pal_ds.cli.arguments import add_run_arguments, as_path, keys
+from pal_ds.cli.arguments import add_run_arguments, as_path, keys, options_of
+from pal_ds.errors import UserError
 from pal_ds.runs.run_dir import RunDirectory
 
 
@@ -28,30 +32,18 @@ class Evaluate:
 
     @staticmethod
     def run(options: Namespace, _: Namespace) -> None:
-        from pal_ds.config.run_config import TrainConfig
-        from pal_ds.distributed.watchdog import watch
-        from pal_ds.engine.process_group import joined_or_alone
         from pal_ds.eval.best_of_n import NAME_PREFIX, rank_set, ranking_line
-        from pal_ds.eval.evaluate import evaluate_set, summary_line
+        from pal_ds.eval.evaluate import evaluate_set, restored_by_ranks, summary_line
         from pal_ds.eval.requests import eval_requests
-        from pal_ds.inference.load_run import restore
-        from pal_ds.inference.readers import known_users
 
         measure, line_of, prefix = evaluate_set, summary_line, ""
         if options.best_of_n:
             measure, line_of, prefix = rank_set, ranking_line, NAME_PREFIX
         files = [Path(file) for file in options.data]
         requests = eval_requests(options.split, files, options.name, prefix)
-        run = RunDirectory(options.run_dir)
-        # Alone it waits for nobody; who started it sees whether it goes on.
-        with (
-            joined_or_alone() as world,
-            watch(
-                world, run.path / "stacks", TrainConfig.hang_minutes if world.world_size > 1 else 0
-            ),
-        ):
-            restored = restore(run, options.step, world.device, trust=options.trust_checkpoint)
-            known = known_users(restored, as_path(options.users))
+        run, users = RunDirectory(options.run_dir), as_path(options.users)
+        trust = options.trust_checkpoint
+        with restored_by_ranks(run, options.step, users, trust=trust) as (world, restored, known):
             for request in requests:
                 figures = measure(restored, known, request, world)
                 if world.is_rank_zero:
@@ -88,3 +80,127 @@ class FewShot:
             trust_checkpoint=options.trust_checkpoint,
         )
         print("\n".join(few_shot_lines(figures)))
+
+
+class Adapt:
+    """Fit new users to a trained run from a few comparisons each; the model stays as it is."""
+
+    @staticmethod
+    def add_arguments(parser: ArgumentParser) -> None:
+        add_run_arguments(parser)
+        parser.add_argument("--pairs", type=str, help="JSONL of the new users' comparisons")
+        parser.add_argument(
+            "--split",
+            type=str,
+            default="unseen_train",
+            help="split of the run's data, without --pairs",
+        )
+        parser.add_argument(
+            "--num_pairs", type=int, help="comparisons to keep per user; unset keeps all"
+        )
+        parser.add_argument("--seed", type=int, default=0, help="of the draw of comparisons")
+        parser.add_argument(
+            "--solver",
+            type=Literal["auto", "newton", "adam", "reference"],
+            default="auto",
+            help="newton from statistics; adam, the same objective; reference, AdamW that stops early",
+        )
+        parser.add_argument(
+            "--out", type=str, required=True, help="directory for the user table and its report"
+        )
+
+    @staticmethod
+    def run(options: Namespace, _: Namespace) -> None:
+        from pal_ds.adaptation.run import AdaptOptions, adapt_run
+
+        chosen = options_of(AdaptOptions, options, pairs=as_path(options.pairs))
+        report = adapt_run(RunDirectory(options.run_dir), Path(options.out), chosen)
+        print(f"{len(report['users'])} users from {report['pairs']} pairs -> {options.out}")
+
+
+class Users:
+    """List the users of a run, or make it forget one."""
+
+    @staticmethod
+    def add_arguments(parser: ArgumentParser) -> None:
+        parser.add_argument(
+            "--run_dir", type=str, required=True, help="directory that `train` wrote"
+        )
+        parser.add_argument(
+            "--list", action="store_true", help="print user ids and mixtures as JSONL"
+        )
+        parser.add_argument("--remove", type=str, help="user id to forget")
+
+    @staticmethod
+    def run(options: Namespace, _: Namespace) -> None:
+        from pal_ds.engine.checkpoint.forget import forget_user
+        from pal_ds.inference.list_users import list_users
+
+        run = RunDirectory(options.run_dir)
+        if options.list == (options.remove is not None):
+            raise UserError("users: give exactly one of --list and --remove ID.")
+        if options.list:
+            for user_id, mixture in list_users(run):
+                print(json.dumps({"user_id": user_id, "mixture": mixture}))
+            return
+        done = forget_user(run, options.remove)
+        print(
+            f"forgot {options.remove}: checkpoints {done['steps']}, evaluations {done['evaluations']}."
+        )
+        print(
+            "The raw and prepared data, and models exported before, are not this run's: delete the user there too."
+        )
+
+
+class Report:
+    """Pictures and a page for one run, or several side by side."""
+
+    @staticmethod
+    def add_arguments(parser: ArgumentParser) -> None:
+        parser.add_argument(
+            "--run_dirs", type=list[str], required=True, help="directories that `train` wrote"
+        )
+        parser.add_argument(
+            "--out", type=str, required=True, help="directory for report.md and its pictures"
+        )
+
+    @staticmethod
+    def run(options: Namespace, _: Namespace) -> None:
+        from pal_ds.eval.report import write_report
+
+        names = [Path(path).name for path in options.run_dirs]
+        # Two runs may end in the same name; then the whole path tells them apart.
+        labels = names if len(set(names)) == len(names) else options.run_dirs
+        runs = {
+            label: RunDirectory(path) for label, path in zip(labels, options.run_dirs, strict=True)
+        }
+        for run in runs.values():
+            run.require_run()
+        print(write_report(runs, Path(options.out)))
+
+
+class Retention:
+    """Accuracy on general sets before and after a model was trained further, as a table.
+
+    `evaluate` both runs on the same files first; SETS names their results, NAME,.. of eval/NAME.json.
+    """
+
+    @staticmethod
+    def add_arguments(parser: ArgumentParser) -> None:
+        parser.add_argument("before", type=str, help="directory that `train` wrote")
+        parser.add_argument("after", type=str, help="directory of the run that went on from it")
+        parser.add_argument("sets", type=keys, help="NAME,.. of eval/NAME.json")
+        parser.add_argument("--out", type=str, help="folder for retention.md and retention.json")
+
+    @staticmethod
+    def run(options: Namespace, _: Namespace) -> None:
+        from pal_ds.eval.retention import retention, table
+        from pal_ds.io.files import write_atomically, write_json
+
+        rows = retention(RunDirectory(options.before), RunDirectory(options.after), options.sets)
+        if options.out:
+            out = Path(options.out)
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(out / "retention.json", rows)
+            write_atomically(out / "retention.md", table(rows))
+        sys.stdout.write(table(rows))

@@ -11,8 +11,7 @@ from typing import Literal
 
 from jsonargparse import SUPPRESS, ArgumentParser, Namespace
 
-from pal_ds.cli.job_checks import JOBS
-from pal_ds.cli.job_shape import check_shape
+from pal_ds.cli.job_checks import JOBS, check_shape
 from pal_ds.errors import UserError
 
 _CHECKOUT, _INSTALLED = (

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from pal_ds.config.run_config import TrainConfig
 from pal_ds.data.build import build_tables
 from pal_ds.data.records import Record
 from pal_ds.data.sources import Jsonl
 from pal_ds.data.tables import PreparedData
 from pal_ds.data.tokenise import TextEncoder
+from pal_ds.distributed.watchdog import watch
 from pal_ds.distributed.world import World
 from pal_ds.errors import UserError, writing
 from pal_ds.eval.baselines import FormatBaseline
@@ -129,6 +131,21 @@ def evaluate_run(
     request = request or split_request("test")
     restored = restore(run, step, world.device, trust=trust_checkpoint)
     return evaluate_set(restored, known_users(restored, users), request, world)
+
+
+@contextlib.contextmanager
+def restored_by_ranks(
+    run: RunDirectory, step: str | int, users: Path | None, *, trust: bool
+) -> Iterator[tuple[World, OpenRun, KnownUsers]]:
+    """A run and whom it knows, on each rank of a launcher or alone; what hangs is found, as in a training."""
+    from pal_ds.engine.process_group import joined_or_alone
+
+    with joined_or_alone() as world:
+        # Alone it waits for nobody; who started it sees whether it goes on.
+        minutes = TrainConfig.hang_minutes if world.world_size > 1 else 0
+        with watch(world, run.path / "stacks", minutes):
+            restored = restore(run, step, world.device, trust=trust)
+            yield world, restored, known_users(restored, users)
 
 
 def evaluate_set(

@@ -11,8 +11,8 @@ import torch
 import yaml
 
 from pal_ds.adaptation.few_shot import evaluate_few_shot
-from pal_ds.cli.compare import suite_of
 from pal_ds.cli.main import build_parser
+from pal_ds.cli.train import suite_of
 from pal_ds.compare.table import page, tabulate
 from pal_ds.distributed.world import World
 from pal_ds.eval.evaluate import evaluate_run
