@@ -38,7 +38,7 @@ def evaluate(
     """
     from pal_ds.eval.best_of_n import NAME_PREFIX, rank_set
     from pal_ds.eval.evaluate import evaluate_set, restored_by_ranks
-    from pal_ds.eval.requests import eval_requests
+    from pal_ds.eval.results import eval_requests
 
     where, table = run_of(run)(users)
     with for_people(), as_file(data) as file:

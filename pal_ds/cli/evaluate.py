@@ -34,7 +34,7 @@ class Evaluate:
     def run(options: Namespace, _: Namespace) -> None:
         from pal_ds.eval.best_of_n import NAME_PREFIX, rank_set, ranking_line
         from pal_ds.eval.evaluate import evaluate_set, restored_by_ranks, summary_line
-        from pal_ds.eval.requests import eval_requests
+        from pal_ds.eval.results import eval_requests
 
         measure, line_of, prefix = evaluate_set, summary_line, ""
         if options.best_of_n:

@@ -29,7 +29,7 @@ from pal_ds.engine.ds_config import ds_config_of
 from pal_ds.engine.process_group import distributed
 from pal_ds.errors import UserError, writing
 from pal_ds.eval.evaluate import evaluate_run
-from pal_ds.eval.requests import split_request
+from pal_ds.eval.results import split_request
 from pal_ds.modeling.build import assemble
 from pal_ds.progress import progress_bar
 from pal_ds.training.init_from.copy import origin_for

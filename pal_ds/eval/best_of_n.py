@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -16,9 +16,9 @@ from pal_ds.data.tables import COMPARISON_DTYPE, PreparedData
 from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
 from pal_ds.eval.best_of_n_metrics import FIGURES, Lists, best_of_n_figures
-from pal_ds.eval.evaluate import opened_pairs, write_figures
-from pal_ds.eval.requests import EvalRequest
-from pal_ds.eval.schema import BestOfNFigures, RankingFigures, SplitRankingFigures
+from pal_ds.eval.evaluate import opened_pairs
+from pal_ds.eval.results import EvalRequest, write_figures
+from pal_ds.eval.schema import BestOfNFigures, RankingFigures
 from pal_ds.inference.load_run import OpenRun
 from pal_ds.inference.readers import KnownUsers, reader_of, with_points
 
@@ -73,12 +73,6 @@ def paired(size: int) -> list[tuple[int, int]]:
     return [(place, place + 1 if place + 1 < size else 0) for place in range(0, size, 2)]
 
 
-class _Dropped(TypedDict, total=False):
-    """Entry of a file of lists."""
-
-    dropped: dict[str, int]
-
-
 def rank_set(
     restored: OpenRun, known: KnownUsers, request: EvalRequest, world: World
 ) -> BestOfNFigures:
@@ -97,16 +91,11 @@ def rank_set(
             "with --mixture and score the candidates with `score`."
         )
     lines: list[Line] = []
-    if request.file is not None:
-        file = request.file
+    if (file := request.file) is not None:
         lines = world.on_every_rank(lambda: read_lists(file))
-
-    def pairs_of(_: Path) -> Iterator[Record]:
-        for number, line in enumerate(lines):
-            yield from line.records(number)
-
-    with opened_pairs(restored, request.file, world, pairs_of) as data:
-        dropped: _Dropped = {}
+    pairs = (pair for number, line in enumerate(lines) for pair in line.records(number))
+    with opened_pairs(restored, file, world, pairs) as data:
+        dropped = {}
         if request.file is None:
             candidates = compared_candidates(data, request.rows(data))
         else:
@@ -118,16 +107,17 @@ def rank_set(
             )
         known = with_points(known, restored, data, world)
         scores = score_candidates(restored, known, data, candidates, world)
-        ranking = _figures(data, candidates, scores, known.table_rows(data))
-    figures: BestOfNFigures = {**ranking, **dropped, "step": restored.step}
+        ranking, unknown = _figures(data, candidates, scores, known.table_rows(data))
+    made = {**ranking, "unknown_users": unknown, **dropped, "step": restored.step}
+    figures = cast(BestOfNFigures, made)
     world.from_rank_zero(lambda: write_figures(restored.run, request.name, figures))
     return figures
 
 
 def _figures(
     data: PreparedData, candidates: Candidates, scores: np.ndarray, table_rows: np.ndarray
-) -> SplitRankingFigures:
-    """Compute the figures of lists whose users the run knows, and under "unknown_users" of strangers' lists."""
+) -> list[RankingFigures]:
+    """Compute the figures of lists whose users the run knows, and of strangers' lists."""
     names = np.asarray([data.users[user] for user in candidates.user], str)
     prompts = data.response_prompt[candidates.response[candidates.first[:-1]]]
     lists = Lists(candidates.first, candidates.utility, names, prompts)
@@ -138,10 +128,9 @@ def _figures(
     is_known = table_rows[candidates.user] >= 0
     for chosen in (is_known, ~is_known):
         part, places = lists.take(chosen)
-        parts.append(
-            best_of_n_figures(part, scores[places], None if lengths is None else lengths[places])
-        )
-    return {**parts[0], "unknown_users": parts[1]}
+        longest = None if lengths is None else lengths[places]
+        parts.append(best_of_n_figures(part, scores[places], longest))
+    return parts
 
 
 def score_candidates(

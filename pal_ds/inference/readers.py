@@ -188,4 +188,9 @@ def with_points(
     return replace(known, mixtures=mixtures, encoded=points, encoded_rows=rows)
 
 
-__all__ = ["KnownUsers", "Reader", "known_users", "reader_of", "with_points"]
+def own_margins(restored: OpenRun, rows: np.ndarray, world: World) -> Float[np.ndarray, "n"]:
+    """Margins of comparisons of the run's own data for its own users, as `Forwards.margins` gives them."""
+    data = restored.data
+    known = with_points(known_users(restored, None), restored, data, world)
+    reader = reader_of(restored, data, rows, known.table_rows(data), world)
+    return reader.forwards(world).margins(rows, known.mixtures)

@@ -29,7 +29,7 @@ from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
 from pal_ds.eval import results
 from pal_ds.eval.evaluate import evaluate_run, summary_line
-from pal_ds.eval.requests import split_request
+from pal_ds.eval.results import split_request
 from pal_ds.inference import readers as reading_module
 from pal_ds.inference.load_run import OpenRun, restore
 from pal_ds.inference.mixtures import user_mixtures

@@ -15,7 +15,7 @@ from pal_ds.data.splits import SPLITS
 from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
 from pal_ds.eval.evaluate import evaluate_run
-from pal_ds.eval.requests import file_request, split_request
+from pal_ds.eval.results import file_request, split_request
 from pal_ds.export import ExportOptions, export, export_users
 from pal_ds.export.audience import choose_audience
 from pal_ds.inference.list_users import list_users

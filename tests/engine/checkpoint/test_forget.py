@@ -22,7 +22,7 @@ from pal_ds.engine.checkpoint.retention import retain
 from pal_ds.errors import UserError
 from pal_ds.eval import evaluate as evaluating
 from pal_ds.eval import results
-from pal_ds.eval.requests import split_request
+from pal_ds.eval.results import split_request
 from pal_ds.inference.list_users import list_users
 from pal_ds.inference.load_run import restore
 from pal_ds.runs.lock import only_writer
