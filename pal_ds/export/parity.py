@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -119,14 +120,10 @@ def _as_data(data: PreparedData, encoded: list[Encoded]) -> PreparedData:
     """Make tables in memory: text i is response i after prompt i, compared with itself in row i."""
     comparisons = np.zeros(len(encoded), COMPARISON_DTYPE)
     comparisons["a"] = comparisons["b"] = np.arange(len(encoded))
-    return PreparedData(
-        path=data.path,
-        info=data.info,
+    return replace(
+        data,
         comparisons=comparisons,
         response_prompt=np.arange(len(encoded)),
-        users=data.users,
-        user_seen=data.user_seen,
-        user_group=data.user_group,
         prompts=_ragged([e.prompt_ids for e in encoded]),
         responses=_ragged([e.response_ids for e in encoded]),
     )
@@ -135,6 +132,3 @@ def _as_data(data: PreparedData, encoded: list[Encoded]) -> PreparedData:
 def _ragged(rows: list[list[int]]) -> Ragged:
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
     return Ragged(np.concatenate([np.asarray(row, np.int32) for row in rows]), offsets)
-
-
-__all__ = ["exported_scores", "read_samples", "trainer_scores"]

@@ -20,8 +20,7 @@ from pal_ds.data.tables import PreparedData
 from pal_ds.data.vocabulary import refuse_other_tokenizer
 from pal_ds.distributed import phase
 from pal_ds.errors import UserError
-from pal_ds.export.weights import Tensors, exported_tensors
-from pal_ds.export.writer import write_sharded
+from pal_ds.export.weights import Tensors, exported_tensors, write_sharded
 from pal_ds.heads.base import Head
 from pal_ds.io.files import write_json
 from pal_ds.io.folders import new_folder
