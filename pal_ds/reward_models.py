@@ -1,7 +1,6 @@
 """A reward model from a run or an exported folder: a torch module that scores token ids.
 
-The names that users of PAL know, `load_pal_rm_a` and `load_pal_rm_b`, check the kind and are
-otherwise the same.
+The names that users of PAL know, `load_pal_rm_a` and `load_pal_rm_b`, check the kind and are otherwise the same.
 """
 
 import json
@@ -33,10 +32,7 @@ from pal_ds.users import UserTable
 
 
 def load_reward_model(
-    path: str | Path,
-    mixture: Sequence[float] | None = None,
-    *,
-    trust_remote_code: bool = False,
+    path: str | Path, mixture: Sequence[float] | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """A model in eval mode, on the CPU, in fp32 (an exported folder: in its own dtype).
 

@@ -169,9 +169,7 @@ def mean_over_components(
 
 
 def posterior_mean(
-    logits: Float[Tensor, "n K *U"],
-    log_evidence: Float[Tensor, "n *U"],
-    temperature: float,
+    logits: Float[Tensor, "n K *U"], log_evidence: Float[Tensor, "n *U"], temperature: float
 ) -> Float[Tensor, "K *U"]:
     """Centred logits of the mean mixture of n candidates for each user, weighted by their evidence."""
     weight = torch.softmax(log_evidence, 0).unsqueeze(1)

@@ -137,12 +137,7 @@ def _warn_of_known(restored: OpenRun, ids: list[str]) -> None:
 
 
 def _inputs(
-    restored: OpenRun,
-    data: PreparedData,
-    users: NewUsers,
-    solver: Solver,
-    seed: int,
-    world: World,
+    restored: OpenRun, data: PreparedData, users: NewUsers, solver: Solver, seed: int, world: World
 ) -> dict[str, object]:
     """All that the fitted numbers depend on, as JSON."""
     return {

@@ -71,9 +71,7 @@ class AdaptedUsers:
 
 
 def few_shot(
-    run: AnyRun,
-    num_comparisons: Sequence[int] = (0, 1, 2, 4, 8, 16, 32, 50),
-    num_draws: int = 20,
+    run: AnyRun, num_comparisons: Sequence[int] = (0, 1, 2, 4, 8, 16, 32, 50), num_draws: int = 20
 ) -> dict[str, Any]:
     """Accuracy of held-out users after k comparisons each; also written to RUN/eval/few_shot.json.
 

@@ -22,9 +22,7 @@ class Entry(NamedTuple):
 
 COMMANDS = {
     "prepare": Entry(
-        "train:Prepare",
-        "Raw preference data to prepared tables, users and splits.",
-        "recipes",
+        "train:Prepare", "Raw preference data to prepared tables, users and splits.", "recipes"
     ),
     "embed": Entry(
         "train:Embed",
@@ -50,8 +48,7 @@ COMMANDS = {
     ),
     "users": Entry("evaluate:Users", "List the users of a run, or make it forget one."),
     "score": Entry(
-        "export:Score",
-        "Scalar scores for texts in a JSONL file, from an exported model or a run.",
+        "export:Score", "Scalar scores for texts in a JSONL file, from an exported model or a run."
     ),
     "report": Entry("evaluate:Report", "Pictures and a page for one run, or several side by side."),
     "compare": Entry(
@@ -73,8 +70,7 @@ COMMANDS = {
         "recipes",
     ),
     "submit": Entry(
-        "submit:Submit",
-        "Check a job for SLURM against its recipe and hand it to sbatch.",
+        "submit:Submit", "Check a job for SLURM against its recipe and hand it to sbatch."
     ),
     "import-reference": Entry(
         "export:ImportReference",

@@ -122,11 +122,7 @@ def read_suite(name: str, settings: SuiteConfig, shared: str, out: Path) -> Suit
 
 
 def _resolve(
-    parser: ArgumentParser,
-    common: RecipeKeys,
-    method: str,
-    keys: RecipeKeys,
-    seeds: list[int],
+    parser: ArgumentParser, common: RecipeKeys, method: str, keys: RecipeKeys, seeds: list[int]
 ) -> Iterator[tuple[int, RunConfig, str]]:
     """Yield seed, recipe and the recipe's YAML, for each seed."""
     from pal_ds.config.parser import explained

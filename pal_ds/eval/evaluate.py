@@ -32,10 +32,7 @@ from pal_ds.runs.run_dir import RunDirectory
 
 @contextlib.contextmanager
 def opened_pairs(
-    restored: OpenRun,
-    file: Path | None,
-    world: World,
-    records: Iterable[Record] | None = None,
+    restored: OpenRun, file: Path | None, world: World, records: Iterable[Record] | None = None
 ) -> Iterator[PreparedData]:
     """The run's data, or tables of `file` made with the run's tokenizer and template, deleted afterwards.
 

@@ -59,10 +59,7 @@ def _standard_error(figures: Figures) -> float:
 
 def table(rows: list[Figures]) -> str:
     """The rows in markdown."""
-    lines = [
-        "| set | pairs | before | after | loss (95% interval) |",
-        "|---|---|---|---|---|",
-    ]
+    lines = ["| set | pairs | before | after | loss (95% interval) |", "|---|---|---|---|---|"]
     for row in rows:
         low, high = row["loss_ci95"]
         accuracies = f"{row['before']:.3f} | {row['after']:.3f}"

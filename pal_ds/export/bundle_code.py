@@ -164,8 +164,7 @@ class _Rewriter:
         heads, _, name = place.rpartition(".")
         if heads != "pal_ds.heads":
             self._refuse(
-                node,
-                "An exported head may import pal_ds.heads alone, or `from pal_ds import Head`",
+                node, "An exported head may import pal_ds.heads alone, or `from pal_ds import Head`"
             )
         self.needed.add(name)
         return f"from .{name} import {_names([alias])}"

@@ -1,7 +1,6 @@
 """The exported folder: weights, config, code, tokenizer, card, and the check against the run.
 
-Everything is written beside the final name and renamed at the end, so a folder of that name is
-complete and checked.
+Everything is written beside the final name and renamed at the end, so a folder of that name is complete and checked.
 """
 
 import gc
@@ -138,11 +137,7 @@ def fill_folder(folder: Path, opened: OpenRun, options: ExportOptions) -> card.R
 
 
 def _stock_layout(
-    folder: Path,
-    opened: OpenRun,
-    weights: Weights,
-    stock: type[PreTrainedModel],
-    linear: Tensor,
+    folder: Path, opened: OpenRun, weights: Weights, stock: type[PreTrainedModel], linear: Tensor
 ) -> Layout:
     """Write config, tokenizer and code of transformers' own class, with a subclass that scores as the trainer."""
     config = backbone_config(opened)

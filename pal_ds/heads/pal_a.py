@@ -61,9 +61,8 @@ class PalA(Head):
                 three layers of a default start flatten the space and learn slower.
             user_point: where prototypes are mixed, see the module's first lines.
             similarity: `distance` or `cosine`; t of the cosine scale starts at log(1 / 0.07).
-            prototype_std: prototypes start as N(0, std^2) per coordinate. 1 is the scale of hidden
-                states after a final norm; for embeddings of length 1 take 1 / sqrt(H), lest every
-                response look equally far.
+            prototype_std: prototypes start as N(0, std^2) per coordinate. 1 is the scale of hidden states after a
+                final norm; for embeddings of length 1 take 1 / sqrt(H), lest every response look equally far.
             temperature: tau of the mixture.
             mixture: `softmax` or `gumbel`.
             evaluation: `soft`, or `hard` for the largest logit alone.

@@ -51,9 +51,8 @@ class PalB(Head):
             activation: between those layers.
             dropout: after each activation.
             residual: f(x) = x + layers(x), and likewise g_k; needs d = H.
-            prompt_position: `last`, or `aligned` (response position t looks at prompt position t,
-                and at the prompt's last one from there on) for parity with the reference. The
-                scale's t starts at log(1 / 0.07).
+            prompt_position: `last`, or `aligned` (response position t looks at prompt position t, and at the prompt's
+                last one from there on) for parity with the reference. The scale's t starts at log(1 / 0.07).
             temperature: tau of the mixture.
             mixture: `softmax` or `gumbel`.
             evaluation: `soft`, or `hard` for the largest logit alone.

@@ -25,7 +25,7 @@ _ARCHITECTURE = re.compile(
 )
 _REFUSED_POINTS = {
     "|f(P)|w": "divides column j of f(P) by the length of row j, which exists only for K = d and is no "
-    "mixture of K points",
+    "mixture of K points"
 }
 _REFUSED_SIMILARITIES = {
     (

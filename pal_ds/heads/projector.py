@@ -1,8 +1,7 @@
 """Projectors from a backbone's hidden space to the reward space: one, or K stored stacked.
 
-K modules would cost K gathers per step under ZeRO-3, so the K projectors of PAL-B are one tensor
-per layer. Every parameter belongs to a module whose own forward uses it, which is where ZeRO-3
-gathers it.
+K modules would cost K gathers per step under ZeRO-3, so the K projectors of PAL-B are one tensor per layer. Every
+parameter belongs to a module whose own forward uses it, which is where ZeRO-3 gathers it.
 """
 
 import math
@@ -22,8 +21,7 @@ _ACTIVATIONS = {"relu": nn.functional.relu, "gelu": nn.functional.gelu}
 class Projector(nn.Module):
     """Linear maps input -> output -> ... -> output with activation and dropout between them.
 
-    With `residual` the result is x + layers(x). The reference's `mlp2-relu-dropout0-residual` is
-    num_layers 3.
+    With `residual` the result is x + layers(x). The reference's `mlp2-relu-dropout0-residual` is num_layers 3.
     """
 
     def __init__(

@@ -137,10 +137,7 @@ def restore(
 
 
 def load_model(
-    opened: OpenRun,
-    precision: Literal["fp32", "bf16"] = "fp32",
-    *,
-    defer_backbone: bool = False,
+    opened: OpenRun, precision: Literal["fp32", "bf16"] = "fp32", *, defer_backbone: bool = False
 ) -> RewardModel:
     """The RewardModel of an open run with its trained weights, on the CPU.
 

@@ -137,12 +137,7 @@ def known_users(restored: OpenRun, adapted: Path | None) -> KnownUsers:
 
 
 def with_points(
-    known: KnownUsers,
-    restored: OpenRun,
-    data: PreparedData,
-    world: World,
-    *,
-    flipped: bool = False,
+    known: KnownUsers, restored: OpenRun, data: PreparedData, world: World, *, flipped: bool = False
 ) -> KnownUsers:
     """Make points for `KnownUsers`: unchanged where the run's users have rows of their own, else for those of `data`.
 

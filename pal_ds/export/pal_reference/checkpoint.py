@@ -21,12 +21,7 @@ from pal_ds.export.configs import pal_layout
 from pal_ds.export.pal_reference.text import TextForm
 from pal_ds.export.weights import DTYPES, Weights, parse_size, write_weights
 from pal_ds.heads.base import Head
-from pal_ds.heads.pal_reference import (
-    BACKBONE,
-    ReferenceHead,
-    head_from_reference,
-    merge_copies,
-)
+from pal_ds.heads.pal_reference import BACKBONE, ReferenceHead, head_from_reference, merge_copies
 from pal_ds.io.folders import new_folder, refuse_existing
 from pal_ds.remote_code.encoding import hidden_size_of
 from pal_ds.remote_code.modeling_pal import PalForSequenceClassification, PalRewardConfig
