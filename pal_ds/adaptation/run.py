@@ -11,9 +11,15 @@ import xxhash
 
 from pal_ds.adaptation import new_users
 from pal_ds.adaptation.fit import Solver, UserPairs, fit_users, pairs_per_chunk, refuse_newton
-from pal_ds.adaptation.new_users import NewUsers, few_per_user, num_positions
+from pal_ds.adaptation.new_users import (
+    FOLDER,
+    FittedShard,
+    NewUsers,
+    ShardFolder,
+    few_per_user,
+    num_positions,
+)
 from pal_ds.adaptation.prior import LogitPrior
-from pal_ds.adaptation.shards import FOLDER, FittedShard, ShardFolder
 from pal_ds.data.tables import PreparedData
 from pal_ds.distributed.world import World
 from pal_ds.errors import UserError, writing

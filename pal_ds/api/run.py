@@ -50,7 +50,7 @@ class Run:
 
     def users(self) -> dict[str, list[float] | None]:
         """Each user's point s_u, K numbers, by user id; None where a head knows users by their comparisons alone."""
-        from pal_ds.inference.list_users import list_users
+        from pal_ds.inference.mixtures import list_users
 
         with for_people():
             return dict(list_users(RunDirectory(self.path), str(self.step)))

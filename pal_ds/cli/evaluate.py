@@ -134,7 +134,7 @@ class Users:
     @staticmethod
     def run(options: Namespace, _: Namespace) -> None:
         from pal_ds.engine.checkpoint.forget import forget_user
-        from pal_ds.inference.list_users import list_users
+        from pal_ds.inference.mixtures import list_users
 
         run = RunDirectory(options.run_dir)
         if options.list == (options.remove is not None):

@@ -210,6 +210,3 @@ def _open_data(run: RunDirectory, config: RunConfig) -> PreparedData:
             "or mend data.path in that file."
         )
     return PreparedData.open(config.data.path)
-
-
-__all__ = ["OpenRun", "load_model", "open_run", "restore"]

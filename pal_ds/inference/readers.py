@@ -16,9 +16,8 @@ from pal_ds.errors import UserError
 from pal_ds.feature_cache.encode import encode_once
 from pal_ds.feature_cache.folders import restored_cache_folders
 from pal_ds.heads.jaxtyping_fallback import Float
-from pal_ds.inference.context_points import encode_users
 from pal_ds.inference.load_run import OpenRun
-from pal_ds.inference.mixtures import user_mixtures
+from pal_ds.inference.mixtures import encode_users, user_mixtures
 from pal_ds.inference.scoring import Forwards
 from pal_ds.model import RewardModel
 from pal_ds.users import UserTable

@@ -21,9 +21,8 @@ from pal_ds.adaptation.few_shot import (
     few_shot_lines,
     is_monotone,
 )
-from pal_ds.adaptation.new_users import few_per_user
+from pal_ds.adaptation.new_users import FOLDER, ShardFolder, few_per_user
 from pal_ds.adaptation.run import AdaptOptions, adapt_run
-from pal_ds.adaptation.shards import FOLDER, ShardFolder
 from pal_ds.data.tables import COMPARISON_DTYPE, PreparedData
 from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
