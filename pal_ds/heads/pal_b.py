@@ -4,7 +4,7 @@ With f the response projector, g_1..g_K the prompt projectors and s_u the user's
     z_u(c) = sum_k s_uk g_k(h(c))      reward(x; c, u) = min(exp(t), 100) cos(f(h(x)), z_u(c))
 """
 
-from typing import ClassVar, Literal, final, get_args
+from typing import Any, ClassVar, Literal, final, get_args
 
 import torch
 from torch import Tensor
@@ -61,13 +61,18 @@ class PalB(Head):
         check_positive("num_prototypes", num_prototypes)
         check_choice("prompt_position", prompt_position, get_args(PromptPosition))
         dim = hidden_size if dim is None else dim
-        shape = (hidden_size, dim, num_layers, activation, dropout, residual)
+        shape: dict[str, Any] = {
+            "input_size": hidden_size,
+            "output_size": dim,
+            "residual": residual,
+        }
+        shape |= {"num_layers": num_layers, "activation": activation, "dropout": dropout}
         self.num_prototypes = num_prototypes
         self.prompt_position = prompt_position
         if prompt_position == "aligned":
             self.needs = self.needs | {"prompt_tokens"}
-        self.response_projector = Projector(*shape)
-        self.prompt_projectors = StackedProjector(num_prototypes, *shape)
+        self.response_projector = Projector(**shape)
+        self.prompt_projectors = StackedProjector(num_prototypes, **shape)
         self.mixture = Mixture(temperature, mixture, evaluation)
         self.needs = self.needs | self.mixture.needs
         self.log_scale = new_log_scale()
