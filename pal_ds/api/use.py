@@ -40,7 +40,7 @@ def evaluate(
     from pal_ds.eval.evaluate import evaluate_set, restored_by_ranks
     from pal_ds.eval.results import eval_requests
 
-    where, table = run_of(run)(users)
+    where, table = run_of(run), None if users is None else Path(users)
     with for_people(), as_file(data) as file:
         if file is not None and not isinstance(data, str | os.PathLike):
             name = name or "records"

@@ -93,8 +93,11 @@ def rank_set(
     lines: list[Line] = []
     if (file := request.file) is not None:
         lines = world.on_every_rank(lambda: read_lists(file))
-    pairs = (pair for number, line in enumerate(lines) for pair in line.records(number))
-    with opened_pairs(restored, file, world, pairs) as data:
+
+    def pairs_of(_: Path) -> Iterator[Record]:
+        return (pair for number, line in enumerate(lines) for pair in line.records(number))
+
+    with opened_pairs(restored, file, world, pairs_of) as data:
         dropped = {}
         if request.file is None:
             candidates = compared_candidates(data, request.rows(data))

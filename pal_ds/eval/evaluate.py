@@ -3,7 +3,7 @@
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,14 @@ from pal_ds.runs.run_dir import RunDirectory
 
 @contextlib.contextmanager
 def opened_pairs(
-    restored: OpenRun, file: Path | None, world: World, records: Iterable[Record] | None = None
+    restored: OpenRun,
+    file: Path | None,
+    world: World,
+    read: Callable[[Path], Iterable[Record]] = lambda file: Jsonl(str(file)).records(),
 ) -> Iterator[PreparedData]:
     """The run's data, or tables of `file` made with the run's tokenizer and template, deleted afterwards.
 
-    `records` are the pairs of responses that the file holds; its lines where unset.
+    `read` says which pairs of responses the file holds.
     """
     if file is None:
         yield restored.data
@@ -51,7 +54,7 @@ def opened_pairs(
             encoder = None
             if tokens is not None:
                 encoder = TextEncoder.from_info(tokens, restored.data.tokenizer_path)
-            build_tables(records or Jsonl(str(file)).records(), folder, encoder, check_marker=False)
+            build_tables(read(file), folder, encoder, check_marker=False)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise

@@ -27,7 +27,9 @@ _REFUSED_POINTS = {
     "|f(P)|w": "divides column j of f(P) by the length of row j, which exists only for K = d and is no "
     "mixture of K points"
 }
-_OF_ANOTHER_TEXT = "subtracts the user's points of one text from the positions of another, so a reward depends on the rest of the batch"
+_READS_OTHERS = (
+    "subtracts the user's points of one text from the positions of another, so a reward depends on"
+)
 _REFUSED_SIMILARITIES = {
     PalA: {
         "dist_normalization": "divides by a norm over the positions of the padded text, so a reward depends on the "
@@ -37,9 +39,9 @@ _REFUSED_SIMILARITIES = {
         "norm": "has no code in the reference",
     },
     PalB: {
-        "dist": _OF_ANOTHER_TEXT,
+        "dist": f"{_READS_OTHERS} the rest of the batch",
         "dist_normalization": "divides by norms over the positions of the padded text",
-        "dist_logistic": _OF_ANOTHER_TEXT,
+        "dist_logistic": f"{_READS_OTHERS} the rest of the batch",
         "angle_hinge": "divides the user's point by a norm over the positions of the padded prompt",
         "norm": "has no code in the reference",
     },
