@@ -17,14 +17,13 @@ class Evaluate:
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
+        add = parser.add_argument
         add_run_arguments(parser)
-        parser.add_argument("--split", type=str, default="test", help="split of the run's data")
-        parser.add_argument(
-            "--data", type=keys, default=[], help="JSONL of pairs in place of a split, FILE,.."
-        )
-        parser.add_argument("--name", type=str, help="result goes to eval/NAME.json")
-        parser.add_argument("--users", type=str, help="users that `adapt` fitted")
-        parser.add_argument(
+        add("--split", type=str, default="test", help="split of the run's data")
+        add("--data", type=keys, default=[], help="JSONL of pairs in place of a split, FILE,..")
+        add("--name", type=str, help="result goes to eval/NAME.json")
+        add("--users", type=str, help="users that `adapt` fitted")
+        add(
             "--best_of_n",
             action="store_true",
             help="choose among candidates: lines of responses and scores, or what users compared",
@@ -57,16 +56,15 @@ class FewShot:
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
+        add = parser.add_argument
         add_run_arguments(parser)
-        parser.add_argument(
+        add(
             "--num_comparisons",
             type=list[int],
             default=[0, 1, 2, 4, 8, 16, 32, 50],
             help="values of k",
         )
-        parser.add_argument(
-            "--num_draws", type=int, default=20, help="random draws of the k comparisons"
-        )
+        add("--num_draws", type=int, default=20, help="random draws of the k comparisons")
 
     @staticmethod
     def run(options: Namespace, _: Namespace) -> None:
@@ -87,27 +85,24 @@ class Adapt:
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
+        add = parser.add_argument
         add_run_arguments(parser)
-        parser.add_argument("--pairs", type=str, help="JSONL of the new users' comparisons")
-        parser.add_argument(
+        add("--pairs", type=str, help="JSONL of the new users' comparisons")
+        add(
             "--split",
             type=str,
             default="unseen_train",
             help="split of the run's data, without --pairs",
         )
-        parser.add_argument(
-            "--num_pairs", type=int, help="comparisons to keep per user; unset keeps all"
-        )
-        parser.add_argument("--seed", type=int, default=0, help="of the draw of comparisons")
-        parser.add_argument(
+        add("--num_pairs", type=int, help="comparisons to keep per user; unset keeps all")
+        add("--seed", type=int, default=0, help="of the draw of comparisons")
+        add(
             "--solver",
             type=Literal["auto", "newton", "adam", "reference"],
             default="auto",
             help="newton from statistics; adam, the same objective; reference, AdamW that stops early",
         )
-        parser.add_argument(
-            "--out", type=str, required=True, help="directory for the user table and its report"
-        )
+        add("--out", type=str, required=True, help="directory for the user table and its report")
 
     @staticmethod
     def run(options: Namespace, _: Namespace) -> None:
@@ -123,13 +118,10 @@ class Users:
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
-        parser.add_argument(
-            "--run_dir", type=str, required=True, help="directory that `train` wrote"
-        )
-        parser.add_argument(
-            "--list", action="store_true", help="print user ids and mixtures as JSONL"
-        )
-        parser.add_argument("--remove", type=str, help="user id to forget")
+        add = parser.add_argument
+        add("--run_dir", type=str, required=True, help="directory that `train` wrote")
+        add("--list", action="store_true", help="print user ids and mixtures as JSONL")
+        add("--remove", type=str, help="user id to forget")
 
     @staticmethod
     def run(options: Namespace, _: Namespace) -> None:
@@ -157,12 +149,9 @@ class Report:
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
-        parser.add_argument(
-            "--run_dirs", type=list[str], required=True, help="directories that `train` wrote"
-        )
-        parser.add_argument(
-            "--out", type=str, required=True, help="directory for report.md and its pictures"
-        )
+        add = parser.add_argument
+        add("--run_dirs", type=list[str], required=True, help="directories that `train` wrote")
+        add("--out", type=str, required=True, help="directory for report.md and its pictures")
 
     @staticmethod
     def run(options: Namespace, _: Namespace) -> None:
@@ -187,10 +176,11 @@ class Retention:
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
-        parser.add_argument("before", type=str, help="directory that `train` wrote")
-        parser.add_argument("after", type=str, help="directory of the run that went on from it")
-        parser.add_argument("sets", type=keys, help="NAME,.. of eval/NAME.json")
-        parser.add_argument("--out", type=str, help="folder for retention.md and retention.json")
+        add = parser.add_argument
+        add("before", type=str, help="directory that `train` wrote")
+        add("after", type=str, help="directory of the run that went on from it")
+        add("sets", type=keys, help="NAME,.. of eval/NAME.json")
+        add("--out", type=str, help="folder for retention.md and retention.json")
 
     @staticmethod
     def run(options: Namespace, _: Namespace) -> None:

@@ -20,30 +20,29 @@ class Consolidate:
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
-        parser.add_argument("run", type=str, help="directory that `train` wrote")
-        parser.add_argument("out", type=str, help="folder to make")
-        parser.add_argument("--step", **STEP)
+        add = parser.add_argument
+        add("run", type=str, help="directory that `train` wrote")
+        add("out", type=str, help="folder to make")
+        add("--step", **STEP)
         whom = parser.add_mutually_exclusive_group()
         whom.add_argument("--user", type=str, metavar="ID", help="score for this user")
         whom.add_argument("--group", type=str, metavar="NAME", help="score for this group")
         whom.add_argument("--mixture", type=mixture, metavar="w1,..,wK")
         whom.add_argument("--population", action="store_true", help="mean of seen users (default)")
-        parser.add_argument(
+        add(
             "--users",
             action="append",
             metavar="U|FILE",
             default=[],
             help="a folder of users that `adapt` fitted, or a file of ids, one a line: a folder for each",
         )
-        parser.add_argument("--with_users", action="store_true", help="also write ids and mixtures")
-        parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
-        parser.add_argument(
-            "--max_shard_size", type=str, default="4GB", help="of a weight file, as in 500MB"
-        )
-        parser.add_argument("--data", type=str, help="prepared data, if they were moved")
-        parser.add_argument("--reward_mean", type=float, help="stored in config.json, not applied")
-        parser.add_argument("--reward_std", type=float, help="stored in config.json, not applied")
-        parser.add_argument("--trust_checkpoint", **TRUST)
+        add("--with_users", action="store_true", help="also write ids and mixtures")
+        add("--dtype", default="fp32", choices=("fp32", "bf16"))
+        add("--max_shard_size", type=str, default="4GB", help="of a weight file, as in 500MB")
+        add("--data", type=str, help="prepared data, if they were moved")
+        add("--reward_mean", type=float, help="stored in config.json, not applied")
+        add("--reward_std", type=float, help="stored in config.json, not applied")
+        add("--trust_checkpoint", **TRUST)
 
     @staticmethod
     def run(options: Namespace, _: Namespace) -> None:
@@ -100,36 +99,31 @@ class ImportReference:
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
-        parser.add_argument("checkpoint", type=str, help=".ckpt or state dict")
-        parser.add_argument("out", type=str, help="folder to make")
-        parser.add_argument("--config", type=str, required=True, help="its prefLearner_config")
-        parser.add_argument(
+        add = parser.add_argument
+        add("checkpoint", type=str, help=".ckpt or state dict")
+        add("out", type=str, help="folder to make")
+        add("--config", type=str, required=True, help="its prefLearner_config")
+        add(
             "--backbone",
             type=str,
             required=True,
             help="folder of its llm_name: config, tokenizer, and weights where CHECKPOINT has none",
         )
-        parser.add_argument("--users_out", type=str, metavar="U", help="folder for the user table")
+        add("--users_out", type=str, metavar="U", help="folder for the user table")
         whom = parser.add_mutually_exclusive_group()
         whom.add_argument("--user", type=str, metavar="ID", help="score for this user")
         whom.add_argument("--mixture", type=mixture, metavar="w1,..,wK")
         whom.add_argument("--population", action="store_true", help="mean of its users (default)")
-        parser.add_argument(
+        add(
             "--end_text",
             type=str,
             default="<|endoftext|>",
             help="end_of_conversation_token of its ds_config",
         )
-        parser.add_argument(
-            "--prompt_end", type=str, default=" Assistant:", help="how every prompt ended (PAL-B)"
-        )
-        parser.add_argument(
-            "--max_length", type=int, default=512, help="max_seq_len of its ds_config"
-        )
-        parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
-        parser.add_argument(
-            "--max_shard_size", type=str, default="4GB", help="of a weight file, as in 500MB"
-        )
+        add("--prompt_end", type=str, default=" Assistant:", help="how every prompt ended (PAL-B)")
+        add("--max_length", type=int, default=512, help="max_seq_len of its ds_config")
+        add("--dtype", default="fp32", choices=("fp32", "bf16"))
+        add("--max_shard_size", type=str, default="4GB", help="of a weight file, as in 500MB")
 
     @staticmethod
     def run(options: Namespace, _: Namespace) -> None:
@@ -147,20 +141,19 @@ class Score:
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
-        parser.add_argument("--model", type=str, help="folder that `consolidate` wrote")
-        parser.add_argument("--run_dir", type=str, help="directory that `train` wrote")
-        parser.add_argument("--input", type=str, required=True, help="JSONL of prompt and response")
-        parser.add_argument("--output", type=str, default="-", help="JSONL with scores; - prints")
-        parser.add_argument("--mixture", type=mixture, help="w1,..,wK in place of a user")
-        parser.add_argument("--user", type=str, help="user id of the run, or of --users")
-        parser.add_argument("--group", type=str, help="group of the run's data, of --run_dir")
-        parser.add_argument("--users", type=str, help="users that `adapt` fitted")
-        parser.add_argument("--step", **STEP)
-        parser.add_argument("--batch_texts", type=int, default=16, help="texts per forward")
-        parser.add_argument("--trust_checkpoint", **TRUST)
-        parser.add_argument(
-            "--trust_remote_code", action="store_true", help="run the code that lies in --model"
-        )
+        add = parser.add_argument
+        add("--model", type=str, help="folder that `consolidate` wrote")
+        add("--run_dir", type=str, help="directory that `train` wrote")
+        add("--input", type=str, required=True, help="JSONL of prompt and response")
+        add("--output", type=str, default="-", help="JSONL with scores; - prints")
+        add("--mixture", type=mixture, help="w1,..,wK in place of a user")
+        add("--user", type=str, help="user id of the run, or of --users")
+        add("--group", type=str, help="group of the run's data, of --run_dir")
+        add("--users", type=str, help="users that `adapt` fitted")
+        add("--step", **STEP)
+        add("--batch_texts", type=int, default=16, help="texts per forward")
+        add("--trust_checkpoint", **TRUST)
+        add("--trust_remote_code", action="store_true", help="run the code that lies in --model")
 
     @staticmethod
     def run(options: Namespace, _: Namespace) -> None:

@@ -60,15 +60,12 @@ class Train:
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
+        add = parser.add_argument
         add_recipe_arguments(parser)
-        parser.add_argument("--run_dir", type=str, required=True, help="directory of the run")
-        parser.add_argument(
-            "--fresh", action="store_true", help="refuse a directory that is not empty"
-        )
-        parser.add_argument(
-            "--allow_change", type=keys, default=[], help="KEY,.. that may differ on resume"
-        )
-        parser.add_argument("--trust_checkpoint", **TRUST)
+        add("--run_dir", type=str, required=True, help="directory of the run")
+        add("--fresh", action="store_true", help="refuse a directory that is not empty")
+        add("--allow_change", type=keys, default=[], help="KEY,.. that may differ on resume")
+        add("--trust_checkpoint", **TRUST)
 
     @staticmethod
     def run(options: Namespace, unresolved: Namespace) -> None:
@@ -94,14 +91,13 @@ class Compare:
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
+        add = parser.add_argument
         from pal_ds.compare.suite import SuiteConfig
 
         add_recipe_arguments(parser, require_head=False)
         parser.add_class_arguments(SuiteConfig, nested_key=None)
-        parser.add_argument("--out", type=str, required=True, help="directory of runs and table")
-        parser.add_argument(
-            "--only", type=keys, default=[], help="METHOD,.. to run; all of them by default"
-        )
+        add("--out", type=str, required=True, help="directory of runs and table")
+        add("--only", type=keys, default=[], help="METHOD,.. to run; all of them by default")
 
     @staticmethod
     def run(options: Namespace, unresolved: Namespace) -> None:
@@ -175,12 +171,11 @@ class Reshard:
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
-        parser.add_argument("run", type=str, help="directory that `train` wrote")
-        parser.add_argument(
-            "--world_size", type=int, required=True, metavar="W", help="ranks to come"
-        )
-        parser.add_argument("--step", **STEP)
-        parser.add_argument("--trust_checkpoint", **TRUST)
+        add = parser.add_argument
+        add("run", type=str, help="directory that `train` wrote")
+        add("--world_size", type=int, required=True, metavar="W", help="ranks to come")
+        add("--step", **STEP)
+        add("--trust_checkpoint", **TRUST)
 
     @staticmethod
     def run(options: Namespace, _: Namespace) -> None:

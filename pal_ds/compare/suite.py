@@ -96,11 +96,7 @@ class Suite:
 def read_suite(name: str, settings: SuiteConfig, shared: str, out: Path) -> Suite:
     """Resolve every method and seed of a suite, so that a mistake in the last is told before the first is trained.
 
-    Args:
-        name: name of the suite.
-        settings: the suite's own keys.
-        shared: recipe keys of all methods (YAML), with or without a head.
-        out: folder of the comparison; runs lie in OUT/runs/METHOD/seed_N.
+    `shared` are the recipe keys of all methods (YAML), with or without a head; runs lie in OUT/runs/METHOD/seed_N.
 
     Raises:
         UserError: a method with keys, classes or values that no recipe has, or without a head.

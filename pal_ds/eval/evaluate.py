@@ -105,13 +105,7 @@ def evaluate_run(
 ) -> EvaluationFigures:
     """Compute the figures of `eval/NAME.json`, which rank 0 writes, and return them on every rank.
 
-    Args:
-        run: what `train` wrote.
-        world: the ranks that share the work.
-        request: what to evaluate; the split `test` where unset.
-        users: a folder of users that `adapt` fitted.
-        step: a number, latest or best.
-        trust_checkpoint: read checkpoints of another owner.
+    `request` is the split `test` where unset, `users` a folder that `adapt` wrote, `step` a number, latest or best.
 
     Raises:
         UserError: no such run, step, split or file; an empty split.

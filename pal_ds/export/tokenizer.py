@@ -44,14 +44,14 @@ def write_canonical_tokenizer(
         in_text: False keeps the normaliser from writing special tokens even where it could.
 
     Returns:
-        The pad id, which never ends a text. It may be `vocab_size`: then the embedding needs one
-        more row, which is never read.
+        The pad id, which never ends a text. It may be `vocab_size`: then the embedding needs one more row, never read.
     """
     tokenizer = load_tokenizer(str(source))
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    pad = _pad_token(tokenizer, tokens["end_ids"])
-    if pad is None:
-        pad = _NEW_PAD
+    own = [token for token in (tokenizer.pad_token, tokenizer.bos_token) if token is not None]
+    may_pad = [t for t in own if tokenizer.convert_tokens_to_ids(t) not in tokens["end_ids"]]
+    pad = (*may_pad, _NEW_PAD)[0]
+    if pad == _NEW_PAD:
         backend.add_special_tokens([AddedToken(pad, special=True)])
     if in_text and _keeps_specials(backend):
         prefix, end = (
@@ -92,14 +92,6 @@ def write_framed_tokenizer(
     )
     pad = tokenizer.pad_token or tokenizer.eos_token or str(backend.id_to_token(0))
     return _save(tokenizer, backend, folder, pad, max_length)
-
-
-def _pad_token(tokenizer: Any, end_ids: list[int]) -> str | None:
-    """Return the tokenizer's own pad token, or BOS, unless it may end a text."""
-    for token in (tokenizer.pad_token, tokenizer.bos_token):
-        if token is not None and tokenizer.convert_tokens_to_ids(token) not in end_ids:
-            return token
-    return None
 
 
 def _keeps_specials(backend: Tokenizer) -> bool:

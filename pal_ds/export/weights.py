@@ -146,13 +146,8 @@ def write_sharded(
 ) -> None:
     """Write every tensor of `shapes`, in that order, as transformers names sharded weights.
 
-    Args:
-        folder: where the files go.
-        shapes: what will be written; `read` must give exactly so many values.
-        read: the values of a tensor of that name in order, in pieces of any float dtype, none empty.
-        dtype: of the files: torch.float32 or torch.bfloat16.
-        max_shard_bytes: a file ends before the tensor that would take it past this.
-        advance: called after each tensor.
+    `read` gives the values of a tensor in order, in pieces of any float dtype, none empty; `advance` is called after
+    each tensor. A file ends before the tensor that would take it past `max_shard_bytes`.
 
     Raises:
         UserError: a tensor has more or fewer values than announced, or one that is not finite.

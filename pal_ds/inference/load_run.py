@@ -3,13 +3,12 @@
 What `evaluate`, `adapt`, `score` and the export stand on.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pal_ds.backbones.deferred import DeferredBackbone
 from pal_ds.backbones.language import STATE_PREFIX
@@ -94,7 +93,13 @@ def open_run(
     except UserError as error:
         others = [step for step in run.complete_steps() if step != number]
         raise UserError(f"{error} Pass another as --step; there are {others}.") from None
-    data = _open_data(run, config if data_path is None else _moved(config, data_path))
+    data_path = Path(config.data.path if data_path is None else data_path)
+    if not data_path.is_dir():
+        raise UserError(
+            f"{run.config_file}: data.path is {data_path}, and no such folder is here. A run reads its tokenizer and "
+            "token ids from the prepared data: bring the folder back, or mend data.path in that file."
+        )
+    data = PreparedData.open(data_path)
     if manifest["dataset_hash"] != data.hash:
         raise UserError(
             f"{path}: trained on data with hash {manifest['dataset_hash']}, {data.path} has "
@@ -171,7 +176,10 @@ def _load_weights(model: RewardModel, checkpoint: ShardedCheckpoint) -> None:
     Raises:
         UserError: names or shapes differ.
     """
-    own = dict(_named_tensors(model))
+    own = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     if missing := sorted(trained - set(checkpoint.names)):
         raise UserError(
@@ -191,22 +199,3 @@ def _load_weights(model: RewardModel, checkpoint: ShardedCheckpoint) -> None:
                 f"config.yaml describes has {tuple(own[name].shape)}."
             )
         own[name].copy_(checkpoint.tensor(name))
-
-
-def _named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
-
-
-def _moved(config: RunConfig, data_path: str | Path) -> RunConfig:
-    return replace(config, data=replace(config.data, path=str(data_path)))
-
-
-def _open_data(run: RunDirectory, config: RunConfig) -> PreparedData:
-    if not Path(config.data.path).is_dir():
-        raise UserError(
-            f"{run.config_file}: data.path is {config.data.path}, and no such folder is here. A "
-            "run reads its tokenizer and token ids from the prepared data: bring the folder back, "
-            "or mend data.path in that file."
-        )
-    return PreparedData.open(config.data.path)
