@@ -87,15 +87,8 @@ def scorer_of_run(
     """What scores texts with a run as `score --run_dir` does. Raises UserError as `open_run` and `choose_audience`."""
     opened = open_run(run, step, trust=trust)
     model = model_of_run(opened)
-    audience = choose_audience(
-        model.head,
-        opened.users,
-        user=whom.user,
-        mixture=whom.mixture,
-        users_dir=whom.users_dir,
-        group=whom.group,
-        groups=opened.data.groups,
-    )
+    groups = opened.data.groups
+    audience = choose_audience(model.head, opened.users, groups=groups, **vars(whom))
     model.config.mixture = audience.mixture
     encoder = TextEncoder.from_info(opened.data.info["tokens"], opened.data.tokenizer_path)
     return Scorer(model, encoder)
@@ -135,13 +128,7 @@ def scorer_of_export(folder: Path, whom: Whom, *, trust_remote_code: bool = Fals
             raise UserError(
                 f"{folder}: {facts['head']} has one reward for everyone: leave out --user."
             )
-        audience = choose_audience(
-            model.head,
-            UserTable.load(whom.users_dir),
-            user=whom.user,
-            mixture=whom.mixture,
-            users_dir=whom.users_dir,
-        )
+        audience = choose_audience(model.head, UserTable.load(whom.users_dir), **vars(whom))
         model.config.mixture = audience.mixture
     return Scorer(model, encoder)
 

@@ -3,14 +3,11 @@
 from pathlib import Path
 from typing import cast
 
-import matplotlib
-
-matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
 
 from pal_ds.compare.table import Table, any_few_shot
+from pal_ds.eval.report import save_figure
 
 
 def draw(table: Table, out: Path) -> None:
@@ -41,7 +38,7 @@ def draw_bars(table: Table, path: Path) -> None:
     axes.invert_yaxis()
     label = f"accuracy on {table['split']}, seen users (95%: black over seeds, grey within)"
     axes.set(xlim=(0, 1), xlabel=label, title=table["suite"])
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_curves(table: Table, path: Path) -> None:
@@ -61,10 +58,4 @@ def draw_curves(table: Table, path: Path) -> None:
     labels = {"xlabel": "comparisons per new user", "ylabel": "accuracy on their test pairs"}
     axes.set(title=table["suite"], **labels)
     axes.legend(fontsize=8)
-    _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)

@@ -110,11 +110,12 @@ def _draw(
         axes.set_title(name)
         axes.set_axis_on() if has_content else axes.set_axis_off()
         shown = shown or has_content
-    _save(figure, path, shown)
+    save_figure(figure, path, shown)
     return shown
 
 
-def _save(figure: Figure, path: Path, shown: bool) -> None:
+def save_figure(figure: Figure, path: Path, shown: bool = True) -> None:
+    """Write a picture, unless there is nothing to show, and forget it."""
     figure.tight_layout()
     if shown:
         figure.savefig(path, dpi=120)
@@ -241,5 +242,5 @@ def _new_users(path: Path, runs: dict[str, RunDirectory]) -> bool:
     axes.set(xlabel="comparisons per new user", ylabel="accuracy on their test pairs")
     if curves:
         axes.legend(fontsize=8)
-    _save(figure, path, bool(curves))
+    save_figure(figure, path, bool(curves))
     return bool(curves)

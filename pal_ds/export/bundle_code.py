@@ -143,7 +143,7 @@ class _Rewriter:
             return None
         base = self._base(node)
         if base in self.flat:
-            return [f"from .{self.flat[base]} import {_names(node.names)}"]
+            return [_relative_import(self.flat[base], node.names)]
         if base.partition(".")[0] == "pal_ds":
             return [self._of_ours(node, base, alias) for alias in node.names]
         if node.level:
@@ -158,22 +158,20 @@ class _Rewriter:
     def _of_ours(self, node: ast.ImportFrom, base: str, alias: ast.alias) -> str:
         place = base
         if base in ("pal_ds", "pal_ds.heads"):
-            place = getattr(
-                getattr(importlib.import_module(base), alias.name, None), "__module__", ""
-            )
+            value = getattr(importlib.import_module(base), alias.name, None)
+            place = getattr(value, "__module__", "")
         heads, _, name = place.rpartition(".")
         if heads != "pal_ds.heads":
-            self._refuse(
-                node, "An exported head may import pal_ds.heads alone, or `from pal_ds import Head`"
-            )
+            rule = "An exported head may import pal_ds.heads alone, or `from pal_ds import Head`"
+            self._refuse(node, rule)
         self.needed.add(name)
-        return f"from .{name} import {_names([alias])}"
+        return _relative_import(name, [alias])
 
     def _of_package(self, node: ast.ImportFrom, base: str, alias: ast.alias) -> str:
         module = f"{base}.{alias.name}".lstrip(".")
         if module in self.flat:
             self._refuse(node, f"Write `from {module} import NAME`")
-        return f"from .{self.flat.get(base, base)} import {_names([alias])}"
+        return _relative_import(self.flat.get(base, base), [alias])
 
     def _refuse(self, node: ast.stmt, remedy: str) -> None:
         line = self.text.splitlines()[node.lineno - 1].strip()
@@ -183,5 +181,5 @@ class _Rewriter:
         )
 
 
-def _names(aliases: list[ast.alias]) -> str:
-    return ", ".join(f"{a.name} as {a.asname}" if a.asname else a.name for a in aliases)
+def _relative_import(module: str, names: list[ast.alias]) -> str:
+    return ast.unparse(ast.ImportFrom(module, names, level=1))

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from pal_ds.data.collator import Collator
 from pal_ds.data.ragged import Ragged
@@ -44,15 +43,15 @@ def read_samples(opened: OpenRun) -> tuple[list[str], list[Encoded]]:
     rendered = [encoder.render(sample["prompt"], sample["response"]) for sample in samples]
     if not samples or None in rendered:
         raise UserError(f"{file}: holds no text that the export can be checked on. Prepare again.")
-    texts = [item.text for item in rendered if item is not None]
-    encoded = encoder.encode([item for item in rendered if item is not None])
+    whole = [item for item in rendered if item is not None]
+    encoded = encoder.encode(whole)
     pairs = zip(encoded, samples, strict=True)
     if any(e is None or len(e.prompt_ids) != s["prompt_tokens"] for e, s in pairs):
         raise UserError(
             f"{opened.data.tokenizer_path}: gives other ids than when the data were prepared; the "
             "folder was changed. Prepare again."
         )
-    return texts, [e for e in encoded if e is not None]
+    return [item.text for item in whole], [e for e in encoded if e is not None]
 
 
 def trainer_scores(
@@ -84,19 +83,9 @@ def exported_scores(model: torch.nn.Module, folder: Path, texts: list[str]) -> n
     """
     tokenizer = open_tokenizer(folder)
     ours = isinstance(model, (PalForSequenceClassification, CanonicalRows))
-    ways = (("right", True), ("left" if ours else "right", False))
-    return np.stack([_score(model, tokenizer, texts, side, special) for side, special in ways])
-
-
-def _score(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: list[str],
-    side: str,
-    special: bool,
-) -> np.ndarray:
-    scores = []
-    with torch.no_grad():
+    ways = []
+    for side, special in (("right", True), ("left" if ours else "right", False)):
+        scores = [torch.empty(0)]
         for rows in _batches(len(texts)):
             batch = tokenizer(
                 [texts[row] for row in rows],
@@ -107,8 +96,10 @@ def _score(
                 return_tensors="pt",
                 verbose=False,
             )
-            scores.append(model(**batch).logits[:, 0].float())
-    return torch.cat(scores).double().numpy() if scores else np.empty(0)
+            with torch.no_grad():
+                scores.append(model(**batch).logits[:, 0].float())
+        ways.append(torch.cat(scores).double().numpy())
+    return np.stack(ways)
 
 
 def _batches(total: int) -> Iterator[np.ndarray]:

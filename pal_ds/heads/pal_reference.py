@@ -144,8 +144,7 @@ def _kind(rest: dict[str, Tensor], config: Mapping[str, Any]) -> type[PalA] | ty
         raise ValueError(f"pref_learner_type: {similarity} is unknown.")
     if _required(config, "sfx_type") != "softmax":
         raise ValueError(
-            f"sfx_type: {config['sfx_type']} draws a new mixture at every evaluation, so a user has "
-            "no one reward."
+            f"sfx_type: {config['sfx_type']} draws a new mixture at every evaluation, so a user has no one reward."
         )
     return kind
 
@@ -209,9 +208,8 @@ class _Architecture(NamedTuple):
                 layers.append((weight, weight.new_zeros(len(weight)) if bias is None else bias))
         if len(layers) != self.num_layers or layers[0][0].shape[1] != width:
             raise ValueError(
-                f"{prefix}: {len(layers)} linear maps from width "
-                f"{layers[0][0].shape[1] if layers else None}; proj_arch {self.name} has "
-                f"{self.num_layers}, d_hid is {width}."
+                f"{prefix}: {len(layers)} linear maps from width {layers[0][0].shape[1] if layers else None}; "
+                f"proj_arch {self.name} has {self.num_layers}, d_hid is {width}."
             )
         while self.activation == "linear" and len(layers) > 1:
             (first, offset), (second, bias) = layers[:2]

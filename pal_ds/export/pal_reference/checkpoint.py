@@ -102,10 +102,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
         raise UserError(
-            f"{path}: holds {named[1] if named else 'objects'} beside its tensors, and to load objects is "
-            "to run code. If you trust the file, write its tensors alone, where the reference's packages "
-            f"are installed: c = torch.load('{path.name}', weights_only=False); "
-            "torch.save(c['state_dict'], 'tensors.pt')."
+            f"{path}: holds {named[1] if named else 'objects'} beside its tensors, and to load objects is to run "
+            "code. If you trust the file, write its tensors alone, where the reference's packages are installed: c = "
+            f"torch.load('{path.name}', weights_only=False); torch.save(c['state_dict'], 'tensors.pt')."
         ) from None
     except RuntimeError as error:
         raise UserError(f"{path}: is no checkpoint, or damaged ({error}).") from None
