@@ -79,9 +79,7 @@ class AdaptOptions:
     """Read checkpoints of another owner."""
 
 
-def adapt_run(
-    run: RunDirectory, out: Path, options: AdaptOptions, *, device: torch.device | None = None
-) -> AdaptReport:
+def adapt_run(run: RunDirectory, out: Path, options: AdaptOptions) -> AdaptReport:
     """Fit every user of a file or of a split of the run's data, write them to OUT, and return the report.
 
     Users are fitted in shards, each of which is kept in OUT/fitting until all are done: called again after it was
@@ -96,7 +94,7 @@ def adapt_run(
     begun = (out / FOLDER).is_dir()
     if out.exists() and not begun and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: not empty. Name an empty or new directory.")
-    world = World(0, 1, device or torch.device("cpu"))
+    world = World(0, 1, torch.device("cpu"))
     restored = restore(run, options.step, world.device, trust=options.trust_checkpoint)
     if not restored.model.head.has_points:
         raise UserError(
@@ -174,10 +172,8 @@ class Fitting:
     def all_shards(self, folder: ShardFolder, positions: np.ndarray) -> list[FittedShard]:
         """Every shard: read where an earlier start left it, else fitted and written."""
         users = self.users
-        shards: dict[int, FittedShard] = {}
-        for number, (begin, end) in enumerate(users.spans):
-            if (shard := folder.read(number, end - begin)) is not None:
-                shards[number] = shard
+        kept = (folder.read(n, end - begin) for n, (begin, end) in enumerate(users.spans))
+        shards = {number: shard for number, shard in enumerate(kept) if shard is not None}
         missing = [number for number in range(len(users.spans)) if number not in shards]
         if shards:
             logger.info("%d of %d shards are there already", len(shards), len(users.spans))

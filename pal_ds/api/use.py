@@ -173,7 +173,7 @@ def score(
     from pal_ds.reward_models import Whom, scorer_of_export, scorer_of_run
 
     where = run_of(model)
-    whom = Whom(user, mixture, group(users))
+    whom = Whom(user, mixture, group, None if users is None else Path(users))
     with for_people():
         is_file = isinstance(texts, str | os.PathLike)
         rows = read_rows(Path(texts)) if is_file else rows_of(texts)

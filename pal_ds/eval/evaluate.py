@@ -100,18 +100,16 @@ def evaluate_run(
     *,
     request: EvalRequest | None = None,
     users: Path | None = None,
-    step: str = "latest",
-    trust_checkpoint: bool = False,
 ) -> EvaluationFigures:
     """Compute the figures of `eval/NAME.json`, which rank 0 writes, and return them on every rank.
 
-    `request` is the split `test` where unset, `users` a folder that `adapt` wrote, `step` a number, latest or best.
+    The last checkpoint is taken; `request` is the split `test` where unset, `users` a folder that `adapt` wrote.
 
     Raises:
-        UserError: no such run, step, split or file; an empty split.
+        UserError: no such run, split or file; an empty split.
     """
     request = request or split_request("test")
-    restored = restore(run, step, world.device, trust=trust_checkpoint)
+    restored = restore(run, device=world.device)
     return evaluate_set(restored, known_users(restored, users), request, world)
 
 

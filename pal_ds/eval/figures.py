@@ -6,6 +6,7 @@ import numpy as np
 
 from pal_ds.data.tables import PreparedData
 from pal_ds.distributed.world import World
+from pal_ds.eval import sanity_checks
 from pal_ds.eval.baselines import FormatBaseline, length_margins
 from pal_ds.eval.diagnostics import diagnose, diagnose_latent
 from pal_ds.eval.metrics import (
@@ -14,13 +15,6 @@ from pal_ds.eval.metrics import (
     correctness,
     evaluation_figures,
     fit_temperature,
-)
-from pal_ds.eval.sanity_checks import (
-    ScoredPairs,
-    both_nearly_perfect,
-    no_better_than_surface,
-    training_accuracy,
-    unseen_above_seen,
 )
 from pal_ds.eval.schema import EvaluationFigures, PairFigures
 from pal_ds.inference.load_run import OpenRun
@@ -93,13 +87,17 @@ def report_on(
         for baseline in _baseline_margins(data, table, format_baseline)
     )
     trained = world.from_rank_zero(
-        lambda: training_accuracy(restored.run.read_metrics(), restored.step)
+        lambda: sanity_checks.training_accuracy(restored.run.read_metrics(), restored.step)
     )
     held_out = not (data is restored.data and (table["split"] == 0).all())
     warnings = [
-        *unseen_above_seen(seen, unseen),
-        *(both_nearly_perfect(trained, subject, restored.data.info) if held_out else []),
-        *no_better_than_surface(subject, *baselines),
+        *sanity_checks.unseen_above_seen(seen, unseen),
+        *(
+            sanity_checks.both_nearly_perfect(trained, subject, restored.data.info)
+            if held_out
+            else []
+        ),
+        *sanity_checks.no_better_than_surface(subject, *baselines),
     ]
     diagnostics = None
     if restored.parts.needs_users and known.own is not None:
@@ -110,8 +108,10 @@ def report_on(
     return cast(EvaluationFigures, {**figures, "unknown_users": unknown, **of_run})
 
 
-def scored_pairs(data: PreparedData, rows: np.ndarray, margins: np.ndarray) -> ScoredPairs:
+def scored_pairs(
+    data: PreparedData, rows: np.ndarray, margins: np.ndarray
+) -> sanity_checks.ScoredPairs:
     """Comparisons of prepared data with the margins found for them."""
     table = data.comparisons[rows]
     right = correctness(margins, table["label"].astype(float))
-    return ScoredPairs(right, data.response_prompt[table["a"]])
+    return sanity_checks.ScoredPairs(right, data.response_prompt[table["a"]])

@@ -5,7 +5,6 @@ What `evaluate`, `adapt`, `score` and the export stand on.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
@@ -125,8 +124,6 @@ def restore(
     step: str | int = "latest",
     device: torch.device | str = "cpu",
     trust: bool = False,
-    precision: Literal["fp32", "bf16"] = "fp32",
-    data_path: str | Path | None = None,
 ) -> OpenRun:
     """A run's reward model at `step` on `device`, eval mode, no gradients asked for.
 
@@ -134,28 +131,26 @@ def restore(
     peak is one model. Raises UserError as `open_run` does, and where the checkpoint's tensors are
     not those of the model that the recipe describes.
     """
-    opened = open_run(run, step, trust=trust, data_path=data_path)
+    opened = open_run(run, step, trust=trust)
     # A full cache makes the weights of a frozen backbone superfluous.
     defer = opened.config.backbone.cache is not None and opened.parts.needs_store
-    model = load_model(opened, precision, defer_backbone=defer).to(device)
+    model = load_model(opened, defer_backbone=defer).to(device)
     return replace(opened, loaded=model)
 
 
-def load_model(
-    opened: OpenRun, precision: Literal["fp32", "bf16"] = "fp32", *, defer_backbone: bool = False
-) -> RewardModel:
-    """The RewardModel of an open run with its trained weights, on the CPU.
+def load_model(opened: OpenRun, *, defer_backbone: bool = False) -> RewardModel:
+    """The RewardModel of an open run with its trained weights in fp32, on the CPU.
 
     `defer_backbone`: a frozen backbone is read at its first forward.
     """
-    config = replace(opened.config, train=replace(opened.config.train, precision=precision))
+    config = replace(opened.config, train=replace(opened.config.train, precision="fp32"))
     parts = opened.parts
     if parts.backbone is not None:
         # An attention asked for in training may need the training's GPU and dtype.
         parts = replace(parts, backbone=replace(parts.backbone, attention="auto"))
     if parts.backbone is not None and parts.backbone.tuning == "full":
         # Every weight comes from the checkpoint: no need to read those that training began with.
-        empty = empty_transformer(parts.backbone, precision, packed=parts.collator.packed)
+        empty = empty_transformer(parts.backbone, "fp32", packed=parts.collator.packed)
         backbone: nn.Module = TransformerBackbone(
             empty, pooling=parts.pooling, prompt_tokens=parts.prompt_tokens
         )
@@ -163,8 +158,7 @@ def load_model(
         backbone = DeferredBackbone(lambda: load_backbone(parts, config, gpu=False))
     else:
         backbone = load_backbone(parts, config, gpu=False)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model = RewardModel(backbone, opened.parts.head.to(dtype))
+    model = RewardModel(backbone, opened.parts.head.float())
     _load_weights(model, opened.checkpoint)
     return model.eval().requires_grad_(False)
 

@@ -71,11 +71,9 @@ def reader_of(
     model, config = restored.model, restored.config
     caches = None
     if parts.needs_store:
-        dtype = next(model.head.parameters()).dtype
-        precision = "bf16" if dtype == torch.bfloat16 else "fp32"
         weights = restored.manifest["base_weights"]
         caches = world.from_rank_zero(
-            lambda: restored_cache_folders(parts, collator, config, weights, precision)
+            lambda: restored_cache_folders(parts, collator, config, weights, "fp32")
         )
     batch_texts = config.backbone.encode_batch_texts
     collator = encode_once(lambda: model.backbone, collator, rows, batch_texts, world, caches)
