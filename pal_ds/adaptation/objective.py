@@ -54,7 +54,6 @@ class Point(NamedTuple):
         return Point(*(part.index_select(-1, lanes) for part in self))
 
     def put(self, lanes: Tensor, other: "Point") -> None:
-        """Overwrites these lanes."""
         for mine, new in zip(self, other, strict=True):
             mine[..., lanes] = new
 
@@ -79,7 +78,6 @@ class Objective:
             self.own = _OwnPrior.of(self.prior, component.flatten())
 
     def keep(self, lanes: Int[Tensor, "L"]) -> None:
-        """Keep only these users from now on."""
         self.block, self.own = self.block.take(lanes), self.own.take(lanes)
 
     def values_of_all(self, starts: Starts) -> Float[Tensor, "S U"]:

@@ -86,11 +86,9 @@ class LogitPrior:
 
     @property
     def num_components(self) -> int:
-        """M."""
         return len(self.means)
 
     def to(self, device: torch.device) -> "LogitPrior":
-        """Copy the prior to a device."""
         names = ("means", "precisions", "heights")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 

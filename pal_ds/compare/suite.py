@@ -89,7 +89,6 @@ class Suite:
     planned: list[PlannedRun]
 
     def of(self, method: str) -> list[PlannedRun]:
-        """Return the runs of one method, by seed."""
         return [planned for planned in self.planned if planned.method == method]
 
 

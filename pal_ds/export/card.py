@@ -13,6 +13,15 @@ from pal_ds.io.hashing import feed
 
 FACTS_NAME = "export.json"
 FORMAT_VERSION = 1
+_HEADER = """---
+library_name: transformers
+pipeline_tag: text-classification
+license: other
+license_name: {licence}
+tags: [reward-model, pal]
+---
+# Reward model
+"""
 
 
 class ExportFacts(TypedDict):
@@ -95,52 +104,32 @@ def describe(
 
 def write_card(folder: Path, facts: RunExport | ImportedExport) -> None:
     """Write README.md, the model card."""
-    (folder / "README.md").write_text(
-        _HEADER.format(licence=facts["licence"] or "unknown") + _body(facts)
-    )
-
-
-_HEADER = """---
-library_name: transformers
-pipeline_tag: text-classification
-license: other
-license_name: {licence}
-tags: [reward-model, pal]
----
-# Reward model
-"""
-
-
-def _body(facts: RunExport | ImportedExport) -> str:
-    rows = {
+    rows: dict[str, object] = {
         "Head": facts["head"],
         "Scores for": facts["audience"],
         "Mixture": facts["mixture"] or "none",
-        **(_imported(facts) if "imported_from" in facts else _of_run(facts)),
     }
+    if "imported_from" in facts:
+        rows |= {
+            "Imported from": f"{facts['imported_from']}, sha256 {facts['checkpoint_sha256']}",
+            "Backbone": f"{facts['backbone']} ({facts['backbone_weights']})",
+            "Weights": facts["dtype"],
+        }
+    else:
+        rows |= {
+            "Step of the run": facts["step"],
+            "Data": f"hash {facts['dataset_hash']}, licence {facts['licence'] or 'not stated'}",
+            "Backbone": f"{facts['backbone']} ({facts['tuning']})",
+            "Weights": facts["dtype"],
+            "Largest difference to the trainer": (
+                f"{facts['max_difference']:.2e} on {facts['num_samples']} texts whose scores reach "
+                f"{facts['scale']:.3g} in size{facts.get('measured_for', '')}"
+            ),
+        }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    return f"| | |\n|---|---|\n{table}\n\n## Use\n{_usage(facts)}"
-
-
-def _of_run(facts: RunExport) -> dict[str, object]:
-    return {
-        "Step of the run": facts["step"],
-        "Data": f"hash {facts['dataset_hash']}, licence {facts['licence'] or 'not stated'}",
-        "Backbone": f"{facts['backbone']} ({facts['tuning']})",
-        "Weights": facts["dtype"],
-        "Largest difference to the trainer": (
-            f"{facts['max_difference']:.2e} on {facts['num_samples']} texts whose scores reach "
-            f"{facts['scale']:.3g} in size{facts.get('measured_for', '')}"
-        ),
-    }
-
-
-def _imported(facts: ImportedExport) -> dict[str, object]:
-    return {
-        "Imported from": f"{facts['imported_from']}, sha256 {facts['checkpoint_sha256']}",
-        "Backbone": f"{facts['backbone']} ({facts['backbone_weights']})",
-        "Weights": facts["dtype"],
-    }
+    header = _HEADER.format(licence=facts["licence"] or "unknown")
+    page = f"{header}| | |\n|---|---|\n{table}\n\n## Use\n{_usage(facts)}"
+    (folder / "README.md").write_text(page)
 
 
 def _usage(facts: RunExport | ImportedExport) -> str:

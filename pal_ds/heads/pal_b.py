@@ -73,6 +73,8 @@ class PalB(Head):
             self.needs = self.needs | {"prompt_tokens"}
         self.response_projector = Projector(**shape)
         self.prompt_projectors = StackedProjector(num_prototypes, **shape)
+        self.has_statistics = prompt_position == "last"  # aligned positions have K maps per token
+        self.temperature = temperature
         self.mixture = Mixture(temperature, mixture, evaluation)
         self.needs = self.needs | self.mixture.needs
         self.log_scale = new_log_scale()
@@ -101,16 +103,6 @@ class PalB(Head):
             bounded_scale(self.log_scale),
         )
 
-    @property
-    def temperature(self) -> float:
-        """tau of the mixture."""
-        return self.mixture.temperature
-
-    @property
-    def has_statistics(self) -> bool:
-        """False for aligned positions, which have K maps per token."""
-        return self.prompt_position == "last"
-
     def statistics(self, features: Features) -> MixtureStatistics | None:
         """By the K maps of each prompt."""
         if not self.has_statistics:
@@ -121,7 +113,7 @@ class PalB(Head):
         keys = features.response_index * len(maps) + prompt_index
         pairs, index = torch.unique(keys, return_inverse=True)
         projected = self.response_projector(features.response)[pairs // len(maps)]
-        scale, tau = bounded_scale(self.log_scale), self.mixture.temperature
+        scale, tau = bounded_scale(self.log_scale), self.temperature
         return cosine_statistics(projected, index, maps, pairs % len(maps), scale, tau)
 
     def direction(self, features: Features, user: UserState) -> Float[Tensor, "B r C d"]:

@@ -50,7 +50,6 @@ class OpenRun:
 
     @property
     def model(self) -> RewardModel:
-        """The model of a run whose weights are loaded."""
         assert self.loaded is not None, "this run was opened without its weights; use `restore`"
         return self.loaded
 

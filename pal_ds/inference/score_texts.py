@@ -71,7 +71,6 @@ class Scorer:
         return [score for batch in batches for score in self.score(batch)]
 
     def score(self, rows: list[Row]) -> list[float]:
-        """Score each row."""
         items = [self.tokenise(row) for row in rows]
         scores = [0.0] * len(rows)
         # Rows whose boundary was given and rows whose marker must be found go apart.
