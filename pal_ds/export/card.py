@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NotRequired, TypedDict, cast
+from typing import NotRequired, TypedDict, cast, final
 
 from pal_ds.data.info import TokensInfo
 from pal_ds.export.audience import Audience
@@ -42,6 +42,7 @@ class ExportFacts(TypedDict):
     """How texts became ids, as in dataset.json of the training data."""
 
 
+@final
 class RunExport(ExportFacts):
     """export.json of a run's export, without the files' hashes."""
 
@@ -59,6 +60,7 @@ class RunExport(ExportFacts):
     measured_for: NotRequired[str]
 
 
+@final
 class ImportedExport(ExportFacts):
     """export.json of a checkpoint of the PAL reference, without the files' hashes."""
 
