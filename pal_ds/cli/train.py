@@ -91,9 +91,9 @@ class Compare:
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
-        add = parser.add_argument
         from pal_ds.compare.suite import SuiteConfig
 
+        add = parser.add_argument
         add_recipe_arguments(parser, require_head=False)
         parser.add_class_arguments(SuiteConfig, nested_key=None)
         add("--out", type=str, required=True, help="directory of runs and table")
