@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Iterator
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,11 @@ def config_files(arguments: list[str]) -> list[Path]:
 
 def _config_options(arguments: list[str]) -> Iterator[tuple[int, str, str]]:
     """(position, what stands before the value there, value) of each `--config` of a command that reads recipes."""
-    for position, argument in enumerate(arguments if _shipped_folder(arguments) else ()):
+    given = pairwise(arguments) if _shipped_folder(arguments) else ()
+    for position, (previous, argument) in enumerate(given, start=1):
         if argument.startswith("--config="):
             yield position, "--config=", argument.removeprefix("--config=")
-        elif arguments[position - 1] == "--config":
+        elif previous == "--config":
             yield position, "", argument
 
 
