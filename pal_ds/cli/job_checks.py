@@ -142,6 +142,8 @@ def check_evaluate(options: Namespace, words: list[str]) -> Checked:
 
 def check_adapt(options: Namespace, words: list[str]) -> Checked:
     """New users in shards: as many users as shards, or more, and shards that count from 0."""
+    from pal_ds.data.sources.base import read_lines
+
     if len(options.arguments) != 3:
         raise UserError(f"adapt takes RUN PAIRS OUT; given are {' '.join(options.arguments)}.")
     run, pairs, out = options.arguments
@@ -159,14 +161,12 @@ def check_adapt(options: Namespace, words: list[str]) -> Checked:
     elif first != 0:
         raise UserError(f"--array {options.array}: the shards of a new OUT count from 0.")
     users: set[str] = set()
-    with open(pairs, encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            if len(users) > last:
-                break
-            try:
-                users.add(str(json.loads(line).get("user_id")))
-            except (ValueError, AttributeError):
-                raise UserError(f"{pairs}:{number}: not a JSON object. Mend the line.") from None
+    for where, record in read_lines(Path(pairs)):
+        if len(users) > last:
+            break
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: not a JSON object. Mend the line.")
+        users.add(str(record.get("user_id")))
     if len(users) <= last:
         raise UserError(
             f"--array {options.array}: {last + 1} shards for {len(users)} users in {pairs}. Ask for fewer."
