@@ -206,13 +206,13 @@ def listed_candidates(data: PreparedData, lines: list[Line]) -> tuple[Candidates
         response += [row_of[place] for place in line.place]
         utility += line.scores
         users.append(int(table["user"][0]))
-    first = np.concatenate([[0], np.cumsum(np.asarray(sizes, np.int64))])
-    columns = (
-        np.asarray(response, np.int64),
-        np.asarray(utility, float),
-        np.asarray(users, np.int64),
+    candidates = Candidates(
+        first=np.cumsum([0, *sizes]),
+        response=np.asarray(response, np.int64),
+        utility=np.asarray(utility, float),
+        user=np.asarray(users, np.int64),
     )
-    return Candidates(first, *columns), len(lines) - len(users)
+    return candidates, len(lines) - len(users)
 
 
 def read_lists(file: Path) -> list[Line]:

@@ -61,14 +61,8 @@ def opened_pairs(
         return folder
 
     folder = world.from_rank_zero(build)
-
-    def open_tables() -> PreparedData:
-        data = PreparedData.open(folder)
-        _refuse_other_kind(file, data, restored)
-        return data
-
     try:
-        yield world.on_every_rank(open_tables)
+        yield world.on_every_rank(lambda: _tables_of(file, folder, restored))
         # Nobody may still be reading; after a failure on one rank alone the others would not come here.
         world.barrier()
     finally:
@@ -76,8 +70,9 @@ def opened_pairs(
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _refuse_other_kind(file: Path, data: PreparedData, restored: OpenRun) -> None:
+def _tables_of(file: Path, folder: Path, restored: OpenRun) -> PreparedData:
     """Raises UserError where the records are not of the kind and size that the run was trained on."""
+    data = PreparedData.open(folder)
     info, of_run, collator = data.info, restored.data.info, restored.parts.collator
     if info["kind"] != of_run["kind"]:
         raise UserError(
@@ -92,6 +87,7 @@ def _refuse_other_kind(file: Path, data: PreparedData, restored: OpenRun) -> Non
             f"{file}: the run's head reads the prompt, and these records carry no prompt_features."
         )
     refuse_empty_prompts(replace(collator, data=data), file)
+    return data
 
 
 def evaluate_run(
