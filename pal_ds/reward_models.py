@@ -1,7 +1,6 @@
 """A reward model from a run or an exported folder: a torch module that scores token ids.
 
-The names that users of PAL know, `load_pal_rm_a` and `load_pal_rm_b`, check the kind and are
-otherwise the same.
+The names that users of PAL know, `load_pal_rm_a` and `load_pal_rm_b`, check the kind and are otherwise the same.
 """
 
 import json
@@ -33,10 +32,7 @@ from pal_ds.users import UserTable
 
 
 def load_reward_model(
-    path: str | Path,
-    mixture: Sequence[float] | None = None,
-    *,
-    trust_remote_code: bool = False,
+    path: str | Path, mixture: Sequence[float] | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """A model in eval mode, on the CPU, in fp32 (an exported folder: in its own dtype).
 
@@ -91,15 +87,8 @@ def scorer_of_run(
     """What scores texts with a run as `score --run_dir` does. Raises UserError as `open_run` and `choose_audience`."""
     opened = open_run(run, step, trust=trust)
     model = model_of_run(opened)
-    audience = choose_audience(
-        model.head,
-        opened.users,
-        user=whom.user,
-        mixture=whom.mixture,
-        users_dir=whom.users_dir,
-        group=whom.group,
-        groups=opened.data.groups,
-    )
+    groups = opened.data.groups
+    audience = choose_audience(model.head, opened.users, groups=groups, **vars(whom))
     model.config.mixture = audience.mixture
     encoder = TextEncoder.from_info(opened.data.info["tokens"], opened.data.tokenizer_path)
     return Scorer(model, encoder)
@@ -139,13 +128,7 @@ def scorer_of_export(folder: Path, whom: Whom, *, trust_remote_code: bool = Fals
             raise UserError(
                 f"{folder}: {facts['head']} has one reward for everyone: leave out --user."
             )
-        audience = choose_audience(
-            model.head,
-            UserTable.load(whom.users_dir),
-            user=whom.user,
-            mixture=whom.mixture,
-            users_dir=whom.users_dir,
-        )
+        audience = choose_audience(model.head, UserTable.load(whom.users_dir), **vars(whom))
         model.config.mixture = audience.mixture
     return Scorer(model, encoder)
 

@@ -44,7 +44,6 @@ class Block(NamedTuple):
     weight: Float[Tensor, "N U"]
 
     def take(self, lanes: Int[Tensor, "L"]) -> "Block":
-        """The block of these of its users."""
         parts: list[Any] = [
             part
             if part is None or part.shape[-1] == 1

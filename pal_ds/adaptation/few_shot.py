@@ -1,6 +1,6 @@
 """Few-shot curve: accuracy for new users after k comparisons, by which few-shot adaptation is judged."""
 
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,17 +14,17 @@ from pal_ds.config.run_config import check_range
 from pal_ds.data.tables import PreparedData
 from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
-from pal_ds.eval.findings import scored_pairs
+from pal_ds.eval.figures import scored_pairs
 from pal_ds.eval.metrics import clustered_standard_error, mean_figures
+from pal_ds.eval.results import write_figures
 from pal_ds.eval.sanity_checks import ScoredPairs, unseen_above_seen
 from pal_ds.eval.schema import CurvePoint, FewShotFigures
 from pal_ds.heads.base import UserState
 from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.inference.load_run import OpenRun, restore
 from pal_ds.inference.mixtures import user_mixtures
-from pal_ds.inference.readers import Reader, known_users, reader_of, with_points
+from pal_ds.inference.readers import Reader, own_margins, reader_of
 from pal_ds.inference.scoring import Forwards
-from pal_ds.io.files import write_json
 from pal_ds.progress import progress_bar
 from pal_ds.runs.run_dir import RunDirectory
 
@@ -75,11 +75,7 @@ def evaluate_few_shot(
         "warnings": unseen_above_seen(seen, ScoredPairs(curve.right[-1], curve.prompts)),
     }
 
-    def write() -> None:
-        run.eval.mkdir(parents=True, exist_ok=True)
-        write_json(run.eval / "few_shot.json", figures)
-
-    world.from_rank_zero(write)
+    world.from_rank_zero(lambda: write_figures(run, "few_shot", figures))
     return figures
 
 
@@ -105,10 +101,7 @@ def _seen(restored: OpenRun, world: World) -> ScoredPairs:
     data, rows = restored.data, restored.data.rows("test")
     if len(rows) == 0:
         return ScoredPairs(np.empty(0), np.empty(0, np.int64))
-    known = with_points(known_users(restored, None), restored, data, world)
-    reader = reader_of(restored, data, rows, known.table_rows(data), world)
-    margins = reader.forwards(world).margins(rows, known.mixtures)
-    return scored_pairs(data, rows, margins)
+    return scored_pairs(data, rows, own_margins(restored, rows, world))
 
 
 def is_monotone(curve: Curve) -> bool:
@@ -164,21 +157,15 @@ def few_shot_curve(
     population = user_mixtures(restored.model.head, restored.users)[-1:]
     prior = LogitPrior.of(restored.users)
     draws = [(count, seed) for count in dict.fromkeys(num_comparisons) for seed in seeds]
-    drawn = [_draw(data, fit_rows, count, seed) for count, seed in draws]
+    drawn = [few_per_user(data, fit_rows, count, seed) for count, seed in draws]
     # Each (k, seed, user) is fitted as a user of its own, all of them in one go.
     rows = np.concatenate(drawn)
-    owner = np.concatenate([
-        draw * len(owners) + table_rows[user_of[part]] for draw, part in enumerate(drawn)
-    ])  # fmt: skip
+    parts = [draw * len(owners) + table_rows[user_of[part]] for draw, part in enumerate(drawn)]
+    owner = np.concatenate(parts)
     mixtures = population.repeat(len(draws) * len(owners), 1)
     if restored.model.head.has_points and len(rows):
-        logits = fit_users(
-            reader.model,
-            reader.collator,
-            UserPairs(rows, owner, len(mixtures)),
-            loss=restored.config.loss,
-            prior=prior,
-        )
+        pairs, loss = UserPairs(rows, owner, len(mixtures)), restored.config.loss
+        logits = fit_users(reader.model, reader.collator, pairs, loss=loss, prior=prior)
         fitted = np.unique(owner)
         restored.model.head.eval()
         mixtures[fitted] = restored.model.head.mixture_weights(UserState(logits[fitted]))
@@ -199,21 +186,22 @@ def _curve(
     table = data.comparisons[test_rows]
     curve = Curve([], right.mean(1), data.response_prompt[table["a"]], table["user"])
     num_users, num_seeds = len(np.unique(table["user"])), right.shape[1]
-    bayes = _bayes(table)
+    probability = table["probability"].astype(float)
     for index, of_count in enumerate(right):
-        first = index * num_seeds
-        curve.rows.append(
-            {
-                "num_comparisons": draws[first][0],
-                "mean_comparisons": len(drawn[first]) / num_users,
-                "accuracy": float(of_count.mean()),
-                "accuracy_ci95": _interval(curve.right[index], curve),
-                "accuracy_by_seed": of_count.mean(1).tolist(),
-                "users": num_users,
-                "test_pairs": len(test_rows),
-                **bayes,
-            }
-        )
+        first, mean = index * num_seeds, curve.right[index].mean()
+        half = 1.96 * _standard_error(curve.right[index], curve)
+        point: CurvePoint = {
+            "num_comparisons": draws[first][0],
+            "mean_comparisons": len(drawn[first]) / num_users,
+            "accuracy": float(of_count.mean()),
+            "accuracy_ci95": [float(max(0.0, mean - half)), float(min(1.0, mean + half))],
+            "accuracy_by_seed": of_count.mean(1).tolist(),
+            "users": num_users,
+            "test_pairs": len(test_rows),
+        }
+        if np.isfinite(probability).all():
+            point["bayes_accuracy"] = float(np.maximum(probability, 1 - probability).mean())
+        curve.rows.append(point)
     return curve
 
 
@@ -244,27 +232,3 @@ def _right(
             correct[index] = scored[key]
             advance(len(rows))
     return correct
-
-
-def _interval(right: np.ndarray, curve: Curve) -> list[float]:
-    mean, half = right.mean(), 1.96 * _standard_error(right, curve)
-    return [float(max(0.0, mean - half)), float(min(1.0, mean + half))]
-
-
-class _Bayes(TypedDict, total=False):
-    """Entry of data whose choice probabilities are known."""
-
-    bayes_accuracy: float
-
-
-def _bayes(table: np.ndarray) -> _Bayes:
-    """The best possible accuracy on these comparisons, where the data know it of all of them."""
-    probability = table["probability"].astype(float)
-    if not np.isfinite(probability).all():
-        return {}
-    return {"bayes_accuracy": float(np.maximum(probability, 1 - probability).mean())}
-
-
-def _draw(data: PreparedData, rows: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """At most `count` comparisons of each user among `rows`."""
-    return few_per_user(data, rows, count, seed) if count else rows[:0]

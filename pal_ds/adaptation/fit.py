@@ -23,7 +23,7 @@ from pal_ds.data.collator import Collator
 from pal_ds.errors import UserError
 from pal_ds.heads.base import Features, Head
 from pal_ds.heads.jaxtyping_fallback import Float, Int
-from pal_ds.inference.context_points import encode_users
+from pal_ds.inference.mixtures import encode_users
 from pal_ds.losses import PreferenceLoss, token_weights
 from pal_ds.model import RewardModel
 

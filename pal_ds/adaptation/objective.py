@@ -38,11 +38,7 @@ def _smooth_hinge(m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return value, -gap.clamp(max=1), torch.where(gap > 0, 1 / gap.clamp(min=1), 0.0)
 
 
-SHAPES: dict[str, Shape] = {
-    "logistic": _logistic,
-    "hinge": _hinge,
-    "smooth_hinge": _smooth_hinge,
-}
+SHAPES: dict[str, Shape] = {"logistic": _logistic, "hinge": _hinge, "smooth_hinge": _smooth_hinge}
 """Value, slope and curvature of the losses that can be solved for, by their names in `losses`."""
 
 
@@ -58,7 +54,6 @@ class Point(NamedTuple):
         return Point(*(part.index_select(-1, lanes) for part in self))
 
     def put(self, lanes: Tensor, other: "Point") -> None:
-        """Overwrites these lanes."""
         for mine, new in zip(self, other, strict=True):
             mine[..., lanes] = new
 
@@ -70,11 +65,7 @@ class Objective:
     """The objective of the lanes of a block."""
 
     def __init__(
-        self,
-        block: Block,
-        statistics: MixtureStatistics,
-        shape: Shape,
-        prior: LogitPrior,
+        self, block: Block, statistics: MixtureStatistics, shape: Shape, prior: LogitPrior
     ) -> None:
         self.block, self.shape, self.prior = block, shape, prior
         self.by_distance, self.temperature = statistics.by_distance, statistics.temperature
@@ -87,7 +78,6 @@ class Objective:
             self.own = _OwnPrior.of(self.prior, component.flatten())
 
     def keep(self, lanes: Int[Tensor, "L"]) -> None:
-        """Keep only these users from now on."""
         self.block, self.own = self.block.take(lanes), self.own.take(lanes)
 
     def values_of_all(self, starts: Starts) -> Float[Tensor, "S U"]:

@@ -86,11 +86,9 @@ class LogitPrior:
 
     @property
     def num_components(self) -> int:
-        """M."""
         return len(self.means)
 
     def to(self, device: torch.device) -> "LogitPrior":
-        """Copy the prior to a device."""
         names = ("means", "precisions", "heights")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
@@ -169,9 +167,7 @@ def mean_over_components(
 
 
 def posterior_mean(
-    logits: Float[Tensor, "n K *U"],
-    log_evidence: Float[Tensor, "n *U"],
-    temperature: float,
+    logits: Float[Tensor, "n K *U"], log_evidence: Float[Tensor, "n *U"], temperature: float
 ) -> Float[Tensor, "K *U"]:
     """Centred logits of the mean mixture of n candidates for each user, weighted by their evidence."""
     weight = torch.softmax(log_evidence, 0).unsqueeze(1)

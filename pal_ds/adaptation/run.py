@@ -11,9 +11,15 @@ import xxhash
 
 from pal_ds.adaptation import new_users
 from pal_ds.adaptation.fit import Solver, UserPairs, fit_users, pairs_per_chunk, refuse_newton
-from pal_ds.adaptation.new_users import NewUsers, few_per_user, num_positions
+from pal_ds.adaptation.new_users import (
+    FOLDER,
+    FittedShard,
+    NewUsers,
+    ShardFolder,
+    few_per_user,
+    num_positions,
+)
 from pal_ds.adaptation.prior import LogitPrior
-from pal_ds.adaptation.shards import FOLDER, FittedShard, ShardFolder
 from pal_ds.data.tables import PreparedData
 from pal_ds.distributed.world import World
 from pal_ds.errors import UserError, writing
@@ -73,9 +79,7 @@ class AdaptOptions:
     """Read checkpoints of another owner."""
 
 
-def adapt_run(
-    run: RunDirectory, out: Path, options: AdaptOptions, *, device: torch.device | None = None
-) -> AdaptReport:
+def adapt_run(run: RunDirectory, out: Path, options: AdaptOptions) -> AdaptReport:
     """Fit every user of a file or of a split of the run's data, write them to OUT, and return the report.
 
     Users are fitted in shards, each of which is kept in OUT/fitting until all are done: called again after it was
@@ -90,7 +94,7 @@ def adapt_run(
     begun = (out / FOLDER).is_dir()
     if out.exists() and not begun and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: not empty. Name an empty or new directory.")
-    world = World(0, 1, device or torch.device("cpu"))
+    world = World(0, 1, torch.device("cpu"))
     restored = restore(run, options.step, world.device, trust=options.trust_checkpoint)
     if not restored.model.head.has_points:
         raise UserError(
@@ -137,12 +141,7 @@ def _warn_of_known(restored: OpenRun, ids: list[str]) -> None:
 
 
 def _inputs(
-    restored: OpenRun,
-    data: PreparedData,
-    users: NewUsers,
-    solver: Solver,
-    seed: int,
-    world: World,
+    restored: OpenRun, data: PreparedData, users: NewUsers, solver: Solver, seed: int, world: World
 ) -> dict[str, object]:
     """All that the fitted numbers depend on, as JSON."""
     return {
@@ -173,10 +172,8 @@ class Fitting:
     def all_shards(self, folder: ShardFolder, positions: np.ndarray) -> list[FittedShard]:
         """Every shard: read where an earlier start left it, else fitted and written."""
         users = self.users
-        shards: dict[int, FittedShard] = {}
-        for number, (begin, end) in enumerate(users.spans):
-            if (shard := folder.read(number, end - begin)) is not None:
-                shards[number] = shard
+        kept = (folder.read(n, end - begin) for n, (begin, end) in enumerate(users.spans))
+        shards = {number: shard for number, shard in enumerate(kept) if shard is not None}
         missing = [number for number in range(len(users.spans)) if number not in shards]
         if shards:
             logger.info("%d of %d shards are there already", len(shards), len(users.spans))

@@ -5,10 +5,8 @@ one rank; under a launcher every rank calls it, and every rank is returned the s
 wrote, as a path or as the `Run` that `train` returned.
 """
 
-from pal_ds.api.adaptation import AdaptedUsers, adapt, few_shot
-from pal_ds.api.run import Run
-from pal_ds.api.scoring import consolidate, score
-from pal_ds.api.training import evaluate, prepare, train
+from pal_ds.api.run import Run, prepare, train
+from pal_ds.api.use import AdaptedUsers, adapt, consolidate, evaluate, few_shot, score
 
 __all__ = [
     "AdaptedUsers",

@@ -1,14 +1,18 @@
-"""A run, and what its functions share: records from memory or a file, and errors as the commands word them."""
+"""A run and how it comes to be, from Python; records from memory or a file, and errors as the commands word them."""
 
 import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pal_ds.config.recipe import Recipe, read
+from pal_ds.data.prepare import prepare as prepare_data
+from pal_ds.data.tables import PreparedData
 from pal_ds.errors import storage_error
 from pal_ds.runs.run_dir import RunDirectory
 
@@ -46,7 +50,7 @@ class Run:
 
     def users(self) -> dict[str, list[float] | None]:
         """Each user's point s_u, K numbers, by user id; None where a head knows users by their comparisons alone."""
-        from pal_ds.inference.list_users import list_users
+        from pal_ds.inference.mixtures import list_users
 
         with for_people():
             return dict(list_users(RunDirectory(self.path), str(self.step)))
@@ -82,3 +86,72 @@ def as_file(records: Records | None) -> Iterator[Path | None]:
         file = Path(folder, "records.jsonl")
         file.write_text("".join(json.dumps(dict(record)) + "\n" for record in records))
         yield file
+
+
+def prepare(recipe: Recipe, **overrides: Any) -> PreparedData:
+    """Turns raw comparisons into tables, users and splits at `data.path`; reuses those made with the same settings.
+
+    Args:
+        recipe: as for `train`; it need not name a head.
+        overrides: dotted keys of the recipe and their values.
+
+    Returns:
+        The prepared tables, memory-mapped: `users`, `comparisons`, `rows("test")`, and `info` with counts and
+        dropped rows by reason.
+
+    Raises:
+        UserError: a key that no recipe has, or records that cannot be read.
+    """
+    with for_people():
+        config, _ = read(recipe, overrides, require_head=False)
+        prepare_data(config.data, quiet=True)
+        return PreparedData.open(config.data.path)
+
+
+def train(
+    recipe: Recipe,
+    run_dir: str | os.PathLike[str],
+    *,
+    fresh: bool = False,
+    allow_change: Sequence[str] = (),
+    trust_checkpoint: bool = False,
+    **overrides: Any,
+) -> Run:
+    """Prepares the data and trains; resumes where `run_dir` holds checkpoints.
+
+    Args:
+        recipe: a YAML file, the name of a shipped recipe, a dict of the same keys, a RunConfig, or a list of these, in
+            which later ones win. Values may be config dataclasses (`OptimConfig(...)`), a class of `Head`, `Source` or
+            `MarginLoss` from a module of one's own, or `functools.partial` of one with its arguments.
+        run_dir: directory of the run.
+        fresh: refuse a directory that is not empty.
+        allow_change: keys that may differ from those the run was started with.
+        trust_checkpoint: read checkpoints of another owner.
+        overrides: dotted keys of the recipe and their values: `**{"optim.learning_rate": 1e-3}`, `head=MyHead`.
+
+    Returns:
+        The run, which may have been stopped before its end (`status`).
+
+    Raises:
+        UserError: a key that no recipe has, keys that contradict each other or the data, a run that was started with
+            other values, or updates that could not be made (NumericError).
+    """
+    from pal_ds.distributed.preemption import listening
+    from pal_ds.training.launch import launch_training
+
+    with for_people(), contextlib.ExitStack() as held:
+        config, text = read(recipe, overrides)
+        if "RANK" not in os.environ:
+            # The watchdog ends processes that hang; alone there is nobody to wait for, and a notebook lives on.
+            config = replace(config, train=replace(config.train, hang_minutes=0))
+        if threading.current_thread() is threading.main_thread():
+            held.enter_context(listening(config.train.stop_signals))
+        launch_training(
+            config,
+            text,
+            Path(run_dir),
+            fresh=fresh,
+            allow_change=list(allow_change),
+            trust_checkpoint=trust_checkpoint,
+        )
+        return Run(Path(run_dir), trust_checkpoint=trust_checkpoint)

@@ -1,18 +1,33 @@
-"""Options and values that several commands read from the command line."""
+"""Options and values that several commands read, and the files that `--config` names."""
 
 import argparse
+from collections.abc import Iterator
+from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-from jsonargparse import ArgumentParser
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from pal_ds.cli.table import COMMANDS
+from pal_ds.errors import UserError
+
+STEP: dict[str, Any] = {"type": str, "default": "latest", "help": "a number, latest or best"}
+TRUST: dict[str, Any] = {"action": "store_true", "help": "read checkpoints of another owner"}
 
 
 def add_run_arguments(parser: ArgumentParser) -> None:
     """Which checkpoint of which run."""
     parser.add_argument("--run_dir", type=str, required=True, help="directory that `train` wrote")
-    parser.add_argument("--step", type=str, default="latest", help="a number, latest or best")
-    parser.add_argument(
-        "--trust_checkpoint", action="store_true", help="read checkpoints of another owner"
-    )
+    parser.add_argument("--step", **STEP)
+    parser.add_argument("--trust_checkpoint", **TRUST)
+
+
+def options_of(cls: type, options: Namespace, **others: object) -> Any:
+    """The dataclass `cls` of the options that have its fields' names, and of `others`."""
+    given = {field.name: options[field.name] for field in fields(cls) if field.name in options}
+    return cls(**{**given, **others})
 
 
 def as_path(text: str | None) -> Path | None:
@@ -38,3 +53,54 @@ def mixture(text: str | list[float]) -> list[float]:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no list of numbers separated by commas, as in 0.2,0.8"
         ) from None
+
+
+def with_shipped_files(arguments: list[str]) -> list[str]:
+    """The arguments, with its path for each `--config` that is no file but the name of a shipped recipe, or suite."""
+    resolved, folder = list(arguments), _shipped_folder(arguments)
+    for position, before, name in _config_options(arguments):
+        shipped = Path(folder or "", f"{name}.yaml")
+        if not Path(name).is_file() and Path(name).name == name and shipped.is_file():
+            resolved[position] = f"{before}{shipped}"
+    return resolved
+
+
+def config_files(arguments: list[str]) -> list[Path]:
+    """The file of each `--config` of a command that reads recipes, in order, whether it exists or not."""
+    return [Path(name) for _, _, name in _config_options(arguments)]
+
+
+def _config_options(arguments: list[str]) -> Iterator[tuple[int, str, str]]:
+    """(position, what stands before the value there, value) of each `--config` of a command that reads recipes."""
+    given = pairwise(arguments) if _shipped_folder(arguments) else ()
+    for position, (previous, argument) in enumerate(given, start=1):
+        if argument.startswith("--config="):
+            yield position, "--config=", argument.removeprefix("--config=")
+        elif previous == "--config":
+            yield position, "", argument
+
+
+def check_config_files(arguments: list[str]) -> None:
+    """Raises UserError, with file and line, for a `--config` that is missing or no YAML mapping."""
+    for path in config_files(arguments):
+        if not path.is_file():
+            folder = _shipped_folder(arguments)
+            shipped = sorted(file.stem for file in folder.glob("*.yaml")) if folder else []
+            named = f" Shipped are {', '.join(shipped)}." if path.name == str(path) else ""
+            raise UserError(f"--config {path}: no such file (looked from {Path.cwd()}).{named}")
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else 1
+            raise UserError(f"{path}:{line}: not valid YAML ({error.problem}). Mend it.") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not valid YAML ({error}). Mend it.") from None
+        if not isinstance(content, dict):
+            raise UserError(f"{path}: holds no keys; a recipe is a YAML mapping such as data: ...")
+
+
+def _shipped_folder(arguments: list[str]) -> Path | None:
+    entry = COMMANDS.get(arguments[0]) if arguments else None
+    if entry is None or entry.shipped is None:
+        return None
+    return Path(__file__).parents[1] / entry.shipped

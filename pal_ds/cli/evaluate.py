@@ -1,10 +1,14 @@
-"""The `evaluate` and `few_shot` commands: which sets, against what, on which ranks."""
+"""The commands that measure or use trained runs: evaluations, new users, reports."""
 
+import json
+import sys
 from pathlib import Path
+from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from pal_ds.cli.arguments import add_run_arguments, as_path, keys
+from pal_ds.cli.arguments import add_run_arguments, as_path, keys, options_of
+from pal_ds.errors import UserError
 from pal_ds.runs.run_dir import RunDirectory
 
 
@@ -13,14 +17,13 @@ class Evaluate:
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
+        add = parser.add_argument
         add_run_arguments(parser)
-        parser.add_argument("--split", type=str, default="test", help="split of the run's data")
-        parser.add_argument(
-            "--data", type=keys, default=[], help="JSONL of pairs in place of a split, FILE,.."
-        )
-        parser.add_argument("--name", type=str, help="result goes to eval/NAME.json")
-        parser.add_argument("--users", type=str, help="users that `adapt` fitted")
-        parser.add_argument(
+        add("--split", type=str, default="test", help="split of the run's data")
+        add("--data", type=keys, default=[], help="JSONL of pairs in place of a split, FILE,..")
+        add("--name", type=str, help="result goes to eval/NAME.json")
+        add("--users", type=str, help="users that `adapt` fitted")
+        add(
             "--best_of_n",
             action="store_true",
             help="choose among candidates: lines of responses and scores, or what users compared",
@@ -28,30 +31,18 @@ class Evaluate:
 
     @staticmethod
     def run(options: Namespace, _: Namespace) -> None:
-        from pal_ds.config.run_config import TrainConfig
-        from pal_ds.distributed.watchdog import watch
-        from pal_ds.engine.process_group import joined_or_alone
         from pal_ds.eval.best_of_n import NAME_PREFIX, rank_set, ranking_line
-        from pal_ds.eval.evaluate import evaluate_set, summary_line
-        from pal_ds.eval.requests import eval_requests
-        from pal_ds.inference.load_run import restore
-        from pal_ds.inference.readers import known_users
+        from pal_ds.eval.evaluate import evaluate_set, restored_by_ranks, summary_line
+        from pal_ds.eval.results import eval_requests
 
         measure, line_of, prefix = evaluate_set, summary_line, ""
         if options.best_of_n:
             measure, line_of, prefix = rank_set, ranking_line, NAME_PREFIX
         files = [Path(file) for file in options.data]
         requests = eval_requests(options.split, files, options.name, prefix)
-        run = RunDirectory(options.run_dir)
-        # Alone it waits for nobody; who started it sees whether it goes on.
-        with (
-            joined_or_alone() as world,
-            watch(
-                world, run.path / "stacks", TrainConfig.hang_minutes if world.world_size > 1 else 0
-            ),
-        ):
-            restored = restore(run, options.step, world.device, trust=options.trust_checkpoint)
-            known = known_users(restored, as_path(options.users))
+        run, users = RunDirectory(options.run_dir), as_path(options.users)
+        trust = options.trust_checkpoint
+        with restored_by_ranks(run, options.step, users, trust=trust) as (world, restored, known):
             for request in requests:
                 figures = measure(restored, known, request, world)
                 if world.is_rank_zero:
@@ -65,16 +56,15 @@ class FewShot:
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
+        add = parser.add_argument
         add_run_arguments(parser)
-        parser.add_argument(
+        add(
             "--num_comparisons",
             type=list[int],
             default=[0, 1, 2, 4, 8, 16, 32, 50],
             help="values of k",
         )
-        parser.add_argument(
-            "--num_draws", type=int, default=20, help="random draws of the k comparisons"
-        )
+        add("--num_draws", type=int, default=20, help="random draws of the k comparisons")
 
     @staticmethod
     def run(options: Namespace, _: Namespace) -> None:
@@ -88,3 +78,119 @@ class FewShot:
             trust_checkpoint=options.trust_checkpoint,
         )
         print("\n".join(few_shot_lines(figures)))
+
+
+class Adapt:
+    """Fit new users to a trained run from a few comparisons each; the model stays as it is."""
+
+    @staticmethod
+    def add_arguments(parser: ArgumentParser) -> None:
+        add = parser.add_argument
+        add_run_arguments(parser)
+        add("--pairs", type=str, help="JSONL of the new users' comparisons")
+        add(
+            "--split",
+            type=str,
+            default="unseen_train",
+            help="split of the run's data, without --pairs",
+        )
+        add("--num_pairs", type=int, help="comparisons to keep per user; unset keeps all")
+        add("--seed", type=int, default=0, help="of the draw of comparisons")
+        add(
+            "--solver",
+            type=Literal["auto", "newton", "adam", "reference"],
+            default="auto",
+            help="newton from statistics; adam, the same objective; reference, AdamW that stops early",
+        )
+        add("--out", type=str, required=True, help="directory for the user table and its report")
+
+    @staticmethod
+    def run(options: Namespace, _: Namespace) -> None:
+        from pal_ds.adaptation.run import AdaptOptions, adapt_run
+
+        chosen = options_of(AdaptOptions, options, pairs=as_path(options.pairs))
+        report = adapt_run(RunDirectory(options.run_dir), Path(options.out), chosen)
+        print(f"{len(report['users'])} users from {report['pairs']} pairs -> {options.out}")
+
+
+class Users:
+    """List the users of a run, or make it forget one."""
+
+    @staticmethod
+    def add_arguments(parser: ArgumentParser) -> None:
+        add = parser.add_argument
+        add("--run_dir", type=str, required=True, help="directory that `train` wrote")
+        add("--list", action="store_true", help="print user ids and mixtures as JSONL")
+        add("--remove", type=str, help="user id to forget")
+
+    @staticmethod
+    def run(options: Namespace, _: Namespace) -> None:
+        from pal_ds.engine.checkpoint.forget import forget_user
+        from pal_ds.inference.mixtures import list_users
+
+        run = RunDirectory(options.run_dir)
+        if options.list == (options.remove is not None):
+            raise UserError("users: give exactly one of --list and --remove ID.")
+        if options.list:
+            for user_id, mixture in list_users(run):
+                print(json.dumps({"user_id": user_id, "mixture": mixture}))
+            return
+        done = forget_user(run, options.remove)
+        print(
+            f"forgot {options.remove}: checkpoints {done['steps']}, evaluations {done['evaluations']}."
+        )
+        print(
+            "The raw and prepared data, and models exported before, are not this run's: delete the user there too."
+        )
+
+
+class Report:
+    """Pictures and a page for one run, or several side by side."""
+
+    @staticmethod
+    def add_arguments(parser: ArgumentParser) -> None:
+        add = parser.add_argument
+        add("--run_dirs", type=list[str], required=True, help="directories that `train` wrote")
+        add("--out", type=str, required=True, help="directory for report.md and its pictures")
+
+    @staticmethod
+    def run(options: Namespace, _: Namespace) -> None:
+        from pal_ds.eval.report import write_report
+
+        names = [Path(path).name for path in options.run_dirs]
+        # Two runs may end in the same name; then the whole path tells them apart.
+        labels = names if len(set(names)) == len(names) else options.run_dirs
+        runs = {
+            label: RunDirectory(path) for label, path in zip(labels, options.run_dirs, strict=True)
+        }
+        for run in runs.values():
+            run.require_run()
+        print(write_report(runs, Path(options.out)))
+
+
+class Retention:
+    """Accuracy on general sets before and after a model was trained further, as a table.
+
+    `evaluate` both runs on the same files first; SETS names their results, NAME,.. of eval/NAME.json.
+    """
+
+    @staticmethod
+    def add_arguments(parser: ArgumentParser) -> None:
+        add = parser.add_argument
+        add("before", type=str, help="directory that `train` wrote")
+        add("after", type=str, help="directory of the run that went on from it")
+        add("sets", type=keys, help="NAME,.. of eval/NAME.json")
+        add("--out", type=str, help="folder for retention.md and retention.json")
+
+    @staticmethod
+    def run(options: Namespace, _: Namespace) -> None:
+        from pal_ds.eval.retention import retention, table
+        from pal_ds.io.files import write_atomically, write_json
+
+        rows = retention(RunDirectory(options.before), RunDirectory(options.after), options.sets)
+        if options.out:
+            out = Path(options.out)
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(out / "retention.json", rows)
+            write_atomically(out / "retention.md", table(rows))
+        sys.stdout.write(table(rows))

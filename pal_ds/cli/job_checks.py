@@ -1,13 +1,13 @@
-"""What `submit` asks of a job before it is handed in: recipe, data and earlier checkpoints against the request."""
+"""What `submit` asks of a job before it is handed in: its size, its recipe, data and earlier checkpoints."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jsonargparse import Namespace
 
-from pal_ds.cli.config_files import check_config_files
-from pal_ds.cli.job_shape import array_bounds
+from pal_ds.cli.arguments import check_config_files
 from pal_ds.cli.main import build_parser
 from pal_ds.errors import UserError
 from pal_ds.runs.lock import LOCK
@@ -142,6 +142,8 @@ def check_evaluate(options: Namespace, words: list[str]) -> Checked:
 
 def check_adapt(options: Namespace, words: list[str]) -> Checked:
     """New users in shards: as many users as shards, or more, and shards that count from 0."""
+    from pal_ds.data.sources.base import read_lines
+
     if len(options.arguments) != 3:
         raise UserError(f"adapt takes RUN PAIRS OUT; given are {' '.join(options.arguments)}.")
     run, pairs, out = options.arguments
@@ -159,14 +161,12 @@ def check_adapt(options: Namespace, words: list[str]) -> Checked:
     elif first != 0:
         raise UserError(f"--array {options.array}: the shards of a new OUT count from 0.")
     users: set[str] = set()
-    with open(pairs, encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            if len(users) > last:
-                break
-            try:
-                users.add(str(json.loads(line).get("user_id")))
-            except (ValueError, AttributeError):
-                raise UserError(f"{pairs}:{number}: not a JSON object. Mend the line.") from None
+    for where, record in read_lines(Path(pairs)):
+        if len(users) > last:
+            break
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: not a JSON object. Mend the line.")
+        users.add(str(record.get("user_id")))
     if len(users) <= last:
         raise UserError(
             f"--array {options.array}: {last + 1} shards for {len(users)} users in {pairs}. Ask for fewer."
@@ -198,3 +198,30 @@ JOBS: dict[str, Callable[[Namespace, list[str]], Checked]] = {
     "adapt": check_adapt,
     "sweep": check_sweep,
 }
+
+
+def check_shape(options: Namespace) -> None:
+    """Fills what is left out. Raises UserError where tasks and GPUs do not match."""
+    gpus, tasks = options.gpus_per_node, options.ntasks_per_node
+    for name, least in (("nodes", 1), ("gpus_per_node", 0), ("cpus_per_task", 1)):
+        value = options[name]
+        if value is not None and value < least:
+            raise UserError(f"--{name} is {value}; it must be at least {least}.")
+    if tasks is not None and tasks < 1:
+        raise UserError(f"--ntasks_per_node is {tasks}; it must be at least 1.")
+    if gpus and tasks not in (None, gpus):
+        raise UserError(
+            f"--ntasks_per_node {tasks} with --gpus_per_node {gpus}: a rank drives one GPU. Leave "
+            "--ntasks_per_node out, or set --gpus_per_node 0 to train on CPUs."
+        )
+    options.ntasks_per_node = tasks or gpus or 1
+    if options.array is None and options.job in ("adapt", "sweep"):
+        options.array = "0-0"
+    if options.array is not None and not re.fullmatch(r"\d+(-\d+)?(%\d+)?", options.array):
+        raise UserError(f"--array {options.array}: give a range such as 0-7, or 0-7%2.")
+
+
+def array_bounds(array: str) -> tuple[int, int]:
+    """First and last index of `0-7%2`."""
+    first, _, last = array.partition("%")[0].partition("-")
+    return int(first), int(last or first)

@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None, program: str = PROGRAM) -> None:
     if hasattr(command, "arguments_of"):
         given = [name, *command.arguments_of(given[1:])]
     parser = build_parser(name, program)
-    from pal_ds.cli.config_files import check_config_files, config_files, with_shipped_files
+    from pal_ds.cli.arguments import check_config_files, config_files, with_shipped_files
 
     given = with_shipped_files(given)
     try:

@@ -11,8 +11,7 @@ from typing import Literal
 
 from jsonargparse import SUPPRESS, ArgumentParser, Namespace
 
-from pal_ds.cli.job_checks import JOBS
-from pal_ds.cli.job_shape import check_shape
+from pal_ds.cli.job_checks import JOBS, check_shape
 from pal_ds.errors import UserError
 
 _CHECKOUT, _INSTALLED = (
@@ -39,23 +38,20 @@ class Submit:
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
-        parser.add_argument("job", type=Literal["train", "embed", "evaluate", "adapt", "sweep"])
-        parser.add_argument("arguments", nargs="+", type=str, help="RECIPE, RUN, or RUN PAIRS OUT")
-        parser.add_argument("--run_dir", type=str | None, help="unset: runs/NAME of the recipe")
-        parser.add_argument("--nodes", type=int, default=1)
-        parser.add_argument("--gpus_per_node", type=int, default=1, help="0 on nodes without")
-        parser.add_argument(
-            "--ntasks_per_node", type=int | None, help="ranks per node; unset: one per GPU"
-        )
-        parser.add_argument("--cpus_per_task", type=int | None)
-        parser.add_argument("--time", type=str | None, help="as in 24:00:00")
-        parser.add_argument("--array", type=str | None, help="shards, seeds or recipes, as in 0-7")
+        add = parser.add_argument
+        add("job", type=Literal["train", "embed", "evaluate", "adapt", "sweep"])
+        add("arguments", nargs="+", type=str, help="RECIPE, RUN, or RUN PAIRS OUT")
+        add("--run_dir", type=str | None, help="unset: runs/NAME of the recipe")
+        add("--nodes", type=int, default=1)
+        add("--gpus_per_node", type=int, default=1, help="0 on nodes without")
+        add("--ntasks_per_node", type=int | None, help="ranks per node; unset: one per GPU")
+        add("--cpus_per_task", type=int | None)
+        add("--time", type=str | None, help="as in 24:00:00")
+        add("--array", type=str | None, help="shards, seeds or recipes, as in 0-7")
         for name in SITE:
-            parser.add_argument(f"--{name}", type=str | None)
-        parser.add_argument(
-            "--dry_run", action="store_true", help="print the command, submit nothing"
-        )
-        parser.add_argument("--words", type=list[str], default=[], help=SUPPRESS)
+            add(f"--{name}", type=str | None)
+        add("--dry_run", action="store_true", help="print the command, submit nothing")
+        add("--words", type=list[str], default=[], help=SUPPRESS)
 
     @staticmethod
     def arguments_of(given: list[str]) -> list[str]:

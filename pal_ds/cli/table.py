@@ -22,17 +22,15 @@ class Entry(NamedTuple):
 
 COMMANDS = {
     "prepare": Entry(
-        "commands:Prepare",
-        "Raw preference data to prepared tables, users and splits.",
-        "recipes",
+        "train:Prepare", "Raw preference data to prepared tables, users and splits.", "recipes"
     ),
     "embed": Entry(
-        "commands:Embed",
+        "train:Embed",
         "Encode all texts with a frozen backbone into `backbone.cache`; resumable, ends with 75 where it was stopped.",
         "recipes",
     ),
     "train": Entry(
-        "commands:Train",
+        "train:Train",
         "Train a reward model; resumes where the run directory holds checkpoints.",
         "recipes",
     ),
@@ -41,47 +39,45 @@ COMMANDS = {
         "Accuracy per user of a run on a split or on files, or best of n; exact at any world size.",
     ),
     "adapt": Entry(
-        "commands:Adapt",
+        "evaluate:Adapt",
         "Fit new users to a trained run from a few comparisons each; the model stays as it is.",
     ),
     "few_shot": Entry(
         "evaluate:FewShot",
         "Accuracy of held-out users after k comparisons, for several k; result goes to eval/few_shot.json.",
     ),
-    "users": Entry("commands:Users", "List the users of a run, or make it forget one."),
+    "users": Entry("evaluate:Users", "List the users of a run, or make it forget one."),
     "score": Entry(
-        "score:Score",
-        "Scalar scores for texts in a JSONL file, from an exported model or a run.",
+        "export:Score", "Scalar scores for texts in a JSONL file, from an exported model or a run."
     ),
-    "report": Entry("commands:Report", "Pictures and a page for one run, or several side by side."),
+    "report": Entry("evaluate:Report", "Pictures and a page for one run, or several side by side."),
     "compare": Entry(
-        "compare:Compare",
+        "train:Compare",
         "Train and evaluate a suite of methods over seeds on one dataset; resumable, ends in a table with intervals.",
         "suites",
     ),
     "consolidate": Entry(
-        "consolidate:Consolidate",
+        "export:Consolidate",
         "Sharded checkpoint to a scalar reward model that transformers opens by itself.",
     ),
     "reshard": Entry(
-        "reshard:Reshard",
+        "train:Reshard",
         "Rewrite a checkpoint for another number of ranks, as if they had written it.",
     ),
     "plan": Entry(
-        "plan:Plan",
+        "train:Plan",
         "Parameters and bytes per GPU of a recipe under ZeRO-3, from the backbone's config.json alone.",
         "recipes",
     ),
     "submit": Entry(
-        "submit:Submit",
-        "Check a job for SLURM against its recipe and hand it to sbatch.",
+        "submit:Submit", "Check a job for SLURM against its recipe and hand it to sbatch."
     ),
     "import-reference": Entry(
-        "import_reference:ImportReference",
+        "export:ImportReference",
         "Checkpoint of the PAL reference to a reward model folder and a user table.",
     ),
     "retention": Entry(
-        "retention:Retention",
+        "evaluate:Retention",
         "Accuracy on general sets before and after a model was trained further, as a table.",
     ),
 }

@@ -3,14 +3,11 @@
 from pathlib import Path
 from typing import cast
 
-import matplotlib
-
-matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
 
 from pal_ds.compare.table import Table, any_few_shot
+from pal_ds.eval.report import save_figure
 
 
 def draw(table: Table, out: Path) -> None:
@@ -39,12 +36,9 @@ def draw_bars(table: Table, path: Path) -> None:
     axes.axvline(0.5, color="0.5", linewidth=1, linestyle=":")
     axes.set_yticks(range(len(methods)), list(methods))
     axes.invert_yaxis()
-    axes.set_xlim(0, 1)
-    axes.set_xlabel(
-        f"accuracy on {table['split']}, seen users (95%: black over seeds, grey within)"
-    )
-    axes.set_title(table["suite"])
-    _save(figure, path)
+    label = f"accuracy on {table['split']}, seen users (95%: black over seeds, grey within)"
+    axes.set(xlim=(0, 1), xlabel=label, title=table["suite"])
+    save_figure(figure, path)
 
 
 def draw_curves(table: Table, path: Path) -> None:
@@ -53,24 +47,15 @@ def draw_curves(table: Table, path: Path) -> None:
     for method, row in table["methods"].items():
         curve = row["few_shot"]
         places = np.arange(len(curve))
-        (line,) = axes.plot(
-            places, [point["accuracy"]["mean"] for point in curve], marker="o", label=method
-        )
+        means = [point["accuracy"]["mean"] for point in curve]
+        (line,) = axes.plot(places, means, marker="o", label=method)
         of_seeds = [point["accuracy"]["ci95_over_seeds"] for point in curve]
         bands = of_seeds if all(of_seeds) else [p["accuracy"]["ci95_within_seed"] for p in curve]
         if all(bands):
-            axes.fill_between(
-                places, *np.transpose(cast(list, bands)), color=line.get_color(), alpha=0.15
-            )
+            low, high = np.transpose(cast(list, bands))
+            axes.fill_between(places, low, high, color=line.get_color(), alpha=0.15)
         axes.set_xticks(places, [str(point["num_comparisons"]) for point in curve])
-    axes.set_xlabel("comparisons per new user")
-    axes.set_ylabel("accuracy on their test pairs")
-    axes.set_title(table["suite"])
+    labels = {"xlabel": "comparisons per new user", "ylabel": "accuracy on their test pairs"}
+    axes.set(title=table["suite"], **labels)
     axes.legend(fontsize=8)
-    _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)

@@ -29,7 +29,7 @@ from pal_ds.engine.ds_config import ds_config_of
 from pal_ds.engine.process_group import distributed
 from pal_ds.errors import UserError, writing
 from pal_ds.eval.evaluate import evaluate_run
-from pal_ds.eval.requests import split_request
+from pal_ds.eval.results import split_request
 from pal_ds.modeling.build import assemble
 from pal_ds.progress import progress_bar
 from pal_ds.training.init_from.copy import origin_for
@@ -51,10 +51,18 @@ def compare(whole: Suite, chosen: Suite, out: Path) -> str | None:
         UserError: data that are not there or do not fit a method, or a run directory with other values.
     """
     config, needs = chosen.planned[0].config, whole.settings.needs
-    if needs:
-        _tell(f"suite {whole.name} needs {needs}")
+    if needs and os.environ.get("RANK", "0") == "0":
+        logger.warning("suite %s needs %s", whole.name, needs)
     world_size = world_size_of_launch()
-    requests = {planned.run.path: request_of(planned, world_size) for planned in chosen.planned}
+    requests = {
+        planned.run.path: TrainingRequest(
+            config=planned.config,
+            recipe=planned.recipe,
+            run=planned.run,
+            ds_config=ds_config_of(planned.config.train, world_size),
+        )
+        for planned in chosen.planned
+    }
     failure = prepare_before_processes_meet(config)
     if failure is not None and needs:
         failure = type(failure)(f"{failure} (Suite {whole.name} needs {needs})")
@@ -111,16 +119,6 @@ def _reading(planned: PlannedRun, data: PreparedData) -> str:
     texts = (collator.encoding, collator.scored_positions, collator.with_prompt)
     states = (parts.pooling, parts.prompt_tokens)
     return repr((parts.backbone, planned.config.train.precision, texts, states))
-
-
-def request_of(planned: PlannedRun, world_size: int) -> TrainingRequest:
-    """Say what one run of a suite trains. Raises UserError where its DeepSpeed settings contradict its recipe."""
-    return TrainingRequest(
-        config=planned.config,
-        recipe=planned.recipe,
-        run=planned.run,
-        ds_config=ds_config_of(planned.config.train, world_size),
-    )
 
 
 def make_runs(
@@ -207,8 +205,3 @@ def publish(suite: Suite, data: PreparedData, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         draw(table, out)
         write_table(table, out)
-
-
-def _tell(message: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        logger.warning("%s", message)

@@ -89,18 +89,13 @@ class Suite:
     planned: list[PlannedRun]
 
     def of(self, method: str) -> list[PlannedRun]:
-        """Return the runs of one method, by seed."""
         return [planned for planned in self.planned if planned.method == method]
 
 
 def read_suite(name: str, settings: SuiteConfig, shared: str, out: Path) -> Suite:
     """Resolve every method and seed of a suite, so that a mistake in the last is told before the first is trained.
 
-    Args:
-        name: name of the suite.
-        settings: the suite's own keys.
-        shared: recipe keys of all methods (YAML), with or without a head.
-        out: folder of the comparison; runs lie in OUT/runs/METHOD/seed_N.
+    `shared` are the recipe keys of all methods (YAML), with or without a head; runs lie in OUT/runs/METHOD/seed_N.
 
     Raises:
         UserError: a method with keys, classes or values that no recipe has, or without a head.
@@ -122,11 +117,7 @@ def read_suite(name: str, settings: SuiteConfig, shared: str, out: Path) -> Suit
 
 
 def _resolve(
-    parser: ArgumentParser,
-    common: RecipeKeys,
-    method: str,
-    keys: RecipeKeys,
-    seeds: list[int],
+    parser: ArgumentParser, common: RecipeKeys, method: str, keys: RecipeKeys, seeds: list[int]
 ) -> Iterator[tuple[int, RunConfig, str]]:
     """Yield seed, recipe and the recipe's YAML, for each seed."""
     from pal_ds.config.parser import explained

@@ -79,14 +79,9 @@ class Table(TypedDict):
     not_finished: list[str]
 
 
-def evaluation_of(planned: PlannedRun, split: str) -> dict[str, Any] | None:
-    """Return the figures of the split at the run's last checkpoint, or None."""
-    return _result(planned, split)
-
-
 def few_shot_of(planned: PlannedRun, suite: Suite) -> dict[str, Any] | None:
     """Return the few-shot figures with the suite's values and draws at the last checkpoint, or None."""
-    figures = _result(planned, "few_shot")
+    figures = evaluation_of(planned, "few_shot")
     if figures is None:
         return None
     settings = suite.settings
@@ -95,7 +90,8 @@ def few_shot_of(planned: PlannedRun, suite: Suite) -> dict[str, Any] | None:
     return figures if made == wanted else None
 
 
-def _result(planned: PlannedRun, name: str) -> dict[str, Any] | None:
+def evaluation_of(planned: PlannedRun, name: str) -> dict[str, Any] | None:
+    """Return the figures eval/NAME.json of the run's last checkpoint, or None."""
     path = planned.run.eval / f"{name}.json"
     if not path.is_file():
         return None

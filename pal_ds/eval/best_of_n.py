@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -15,9 +15,9 @@ from pal_ds.data.tables import COMPARISON_DTYPE, PreparedData
 from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
 from pal_ds.eval.best_of_n_metrics import FIGURES, Lists, best_of_n_figures
-from pal_ds.eval.evaluate import opened_pairs, write_figures
-from pal_ds.eval.requests import EvalRequest
-from pal_ds.eval.schema import BestOfNFigures, RankingFigures, SplitRankingFigures
+from pal_ds.eval.evaluate import opened_pairs
+from pal_ds.eval.results import EvalRequest, write_figures
+from pal_ds.eval.schema import BestOfNFigures, RankingFigures
 from pal_ds.inference.load_run import OpenRun
 from pal_ds.inference.readers import KnownUsers, reader_of, with_points
 
@@ -72,12 +72,6 @@ def paired(size: int) -> list[tuple[int, int]]:
     return [(place, place + 1 if place + 1 < size else 0) for place in range(0, size, 2)]
 
 
-class _Dropped(TypedDict, total=False):
-    """Entry of a file of lists."""
-
-    dropped: dict[str, int]
-
-
 def rank_set(
     restored: OpenRun, known: KnownUsers, request: EvalRequest, world: World
 ) -> BestOfNFigures:
@@ -96,16 +90,14 @@ def rank_set(
             "with --mixture and score the candidates with `score`."
         )
     lines: list[Line] = []
-    if request.file is not None:
-        file = request.file
+    if (file := request.file) is not None:
         lines = world.on_every_rank(lambda: read_lists(file))
 
     def pairs_of(_: Path) -> Iterator[Record]:
-        for number, line in enumerate(lines):
-            yield from line.records(number)
+        return (pair for number, line in enumerate(lines) for pair in line.records(number))
 
-    with opened_pairs(restored, request.file, world, pairs_of) as data:
-        dropped: _Dropped = {}
+    with opened_pairs(restored, file, world, pairs_of) as data:
+        dropped = {}
         if request.file is None:
             candidates = compared_candidates(data, request.rows(data))
         else:
@@ -117,16 +109,17 @@ def rank_set(
             )
         known = with_points(known, restored, data, world)
         scores = score_candidates(restored, known, data, candidates, world)
-        ranking = _figures(data, candidates, scores, known.table_rows(data))
-    figures: BestOfNFigures = {**ranking, **dropped, "step": restored.step}
+        ranking, unknown = _figures(data, candidates, scores, known.table_rows(data))
+    made = {**ranking, "unknown_users": unknown, **dropped, "step": restored.step}
+    figures = cast(BestOfNFigures, made)
     world.from_rank_zero(lambda: write_figures(restored.run, request.name, figures))
     return figures
 
 
 def _figures(
     data: PreparedData, candidates: Candidates, scores: np.ndarray, table_rows: np.ndarray
-) -> SplitRankingFigures:
-    """Compute the figures of lists whose users the run knows, and under "unknown_users" of strangers' lists."""
+) -> list[RankingFigures]:
+    """Compute the figures of lists whose users the run knows, and of strangers' lists."""
     names = np.asarray([data.users[user] for user in candidates.user], str)
     prompts = data.response_prompt[candidates.response[candidates.first[:-1]]]
     lists = Lists(candidates.first, candidates.utility, names, prompts)
@@ -137,10 +130,9 @@ def _figures(
     is_known = table_rows[candidates.user] >= 0
     for chosen in (is_known, ~is_known):
         part, places = lists.take(chosen)
-        parts.append(
-            best_of_n_figures(part, scores[places], None if lengths is None else lengths[places])
-        )
-    return {**parts[0], "unknown_users": parts[1]}
+        longest = None if lengths is None else lengths[places]
+        parts.append(best_of_n_figures(part, scores[places], longest))
+    return parts
 
 
 def score_candidates(
@@ -213,13 +205,13 @@ def listed_candidates(data: PreparedData, lines: list[Line]) -> tuple[Candidates
         response += [row_of[place] for place in line.place]
         utility += line.scores
         users.append(int(table["user"][0]))
-    first = np.concatenate([[0], np.cumsum(np.asarray(sizes, np.int64))])
-    columns = (
-        np.asarray(response, np.int64),
-        np.asarray(utility, float),
-        np.asarray(users, np.int64),
+    candidates = Candidates(
+        first=np.cumsum([0, *sizes]),
+        response=np.asarray(response, np.int64),
+        utility=np.asarray(utility, float),
+        user=np.asarray(users, np.int64),
     )
-    return Candidates(first, *columns), len(lines) - len(users)
+    return candidates, len(lines) - len(users)
 
 
 def read_lists(file: Path) -> list[Line]:

@@ -82,10 +82,7 @@ def best_of_n_figures(
     figures["users"] = {
         str(name): {"lists": count, **dict(zip(FIGURES, row, strict=True))}
         for name, count, row in zip(
-            names,
-            np.bincount(index).tolist(),
-            np.stack(by_user, axis=1).tolist(),
-            strict=True,
+            names, np.bincount(index).tolist(), np.stack(by_user, axis=1).tolist(), strict=True
         )
     }
     return cast(RankingFigures, figures)

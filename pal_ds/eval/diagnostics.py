@@ -1,6 +1,6 @@
 """Diagnostics of a trained head's prototypes and users: collapse shows here before accuracy does."""
 
-from typing import TypedDict
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,17 +26,17 @@ def diagnose(head: Head, mixtures: Float[Tensor, "U K"]) -> PrototypeDiagnostics
     shares = weights.mean(0, dtype=torch.float64)
     entropies = _entropy(weights)
     known = num_users > 0
-    return {
+    per_user = float(entropies.exp().mean(dtype=torch.float64)) if known else None
+    diagnostics = {
         "users": num_users,
         "prototypes": num_prototypes,
         "user_entropy_mean": float(entropies.mean(dtype=torch.float64)) if known else None,
         "effective_prototypes": float(_entropy(shares).exp()) if known else None,
-        "effective_prototypes_per_user": float(entropies.exp().mean(dtype=torch.float64))
-        if known
-        else None,
+        "effective_prototypes_per_user": per_user,
         "prototype_shares": shares.tolist() if known else None,
         **_distances(_prototypes(head, num_prototypes)),
     }
+    return cast(PrototypeDiagnostics, diagnostics)
 
 
 ACTIVE_VARIANCE = 1e-2
@@ -50,13 +50,8 @@ def diagnose_latent(points: Float[Tensor, "U K"]) -> LatentDiagnostics:
     """
     num_users, num_units = points.shape
     variance = points.double().cpu().var(0, correction=0)
-    return {
-        "users": num_users,
-        "latent_units": num_units,
-        "active_units": float((variance > ACTIVE_VARIANCE).double().mean())
-        if num_users > 1
-        else None,
-    }
+    active = float((variance > ACTIVE_VARIANCE).double().mean()) if num_users > 1 else None
+    return {"users": num_users, "latent_units": num_units, "active_units": active}
 
 
 def context_flip(
@@ -80,31 +75,15 @@ def _entropy(weights: Float[Tensor, "*n K"]) -> Float[Tensor, "*n"]:
 
 
 def _prototypes(head: Head, num_prototypes: int) -> Float[Tensor, "K d"] | None:
-    device = next(head.parameters()).device
-    head.eval()
+    corners = torch.eye(num_prototypes, device=next(head.parameters()).device)
     with torch.no_grad():
-        corners = torch.eye(num_prototypes, device=device)
-        points = head.locate(UserState(mixture=corners))
+        points = head.eval().locate(UserState(mixture=corners))
     return None if points is None else points.double().cpu()
 
 
-class _Distances(TypedDict):
-    """Entries of `PrototypeDiagnostics` about points."""
-
-    prototype_distances: list[list[float]] | None
-    distance_min: float | None
-    distance_mean: float | None
-    cosine_max: float | None
-
-
-def _distances(points: Float[Tensor, "K d"] | None) -> _Distances:
+def _distances(points: Float[Tensor, "K d"] | None) -> dict[str, Any]:
     if points is None or len(points) < 2:
-        return {
-            "prototype_distances": None,
-            "distance_min": None,
-            "distance_mean": None,
-            "cosine_max": None,
-        }
+        return dict.fromkeys(("prototype_distances", "distance_min", "distance_mean", "cosine_max"))
     distances = torch.linalg.vector_norm(points[:, None] - points, dim=-1)
     unit = torch.nn.functional.normalize(points, dim=-1)
     first, second = torch.triu_indices(len(points), len(points), offset=1)

@@ -10,30 +10,24 @@ from typing import Any
 
 import numpy as np
 
+from pal_ds.config.run_config import TrainConfig
 from pal_ds.data.build import build_tables
 from pal_ds.data.records import Record
 from pal_ds.data.sources import Jsonl
 from pal_ds.data.tables import PreparedData
 from pal_ds.data.tokenise import TextEncoder
+from pal_ds.distributed.watchdog import watch
 from pal_ds.distributed.world import World
-from pal_ds.errors import UserError, writing
-from pal_ds.eval.baselines import FormatBaseline
+from pal_ds.errors import UserError
 from pal_ds.eval.diagnostics import context_flip
-from pal_ds.eval.disagreement import controversial
-from pal_ds.eval.figures import ScoredRows, dev_temperature, report_on
-from pal_ds.eval.findings import findings
-from pal_ds.eval.requests import EvalRequest, split_request
-from pal_ds.eval.results import write_user_figures
-from pal_ds.eval.schema import EvaluationFigures, OptionalFigures
+from pal_ds.eval.figures import dev_temperature, report_on
+from pal_ds.eval.metrics import controversial
+from pal_ds.eval.results import EvalRequest, split_request, write_figures
+from pal_ds.eval.schema import EvaluationFigures
 from pal_ds.inference.load_run import OpenRun, restore
-from pal_ds.inference.readers import KnownUsers, known_users, reader_of, with_points
+from pal_ds.inference.readers import KnownUsers, known_users, own_margins, reader_of, with_points
 from pal_ds.modeling.build import refuse_empty_prompts
 from pal_ds.runs.run_dir import RunDirectory
-
-
-def records_of(file: Path) -> Iterable[Record]:
-    """The pairs of a JSONL file."""
-    return Jsonl(str(file)).records()
 
 
 @contextlib.contextmanager
@@ -41,7 +35,7 @@ def opened_pairs(
     restored: OpenRun,
     file: Path | None,
     world: World,
-    read: Callable[[Path], Iterable[Record]] = records_of,
+    read: Callable[[Path], Iterable[Record]] = lambda file: Jsonl(str(file)).records(),
 ) -> Iterator[PreparedData]:
     """The run's data, or tables of `file` made with the run's tokenizer and template, deleted afterwards.
 
@@ -67,14 +61,8 @@ def opened_pairs(
         return folder
 
     folder = world.from_rank_zero(build)
-
-    def open_tables() -> PreparedData:
-        data = PreparedData.open(folder)
-        _refuse_other_kind(file, data, restored)
-        return data
-
     try:
-        yield world.on_every_rank(open_tables)
+        yield world.on_every_rank(lambda: _tables_of(file, folder, restored))
         # Nobody may still be reading; after a failure on one rank alone the others would not come here.
         world.barrier()
     finally:
@@ -82,26 +70,24 @@ def opened_pairs(
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _refuse_other_kind(file: Path, data: PreparedData, restored: OpenRun) -> None:
+def _tables_of(file: Path, folder: Path, restored: OpenRun) -> PreparedData:
     """Raises UserError where the records are not of the kind and size that the run was trained on."""
-    own = restored.data
-    if data.info["kind"] != own.info["kind"]:
+    data = PreparedData.open(folder)
+    info, of_run, collator = data.info, restored.data.info, restored.parts.collator
+    if info["kind"] != of_run["kind"]:
         raise UserError(
-            f"{file}: holds {data.info['kind']}, and the run was trained on {own.info['kind']}."
+            f"{file}: holds {info['kind']}, and the run was trained on {of_run['kind']}."
         )
-    if data.info["vector_size"] != own.info["vector_size"]:
+    if info["vector_size"] != of_run["vector_size"]:
         raise UserError(
-            f"{file}: vectors of {data.info['vector_size']} numbers, the run was trained on {own.info['vector_size']}."
+            f"{file}: vectors of {info['vector_size']} numbers, the run was trained on {of_run['vector_size']}."
         )
-    if (
-        data.info["kind"] == "vectors"
-        and restored.parts.collator.with_prompt
-        and data.prompt_vectors is None
-    ):
+    if info["kind"] == "vectors" and collator.with_prompt and data.prompt_vectors is None:
         raise UserError(
             f"{file}: the run's head reads the prompt, and these records carry no prompt_features."
         )
-    refuse_empty_prompts(replace(restored.parts.collator, data=data), file)
+    refuse_empty_prompts(replace(collator, data=data), file)
+    return data
 
 
 def evaluate_run(
@@ -110,25 +96,32 @@ def evaluate_run(
     *,
     request: EvalRequest | None = None,
     users: Path | None = None,
-    step: str = "latest",
-    trust_checkpoint: bool = False,
 ) -> EvaluationFigures:
     """Compute the figures of `eval/NAME.json`, which rank 0 writes, and return them on every rank.
 
-    Args:
-        run: what `train` wrote.
-        world: the ranks that share the work.
-        request: what to evaluate; the split `test` where unset.
-        users: a folder of users that `adapt` fitted.
-        step: a number, latest or best.
-        trust_checkpoint: read checkpoints of another owner.
+    The last checkpoint is taken; `request` is the split `test` where unset, `users` a folder that `adapt` wrote.
 
     Raises:
-        UserError: no such run, step, split or file; an empty split.
+        UserError: no such run, split or file; an empty split.
     """
     request = request or split_request("test")
-    restored = restore(run, step, world.device, trust=trust_checkpoint)
+    restored = restore(run, device=world.device)
     return evaluate_set(restored, known_users(restored, users), request, world)
+
+
+@contextlib.contextmanager
+def restored_by_ranks(
+    run: RunDirectory, step: str | int, users: Path | None, *, trust: bool
+) -> Iterator[tuple[World, OpenRun, KnownUsers]]:
+    """A run and whom it knows, on each rank of a launcher or alone; what hangs is found, as in a training."""
+    from pal_ds.engine.process_group import joined_or_alone
+
+    with joined_or_alone() as world:
+        # Alone it waits for nobody; who started it sees whether it goes on.
+        minutes = TrainConfig.hang_minutes if world.world_size > 1 else 0
+        with watch(world, run.path / "stacks", minutes):
+            restored = restore(run, step, world.device, trust=trust)
+            yield world, restored, known_users(restored, users)
 
 
 def evaluate_set(
@@ -141,30 +134,19 @@ def evaluate_set(
         temperature = _temperature(restored, world)
         reader = reader_of(restored, data, rows, known.table_rows(data), world)
         margins = reader.forwards(world, "scoring").margins(rows, known.mixtures)
-        user_rows = reader.collator.user_rows(rows)
-        format_baseline = FormatBaseline.of(restored.data)
-        scored = ScoredRows(data, rows, margins, user_rows)
-        report = report_on(scored, temperature, format_baseline)
-        observed = findings(restored, known, scored, format_baseline, world)
-        extra: OptionalFigures = {}
+        figures = report_on(restored, known, reader, rows, margins, temperature, world)
         if known.encoded_rows is not None:
             other = with_points(known, restored, data, world, flipped=True)
             turned = reader.forwards(world).margins(rows, other.mixtures)
             # Points of adapted users were made elsewhere, and stay as they are.
-            could_turn = np.isin(user_rows, known.encoded_rows)
-            extra["context_flip"] = context_flip(
-                margins, turned, could_turn, controversial(data.comparisons[rows])
-            )
+            could_turn = np.isin(reader.collator.user_rows(rows), known.encoded_rows)
+            disputed = controversial(data.comparisons[rows])
+            figures["context_flip"] = context_flip(margins, turned, could_turn, disputed)
         if request.file is not None:
-            extra["dropped"] = data.info["dropped"]
-            extra["prompts_seen_in_training"] = _num_seen_prompts(restored.data, data)
-    figures: EvaluationFigures = {
-        **report,
-        **observed,
-        **extra,
-        "step": restored.step,
-        "adapted_users": sum(len(ids) for ids in known.ids[1:]),
-    }
+            figures["dropped"] = data.info["dropped"]
+            figures["prompts_seen_in_training"] = _num_seen_prompts(restored.data, data)
+    figures["step"] = restored.step
+    figures["adapted_users"] = sum(len(ids) for ids in known.ids[1:])
     world.from_rank_zero(lambda: write_figures(restored.run, request.name, figures))
     return figures
 
@@ -178,9 +160,7 @@ def _temperature(restored: OpenRun, world: World) -> float:
     rows = data.rows("dev")
     if kind == "logistic" or len(rows) == 0:
         return 1.0
-    own = with_points(known_users(restored, None), restored, data, world)
-    reader = reader_of(restored, data, rows, own.table_rows(data), world)
-    margins = reader.forwards(world).margins(rows, own.mixtures)
+    margins = own_margins(restored, rows, world)
     return dev_temperature(margins, data.comparisons["label"][rows].astype(float), kind)
 
 
@@ -190,13 +170,6 @@ def _num_seen_prompts(trained_on: PreparedData, data: PreparedData) -> int:
     responses = trained_on.comparisons["a"][trained_on.rows("train")]
     seen = trained_on.prompt_hashes()[np.unique(trained_on.response_prompt[responses])]
     return int(np.isin(data.prompt_hashes(), seen).sum())
-
-
-def write_figures(run: RunDirectory, name: str, figures: Mapping[str, object]) -> None:
-    """Writes eval/NAME.json. Raises StorageError where it cannot be written."""
-    with writing(run.eval):
-        run.eval.mkdir(parents=True, exist_ok=True)
-    write_user_figures(run.eval / f"{name}.json", figures)
 
 
 def summary_line(name: str, figures: Mapping[str, Any]) -> str:
@@ -214,6 +187,3 @@ def summary_line(name: str, figures: Mapping[str, Any]) -> str:
             f"users not in the run: {unknown['pairs']} pairs, accuracy {unknown['accuracy']:.4f}"
         )
     return "; ".join(parts)
-
-
-__all__ = ["evaluate_run", "evaluate_set", "opened_pairs", "summary_line", "write_figures"]

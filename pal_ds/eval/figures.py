@@ -1,14 +1,24 @@
-"""Figures of an evaluation from gathered margins, for users that the run knows and for strangers."""
+"""Figures of an evaluation from gathered margins: accuracy, calibration, diagnostics, warnings."""
 
-from typing import NamedTuple
+from typing import cast
 
 import numpy as np
 
 from pal_ds.data.tables import PreparedData
+from pal_ds.distributed.world import World
+from pal_ds.eval import sanity_checks
 from pal_ds.eval.baselines import FormatBaseline, length_margins
-from pal_ds.eval.disagreement import controversial
-from pal_ds.eval.metrics import LabelledPairs, evaluation_figures, fit_temperature
-from pal_ds.eval.schema import PairFigures, SplitFigures
+from pal_ds.eval.diagnostics import diagnose, diagnose_latent
+from pal_ds.eval.metrics import (
+    LabelledPairs,
+    controversial,
+    correctness,
+    evaluation_figures,
+    fit_temperature,
+)
+from pal_ds.eval.schema import EvaluationFigures, PairFigures
+from pal_ds.inference.load_run import OpenRun
+from pal_ds.inference.readers import KnownUsers, Reader
 
 
 def figures_of(
@@ -29,36 +39,18 @@ def figures_of(
         probabilities=table["probability"].astype(float),
         controversial=controversial(table),
     )
+    lengths, formats = _baseline_margins(data, table, format_baseline)
     return evaluation_figures(
-        margins,
-        pairs,
-        temperature=temperature,
-        length_margins=length_margins(data, table),
-        format_margins=None if format_baseline is None else format_baseline.margins(data, table),
+        margins, pairs, temperature=temperature, length_margins=lengths, format_margins=formats
     )
 
 
-class ScoredRows(NamedTuple):
-    """Comparisons of prepared data with the margins that a run gives them."""
-
-    data: PreparedData
-    rows: np.ndarray
-    """Rows of the comparisons table; int64 [n]."""
-    margins: np.ndarray
-    """> 0 prefers response_2; fp64 [n]."""
-    table_rows: np.ndarray
-    """Row of each comparison's user in the user table, -1 for strangers; int64 [n]."""
-
-
-def report_on(
-    scored: ScoredRows, temperature: float = 1.0, format_baseline: FormatBaseline | None = None
-) -> SplitFigures:
-    """Compute figures over the users that the table holds; those of strangers are under "unknown_users"."""
-    data, rows, margins, table_rows = scored
-    known = table_rows >= 0
-    figures = figures_of(data, rows[known], margins[known], temperature, format_baseline)
-    unknown = figures_of(data, rows[~known], margins[~known], temperature, format_baseline)
-    return {**figures, "unknown_users": unknown}
+def _baseline_margins(
+    data: PreparedData, table: np.ndarray, format_baseline: FormatBaseline | None
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Margins by length and by format."""
+    formats = None if format_baseline is None else format_baseline.margins(data, table)
+    return length_margins(data, table), formats
 
 
 def dev_temperature(margins: np.ndarray, labels: np.ndarray, loss_kind: str) -> float:
@@ -68,9 +60,58 @@ def dev_temperature(margins: np.ndarray, labels: np.ndarray, loss_kind: str) -> 
     return fit_temperature(margins, labels)
 
 
-__all__ = [
-    "ScoredRows",
-    "dev_temperature",
-    "figures_of",
-    "report_on",
-]
+def report_on(
+    restored: OpenRun,
+    known: KnownUsers,
+    reader: Reader,
+    rows: np.ndarray,
+    margins: np.ndarray,
+    temperature: float,
+    world: World,
+) -> EvaluationFigures:
+    """Compute the figures of comparisons that a run has scored, those of strangers under "unknown_users".
+
+    Where the set holds both users that the run knows and strangers, warnings hold the former against baselines.
+    """
+    data, table = reader.collator.data, reader.collator.data.comparisons[rows]
+    is_known = reader.collator.user_rows(rows) >= 0
+    format_baseline = FormatBaseline.of(restored.data)
+    figures, unknown = (
+        figures_of(data, rows[who], margins[who], temperature, format_baseline)
+        for who in (is_known, ~is_known)
+    )
+    seen, unseen = (scored_pairs(data, rows[who], margins[who]) for who in (is_known, ~is_known))
+    subject, chosen = (seen, is_known) if is_known.any() else (unseen, ~is_known)
+    baselines = (
+        None if baseline is None else correctness(baseline, table["label"].astype(float))[chosen]
+        for baseline in _baseline_margins(data, table, format_baseline)
+    )
+    trained = world.from_rank_zero(
+        lambda: sanity_checks.training_accuracy(restored.run.read_metrics(), restored.step)
+    )
+    held_out = not (data is restored.data and (table["split"] == 0).all())
+    warnings = [
+        *sanity_checks.unseen_above_seen(seen, unseen),
+        *(
+            sanity_checks.both_nearly_perfect(trained, subject, restored.data.info)
+            if held_out
+            else []
+        ),
+        *sanity_checks.no_better_than_surface(subject, *baselines),
+    ]
+    diagnostics = None
+    if restored.parts.needs_users and known.own is not None:
+        diagnostics = diagnose(restored.model.head, known.own)
+    elif known.encoded is not None:
+        diagnostics = diagnose_latent(known.encoded)
+    of_run = {"train_accuracy": trained, "diagnostics": diagnostics, "warnings": warnings}
+    return cast(EvaluationFigures, {**figures, "unknown_users": unknown, **of_run})
+
+
+def scored_pairs(
+    data: PreparedData, rows: np.ndarray, margins: np.ndarray
+) -> sanity_checks.ScoredPairs:
+    """Comparisons of prepared data with the margins found for them."""
+    table = data.comparisons[rows]
+    right = correctness(margins, table["label"].astype(float))
+    return sanity_checks.ScoredPairs(right, data.response_prompt[table["a"]])

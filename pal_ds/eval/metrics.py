@@ -1,6 +1,6 @@
 """From margins of judged pairs to the figures of an evaluation; numpy in fp64, fixed order, no model in sight."""
 
-from typing import NamedTuple, TypedDict, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -168,6 +168,25 @@ def mean_figures(right: np.ndarray, prompts: np.ndarray) -> MeanFigures:
     return {"pairs": len(right), "accuracy": float(right.mean()), "accuracy_ci95": interval}
 
 
+def controversial(table: np.ndarray) -> np.ndarray:
+    """Mark comparisons on which users disagree, as their source says or else as these rows show; bool [n].
+
+    `table` is in `COMPARISON_DTYPE`. A pair of responses, in either order, is controversial where two different users
+    prefer different ones of them, and then all comparisons of it are; a user at odds with nobody but themselves makes
+    none.
+    """
+    low, high = np.minimum(table["a"], table["b"]), np.maximum(table["a"], table["b"])
+    pair = np.unique(low * (high.max(initial=0) + 1) + high, return_inverse=True)[1]
+    prefers_high = (table["label"] > 0) == (table["b"] == high)
+    num_users = len(np.unique(table["user"]))
+    user = np.unique(table["user"], return_inverse=True)[1]
+    judges = np.bincount(np.unique(pair * num_users + user) // max(num_users, 1))
+    share = np.bincount(pair, weights=prefers_high) / np.maximum(np.bincount(pair), 1)
+    shown = ((judges > 1) & (share > 0) & (share < 1))[pair]
+    said = table["controversial"]
+    return np.where(said >= 0, said == 1, shown)
+
+
 class LabelledPairs(NamedTuple):
     """Facts about n pairs that are scored, apart from their scores."""
 
@@ -181,13 +200,6 @@ class LabelledPairs(NamedTuple):
     """Known probability that response_2 is preferred, NaN where unknown; fp64 [n]."""
     controversial: np.ndarray | None = None
     """Pairs on which users disagree; bool [n]."""
-
-
-class _Known(TypedDict, total=False):
-    """Entries that need known choice probabilities."""
-
-    bayes_accuracy: float
-    probability_mae: float | None
 
 
 def evaluation_figures(
@@ -215,14 +227,14 @@ def evaluation_figures(
     accuracies = np.sort([user["accuracy"] for user in users.values()])
     (calibration,) = calibrations(margins / temperature, labels, np.zeros(len(margins), int))
     disputed = np.zeros(len(margins), bool) if controversial is None else controversial
-    known: _Known = {}
+    known = {}
     if probabilities is not None and np.isfinite(probabilities).all():
         error = np.abs(expit(margins / temperature) - probabilities).mean()
         known = {
             "bayes_accuracy": float(np.maximum(probabilities, 1 - probabilities).mean()),
             "probability_mae": None if np.isnan(error) else float(error),
         }
-    return {
+    figures = {
         **mean_figures(right, prompts),
         "user_accuracy_mean": float(accuracies.mean()),
         "worst_decile_user_accuracy": float(accuracies[: max(1, len(accuracies) // 10)].mean()),
@@ -235,6 +247,7 @@ def evaluation_figures(
         **known,
         "users": users,
     }
+    return cast(PairFigures, figures)
 
 
 def _baseline_accuracy(margins: np.ndarray | None, labels: np.ndarray) -> float | None:

@@ -7,7 +7,7 @@ leaves out the pictures whose data are not there.
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import matplotlib
 
@@ -17,7 +17,6 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pal_ds.eval.schema import EvaluationFigures, FewShotFigures, MeanFigures, PrototypeDiagnostics
 from pal_ds.inference.load_run import open_run
 from pal_ds.inference.mixtures import user_mixtures
 from pal_ds.io.files import write_atomically
@@ -38,16 +37,15 @@ def write_report(
 ) -> Path:
     """Writes OUT/report.md and its PNGs; `groups` colours users by a known group. Returns the page's path."""
     out.mkdir(parents=True, exist_ok=True)
-    drawn = {
-        "learning": _draw(out / "learning.png", runs, _learning_curve),
-        "simplex": _draw(
-            out / "simplex.png", runs, lambda axes, run: _simplex(axes, run, groups or {})
-        ),
-        "users": _draw(out / "users.png", runs, _accuracy_per_user),
-        "reliability": _draw(out / "reliability.png", runs, _reliability),
-        "prototypes": _draw(out / "prototypes.png", runs, _prototypes),
-        "new_users": _new_users(out / "new_users.png", runs),
+    panels: dict[str, Callable[[Axes, RunDirectory], bool]] = {
+        "learning": _learning_curve,
+        "simplex": lambda axes, run: _simplex(axes, run, groups or {}),
+        "users": _accuracy_per_user,
+        "reliability": _reliability,
+        "prototypes": _prototypes,
     }
+    drawn = {name: _draw(out / f"{name}.png", runs, draw) for name, draw in panels.items()}
+    drawn["new_users"] = _new_users(out / "new_users.png", runs)
     lines = ["# Report", "", *_table(runs), "", *_warnings(runs)]
     for name, title in PICTURES.items():
         if drawn[name]:
@@ -56,13 +54,9 @@ def write_report(
     return out / "report.md"
 
 
-def _test_figures(run: RunDirectory) -> EvaluationFigures | None:
-    path = run.eval / "test.json"
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def _few_shot_figures(run: RunDirectory) -> FewShotFigures | None:
-    path = run.eval / "few_shot.json"
+def _figures(run: RunDirectory, name: str) -> Any:
+    """Content of eval/NAME.json, see `schema.py`; None where there is none."""
+    path = run.eval / f"{name}.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
 
@@ -72,24 +66,19 @@ def _table(runs: dict[str, RunDirectory]) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, run in runs.items():
-        figures = _test_figures(run)
+        figures = _figures(run, "test")
         if figures and figures["accuracy_ci95"] is not None:
             low, high = figures["accuracy_ci95"]
             # An evaluation of an earlier version lacks the newer figures.
-            disputed = figures.get("controversial") or cast(MeanFigures, {"pairs": 0})
-            cells = (
-                name,
-                figures["pairs"],
-                f"{figures['accuracy']:.3f} ({low:.3f}-{high:.3f})",
-                _number(figures.get("bayes_accuracy")),
-                _number(figures["worst_decile_user_accuracy"]),
-                f"{_number(disputed['accuracy'])} of {disputed['pairs']}"
-                if disputed["pairs"]
-                else "",
-                _number(figures["ece"]),
-                _number(figures.get("brier")),
+            disputed, controversial = figures.get("controversial"), ""
+            if disputed and disputed["pairs"]:
+                controversial = f"{_number(disputed['accuracy'])} of {disputed['pairs']}"
+            bayes, brier = figures.get("bayes_accuracy"), figures.get("brier")
+            worst, ece = figures["worst_decile_user_accuracy"], figures["ece"]
+            lines.append(
+                f"| {name} | {figures['pairs']} | {figures['accuracy']:.3f} ({low:.3f}-{high:.3f}) | {_number(bayes)} "
+                f"| {_number(worst)} | {controversial} | {_number(ece)} | {_number(brier)} |"
             )
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
         else:
             lines.append(f"| {name} | no eval/test.json: run `evaluate` first | | | | | | |")
     return lines
@@ -104,9 +93,8 @@ def _warnings(runs: dict[str, RunDirectory]) -> list[str]:
     warnings = [
         f"- {name}, eval/{file}.json: {warning}"
         for name, run in runs.items()
-        for file, figures in (("test", _test_figures(run)), ("few_shot", _few_shot_figures(run)))
-        if figures
-        for warning in figures.get("warnings", [])
+        for file in ("test", "few_shot")
+        for warning in (_figures(run, file) or {}).get("warnings", [])
     ]
     return ["## Warnings", "", *warnings, ""] if warnings else []
 
@@ -122,11 +110,12 @@ def _draw(
         axes.set_title(name)
         axes.set_axis_on() if has_content else axes.set_axis_off()
         shown = shown or has_content
-    _save(figure, path, shown)
+    save_figure(figure, path, shown)
     return shown
 
 
-def _save(figure: Figure, path: Path, shown: bool) -> None:
+def save_figure(figure: Figure, path: Path, shown: bool = True) -> None:
+    """Write a picture, unless there is nothing to show, and forget it."""
     figure.tight_layout()
     if shown:
         figure.savefig(path, dpi=120)
@@ -175,16 +164,12 @@ def _simplex(axes: Axes, run: RunDirectory, groups: dict[str, str | None]) -> bo
         axes.legend(
             fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=3, frameon=False
         )
-    axes.set_xlim(-1.3, 1.3)
-    axes.set_ylim(-1.3, 1.3)
-    axes.set_aspect("equal")
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal", xticks=[], yticks=[])
     return True
 
 
 def _accuracy_per_user(axes: Axes, run: RunDirectory) -> bool:
-    figures = _test_figures(run)
+    figures = _figures(run, "test")
     if not figures or not isinstance(figures["users"], dict) or not figures["users"]:
         return False
     accuracies = np.sort([user["accuracy"] for user in figures["users"].values()])
@@ -193,15 +178,13 @@ def _accuracy_per_user(axes: Axes, run: RunDirectory) -> bool:
     if (bayes := figures.get("bayes_accuracy")) is not None:
         axes.axhline(bayes, color="black", linewidth=1, linestyle="--", label="Bayes")
         axes.legend(fontsize=7, loc="lower right")
-    axes.set_xlabel("users, worst first")
-    axes.set_ylabel("test accuracy")
-    axes.set_ylim(0, 1)
+    axes.set(xlabel="users, worst first", ylabel="test accuracy", ylim=(0, 1))
     return True
 
 
 def _reliability(axes: Axes, run: RunDirectory) -> bool:
     """Accuracy of the pairs of each bin of confidence; on the diagonal confidence is deserved."""
-    figures = _test_figures(run)
+    figures = _figures(run, "test")
     if not figures or not (bins := figures.get("reliability")):
         return False
     stated, right = ([row[key] for row in bins] for key in ("confidence", "accuracy"))
@@ -211,22 +194,19 @@ def _reliability(axes: Axes, run: RunDirectory) -> bool:
     axes.scatter(stated, right, s=400 * share + 4, color="tab:blue", alpha=0.7)
     label = f"ECE {figures['ece']:.3f}, Brier {figures['brier']:.3f}"
     axes.annotate(label, (0.04, 0.92), xycoords="axes fraction", fontsize=8)
-    axes.set_xlabel("stated confidence (area: share of pairs)")
-    axes.set_ylabel("accuracy")
-    axes.set_xlim(0.48, 1.02)
-    axes.set_ylim(-0.05, 1.05)
+    axes.set(xlabel="stated confidence (area: share of pairs)", ylabel="accuracy")
+    axes.set(xlim=(0.48, 1.02), ylim=(-0.05, 1.05))
     return True
 
 
 def _prototypes(axes: Axes, run: RunDirectory) -> bool:
     """Mean weight of each prototype, over the distances between them where the head has points."""
-    figures = _test_figures(run)
+    figures = _figures(run, "test")
     diagnostics = figures.get("diagnostics") if figures else None
     # A head that makes points from comparisons has latent units and no prototypes.
     if not diagnostics or not diagnostics.get("prototype_shares"):
         return False
-    facts = cast(PrototypeDiagnostics, diagnostics)
-    shares, distances = facts["prototype_shares"] or [], facts["prototype_distances"]
+    shares, distances = diagnostics["prototype_shares"], diagnostics["prototype_distances"]
     ticks = range(len(shares))
     labels = [f"{k + 1}\n{share:.0%}" for k, share in enumerate(shares)]
     if distances is None:
@@ -237,14 +217,14 @@ def _prototypes(axes: Axes, run: RunDirectory) -> bool:
         axes.figure.colorbar(image, ax=axes, label="distance")
         axes.set_yticks(ticks, [str(k + 1) for k in ticks])
     axes.set_xticks(ticks, labels, fontsize=8)
-    used, mixed = facts["effective_prototypes"], facts["effective_prototypes_per_user"]
+    used, mixed = (diagnostics[f"effective_prototypes{of}"] for of in ("", "_per_user"))
     axes.set_xlabel(f"{used:.1f} in use, {mixed:.1f} per user (exp entropy)")
     return True
 
 
 def _new_users(path: Path, runs: dict[str, RunDirectory]) -> bool:
     """All runs in one picture; few-shot accuracy at 0, 1, 2, 4, ... comparisons on evenly spaced ticks."""
-    curves = {name: _few_shot_figures(run) for name, run in runs.items()}
+    curves = {name: _figures(run, "few_shot") for name, run in runs.items()}
     curves = {name: curve["curve"] for name, curve in curves.items() if curve}
     figure, axes = plt.subplots(figsize=(5.5, 3.8))
     counts = sorted({row["num_comparisons"] for curve in curves.values() for row in curve})
@@ -259,9 +239,8 @@ def _new_users(path: Path, runs: dict[str, RunDirectory]) -> bool:
             axes.fill_between(places, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         if "bayes_accuracy" in curve[-1]:
             axes.axhline(curve[-1]["bayes_accuracy"], color="black", linewidth=1, linestyle="--")
-    axes.set_xlabel("comparisons per new user")
-    axes.set_ylabel("accuracy on their test pairs")
+    axes.set(xlabel="comparisons per new user", ylabel="accuracy on their test pairs")
     if curves:
         axes.legend(fontsize=8)
-    _save(figure, path, bool(curves))
+    save_figure(figure, path, bool(curves))
     return bool(curves)

@@ -1,14 +1,76 @@
-"""JSON figures with an entry per user: in the file itself, or in a table beside it where there are many."""
+"""What an evaluation scores, under which name its figures are kept, and the JSON that holds them."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from pal_ds.errors import writing
+import numpy as np
+
+from pal_ds.data.tables import PreparedData
+from pal_ds.errors import UserError, writing
 from pal_ds.io.files import replacing, write_json
+from pal_ds.runs.run_dir import RunDirectory
 
 USERS_IN_PARQUET_ABOVE = 10_000
+
+
+class EvalRequest(NamedTuple):
+    """A set to evaluate: a split of the run's data, or a file in its place; the result goes to eval/NAME.json."""
+
+    name: str
+    split: str
+    file: Path | None
+
+    def rows(self, data: PreparedData) -> np.ndarray:
+        """Its comparisons, all those of the tables of a file. Raises UserError where a split has none."""
+        if self.file is not None:
+            return np.arange(len(data.comparisons))
+        rows = data.rows(self.split)
+        if len(rows) == 0:
+            raise UserError(
+                f"--split {self.split}: {data.path} has no pairs in it; it has {data.info['counts']['splits']}."
+            )
+        return rows
+
+
+def split_request(split: str, name: str | None = None) -> EvalRequest:
+    """Ask for one split of the run's data."""
+    return eval_requests(split, [], name)[0]
+
+
+def file_request(file: Path, name: str | None = None) -> EvalRequest:
+    """Ask for one file of pairs."""
+    return eval_requests("test", [file], name)[0]
+
+
+def eval_requests(
+    split: str, files: list[Path], name: str | None, prefix: str = ""
+) -> list[EvalRequest]:
+    """Ask for the split, or each of the files, under `name` or else PREFIX and the split or the file's stem.
+
+    Raises:
+        UserError: a name that is none, or two results of one name.
+    """
+    if name is not None and (Path(name).name != name or name.startswith(".")):
+        raise UserError(f"--name {name}: must be a plain name, the result goes to eval/NAME.json.")
+    if not files:
+        return [EvalRequest(name or prefix + split, split, None)]
+    requests = [EvalRequest(name or prefix + file.stem, split, file) for file in files]
+    names = [one.name for one in requests]
+    if len(set(names)) < len(names):
+        raise UserError(
+            f"--data: the results of these files would go to one eval/NAME.json ({', '.join(names)}). Evaluate "
+            "them one by one, each with a --name of its own."
+        )
+    return requests
+
+
+def write_figures(run: RunDirectory, name: str, figures: Mapping[str, object]) -> None:
+    """Writes eval/NAME.json. Raises StorageError where it cannot be written."""
+    with writing(run.eval):
+        run.eval.mkdir(parents=True, exist_ok=True)
+    write_user_figures(run.eval / f"{name}.json", figures)
 
 
 def write_user_figures(path: Path, figures: Mapping[str, object]) -> None:
@@ -16,7 +78,7 @@ def write_user_figures(path: Path, figures: Mapping[str, object]) -> None:
 
     "users" then holds the parquet's name. Raises StorageError where a file cannot be written.
     """
-    users = figures["users"]
+    users = figures.get("users", {})
     assert isinstance(users, dict)
     if len(users) > USERS_IN_PARQUET_ABOVE:
         import pyarrow as pa

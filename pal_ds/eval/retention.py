@@ -46,23 +46,17 @@ def _accuracy(run: RunDirectory, name: str) -> tuple[int, float, float]:
         raise UserError(f"{path}: an evaluation of no pairs.")
     pairs = [part["pairs"] for part in parts]
     accuracies = [part["accuracy"] for part in parts]
-    errors = [_standard_error(part) for part in parts]
+    # From the interval, of which one end may be cut at 0 or 1.
+    errors = [
+        np.abs(np.subtract(part["accuracy_ci95"], part["accuracy"])).max() / 1.96 for part in parts
+    ]
     share = np.asarray(pairs) / sum(pairs)
     return sum(pairs), float(share @ accuracies), float(np.linalg.norm(share * errors))
 
 
-def _standard_error(figures: Figures) -> float:
-    """From the interval, of which one end may be cut at 0 or 1."""
-    low, high = figures["accuracy_ci95"]
-    return max(high - figures["accuracy"], figures["accuracy"] - low) / 1.96
-
-
 def table(rows: list[Figures]) -> str:
     """The rows in markdown."""
-    lines = [
-        "| set | pairs | before | after | loss (95% interval) |",
-        "|---|---|---|---|---|",
-    ]
+    lines = ["| set | pairs | before | after | loss (95% interval) |", "|---|---|---|---|---|"]
     for row in rows:
         low, high = row["loss_ci95"]
         accuracies = f"{row['before']:.3f} | {row['after']:.3f}"

@@ -51,12 +51,6 @@ class PairFigures(MeanFigures, CalibrationFigures):
     """By user id; see `results.write_user_figures` for many users."""
 
 
-class SplitFigures(PairFigures):
-    """Figures of users that the run knows, and of strangers."""
-
-    unknown_users: PairFigures
-
-
 class PrototypeDiagnostics(TypedDict):
     """Use of the prototypes by a run's own users; see `diagnostics.diagnose`."""
 
@@ -80,28 +74,19 @@ class LatentDiagnostics(TypedDict):
     active_units: float | None
 
 
-class Findings(TypedDict):
-    """Entries that `findings.findings` adds to the figures."""
+class EvaluationFigures(PairFigures):
+    """The whole of eval/NAME.json for a set of pairs; its own entries are those of users that the run knows."""
 
+    unknown_users: PairFigures
     train_accuracy: float | None
     diagnostics: PrototypeDiagnostics | LatentDiagnostics | None
     warnings: list[str]
-
-
-class OptionalFigures(TypedDict, total=False):
-    """Entries that only some heads and sets have."""
-
-    context_flip: dict[str, float | None]
+    context_flip: NotRequired[dict[str, float | None]]
     """{"all", "controversial"}, of heads that encode comparisons."""
-    dropped: dict[str, int]
+    dropped: NotRequired[dict[str, int]]
     """Number of dropped rows by reason, of a file."""
-    prompts_seen_in_training: int
+    prompts_seen_in_training: NotRequired[int]
     """Number of the file's prompts that training has seen; only for a file."""
-
-
-class EvaluationFigures(SplitFigures, Findings, OptionalFigures):
-    """The whole of eval/NAME.json for a set of pairs."""
-
     step: int
     adapted_users: int
 
@@ -121,13 +106,6 @@ class UserRankingFigures(RankingMeans):
     lists: int
 
 
-class RankingBaselines(TypedDict):
-    """Best of n of choices that read nothing."""
-
-    random: RankingMeans
-    longest: RankingMeans | None
-
-
 class RankingFigures(TypedDict):
     """Best of n over one set of lists; null for an empty set."""
 
@@ -142,20 +120,16 @@ class RankingFigures(TypedDict):
     regret_normalised_ci95: list[float] | None
     kendall_tau_b: float | None
     kendall_tau_b_ci95: list[float] | None
-    baselines: RankingBaselines | None
+    baselines: dict[str, RankingMeans | None] | None
+    """{"random", "longest"}, choices that read nothing; `longest` is null for vectors."""
     users: dict[str, UserRankingFigures]
     """By user id."""
 
 
-class SplitRankingFigures(RankingFigures):
-    """Best of n over the lists of users that the run knows, and of strangers."""
+class BestOfNFigures(RankingFigures):
+    """The whole of eval/NAME.json for `evaluate --best_of_n`; its own entries are those of users that the run knows."""
 
     unknown_users: RankingFigures
-
-
-class BestOfNFigures(SplitRankingFigures):
-    """The whole of eval/NAME.json for `evaluate --best_of_n`."""
-
     dropped: NotRequired[dict[str, int]]
     """Number of dropped lists ("lists") and rows by reason, of a file."""
     step: int

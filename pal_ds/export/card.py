@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NotRequired, TypedDict, final
+from typing import NotRequired, TypedDict, cast, final
 
 from pal_ds.data.tables import TokensInfo
 from pal_ds.export.audience import Audience
@@ -12,6 +13,15 @@ from pal_ds.io.files import feed
 
 FACTS_NAME = "export.json"
 FORMAT_VERSION = 1
+_HEADER = """---
+library_name: transformers
+pipeline_tag: text-classification
+license: other
+license_name: {licence}
+tags: [reward-model, pal]
+---
+# Reward model
+"""
 
 
 class ExportFacts(TypedDict):
@@ -32,61 +42,49 @@ class ExportFacts(TypedDict):
     """How texts became ids, as in dataset.json of the training data."""
 
 
-class DescribedRun(ExportFacts):
-    """The facts of an export that are known before its weights are written."""
+@final
+class RunExport(ExportFacts):
+    """export.json of a run's export, without the files' hashes."""
 
     step: int
     dataset_hash: str
     tuning: str
-
-
-class TokenizerCheck(TypedDict, total=False):
-    """The check of a tokenizer; made for stock classes alone."""
-
-    tokenizer_exact: bool
-    """True where the folder's tokenizer writes the trainer's ids by itself."""
-
-
-class Parity(TokenizerCheck):
-    """Distance of the exported scores from the trainer's."""
-
+    reads_prompt: bool
+    tokenizer_exact: NotRequired[bool]
+    """True where a stock class's tokenizer writes the trainer's ids by itself."""
     max_difference: float
+    """Largest distance of the exported scores from the trainer's."""
     scale: float
     """Largest absolute score of the trainer."""
     num_samples: int
-
-
-@final
-class RunExport(DescribedRun, Parity):
-    """export.json of a run's export, without the files' hashes."""
-
-    reads_prompt: bool
     measured_for: NotRequired[str]
 
 
-class DescribedImport(ExportFacts):
-    """The facts of an import, without the file that it was made from."""
+@final
+class ImportedExport(ExportFacts):
+    """export.json of a checkpoint of the PAL reference, without the files' hashes."""
 
     reads_prompt: bool
     end_in_tokenizer: str
     """Text that the folder's tokenizer writes after every text; empty for none."""
     backbone_weights: str
     """Origin of the backbone's weights, in words."""
-
-
-@final
-class ImportedExport(DescribedImport):
-    """export.json of a checkpoint of the PAL reference, without the files' hashes."""
-
     imported_from: str
     checkpoint_sha256: str
 
 
-def describe(opened: OpenRun, audience: Audience, *, dtype: str, stock: str | None) -> DescribedRun:
-    """Return the facts of an export, without user ids."""
+def describe(
+    opened: OpenRun,
+    audience: Audience,
+    parity: Mapping[str, object],
+    *,
+    dtype: str,
+    stock: str | None,
+) -> RunExport:
+    """Return the facts of an export, without user ids; `parity` are those of its check against the trainer."""
     data, parts = opened.data.info, opened.parts
     backbone = opened.config.backbone
-    return {
+    facts = {
         "format_version": FORMAT_VERSION,
         "head": type(parts.head).__name__,
         "family": parts.head.family,
@@ -100,57 +98,40 @@ def describe(opened: OpenRun, audience: Audience, *, dtype: str, stock: str | No
         "tuning": backbone.tuning,
         "dtype": dtype,
         "tokens": data["tokens"],
+        "reads_prompt": parts.collator.with_prompt,
+        **parity,
     }
+    return cast(RunExport, facts)
 
 
 def write_card(folder: Path, facts: RunExport | ImportedExport) -> None:
     """Write README.md, the model card."""
-    (folder / "README.md").write_text(
-        _HEADER.format(licence=facts["licence"] or "unknown") + _body(facts)
-    )
-
-
-_HEADER = """---
-library_name: transformers
-pipeline_tag: text-classification
-license: other
-license_name: {licence}
-tags: [reward-model, pal]
----
-# Reward model
-"""
-
-
-def _body(facts: RunExport | ImportedExport) -> str:
-    rows = {
+    rows: dict[str, object] = {
         "Head": facts["head"],
         "Scores for": facts["audience"],
         "Mixture": facts["mixture"] or "none",
-        **(_imported(facts) if "imported_from" in facts else _of_run(facts)),
     }
+    if "imported_from" in facts:
+        rows |= {
+            "Imported from": f"{facts['imported_from']}, sha256 {facts['checkpoint_sha256']}",
+            "Backbone": f"{facts['backbone']} ({facts['backbone_weights']})",
+            "Weights": facts["dtype"],
+        }
+    else:
+        rows |= {
+            "Step of the run": facts["step"],
+            "Data": f"hash {facts['dataset_hash']}, licence {facts['licence'] or 'not stated'}",
+            "Backbone": f"{facts['backbone']} ({facts['tuning']})",
+            "Weights": facts["dtype"],
+            "Largest difference to the trainer": (
+                f"{facts['max_difference']:.2e} on {facts['num_samples']} texts whose scores reach "
+                f"{facts['scale']:.3g} in size{facts.get('measured_for', '')}"
+            ),
+        }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    return f"| | |\n|---|---|\n{table}\n\n## Use\n{_usage(facts)}"
-
-
-def _of_run(facts: RunExport) -> dict[str, object]:
-    return {
-        "Step of the run": facts["step"],
-        "Data": f"hash {facts['dataset_hash']}, licence {facts['licence'] or 'not stated'}",
-        "Backbone": f"{facts['backbone']} ({facts['tuning']})",
-        "Weights": facts["dtype"],
-        "Largest difference to the trainer": (
-            f"{facts['max_difference']:.2e} on {facts['num_samples']} texts whose scores reach "
-            f"{facts['scale']:.3g} in size{facts.get('measured_for', '')}"
-        ),
-    }
-
-
-def _imported(facts: ImportedExport) -> dict[str, object]:
-    return {
-        "Imported from": f"{facts['imported_from']}, sha256 {facts['checkpoint_sha256']}",
-        "Backbone": f"{facts['backbone']} ({facts['backbone_weights']})",
-        "Weights": facts["dtype"],
-    }
+    header = _HEADER.format(licence=facts["licence"] or "unknown")
+    page = f"{header}| | |\n|---|---|\n{table}\n\n## Use\n{_usage(facts)}"
+    (folder / "README.md").write_text(page)
 
 
 def _usage(facts: RunExport | ImportedExport) -> str:
@@ -211,14 +192,11 @@ says, so the stock class scores as the trainer did.
 be made to write its special tokens by itself. Load with `trust_remote_code=True`: the folder's own
 class brings every row to the trainer's form.
 """
-    return (
-        text
-        + f"""Pad on the right (the tokenizer does): some stock classes count positions from the
+    return f"""{text}Pad on the right (the tokenizer does): some stock classes count positions from the
 row's start. Texts of more than {facts["tokens"]["max_length"]} tokens lost their beginning in
 training; the stock class reads them whole. With `trust_remote_code=True` padding, special tokens
 and length are as in training.
 """
-    )
 
 
 def write_facts(

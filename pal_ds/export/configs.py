@@ -1,7 +1,9 @@
-"""The transformers config and class of an exported model."""
+"""The transformers config and class of an exported model, and its config.json."""
 
+from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -12,10 +14,13 @@ from transformers import (
 
 from pal_ds.data.tokenise import truncation_side
 from pal_ds.errors import UserError
+from pal_ds.export.bundle_code import write_pal_code
+from pal_ds.export.weights import Layout, Weights
 from pal_ds.heads.base import Head
 from pal_ds.inference.load_run import OpenRun
 from pal_ds.remote_code.canonical_rows import CanonicalRows
-from pal_ds.remote_code.modeling_pal import PalRewardConfig
+from pal_ds.remote_code.encoding import drop_unused_modules
+from pal_ds.remote_code.modeling_pal import PalForSequenceClassification, PalRewardConfig
 
 PAL_AUTO_MAP = {
     "AutoConfig": "modeling_pal.PalRewardConfig",
@@ -86,8 +91,6 @@ def head_arguments(opened: OpenRun) -> dict[str, Any]:
 
 def stock_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
     """Return transformers' own sequence classifier for a decoder, if it is one linear map on top."""
-    import torch
-
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         return None
     stock: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
@@ -102,3 +105,30 @@ def stock_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
 def canonical_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """Return a stock class with rows brought to the trainer's form first."""
     return type(f"Canonical{stock.__name__}", (CanonicalRows, stock), {"__module__": __name__})
+
+
+def pal_layout(folder: Path, config: PalRewardConfig, weights: Weights) -> Layout:
+    """Write config and code of our own class, and say what its tensors are called."""
+    write_pal_code(folder, weights.head)
+    target = on_meta(PalForSequenceClassification, config)
+    write_config(folder, config, PalForSequenceClassification.__name__, PAL_AUTO_MAP)
+    head_tensors = {f"head.{name}": t for name, t in weights.head.state_dict().items()}
+    return Layout(target, weights, "backbone.", head_tensors)
+
+
+def on_meta(cls: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """Build a model without storage: names and shapes of its tensors."""
+    with torch.device("meta"):
+        model = cls(config)
+    for module in model.children():
+        drop_unused_modules(module)
+    return model
+
+
+def write_config(
+    folder: Path, config: PretrainedConfig, architecture: str, auto_map: dict[str, str]
+) -> None:
+    """Write config.json, saying which class of which file opens the folder."""
+    config.architectures = [architecture]
+    config.auto_map = auto_map
+    config.save_pretrained(folder)

@@ -1,13 +1,11 @@
 """The exported folder: weights, config, code, tokenizer, card, and the check against the run.
 
-Everything is written beside the final name and renamed at the end, so a folder of that name is
-complete and checked.
+Everything is written beside the final name and renamed at the end, so a folder of that name is complete and checked.
 """
 
 import gc
 import json
 import logging
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,28 +13,27 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pal_ds.data.tokenise import truncation_side
 from pal_ds.errors import UserError
 from pal_ds.export import bundle_code, card, tokenizer
 from pal_ds.export.audience import Audience, choose_audience
 from pal_ds.export.configs import (
-    PAL_AUTO_MAP,
     backbone_config,
     canonical_class,
+    on_meta,
     pal_config,
+    pal_layout,
     stock_class,
+    write_config,
 )
 from pal_ds.export.parity import exported_scores, read_samples, trainer_scores
-from pal_ds.export.weights import Weights, exported_tensors, weights_of
-from pal_ds.export.writer import write_sharded
+from pal_ds.export.weights import DTYPES, Layout, Weights, parse_size, weights_of, write_weights
 from pal_ds.heads.base import Head
 from pal_ds.inference.load_run import OpenRun, load_model, open_run
 from pal_ds.inference.mixtures import user_mixtures
 from pal_ds.io.files import new_folder, refuse_existing
-from pal_ds.progress import progress_bar
-from pal_ds.remote_code.encoding import drop_unused_modules
 from pal_ds.remote_code.modeling_pal import PalForSequenceClassification
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.users import UserTable
@@ -44,8 +41,6 @@ from pal_ds.users import UserTable
 logger = logging.getLogger(__name__)
 
 LARGEST_DIFFERENCE = 1e-4
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,24 +115,20 @@ def fill_folder(folder: Path, opened: OpenRun, options: ExportOptions) -> card.R
         and opened.parts.collator.encoding == "joint"
     ):
         stock = stock_class(backbone_config(opened))
-    described = card.describe(
-        opened, audience, dtype=options.dtype, stock=stock.__name__ if stock else None
-    )
     if stock is None or linear is None:
-        layout = _pal_layout(folder, opened, weights, audience, options)
+        config = pal_config(opened, audience.mixture)
+        config.reward_mean, config.reward_std = options.reward_mean, options.reward_std
+        tokenizer.copy_tokenizer(opened.data.tokenizer_path, folder)
+        layout = pal_layout(folder, config, weights)
     else:
         layout = _stock_layout(folder, opened, weights, stock, linear)
-    target, source, prefix, head_tensors = layout
-    shapes, read = exported_tensors(target, source, prefix, head_tensors)
-    max_bytes = parse_size(options.max_shard_size)
-    with progress_bar("exporting", len(shapes), shown=not options.quiet, unit="tensors") as advance:
-        write_sharded(folder, shapes, read, DTYPES[options.dtype], max_bytes, advance)
-    del weights, layout, source, head_tensors, read
-    facts: card.RunExport = {
-        **described,
-        "reads_prompt": opened.parts.collator.with_prompt,
-        **_check(folder, opened, audience, target, options.dtype),
-    }
+    shown = None if options.quiet else "exporting"
+    write_weights(folder, layout, options.dtype, options.max_shard_size, shown)
+    target = layout.target
+    del weights, layout
+    parity = _check(folder, opened, audience, target, options.dtype)
+    name = None if stock is None else stock.__name__
+    facts = card.describe(opened, audience, parity, dtype=options.dtype, stock=name)
     if options.with_users and head.has_points:
         _write_users(folder, opened, head, options.users_dir)
     card.write_card(folder, facts)
@@ -145,27 +136,9 @@ def fill_folder(folder: Path, opened: OpenRun, options: ExportOptions) -> card.R
     return facts
 
 
-def _pal_layout(
-    folder: Path, opened: OpenRun, weights: Weights, audience: Audience, options: ExportOptions
-) -> tuple[PreTrainedModel, Weights, str, dict[str, Tensor]]:
-    """Write config, code and tokenizer of our own class; return the class and what its tensors are called."""
-    config = pal_config(opened, audience.mixture)
-    config.reward_mean, config.reward_std = options.reward_mean, options.reward_std
-    tokenizer.copy_tokenizer(opened.data.tokenizer_path, folder)
-    bundle_code.write_pal_code(folder, weights.head)
-    target = on_meta(PalForSequenceClassification, config)
-    write_config(folder, config, PalForSequenceClassification.__name__, PAL_AUTO_MAP)
-    head_tensors = {f"head.{name}": t for name, t in weights.head.state_dict().items()}
-    return target, weights, "backbone.", head_tensors
-
-
 def _stock_layout(
-    folder: Path,
-    opened: OpenRun,
-    weights: Weights,
-    stock: type[PreTrainedModel],
-    linear: Tensor,
-) -> tuple[PreTrainedModel, Weights, str, dict[str, Tensor]]:
+    folder: Path, opened: OpenRun, weights: Weights, stock: type[PreTrainedModel], linear: Tensor
+) -> Layout:
     """Write config, tokenizer and code of transformers' own class, with a subclass that scores as the trainer."""
     config = backbone_config(opened)
     tokens = opened.data.info["tokens"]
@@ -187,16 +160,7 @@ def _stock_layout(
     auto_map = {"AutoModelForSequenceClassification": f"modeling_canonical.{name}"}
     write_config(folder, config, stock.__name__, auto_map)
     target = on_meta(stock, config)
-    return target, weights, f"{stock.base_model_prefix}.", {"score.weight": linear[None]}
-
-
-def on_meta(cls: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    """Build a model without storage: names and shapes of its tensors."""
-    with torch.device("meta"):
-        model = cls(config)
-    for module in model.children():
-        drop_unused_modules(module)
-    return model
+    return Layout(target, weights, f"{stock.base_model_prefix}.", {"score.weight": linear[None]})
 
 
 def _with_one_more_row(weights: Weights, vocab_size: int) -> Weights:
@@ -216,25 +180,16 @@ def _with_one_more_row(weights: Weights, vocab_size: int) -> Weights:
     return Weights({**weights.shapes, name: (rows[0] + 1, rows[1])}, read, weights.head)
 
 
-def write_config(
-    folder: Path, config: PretrainedConfig, architecture: str, auto_map: dict[str, str]
-) -> None:
-    """Write config.json, saying which class of which file opens the folder."""
-    config.architectures = [architecture]
-    config.auto_map = auto_map
-    config.save_pretrained(folder)
-
-
 def _check(
     folder: Path, opened: OpenRun, audience: Audience, target: PreTrainedModel, dtype: str
-) -> card.Parity:
+) -> dict[str, float]:
     """Score samples by both paths; one model is in memory at a time.
 
     Raises:
         UserError: the fp32 export differs from the run by more than LARGEST_DIFFERENCE.
     """
     texts, encoded = read_samples(opened)
-    facts: card.TokenizerCheck = {}
+    facts = {}
     everything = np.arange(len(texts))
     readers: list[tuple[type[PreTrainedModel], np.ndarray]] = [(type(target), everything)]
     if not isinstance(target, PalForSequenceClassification):
@@ -282,15 +237,3 @@ def _write_users(folder: Path, opened: OpenRun, head: Head, adapted: Path | None
     with open(folder / "users.jsonl", "w", encoding="utf-8") as stream:
         for user_id, mixture in mixtures.items():
             stream.write(json.dumps({"user_id": user_id, "mixture": mixture}) + "\n")
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes of `--max_shard_size`. Raises UserError for anything but a number and a unit.
-
-    >>> parse_size("500 MB")
-    500000000
-    """
-    found = re.fullmatch(r"(\d+)\s*(KB|MB|GB)", text)
-    if found is None or int(found[1]) == 0:
-        raise UserError(f"--max_shard_size {text}: must be a number and KB, MB or GB, as in 4GB.")
-    return int(found[1]) * _UNITS[found[2]]

@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from pal_ds.data.collator import Collator
 from pal_ds.data.ragged import Ragged
@@ -43,15 +43,15 @@ def read_samples(opened: OpenRun) -> tuple[list[str], list[Encoded]]:
     rendered = [encoder.render(sample["prompt"], sample["response"]) for sample in samples]
     if not samples or None in rendered:
         raise UserError(f"{file}: holds no text that the export can be checked on. Prepare again.")
-    texts = [item.text for item in rendered if item is not None]
-    encoded = encoder.encode([item for item in rendered if item is not None])
+    whole = [item for item in rendered if item is not None]
+    encoded = encoder.encode(whole)
     pairs = zip(encoded, samples, strict=True)
     if any(e is None or len(e.prompt_ids) != s["prompt_tokens"] for e, s in pairs):
         raise UserError(
             f"{opened.data.tokenizer_path}: gives other ids than when the data were prepared; the "
             "folder was changed. Prepare again."
         )
-    return texts, [e for e in encoded if e is not None]
+    return [item.text for item in whole], [e for e in encoded if e is not None]
 
 
 def trainer_scores(
@@ -83,19 +83,9 @@ def exported_scores(model: torch.nn.Module, folder: Path, texts: list[str]) -> n
     """
     tokenizer = open_tokenizer(folder)
     ours = isinstance(model, (PalForSequenceClassification, CanonicalRows))
-    ways = (("right", True), ("left" if ours else "right", False))
-    return np.stack([_score(model, tokenizer, texts, side, special) for side, special in ways])
-
-
-def _score(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: list[str],
-    side: str,
-    special: bool,
-) -> np.ndarray:
-    scores = []
-    with torch.no_grad():
+    ways = []
+    for side, special in (("right", True), ("left" if ours else "right", False)):
+        scores = [torch.empty(0)]
         for rows in _batches(len(texts)):
             batch = tokenizer(
                 [texts[row] for row in rows],
@@ -106,8 +96,10 @@ def _score(
                 return_tensors="pt",
                 verbose=False,
             )
-            scores.append(model(**batch).logits[:, 0].float())
-    return torch.cat(scores).double().numpy() if scores else np.empty(0)
+            with torch.no_grad():
+                scores.append(model(**batch).logits[:, 0].float())
+        ways.append(torch.cat(scores).double().numpy())
+    return np.stack(ways)
 
 
 def _batches(total: int) -> Iterator[np.ndarray]:
@@ -119,14 +111,10 @@ def _as_data(data: PreparedData, encoded: list[Encoded]) -> PreparedData:
     """Make tables in memory: text i is response i after prompt i, compared with itself in row i."""
     comparisons = np.zeros(len(encoded), COMPARISON_DTYPE)
     comparisons["a"] = comparisons["b"] = np.arange(len(encoded))
-    return PreparedData(
-        path=data.path,
-        info=data.info,
+    return replace(
+        data,
         comparisons=comparisons,
         response_prompt=np.arange(len(encoded)),
-        users=data.users,
-        user_seen=data.user_seen,
-        user_group=data.user_group,
         prompts=_ragged([e.prompt_ids for e in encoded]),
         responses=_ragged([e.response_ids for e in encoded]),
     )
@@ -135,6 +123,3 @@ def _as_data(data: PreparedData, encoded: list[Encoded]) -> PreparedData:
 def _ragged(rows: list[list[int]]) -> Ragged:
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
     return Ragged(np.concatenate([np.asarray(row, np.int32) for row in rows]), offsets)
-
-
-__all__ = ["exported_scores", "read_samples", "trainer_scores"]

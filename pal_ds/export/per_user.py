@@ -90,8 +90,7 @@ def read_user_list(path: Path) -> list[str]:
         user_id = line.removesuffix("\r")
         if user_id in seen:
             raise UserError(
-                f"--users {path}:{number}: {user_id!r} stands on line {seen[user_id]} already; list "
-                "every user once."
+                f"--users {path}:{number}: {user_id!r} stands on line {seen[user_id]} already; list every user once."
             )
         if user_id:
             seen[user_id] = number

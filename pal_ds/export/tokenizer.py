@@ -44,28 +44,23 @@ def write_canonical_tokenizer(
         in_text: False keeps the normaliser from writing special tokens even where it could.
 
     Returns:
-        The pad id, which never ends a text. It may be `vocab_size`: then the embedding needs one
-        more row, which is never read.
+        The pad id, which never ends a text. It may be `vocab_size`: then the embedding needs one more row, never read.
     """
     tokenizer = load_tokenizer(str(source))
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    pad = _pad_token(tokenizer, tokens["end_ids"])
-    if pad is None:
-        pad = _NEW_PAD
+    own = [token for token in (tokenizer.pad_token, tokenizer.bos_token) if token is not None]
+    may_pad = [t for t in own if tokenizer.convert_tokens_to_ids(t) not in tokens["end_ids"]]
+    pad = (*may_pad, _NEW_PAD)[0]
+    if pad == _NEW_PAD:
         backend.add_special_tokens([AddedToken(pad, special=True)])
-    tokenizer.save_pretrained(folder)
     if in_text and _keeps_specials(backend):
         prefix, end = (
             "".join(str(backend.id_to_token(token)) for token in tokens[key])
             for key in ("prefix_ids", "end_ids")
         )
         backend = _with_specials(backend, prefix, end)
-    backend.save(str(folder / "tokenizer.json"))
-    _rewrite_config(folder / "tokenizer_config.json", pad, tokens["max_length"])
-    pad_id = backend.token_to_id(pad)
-    assert pad_id is not None and pad_id <= vocab_size, (
-        f"pad token {pad} has id {pad_id} beyond {vocab_size} rows"
-    )
+    pad_id = _save(tokenizer, backend, folder, pad, tokens["max_length"])
+    assert pad_id <= vocab_size, f"pad token {pad} has id {pad_id} beyond {vocab_size} rows"
     return pad_id
 
 
@@ -96,20 +91,7 @@ def write_framed_tokenizer(
         special_tokens=[*prefix, *end],
     )
     pad = tokenizer.pad_token or tokenizer.eos_token or str(backend.id_to_token(0))
-    tokenizer.save_pretrained(folder)
-    backend.save(str(folder / "tokenizer.json"))
-    _rewrite_config(folder / "tokenizer_config.json", pad, max_length)
-    pad_id = backend.token_to_id(pad)
-    assert pad_id is not None, f"{pad} is a token of the tokenizer"
-    return pad_id
-
-
-def _pad_token(tokenizer: Any, end_ids: list[int]) -> str | None:
-    """Return the tokenizer's own pad token, or BOS, unless it may end a text."""
-    for token in (tokenizer.pad_token, tokenizer.bos_token):
-        if token is not None and tokenizer.convert_tokens_to_ids(token) not in end_ids:
-            return token
-    return None
+    return _save(tokenizer, backend, folder, pad, max_length)
 
 
 def _keeps_specials(backend: Tokenizer) -> bool:
@@ -144,8 +126,11 @@ def _with_specials(backend: Tokenizer, prefix: str, end: str) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(state))
 
 
-def _rewrite_config(path: Path, pad: str, max_length: int) -> None:
-    """Name in tokenizer_config.json the class that takes tokenizer.json as it is; padding right, cutting left."""
+def _save(tokenizer: Any, backend: Tokenizer, folder: Path, pad: str, max_length: int) -> int:
+    """Write the class that takes tokenizer.json as it is, padding right and cutting left; return the pad id."""
+    tokenizer.save_pretrained(folder)
+    backend.save(str(folder / "tokenizer.json"))
+    path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text())
     for key in ("added_tokens_decoder", "add_bos_token", "add_eos_token", "add_prefix_space"):
         config.pop(key, None)
@@ -157,6 +142,9 @@ def _rewrite_config(path: Path, pad: str, max_length: int) -> None:
         "model_max_length": max_length,
     }
     path.write_text(json.dumps(config, indent=2) + "\n")
+    pad_id = backend.token_to_id(pad)
+    assert pad_id is not None, f"{pad} is a token of the tokenizer"
+    return pad_id
 
 
 def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -97,6 +97,10 @@ class Head(nn.Module, ABC):
     """K, the width of a user's point and logits; 1 for a head without users."""
     on_simplex: ClassVar[bool] = True
     """True if users' points are mixtures, at least 0 and summing to 1; else they are any K numbers."""
+    temperature: float = 1.0
+    """tau of s_u = softmax(w_u / tau), for a head whose points are mixtures of logits."""
+    has_statistics: bool = False
+    """True if the rewards depend on a mixture through K numbers per position, whatever the features."""
     num_context: int = 0
     """N, how many of a user's comparisons a head that needs `context` reads in training."""
     num_context_scored: int = 0
@@ -115,11 +119,6 @@ class Head(nn.Module, ABC):
     def has_points(self) -> bool:
         """True if the point is the user's own: looked up, fitted or made from comparisons."""
         return not self.needs.isdisjoint({"logits", "context"})
-
-    @property
-    def temperature(self) -> float:
-        """tau of s_u = softmax(w_u / tau), for a head whose points are mixtures of logits."""
-        return 1.0
 
     def compare(self, features: Features, user: UserState) -> HeadOutput:
         """Rewards, margins and penalties of comparisons; a margin is a difference of rewards unless overridden."""
@@ -151,11 +150,6 @@ class Head(nn.Module, ABC):
     def place(self, features: Features, user: UserState) -> Placement | None:
         """The placement of two responses, for a head whose margin is a difference of distances or cosines."""
         return None
-
-    @property
-    def has_statistics(self) -> bool:
-        """True if the rewards depend on a mixture through K numbers per position, whatever the features."""
-        return False
 
     def statistics(self, features: Features) -> MixtureStatistics | None:
         """These numbers, in place of features, for a head that has them; else None. Without dropout: in eval mode."""

@@ -32,8 +32,7 @@ def unit(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
     """
     x = x.float()
     square = x.square().sum(-1, keepdim=True)
-    # The inner choice keeps rsqrt finite, the outer one drops its gradient: one alone leaves 0 *
-    # inf.
+    # The inner choice keeps rsqrt finite, the outer one drops its gradient: one alone leaves 0 * inf.
     safe = torch.where(square > 0, square, 1.0)
     return x * torch.where(square > 0, safe.rsqrt(), 0.0)
 

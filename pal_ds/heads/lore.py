@@ -20,6 +20,7 @@ class Lore(Head):
 
     needs: frozenset[str] = frozenset({"logits"})
     family: ClassVar[str] = "lore"
+    has_statistics = True
 
     def __init__(
         self,
@@ -43,6 +44,7 @@ class Lore(Head):
         check_positive("num_prototypes", num_prototypes)
         self.num_prototypes = num_prototypes
         self.basis = nn.Parameter(torch.randn(num_prototypes, hidden_size) / math.sqrt(hidden_size))
+        self.temperature = temperature
         self.mixture = Mixture(temperature, mixture, evaluation)
         self.needs = self.mixture.needs
 
@@ -55,22 +57,12 @@ class Lore(Head):
         scores = take(self._scores(features), features.response_index)
         return torch.einsum("bk,brtk->brt", self.mixture(user), scores)
 
-    @property
-    def temperature(self) -> float:
-        """tau of the mixture."""
-        return self.mixture.temperature
-
-    @property
-    def has_statistics(self) -> bool:
-        """Always."""
-        return True
-
     def statistics(self, features: Features) -> MixtureStatistics:
         """The K rewards of each response; s^T 1 s = 1 for every mixture, so the quadratic form drops out."""
         scores = self._scores(features)
         ones = scores.new_ones(1, self.num_prototypes, self.num_prototypes)
         shared = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
-        index, tau = features.response_index, self.mixture.temperature
+        index, tau = features.response_index, self.temperature
         return MixtureStatistics(scores, index, ones, shared, False, tau)
 
     def _scores(self, features: Features) -> Float[Tensor, "R T K"]:

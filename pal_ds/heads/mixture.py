@@ -43,8 +43,7 @@ class Mixture(nn.Module):
             return user.mixture.float()
         if user.logits is None:
             raise ValueError(
-                "this head needs a user: the user state holds neither logits nor a mixture; "
-                "pass one of the two."
+                "this head needs a user: the user state holds neither logits nor a mixture; pass one of the two."
             )
         logits = user.logits.float()
         if self.training:

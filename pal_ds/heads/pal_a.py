@@ -61,9 +61,8 @@ class PalA(Head):
                 three layers of a default start flatten the space and learn slower.
             user_point: where prototypes are mixed, see the module's first lines.
             similarity: `distance` or `cosine`; t of the cosine scale starts at log(1 / 0.07).
-            prototype_std: prototypes start as N(0, std^2) per coordinate. 1 is the scale of hidden
-                states after a final norm; for embeddings of length 1 take 1 / sqrt(H), lest every
-                response look equally far.
+            prototype_std: prototypes start as N(0, std^2) per coordinate. 1 is the scale of hidden states after a
+                final norm; for embeddings of length 1 take 1 / sqrt(H), lest every response look equally far.
             temperature: tau of the mixture.
             mixture: `softmax` or `gumbel`.
             evaluation: `soft`, or `hard` for the largest logit alone.
@@ -85,6 +84,9 @@ class PalA(Head):
         self.similarity = similarity
         self.bound, self.bound_weight = bound, bound_weight
         self.projector = Projector(hidden_size, dim, num_layers, activation, dropout, residual)
+        # `f(Pw)` mixes before f, of which one layer is affine, and weights that sum to 1 pass through it; more are not.
+        self.has_statistics = user_point != "f(Pw)" or num_layers == 1
+        self.temperature = temperature
         self.mixture = Mixture(temperature, mixture, evaluation)
         self.needs = self.mixture.needs
         width = dim if user_point == "Pw" else hidden_size
@@ -119,25 +121,12 @@ class PalA(Head):
         projected = self.projector(features.response)
         return Placement(projected, features.response_index, self.locate(user).unsqueeze(1), scale)
 
-    @property
-    def temperature(self) -> float:
-        """tau of the mixture."""
-        return self.mixture.temperature
-
-    @property
-    def has_statistics(self) -> bool:
-        """False for `f(Pw)` through more than one layer, which mixes before f.
-
-        One layer is affine, and weights that sum to 1 pass through it.
-        """
-        return self.user_point != "f(Pw)" or len(self.projector.layers) == 1
-
     def statistics(self, features: Features) -> MixtureStatistics | None:
         """By the K points that are mixed."""
         if not self.has_statistics:
             return None
         points = self.prototypes if self.user_point == "Pw" else self.projector(self.prototypes)
-        response, tau = self.projector(features.response), self.mixture.temperature
+        response, tau = self.projector(features.response), self.temperature
         if self.log_scale is None:
             return distance_statistics(response, features.response_index, points, tau)
         owner = features.response_index.new_zeros(len(response))

@@ -4,7 +4,7 @@ With f the response projector, g_1..g_K the prompt projectors and s_u the user's
     z_u(c) = sum_k s_uk g_k(h(c))      reward(x; c, u) = min(exp(t), 100) cos(f(h(x)), z_u(c))
 """
 
-from typing import ClassVar, Literal, final, get_args
+from typing import Any, ClassVar, Literal, final, get_args
 
 import torch
 from torch import Tensor
@@ -51,9 +51,8 @@ class PalB(Head):
             activation: between those layers.
             dropout: after each activation.
             residual: f(x) = x + layers(x), and likewise g_k; needs d = H.
-            prompt_position: `last`, or `aligned` (response position t looks at prompt position t,
-                and at the prompt's last one from there on) for parity with the reference. The
-                scale's t starts at log(1 / 0.07).
+            prompt_position: `last`, or `aligned` (response position t looks at prompt position t, and at the prompt's
+                last one from there on) for parity with the reference. The scale's t starts at log(1 / 0.07).
             temperature: tau of the mixture.
             mixture: `softmax` or `gumbel`.
             evaluation: `soft`, or `hard` for the largest logit alone.
@@ -62,13 +61,20 @@ class PalB(Head):
         check_positive("num_prototypes", num_prototypes)
         check_choice("prompt_position", prompt_position, get_args(PromptPosition))
         dim = hidden_size if dim is None else dim
-        shape = (hidden_size, dim, num_layers, activation, dropout, residual)
+        shape: dict[str, Any] = {
+            "input_size": hidden_size,
+            "output_size": dim,
+            "residual": residual,
+        }
+        shape |= {"num_layers": num_layers, "activation": activation, "dropout": dropout}
         self.num_prototypes = num_prototypes
         self.prompt_position = prompt_position
         if prompt_position == "aligned":
             self.needs = self.needs | {"prompt_tokens"}
-        self.response_projector = Projector(*shape)
-        self.prompt_projectors = StackedProjector(num_prototypes, *shape)
+        self.response_projector = Projector(**shape)
+        self.prompt_projectors = StackedProjector(num_prototypes, **shape)
+        self.has_statistics = prompt_position == "last"  # aligned positions have K maps per token
+        self.temperature = temperature
         self.mixture = Mixture(temperature, mixture, evaluation)
         self.needs = self.needs | self.mixture.needs
         self.log_scale = new_log_scale()
@@ -97,16 +103,6 @@ class PalB(Head):
             bounded_scale(self.log_scale),
         )
 
-    @property
-    def temperature(self) -> float:
-        """tau of the mixture."""
-        return self.mixture.temperature
-
-    @property
-    def has_statistics(self) -> bool:
-        """False for aligned positions, which have K maps per token."""
-        return self.prompt_position == "last"
-
     def statistics(self, features: Features) -> MixtureStatistics | None:
         """By the K maps of each prompt."""
         if not self.has_statistics:
@@ -117,7 +113,7 @@ class PalB(Head):
         keys = features.response_index * len(maps) + prompt_index
         pairs, index = torch.unique(keys, return_inverse=True)
         projected = self.response_projector(features.response)[pairs // len(maps)]
-        scale, tau = bounded_scale(self.log_scale), self.mixture.temperature
+        scale, tau = bounded_scale(self.log_scale), self.temperature
         return cosine_statistics(projected, index, maps, pairs % len(maps), scale, tau)
 
     def direction(self, features: Features, user: UserState) -> Float[Tensor, "B r C d"]:

@@ -25,36 +25,26 @@ _ARCHITECTURE = re.compile(
 )
 _REFUSED_POINTS = {
     "|f(P)|w": "divides column j of f(P) by the length of row j, which exists only for K = d and is no "
-    "mixture of K points",
+    "mixture of K points"
 }
+_READS_OTHERS = (
+    "subtracts the user's points of one text from the positions of another, so a reward depends on"
+)
 _REFUSED_SIMILARITIES = {
-    (
-        "dist_normalization",
-        PalA,
-    ): "divides by a norm over the positions of the padded text, so a reward "
-    "depends on the other tokens and on the padding",
-    (
-        "dist_logistic",
-        PalA,
-    ): "gives scale * distance as the logit, so it learned to prefer the response "
-    "that is farther from the user; rewards here are minus the distance",
-    ("norm", PalA): "has no code in the reference",
-    (
-        "dist",
-        PalB,
-    ): "subtracts the user's points of one text from the positions of another, so a reward "
-    "depends on the rest of the batch",
-    ("dist_normalization", PalB): "divides by norms over the positions of the padded text",
-    (
-        "dist_logistic",
-        PalB,
-    ): "subtracts the user's points of one text from the positions of another, so a "
-    "reward depends on the rest of the batch",
-    (
-        "angle_hinge",
-        PalB,
-    ): "divides the user's point by a norm over the positions of the padded prompt",
-    ("norm", PalB): "has no code in the reference",
+    PalA: {
+        "dist_normalization": "divides by a norm over the positions of the padded text, so a reward depends on the "
+        "other tokens and on the padding",
+        "dist_logistic": "gives scale * distance as the logit, so it learned to prefer the response that is farther "
+        "from the user; rewards here are minus the distance",
+        "norm": "has no code in the reference",
+    },
+    PalB: {
+        "dist": f"{_READS_OTHERS} the rest of the batch",
+        "dist_normalization": "divides by norms over the positions of the padded text",
+        "dist_logistic": f"{_READS_OTHERS} the rest of the batch",
+        "angle_hinge": "divides the user's point by a norm over the positions of the padded prompt",
+        "norm": "has no code in the reference",
+    },
 }
 
 
@@ -148,14 +138,13 @@ def _kind(rest: dict[str, Tensor], config: Mapping[str, Any]) -> type[PalA] | ty
             f"({'with' if kind is PalA else 'without'} user_learner_type), the checkpoint is not."
         )
     similarity = _required(config, "pref_learner_type")
-    if reason := _REFUSED_SIMILARITIES.get((similarity, kind)):
+    if reason := _REFUSED_SIMILARITIES[kind].get(similarity):
         raise ValueError(f"pref_learner_type: {similarity} {reason}.")
     if similarity not in ("dist", "angle", "angle_hinge"):
         raise ValueError(f"pref_learner_type: {similarity} is unknown.")
     if _required(config, "sfx_type") != "softmax":
         raise ValueError(
-            f"sfx_type: {config['sfx_type']} draws a new mixture at every evaluation, so a user has "
-            "no one reward."
+            f"sfx_type: {config['sfx_type']} draws a new mixture at every evaluation, so a user has no one reward."
         )
     return kind
 
@@ -219,9 +208,8 @@ class _Architecture(NamedTuple):
                 layers.append((weight, weight.new_zeros(len(weight)) if bias is None else bias))
         if len(layers) != self.num_layers or layers[0][0].shape[1] != width:
             raise ValueError(
-                f"{prefix}: {len(layers)} linear maps from width "
-                f"{layers[0][0].shape[1] if layers else None}; proj_arch {self.name} has "
-                f"{self.num_layers}, d_hid is {width}."
+                f"{prefix}: {len(layers)} linear maps from width {layers[0][0].shape[1] if layers else None}; "
+                f"proj_arch {self.name} has {self.num_layers}, d_hid is {width}."
             )
         while self.activation == "linear" and len(layers) > 1:
             (first, offset), (second, bias) = layers[:2]
@@ -261,11 +249,10 @@ def _pal_b(
 
 
 def _named(name: str, layers: list) -> dict[str, Tensor]:
-    fields = ("weight", "bias")
     return {
         f"{name}.layers.{index}.{field}": tensor
         for index, layer in enumerate(layers)
-        for field, tensor in zip(fields, layer, strict=True)
+        for field, tensor in zip(("weight", "bias"), layer, strict=True)
     }
 
 

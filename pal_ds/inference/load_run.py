@@ -3,13 +3,11 @@
 What `evaluate`, `adapt`, `score` and the export stand on.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pal_ds.backbones.given import DeferredBackbone
 from pal_ds.backbones.language import STATE_PREFIX
@@ -52,7 +50,6 @@ class OpenRun:
 
     @property
     def model(self) -> RewardModel:
-        """The model of a run whose weights are loaded."""
         assert self.loaded is not None, "this run was opened without its weights; use `restore`"
         return self.loaded
 
@@ -94,7 +91,13 @@ def open_run(
     except UserError as error:
         others = [step for step in run.complete_steps() if step != number]
         raise UserError(f"{error} Pass another as --step; there are {others}.") from None
-    data = _open_data(run, config if data_path is None else _moved(config, data_path))
+    data_path = Path(config.data.path if data_path is None else data_path)
+    if not data_path.is_dir():
+        raise UserError(
+            f"{run.config_file}: data.path is {data_path}, and no such folder is here. A run reads its tokenizer and "
+            "token ids from the prepared data: bring the folder back, or mend data.path in that file."
+        )
+    data = PreparedData.open(data_path)
     if manifest["dataset_hash"] != data.hash:
         raise UserError(
             f"{path}: trained on data with hash {manifest['dataset_hash']}, {data.path} has "
@@ -120,8 +123,6 @@ def restore(
     step: str | int = "latest",
     device: torch.device | str = "cpu",
     trust: bool = False,
-    precision: Literal["fp32", "bf16"] = "fp32",
-    data_path: str | Path | None = None,
 ) -> OpenRun:
     """A run's reward model at `step` on `device`, eval mode, no gradients asked for.
 
@@ -129,31 +130,26 @@ def restore(
     peak is one model. Raises UserError as `open_run` does, and where the checkpoint's tensors are
     not those of the model that the recipe describes.
     """
-    opened = open_run(run, step, trust=trust, data_path=data_path)
+    opened = open_run(run, step, trust=trust)
     # A full cache makes the weights of a frozen backbone superfluous.
     defer = opened.config.backbone.cache is not None and opened.parts.needs_store
-    model = load_model(opened, precision, defer_backbone=defer).to(device)
+    model = load_model(opened, defer_backbone=defer).to(device)
     return replace(opened, loaded=model)
 
 
-def load_model(
-    opened: OpenRun,
-    precision: Literal["fp32", "bf16"] = "fp32",
-    *,
-    defer_backbone: bool = False,
-) -> RewardModel:
-    """The RewardModel of an open run with its trained weights, on the CPU.
+def load_model(opened: OpenRun, *, defer_backbone: bool = False) -> RewardModel:
+    """The RewardModel of an open run with its trained weights in fp32, on the CPU.
 
     `defer_backbone`: a frozen backbone is read at its first forward.
     """
-    config = replace(opened.config, train=replace(opened.config.train, precision=precision))
+    config = replace(opened.config, train=replace(opened.config.train, precision="fp32"))
     parts = opened.parts
     if parts.backbone is not None:
         # An attention asked for in training may need the training's GPU and dtype.
         parts = replace(parts, backbone=replace(parts.backbone, attention="auto"))
     if parts.backbone is not None and parts.backbone.tuning == "full":
         # Every weight comes from the checkpoint: no need to read those that training began with.
-        empty = empty_transformer(parts.backbone, precision, packed=parts.collator.packed)
+        empty = empty_transformer(parts.backbone, "fp32", packed=parts.collator.packed)
         backbone: nn.Module = TransformerBackbone(
             empty, pooling=parts.pooling, prompt_tokens=parts.prompt_tokens
         )
@@ -161,8 +157,7 @@ def load_model(
         backbone = DeferredBackbone(lambda: load_backbone(parts, config, gpu=False))
     else:
         backbone = load_backbone(parts, config, gpu=False)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model = RewardModel(backbone, opened.parts.head.to(dtype))
+    model = RewardModel(backbone, opened.parts.head.float())
     _load_weights(model, opened.checkpoint)
     return model.eval().requires_grad_(False)
 
@@ -174,7 +169,10 @@ def _load_weights(model: RewardModel, checkpoint: ShardedCheckpoint) -> None:
     Raises:
         UserError: names or shapes differ.
     """
-    own = dict(_named_tensors(model))
+    own = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     if missing := sorted(trained - set(checkpoint.names)):
         raise UserError(
@@ -194,25 +192,3 @@ def _load_weights(model: RewardModel, checkpoint: ShardedCheckpoint) -> None:
                 f"config.yaml describes has {tuple(own[name].shape)}."
             )
         own[name].copy_(checkpoint.tensor(name))
-
-
-def _named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
-
-
-def _moved(config: RunConfig, data_path: str | Path) -> RunConfig:
-    return replace(config, data=replace(config.data, path=str(data_path)))
-
-
-def _open_data(run: RunDirectory, config: RunConfig) -> PreparedData:
-    if not Path(config.data.path).is_dir():
-        raise UserError(
-            f"{run.config_file}: data.path is {config.data.path}, and no such folder is here. A "
-            "run reads its tokenizer and token ids from the prepared data: bring the folder back, "
-            "or mend data.path in that file."
-        )
-    return PreparedData.open(config.data.path)
-
-
-__all__ = ["OpenRun", "load_model", "open_run", "restore"]

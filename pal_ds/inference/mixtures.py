@@ -1,4 +1,7 @@
-"""The mixtures of the users whose comparisons are scored."""
+"""Mixtures of the users whose comparisons are scored: from the user table, or from the comparisons that a head reads.
+
+In a training the engine's forward makes the latter (its parameters may be partitioned), elsewhere the head by itself.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -7,14 +10,21 @@ import torch
 from torch import Tensor
 
 from pal_ds.data.collator import Collator
+from pal_ds.distributed import phase
 from pal_ds.distributed.world import World
+from pal_ds.engine.checkpoint.forget import finish_interrupted_removal
+from pal_ds.engine.checkpoint.verify import refuse_strangers_code
 from pal_ds.heads.base import Head, UserState
 from pal_ds.heads.jaxtyping_fallback import Float
-from pal_ds.inference.context_points import pairs_per_forward, points_in_training
+from pal_ds.inference.load_run import open_run
 from pal_ds.inference.scoring import Forward
+from pal_ds.model import RewardModel, user_state
+from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.users import TrainedUsers, UserTable
-from pal_ds.users.ids import generic_row_of
+from pal_ds.users.ids import UserIds, generic_row_of
 from pal_ds.users.rows import blocks
+
+PAIRS_PER_FORWARD = 2**12
 
 
 def user_mixtures(head: Head, users: UserTable) -> Float[Tensor, "U+1 K"]:
@@ -98,3 +108,107 @@ def population_mixture(
     if num_users == 0:
         return mixtures.new_full((1, num_prototypes), 1.0 / num_prototypes)
     return mixtures.mean(0, keepdim=True)
+
+
+def pairs_per_forward(head: Head, collator: Collator, micro_batch_pairs: int) -> int:
+    """Number of comparisons that have room at once: where the backbone runs for them, those of a training's forward."""
+    return PAIRS_PER_FORWARD if collator.stored else micro_batch_pairs * (1 + head.num_context)
+
+
+def points_in_training(
+    engine: Forward,
+    head: Head,
+    collator: Collator,
+    scored: Collator,
+    users: np.ndarray,
+    world: World,
+    most_pairs: int = PAIRS_PER_FORWARD,
+) -> Float[Tensor, "n K"]:
+    """Points of these users from `num_context_scored` comparisons of each; equal on every rank.
+
+    `users` are codes of the data that `scored` reads; the comparisons are those of `collator`, the run's own. A forward
+    reads `most_pairs` of them, or those of one user where that is more.
+    """
+    assert collator.contexts is not None, "a head that reads contexts came without"
+    if scored.data is not collator.data:
+        names = UserIds.of(scored.data.users).take(users)
+        users = UserIds.of(collator.data.users).find(names)
+    num_context = head.num_context_scored
+    share = max(1, most_pairs // num_context)
+    points = [torch.empty(0, head.num_prototypes, device=world.device)]
+    with torch.no_grad():
+        for begin in range(0, len(users), share * world.world_size):
+            phase.enter("evaluate")
+            first = begin + world.rank * share
+            own = users[first : first + share]
+            # A rank without users of its own takes part all the same.
+            context = collator.contexts.known(own if len(own) else users[:1], num_context)
+            batch = collator(context[0][:, 0], np.arange(len(context[0])), context=context)
+            batch = batch.to(world.device)
+            own_points = engine(batch, user_state(batch)).point
+            assert own_points is not None, "a head that reads contexts gave no points"
+            padded = own_points.new_zeros(share, own_points.shape[1])
+            padded[: len(own)] = own_points[: len(own)]
+            points.append(world.all_gather(padded).flatten(0, 1))
+    return torch.cat(points)[: len(users)]
+
+
+def encode_users(
+    model: RewardModel,
+    collator: Collator,
+    rows: np.ndarray,
+    user_index: np.ndarray,
+    num_users: int,
+    device: torch.device,
+    *,
+    flipped: bool = False,
+) -> Float[Tensor, "U K"]:
+    """Points of users 0..num_users-1 from all of the comparisons `rows`, of which `user_index` says whose each is.
+
+    Of a user without comparisons: what the head makes of none. `flipped`: as if each had gone the other way.
+    """
+    context, length = _by_user(rows, user_index, num_users)
+    share = max(1, PAIRS_PER_FORWARD // max(1, context.shape[1]))
+    model.head.eval()
+    points = [torch.empty(0, model.head.num_prototypes)]
+    with torch.no_grad():
+        for begin in range(0, num_users, share):
+            part = slice(begin, begin + share)
+            chosen = context[part], length[part]
+            batch = collator(chosen[0][:, 0], np.arange(len(chosen[0])), context=chosen).to(device)
+            if flipped and batch.context is not None:
+                batch = batch._replace(context=batch.context.flip(2))
+            points.append(model.head.encode(model.backbone(batch), user_state(batch)).cpu())
+    return torch.cat(points)
+
+
+def _by_user(
+    rows: np.ndarray, user_index: np.ndarray, num_users: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(comparisons int64 [U, N] of each user, the rest filled up with the first of all; how many count [U])."""
+    length = np.bincount(user_index, minlength=num_users)
+    order = np.argsort(user_index, kind="stable")
+    place = np.arange(len(rows)) - np.repeat(np.cumsum(length) - length, length)
+    context = np.full((num_users, max(1, int(length.max(initial=0)))), rows[0] if len(rows) else 0)
+    context[user_index[order], place] = rows[order]
+    return context, length
+
+
+def list_users(run: RunDirectory, step: str = "latest") -> list[tuple[str, list[float] | None]]:
+    """(user id, mixture as the run's head uses it in evaluation) of every user of a checkpoint.
+
+    None for a head whose table tells nothing of its users: it knows them by comparisons or groups.
+
+    Raises:
+        UserError: the run or its data cannot be opened.
+    """
+    run.require_run()
+    finish_interrupted_removal(run)
+    # No weights are read here, and opening a run unpickles nothing that could run code; its own code is another matter.
+    refuse_strangers_code(run)
+    opened = open_run(run, step, trust=True)
+    head = opened.parts.head
+    if head.is_personal and "logits" not in head.needs:
+        return [(user_id, None) for user_id in opened.users.ids]
+    mixtures = user_mixtures(head, opened.users)[:-1]
+    return list(zip(opened.users.ids, mixtures.tolist(), strict=True))

@@ -16,9 +16,8 @@ from pal_ds.errors import UserError
 from pal_ds.feature_cache.encode import encode_once
 from pal_ds.feature_cache.folders import restored_cache_folders
 from pal_ds.heads.jaxtyping_fallback import Float
-from pal_ds.inference.context_points import encode_users
 from pal_ds.inference.load_run import OpenRun
-from pal_ds.inference.mixtures import user_mixtures
+from pal_ds.inference.mixtures import encode_users, user_mixtures
 from pal_ds.inference.scoring import Forwards
 from pal_ds.model import RewardModel
 from pal_ds.users import UserTable
@@ -72,11 +71,9 @@ def reader_of(
     model, config = restored.model, restored.config
     caches = None
     if parts.needs_store:
-        dtype = next(model.head.parameters()).dtype
-        precision = "bf16" if dtype == torch.bfloat16 else "fp32"
         weights = restored.manifest["base_weights"]
         caches = world.from_rank_zero(
-            lambda: restored_cache_folders(parts, collator, config, weights, precision)
+            lambda: restored_cache_folders(parts, collator, config, weights, "fp32")
         )
     batch_texts = config.backbone.encode_batch_texts
     collator = encode_once(lambda: model.backbone, collator, rows, batch_texts, world, caches)
@@ -137,12 +134,7 @@ def known_users(restored: OpenRun, adapted: Path | None) -> KnownUsers:
 
 
 def with_points(
-    known: KnownUsers,
-    restored: OpenRun,
-    data: PreparedData,
-    world: World,
-    *,
-    flipped: bool = False,
+    known: KnownUsers, restored: OpenRun, data: PreparedData, world: World, *, flipped: bool = False
 ) -> KnownUsers:
     """Make points for `KnownUsers`: unchanged where the run's users have rows of their own, else for those of `data`.
 
@@ -188,4 +180,9 @@ def with_points(
     return replace(known, mixtures=mixtures, encoded=points, encoded_rows=rows)
 
 
-__all__ = ["KnownUsers", "Reader", "known_users", "reader_of", "with_points"]
+def own_margins(restored: OpenRun, rows: np.ndarray, world: World) -> Float[np.ndarray, "n"]:
+    """Margins of comparisons of the run's own data for its own users, as `Forwards.margins` gives them."""
+    data = restored.data
+    known = with_points(known_users(restored, None), restored, data, world)
+    reader = reader_of(restored, data, rows, known.table_rows(data), world)
+    return reader.forwards(world).margins(rows, known.mixtures)

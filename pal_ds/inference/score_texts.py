@@ -1,7 +1,7 @@
 """Scalar scores for texts in a JSONL file: one process, no DeepSpeed."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -20,15 +20,10 @@ class Row(NamedTuple):
     """A line of the input: `text`, or `prompt` and `response`."""
 
     where: str
-    record: dict[str, object]
+    record: Mapping[str, Any]
     text: str | None
     prompt: Text | None
     response: Text | None
-
-
-class _Ids(NamedTuple):
-    ids: list[int]
-    prompt_length: int | None
 
 
 @dataclass(frozen=True)
@@ -45,7 +40,7 @@ class Scorer:
         separate = getattr(config, "encoding", "joint") == "separate"
         return separate or getattr(self.model, "reads_prompt", False)
 
-    def tokenise(self, row: Row) -> _Ids:
+    def tokenise(self, row: Row) -> tuple[list[int], int | None]:
         """Ids of a row, and where its response begins if the model must know.
 
         Raises:
@@ -64,28 +59,26 @@ class Scorer:
                         f"{row.where}: no token starts where the response does, and this model "
                         "reads prompt and response apart. Give a prompt and a response."
                     )
-                return _Ids([*encoded.prompt_ids, *encoded.response_ids], len(encoded.prompt_ids))
+                return [*encoded.prompt_ids, *encoded.response_ids], len(encoded.prompt_ids)
             text = rendered.text
         ids = self.encoder.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return _Ids(ids, None)
+        return ids, None
 
     def score_all(self, rows: list[Row], batch_texts: int = 16) -> list[float]:
         """One score per row, `batch_texts` rows in a forward."""
-        return [score for batch in _batches(rows, batch_texts) for score in self.score(batch)]
+        batches = [rows[start : start + batch_texts] for start in range(0, len(rows), batch_texts)]
+        return [score for batch in batches for score in self.score(batch)]
 
     def score(self, rows: list[Row]) -> list[float]:
-        """Score each row."""
         items = [self.tokenise(row) for row in rows]
         scores = [0.0] * len(rows)
         # Rows whose boundary was given and rows whose marker must be found go apart.
         for given in (True, False):
-            chosen = [
-                i for i, item in enumerate(items) if (item.prompt_length is not None) == given
-            ]
+            chosen = [i for i, (_, begin) in enumerate(items) if (begin is not None) == given]
             if not chosen:
                 continue
-            ids, mask = pad_right([items[i].ids for i in chosen], 0, self.model.device)
-            extra = {"prompt_lengths": [items[i].prompt_length for i in chosen]} if given else {}
+            ids, mask = pad_right([items[i][0] for i in chosen], 0, self.model.device)
+            extra = {"prompt_lengths": [items[i][1] for i in chosen]} if given else {}
             try:
                 with torch.no_grad():
                     logits = self.model(input_ids=ids, attention_mask=mask, **extra).logits
@@ -120,7 +113,7 @@ def rows_of(records: Iterable[Mapping[str, Any]]) -> list[Row]:
     Raises:
         UserError: there is none, or one is no such record; counted from 0.
     """
-    rows = [_checked(dict(record), f"texts[{n}]") for n, record in enumerate(records)]
+    rows = [_checked(record, f"texts[{n}]") for n, record in enumerate(records)]
     if not rows:
         raise UserError(
             "texts: is empty; give a dict of prompt and response, or of text, for each."
@@ -130,15 +123,14 @@ def rows_of(records: Iterable[Mapping[str, Any]]) -> list[Row]:
 
 def _read_row(line: str, where: str) -> Row:
     try:
-        record = json.loads(line)
-    except ValueError as error:
+        return _checked(json.loads(line), where)
+    except json.JSONDecodeError as error:
         raise UserError(f"{where}: not valid JSON ({error}).") from None
-    if not isinstance(record, dict):
+
+
+def _checked(record: object, where: str) -> Row:
+    if not isinstance(record, Mapping):
         raise UserError(f"{where}: a line must be a JSON object, not {type(record).__name__}.")
-    return _checked(record, where)
-
-
-def _checked(record: dict[str, Any], where: str) -> Row:
     if "text" in record:
         if not isinstance(record["text"], str) or not record["text"].strip():
             raise UserError(f"{where}: 'text' must be a string that is not empty.")
@@ -160,14 +152,10 @@ def _text(value: object, where: str, key: str) -> Text:
 
 def write_scores(scorer: Scorer, rows: list[Row], stream: TextIO, batch_texts: int) -> None:
     """Every record with its "score" added, one per line, in the order of the input."""
-    num_batches = -(-len(rows) // batch_texts)
-    with progress_bar("scoring", num_batches, shown=True) as advance:
-        for batch in _batches(rows, batch_texts):
+    starts = range(0, len(rows), batch_texts)
+    with progress_bar("scoring", len(starts), shown=True) as advance:
+        for start in starts:
+            batch = rows[start : start + batch_texts]
             for row, score in zip(batch, scorer.score(batch), strict=True):
                 stream.write(json.dumps({**row.record, "score": score}, ensure_ascii=False) + "\n")
             advance(len(batch))
-
-
-def _batches(rows: list[Row], size: int) -> Iterator[list[Row]]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]

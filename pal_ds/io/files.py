@@ -39,7 +39,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         sync_to_disk(temporary)
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         # What did fit would take room for nothing.
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -21,15 +21,14 @@ from pal_ds.adaptation.few_shot import (
     few_shot_lines,
     is_monotone,
 )
-from pal_ds.adaptation.new_users import few_per_user
+from pal_ds.adaptation.new_users import FOLDER, ShardFolder, few_per_user
 from pal_ds.adaptation.run import AdaptOptions, adapt_run
-from pal_ds.adaptation.shards import FOLDER, ShardFolder
 from pal_ds.data.tables import COMPARISON_DTYPE, PreparedData
 from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
 from pal_ds.eval import results
 from pal_ds.eval.evaluate import evaluate_run, summary_line
-from pal_ds.eval.requests import split_request
+from pal_ds.eval.results import split_request
 from pal_ds.inference import readers as reading_module
 from pal_ds.inference.load_run import OpenRun, restore
 from pal_ds.inference.mixtures import user_mixtures

@@ -15,7 +15,7 @@ from pal_ds.config.run_config import OptimConfig, RunConfig
 from pal_ds.data.prepare import DataConfig
 from pal_ds.data.sources import Jsonl
 from pal_ds.errors import UserError
-from pal_ds.export.own_head import write_own_code
+from pal_ds.export.bundle_code import write_own_code
 from pal_ds.heads import HEADS, Head
 from pal_ds.losses import PreferenceLoss
 

@@ -11,12 +11,12 @@ import torch
 import yaml
 
 from pal_ds.adaptation.few_shot import evaluate_few_shot
-from pal_ds.cli.compare import suite_of
 from pal_ds.cli.main import build_parser
+from pal_ds.cli.train import suite_of
 from pal_ds.compare.table import page, tabulate
 from pal_ds.distributed.world import World
 from pal_ds.eval.evaluate import evaluate_run
-from pal_ds.eval.requests import split_request
+from pal_ds.eval.results import split_request
 from pal_ds.runs.run_dir import RunDirectory
 from tests.compare.cases import METHODS, NUM_SEEDS, write_suite
 from tests.warm import KILLED, WarmParent

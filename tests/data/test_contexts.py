@@ -20,7 +20,7 @@ from pal_ds.data.sources import Jsonl
 from pal_ds.data.tables import PreparedData
 from pal_ds.distributed.world import World
 from pal_ds.heads import HeadOutput, UserState, Vpl
-from pal_ds.inference.context_points import pairs_per_forward, points_in_training
+from pal_ds.inference.mixtures import pairs_per_forward, points_in_training
 from pal_ds.inference.readers import KnownUsers, with_points
 from pal_ds.users import UserTable
 from tests.tiny import write_pairs

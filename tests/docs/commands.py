@@ -21,7 +21,7 @@ from typing import Any
 from unittest import mock
 
 from pal_ds.cli import main as cli
-from pal_ds.cli.config_files import with_shipped_files
+from pal_ds.cli.arguments import with_shipped_files
 from pal_ds.cli.table import COMMANDS
 from tests.docs.blocks import SHELL, Block, commands_of, read_blocks
 from tests.spawn import ROOT, environment

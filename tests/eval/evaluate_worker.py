@@ -12,7 +12,7 @@ from pal_ds.engine.process_group import distributed
 from pal_ds.eval import best_of_n
 from pal_ds.eval.best_of_n import rank_set
 from pal_ds.eval.evaluate import evaluate_run, opened_pairs
-from pal_ds.eval.requests import EvalRequest, file_request
+from pal_ds.eval.results import EvalRequest, file_request
 from pal_ds.inference.load_run import restore
 from pal_ds.inference.readers import known_users, reader_of
 from pal_ds.inference.scoring import Forwards

@@ -3,7 +3,7 @@
 import numpy as np
 
 from pal_ds.data.tables import COMPARISON_DTYPE
-from pal_ds.eval.disagreement import controversial
+from pal_ds.eval.metrics import controversial
 
 
 def table(*rows: tuple[int, int, int, int]) -> np.ndarray:

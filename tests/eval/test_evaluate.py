@@ -22,7 +22,7 @@ from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
 from pal_ds.eval.best_of_n import listed_candidates, read_lists, score_candidates
 from pal_ds.eval.evaluate import evaluate_run, opened_pairs
-from pal_ds.eval.requests import file_request, split_request
+from pal_ds.eval.results import file_request, split_request
 from pal_ds.export.audience import choose_audience
 from pal_ds.heads.base import HeadOutput, UserState
 from pal_ds.inference.load_run import open_run, restore

@@ -19,7 +19,7 @@ from pal_ds.eval import report
 from pal_ds.eval.diagnostics import diagnose_latent
 from pal_ds.eval.evaluate import evaluate_run
 from pal_ds.eval.report import PICTURES, write_report
-from pal_ds.eval.requests import split_request
+from pal_ds.eval.results import split_request
 from pal_ds.inference.load_run import restore
 from pal_ds.runs.run_dir import RunDirectory
 from tests.spawn import run_command

@@ -15,11 +15,11 @@ from pal_ds.data.splits import SPLITS
 from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
 from pal_ds.eval.evaluate import evaluate_run
-from pal_ds.eval.requests import file_request, split_request
+from pal_ds.eval.results import file_request, split_request
 from pal_ds.export import ExportOptions, export, export_users
 from pal_ds.export.audience import choose_audience
-from pal_ds.inference.list_users import list_users
 from pal_ds.inference.load_run import restore
+from pal_ds.inference.mixtures import list_users
 from pal_ds.inference.readers import known_users
 from pal_ds.reward_models import load_reward_model
 from pal_ds.runs.run_dir import RunDirectory

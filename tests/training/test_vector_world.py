@@ -13,7 +13,7 @@ from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
 from pal_ds.eval.evaluate import evaluate_run
 from pal_ds.eval.figures import figures_of
-from pal_ds.eval.requests import file_request
+from pal_ds.eval.results import file_request
 from pal_ds.inference.load_run import OpenRun, restore
 from pal_ds.inference.mixtures import user_mixtures
 from pal_ds.inference.scoring import Forwards

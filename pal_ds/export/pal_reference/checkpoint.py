@@ -15,13 +15,11 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from pal_ds.data.tokenise import load_tokenizer
 from pal_ds.errors import UserError, writing
-from pal_ds.export import bundle_code, card
-from pal_ds.export.audience import Audience, choose_audience
-from pal_ds.export.configs import PAL_AUTO_MAP
-from pal_ds.export.folder import DTYPES, on_meta, parse_size, write_config
+from pal_ds.export import card
+from pal_ds.export.audience import choose_audience
+from pal_ds.export.configs import pal_layout
 from pal_ds.export.pal_reference.text import TextForm
-from pal_ds.export.weights import Weights, exported_tensors
-from pal_ds.export.writer import write_sharded
+from pal_ds.export.weights import DTYPES, Weights, parse_size, write_weights
 from pal_ds.heads.base import Head
 from pal_ds.heads.pal_reference import (
     BACKBONE,
@@ -30,7 +28,6 @@ from pal_ds.heads.pal_reference import (
     merge_copies,
 )
 from pal_ds.io.files import new_folder, refuse_existing
-from pal_ds.progress import progress_bar
 from pal_ds.remote_code.encoding import hidden_size_of
 from pal_ds.remote_code.modeling_pal import PalForSequenceClassification, PalRewardConfig
 from pal_ds.users import UserTable
@@ -86,11 +83,7 @@ def import_checkpoint(checkpoint: Path, out: Path, options: ImportOptions) -> ca
     users.logits.copy_(imported.logits)
     users.seen.fill_(True)
     with new_folder(out) as folder:
-        facts: card.ImportedExport = {
-            **_fill(folder, imported, users, backbone, options),
-            "imported_from": checkpoint.name,
-            "checkpoint_sha256": card.sha256_of(checkpoint),
-        }
+        facts = _fill(folder, checkpoint, imported, users, backbone, options)
         card.write_card(folder, facts)
         card.write_facts(folder, facts)
         if options.users_out is not None:
@@ -114,10 +107,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
         raise UserError(
-            f"{path}: holds {named[1] if named else 'objects'} beside its tensors, and to load objects is "
-            "to run code. If you trust the file, write its tensors alone, where the reference's packages "
-            f"are installed: c = torch.load('{path.name}', weights_only=False); "
-            "torch.save(c['state_dict'], 'tensors.pt')."
+            f"{path}: holds {named[1] if named else 'objects'} beside its tensors, and to load objects is to run "
+            "code. If you trust the file, write its tensors alone, where the reference's packages are installed: c = "
+            f"torch.load('{path.name}', weights_only=False); torch.save(c['state_dict'], 'tensors.pt')."
         ) from None
     except RuntimeError as error:
         raise UserError(f"{path}: is no checkpoint, or damaged ({error}).") from None
@@ -149,14 +141,15 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _fill(
     folder: Path,
+    checkpoint: Path,
     imported: ReferenceHead,
     users: UserTable,
     backbone: dict[str, Tensor],
     options: ImportOptions,
-) -> card.DescribedImport:
+) -> card.ImportedExport:
     head = imported.head
     audience = choose_audience(head, users, user=options.user, mixture=options.mixture)
-    inner = _backbone_config(options.backbone)
+    inner = _backbone_config(options.backbone, imported.hidden_size)
     form = TextForm.of(
         load_tokenizer(str(options.backbone)),
         end_text=options.end_text,
@@ -171,34 +164,10 @@ def _fill(
         max_tokens=options.max_length,
         pad_token_id=pad,
     )
-    bundle_code.write_pal_code(folder, head)
-    write_config(folder, config, PalForSequenceClassification.__name__, PAL_AUTO_MAP)
-    if hidden_size_of(inner) != imported.hidden_size:
-        raise UserError(
-            f"--backbone {options.backbone}: its hidden states are {hidden_size_of(inner)} wide, the "
-            f"checkpoint's head reads {imported.hidden_size}. Give the backbone that it was trained with."
-        )
-    weights = _weights(backbone, options.backbone, head)
-    target = on_meta(PalForSequenceClassification, config)
-    head_tensors = {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
-    shapes, read = exported_tensors(target, weights, "backbone.", head_tensors)
-    with progress_bar("importing", len(shapes), shown=not options.quiet, unit="tensors") as advance:
-        size = parse_size(options.max_shard_size)
-        write_sharded(folder, shapes, read, DTYPES[options.dtype], size, advance)
+    layout = pal_layout(folder, config, _weights(backbone, options.backbone, head))
+    shown = None if options.quiet else "importing"
+    read = write_weights(folder, layout, options.dtype, options.max_shard_size, shown)
     _check(folder, read, DTYPES[options.dtype])
-    origin = "the checkpoint's" if backbone else "not in the checkpoint; given"
-    return _facts(head, audience, config, form, options, backbone_weights=origin)
-
-
-def _facts(
-    head: Head,
-    audience: Audience,
-    config: PalRewardConfig,
-    form: TextForm,
-    options: ImportOptions,
-    *,
-    backbone_weights: str,
-) -> card.DescribedImport:
     return {
         "format_version": card.FORMAT_VERSION,
         "head": type(head).__name__,
@@ -225,7 +194,9 @@ def _facts(
             "special_tokens": False,
             "pad_token_id": config.pad_token_id,
         },
-        "backbone_weights": backbone_weights,
+        "backbone_weights": "the checkpoint's" if backbone else "not in the checkpoint; given",
+        "imported_from": checkpoint.name,
+        "checkpoint_sha256": card.sha256_of(checkpoint),
     }
 
 
@@ -239,7 +210,7 @@ def _check(folder: Path, read: Callable[[str], Iterator[Tensor]], dtype: torch.d
             )
 
 
-def _backbone_config(path: Path) -> PretrainedConfig:
+def _backbone_config(path: Path, hidden_size: int) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -247,6 +218,11 @@ def _backbone_config(path: Path) -> PretrainedConfig:
             f"--backbone {path}: cannot be opened ({str(error).strip().splitlines()[0]}). Give the folder "
             "that the reference's llm_name was downloaded to."
         ) from None
+    if hidden_size_of(config) != hidden_size:
+        raise UserError(
+            f"--backbone {path}: its hidden states are {hidden_size_of(config)} wide, the checkpoint's head reads "
+            f"{hidden_size}. Give the backbone that it was trained with."
+        )
     config._name_or_path = ""
     config.use_cache = False
     return config

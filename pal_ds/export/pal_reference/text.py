@@ -56,7 +56,6 @@ class TextForm:
         return cls(config, "" if by_ids else end_text)
 
     def write_tokenizer(self, source: Path, folder: Path, max_length: int) -> int:
-        """Write the folder's tokenizer; return its pad id."""
         return write_framed_tokenizer(
             source,
             folder,

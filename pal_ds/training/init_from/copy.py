@@ -19,8 +19,7 @@ from pal_ds.data.tables import PreparedData
 from pal_ds.data.vocabulary import refuse_other_tokenizer
 from pal_ds.distributed import phase
 from pal_ds.errors import UserError
-from pal_ds.export.weights import exported_tensors
-from pal_ds.export.writer import write_sharded
+from pal_ds.export.weights import exported_tensors, write_sharded
 from pal_ds.heads.base import Head
 from pal_ds.io.files import new_folder, write_json
 from pal_ds.modeling.build import Parts, assemble, resolve_backbone_path

@@ -22,9 +22,9 @@ from pal_ds.engine.checkpoint.verify import verify_checkpoint
 from pal_ds.errors import UserError
 from pal_ds.eval import evaluate as evaluating
 from pal_ds.eval import results
-from pal_ds.eval.requests import split_request
-from pal_ds.inference.list_users import list_users
+from pal_ds.eval.results import split_request
 from pal_ds.inference.load_run import restore
+from pal_ds.inference.mixtures import list_users
 from pal_ds.runs.lock import only_writer
 from pal_ds.runs.run_dir import RunDirectory
 from tests.bad_input.conftest import contents

@@ -1,0 +1,229 @@
+"""What a trained run is used for, from Python: evaluations, new users, scores, exported models."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from pal_ds.api.run import AnyRun, Records, as_file, for_people, run_of
+from pal_ds.errors import UserError
+from pal_ds.runs.run_dir import RunDirectory
+
+
+def evaluate(
+    run: AnyRun,
+    *,
+    split: str = "test",
+    data: Records | None = None,
+    name: str | None = None,
+    users: str | os.PathLike[str] | None = None,
+    best_of_n: bool = False,
+) -> dict[str, Any]:
+    """Accuracy per user, exact at any number of ranks; also written to RUN/eval/NAME.json.
+
+    Args:
+        run: what to evaluate.
+        split: split of the run's data: `test`, `dev`, `train`, `unseen_train`, ...
+        data: comparisons in place of a split.
+        name: of the result; unset, the split, the file's stem, or `records` for comparisons in memory.
+        users: new users that `adapt` fitted, beside or in place of the run's own.
+        best_of_n: choosing among candidates instead: lines of `responses` and `scores`.
+
+    Returns:
+        The figures of eval/NAME.json: `pairs`, `accuracy`, `accuracy_ci95`, `ece`, `users` by id, ...
+
+    Raises:
+        UserError: no such run, step or split, or comparisons that cannot be read.
+    """
+    from pal_ds.eval.best_of_n import NAME_PREFIX, rank_set
+    from pal_ds.eval.evaluate import evaluate_set, restored_by_ranks
+    from pal_ds.eval.results import eval_requests
+
+    where, table = run_of(run), None if users is None else Path(users)
+    with for_people(), as_file(data) as file:
+        if file is not None and not isinstance(data, str | os.PathLike):
+            name = name or "records"
+        files = [] if file is None else [file]
+        (request,) = eval_requests(split, files, name, NAME_PREFIX if best_of_n else "")
+        directory, trust = RunDirectory(where.path), where.trust_checkpoint
+        with restored_by_ranks(directory, where.step, table, trust=trust) as (world, run_, known):
+            measure = rank_set if best_of_n else evaluate_set
+            return dict(measure(run_, known, request, world))
+
+
+@dataclass(frozen=True)
+class AdaptedUsers:
+    """New users of a run: `evaluate`, `score` and `consolidate` take it, or its path, as `users`."""
+
+    path: Path
+    """Folder of users.safetensors, users.arrow and report.json."""
+    report: dict[str, Any]
+    """Pairs and accuracy of the fit on them (optimistic), over all and per user."""
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    @property
+    def mixtures(self) -> dict[str, list[float]]:
+        """Each user's point s_u, K numbers, by user id."""
+        return {user: facts["mixture"] for user, facts in self.report["users"].items()}
+
+
+def few_shot(
+    run: AnyRun, num_comparisons: Sequence[int] = (0, 1, 2, 4, 8, 16, 32, 50), num_draws: int = 20
+) -> dict[str, Any]:
+    """Accuracy of held-out users after k comparisons each; also written to RUN/eval/few_shot.json.
+
+    Args:
+        run: a run whose data hold users out (`data.unseen_user_fraction`).
+        num_comparisons: values of k.
+        num_draws: random draws of the k comparisons.
+
+    Returns:
+        `curve`, one row per k with `accuracy` and its interval, `seen` users beside, and `monotone_within_ci95`.
+
+    Raises:
+        UserError: no held-out users, or no k or draw.
+    """
+    from pal_ds.adaptation.few_shot import evaluate_few_shot
+
+    where = run_of(run)
+    with for_people():
+        figures = evaluate_few_shot(
+            RunDirectory(where.path),
+            list(num_comparisons),
+            num_draws,
+            step=str(where.step),
+            trust_checkpoint=where.trust_checkpoint,
+        )
+        return dict(figures)
+
+
+def adapt(
+    run: AnyRun,
+    pairs: Records | None,
+    out: str | os.PathLike[str],
+    *,
+    split: str = "unseen_train",
+    num_pairs: int | None = None,
+    seed: int = 0,
+    solver: Literal["auto", "newton", "adam", "reference"] = "auto",
+) -> AdaptedUsers:
+    """Fits new users to a run from a few comparisons each; the model stays as it is.
+
+    Args:
+        run: what was trained.
+        pairs: their comparisons; None takes `split` of the run's data.
+        out: new or empty folder for the user table.
+        split: split of the run's data, without `pairs`.
+        num_pairs: comparisons to keep per user; None keeps all.
+        seed: of the draw of comparisons.
+        solver: `newton` from statistics; `adam`, the same objective; `reference`, AdamW that stops early.
+
+    Raises:
+        UserError: a head without users, comparisons that cannot be read, or an `out` that holds something.
+    """
+    from pal_ds.adaptation.run import AdaptOptions, adapt_run
+
+    where, folder = run_of(run), Path(out)
+    with for_people(), as_file(pairs) as file:
+        options = AdaptOptions(
+            pairs=file,
+            split=split,
+            num_pairs=num_pairs,
+            step=str(where.step),
+            seed=seed,
+            solver=solver,
+            trust_checkpoint=where.trust_checkpoint,
+        )
+        report = adapt_run(RunDirectory(where.path), folder, options)
+        return AdaptedUsers(folder, dict(report))
+
+
+def score(
+    model: AnyRun,
+    texts: Records,
+    *,
+    user: str | None = None,
+    mixture: Sequence[float] | None = None,
+    group: str | None = None,
+    users: str | os.PathLike[str] | None = None,
+    trust_remote_code: bool = False,
+) -> list[float]:
+    """Scalar rewards of texts, by a run or by a folder that `consolidate` wrote; in one process.
+
+    Args:
+        model: the run or the folder.
+        texts: records of `prompt` and `response` (strings or chat messages), or of `text`.
+        user: id of a user of the run, or of `users`; without any of these three, the average user.
+        mixture: a point of K numbers in place of a user.
+        group: a group of the run's data, for a head that asks for it.
+        users: new users that `adapt` fitted, among whom `user` is looked up first.
+        trust_remote_code: run the code that lies in an exported folder; see `load_reward_model`.
+
+    Returns:
+        One reward for each text, in order.
+
+    Raises:
+        UserError: no such model or user, two of user, mixture and group, or a text that cannot be read.
+    """
+    from pal_ds.export.card import FACTS_NAME
+    from pal_ds.inference.score_texts import read_rows, rows_of
+    from pal_ds.reward_models import Whom, scorer_of_export, scorer_of_run
+
+    where = run_of(model)
+    whom = Whom(user, mixture, group, None if users is None else Path(users))
+    with for_people():
+        is_file = isinstance(texts, str | os.PathLike)
+        rows = read_rows(Path(texts)) if is_file else rows_of(texts)
+        if (where.path / FACTS_NAME).is_file():
+            scorer = scorer_of_export(where.path, whom, trust_remote_code=trust_remote_code)
+        else:
+            run, trust = RunDirectory(where.path), where.trust_checkpoint
+            scorer = scorer_of_run(run, whom, str(where.step), trust=trust)
+        return scorer.score_all(rows)
+
+
+def consolidate(
+    run: AnyRun,
+    out: str | os.PathLike[str],
+    *,
+    user_ids: Sequence[str] | None = None,
+    users: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Writes a scalar reward model that transformers opens by itself, with its own code.
+
+    Args:
+        run: what was trained.
+        out: folder to make.
+        user_ids: a folder OUT/USER for each of these, on one set of weights.
+        users: new users that `adapt` fitted, among whom users are looked up first.
+        options: for whom, `user`, `mixture` or `group`, else the average user; `with_users`, `dtype` (fp32 or bf16),
+            `max_shard_size` ("4GB"), `data_path`, `reward_mean`, `reward_std`.
+
+    Returns:
+        The facts of export.json: `audience`, `step`, `max_difference` to the run's own scores, ...
+
+    Raises:
+        UserError: an unknown option or user, an `out` that holds something, or a run that cannot be exported.
+    """
+    from pal_ds.export import ExportOptions, export, export_users
+
+    where, folder = run_of(run), Path(out)
+    known = {field.name for field in fields(ExportOptions)} - {"step", "users_dir"}
+    if unknown := options.keys() - known:
+        raise UserError(
+            f"consolidate: no option {min(unknown)!r}. There are {', '.join(sorted(known))}."
+        )
+    chosen = ExportOptions(
+        **{"quiet": True, "trust_checkpoint": where.trust_checkpoint, **options},
+        step=str(where.step),
+        users_dir=None if users is None else Path(users),
+    )
+    with for_people():
+        directory = RunDirectory(where.path)
+        if user_ids is None:
+            return dict(export(directory, folder, chosen))
+        return dict(export_users(directory, folder, list(user_ids), chosen))

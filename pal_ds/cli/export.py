@@ -1,0 +1,186 @@
+"""The commands around reward models as folders: exporting, importing, scoring texts."""
+
+import gc
+import sys
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from pal_ds.cli.arguments import STEP, TRUST, as_path, mixture, options_of
+from pal_ds.errors import UserError
+
+
+class Consolidate:
+    """Sharded checkpoint to a scalar reward model that transformers opens by itself.
+
+    One process, no DeepSpeed, no GPU; a backbone that was trained whole streams tensor by tensor.
+    --users names a folder that `adapt` wrote, in which users are looked up first, or a file of user ids, one a line,
+    each of whom gets a folder OUT/USER; all of these share one set of weights. Both may be given.
+    """
+
+    @staticmethod
+    def add_arguments(parser: ArgumentParser) -> None:
+        add = parser.add_argument
+        add("run", type=str, help="directory that `train` wrote")
+        add("out", type=str, help="folder to make")
+        add("--step", **STEP)
+        whom = parser.add_mutually_exclusive_group()
+        whom.add_argument("--user", type=str, metavar="ID", help="score for this user")
+        whom.add_argument("--group", type=str, metavar="NAME", help="score for this group")
+        whom.add_argument("--mixture", type=mixture, metavar="w1,..,wK")
+        whom.add_argument("--population", action="store_true", help="mean of seen users (default)")
+        add(
+            "--users",
+            action="append",
+            metavar="U|FILE",
+            default=[],
+            help="a folder of users that `adapt` fitted, or a file of ids, one a line: a folder for each",
+        )
+        add("--with_users", action="store_true", help="also write ids and mixtures")
+        add("--dtype", default="fp32", choices=("fp32", "bf16"))
+        add("--max_shard_size", type=str, default="4GB", help="of a weight file, as in 500MB")
+        add("--data", type=str, help="prepared data, if they were moved")
+        add("--reward_mean", type=float, help="stored in config.json, not applied")
+        add("--reward_std", type=float, help="stored in config.json, not applied")
+        add("--trust_checkpoint", **TRUST)
+
+    @staticmethod
+    def run(options: Namespace, _: Namespace) -> None:
+        from pal_ds.export import ExportOptions, export, export_users, read_user_list
+        from pal_ds.runs.run_dir import RunDirectory
+
+        # Nothing imported goes away: a full collection over all of it takes a quarter of a second.
+        gc.freeze()
+        run, out = RunDirectory(options.run), Path(options.out)
+        adapted, listed = split_users([Path(path) for path in options.users])
+        data_path = Path(options.data) if options.data else None
+        chosen = options_of(ExportOptions, options, users_dir=adapted, data_path=data_path)
+        if listed is None:
+            facts = export(run, out, chosen)
+            whom = facts["audience"]
+        else:
+            user_ids = read_user_list(listed)
+            facts = export_users(run, out, user_ids, chosen)
+            whom = f"{len(user_ids)} users, a folder each (users.json)"
+        print(
+            f"{out}: step {facts['step']}, scores for {whom}; largest difference "
+            f"to the trainer {facts['max_difference']:.2e}"
+        )
+
+
+def split_users(paths: list[Path]) -> tuple[Path | None, Path | None]:
+    """(folder of an adapted table, file of ids) among the values of --users.
+
+    Raises:
+        UserError: a path where nothing is, or two of a kind.
+    """
+    for path in paths:
+        if not path.exists():
+            raise UserError(
+                f"--users {path}: nothing is there. Give a folder that `adapt` wrote, or a file of "
+                "user ids, one a line."
+            )
+    folders, files = ([p for p in paths if p.is_dir() == kind] for kind in (True, False))
+    for found in (folders, files):
+        if len(found) > 1:
+            raise UserError(
+                f"--users {found[0]} and {found[1]}: give at most one folder and one file."
+            )
+    return (folders or [None])[0], (files or [None])[0]
+
+
+class ImportReference:
+    """Checkpoint of the PAL reference to a reward model folder and a user table.
+
+    CHECKPOINT is a Lightning .ckpt or a state dict of RamyaLab/pluralistic-alignment; no object in it is loaded.
+    --config is the file of config/prefLearner_config that it was trained with, for tensors do not say which variant
+    they belong to. OUT loads as the folders of `consolidate` do; --users_out is a table as `adapt` leaves it.
+    """
+
+    @staticmethod
+    def add_arguments(parser: ArgumentParser) -> None:
+        add = parser.add_argument
+        add("checkpoint", type=str, help=".ckpt or state dict")
+        add("out", type=str, help="folder to make")
+        add("--config", type=str, required=True, help="its prefLearner_config")
+        add(
+            "--backbone",
+            type=str,
+            required=True,
+            help="folder of its llm_name: config, tokenizer, and weights where CHECKPOINT has none",
+        )
+        add("--users_out", type=str, metavar="U", help="folder for the user table")
+        whom = parser.add_mutually_exclusive_group()
+        whom.add_argument("--user", type=str, metavar="ID", help="score for this user")
+        whom.add_argument("--mixture", type=mixture, metavar="w1,..,wK")
+        whom.add_argument("--population", action="store_true", help="mean of its users (default)")
+        add(
+            "--end_text",
+            type=str,
+            default="<|endoftext|>",
+            help="end_of_conversation_token of its ds_config",
+        )
+        add("--prompt_end", type=str, default=" Assistant:", help="how every prompt ended (PAL-B)")
+        add("--max_length", type=int, default=512, help="max_seq_len of its ds_config")
+        add("--dtype", default="fp32", choices=("fp32", "bf16"))
+        add("--max_shard_size", type=str, default="4GB", help="of a weight file, as in 500MB")
+
+    @staticmethod
+    def run(options: Namespace, _: Namespace) -> None:
+        from pal_ds.export.pal_reference.checkpoint import ImportOptions, import_checkpoint
+
+        out = Path(options.out)
+        paths = {name: as_path(options[name]) for name in ("config", "backbone", "users_out")}
+        chosen = options_of(ImportOptions, options, **paths)
+        facts = import_checkpoint(Path(options.checkpoint), out, chosen)
+        print(f"{out}: {facts['head']}, scores for {facts['audience']}")
+
+
+class Score:
+    """Scalar scores for texts in a JSONL file, from an exported model or a run."""
+
+    @staticmethod
+    def add_arguments(parser: ArgumentParser) -> None:
+        add = parser.add_argument
+        add("--model", type=str, help="folder that `consolidate` wrote")
+        add("--run_dir", type=str, help="directory that `train` wrote")
+        add("--input", type=str, required=True, help="JSONL of prompt and response")
+        add("--output", type=str, default="-", help="JSONL with scores; - prints")
+        add("--mixture", type=mixture, help="w1,..,wK in place of a user")
+        add("--user", type=str, help="user id of the run, or of --users")
+        add("--group", type=str, help="group of the run's data, of --run_dir")
+        add("--users", type=str, help="users that `adapt` fitted")
+        add("--step", **STEP)
+        add("--batch_texts", type=int, default=16, help="texts per forward")
+        add("--trust_checkpoint", **TRUST)
+        add("--trust_remote_code", action="store_true", help="run the code that lies in --model")
+
+    @staticmethod
+    def run(options: Namespace, _: Namespace) -> None:
+        from pal_ds.inference.score_texts import read_rows, write_scores
+        from pal_ds.io.files import replacing
+        from pal_ds.reward_models import Whom, scorer_of_export, scorer_of_run
+        from pal_ds.runs.run_dir import RunDirectory
+
+        if (options.model is None) == (options.run_dir is None):
+            raise UserError("score: give exactly one of --model and --run_dir.")
+        if options.batch_texts < 1:
+            raise UserError(f"--batch_texts is {options.batch_texts}; it must be at least 1.")
+        output = Path(options.output)
+        if options.output != "-" and (output.is_dir() or not output.parent.is_dir()):
+            raise UserError(f"--output {output}: must be a file in a folder that exists.")
+        rows = read_rows(Path(options.input))
+        if options.output != "-" and output.exists() and output.samefile(options.input):
+            raise UserError(f"--output {output}: is the --input. Name another file.")
+        whom = Whom(options.user, options.mixture, options.group, as_path(options.users))
+        if options.model is None:
+            run, trust = RunDirectory(options.run_dir), options.trust_checkpoint
+            scorer = scorer_of_run(run, whom, options.step, trust=trust)
+        else:
+            trust = options.trust_remote_code
+            scorer = scorer_of_export(Path(options.model), whom, trust_remote_code=trust)
+        if options.output == "-":
+            write_scores(scorer, rows, sys.stdout, options.batch_texts)
+            return
+        with replacing(output) as aside, open(aside, "w", encoding="utf-8") as stream:
+            write_scores(scorer, rows, stream, options.batch_texts)
