@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as torch_dist
 
+from pal_ds.distributed.watchdog import meeting
 from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
 
@@ -40,6 +41,16 @@ def _fill_rank_variables() -> list[str]:
 
 _stores: list[torch_dist.Store] = []
 """Where the ranks of a launcher met first, and again for each later group of this process under a prefix of its own."""
+
+
+def _meet_again(backend: str, timeout: datetime.timedelta) -> None:
+    # Keys of the group that came to its end are still in the launcher's store.
+    store = torch_dist.PrefixStore(f"pal_ds_{len(_stores)}", _stores[0])
+    _stores.append(store)
+    rank, world_size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+    torch_dist.init_process_group(
+        backend, timeout=timeout, store=store, rank=rank, world_size=world_size
+    )
 
 
 @contextlib.contextmanager
@@ -76,18 +87,13 @@ def distributed(timeout_minutes: int = 30) -> Iterator[World]:
         remove_stale_build_locks()
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(minutes=timeout_minutes)
-    if _stores and not filled:
-        # Keys of the group that came to its end are still in the launcher's store.
-        store = torch_dist.PrefixStore(f"pal_ds_{len(_stores)}", _stores[0])
-        _stores.append(store)
-        rank, world_size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
-        torch_dist.init_process_group(
-            backend, timeout=timeout, store=store, rank=rank, world_size=world_size
-        )
-    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
-    if not _stores and not filled:
-        _stores.append(torch_dist.distributed_c10d._get_default_store())
-    control = torch_dist.new_group(backend="gloo", timeout=timeout)
+    with meeting():
+        if _stores and not filled:
+            _meet_again(backend, timeout)
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+        if not _stores and not filled:
+            _stores.append(torch_dist.distributed_c10d._get_default_store())
+        control = torch_dist.new_group(backend="gloo", timeout=timeout)
     world = World(torch_dist.get_rank(), torch_dist.get_world_size(), device, control)
     try:
         yield world

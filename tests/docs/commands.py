@@ -21,14 +21,8 @@ from typing import Any
 from unittest import mock
 
 from pal_ds.cli import main as cli
-
-# Until the tools are commands: then `table` and `config_files` have both, and every branch on `COMMANDS` here can go.
-try:
-    from pal_ds.cli.config_files import with_shipped_files
-    from pal_ds.cli.table import COMMANDS
-except ImportError:
-    from pal_ds.cli.commands import COMMANDS
-    from pal_ds.cli.main import with_shipped_files
+from pal_ds.cli.config_files import with_shipped_files
+from pal_ds.cli.table import COMMANDS
 from tests.docs.blocks import SHELL, Block, commands_of, read_blocks
 from tests.spawn import ROOT, environment
 from tests.warm import fork_ranks, wait_for
@@ -200,8 +194,7 @@ def _parse(words: list[str]) -> None:
             cut = words.index("--") if "--" in words else len(words)
             parser().parse_args(words[1:cut])
         return
-    entry: Any = COMMANDS[words[0]]
-    command = entry.load() if hasattr(entry, "load") else entry
+    command = COMMANDS[words[0]].load()
     no_run = mock.patch.object(command, "run", staticmethod(lambda *_: None))
     # A handler made now would write to the stream that stands for stderr here, for as long as the process lives.
     with no_run, mock.patch("logging.basicConfig"):
