@@ -88,7 +88,7 @@ class Whom:
 def scorer_of_run(
     run: RunDirectory, whom: Whom, step: str = "latest", *, trust: bool = False
 ) -> Scorer:
-    """Return what scores texts with a run as `score --run_dir` does. Raises UserError as `open_run` and `choose_audience`."""
+    """Return a scorer as `score --run_dir` has it. Raises UserError as `open_run` and `choose_audience` do."""
     opened = open_run(run, step, trust=trust)
     model = model_of_run(opened)
     audience = choose_audience(
