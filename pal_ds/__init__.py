@@ -63,5 +63,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """What there is, whether it was imported or not."""
+    """Return all names, whether they were imported or not."""
     return sorted({*globals(), *__all__})

@@ -86,7 +86,7 @@ def _imported(file: Path, module: str) -> list[str]:
 
 
 def _is_installed(file: Path) -> bool:
-    """Whether a file lies where pip or Python put it: such code is found again without a copy."""
+    """Return True where a file lies where pip or Python put it: such code is found again without a copy."""
     places = (sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib"))
     return any(file.resolve().is_relative_to(Path(place).resolve()) for place in places)
 

@@ -195,7 +195,7 @@ def _file(layer: Any, place: Path) -> Path:
 
 
 def plain(value: Any, key: str) -> Any:
-    """What a recipe file would hold for a value of Python; `key` is where it stands.
+    """Return what a recipe file would hold for a value of Python; `key` is where it stands.
 
     Raises:
         UserError: a class or an object that cannot be written down.
@@ -233,7 +233,7 @@ def _spec(cls: Any, arguments: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def _arguments(value: Any, key: str) -> dict[str, Any]:
-    """What an object was made with, where its class keeps each argument under its name."""
+    """Return what an object was made with, where its class keeps each argument under its name."""
     arguments = {}
     for name in list(inspect.signature(type(value).__init__).parameters)[1:]:
         if not hasattr(value, name):

@@ -52,7 +52,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """What an update is, how long to train, how it is executed and what is kept."""
+    """Keys that say what an update is, how long to train, how it is executed and what is kept."""
 
     epochs: int = 1
     batch_pairs: int = 64

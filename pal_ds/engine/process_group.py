@@ -43,20 +43,14 @@ _stores: list[torch_dist.Store] = []
 """Where the ranks of a launcher met first, and again for each later group of this process under a prefix of its own."""
 
 
-def _meet(backend: str, timeout: datetime.timedelta, *, is_alone: bool) -> None:
-    import deepspeed
-
-    if _stores and not is_alone:
-        # Keys of the group that came to its end are still in the launcher's store.
-        store = torch_dist.PrefixStore(f"pal_ds_{len(_stores)}", _stores[0])
-        _stores.append(store)
-        rank, world_size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
-        torch_dist.init_process_group(
-            backend, timeout=timeout, store=store, rank=rank, world_size=world_size
-        )
-    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
-    if not _stores and not is_alone:
-        _stores.append(torch_dist.distributed_c10d._get_default_store())
+def _meet_again(backend: str, timeout: datetime.timedelta) -> None:
+    # Keys of the group that came to its end are still in the launcher's store.
+    store = torch_dist.PrefixStore(f"pal_ds_{len(_stores)}", _stores[0])
+    _stores.append(store)
+    rank, world_size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+    torch_dist.init_process_group(
+        backend, timeout=timeout, store=store, rank=rank, world_size=world_size
+    )
 
 
 @contextlib.contextmanager
@@ -94,7 +88,11 @@ def distributed(timeout_minutes: int = 30) -> Iterator[World]:
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(minutes=timeout_minutes)
     with meeting():
-        _meet(backend, timeout, is_alone=bool(filled))
+        if _stores and not filled:
+            _meet_again(backend, timeout)
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+        if not _stores and not filled:
+            _stores.append(torch_dist.distributed_c10d._get_default_store())
         control = torch_dist.new_group(backend="gloo", timeout=timeout)
     world = World(torch_dist.get_rank(), torch_dist.get_world_size(), device, control)
     try:

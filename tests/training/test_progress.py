@@ -21,7 +21,7 @@ NUM_CHUNKS = 20
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (shard_writer, torch_archive):
         monkeypatch.setattr(module, "CHUNK", SMALL)
-    monkeypatch.setattr(hashing, "CHUNK_BYTES", SMALL)
+    monkeypatch.setattr(files, "CHUNK_BYTES", SMALL)
 
 
 @pytest.fixture
