@@ -25,7 +25,7 @@ class Collector:
         self.num_records = self._num_stored = 0
         self._responses: dict[bytes, int] = {}
         names = ("user", "a", "b", "label", "group", "controversial", "prompt")
-        self._columns = {name: array("q") for name in names}
+        self._columns: dict[str, array] = {name: array("q") for name in names}
         self._columns |= {name: array("f") for name in ("margin", "probability")}
 
     def add(self, record: Record) -> None:

@@ -141,11 +141,12 @@ def _text(value: object, where: str, key: str) -> Text:
 def _texts(fields: Mapping, keys: tuple[str, ...], where: str) -> tuple[Text | None, tuple]:
     prompt = fields.get("prompt")
     prompt = None if prompt is None else _text(prompt, where, "prompt")
-    responses = [_text(fields[key], where, key) for key in keys]
-    if all(isinstance(r, list) and r[0]["role"] != "assistant" for r in responses):
-        shared = num_shared_messages(responses[0], responses[1], where)
-        prompt = _agree(prompt, responses[0][:shared], where)
-        responses = [response[shared:] for response in responses]
+    responses: list[Text] = [_text(fields[key], where, key) for key in keys]
+    whole = [r for r in responses if isinstance(r, list) and r[0]["role"] != "assistant"]
+    if len(whole) == len(responses):
+        shared = num_shared_messages(whole[0], whole[1], where)
+        prompt = _agree(prompt, whole[0][:shared], where)
+        responses = [conversation[shared:] for conversation in whole]
     for key, response in zip(keys, responses, strict=True):
         if is_empty(response):
             raise UserError(

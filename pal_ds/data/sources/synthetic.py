@@ -45,13 +45,6 @@ class _Item:
     opinions: np.ndarray
 
 
-@dataclass(frozen=True, slots=True)
-class _Judgement:
-    user: int
-    item: _Item
-    split: str
-
-
 class Synthetic(Source):
     """`num_users` seen and `num_unseen_users` unseen users judge text about four topics.
 
@@ -94,8 +87,7 @@ class Synthetic(Source):
         """All comparisons, those on one item next to each other, choices drawn from `seed`."""
         rng = np.random.default_rng([self.seed, 2])
         names = self._user_ids
-        for judgement in self._judgements:
-            user, item = judgement.user, judgement.item
+        for user, item, split in self._judgements:
             mixture = self._mixtures[user]
             probability = float(1.0 / (1.0 + np.exp(-self._scale * (mixture @ item.opinions))))
             pure = mixture.max() >= PURE_WEIGHT
@@ -105,7 +97,7 @@ class Synthetic(Source):
                 prompt=item.prompt,
                 responses=item.responses,
                 group=GROUPS[int(mixture.argmax())] if pure else None,
-                split=judgement.split,
+                split=split,
                 seen=user < self.num_users,
                 probability=probability,
             )
@@ -174,13 +166,14 @@ class Synthetic(Source):
         return np.concatenate(parts)
 
     @cached_property
-    def _judgements(self) -> list[_Judgement]:
+    def _judgements(self) -> list[tuple[int, _Item, str]]:
+        """(user, item, split) of every comparison."""
         rng = np.random.default_rng([self.seed, 1])
         splits = {"train": self.train_counts, "dev": self.dev_counts, "test": self.test_counts}
         num_items = {name: self._num_items(counts) for name, counts in splits.items()}
         prompts = self._split_prompts(num_items, rng)
         taken: set[str] = set()
-        judgements: list[_Judgement] = []
+        judgements: list[tuple[int, _Item, str]] = []
         for split, (num_seen, num_unseen) in splits.items():
             items = [
                 _draw_item(*prompts[split][i % len(prompts[split])], taken, rng)
@@ -192,13 +185,13 @@ class Synthetic(Source):
             )
             for first, num, per_user in pools:
                 for item, user in _assign(len(items), num, per_user, self.annotators_per_item, rng):
-                    judgements.append(_Judgement(first + user, items[item], split))
+                    judgements.append((first + user, items[item], split))
         return judgements
 
     @cached_property
     def _scale(self) -> float:
-        utility = np.abs([self._mixtures[j.user] @ j.item.opinions for j in self._judgements])
-        return choice_scale(utility, self.bayes_accuracy)
+        utility = [self._mixtures[user] @ item.opinions for user, item, _ in self._judgements]
+        return choice_scale(np.abs(utility), self.bayes_accuracy)
 
     def _num_items(self, counts: tuple[int, int]) -> int:
         """Enough items for the seen users at `annotators_per_item`, and for the busiest user."""
