@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as torch_dist
 
+from pal_ds.distributed.watchdog import meeting
 from pal_ds.distributed.world import World
 from pal_ds.engine.build_lock import remove_stale_build_locks
 from pal_ds.errors import UserError
@@ -83,12 +84,13 @@ def distributed(timeout_minutes: int = 30) -> Iterator[World]:
         remove_stale_build_locks()
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(minutes=timeout_minutes)
-    if _stores and not filled:
-        _meet_again(backend, timeout)
-    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
-    if not _stores and not filled:
-        _stores.append(torch_dist.distributed_c10d._get_default_store())
-    control = torch_dist.new_group(backend="gloo", timeout=timeout)
+    with meeting():
+        if _stores and not filled:
+            _meet_again(backend, timeout)
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+        if not _stores and not filled:
+            _stores.append(torch_dist.distributed_c10d._get_default_store())
+        control = torch_dist.new_group(backend="gloo", timeout=timeout)
     world = World(torch_dist.get_rank(), torch_dist.get_world_size(), device, control)
     try:
         yield world

@@ -15,7 +15,7 @@ from pal_ds.data.collator import Collator
 from pal_ds.data.prepare import prepare
 from pal_ds.data.tables import PreparedData
 from pal_ds.distributed import phase
-from pal_ds.distributed.watchdog import watch
+from pal_ds.distributed.watchdog import meeting, watch
 from pal_ds.distributed.world import World
 from pal_ds.engine.checkpoint.checkpoint import refuse_other_launch
 from pal_ds.engine.checkpoint.manifest import read_manifest
@@ -117,7 +117,8 @@ def train_among(
         from pal_ds.training.loop import train
 
         check_zero_section(request.ds_config, config.train.ds_config)
-        world.from_rank_zero(lambda: held.enter_context(only_writer(run)))
+        with meeting():
+            world.from_rank_zero(lambda: held.enter_context(only_writer(run)))
         # Not before: the watchdog writes into the run, which until now may be another's.
         record = functools.partial(record_loss, run)
         held.enter_context(watch(world, run.path / "stacks", config.train.hang_minutes, record))

@@ -194,8 +194,7 @@ def _parse(words: list[str]) -> None:
             cut = words.index("--") if "--" in words else len(words)
             parser().parse_args(words[1:cut])
         return
-    entry: Any = COMMANDS[words[0]]
-    command = entry.load() if hasattr(entry, "load") else entry
+    command = COMMANDS[words[0]].load()
     no_run = mock.patch.object(command, "run", staticmethod(lambda *_: None))
     # A handler made now would write to the stream that stands for stderr here, for as long as the process lives.
     with no_run, mock.patch("logging.basicConfig"):

@@ -93,7 +93,7 @@ def token_loop(margin: Tensor, label: Tensor, start: Tensor, end: Tensor, weight
 
 
 def cpu_rows(options: argparse.Namespace) -> None:
-    """What exists without a GPU: the shipped head against the kernels' reference, and the two exact rearrangements."""
+    """Compares what runs without a GPU: the shipped head, the eager kernels, the two exact rearrangements."""
     num_pairs, num_positions, dim, num_prototypes = 8, 40, 256, 4
     case = pairs(num_pairs, num_positions, dim, torch.float32, "cpu")
     head, loss = (
@@ -163,7 +163,7 @@ def gpu_rows(options: argparse.Namespace) -> None:
 
 
 def repeats(run: Contestant) -> bool:
-    """Whether 20 more runs give the bits of the first."""
+    """Return True where 20 more runs give the bits of the first."""
     first = run()
     return all(torch.equal(a, b) for _ in range(20) for a, b in zip(run(), first, strict=True))
 

@@ -70,7 +70,7 @@ class OpenRlhf(Contestant):
 
 
 class PlainStrategy:
-    """What the trainer asks of its DeepSpeed strategy, in plain torch."""
+    """The DeepSpeed strategy that the trainer expects, in plain torch."""
 
     accumulated_gradient, ring_attn_group = 1, None
 

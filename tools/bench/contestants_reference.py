@@ -199,7 +199,7 @@ def load_reference(checkout: Path, letter: str) -> tuple[Any, Callable[..., tupl
 
 
 class _Module(nn.Module):
-    """What the reference uses of lightning: manual optimisation and logging, of which there is none."""
+    """The part of lightning that the reference uses: manual optimisation, and logging that does nothing."""
 
     def manual_backward(self, loss: Tensor) -> None:
         loss.backward()

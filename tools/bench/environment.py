@@ -1,4 +1,4 @@
-"""What a benchmark ran on: printed with every result."""
+"""Describes the machine and the library versions of a benchmark: printed with every result."""
 
 import platform
 import subprocess

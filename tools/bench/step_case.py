@@ -1,4 +1,4 @@
-"""What all contestants of `bench_step.py` train on: one tiny backbone on disk, the same token ids, the same pairs.
+"""The case that all contestants of `bench_step.py` train on: one tiny backbone on disk, the same tokens and pairs.
 
 Token ids are random. Id 1 pads and occurs nowhere else, id 2 ends each response: for such ids the PAL reference,
 which takes 1 for the pad id of every model, and TRL's last-token search are right.

@@ -15,7 +15,7 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time
 
 
 class Timed(NamedTuple):
-    """What was measured of a contestant."""
+    """One contestant's measurements."""
 
     name: str
     seconds: list[float]

@@ -6,6 +6,7 @@ thread is stuck in native code. Calls of `phase.enter` and `phase.progress` coun
 some; a phase in which others' code works for long asks for patience.
 """
 
-from pal_ds.distributed.watchdog.watcher import is_symptom, watch
+from pal_ds.distributed.watchdog.lost_ranks import is_symptom, meeting
+from pal_ds.distributed.watchdog.watcher import watch
 
-__all__ = ["is_symptom", "watch"]
+__all__ = ["is_symptom", "meeting", "watch"]

@@ -8,7 +8,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,9 @@ from pal_ds.distributed.watchdog.frames import look
 from pal_ds.distributed.watchdog.heartbeat import Beat, Failure, Ledger, Verdict
 from pal_ds.distributed.watchdog.hub import Hub
 from pal_ds.distributed.watchdog.link import Link
+from pal_ds.distributed.watchdog.lost_ranks import exit_code_of, is_symptom, meeting, one_line
 from pal_ds.distributed.world import World, leave
-from pal_ds.errors import RankLostError, StorageError, UserError, storage_error
+from pal_ds.errors import RankLostError, StorageError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +102,9 @@ class Watcher:
 
     def start(self) -> None:
         """Connect the ranks. Raises UserError on all of them where one cannot be reached."""
-        address = self.world.from_rank_zero(self._open_hub)
-        self.world.on_every_rank(lambda: self._connect(*address))
+        with meeting():
+            address = self.world.from_rank_zero(self._open_hub)
+            self.world.on_every_rank(lambda: self._connect(*address))
 
     def _open_hub(self) -> tuple[int, str]:
         pace, size = self.pace, self.world.world_size
@@ -260,28 +261,3 @@ def within(seconds: float, work: Callable[[], object]) -> None:
     thread = threading.Thread(target=do, daemon=True)
     thread.start()
     thread.join(seconds)
-
-
-def is_symptom(error: BaseException) -> bool:
-    """Return True where an error was raised where ranks meet, as it is when a peer is gone."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    place = frames[-1][0].f_code.co_filename if frames else ""
-    meeting = ("/torch/distributed/", "/deepspeed/", "/pal_ds/engine/dist.py")
-    return isinstance(error, RuntimeError) and any(part in place for part in meeting)
-
-
-def exit_code_of(error: BaseException) -> int:
-    """Return the exit code of the command line for an error."""
-    mendable = error if isinstance(error, UserError) else storage_error(error)
-    if mendable is not None:
-        return mendable.exit_code
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else int(error.code is not None)
-    return 130 if isinstance(error, KeyboardInterrupt) else 1
-
-
-def one_line(error: BaseException) -> str:
-    """Return a line about an error, for other ranks."""
-    text = " ".join(str(error).split())[:1000]
-    name = [] if isinstance(error, UserError) else [type(error).__name__]
-    return ": ".join([*name, *filter(None, [text])])

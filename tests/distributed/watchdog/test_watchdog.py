@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 from pal_ds.distributed.watchdog.frames import is_waiting
 from pal_ds.distributed.watchdog.lines import LONGEST_LINE, AwakeClock, Lines
+from pal_ds.distributed.watchdog.lost_ranks import MEETING_FILES, is_symptom, meeting
 from pal_ds.distributed.watchdog.watcher import record, watch
 from pal_ds.distributed.world import World
 from pal_ds.engine.build_lock import remove_stale_build_locks
-from pal_ds.errors import StorageError
+from pal_ds.errors import RankLostError, StorageError
 from tests.distributed.watchdog.watchdog_train_worker import ASLEEP_IN_UPDATE
 from tests.distributed.watchdog.watchdog_worker import CASES, HANG_SECONDS, MISHAP_AT
 from tests.spawn import ROOT, environment, outcome_of
@@ -275,6 +276,48 @@ def test_messages_survive_any_cut(messages: list[dict[str, Any]], size: int) -> 
 def test_noise_is_refused(noise: bytes) -> None:
     with pytest.raises(ValueError):
         Lines().feed(noise)
+
+
+def test_a_bug_of_rank_zero_is_a_symptom_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else every rank would end as if it had the bug, with a traceback and exit code 1 each."""
+    sent: list[Any] = []
+
+    def broadcast(outcome: list[Any], **_: object) -> None:
+        if outcome != [None, None]:
+            sent[:] = outcome
+        outcome[:] = sent
+
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", broadcast)
+    for rank, error in ((0, KeyError), (1, RuntimeError)):
+        with pytest.raises(error, match="no such column") as raised:
+            World(rank, 2, torch.device("cpu")).from_rank_zero(lambda: {}["no such column"])
+        assert is_symptom(raised.value) == (rank == 1)
+    assert MEETING_FILES[-1].endswith("world.py")
+
+
+def test_a_rank_that_ends_while_they_meet(warm: WarmParent, tmp_path: Path) -> None:
+    """No watch is on yet; exit code 5 says to start again all the same, and no traceback hides the reason."""
+    outcome = warm("tests.distributed.watchdog.meeting_case:one_ends_while_they_meet", tmp_path)
+    assert outcome["codes"] == [-9, 5]
+    assert "rank 1: the ranks could not meet (" in outcome["said"]
+    assert "Traceback" not in outcome["said"]
+
+
+@pytest.mark.parametrize(
+    ("file", "shown"), [("/torch/distributed/api.py", RankLostError), ("/mine.py", RuntimeError)]
+)
+def test_only_what_a_meeting_raises_is_blamed_on_others(
+    file: str,
+    shown: type[Exception],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(shown, match="reset by peer") as raised, meeting():
+        exec(compile("raise RuntimeError('reset by peer\\nframe #0: ...')", file, "exec"))
+    is_lost = shown is RankLostError
+    assert isinstance(raised.value, RankLostError) == is_lost
+    assert ("rank 3: the ranks could not meet (reset by peer)." in caplog.text) == is_lost
 
 
 def test_zero_minutes_is_no_watch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
