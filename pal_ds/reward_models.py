@@ -84,7 +84,7 @@ class Whom:
 def scorer_of_run(
     run: RunDirectory, whom: Whom, step: str = "latest", *, trust: bool = False
 ) -> Scorer:
-    """Return a scorer as `score --run_dir` has it. Raises UserError as `open_run` and `choose_audience` do."""
+    """Return a scorer with a run, as `score --run_dir` has it. Raises UserError as `open_run` and `choose_audience`."""
     opened = open_run(run, step, trust=trust)
     model = model_of_run(opened)
     groups = opened.data.groups
@@ -95,7 +95,7 @@ def scorer_of_run(
 
 
 def scorer_of_export(folder: Path, whom: Whom, *, trust_remote_code: bool = False) -> Scorer:
-    """Return what scores texts with an exported folder as `score --model` does.
+    """Return a scorer with an exported folder, as `score --model` has it.
 
     Raises:
         UserError: no exported folder, or a user or group that it cannot know.

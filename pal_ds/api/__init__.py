@@ -1,4 +1,4 @@
-"""What the commands do, as functions that return objects: for notebooks and scripts, alone or under torchrun.
+"""The commands as functions that return objects: for notebooks and scripts, alone or under torchrun.
 
 Mistakes that a person can mend are raised as UserError; nothing here ends the process. Alone, a function is a world of
 one rank; under a launcher every rank calls it, and every rank is returned the same. `run` is a directory that `train`

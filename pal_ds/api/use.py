@@ -1,4 +1,4 @@
-"""What a trained run is used for, from Python: evaluations, new users, scores, exported models."""
+"""Uses of a trained run from Python: evaluations, new users, scores, exported models."""
 
 import os
 from collections.abc import Sequence

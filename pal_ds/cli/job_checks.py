@@ -1,4 +1,4 @@
-"""What `submit` asks of a job before it is handed in: its size, its recipe, data and earlier checkpoints."""
+"""Checks of a job before `submit` hands it in: its size, its recipe, data and earlier checkpoints."""
 
 import json
 import re
@@ -54,7 +54,7 @@ def check_sweep(options: Namespace, words: list[str]) -> Checked:
 
 
 def check_recipe(options: Namespace, recipe: str, run_dir: Path, words: list[str]) -> list[str]:
-    """Whether these nodes could train this recipe here; notes for the user.
+    """Check that these nodes could train this recipe here; return notes for the user.
 
     Raises:
         UserError: the recipe, its ds_config, its data or the run's earlier checkpoints do not fit the request.

@@ -26,7 +26,7 @@ DESCRIPTION = "Personalised reward models, trained with DeepSpeed."
 
 
 def usage() -> str:
-    """What `pal-ds --help` prints: every command with its line."""
+    """Return the text of `pal-ds --help`: every command with its line."""
     width = min(shutil.get_terminal_size().columns, 100)
     column = 2 + max(map(len, COMMANDS)) + 2
     lines = [f"usage: {PROGRAM} COMMAND [--OPTION VALUE ...]", "", DESCRIPTION, "", "commands:"]

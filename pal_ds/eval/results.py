@@ -1,4 +1,4 @@
-"""What an evaluation scores, under which name its figures are kept, and the JSON that holds them."""
+"""Requests for an evaluation, the names under which its figures are kept, and the JSON that holds them."""
 
 import json
 from collections.abc import Mapping

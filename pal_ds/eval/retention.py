@@ -1,4 +1,4 @@
-"""What a model forgot: accuracy on general sets before and after it was trained further."""
+"""Loss of what a model knew: accuracy on general sets before and after it was trained further."""
 
 import json
 from typing import Any

@@ -79,14 +79,12 @@ class PalA(Head):
             check_positive("bound_weight", bound_weight)
         dim = hidden_size if dim is None else dim
         residual = dim == hidden_size if residual is None else residual
-        self.num_prototypes = num_prototypes
-        self.user_point = user_point
-        self.similarity = similarity
+        self.num_prototypes, self.temperature = num_prototypes, temperature
+        self.user_point, self.similarity = user_point, similarity
         self.bound, self.bound_weight = bound, bound_weight
         self.projector = Projector(hidden_size, dim, num_layers, activation, dropout, residual)
         # `f(Pw)` mixes before f, of which one layer is affine, and weights that sum to 1 pass through it; more are not.
         self.has_statistics = user_point != "f(Pw)" or num_layers == 1
-        self.temperature = temperature
         self.mixture = Mixture(temperature, mixture, evaluation)
         self.needs = self.mixture.needs
         width = dim if user_point == "Pw" else hidden_size

@@ -63,16 +63,12 @@ def open_run(
 ) -> OpenRun:
     """Opens a verified checkpoint of a run without reading its weights.
 
-    Args:
-        run: what `train` wrote.
-        step: a number, `latest` or `best`.
-        trust: read a checkpoint that belongs to another user of the machine.
-        data_path: where the prepared data lies now; unset means where the recipe says.
+    `trust` reads a checkpoint that belongs to another user of the machine; `data_path` is where the prepared data lie
+    now, unset where the recipe says.
 
     Raises:
         UntrustedCheckpointError: others may have written the checkpoint or its recipe, without `trust`.
-        UserError: no such run or step, a damaged checkpoint, or data that are gone or not those
-            the run was trained on.
+        UserError: no such run or step, a damaged checkpoint, or data that are gone or not those of the training.
     """
     run.require_run()
     if not trust:
