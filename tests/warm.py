@@ -85,10 +85,10 @@ def warm_up() -> None:
     import torch
     import transformers  # noqa: F401
 
-    import pal_ds.cli.evaluate
-    import pal_ds.cli.export
+    import pal_ds.cli.evaluation_commands
+    import pal_ds.cli.export_commands
     import pal_ds.cli.main
-    import pal_ds.cli.train
+    import pal_ds.cli.training_commands
     import pal_ds.config.recipe
     import pal_ds.engine.checkpoint.forget
     import pal_ds.export

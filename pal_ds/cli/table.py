@@ -22,50 +22,55 @@ class Entry(NamedTuple):
 
 COMMANDS = {
     "prepare": Entry(
-        "train:Prepare", "Raw preference data to prepared tables, users and splits.", "recipes"
+        "training_commands:Prepare",
+        "Raw preference data to prepared tables, users and splits.",
+        "recipes",
     ),
     "embed": Entry(
-        "train:Embed",
+        "training_commands:Embed",
         "Encode all texts with a frozen backbone into `backbone.cache`; resumable, ends with 75 where it was stopped.",
         "recipes",
     ),
     "train": Entry(
-        "train:Train",
+        "training_commands:Train",
         "Train a reward model; resumes where the run directory holds checkpoints.",
         "recipes",
     ),
     "evaluate": Entry(
-        "evaluate:Evaluate",
+        "evaluation_commands:Evaluate",
         "Accuracy per user of a run on a split or on files, or best of n; exact at any world size.",
     ),
     "adapt": Entry(
-        "evaluate:Adapt",
+        "evaluation_commands:Adapt",
         "Fit new users to a trained run from a few comparisons each; the model stays as it is.",
     ),
     "few_shot": Entry(
-        "evaluate:FewShot",
+        "evaluation_commands:FewShot",
         "Accuracy of held-out users after k comparisons, for several k; result goes to eval/few_shot.json.",
     ),
-    "users": Entry("evaluate:Users", "List the users of a run, or make it forget one."),
+    "users": Entry("evaluation_commands:Users", "List the users of a run, or make it forget one."),
     "score": Entry(
-        "export:Score", "Scalar scores for texts in a JSONL file, from an exported model or a run."
+        "export_commands:Score",
+        "Scalar scores for texts in a JSONL file, from an exported model or a run.",
     ),
-    "report": Entry("evaluate:Report", "Pictures and a page for one run, or several side by side."),
+    "report": Entry(
+        "evaluation_commands:Report", "Pictures and a page for one run, or several side by side."
+    ),
     "compare": Entry(
-        "train:Compare",
+        "training_commands:Compare",
         "Train and evaluate a suite of methods over seeds on one dataset; resumable, ends in a table with intervals.",
         "suites",
     ),
     "consolidate": Entry(
-        "export:Consolidate",
+        "export_commands:Consolidate",
         "Sharded checkpoint to a scalar reward model that transformers opens by itself.",
     ),
     "reshard": Entry(
-        "train:Reshard",
+        "training_commands:Reshard",
         "Rewrite a checkpoint for another number of ranks, as if they had written it.",
     ),
     "plan": Entry(
-        "train:Plan",
+        "training_commands:Plan",
         "Parameters and bytes per GPU of a recipe under ZeRO-3, from the backbone's config.json alone.",
         "recipes",
     ),
@@ -73,11 +78,11 @@ COMMANDS = {
         "submit:Submit", "Check a job for SLURM against its recipe and hand it to sbatch."
     ),
     "import-reference": Entry(
-        "export:ImportReference",
+        "export_commands:ImportReference",
         "Checkpoint of the PAL reference to a reward model folder and a user table.",
     ),
     "retention": Entry(
-        "evaluate:Retention",
+        "evaluation_commands:Retention",
         "Accuracy on general sets before and after a model was trained further, as a table.",
     ),
 }

@@ -12,7 +12,7 @@ import yaml
 
 from pal_ds.adaptation.few_shot import evaluate_few_shot
 from pal_ds.cli.main import build_parser
-from pal_ds.cli.train import suite_of
+from pal_ds.cli.training_commands import suite_of
 from pal_ds.compare.table import page, tabulate
 from pal_ds.distributed.world import World
 from pal_ds.eval.evaluate import evaluate_run

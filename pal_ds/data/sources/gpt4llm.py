@@ -12,7 +12,7 @@ from pal_ds.data.sources.base import (
     preferences_by_score,
     read_json_list,
 )
-from pal_ds.data.sources.hub import text_of
+from pal_ds.data.sources.hub_source import text_of
 from pal_ds.errors import UserError
 
 

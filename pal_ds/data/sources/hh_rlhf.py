@@ -8,7 +8,7 @@ from typing import Literal, final
 from pal_ds.data.parse import nearest
 from pal_ds.data.records import Record
 from pal_ds.data.sources.base import Source
-from pal_ds.data.sources.hub import HubRows, PromptSplits, text_of
+from pal_ds.data.sources.hub_source import HubRows, PromptSplits, text_of
 from pal_ds.data.sources.text_score import cut_transcript
 from pal_ds.errors import UserError
 from pal_ds.users.ids import POPULATION_USER

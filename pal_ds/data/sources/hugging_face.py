@@ -9,7 +9,7 @@ from typing import final
 from pal_ds.data.parse import KNOWN_KEYS, nearest, parse_record
 from pal_ds.data.records import Record
 from pal_ds.data.sources.base import Source, describe_files
-from pal_ds.data.sources.hub import open_split, rows_of
+from pal_ds.data.sources.hub_source import open_split, rows_of
 from pal_ds.errors import UserError
 
 

@@ -9,7 +9,7 @@ from typing import final
 import numpy as np
 
 from pal_ds.data.records import Record
-from pal_ds.data.sources.hub import HubPath, HubRows, HubSource, PromptSplits, text_of
+from pal_ds.data.sources.hub_source import HubPath, HubRows, HubSource, PromptSplits, text_of
 from pal_ds.errors import UserError
 
 SPLITS = ("train", "test")

@@ -7,7 +7,7 @@ from typing import final
 from pal_ds.data.records import Record
 from pal_ds.data.sources.base import stable_fraction
 from pal_ds.data.sources.embeddings import Embeddings
-from pal_ds.data.sources.hub import HubPath, HubRows, HubSource
+from pal_ds.data.sources.hub_source import HubPath, HubRows, HubSource
 from pal_ds.data.sources.pick_a_pic import COLUMNS, SPLITS, check_sizes, image_records
 from pal_ds.errors import UserError
 

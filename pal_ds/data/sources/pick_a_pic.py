@@ -7,7 +7,7 @@ from typing import final
 
 from pal_ds.data.records import Record
 from pal_ds.data.sources.embeddings import Embeddings
-from pal_ds.data.sources.hub import HubPath, HubRows, HubSource, PromptSplits, text_of
+from pal_ds.data.sources.hub_source import HubPath, HubRows, HubSource, PromptSplits, text_of
 from pal_ds.errors import UserError
 
 SPLITS = {"train": "train", "validation": "dev", "test": "test"}

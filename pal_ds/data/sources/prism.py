@@ -9,7 +9,7 @@ from typing import Any, final
 
 from pal_ds.data.records import Message, Record
 from pal_ds.data.sources.base import stable_fraction
-from pal_ds.data.sources.hub import HubPath, HubRows, HubSource, text_of
+from pal_ds.data.sources.hub_source import HubPath, HubRows, HubSource, text_of
 from pal_ds.errors import UserError
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, final
 
 from pal_ds.data.records import Record
 from pal_ds.data.sources.base import stable_fraction
-from pal_ds.data.sources.hub import (
+from pal_ds.data.sources.hub_source import (
     PARQUET_EXPORT,
     HubPath,
     HubRows,

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, final
 from pal_ds.data.parse import nearest
 from pal_ds.data.records import Record
 from pal_ds.data.sources.base import stable_fraction
-from pal_ds.data.sources.hub import HubPath, HubRows, HubSource, text_of
+from pal_ds.data.sources.hub_source import HubPath, HubRows, HubSource, text_of
 from pal_ds.errors import UserError
 
 ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")

@@ -6,7 +6,7 @@ from typing import final
 
 from pal_ds.data.records import Record
 from pal_ds.data.sources.base import preferences_by_score
-from pal_ds.data.sources.hub import PARQUET_EXPORT, HubPath, HubRows, HubSource, text_of
+from pal_ds.data.sources.hub_source import PARQUET_EXPORT, HubPath, HubRows, HubSource, text_of
 from pal_ds.errors import UserError
 
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pal_ds.distributed import phase
+from pal_ds.distributed.watchdog.coordinator import Coordinator
 from pal_ds.distributed.watchdog.heartbeat import Beat, Failure, Ledger, Verdict, look
-from pal_ds.distributed.watchdog.hub import Hub
 from pal_ds.distributed.watchdog.link import Link
 from pal_ds.distributed.watchdog.lost_ranks import exit_code_of, is_symptom, meeting, one_line
 from pal_ds.distributed.world import World, leave
@@ -82,7 +82,7 @@ class Watcher:
         self._written = threading.Event()
         self._lock, self._thread_ends = threading.Lock(), False
         self._host = socket.gethostname()
-        self._line: Hub | Link | None = None
+        self._line: Coordinator | Link | None = None
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -93,9 +93,11 @@ class Watcher:
 
     def _open_hub(self) -> tuple[int, str]:
         ledger = Ledger(self.hang_seconds, self.patience, f"{self.stacks}/")
-        hub = Hub(self.world.world_size, ledger, self.interval, self.beat, self.learn)
-        self._run(hub)
-        return hub.port, hub.token
+        coordinator = Coordinator(
+            self.world.world_size, ledger, self.interval, self.beat, self.learn
+        )
+        self._run(coordinator)
+        return coordinator.port, coordinator.token
 
     def _connect(self, port: int, token: str) -> None:
         if self.world.is_rank_zero:
@@ -113,7 +115,7 @@ class Watcher:
             ) from None
         self._run(link)
 
-    def _run(self, line: Hub | Link) -> None:
+    def _run(self, line: Coordinator | Link) -> None:
         self._line = line
         self._thread = threading.Thread(target=line.run, name="watchdog", daemon=True)
         self._thread.start()

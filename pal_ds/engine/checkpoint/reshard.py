@@ -16,9 +16,9 @@ from pathlib import Path
 
 from pal_ds.distributed.world import World
 from pal_ds.engine.checkpoint.forget import aside, put_in_place, recover
-from pal_ds.engine.checkpoint.layout import Layout
 from pal_ds.engine.checkpoint.manifest import Manifest, entry_of, write_manifest
 from pal_ds.engine.checkpoint.resharder import Resharder
+from pal_ds.engine.checkpoint.shard_layout import Layout
 from pal_ds.engine.checkpoint.shard_reader import ENGINE_FOLDER, ShardedCheckpoint
 from pal_ds.engine.checkpoint.shard_writer import FileEntry, ShardFiles
 from pal_ds.engine.checkpoint.torch_archive import ShardContent

@@ -1,6 +1,6 @@
 """The shards of a checkpoint as another number of ranks, or another ZeRO stage, would have written them.
 
-Written out here is DeepSpeed's file format (0.19) at stages 0 to 3; where each value belongs is `layout.py`'s to say.
+DeepSpeed's file format (0.19) at stages 0 to 3 is written out here; `shard_layout.py` says where each value belongs.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pal_ds.engine.checkpoint.layout import Layout, Shapes, VectorGroup, undealt
+from pal_ds.engine.checkpoint.shard_layout import Layout, Shapes, VectorGroup, undealt
 from pal_ds.engine.checkpoint.shard_reader import MOMENTS, Kind, ShardedCheckpoint
 from pal_ds.engine.checkpoint.torch_archive import ShardContent, StoredTensor
 from pal_ds.engine.ds_config import DeepSpeedConfig

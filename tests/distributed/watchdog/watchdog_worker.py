@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from pal_ds.distributed import phase
-from pal_ds.distributed.watchdog import hub, watch
+from pal_ds.distributed.watchdog import coordinator, watch
 from pal_ds.distributed.world import World, leave
 from pal_ds.engine.checkpoint import shard_writer
 from pal_ds.errors import StorageError, UserError
@@ -174,7 +174,7 @@ def run_rank(name: str, rank: int, num_ranks: int, folder: Path) -> NoReturn:
     os.dup2(output, 2)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1"}
     logging.basicConfig(level=logging.DEBUG)
-    hub.secrets.token_hex = lambda _: TOKEN  # type: ignore[assignment]
+    coordinator.secrets.token_hex = lambda _: TOKEN  # type: ignore[assignment]
     gloo_first = name == "asleep, and gloo gives up first"
     code = 1
     try:

@@ -39,7 +39,7 @@ class _Stranger:
     shown: bytes = b""
 
 
-class Hub:
+class Coordinator:
     """Rank 0's side: hears everyone, judges, and tells the verdict. `run` is for a thread of its own."""
 
     def __init__(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pal_ds.engine.checkpoint.layout import Layout, dealt, undealt
+from pal_ds.engine.checkpoint.shard_layout import Layout, dealt, undealt
 
 
 @pytest.mark.parametrize("num_parameters", [0, 1, 2, 5, 8])

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from pal_ds.distributed.watchdog import hub as hubs
+from pal_ds.distributed.watchdog import coordinator as coordinators
+from pal_ds.distributed.watchdog.coordinator import Coordinator
 from pal_ds.distributed.watchdog.heartbeat import Beat, Ledger, Verdict
-from pal_ds.distributed.watchdog.hub import Hub
 from pal_ds.distributed.watchdog.link import LONGEST_LINE, Link
 
 DEEP = b"[" * (LONGEST_LINE - 1) + b"\n"
@@ -24,24 +24,24 @@ def beat(rank: int) -> Beat:
 
 
 class Watched:
-    """A hub of three ranks and what it makes of them."""
+    """A coordinator of three ranks and what it makes of them."""
 
     def __init__(self) -> None:
         self.verdicts: list[Verdict] = []
         self.ledger = Ledger(60.0, 1.0, "stacks/")
         learn = self.verdicts.append
-        self.hub = Hub(3, self.ledger, 0.05, lambda: beat(0), learn)
-        self.thread = threading.Thread(target=self.hub.run, daemon=True)
+        self.coordinator = Coordinator(3, self.ledger, 0.05, lambda: beat(0), learn)
+        self.thread = threading.Thread(target=self.coordinator.run, daemon=True)
         self.thread.start()
 
     def connect(self, *parts: bytes) -> socket.socket:
-        connection = socket.create_connection(("127.0.0.1", self.hub.port), timeout=5)
+        connection = socket.create_connection(("127.0.0.1", self.coordinator.port), timeout=5)
         for part in parts:
             connection.sendall(part)
         return connection
 
     def is_dropped(self, connection: socket.socket) -> bool:
-        """Whether the hub ends the connection, soon, without a word."""
+        """Whether the coordinator ends the connection, soon, without a word."""
         try:
             return connection.recv(1) == b""
         except ConnectionResetError:
@@ -51,8 +51,10 @@ class Watched:
 
     def hears(self, rank: int) -> bool:
         """Whether a rank can still join: it is heard and answered."""
-        address, places = ("127.0.0.1", self.hub.port), (0.05, 60.0, "stacks/")
-        link = Link(address, self.hub.token, *places, lambda: beat(rank), self.verdicts.append)
+        address, places = ("127.0.0.1", self.coordinator.port), (0.05, 60.0, "stacks/")
+        link = Link(
+            address, self.coordinator.token, *places, lambda: beat(rank), self.verdicts.append
+        )
         link._socket.close()
         return link._root == beat(0)
 
@@ -63,10 +65,10 @@ def watched(caplog: pytest.LogCaptureFixture) -> Iterator[Watched]:
     watched = Watched()
     yield watched
     assert watched.thread.is_alive(), caplog.text
-    watched.hub.close()
+    watched.coordinator.close()
     watched.thread.join(5)
     assert "The watchdog itself failed" not in caplog.text
-    assert watched.hub.token not in caplog.text
+    assert watched.coordinator.token not in caplog.text
 
 
 def hello(**message: Any) -> bytes:
@@ -107,12 +109,12 @@ def test_strangers_are_not_parsed(watched: Watched, noise: bytes) -> None:
 def test_a_message_that_is_none_ends_that_connection_alone(
     watched: Watched, message: bytes
 ) -> None:
-    assert watched.is_dropped(watched.connect(watched.hub.token.encode() + b"\n", message))
+    assert watched.is_dropped(watched.connect(watched.coordinator.token.encode() + b"\n", message))
     assert watched.hears(2)
 
 
 def test_the_token_may_come_in_pieces(watched: Watched) -> None:
-    text = watched.hub.token.encode() + b"\n" + hello()
+    text = watched.coordinator.token.encode() + b"\n" + hello()
     connection = watched.connect()
     for place in range(len(text)):
         connection.sendall(text[place : place + 1])
@@ -125,16 +127,16 @@ def test_the_token_may_come_in_pieces(watched: Watched) -> None:
 
 
 def test_the_silent_are_dropped_in_time(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hubs, "SECONDS_TO_SHOW_TOKEN", 0.3)
-    connection = watched.connect(watched.hub.token.encode())
+    monkeypatch.setattr(coordinators, "SECONDS_TO_SHOW_TOKEN", 0.3)
+    connection = watched.connect(watched.coordinator.token.encode())
     assert watched.is_dropped(connection)
     assert watched.hears(1)
 
 
 def test_many_strangers_shut_no_rank_out(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hubs, "MOST_STRANGERS", 5)
+    monkeypatch.setattr(coordinators, "MOST_STRANGERS", 5)
     with contextlib.ExitStack() as held:
         crowd = [held.enter_context(watched.connect()) for _ in range(30)]
         assert watched.hears(1)
         assert watched.is_dropped(crowd[0])
-        assert len(watched.hub._strangers) <= 3 + 5
+        assert len(watched.coordinator._strangers) <= 3 + 5
