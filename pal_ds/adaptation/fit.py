@@ -72,14 +72,8 @@ def fit_users(
     Users are independent of each other: they are fitted in chunks, and which share a chunk changes no result but
     its rounding. One without comparisons gets the prior's mean.
 
-    Args:
-        model: the frozen model; the fit runs on its head's device.
-        collator: reads the comparisons' data.
-        pairs: who is fitted from what.
-        loss: the run's loss.
-        prior: density of the run's own users' logits.
-        solver: `auto` takes `newton` where the head gives statistics and knows the loss, `adam` elsewhere.
-        initial: where `reference` starts; the prior's mean where unset.
+    The fit runs on the device of the model's head. `solver` `auto` takes `newton` where the head gives statistics and
+    knows the loss, `adam` elsewhere; `initial` is where `reference` starts, the prior's mean where unset.
 
     Raises:
         UserError: `newton` for a head or a loss that it cannot do.

@@ -17,17 +17,8 @@ from transformers import PreTrainedModel
 
 from pal_ds.data.tokenise import truncation_side
 from pal_ds.errors import UserError
-from pal_ds.export import bundle_code, card, tokenizer
+from pal_ds.export import bundle_code, card, configs, tokenizer
 from pal_ds.export.audience import Audience, choose_audience
-from pal_ds.export.configs import (
-    backbone_config,
-    canonical_class,
-    on_meta,
-    pal_config,
-    pal_layout,
-    stock_class,
-    write_config,
-)
 from pal_ds.export.parity import exported_scores, read_samples, trainer_scores
 from pal_ds.export.weights import DTYPES, Layout, Weights, parse_size, weights_of, write_weights
 from pal_ds.heads.base import Head
@@ -89,7 +80,7 @@ def open_for_export(run: RunDirectory, out: Path, options: ExportOptions) -> Ope
     opened = open_run(
         run, options.step, trust=options.trust_checkpoint, data_path=options.data_path
     )
-    backbone_config(opened)
+    configs.backbone_config(opened)
     return opened
 
 
@@ -114,12 +105,12 @@ def fill_folder(folder: Path, opened: OpenRun, options: ExportOptions) -> card.R
         and truncation_side(opened.data.info["tokens"]) == "left"
         and opened.parts.collator.encoding == "joint"
     ):
-        stock = stock_class(backbone_config(opened))
+        stock = configs.stock_class(configs.backbone_config(opened))
     if stock is None or linear is None:
-        config = pal_config(opened, audience.mixture)
+        config = configs.pal_config(opened, audience.mixture)
         config.reward_mean, config.reward_std = options.reward_mean, options.reward_std
         tokenizer.copy_tokenizer(opened.data.tokenizer_path, folder)
-        layout = pal_layout(folder, config, weights)
+        layout = configs.pal_layout(folder, config, weights)
     else:
         layout = _stock_layout(folder, opened, weights, stock, linear)
     shown = None if options.quiet else "exporting"
@@ -140,7 +131,7 @@ def _stock_layout(
     folder: Path, opened: OpenRun, weights: Weights, stock: type[PreTrainedModel], linear: Tensor
 ) -> Layout:
     """Write config, tokenizer and code of transformers' own class, with a subclass that scores as the trainer."""
-    config = backbone_config(opened)
+    config = configs.backbone_config(opened)
     tokens = opened.data.info["tokens"]
     arguments = opened.data.tokenizer_path, folder, tokens, config.vocab_size
     pad = tokenizer.write_canonical_tokenizer(*arguments)
@@ -158,8 +149,8 @@ def _stock_layout(
     }
     name = bundle_code.write_stock_code(folder, stock.__name__)
     auto_map = {"AutoModelForSequenceClassification": f"modeling_canonical.{name}"}
-    write_config(folder, config, stock.__name__, auto_map)
-    target = on_meta(stock, config)
+    configs.write_config(folder, config, stock.__name__, auto_map)
+    target = configs.on_meta(stock, config)
     return Layout(target, weights, f"{stock.base_model_prefix}.", {"score.weight": linear[None]})
 
 
@@ -193,7 +184,7 @@ def _check(
     everything = np.arange(len(texts))
     readers: list[tuple[type[PreTrainedModel], np.ndarray]] = [(type(target), everything)]
     if not isinstance(target, PalForSequenceClassification):
-        readers = [(canonical_class(type(target)), everything)]
+        readers = [(configs.canonical_class(type(target)), everything)]
         facts["tokenizer_exact"] = tokenizer.is_exact(folder, texts, encoded)
         if facts["tokenizer_exact"]:
             # A stock class cannot cut what is longer than the trainer's rows.
