@@ -12,6 +12,7 @@ from pal_ds.engine.checkpoint import shard_writer, torch_archive
 from pal_ds.engine.checkpoint.manifest import hash_file
 from pal_ds.engine.checkpoint.shard_writer import ShardFiles
 from pal_ds.engine.checkpoint.torch_archive import load_archive
+from pal_ds.io import files
 
 SMALL = 1 << 12
 NUM_CHUNKS = 20
