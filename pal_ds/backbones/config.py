@@ -12,8 +12,11 @@ class LoraOptions:
     """Low-rank adapters (peft); read with `tuning: lora` only."""
 
     rank: int = 16
+    """Rank of the two factors that are added to a weight."""
     alpha: float = 32.0
+    """The product of the factors is multiplied by alpha / rank."""
     dropout: float = 0.0
+    """Probability with which an input of an adapter is zeroed in training."""
     target_modules: list[str] | None = None
     """Module names to adapt; null adapts every linear layer."""
 
@@ -28,6 +31,7 @@ class BackboneConfig:
     """In place of `path`: a transformers config with its model_type, built with random weights and the data's
     vocabulary, e.g. {model_type: llama, hidden_size: 64, num_hidden_layers: 2, ...}."""
     tuning: Literal["full", "lora", "frozen"] = "full"
+    """full: train every weight; lora: low-rank adapters alone; frozen: none, each text is encoded once."""
     lora: LoraOptions = field(default_factory=LoraOptions)
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
     """auto: flash attention where the run is bf16 on a GPU and flash-attn (for packed rows, torch's own too) is
@@ -37,6 +41,7 @@ class BackboneConfig:
     responses; padded: every text a row. auto: packed where the backbone is trained and its family is known to give
     the same states (see `backbones/packed.py`)."""
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
     encoding: Literal["auto", "joint", "separate"] = "auto"
     """joint: the response after its prompt in one pass; separate: each alone. auto: joint, except where an encoder
     meets a head that reads the prompt."""

@@ -1,8 +1,8 @@
 """Options and values that several commands read, and the files that `--config` names."""
 
 import argparse
-from collections.abc import Iterator
-from dataclasses import fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,14 +35,28 @@ def as_path(text: str | None) -> Path | None:
     return None if text is None else Path(text)
 
 
-def keys(text: str | list[str]) -> list[str]:
+@dataclass(frozen=True, repr=False)
+class Shown:
+    """The type of an option, shown by a name in `--help`; `parse` makes its value, and leaves one that is made."""
+
+    name: str
+    parse: Callable[..., list[Any]]
+
+    def __call__(self, text: str | list[Any]) -> list[Any]:
+        return self.parse(text)
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def _keys(text: str | list[str]) -> list[str]:
     """Names separated by commas, in brackets or not."""
     if not isinstance(text, str):
         return text
     return [name.strip() for name in text.strip("[] ").split(",") if name.strip()]
 
 
-def mixture(text: str | list[float]) -> list[float]:
+def _mixture(text: str | list[float]) -> list[float]:
     """Weights separated by commas, `0.2,0.8`; whether they fit a head is checked where one is."""
     if not isinstance(text, str):
         # jsonargparse runs the type once more over what it gave.
@@ -53,6 +67,9 @@ def mixture(text: str | list[float]) -> list[float]:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no list of numbers separated by commas, as in 0.2,0.8"
         ) from None
+
+
+keys, mixture = Shown("list of names", _keys), Shown("list of numbers", _mixture)
 
 
 def with_shipped_files(arguments: list[str]) -> list[str]:

@@ -27,7 +27,7 @@ class Consolidate:
         whom = parser.add_mutually_exclusive_group()
         whom.add_argument("--user", type=str, metavar="ID", help="score for this user")
         whom.add_argument("--group", type=str, metavar="NAME", help="score for this group")
-        whom.add_argument("--mixture", type=mixture, metavar="w1,..,wK")
+        whom.add_argument("--mixture", type=mixture, help="weights of the prototypes, w1,..,wK")
         whom.add_argument("--population", action="store_true", help="mean of seen users (default)")
         add(
             "--users",
@@ -112,7 +112,7 @@ class ImportReference:
         add("--users_out", type=str, metavar="U", help="folder for the user table")
         whom = parser.add_mutually_exclusive_group()
         whom.add_argument("--user", type=str, metavar="ID", help="score for this user")
-        whom.add_argument("--mixture", type=mixture, metavar="w1,..,wK")
+        whom.add_argument("--mixture", type=mixture, help="weights of the prototypes, w1,..,wK")
         whom.add_argument("--population", action="store_true", help="mean of its users (default)")
         add(
             "--end_text",

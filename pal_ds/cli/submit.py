@@ -42,14 +42,14 @@ class Submit:
         add("job", type=Literal["train", "embed", "evaluate", "adapt", "sweep"])
         add("arguments", nargs="+", type=str, help="RECIPE, RUN, or RUN PAIRS OUT")
         add("--run_dir", type=str | None, help="unset: runs/NAME of the recipe")
-        add("--nodes", type=int, default=1)
+        add("--nodes", type=int, default=1, help="nodes of the job")
         add("--gpus_per_node", type=int, default=1, help="0 on nodes without")
         add("--ntasks_per_node", type=int | None, help="ranks per node; unset: one per GPU")
-        add("--cpus_per_task", type=int | None)
+        add("--cpus_per_task", type=int | None, help="CPU cores per rank")
         add("--time", type=str | None, help="as in 24:00:00")
         add("--array", type=str | None, help="shards, seeds or recipes, as in 0-7")
         for name in SITE:
-            add(f"--{name}", type=str | None)
+            add(f"--{name}", type=str | None, help=f"the {name} of the site, for sbatch")
         add("--dry_run", action="store_true", help="print the command, submit nothing")
         add("--words", type=list[str], default=[], help=SUPPRESS)
 

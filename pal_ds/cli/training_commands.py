@@ -139,7 +139,7 @@ class Plan:
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
-        parser.add_argument("--num_gpus", type=int, required=True)
+        parser.add_argument("--num_gpus", type=int, required=True, help="of all nodes together")
         add_recipe_arguments(parser)
 
     @staticmethod

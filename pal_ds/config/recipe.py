@@ -32,7 +32,9 @@ Recipe = str | os.PathLike[str] | Mapping[str, Any] | RunConfig | Sequence[Any]
 """A YAML file, the name of a shipped recipe, a dict of the same keys, a RunConfig, or several of them in layers."""
 
 # What a key of any type holds is data: jsonargparse would make an object of a class that is named in it.
-set_parsing_settings(instantiate_subclass_spec_in_any=False)
+set_parsing_settings(
+    instantiate_subclass_spec_in_any=False, docstring_parse_attribute_docstrings=True
+)
 
 
 def add_recipe_arguments(parser: ArgumentParser, *, require_head: bool = True) -> None:
@@ -45,7 +47,10 @@ def add_recipe_arguments(parser: ArgumentParser, *, require_head: bool = True) -
     )
     parser.add_class_arguments(RunConfig, nested_key=None, skip=set() if require_head else {"head"})
     if not require_head:
-        parser.add_argument("--head", type=Callable[[int], Head] | None, default=None)
+        optional = "the method, as in a recipe; needed by no more than a training"
+        parser.add_argument(
+            "--head", type=Callable[[int], Head] | None, default=None, help=optional
+        )
 
 
 def as_recipe(options: Namespace) -> RunConfig:

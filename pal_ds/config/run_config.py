@@ -22,15 +22,21 @@ class OptimConfig:
     """AdamW on everything but the users, whose rows have their own (see `users`)."""
 
     learning_rate: float = 1e-4
-    """Head projectors, and whatever has no rate of its own below."""
+    """Peak rate of the head's projectors, and of whatever has no rate of its own below."""
     backbone_learning_rate: float | None = None
+    """Peak rate of the backbone; unset: `learning_rate`."""
     prototype_learning_rate: float | None = None
+    """Peak rate of the prototypes; unset: `learning_rate`."""
     scale_learning_rate: float | None = None
-    """The learnt temperature of cosine rewards."""
+    """Peak rate of the learnt scale of cosine rewards; unset: `learning_rate`."""
     weight_decay: float = 0.0
+    """Of AdamW, decoupled from the gradient; the cosine scale and the users have none."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of Adam's two moments."""
     epsilon: float = 1e-8
+    """Added to the root of Adam's second moment."""
     schedule: Literal["cosine", "constant"] = "cosine"
+    """Course of every rate after the warm-up: half a cosine down to `final_fraction`, or constant."""
     warmup_fraction: float = 0.05
     """Share of all updates over which every rate, the users' too, rises linearly from 0."""
     final_fraction: float = 0.1
@@ -55,6 +61,7 @@ class TrainConfig:
     """Keys that say what an update is, how long to train, how it is executed and what is kept."""
 
     epochs: int = 1
+    """Passes over the train split."""
     batch_pairs: int = 64
     """Comparisons per update, over all ranks."""
     shuffle_unit: Literal["comparison", "item"] = "comparison"
@@ -70,9 +77,11 @@ class TrainConfig:
     gradient_clipping: float = 1.0
     """Global norm bound of the engine's gradients; 0 is off. User rows are outside it."""
     precision: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of forward and backward; the optimizer keeps fp32 weights, losses and softmax are fp32."""
     ds_config: str = "zero3"
     """A DeepSpeed JSON, or the name of one in ds_configs/."""
     seed: int = 0
+    """Seed of initial weights, order of comparisons, dropout and noise."""
     init_from: str | None = None
     """Start from another run (its best step, else its latest) or an exported folder: its backbone, in place of
     `backbone.path`, with adapters merged; its head, where class and shapes are the same; its users by id. Read once:
@@ -87,6 +96,7 @@ class TrainConfig:
     save_every: int = 0
     """Updates between checkpoints; 0: at the end of each epoch."""
     log_every: int = 10
+    """Updates between two lines of metrics.jsonl."""
     keep_checkpoints: int = 2
     """Newest checkpoints to keep beside the best one; at least 2."""
     stop_after: int | None = None
@@ -141,8 +151,11 @@ class WandbConfig:
     """Off unless a project is named; metrics.jsonl is always written."""
 
     project: str | None = None
+    """Project in Weights & Biases; unset: nothing is sent."""
     name: str | None = None
+    """Name of the run there; unset: one that W&B makes up."""
     mode: Literal["online", "offline"] = "online"
+    """offline: keep the files here, for `wandb sync` later."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +164,7 @@ class RunConfig:
 
     data: DataConfig
     head: Callable[[int], Head]
+    """The method: {class_path: PalA, init_args: {num_prototypes: 3}}; the hidden size is filled in."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     loss: PreferenceLoss = field(default_factory=PreferenceLoss)
     users: UsersConfig = field(default_factory=UsersConfig)

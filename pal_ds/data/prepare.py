@@ -55,7 +55,9 @@ class DataConfig:
     split: Literal["hash", "ordinal", "field"] = "hash"
     """By prompt: its hash, its order of first appearance, or the records' own `split`."""
     dev_fraction: float = 0.05
+    """Share of the prompts in the dev split, on which a training evaluates."""
     test_fraction: float = 0.1
+    """Share of the prompts in the test split."""
     unseen_user_fraction: float = 0.0
     """Share of users held out whole, among those whose records do not say."""
     seed: int = 0

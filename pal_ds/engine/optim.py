@@ -18,7 +18,7 @@ GROUPS = ("backbone", "prototypes", "scale", "projectors")
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[ParamGroup]:
     """Sort the trainable parameters into groups: backbone, prototypes, scale, projectors. Empty groups are dropped.
 
-    A head opts into a group by a parameter's last name, `prototypes` or `log_scale` (heads/README.md).
+    A head opts into a group by a parameter's last name, `prototypes` or `log_scale` (see docs/heads.md).
     """
     members: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
     for name, parameter in model.named_parameters():
