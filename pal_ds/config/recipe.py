@@ -47,7 +47,7 @@ def add_recipe_arguments(parser: ArgumentParser, *, require_head: bool = True) -
     )
     parser.add_class_arguments(RunConfig, nested_key=None, skip=set() if require_head else {"head"})
     if not require_head:
-        optional = "the method, as in a recipe; needed by no more than a training"
+        optional = "the method, as in a recipe; this command can do without it"
         parser.add_argument(
             "--head", type=Callable[[int], Head] | None, default=None, help=optional
         )
