@@ -1,4 +1,4 @@
-"""From margins of judged pairs to the figures of an evaluation; numpy in fp64, fixed order, no model in sight."""
+"""From margins of scored pairs to the figures of an evaluation; numpy in fp64, fixed order, no model in sight."""
 
 from typing import NamedTuple, cast
 
