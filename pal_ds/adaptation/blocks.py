@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pal_ds.heads.jaxtyping_fallback import Float, Int
-from pal_ds.heads.statistics import MixtureStatistics
+from pal_ds.heads.sufficient_statistics import MixtureStatistics
 
 FLOATS_PER_BLOCK = 2**20
 """Bytes of `linear` and `quadratic` in a block: 4 MB, so that steps are not memory-bound and calls are few."""

@@ -15,7 +15,7 @@ from pal_ds.adaptation.prior import LogitPrior, mean_over_components
 from pal_ds.heads.base import Features, Head, Placement, UserState
 from pal_ds.heads.geometry import unit
 from pal_ds.heads.jaxtyping_fallback import Float, Int
-from pal_ds.heads.statistics import MixtureStatistics, combine
+from pal_ds.heads.sufficient_statistics import MixtureStatistics, combine
 from pal_ds.losses import PreferenceLoss
 
 NUM_KEPT = 3
@@ -58,7 +58,7 @@ def _by_statistics(statistics: MixtureStatistics, owner: Tensor) -> Margins:
 def _by_points(head: Head, placement: Placement, centre: Tensor, owner: Tensor) -> Margins:
     """Responses are projected once; a step maps one point per user and start, and multiplies matrices.
 
-    Squares are expanded around the mean point, as in `heads/statistics.py`.
+    Squares are expanded around the mean point, as in `heads/sufficient_statistics.py`.
     """
     num_positions, scale = placement.response.shape[1], placement.scale
     response = placement.response.float()

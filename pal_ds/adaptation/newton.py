@@ -1,8 +1,8 @@
 """The mixtures of many new users at once, from the statistics of their comparisons alone, by damped Newton steps.
 
 Minimised per user over logits w, with s = softmax(w / tau):  sum_i loss(label_i margin_i(s)) + prior(w).
-Margins are differences of `heads.statistics` rewards, so a step costs K numbers per scored position. They are not
-convex in s (distances, cosines), and a softmax has no finite minimiser where the comparisons can be separated: hence
+Margins are differences of rewards by `heads.sufficient_statistics`, so a step costs K numbers per scored position. They are
+not convex in s (distances, cosines), and a softmax has no finite minimiser where the comparisons can be separated: hence
 several starts, and a prior that makes the objective coercive. Where the prior has clusters, few comparisons may leave
 several of them likely: a user is then the mean of its minima, one in each, weighted by their evidence (Laplace).
 
@@ -23,7 +23,7 @@ from pal_ds.adaptation.blocks import Comparisons, blocks
 from pal_ds.adaptation.objective import SHAPES, Objective, Point
 from pal_ds.adaptation.prior import LogitPrior, mean_over_components
 from pal_ds.heads.jaxtyping_fallback import Float
-from pal_ds.heads.statistics import MixtureStatistics
+from pal_ds.heads.sufficient_statistics import MixtureStatistics
 
 NUM_KEPT = 3
 """Starts that are followed, per user: those with the lowest objective."""

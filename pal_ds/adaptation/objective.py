@@ -12,7 +12,7 @@ from torch import Tensor
 from pal_ds.adaptation.blocks import Block
 from pal_ds.adaptation.prior import LogitPrior, Starts
 from pal_ds.heads.jaxtyping_fallback import Float, Int
-from pal_ds.heads.statistics import SMALLEST_SQUARE, MixtureStatistics, combine
+from pal_ds.heads.sufficient_statistics import SMALLEST_SQUARE, MixtureStatistics, combine
 
 SMALLEST_GAP = 1e-2
 """Closest to its kink that a hinge is taken to curve."""

@@ -8,9 +8,9 @@ import numpy as np
 import xxhash
 
 from pal_ds.data.kept_texts import SampleKeeper
-from pal_ds.data.markers import MIN_KEPT, common_marker, count_across, count_in_rows
 from pal_ds.data.ragged import Ragged
 from pal_ds.data.records import Text, render_plain
+from pal_ds.data.response_markers import MIN_KEPT, common_marker, count_across, count_in_rows
 from pal_ds.data.tokenise import Encoded, TextEncoder
 from pal_ds.errors import UserError
 

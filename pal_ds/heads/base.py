@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .jaxtyping_fallback import Float, Int
-from .statistics import MixtureStatistics
+from .sufficient_statistics import MixtureStatistics
 
 
 class Features(NamedTuple):

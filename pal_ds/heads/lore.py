@@ -11,7 +11,7 @@ from .checks import check_positive
 from .geometry import take
 from .jaxtyping_fallback import Float
 from .mixture import Mixture, MixtureEvaluation, MixtureKind
-from .statistics import MixtureStatistics
+from .sufficient_statistics import MixtureStatistics
 
 
 @final

@@ -17,7 +17,7 @@ from .geometry import bounded_scale, distance, new_log_scale, take, unit
 from .jaxtyping_fallback import Float
 from .mixture import Mixture, MixtureEvaluation, MixtureKind
 from .projector import Activation, Projector
-from .statistics import MixtureStatistics, cosine_statistics, distance_statistics
+from .sufficient_statistics import MixtureStatistics, cosine_statistics, distance_statistics
 
 UserPoint = Literal["f(Pw)", "f(P)w", "Pw"]
 Similarity = Literal["distance", "cosine"]

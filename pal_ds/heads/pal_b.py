@@ -15,7 +15,7 @@ from .geometry import bounded_scale, new_log_scale, take, unit
 from .jaxtyping_fallback import Float, Int
 from .mixture import Mixture, MixtureEvaluation, MixtureKind
 from .projector import Activation, Projector, StackedProjector
-from .statistics import MixtureStatistics, cosine_statistics
+from .sufficient_statistics import MixtureStatistics, cosine_statistics
 
 PromptPosition = Literal["last", "aligned"]
 

@@ -22,7 +22,7 @@ from pal_ds.distributed.world import World
 from pal_ds.engine.ds_config import DeepSpeedConfig, ds_config_of
 from pal_ds.errors import UserError
 from pal_ds.heads.base import Head
-from pal_ds.modeling.compatibility import (
+from pal_ds.modeling.combination_checks import (
     check_head,
     check_language,
     check_sizes,

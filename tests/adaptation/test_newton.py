@@ -12,7 +12,7 @@ from pal_ds.adaptation.newton import solve, solve_positive_definite
 from pal_ds.adaptation.objective import SHAPES
 from pal_ds.adaptation.prior import LogitPrior
 from pal_ds.heads import Features, Head, PalA, PalB
-from pal_ds.heads.statistics import MixtureStatistics
+from pal_ds.heads.sufficient_statistics import MixtureStatistics
 from pal_ds.losses import PreferenceLoss, token_weights
 
 H = 6

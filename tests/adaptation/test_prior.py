@@ -16,7 +16,7 @@ from pal_ds.adaptation.prior import (
     without_repetition,
 )
 from pal_ds.heads import Features, Lore
-from pal_ds.heads.statistics import MixtureStatistics
+from pal_ds.heads.sufficient_statistics import MixtureStatistics
 from pal_ds.losses import PreferenceLoss
 from pal_ds.users import UserTable
 

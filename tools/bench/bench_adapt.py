@@ -38,7 +38,7 @@ from pal_ds.adaptation.gradient import Choices, adam, margins_of, reference_adam
 from pal_ds.adaptation.newton import solve
 from pal_ds.adaptation.prior import LogitPrior
 from pal_ds.heads import Features, Head, PalA, PalB, UserState
-from pal_ds.heads.statistics import MixtureStatistics
+from pal_ds.heads.sufficient_statistics import MixtureStatistics
 from pal_ds.losses import PreferenceLoss, token_weights
 from pal_ds.users import UserTable
 from tools.bench.environment import describe_environment

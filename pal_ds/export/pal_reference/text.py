@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from pal_ds.data.markers import common_marker
+from pal_ds.data.response_markers import common_marker
 from pal_ds.data.tokenise import TextEncoder
 from pal_ds.errors import UserError
 from pal_ds.export.tokenizer import write_framed_tokenizer

@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pal_ds.data.markers import common_marker
 from pal_ds.data.ragged import Ragged
+from pal_ds.data.response_markers import common_marker
 from pal_ds.data.stores import CODE, TokenTables, _misplaced
 from pal_ds.remote_code.canonical import find_prompt_length
 
