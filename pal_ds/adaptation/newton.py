@@ -3,8 +3,8 @@
 Minimised per user over logits w, with s = softmax(w / tau):  sum_i loss(label_i margin_i(s)) + prior(w).
 Margins are differences of rewards by `heads.sufficient_statistics`, so a step costs K numbers per scored position. They
 are not convex in s (distances, cosines), and a softmax has no finite minimiser where the comparisons can be separated:
-hence several starts, and a prior that makes the objective coercive. Where the prior has clusters, few comparisons may leave
-several of them likely: a user is then the mean of its minima, one in each, weighted by their evidence (Laplace).
+hence several starts, and a prior that makes the objective coercive. Where the prior has clusters, few comparisons may
+leave several of them likely: a user is then the mean of its minima, one in each, weighted by their evidence (Laplace).
 
 Steps are those of Gauss and Newton with Levenberg's damping: the margin's own curvature in s is left out, that of the
 softmax is not. The matrix may then be indefinite far from a minimum; a step that would not descend, or does not descend

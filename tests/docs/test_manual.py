@@ -34,6 +34,19 @@ def test_paths_exist(page: Path) -> None:
     assert not missing, f"{page.name} names {missing}"
 
 
+@pytest.mark.parametrize("page", ["architecture.md", "heads.md"])
+def test_files_named_without_their_folder_exist(page: str) -> None:
+    """Those pages name files of one package after the other by their last part alone."""
+    text = re.sub(r"^```.*?^```", "", (DOCS / page).read_text(), flags=re.M | re.S)
+    names = set(re.findall(r"`(?:[\w]+/)*(\w+\.py)`", text))
+    files = {
+        path.name
+        for folder in ("pal_ds", "tests", "docs")
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    assert names and not names - files
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_of_pages_outside_the_site_lead_somewhere(page: Path) -> None:
     """`mkdocs build --strict` looks at those inside."""
