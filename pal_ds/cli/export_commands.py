@@ -37,7 +37,7 @@ class Consolidate:
             help="a folder of users that `adapt` fitted, or a file of ids, one a line: a folder for each",
         )
         add("--with_users", action="store_true", help="also write ids and mixtures")
-        add("--dtype", default="fp32", choices=("fp32", "bf16"))
+        add("--dtype", default="fp32", choices=("fp32", "bf16"), help="of the weights on disk")
         add("--max_shard_size", type=str, default="4GB", help="of a weight file, as in 500MB")
         add("--data", type=str, help="prepared data, if they were moved")
         add("--reward_mean", type=float, help="stored in config.json, not applied")
@@ -122,7 +122,7 @@ class ImportReference:
         )
         add("--prompt_end", type=str, default=" Assistant:", help="how every prompt ended (PAL-B)")
         add("--max_length", type=int, default=512, help="max_seq_len of its ds_config")
-        add("--dtype", default="fp32", choices=("fp32", "bf16"))
+        add("--dtype", default="fp32", choices=("fp32", "bf16"), help="of the weights on disk")
         add("--max_shard_size", type=str, default="4GB", help="of a weight file, as in 500MB")
 
     @staticmethod

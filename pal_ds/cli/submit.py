@@ -13,12 +13,9 @@ from jsonargparse import SUPPRESS, ArgumentParser, Namespace
 
 from pal_ds.cli.job_checks import JOBS, check_shape
 from pal_ds.errors import UserError
+from pal_ds.io.files import shipped_folder
 
-_CHECKOUT, _INSTALLED = (
-    Path(__file__).resolve().parents[2] / "slurm",
-    Path(sys.prefix) / "share" / "pal_ds" / "slurm",
-)
-SCRIPTS = _CHECKOUT if _CHECKOUT.is_dir() else _INSTALLED
+SCRIPTS = shipped_folder("slurm", "*.sbatch")
 PASSED_ON = ("nodes", "ntasks_per_node", "gpus_per_node", "cpus_per_task", "time", "array")
 SITE = ("partition", "account", "qos")
 

@@ -12,6 +12,7 @@ from pal_ds.errors import UnfinishedError, UserError
 
 if TYPE_CHECKING:
     from pal_ds.compare.suite import Suite
+    from pal_ds.data.prepare import DataConfig
 
 GIB = 2**30
 
@@ -148,16 +149,28 @@ class Plan:
         from pal_ds.modeling.memory_plan import plan_memory
 
         config = as_recipe(options)
+        if options.num_gpus < 1:
+            raise UserError(f"--num_gpus is {options.num_gpus}; it must be at least 1.")
         if config.backbone.architecture is None:
             model_config = read_model_config(config.backbone)
         else:
-            model_config = architecture_config(config.backbone, config.data.vocab_size)
+            model_config = architecture_config(config.backbone, _vocab_size(config.data))
         plan = plan_memory(config, model_config, options.num_gpus)
         print(
             f"{options.num_gpus} GPUs, {plan.num_parameters:,} parameters, {plan.num_trained:,} trained"
         )
         for name in ("weights", "optimizer", "gathered", "buckets", "activations", "total"):
             print(f"{name:12}{getattr(plan, name) / GIB:8.1f} GiB")
+
+
+def _vocab_size(data: "DataConfig") -> int:
+    """Rows of a new embedding: tokens of the prepared data, or, until there are any, what the recipe asks for."""
+    from pal_ds.data.tables import INFO_NAME, read_info
+
+    tokens = (
+        read_info(Path(data.path)).get("tokens") if Path(data.path, INFO_NAME).is_file() else None
+    )
+    return data.vocab_size if tokens is None else tokens["vocab_size"]
 
 
 class Reshard:

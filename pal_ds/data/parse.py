@@ -111,7 +111,9 @@ def _choose_form(fields: Mapping, unknown: list[str], where: str) -> tuple[str, 
     form = started[0] if started else REQUIRED_FORMS[1 if "y" in present else 0]
     for key in form:
         if key not in present:
-            close = nearest(key, [k for k in (unknown or fields) if k not in KNOWN_KEYS])
+            others = [k for k in (unknown or fields) if k not in KNOWN_KEYS]
+            written = difflib.get_close_matches(key, map(str, others), n=1)
+            close = f" (did you mean '{key}' by '{written[0]}'?)" if written else ""
             raise UserError(
                 f"{where}: missing key '{key}'{close}; a record has prompt, chosen, rejected, or "
                 "prompt, response_1, response_2, y, or response_features, y"

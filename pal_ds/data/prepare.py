@@ -63,6 +63,11 @@ class DataConfig:
     seed: int = 0
     """Seed of the hashes that decide splits and unseen users."""
 
+    def __post_init__(self) -> None:
+        """Raises UserError for a value out of range."""
+        if self.vocab_size < 1:
+            raise UserError(f"data.vocab_size is {self.vocab_size}; it must be at least 1.")
+
     def split_options(self) -> SplitOptions:
         return SplitOptions(**{key.name: getattr(self, key.name) for key in fields(SplitOptions)})
 
@@ -170,6 +175,11 @@ def _changed_keys(old: dict, new: dict, prefix: str = "") -> Iterator[str]:
 def _encoder(config: DataConfig, source: Source, quiet: bool) -> TextEncoder | None:
     """The tokenizer of the config, or one trained on the train split; None for vector records."""
     first = next(iter(source.records()), None)
+    if first is not None and not isinstance(first, Record):
+        raise UserError(
+            f"{type(source).__name__}.records() yields {type(first).__name__}; a source yields "
+            "pal_ds.data.records.Record(user_id=..., prompt=..., responses=(..., ...), label=-1 or 1)."
+        )
     if first is not None and first.response_features is not None:
         return None
     if config.tokenizer is not None:

@@ -142,6 +142,7 @@ class Membership:
         """Row of the record's user, whose group is the first that is given."""
         row = self.users.setdefault(record.user_id, len(self.users))
         if row == len(self._user_given):
+            _utf8(record.user_id, f"user id {record.user_id!r}")
             self._user_given.append(-1)
             self.user_group.append(-1)
         if self.user_group[row] < 0:

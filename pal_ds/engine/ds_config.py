@@ -2,16 +2,14 @@
 
 import difflib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from pal_ds.config.run_config import TrainConfig
 from pal_ds.errors import UserError
+from pal_ds.io.files import shipped_folder
 
-_CHECKOUT = Path(__file__).resolve().parents[2] / "ds_configs"
-_INSTALLED = Path(sys.prefix, "share", "pal_ds", "ds_configs")
-SHIPPED_CONFIGS = _CHECKOUT if _CHECKOUT.is_dir() else _INSTALLED
+SHIPPED_CONFIGS = shipped_folder("ds_configs", "zero*.json")
 
 DeepSpeedConfig = dict[str, Any]
 """DeepSpeed's JSON, or a section of it: its keys are DeepSpeed's to define."""

@@ -6,7 +6,9 @@ import json
 import logging
 import os
 import shutil
+import site
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +20,17 @@ from pal_ds.io.fault_points import reached
 logger = logging.getLogger(__name__)
 CHUNK_BYTES = 1 << 20
 """Bytes that are hashed at a time, of a size that a processor still holds when it hashes what it has just read."""
+
+
+def shipped_folder(name: str, pattern: str) -> Path:
+    """Return the folder `name` that comes with pal_ds and has files like `pattern`: a checkout's, or where pip put it.
+
+    pip's folder is share/pal_ds of the environment, of the user's own base, or of what `--target` named.
+    """
+    beside = Path(__file__).resolve().parents[2]
+    bases = (beside / "share", Path(sys.prefix, "share"), Path(site.getuserbase(), "share"))
+    places = [beside / name, *(base / "pal_ds" / name for base in bases)]
+    return next((place for place in places if any(place.glob(pattern))), places[2])
 
 
 def write_atomically(path: Path, text: str) -> None:

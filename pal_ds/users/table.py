@@ -77,7 +77,7 @@ class UserTable:
             unknown = [ids[place] for place in np.flatnonzero(rows < 0).tolist()]
             raise UserError(
                 f"unknown user {named(unknown)}; the table holds {len(self)} users. "
-                "Fit new users with `pal_ds adapt`, or score them with the population mixture."
+                "Fit new users with `pal-ds adapt`, or score them with the population mixture."
             )
         return torch.from_numpy(rows).to(self.device)
 

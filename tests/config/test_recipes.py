@@ -19,6 +19,8 @@ from pal_ds.modeling.build import assemble
 from pal_ds.modeling.memory_plan import plan_memory
 from pal_ds.runs.run_dir import RunDirectory
 from tests.spawn import ROOT
+from tests.tiny import LLAMA as TINY_LLAMA
+from tests.tiny import write_pairs
 from tools import plan
 
 RECIPES = ROOT / "pal_ds" / "recipes"
@@ -241,6 +243,32 @@ def test_the_tool_prints_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[
         plan.main(["--num_gpus", "8", *layered("llama_8b_full"), path, "--train.ds_config=zero2"])
     assert end.value.code == 2
     assert "plans are made for ZeRO-3, this is stage 2" in capsys.readouterr().err
+
+
+def test_a_plan_counts_the_tokens_of_prepared_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tokenizer trained on few texts has fewer tokens than the recipe asks for."""
+    path = write_pairs(tmp_path / "pairs.jsonl", 40)
+    data = {"path": str(tmp_path / "data"), "vocab_size": 5000, "max_length": 64}
+    source = {"class_path": "Jsonl", "init_args": {"path": str(path)}}
+    recipe = tmp_path / "recipe.yaml"
+    parts = {"backbone": {"architecture": TINY_LLAMA}, "head": {"class_path": "PalA"}}
+    recipe.write_text(json.dumps({"data": {**data, "source": source}, **parts}))
+    words, counts = ["--num_gpus", "1", "--config", str(recipe)], []
+    for _ in range(2):
+        plan.main(words)
+        counts.append(int(capsys.readouterr().out.split()[2].replace(",", "")))
+        main(["prepare", "--config", str(recipe)])
+        capsys.readouterr()
+    info = json.loads((tmp_path / "data/dataset.json").read_text())
+    missing = 5000 - info["tokens"]["vocab_size"]
+    assert missing > 1000
+    assert counts[0] - counts[1] == missing * TINY_LLAMA["hidden_size"]
+    with pytest.raises(SystemExit) as end:
+        plan.main(["--num_gpus", "0", "--config", str(recipe)])
+    assert end.value.code == 2
+    assert "--num_gpus is 0; it must be at least 1" in capsys.readouterr().err
 
 
 def test_stage_three_alone_is_planned() -> None:

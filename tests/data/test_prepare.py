@@ -64,6 +64,26 @@ def test_two_runs_give_the_same_hash_and_other_data_another(write_lines, tmp_pat
     assert first.hash == second.hash != other.hash
 
 
+class Dicts(Jsonl):
+    """A source of one's own that yields what a reader of JSON gives."""
+
+    def records(self):
+        yield {"user_id": "a", "prompt": "p", "chosen": "c", "rejected": "r"}
+
+
+def test_mistakes_of_a_source_of_ones_own_are_told(write_lines, tmp_path):
+    config = DataConfig(path=str(tmp_path / "D"), source=Dicts(write_lines(rows(3))))
+    with pytest.raises(UserError, match=r"Dicts.records\(\) yields dict; a source yields .*Record"):
+        prepare(config, quiet=True)
+    with pytest.raises(UserError, match=r"data.vocab_size is -1; it must be at least 1"):
+        replace(config, vocab_size=-1)
+
+
+def test_half_a_character_in_a_user_id_is_told(bpe, tmp_path):
+    with pytest.raises(UserError, match=r"user id 'a\\ud800': .* half of a surrogate pair"):
+        build_tables([record(1), record(2, user_id="a\ud800")], tmp_path / "D", TextEncoder(bpe))
+
+
 @settings(
     deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

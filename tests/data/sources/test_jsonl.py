@@ -71,7 +71,7 @@ BAD = [
     ({"prompt": "p", "chosen": "c"}, "missing key 'rejected'"),
     (
         {"prompt": "p", "chosen": "c", "rejceted": "r"},
-        r"missing key 'rejected' \(did you mean 'rej",
+        r"missing key 'rejected' \(did you mean 'rejected' by 'rejceted'\?\)",
     ),
     ({"prompt": "p"}, "missing key 'chosen'"),
     ({**PAIR, "y": None}, "missing key 'y'"),
