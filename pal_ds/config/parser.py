@@ -65,7 +65,7 @@ def _without_noise(message: str) -> str:
     if name is None or key is None:
         message = re.sub(r"Expected a typing.Literal\[(.*?)\]", r"it must be one of \1", message)
         message = re.sub(r"Expected an? <class '(\w+)'>", r"it must be of type \1", message)
-        message = re.sub(r"(of type list)(\. Got)", r"\1, as [a,b]\2", message)
+        message = re.sub(r"(of type list)(\. Got)", r"\1, as [0,1] or [a,b]\2", message)
         return re.sub(r'Parser key "([\w.]+)":\s*', r"\1: ", message)
     from pal_ds.data.sources import SOURCES
     from pal_ds.heads import HEADS

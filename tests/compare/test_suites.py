@@ -104,7 +104,7 @@ def test_a_methods_keys_lie_over_the_shared_ones(tmp_path: Path) -> None:
     [
         ({"sedes": [0]}, [], "'sedes'. Did you mean seeds?"),
         ({"metods": METHODS}, [], "Did you mean methods?"),
-        ({}, ["--seeds=0"], "seeds: it must be of type list, as [0,1]. Got value: 0"),
+        ({}, ["--seeds=0"], "seeds: it must be of type list, as [0,1] or [a,b]. Got value: 0"),
         ({"methods": {}}, [], "methods is empty; it must be a mapping of names to recipe keys"),
         ({"seeds": []}, [], "seeds is empty; it must be at least one number"),
         ({"seeds": [1, 1]}, [], "seeds is [1, 1]; it must be different numbers, 0 or more"),
