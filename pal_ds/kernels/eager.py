@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pal_ds.losses import hinge, logistic, smooth_hinge
+from pal_ds.losses import hinge, logistic, smooth_hinge, token_weights
 
 _LOSSES = {"logistic": logistic, "hinge": hinge, "smooth_hinge": smooth_hinge}
 
@@ -55,7 +55,7 @@ def pair_loss(
 ) -> PairLossOutput:
     """Loss of comparisons by distance (scale unset) or scaled cosine; see `kernels.pair_loss`."""
     dtype = working_dtype(response, point)
-    weight = token_weights(weighting, facts.start, facts.end, response.shape[1], dtype)
+    weight = token_weights(weighting, facts.start, facts.end, response.shape[1]).to(dtype)
     counts = weight > 0
     # Masked before anything is computed: what lies outside may be NaN, and 0 * NaN is NaN.
     z = torch.nn.functional.embedding(response_index, response.flatten(1)).to(dtype)
@@ -71,25 +71,6 @@ def pair_loss(
     loss = (weight * _LOSSES[kind](signed)).sum(-1)
     total = (facts.weight.to(dtype) * loss).sum()
     return PairLossOutput(total, loss.detach(), reward.detach(), margin.detach())
-
-
-def token_weights(
-    weighting: str,
-    start: Int[Tensor, "B"],
-    end: Int[Tensor, "B"],
-    num_positions: int,
-    dtype: torch.dtype = torch.float32,
-) -> Float[Tensor, "B T"]:
-    """Weight of each position as in `losses.token_weights`, in the given dtype."""
-    step = torch.arange(num_positions, device=start.device) - start[:, None]
-    length = (end - start)[:, None]
-    one = torch.ones((), dtype=dtype, device=start.device)
-    weight = {
-        "last": (step == length - 1) * one,
-        "mean": one / length.clamp(min=1).expand_as(step),
-        "cumulative": (step + 1) * one / (length * (length + 1) // 2).clamp(min=1),
-    }[weighting]
-    return torch.where((step >= 0) & (step < length), weight, torch.zeros_like(weight))
 
 
 def unit(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:

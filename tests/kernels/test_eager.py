@@ -11,17 +11,10 @@ from pal_ds.heads.geometry import bounded_scale
 from pal_ds.kernels import eager
 from pal_ds.kernels.mix import mix
 from pal_ds.kernels.pair_loss import pair_loss
-from pal_ds.losses import PreferenceLoss, token_weights
+from pal_ds.losses import PreferenceLoss
 from tests.kernels.cases import comparisons
 
 B, R, T, H, K = 6, 5, 4, 10, 3
-
-
-@pytest.mark.parametrize("weighting", ["last", "mean", "cumulative"])
-def test_token_weights_are_those_of_the_losses(weighting: str) -> None:
-    facts = comparisons(20, 50, 1).facts
-    made = eager.token_weights(weighting, facts.start, facts.end, 50)
-    assert torch.equal(made, token_weights(weighting, facts.start, facts.end, 50))
 
 
 @pytest.mark.parametrize(("cosine", "points"), list(itertools.product((False, True), (1, 2))))
