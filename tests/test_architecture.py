@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pal_ds.cli.table import COMMANDS
+from pal_ds.cli.command_table import COMMANDS
 from pal_ds.heads import HEADS
 from tests.spawn import ROOT
 

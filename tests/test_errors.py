@@ -9,8 +9,8 @@ import pytest
 
 import pal_ds.engine.checkpoint.reshard
 import pal_ds.export
+from pal_ds.cli.command_table import COMMANDS
 from pal_ds.cli.main import main
-from pal_ds.cli.table import COMMANDS
 from pal_ds.errors import BusyError, RankLostError, UnfinishedError, UserError, end_with
 from tools import consolidate, reshard
 

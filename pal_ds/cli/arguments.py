@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from pal_ds.cli.table import COMMANDS
+from pal_ds.cli.command_table import COMMANDS
 from pal_ds.errors import UserError
 
 STEP: dict[str, Any] = {"type": str, "default": "latest", "help": "a number, latest or best"}

@@ -1,7 +1,7 @@
 """The command line: one parser per command, errors that name the key and the nearest match, exit code 2 for usage.
 
-What `--help` and `--version` say needs neither torch nor a parser: both are answered from `table.py` alone, and a
-command builds the parser of no other.
+`--help` and `--version` need neither torch nor a parser: both are answered from `command_table.py` alone, and a command
+builds the parser of no other.
 """
 
 import difflib
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from pal_ds import __version__
-from pal_ds.cli.table import COMMANDS
+from pal_ds.cli.command_table import COMMANDS
 from pal_ds.distributed import phase  # noqa: F401  (first of ours: its clock tells how long this process has run)
 from pal_ds.errors import UserError, end_with
 

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
+from pal_ds.cli.command_table import COMMANDS
 from pal_ds.cli.main import main
-from pal_ds.cli.table import COMMANDS
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from pal_ds import __version__
+from pal_ds.cli.command_table import COMMANDS
 from pal_ds.cli.main import build_parser, main, usage
-from pal_ds.cli.table import COMMANDS
 from tests.spawn import environment
 
 HEAVY = ("torch", "transformers", "jsonargparse", "deepspeed", "numpy", "yaml", "datasets")

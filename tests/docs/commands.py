@@ -22,7 +22,7 @@ from unittest import mock
 
 from pal_ds.cli import main as cli
 from pal_ds.cli.arguments import with_shipped_files
-from pal_ds.cli.table import COMMANDS
+from pal_ds.cli.command_table import COMMANDS
 from tests.docs.blocks import SHELL, Block, commands_of, read_blocks
 from tests.spawn import ROOT, environment
 from tests.warm import fork_ranks, wait_for
