@@ -120,8 +120,9 @@ def token_weights(
     start: Int[Tensor, "B"],
     end: Int[Tensor, "B"],
     num_positions: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "B T"]:
-    """Weight of each position, fp32: sums to 1 in [start, end), 0 outside and in empty windows.
+    """Weight of each position, fp32 or fp64: sums to 1 in [start, end), 0 outside and in empty windows.
 
     With n = end - start and t counted from start: `last` 1 at t = n - 1; `mean` 1 / n; `cumulative`
     (t + 1) / (n (n + 1) / 2), the closed form of the reference's running sum.
@@ -130,8 +131,10 @@ def token_weights(
     >>> [round(weight, 4) for weight in weights[0].tolist()]
     [0.0, 0.1667, 0.3333, 0.5, 0.0]
     """
+    if dtype == torch.float64:
+        start, end = start.to(dtype), end.to(dtype)
     outside, weight = _window(weighting, start, end, num_positions)
-    return weight.masked_fill(outside, 0.0)
+    return weight.to(dtype).masked_fill(outside, 0.0)
 
 
 def _window(
@@ -167,9 +170,9 @@ _WEIGHTS = {
 }
 
 
-def _triangular(n: Int[Tensor, "B 1"]) -> Int[Tensor, "B 1"]:
+def _triangular(n: Tensor) -> Tensor:
     """n (n + 1) / 2, at least 1."""
-    return torch.addcmul(n, n, n).bitwise_right_shift_(1).clamp_(min=1)
+    return torch.addcmul(n, n, n).div_(2, rounding_mode="floor").clamp_(min=1)
 
 
 def _choose(name: str, value: str, table: dict) -> None:

@@ -176,3 +176,21 @@ def test_the_pairs_of_a_list_have_the_masked_listwise_loss() -> None:
     # Each unordered pair stands twice in the formula, which leaves its mean as it is.
     assert 2 * len(pairs) == count
     assert abs(float(loss.double().mean() - total / count)) <= 1e-6
+
+
+@pytest.mark.parametrize("weighting", ["last", "mean", "cumulative"])
+def test_weights_in_fp64_are_those_of_the_formula(weighting: str) -> None:
+    """Kernels are held against fp64; weights rounded to fp32 would hide 1e-7."""
+    start, end = torch.tensor([0, 3, 2]), torch.tensor([7, 6, 2])
+    made = token_weights(weighting, start, end, 9, torch.float64)
+    assert made.dtype == torch.float64
+    for row, (begin, stop) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
+        n = stop - begin
+        of = {
+            "last": lambda t, n=n: float(t == n - 1),
+            "mean": lambda t, n=n: 1 / n,
+            "cumulative": lambda t, n=n: (t + 1) / (n * (n + 1) / 2),
+        }[weighting]
+        wanted = [of(t - begin) if begin <= t < stop else 0.0 for t in range(9)]
+        assert made[row].tolist() == pytest.approx(wanted, rel=1e-15, abs=0)
+    torch.testing.assert_close(made.float(), token_weights(weighting, start, end, 9))

@@ -55,7 +55,7 @@ def pair_loss(
 ) -> PairLossOutput:
     """Loss of comparisons by distance (scale unset) or scaled cosine; see `kernels.pair_loss`."""
     dtype = working_dtype(response, point)
-    weight = token_weights(weighting, facts.start, facts.end, response.shape[1]).to(dtype)
+    weight = token_weights(weighting, facts.start, facts.end, response.shape[1], dtype)
     counts = weight > 0
     # Masked before anything is computed: what lies outside may be NaN, and 0 * NaN is NaN.
     z = torch.nn.functional.embedding(response_index, response.flatten(1)).to(dtype)
