@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pal_ds.losses import hinge, logistic, smooth_hinge, token_weights
+from pal_ds.losses import TokenWeighting, hinge, logistic, smooth_hinge, token_weights
 
 _LOSSES = {"logistic": logistic, "hinge": hinge, "smooth_hinge": smooth_hinge}
 
@@ -51,7 +51,7 @@ def pair_loss(
     scale: Float[Tensor, "1"] | None,
     facts: PairFacts,
     kind: str,
-    weighting: str,
+    weighting: TokenWeighting,
 ) -> PairLossOutput:
     """Loss of comparisons by distance (scale unset) or scaled cosine; see `kernels.pair_loss`."""
     dtype = working_dtype(response, point)
