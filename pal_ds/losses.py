@@ -7,7 +7,7 @@ positions.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,20 @@ class MarginLoss(ABC):
 
 
 _LOSSES = {"logistic": logistic, "hinge": hinge, "smooth_hinge": smooth_hinge}
+
+
+class PairFacts(NamedTuple):
+    """Facts about each comparison that a loss reads beside its margins."""
+
+    label: Int[Tensor, "B"]
+    """+1 where response_2 is preferred, -1 where response_1."""
+    start: Int[Tensor, "B"]
+    end: Int[Tensor, "B"]
+    """The window of scored positions is [start, end); an empty one has loss 0."""
+    required_margin: Float[Tensor, "B"]
+    """How far apart the preferred response must be to satisfy the annotation."""
+    weight: Float[Tensor, "B"]
+    """Factor of the comparison's loss in the total; 0 for the stand-in of an empty run."""
 
 
 @dataclass(frozen=True)

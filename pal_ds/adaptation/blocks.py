@@ -12,20 +12,18 @@ from torch import Tensor
 
 from pal_ds.heads.jaxtyping_fallback import Float, Int
 from pal_ds.heads.sufficient_statistics import MixtureStatistics
+from pal_ds.losses import PairFacts, TokenWeighting, token_weights
 
 FLOATS_PER_BLOCK = 2**20
 """Bytes of `linear` and `quadratic` in a block: 4 MB, so that steps are not memory-bound and calls are few."""
 
 
-class Comparisons(NamedTuple):
-    """Facts about each comparison beside its rewards."""
+class UserComparisons(NamedTuple):
+    """Comparisons of several users, beside their rewards."""
 
     user: Int[Tensor, "B"]
-    label: Int[Tensor, "B"]
-    required: Float[Tensor, "B"]
-    """Margin that the annotation asks for."""
-    weight: Float[Tensor, "B T"]
-    """Weight of each position in the loss, see `losses.token_weights`."""
+    """Index of the user who made the comparison."""
+    facts: PairFacts
 
 
 class Block(NamedTuple):
@@ -70,10 +68,15 @@ def padded_size(counts: Int[Tensor, "U"]) -> Int[Tensor, "U"]:
 
 
 def blocks(
-    statistics: MixtureStatistics, comparisons: Comparisons, num_users: int
+    statistics: MixtureStatistics,
+    comparisons: UserComparisons,
+    num_users: int,
+    weighting: TokenWeighting,
 ) -> Iterator[Block]:
     """Every user with at least one term, each in one block."""
-    pair, position = comparisons.weight.nonzero(as_tuple=True)
+    facts, length = comparisons.facts, statistics.linear.shape[1]
+    weight = token_weights(weighting, facts.start, facts.end, length) * facts.weight[:, None]
+    pair, position = weight.nonzero(as_tuple=True)
     order = torch.argsort(comparisons.user[pair], stable=True)
     pair, position = pair[order], position[order]
     counts = torch.bincount(comparisons.user[pair], minlength=num_users)
@@ -89,16 +92,18 @@ def blocks(
             place = torch.arange(size, device=pair.device)[:, None]
             valid = place < counts[part]
             term = torch.where(valid, first[part] + place, first[part])
-            yield _block(statistics, comparisons, part, pair[term], position[term], valid)
+            rows, columns = pair[term], position[term]
+            counted = torch.where(valid, weight[rows, columns], 0.0)
+            yield _block(statistics, facts, part, rows, columns, counted)
 
 
 def _block(
     statistics: MixtureStatistics,
-    comparisons: Comparisons,
+    facts: PairFacts,
     users: Int[Tensor, "U"],
     pair: Int[Tensor, "N U"],
     position: Int[Tensor, "N U"],
-    valid: Tensor,
+    weight: Float[Tensor, "N U"],
 ) -> Block:
     rows = statistics.response_index.T[:, pair]
     linear = statistics.linear[rows, position].permute(0, 3, 1, 2).contiguous()
@@ -111,9 +116,9 @@ def _block(
         linear,
         quadratic,
         comparison,
-        comparisons.label[pair].float(),
-        comparisons.required[pair].float(),
-        torch.where(valid, comparisons.weight[pair, position], 0.0),
+        facts.label[pair].float(),
+        facts.required_margin[pair].float(),
+        weight,
     )
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pal_ds.adaptation.blocks import Comparisons
-from pal_ds.adaptation.gradient import Choices, adam, margins_of, reference_adamw
+from pal_ds.adaptation.blocks import UserComparisons
+from pal_ds.adaptation.gradient import adam, losses_of, margins_of, reference_adamw
 from pal_ds.adaptation.newton import solve
 from pal_ds.adaptation.objective import SHAPES
 from pal_ds.adaptation.prior import LogitPrior
@@ -24,7 +24,7 @@ from pal_ds.errors import UserError
 from pal_ds.heads.base import Features, Head
 from pal_ds.heads.jaxtyping_fallback import Float, Int
 from pal_ds.inference.mixtures import encode_users
-from pal_ds.losses import PreferenceLoss, token_weights
+from pal_ds.losses import PreferenceLoss
 from pal_ds.model import RewardModel
 
 PAIRS_PER_CHUNK = 2**15
@@ -174,16 +174,11 @@ def _fit_chunk(
     prior = prior.to(owner.device)
     with torch.no_grad():
         statistics = head.statistics(features)
-    facts = (batch.label, batch.window_start, batch.window_end, batch.required_margin)
+    comparisons = UserComparisons(owner, batch.facts())
     if statistics is not None and loss.kind in SHAPES and solver in ("auto", "newton"):
-        window = token_weights(
-            loss.token_weighting, *facts[1:3], num_positions=statistics.linear.shape[1]
-        )
-        comparisons = Comparisons(owner, batch.label, batch.required_margin, window)
-        return solve(statistics, comparisons, num_users, prior, loss.kind)
-    margins = margins_of(head, features, statistics, owner)
-    choices = Choices(margins, loss, owner, *facts)
+        return solve(statistics, comparisons, num_users, prior, loss)
+    losses = losses_of(margins_of(head, features, statistics, owner), loss, comparisons)
     if solver == "reference":
         begins = prior.mean.repeat(num_users, 1) if initial is None else initial
-        return reference_adamw(choices, begins)
-    return adam(choices, num_users, prior, head.temperature)
+        return reference_adamw(losses, owner, begins)
+    return adam(losses, owner, num_users, prior, head.temperature)

@@ -6,11 +6,11 @@ whose regulariser is that it stops early. Axes: S starts, U users, B comparisons
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from pal_ds.adaptation.blocks import UserComparisons
 from pal_ds.adaptation.prior import LogitPrior, mean_over_components
 from pal_ds.heads.base import Features, Head, Placement, UserState
 from pal_ds.heads.geometry import unit
@@ -27,6 +27,9 @@ REFERENCE_LEARNING_RATE = 5e-3
 
 Margins = Callable[[Float[Tensor, "S U K"], Int[Tensor, "b"]], Float[Tensor, "S b T"]]
 """Margins of the comparisons in these rows under the logits of their users, for each start."""
+
+Losses = Callable[[Float[Tensor, "S U K"], Int[Tensor, "b"]], Float[Tensor, "S b"]]
+"""Losses of the comparisons in these rows, likewise."""
 
 
 def margins_of(
@@ -95,30 +98,26 @@ def _by_head(head: Head, features: Features, owner: Tensor) -> Margins:
     return margins
 
 
-@dataclass(frozen=True)
-class Choices:
-    """Comparisons of many users as the loss sees them."""
+def losses_of(margins: Margins, loss: PreferenceLoss, comparisons: UserComparisons) -> Losses:
+    """The weighted losses of some comparisons, as a function of all users' logits."""
+    facts = comparisons.facts
 
-    margins: Margins
-    loss: PreferenceLoss
-    owner: Int[Tensor, "B"]
-    label: Int[Tensor, "B"]
-    start: Int[Tensor, "B"]
-    end: Int[Tensor, "B"]
-    required: Float[Tensor, "B"]
-
-    def losses(self, logits: Float[Tensor, "S U K"], rows: Int[Tensor, "b"]) -> Tensor:
-        """Loss of each comparison in `rows` under each start, [S, b]."""
-        margin = self.margins(logits, rows)
-        facts = (
-            part[rows].repeat(len(logits))
-            for part in (self.label, self.start, self.end, self.required)
+    def losses(logits: Float[Tensor, "S U K"], rows: Int[Tensor, "b"]) -> Float[Tensor, "S b"]:
+        margin = margins(logits, rows).flatten(0, 1)
+        label, start, end, required_margin, weight = (
+            part[rows].repeat(len(logits)) for part in facts
         )
-        return self.loss(margin.flatten(0, 1), *facts).view(len(logits), len(rows))
+        return (weight * loss(margin, label, start, end, required_margin)).view(-1, len(rows))
+
+    return losses
 
 
 def adam(
-    choices: Choices, num_users: int, prior: LogitPrior, temperature: float
+    losses: Losses,
+    owner: Int[Tensor, "B"],
+    num_users: int,
+    prior: LogitPrior,
+    temperature: float,
 ) -> Float[Tensor, "U K"]:
     """Adam (arXiv 1412.6980) on the logits of all users side by side, each from the prior's NUM_KEPT best starts.
 
@@ -126,11 +125,10 @@ def adam(
     has clusters their mean mixture, weighted by the objective; `temperature` is the tau of mixtures. A user whose
     objective is no number gets the prior's mean.
     """
-    owner = choices.owner
     everything = torch.arange(len(owner), device=owner.device)
 
     def likelihood(logits: Float[Tensor, "n U K"]) -> Float[Tensor, "n U"]:
-        each = choices.losses(logits, everything)
+        each = losses(logits, everything)
         return each.new_zeros(len(logits), num_users).index_add(1, owner, each)
 
     starts = prior.starts
@@ -159,13 +157,14 @@ def adam(
         return logits[value.argmin(0), torch.arange(num_users, device=owner.device)]
 
 
-def reference_adamw(choices: Choices, initial: Float[Tensor, "U K"]) -> Float[Tensor, "U K"]:
+def reference_adamw(
+    losses: Losses, owner: Int[Tensor, "B"], initial: Float[Tensor, "U K"]
+) -> Float[Tensor, "U K"]:
     """The PAL reference's way with a new user, for all users side by side: early-stopped AdamW without a prior.
 
     REFERENCE_EPOCHS passes over each user's comparisons in a fresh order, one comparison per step, rate
     REFERENCE_LEARNING_RATE, weight decay 0, moments and step counts per user.
     """
-    owner = choices.owner
     order = torch.argsort(owner, stable=True)
     counts = torch.bincount(owner, minlength=len(initial))
     place = (
@@ -183,7 +182,7 @@ def reference_adamw(choices: Choices, initial: Float[Tensor, "U K"]) -> Float[Te
             rows = shuffled[place == turn]
             users = owner[rows]
             leaf = logits.clone().requires_grad_()
-            (gradient,) = torch.autograd.grad(choices.losses(leaf[None], rows).sum(), leaf)
+            (gradient,) = torch.autograd.grad(losses(leaf[None], rows).sum(), leaf)
             gradient, count = gradient[users], (steps[users] + 1).unsqueeze(-1)
             steps[users] += 1
             first[users] = first[users].lerp(gradient, 0.1)

@@ -19,11 +19,12 @@ positions of all their comparisons, padded), K prototypes.
 import torch
 from torch import Tensor
 
-from pal_ds.adaptation.blocks import Comparisons, blocks
+from pal_ds.adaptation.blocks import UserComparisons, blocks
 from pal_ds.adaptation.objective import SHAPES, Objective, Point
 from pal_ds.adaptation.prior import LogitPrior, mean_over_components
 from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.heads.sufficient_statistics import MixtureStatistics
+from pal_ds.losses import PreferenceLoss
 
 NUM_KEPT = 3
 """Starts that are followed, per user: those with the lowest objective."""
@@ -37,19 +38,19 @@ TOLERANCE = 1e-6
 @torch.no_grad()
 def solve(
     statistics: MixtureStatistics,
-    comparisons: Comparisons,
+    comparisons: UserComparisons,
     num_users: int,
     prior: LogitPrior,
-    kind: str,
+    loss: PreferenceLoss,
 ) -> Float[Tensor, "U K"]:
     """Centred logits of each user, fp32: the lowest objective that descent from any of the prior's starts finds.
 
     Where the prior has clusters, the mean mixture over components (see above). A user without comparisons, or with
-    features that are no numbers, gets the prior's mean. `kind` is one of SHAPES.
+    features that are no numbers, gets the prior's mean. The kind of `loss` is one of SHAPES.
     """
     logits = prior.mean.repeat(num_users, 1)
-    for block in blocks(statistics, comparisons, num_users):
-        objective = Objective(block, statistics, SHAPES[kind], prior)
+    for block in blocks(statistics, comparisons, num_users, loss.token_weighting):
+        objective = Objective(block, statistics, SHAPES[loss.kind], prior)
         logits[block.users] = _descend(objective).T
     return logits
 

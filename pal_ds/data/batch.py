@@ -9,6 +9,7 @@ from torch import Tensor
 from pal_ds.data.packing import Packing
 from pal_ds.data.ragged import Ragged
 from pal_ds.heads.jaxtyping_fallback import Float, Int
+from pal_ds.losses import PairFacts
 
 
 class Answers(NamedTuple):
@@ -104,6 +105,11 @@ class Batch(NamedTuple):
     latter of each prompt's first token."""
     answers: Answers | None = None
     """The tokens of preferred responses, where the loss asks how likely they are."""
+
+    def facts(self, factor: float = 1.0) -> PairFacts:
+        """Return what a loss reads of the comparisons, their weights times `factor`."""
+        window = self.window_start, self.window_end
+        return PairFacts(self.label, *window, self.required_margin, self.weight * factor)
 
     def to(self, device: torch.device) -> "Batch":
         return _moved(self, device)

@@ -19,7 +19,6 @@ from pal_ds.engine.optim import schedule_factor
 from pal_ds.engine.training_engine import TrainingEngine
 from pal_ds.heads.base import HeadOutput, PairLoss
 from pal_ds.heads.jaxtyping_fallback import Float
-from pal_ds.kernels.eager import PairFacts
 from pal_ds.kernels.fused_loss import FusedLoss
 from pal_ds.losses import PreferenceLoss, decision_margin
 from pal_ds.model import user_state
@@ -112,8 +111,7 @@ class Stepper:
         fused = FusedLoss.where_it_pays(self.loss, self.world.device)
         if fused is None:
             return None
-        window = batch.window_start, batch.window_end
-        facts = PairFacts(batch.label, *window, batch.required_margin, batch.weight * scale)
+        facts = batch.facts(scale)
         return lambda placement: fused.compute(placement, facts)
 
     def _losses(

@@ -10,22 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pal_ds.losses import TokenWeighting, hinge, logistic, smooth_hinge, token_weights
+from pal_ds.losses import PairFacts, TokenWeighting, hinge, logistic, smooth_hinge, token_weights
 
 _LOSSES = {"logistic": logistic, "hinge": hinge, "smooth_hinge": smooth_hinge}
-
-
-class PairFacts(NamedTuple):
-    """Facts about each comparison that a loss reads beside the two responses."""
-
-    label: Int[Tensor, "B"]
-    """+1 where response_2 is preferred, -1 where response_1."""
-    start: Int[Tensor, "B"]
-    end: Int[Tensor, "B"]
-    """The window of scored positions is [start, end); an empty one has loss 0."""
-    required_margin: Float[Tensor, "B"]
-    weight: Float[Tensor, "B"]
-    """Factor of the comparison's loss in the total; 0 for the stand-in of an empty run."""
 
 
 class PairLossOutput(NamedTuple):

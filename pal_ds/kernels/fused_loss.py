@@ -11,9 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pal_ds.kernels.dispatch import covers
-from pal_ds.kernels.eager import PairFacts, PairLossOutput
+from pal_ds.kernels.eager import PairLossOutput
 from pal_ds.kernels.pair_loss import pair_loss
-from pal_ds.losses import PreferenceLoss
+from pal_ds.losses import PairFacts, PreferenceLoss
 
 
 class Placement(Protocol):

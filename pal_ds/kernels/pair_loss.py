@@ -21,8 +21,8 @@ from torch import Tensor
 
 from pal_ds.kernels import eager
 from pal_ds.kernels.dispatch import Implementation, choose, compiled
-from pal_ds.kernels.eager import PairFacts, PairLossOutput
-from pal_ds.losses import LossKind, TokenWeighting
+from pal_ds.kernels.eager import PairLossOutput
+from pal_ds.losses import LossKind, PairFacts, TokenWeighting
 
 
 def pair_loss(

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from pal_ds.kernels.buffers import buffer, power_of_two, programs
-from pal_ds.kernels.eager import PairFacts, PairLossOutput
+from pal_ds.kernels.eager import PairLossOutput
 from pal_ds.kernels.owners import owners
 from pal_ds.kernels.pair_loss_triton import (
     LOSSES,
@@ -15,6 +15,7 @@ from pal_ds.kernels.pair_loss_triton import (
     shared_response_kernel,
     sum_parts_kernel,
 )
+from pal_ds.losses import PairFacts
 
 POSITIONS_PER_PROGRAM = 32
 """Fixed, so that the order of a pair's sums is a property of the code."""

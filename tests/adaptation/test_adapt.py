@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from pal_ds.adaptation import gradient
+from pal_ds.adaptation.blocks import UserComparisons
 from pal_ds.adaptation.fit import UserPairs, fit_users
 from pal_ds.adaptation.gradient import margins_of
 from pal_ds.adaptation.new_users import few_per_user
@@ -17,7 +18,7 @@ from pal_ds.data.tables import PreparedData
 from pal_ds.errors import UserError
 from pal_ds.heads import Features, PalA, UserState
 from pal_ds.heads.pal_a import Similarity
-from pal_ds.losses import PreferenceLoss, TokenWeighting
+from pal_ds.losses import PairFacts, PreferenceLoss, TokenWeighting
 from pal_ds.model import RewardModel
 from pal_ds.users import UserTable
 
@@ -167,9 +168,11 @@ def test_the_reference_optimiser_orders_a_user_alone() -> None:
             return (mixture * slopes[rows]).sum(-1, keepdim=True)
 
         zeros = torch.zeros(num_pairs, dtype=torch.int64)
-        facts = (owner[:num_pairs], zeros + 1, zeros, zeros + 1, torch.zeros(num_pairs))
-        choices = gradient.Choices(margins, PreferenceLoss(), *facts)
-        return gradient.reference_adamw(choices, torch.zeros(2, 3))[0]
+        required, weight = torch.zeros(2, num_pairs)
+        facts = PairFacts(zeros + 1, zeros, zeros + 1, required, weight + 1)
+        comparisons = UserComparisons(owner[:num_pairs], facts)
+        losses = gradient.losses_of(margins, PreferenceLoss(), comparisons)
+        return gradient.reference_adamw(losses, comparisons.user, torch.zeros(2, 3))[0]
 
     torch.testing.assert_close(fitted(4), fitted(13), rtol=0, atol=1e-6)
 

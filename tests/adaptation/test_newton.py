@@ -7,20 +7,20 @@ import torch
 from torch import Tensor
 
 from pal_ds.adaptation import newton
-from pal_ds.adaptation.blocks import Comparisons, padded_size
+from pal_ds.adaptation.blocks import UserComparisons, padded_size
 from pal_ds.adaptation.newton import solve, solve_positive_definite
 from pal_ds.adaptation.objective import SHAPES
 from pal_ds.adaptation.prior import LogitPrior
 from pal_ds.heads import Features, Head, PalA, PalB
 from pal_ds.heads.sufficient_statistics import MixtureStatistics
-from pal_ds.losses import PreferenceLoss, token_weights
+from pal_ds.losses import LossKind, PairFacts, PreferenceLoss, token_weights
 
 H = 6
 COUNTS = (0, 1, 2, 5, 9, 10, 33)
 """Comparisons of the users: none, few, and beside and beyond a padded size."""
 KINDS = ("distance", "cosine", "prompts", "one prompt")
 """The last two: the responses of a comparison answer prompts of their own, or the same."""
-Case = tuple[MixtureStatistics, Comparisons]
+Case = tuple[MixtureStatistics, UserComparisons]
 
 
 def head_of(kind: str, num_prototypes: int) -> Head:
@@ -57,9 +57,13 @@ def case(
     start = torch.randint(num_positions, (num_pairs,), generator=draw)
     length = torch.randint(num_positions, (num_pairs,), generator=draw) + 1
     end = (start + length).clamp(max=num_positions)
-    weight = token_weights("cumulative", start, end, num_positions)
     required = 0.3 * torch.rand(num_pairs, generator=draw)
-    return statistics, Comparisons(owner, label, required, weight)
+    facts = PairFacts(label, start, end, required, torch.ones(num_pairs))
+    return statistics, UserComparisons(owner, facts)
+
+
+def taken(facts: PairFacts, rows: Tensor) -> PairFacts:
+    return PairFacts(*(part[rows] for part in facts))
 
 
 def prior_of(num_prototypes: int) -> LogitPrior:
@@ -67,13 +71,17 @@ def prior_of(num_prototypes: int) -> LogitPrior:
     return LogitPrior.gaussian(mean, 0.4 * torch.eye(num_prototypes) + 0.05)
 
 
-def fit(case: Case, kind: str = "logistic", num_users: int = len(COUNTS)) -> Tensor:
-    return solve(*case, num_users, prior_of(case[0].linear.shape[-1]), kind)
+def fit(case: Case, kind: LossKind = "logistic", num_users: int = len(COUNTS)) -> Tensor:
+    loss = PreferenceLoss(kind, "cumulative")
+    return solve(*case, num_users, prior_of(case[0].linear.shape[-1]), loss)
 
 
 def objective(case: Case, logits: Tensor, user: int, kind: str = "logistic") -> Tensor:
     """fp64, of one user at many logits [G, K], by the statistics' rewards and the loss of training."""
     statistics, comparisons = case
+    facts = comparisons.facts
+    weight = token_weights("cumulative", facts.start, facts.end, statistics.linear.shape[1])
+    weight = weight * facts.weight[:, None]
     mine = (comparisons.user == user).nonzero().squeeze(1)
     prior = prior_of(logits.shape[1])
     away = (logits - logits.mean(1, keepdim=True)).double() - prior.mean
@@ -90,8 +98,8 @@ def objective(case: Case, logits: Tensor, user: int, kind: str = "logistic") -> 
     for row in mine.tolist():
         one = double._replace(response_index=statistics.response_index[row].repeat(len(logits), 1))
         reward = one.reward(mixture)
-        margin = comparisons.label[row] * (reward[:, 1] - reward[:, 0]) - comparisons.required[row]
-        total = total + (comparisons.weight[row] * values[kind](margin)).sum(1)
+        margin = facts.label[row] * (reward[:, 1] - reward[:, 0]) - facts.required_margin[row]
+        total = total + (weight[row] * values[kind](margin)).sum(1)
     return total
 
 
@@ -151,8 +159,8 @@ def test_who_else_is_fitted_does_not_matter(kind: str, num_positions: int) -> No
     worst = []
     for user in (0, 9, 20, 38, 50):
         mine = comparisons.user == user
-        alone = Comparisons(*(part[mine] for part in comparisons))._replace(
-            user=torch.zeros(int(mine.sum()), dtype=torch.int64)
+        alone = UserComparisons(
+            torch.zeros(int(mine.sum()), dtype=torch.int64), taken(comparisons.facts, mine)
         )
         own = statistics._replace(response_index=statistics.response_index[mine])
         by_themselves = fit((own, alone), num_users=1)[0]
@@ -183,7 +191,7 @@ def test_a_matrix_for_both_responses_is_as_good_as_one_for_each(
 def test_the_order_of_comparisons_does_not_matter() -> None:
     statistics, comparisons = case("cosine", 4, 3)
     order = torch.randperm(len(comparisons.user), generator=torch.Generator().manual_seed(3))
-    shuffled = Comparisons(*(part[order] for part in comparisons))
+    shuffled = UserComparisons(comparisons.user[order], taken(comparisons.facts, order))
     turned = statistics._replace(response_index=statistics.response_index[order])
     torch.testing.assert_close(
         fit((turned, shuffled)), fit((statistics, comparisons)), atol=2e-3, rtol=0
@@ -195,12 +203,15 @@ def test_nothing_to_learn_from_leaves_the_population() -> None:
     statistics, comparisons = case("distance", 3)
     tie = statistics.response_index.clone()
     tie[comparisons.user == 3] = 7
-    weight = comparisons.weight.clone()
-    weight[comparisons.user == 4] = 0
-    problem = statistics._replace(response_index=tie), comparisons._replace(weight=weight)
+    facts = comparisons.facts
+    # One without weight, and one without a window.
+    weight = facts.weight.masked_fill(comparisons.user == 4, 0)
+    end = torch.where(comparisons.user == 5, facts.start, facts.end)
+    facts = facts._replace(weight=weight, end=end)
+    problem = statistics._replace(response_index=tie), comparisons._replace(facts=facts)
     found, mean = fit(problem), prior_of(3).mean
-    assert all(torch.equal(found[user], mean) for user in (0, 3, 4))
-    assert not any(torch.equal(found[user], mean) for user in (1, 2, 5, 6))
+    assert all(torch.equal(found[user], mean) for user in (0, 3, 4, 5))
+    assert not any(torch.equal(found[user], mean) for user in (1, 2, 6))
     assert fit(case("distance", 1)).tolist() == [[0.0]] * len(COUNTS)
 
 
@@ -212,7 +223,9 @@ def test_contradictions_cancel() -> None:
     label = torch.tensor([1, -1, 1, 1])
     problem = (
         statistics._replace(response_index=index),
-        comparisons._replace(label=label, required=torch.zeros(4)),
+        comparisons._replace(
+            facts=comparisons.facts._replace(label=label, required_margin=torch.zeros(4))
+        ),
     )
     found = fit(problem, num_users=2)
     reward = problem[0].reward(torch.softmax(found, 1).repeat_interleave(2, 0))

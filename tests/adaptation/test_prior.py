@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pal_ds.adaptation.blocks import Comparisons
-from pal_ds.adaptation.gradient import Choices, adam, margins_of
+from pal_ds.adaptation.blocks import UserComparisons
+from pal_ds.adaptation.gradient import adam, losses_of, margins_of
 from pal_ds.adaptation.newton import solve
 from pal_ds.adaptation.prior import (
     LogitPrior,
@@ -17,7 +17,7 @@ from pal_ds.adaptation.prior import (
 )
 from pal_ds.heads import Features, Lore
 from pal_ds.heads.sufficient_statistics import MixtureStatistics
-from pal_ds.losses import PreferenceLoss
+from pal_ds.losses import PairFacts, PreferenceLoss
 from pal_ds.users import UserTable
 
 H = 8
@@ -137,6 +137,13 @@ def test_posterior_mean_is_that_of_mixtures() -> None:
     torch.testing.assert_close(torch.softmax(found / 0.5, 0), expected)
 
 
+def comparisons_of(owner: Tensor, label: Tensor) -> UserComparisons:
+    """One scored position each."""
+    zeros = torch.zeros_like(owner)
+    required, weight = torch.zeros(2, len(owner))
+    return UserComparisons(owner, PairFacts(label, zeros, zeros + 1, required, weight + 1))
+
+
 def choices(num_users: int, num_each: int, seed: int, spread: float) -> tuple:
     """A LoRe world of four tastes: (statistics, comparisons, users' own mixtures)."""
     torch.manual_seed(0)
@@ -153,8 +160,7 @@ def choices(num_users: int, num_each: int, seed: int, spread: float) -> tuple:
     reward = statistics.reward(torch.softmax(taste, 1)[owner])[..., 0]
     probability = torch.sigmoid(reward[:, 1] - reward[:, 0])
     label = torch.where(torch.rand(len(owner), generator=draw) < probability, 1, -1)
-    zeros = torch.zeros(len(owner))
-    comparisons = Comparisons(owner, label, zeros, torch.ones(len(owner), 1))
+    comparisons = comparisons_of(owner, label)
     return statistics, comparisons, torch.softmax(taste, 1)
 
 
@@ -164,7 +170,7 @@ def test_clusters_serve_new_users_better_than_one_gaussian(num_each: int) -> Non
     prior = LogitPrior.of(table_of(blobs(20, 0.3)))
     gaussian = LogitPrior(prior.means[:1], prior.precisions[:1], prior.heights[:1])
     error = [
-        float((torch.softmax(solve(statistics, comparisons, 400, each, "logistic"), 1) - own).abs().sum(1).mean())
+        float((torch.softmax(solve(statistics, comparisons, 400, each, PreferenceLoss()), 1) - own).abs().sum(1).mean())
         for each in (prior, gaussian)
     ]  # fmt: skip
     assert error[0] < 0.9 * error[1]
@@ -176,7 +182,8 @@ def test_who_is_like_nobody_is_believed_in_the_end() -> None:
     reward = statistics.reward(torch.full((len(comparisons.user), 4), 0.25))[..., 0]
     label = torch.where(reward[:, 1] > reward[:, 0], 1, -1)
     prior = LogitPrior.of(table_of(blobs(20, 0.3)))
-    found = solve(statistics, comparisons._replace(label=label), 30, prior, "logistic")
+    comparisons = comparisons._replace(facts=comparisons.facts._replace(label=label))
+    found = solve(statistics, comparisons, 30, prior, PreferenceLoss())
     assert torch.softmax(found, 1).max() < 0.45
 
 
@@ -185,14 +192,16 @@ def test_fits_are_the_means_of_the_posterior(num_each: int) -> None:
     """Against sums over 40,000 draws from the prior itself, weighted by their likelihood."""
     statistics, comparisons, _ = choices(40, num_each, seed=3, spread=0.3)
     prior = LogitPrior.of(table_of(blobs(50, 0.3)))
-    found = torch.softmax(solve(statistics, comparisons, 40, prior, "logistic"), 1)
+    found = torch.softmax(solve(statistics, comparisons, 40, prior, PreferenceLoss()), 1)
     draw = torch.Generator().manual_seed(0)
     which = torch.multinomial(torch.ones(4), 40_000, replacement=True, generator=draw) + 1
     factor = torch.linalg.cholesky(torch.linalg.inv(prior.precisions[1].double())).float()
     drawn = prior.means[which] + torch.randn(40_000, 4, generator=draw) @ factor.T
     mixtures = torch.softmax(drawn, 1)
     likelihood = torch.zeros(40, len(mixtures))
-    for row, (user, label) in enumerate(zip(comparisons.user, comparisons.label, strict=True)):
+    for row, (user, label) in enumerate(
+        zip(comparisons.user, comparisons.facts.label, strict=True)
+    ):
         one = statistics._replace(
             response_index=statistics.response_index[row].expand(len(mixtures), 2)
         )
@@ -221,7 +230,7 @@ def test_who_is_like_nobody_is_found_by_integrals() -> None:
     between = statistics.linear[1::2, 0] - statistics.linear[::2, 0]
     margin = (between * torch.softmax(torch.cat([own, -own], 1), 1)[owner]).sum(1)
     label = torch.where(torch.rand(len(owner), generator=draw) < torch.sigmoid(margin), 1, -1)
-    comparisons = Comparisons(owner, label, torch.zeros(len(owner)), torch.ones(len(owner), 1))
+    comparisons = comparisons_of(owner, label)
     run = torch.cat([torch.full((4, 1), -2.0), torch.full((4, 1), 2.0)])
     run = run + 0.3 * torch.randn(8, 1, generator=torch.Generator().manual_seed(0))
     prior = LogitPrior.of(table_of(torch.cat([run, -run], 1)))
@@ -233,7 +242,7 @@ def test_who_is_like_nobody_is_found_by_integrals() -> None:
     each = torch.nn.functional.logsigmoid(label[:, None] * (between @ torch.softmax(points, 1).T))
     posterior = torch.softmax(each.view(num_users, num_each, -1).sum(1) + density, 1)
     expected = posterior @ torch.softmax(points, 1)
-    found = torch.softmax(solve(statistics, comparisons, num_users, prior, "logistic"), 1)
+    found = torch.softmax(solve(statistics, comparisons, num_users, prior, PreferenceLoss()), 1)
     assert (found - expected).abs().mean() < 0.0164
 
 
@@ -244,9 +253,9 @@ def test_adam_and_newton_find_the_same_means(num_each: int) -> None:
     prior, zeros = LogitPrior.of(table_of(blobs(20, 0.3))), torch.zeros_like(comparisons.user)
     features = Features(statistics.linear, zeros)
     margins = margins_of(Lore(H, 4), features, statistics, comparisons.user)
-    facts = (comparisons.user, comparisons.label, zeros, zeros + 1, comparisons.required)
-    by_adam = adam(Choices(margins, PreferenceLoss(), *facts), 60, prior, 1.0)
-    by_newton = solve(statistics, comparisons, 60, prior, "logistic")
+    losses = losses_of(margins, PreferenceLoss(), comparisons)
+    by_adam = adam(losses, comparisons.user, 60, prior, 1.0)
+    by_newton = solve(statistics, comparisons, 60, prior, PreferenceLoss())
     difference = (torch.softmax(by_adam, 1) - torch.softmax(by_newton, 1)).abs()
     assert difference.max() < 0.03 and difference.mean() < 2e-3
 
@@ -258,14 +267,14 @@ def test_features_that_are_no_numbers_leave_the_typical_user() -> None:
     linear[statistics.response_index[comparisons.user == 2]] = torch.nan
     broken = statistics._replace(linear=linear)
     zeros = torch.zeros_like(comparisons.user)
-    facts = (comparisons.user, comparisons.label, zeros, zeros + 1, comparisons.required)
 
     def adam_of(statistics: MixtureStatistics, prior: LogitPrior) -> Tensor:
         margins = margins_of(Lore(H, 4), Features(linear, zeros), statistics, comparisons.user)
-        return adam(Choices(margins, PreferenceLoss(), *facts), 4, prior, 1.0)
+        losses = losses_of(margins, PreferenceLoss(), comparisons)
+        return adam(losses, comparisons.user, 4, prior, 1.0)
 
     def newton_of(statistics: MixtureStatistics, prior: LogitPrior) -> Tensor:
-        return solve(statistics, comparisons, 4, prior, "logistic")
+        return solve(statistics, comparisons, 4, prior, PreferenceLoss())
 
     clustered = LogitPrior.of(table_of(blobs(20, 0.3)))
     gaussian = LogitPrior.gaussian(torch.tensor([0.3, 0.1, -0.2, -0.2]), torch.eye(4))

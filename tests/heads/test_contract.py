@@ -14,8 +14,8 @@ from jaxtyping import TypeCheckError
 import pal_ds.heads
 from pal_ds.heads import HEADS, Features, Head, UserState
 from pal_ds.heads.base import Placement
-from pal_ds.kernels.eager import PairFacts
 from pal_ds.kernels.pair_loss import pair_loss
+from pal_ds.losses import PairFacts
 
 H, T, NUM_PAIRS = 8, 3, 3
 FOLDER = Path(pal_ds.heads.__file__).parent

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pal_ds.kernels.eager import PairFacts, PairLossOutput
+from pal_ds.kernels.eager import PairLossOutput
 from pal_ds.kernels.pair_loss import pair_loss
+from pal_ds.losses import PairFacts
 
 
 @dataclass

@@ -8,10 +8,9 @@ from torch import Tensor
 
 from pal_ds.heads import Features, PalA, PalB, UserState
 from pal_ds.heads.geometry import bounded_scale
-from pal_ds.kernels import eager
 from pal_ds.kernels.mix import mix
 from pal_ds.kernels.pair_loss import pair_loss
-from pal_ds.losses import PreferenceLoss
+from pal_ds.losses import PairFacts, PreferenceLoss
 from tests.kernels.cases import comparisons
 
 B, R, T, H, K = 6, 5, 4, 10, 3
@@ -82,7 +81,7 @@ def test_pal_a_end_to_end(
         head.projector(features.response),
         features.response_index,
         head.projector(mixed)[:, None],
-        eager.PairFacts(**facts),
+        PairFacts(**facts),
         scale,
         "logistic",
         "cumulative",
@@ -108,7 +107,7 @@ def test_pal_b_end_to_end(request: pytest.FixtureRequest, implementation: str) -
         head.response_projector(features.response),
         features.response_index,
         mixed.view(B, 2, H),
-        eager.PairFacts(**facts),
+        PairFacts(**facts),
         bounded_scale(head.log_scale),
         "logistic",
         "cumulative",

@@ -5,8 +5,8 @@ from itertools import product
 import pytest
 import torch
 
-from pal_ds.kernels.eager import PairFacts
 from pal_ds.kernels.pair_loss import pair_loss
+from pal_ds.losses import PairFacts
 from tests.kernels.cases import Comparisons, check_errors, comparisons, same_bits
 
 pytestmark = pytest.mark.usefixtures("interpreter")

@@ -33,13 +33,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pal_ds.adaptation.blocks import Comparisons
-from pal_ds.adaptation.gradient import Choices, adam, margins_of, reference_adamw
+from pal_ds.adaptation.blocks import UserComparisons
+from pal_ds.adaptation.gradient import adam, losses_of, margins_of, reference_adamw
 from pal_ds.adaptation.newton import solve
 from pal_ds.adaptation.prior import LogitPrior
 from pal_ds.heads import Features, Head, PalA, PalB, UserState
 from pal_ds.heads.sufficient_statistics import MixtureStatistics
-from pal_ds.losses import PreferenceLoss, token_weights
+from pal_ds.losses import PairFacts, PreferenceLoss
 from pal_ds.users import UserTable
 from tools.bench.environment import describe_environment
 from tools.bench.interleaved import ratio
@@ -140,12 +140,12 @@ class Fits:
         weighting = "last" if length == 1 else "mean"
         self.loss = PreferenceLoss("logistic", weighting)
         start = torch.zeros(num_pairs, dtype=torch.int64)
-        self.facts = (world.label, start, start + length, torch.zeros(num_pairs))
-        weight = token_weights(weighting, *self.facts[1:3], length)
-        self.comparisons = Comparisons(world.owner, world.label, self.facts[3], weight)
+        required, weight = torch.zeros(2, num_pairs)
+        facts = PairFacts(world.label, start, start + length, required, weight + 1)
+        self.comparisons = UserComparisons(world.owner, facts)
         self.statistics = self.make_statistics()
         margins = margins_of(world.head, world.features, self.statistics, world.owner)
-        self.choices = Choices(margins, self.loss, world.owner, *self.facts)
+        self.losses = losses_of(margins, self.loss, self.comparisons)
 
     def make_statistics(self) -> MixtureStatistics | None:
         return self.world.head.statistics(self.world.features)
@@ -154,16 +154,20 @@ class Fits:
         """The default solver."""
         prior, found = self.world.prior, statistics or self.statistics
         if found is None:
-            return adam(self.choices, self.users, prior, self.world.head.temperature)
-        return solve(found, self.comparisons, self.users, prior, "logistic")
+            return adam(
+                self.losses, self.world.owner, self.users, prior, self.world.head.temperature
+            )
+        return solve(found, self.comparisons, self.users, prior, self.loss)
 
     def one_gaussian(self) -> Tensor:
         """The default solver under a prior without clusters."""
         prior = self.world.prior
         alone = LogitPrior(prior.means[:1], prior.precisions[:1], prior.heights[:1])
         if self.statistics is None:
-            return adam(self.choices, self.users, alone, self.world.head.temperature)
-        return solve(self.statistics, self.comparisons, self.users, alone, "logistic")
+            return adam(
+                self.losses, self.world.owner, self.users, alone, self.world.head.temperature
+            )
+        return solve(self.statistics, self.comparisons, self.users, alone, self.loss)
 
     def both(self) -> Tensor:
         return self.ours(self.make_statistics())
@@ -172,7 +176,7 @@ class Fits:
         draw = torch.Generator().manual_seed(1)
         begin = torch.randn(self.users, self.world.head.num_prototypes, generator=draw)
         mean = self.world.prior.mean.repeat(self.users, 1)
-        return reference_adamw(self.choices, mean if from_mean else begin)
+        return reference_adamw(self.losses, self.world.owner, mean if from_mean else begin)
 
     def accuracy(self, mixtures: Tensor) -> float:
         """Expected held-out accuracy under the truth's probabilities, percent."""

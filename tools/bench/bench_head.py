@@ -27,11 +27,10 @@ from pal_ds.heads.base import Features, UserState
 from pal_ds.kernels import eager
 from pal_ds.kernels.collapse import mixed_linear, mixed_linear_reference
 from pal_ds.kernels.dispatch_table import Implementation
-from pal_ds.kernels.eager import PairFacts
 from pal_ds.kernels.mix import mix
 from pal_ds.kernels.pair_loss import pair_loss
 from pal_ds.kernels.score_all import score_all
-from pal_ds.losses import PreferenceLoss
+from pal_ds.losses import PairFacts, PreferenceLoss
 from tools.bench.environment import describe_environment
 from tools.bench.interleaved import Contestant, copy_bandwidth, peak_memory, row
 
