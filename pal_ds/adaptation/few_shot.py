@@ -12,6 +12,7 @@ from pal_ds.adaptation.new_users import few_per_user
 from pal_ds.adaptation.prior import LogitPrior
 from pal_ds.config.run_config import check_range
 from pal_ds.data.tables import PreparedData
+from pal_ds.data.verification import verify_content
 from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
 from pal_ds.eval.figures import scored_pairs
@@ -65,6 +66,7 @@ def evaluate_few_shot(
     check_range("num_draws", num_draws, num_draws >= 1, "at least 1")
     world = world or World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     restored = restore(run, step, world.device, trust=trust_checkpoint)
+    verify_content(restored.data.path, restored.data.info, world)
     curve = few_shot_curve(restored, num_comparisons, world, seeds=tuple(range(num_draws)))
     seen = _seen(restored, world)
     figures: FewShotFigures = {

@@ -40,14 +40,14 @@ class Embed:
         add_recipe_arguments(parser)
 
     @staticmethod
-    def run(options: Namespace, _: Namespace) -> None:
+    def run(options: Namespace, unresolved: Namespace) -> None:
         from pal_ds.distributed.preemption import listening
 
         recipe = as_recipe(options)
         with listening(recipe.train.stop_signals):
             from pal_ds.training.embed import embed
 
-            came_to_the_end = embed(recipe)
+            came_to_the_end = embed(recipe, dump_recipe(unresolved))
         # On every rank, after they have parted: one that left before would look lost to the others.
         if not came_to_the_end:
             raise UnfinishedError(

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from pal_ds.errors import UserError, writing
+from pal_ds.io.sealed import hash_of
 
 CODE = "code"
 """The folder of a run that holds the copy."""
@@ -100,6 +101,11 @@ def _own_files(recipe: str) -> Iterator[tuple[str, str, Path]]:
             if module and module.partition(".")[0] != "pal_ds":
                 files = source_files(module).items()
                 yield from ((key, name, file) for name, file in files if not _is_installed(file))
+
+
+def own_code_hashes(recipe: str) -> dict[str, str]:
+    """Return the hash of each file of code of one's own that a recipe (YAML text) names, sources included."""
+    return {name: hash_of(file) for _, name, file in _own_files(recipe)}
 
 
 def keep_code(recipe: str, run: Path) -> None:

@@ -9,17 +9,18 @@ from typing import cast
 
 import numpy as np
 import pyarrow as pa
-import xxhash
 
 from pal_ds.data.collect import Collector
 from pal_ds.data.ragged import Ragged
 from pal_ds.data.records import Record
 from pal_ds.data.splits import NUM_BASE_SPLITS, SPLITS, SplitOptions
 from pal_ds.data.stores import CODE, REASONS, TokenStore, TokenTables
-from pal_ds.data.tables import FORMAT_VERSION, INFO_NAME, Counts, DatasetInfo, PreparedData
+from pal_ds.data.tables import FORMAT_VERSION, USERS_SCHEMA, Counts, DatasetInfo, PreparedData
 from pal_ds.data.tokenise import TextEncoder
+from pal_ds.data.verification import INFO_NAME, hash_tables
 from pal_ds.errors import UserError
-from pal_ds.io.files import feed, new_folder, refuse_existing
+from pal_ds.io.files import new_folder, refuse_existing
+from pal_ds.io.sealed import list_files, seal
 
 
 def build_tables(
@@ -50,7 +51,9 @@ def build_tables(
             raise UserError("the source yields no record; there is nothing to prepare")
         extra = dict(extra_info or {})
         info = _write(collector, folder, check_marker, source_dropped or {}, extra)
-        (folder / INFO_NAME).write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
+        # Last of all: it names every other file.
+        whole = {**info, "files": list_files(folder, without=INFO_NAME)}
+        (folder / INFO_NAME).write_text(seal(whole, indent=1), encoding="utf-8")
     return PreparedData.open(directory)
 
 
@@ -133,15 +136,6 @@ def token_reasons(table: np.ndarray, tables: TokenTables) -> np.ndarray:
     return reason
 
 
-def hash_tables(folder: Path) -> str:
-    """xxh3_128 over the names and bytes of all table files."""
-    digest = xxhash.xxh3_128()
-    for path in sorted([*folder.glob("*.npy"), folder / "users.arrow"]):
-        digest.update(path.name.encode())
-        feed(digest, path)
-    return digest.hexdigest()
-
-
 def _write_tokens(
     folder: Path,
     store: TokenStore,
@@ -199,7 +193,8 @@ def _write_users(folder: Path, ids: list[str], seen: np.ndarray, groups: list) -
             "row": np.arange(len(ids)),
             "seen": seen,
             "group": pa.array(groups, pa.string()),
-        }
+        },
+        schema=USERS_SCHEMA,
     )
     with pa.ipc.new_file(str(folder / "users.arrow"), table.schema) as writer:
         writer.write_table(table)

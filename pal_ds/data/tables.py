@@ -11,8 +11,10 @@ import pyarrow as pa
 
 from pal_ds.data.ragged import Ragged
 from pal_ds.data.splits import SPLITS
+from pal_ds.data.verification import INFO_NAME, REMEDY, check_sizes, check_tables
 from pal_ds.errors import UserError
 from pal_ds.io.arrow import values_of
+from pal_ds.io.sealed import FileEntry, is_intact
 from pal_ds.users.ids import UserIds
 
 
@@ -57,7 +59,11 @@ class Counts(TypedDict):
 class DatasetInfo(TypedDict):
     """The whole of dataset.json."""
 
+    checksum: NotRequired[str]
+    """xxh3, 128 bits, of this file with zeros in its place; absent from format 2, as `files` is."""
     format_version: int
+    files: NotRequired[dict[str, FileEntry]]
+    """Size and hash of every other file, the tokenizer's too, by its path from the folder."""
     kind: Literal["tokens", "vectors"]
     hash: str
     """xxh3_128 over all table files."""
@@ -81,8 +87,9 @@ class DatasetInfo(TypedDict):
     """Best possible accuracy by split, where choice probabilities are known."""
 
 
-FORMAT_VERSION = 2
-INFO_NAME = "dataset.json"
+FORMAT_VERSION = 3
+"""3 added sizes and hashes of all files, and dataset.json's own checksum. 2 is still read."""
+_INFO_FIELDS = {"hash": str, "counts": dict, "dropped": dict, "groups": list}
 COMPARISON_DTYPE = np.dtype(
     [
         ("user", np.int64),
@@ -98,6 +105,12 @@ COMPARISON_DTYPE = np.dtype(
 )
 """label -1: a is preferred, +1: b; group -1: none; controversial 1: users disagree on the pair, 0:
 they agree, -1: unknown; probability: that b is preferred, or NaN."""
+
+
+USERS_SCHEMA = pa.schema(
+    [("id", pa.string()), ("row", pa.int64()), ("seen", pa.bool_()), ("group", pa.string())]
+)
+"""Columns of users.arrow."""
 
 
 @dataclass(frozen=True)
@@ -119,31 +132,37 @@ class PreparedData:
 
     @classmethod
     def open(cls, path: str | Path) -> "PreparedData":
-        """Memory-map the tables; a UserError names a file that is missing or of another version."""
+        """Memory-map the tables, their sizes, headers and ranges checked; `verify_content` reads every byte.
+
+        Raises:
+            UserError: a file is missing, damaged or of another version; the message names it.
+        """
         path = Path(path)
         info = read_info(path)
+        check_sizes(path, info.get("files", {}))
         users = _read_users(path)
-        common = {
-            "path": path,
-            "info": info,
-            "comparisons": _map(path, "comparisons"),
-            "response_prompt": _map(path, "response_prompt"),
-            "users": UserIds.from_arrow(users.column("id")),
-            "user_seen": values_of(users.column("seen")),
-            "user_group": users.column("group").to_pylist(),
+        tables = {name: _map(path, name) for name in _names_of_tables(path, info)}
+        if tables["comparisons"].dtype != COMPARISON_DTYPE or tables["comparisons"].ndim != 1:
+            raise UserError(f"{path / 'comparisons.npy'}: is no table of comparisons; {REMEDY}.")
+        check_tables(path, info, tables, len(users))
+        rows = {
+            f"{name}s": Ragged(tables[f"{name}_tokens"], tables[f"{name}_offsets"])
+            for name in ("prompt", "response")
+            if f"{name}_tokens" in tables
         }
-        if info["kind"] == "vectors":
-            has_prompts = (path / "prompt_vectors.npy").exists()
-            return cls(
-                **common,
-                response_vectors=_map(path, "response_vectors"),
-                prompt_vectors=_map(path, "prompt_vectors") if has_prompts else None,
-            )
         return cls(
-            **common,
-            prompts=Ragged(_map(path, "prompt_tokens"), _map(path, "prompt_offsets")),
-            responses=Ragged(_map(path, "response_tokens"), _map(path, "response_offsets")),
-            response_num_chars=_map(path, "response_num_chars"),
+            path=path,
+            info=info,
+            comparisons=tables["comparisons"],
+            response_prompt=tables["response_prompt"],
+            users=UserIds.from_arrow(users.column("id")),
+            user_seen=values_of(users.column("seen")),
+            user_group=users.column("group").to_pylist(),
+            prompts=rows.get("prompts"),
+            responses=rows.get("responses"),
+            response_num_chars=tables.get("response_num_chars"),
+            prompt_vectors=tables.get("prompt_vectors"),
+            response_vectors=tables.get("response_vectors"),
         )
 
     @property
@@ -198,16 +217,37 @@ def read_info(path: Path) -> DatasetInfo:
             "data.path"
         )
     try:
-        info = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = file.read_bytes()
+        info = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not valid JSON ({error}); run `prepare` again") from None
     version = info.get("format_version") if isinstance(info, dict) else None
-    if version != FORMAT_VERSION:
+    if version not in (2, FORMAT_VERSION):
         raise UserError(
             f"{file}: format_version is {version!r}, this program reads {FORMAT_VERSION}; delete "
             f"{path} and run `prepare` again"
         )
+    if (version == FORMAT_VERSION or info.keys() & {"checksum", "files"}) and not is_intact(
+        content
+    ):
+        raise UserError(f"{file}: does not match its own checksum; {REMEDY}.")
+    has_fields = all(isinstance(info.get(name), kind) for name, kind in _INFO_FIELDS.items())
+    if not has_fields or info.get("kind") not in ("tokens", "vectors"):
+        raise UserError(f"{file}: lacks what says how to read the tables; {REMEDY}.")
     return cast(DatasetInfo, info)
+
+
+def _names_of_tables(path: Path, info: DatasetInfo) -> list[str]:
+    """Stems of the .npy files of the kind of data."""
+    names = ["comparisons", "response_prompt"]
+    if info["kind"] == "tokens":
+        return [
+            *names,
+            *("prompt_tokens", "prompt_offsets", "response_tokens", "response_offsets"),
+            "response_num_chars",
+        ]
+    has_prompts = (path / "prompt_vectors.npy").exists()
+    return [*names, "response_vectors", *(["prompt_vectors"] if has_prompts else [])]
 
 
 def _map(path: Path, name: str) -> np.ndarray:
@@ -219,7 +259,8 @@ def _map(path: Path, name: str) -> np.ndarray:
             f"{file}: no such file, though {path / INFO_NAME} is there; the prepared data is "
             f"damaged. Delete {path} and run `prepare` again"
         ) from None
-    except ValueError as error:
+    # numpy evaluates the header as text, so that a damaged one raises almost anything.
+    except Exception as error:
         raise UserError(
             f"{file}: cannot be read ({error}); delete {path} and run `prepare` again"
         ) from None
@@ -229,5 +270,12 @@ def _read_users(path: Path) -> pa.Table:
     file = path / "users.arrow"
     if not file.exists():
         raise UserError(f"{file}: no such file; delete {path} and run `prepare` again")
-    with pa.memory_map(str(file)) as source, pa.ipc.open_file(source) as reader:
-        return reader.read_all()
+    try:
+        with pa.memory_map(str(file)) as source, pa.ipc.open_file(source) as reader:
+            table = reader.read_all()
+        table.validate(full=True)
+        if table.schema != USERS_SCHEMA:
+            raise pa.ArrowInvalid(f"its columns are {', '.join(table.schema.names)}")
+        return table
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); {REMEDY}.") from None

@@ -16,6 +16,8 @@ from pal_ds.data.records import Record
 from pal_ds.data.sources import Jsonl
 from pal_ds.data.tables import PreparedData
 from pal_ds.data.tokenise import TextEncoder
+from pal_ds.data.verification import verify_content
+from pal_ds.distributed.agreement import installation_facts, refuse_disagreement
 from pal_ds.distributed.watchdog import watch
 from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
@@ -42,6 +44,7 @@ def opened_pairs(
     `read` says which pairs of responses the file holds.
     """
     if file is None:
+        verify_content(restored.data.path, restored.data.info, world)
         yield restored.data
         return
 
@@ -120,7 +123,13 @@ def restored_by_ranks(
         # Alone it waits for nobody; who started it sees whether it goes on.
         minutes = TrainConfig.hang_minutes if world.world_size > 1 else 0
         with watch(world, run.path / "stacks", minutes):
-            restored = restore(run, step, world.device, trust=trust)
+            restored = world.on_every_rank(lambda: restore(run, step, world.device, trust=trust))
+            facts = {
+                "manifest of the checkpoint": restored.manifest["checksum"],
+                "hash of data.path": restored.data.hash,
+                "--users": None if users is None else str(users),
+            }
+            refuse_disagreement(world, facts | installation_facts())
             yield world, restored, known_users(restored, users)
 
 
@@ -128,6 +137,7 @@ def evaluate_set(
     restored: OpenRun, known: KnownUsers, request: EvalRequest, world: World
 ) -> EvaluationFigures:
     """Evaluate a run that is in memory; see `evaluate_run`."""
+    refuse_disagreement(world, {"evaluated": str(request)})
     with opened_pairs(restored, request.file, world) as data:
         rows = request.rows(data)
         known = with_points(known, restored, data, world)

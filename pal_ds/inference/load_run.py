@@ -16,6 +16,7 @@ from pal_ds.backbones.transformer import TransformerBackbone
 from pal_ds.config.recipe import load_recipe
 from pal_ds.config.run_config import RunConfig
 from pal_ds.data.tables import PreparedData
+from pal_ds.data.verification import verify_tokenizer
 from pal_ds.engine.checkpoint.checkpoint import refuse_other_base
 from pal_ds.engine.checkpoint.manifest import Manifest
 from pal_ds.engine.checkpoint.shard_reader import ShardedCheckpoint
@@ -99,6 +100,7 @@ def open_run(
             f"{path}: trained on data with hash {manifest['dataset_hash']}, {data.path} has "
             f"{data.hash}. Point data.path at the data it was trained on."
         )
+    verify_tokenizer(data.path, data.info)
     parts = assemble(config, data, run)
     refuse_other_base(path, manifest, base_weights_of(parts))
     users = UserTable.load(path, config.users)

@@ -15,6 +15,8 @@ from pal_ds.errors import UserError
 from pal_ds.modeling.build import RunContext, assemble, base_weights_of
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.training.launch import (
+    agree_on_data,
+    agree_on_start,
     open_data,
     prepare_before_processes_meet,
     world_size_of_launch,
@@ -24,8 +26,10 @@ from pal_ds.training.setup import encode_frozen
 logger = logging.getLogger(__name__)
 
 
-def embed(config: RunConfig) -> bool:
+def embed(config: RunConfig, recipe: str) -> bool:
     """Prepare data on a single node as `train` does, then encode what the cache lacks; return True at the end.
+
+    `recipe` is its text, by which ranks see whether they were started alike.
 
     A stop that is asked for writes what is encoded and ends; the same command goes on from there.
 
@@ -45,8 +49,10 @@ def embed(config: RunConfig) -> bool:
         distributed(config.train.timeout_minutes) as world,
         watch(world, stacks, config.train.hang_minutes),
     ):
+        agree_on_start(world, recipe, ds_config)
         check_zero_section(ds_config, config.train.ds_config)
         data = world.on_every_rank(lambda: open_data(config, failure))
+        agree_on_data(world, data)
         if data.info["kind"] == "vectors":
             raise UserError(
                 f"{data.path}: holds vectors, which are states already; there is nothing to embed. Train as it is."

@@ -15,6 +15,7 @@ from pal_ds.backbones.given import GivenStates
 from pal_ds.config.run_config import RunConfig
 from pal_ds.data.collator import Collator
 from pal_ds.data.tables import PreparedData
+from pal_ds.data.verification import verify_content
 from pal_ds.distributed import phase
 from pal_ds.distributed.preemption import StopWatch
 from pal_ds.engine.checkpoint.checkpoint import (
@@ -89,6 +90,8 @@ def start_training(
         backbone = load_partitioned(context, parts)
     paths = config.train.eval_sets
     sets = world.on_every_rank(lambda: open_eval_sets(paths, data, collator, users.ids))
+    for of_set in sets:
+        verify_content(of_set.collator.data.path, of_set.collator.data.info, world)
     if parts.needs_store:
         encode = functools.partial(encode_frozen, context, parts, base_weights=base_weights)
         sets = [replace(s, collator=encode(s.collator, s.rows)) for s in sets]

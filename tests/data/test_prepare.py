@@ -299,11 +299,11 @@ def test_reader_names_what_is_missing(bpe, tmp_path):
     with pytest.raises(UserError, match="no split is called 'val'"):
         PreparedData.open(tmp_path / "D").rows("val")
     (tmp_path / "D/response_tokens.npy").unlink()
-    with pytest.raises(UserError, match=r"response_tokens.npy: no such file, though"):
+    with pytest.raises(UserError, match=r"response_tokens.npy: missing, though"):
         PreparedData.open(tmp_path / "D")
     info = json.loads((tmp_path / "D/dataset.json").read_text())
     (tmp_path / "D/dataset.json").write_text(json.dumps({**info, "format_version": 9}))
-    with pytest.raises(UserError, match="format_version is 9, this program reads 2"):
+    with pytest.raises(UserError, match="format_version is 9, this program reads 3"):
         PreparedData.open(tmp_path / "D")
 
 

@@ -23,13 +23,14 @@ from pal_ds.engine.checkpoint.manifest import (
 from pal_ds.engine.checkpoint.reshard import shards_for
 from pal_ds.engine.checkpoint.retention import REPLACED, discard, discard_leftovers
 from pal_ds.engine.checkpoint.shard_reader import ENGINE_FOLDER
-from pal_ds.engine.checkpoint.shard_writer import FileEntry, ShardFiles
+from pal_ds.engine.checkpoint.shard_writer import ShardFiles
 from pal_ds.engine.checkpoint.torch_archive import ForeignObjectError
 from pal_ds.engine.checkpoint.verify import wait_for_files
 from pal_ds.engine.training_engine import TrainingEngine
 from pal_ds.errors import StorageError, UserError, writing
 from pal_ds.io.fault_points import reached
 from pal_ds.io.files import sync_to_disk, write_json
+from pal_ds.io.sealed import FileEntry
 from pal_ds.runs.run_dir import LatestCheckpoint, RunDirectory
 from pal_ds.users import StoredUsers, TrainedUsers
 

@@ -6,13 +6,11 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import TypedDict
 
-import xxhash
-
 from pal_ds.distributed import phase
-from pal_ds.engine.checkpoint.shard_writer import FileEntry
 from pal_ds.engine.guard import GuardState
 from pal_ds.errors import UserError
-from pal_ds.io.files import feed, sync_to_disk, write_atomically
+from pal_ds.io.files import sync_to_disk, write_atomically
+from pal_ds.io.sealed import FileEntry, hash_of, is_intact, seal
 from pal_ds.runs.run_dir import BestEvaluation, OriginFacts
 
 logger = logging.getLogger(__name__)
@@ -21,7 +19,6 @@ FORMAT_VERSION = 2
 """2 added the manifest's own checksum."""
 MANIFEST = "manifest.json"
 _FIELDS = {"step": int, "world_size": int, "num_threads": int, "dataset_hash": str, "files": dict}
-_NO_CHECKSUM = "0" * 32
 
 
 class TrainingFacts(TypedDict):
@@ -65,7 +62,7 @@ class FormatError(UserError):
 
 def hash_file(path: Path) -> str:
     """Return the xxh3 hash of a file, 128 bits in hexadecimal: fast enough for shards of many gigabytes."""
-    return feed(xxhash.xxh3_128(), path, phase.progress).hexdigest()
+    return hash_of(path, phase.progress)
 
 
 def entry_of(path: Path) -> FileEntry:
@@ -76,11 +73,10 @@ def entry_of(path: Path) -> FileEntry:
 
 def write_manifest(directory: Path, manifest: ManifestContent) -> None:
     """Write manifest.json of `directory`, with its own checksum. Raises StorageError where it cannot be written."""
-    own = {"checksum": _NO_CHECKSUM, "format_version": FORMAT_VERSION}
-    content = {**own, **manifest, **own}
-    text = json.dumps(content, indent=2) + "\n"
-    digest = xxhash.xxh3_128(text.encode()).hexdigest()
-    write_atomically(directory / MANIFEST, text.replace(_NO_CHECKSUM, digest, 1))
+    # One that is written again has both of these already.
+    rest = {k: v for k, v in manifest.items() if k not in ("checksum", "format_version")}
+    content = {"format_version": FORMAT_VERSION, **rest}
+    write_atomically(directory / MANIFEST, seal(content, indent=2))
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -99,7 +95,7 @@ def read_manifest(path: Path) -> Manifest:
     content = file.read_bytes()
     try:
         manifest: Manifest = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not valid JSON ({error}); the checkpoint is damaged.") from None
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if type(version) is not int:
@@ -107,23 +103,17 @@ def read_manifest(path: Path) -> Manifest:
     if version != FORMAT_VERSION:
         # Unless it is ours but for that very number.
         theirs, ours = (f'"format_version": {v}'.encode() for v in (version, FORMAT_VERSION))
-        if not _has_own_checksum(content.replace(theirs, ours, 1), manifest):
+        if not is_intact(content.replace(theirs, ours, 1)):
             newer = version > FORMAT_VERSION
             raise FormatError(
                 f"{file}: of format {version}, written by {'a newer' if newer else 'an older'} version of pal_ds; this "
                 f"one reads format {FORMAT_VERSION}. {'Update pal_ds' if newer else 'Go on with that version'}, or "
                 "start in another --run_dir; nothing was changed here."
             )
-    if version != FORMAT_VERSION or not _has_own_checksum(content, manifest):
+    if version != FORMAT_VERSION or not is_intact(content):
         raise UserError(f"{file}: does not match its own checksum; the checkpoint is damaged.")
     _check_fields(file, manifest)
     return manifest
-
-
-def _has_own_checksum(content: bytes, manifest: Manifest) -> bool:
-    checksum = str(manifest.get("checksum"))
-    blank = content.replace(checksum.encode(), _NO_CHECKSUM.encode(), 1)
-    return checksum == xxhash.xxh3_128(blank).hexdigest()
 
 
 def _check_fields(file: Path, manifest: Manifest) -> None:

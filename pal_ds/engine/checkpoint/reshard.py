@@ -20,12 +20,13 @@ from pal_ds.engine.checkpoint.manifest import Manifest, entry_of, write_manifest
 from pal_ds.engine.checkpoint.resharder import Resharder
 from pal_ds.engine.checkpoint.shard_layout import Layout
 from pal_ds.engine.checkpoint.shard_reader import ENGINE_FOLDER, ShardedCheckpoint
-from pal_ds.engine.checkpoint.shard_writer import FileEntry, ShardFiles
+from pal_ds.engine.checkpoint.shard_writer import ShardFiles
 from pal_ds.engine.checkpoint.torch_archive import ShardContent
 from pal_ds.engine.checkpoint.verify import verify_checkpoint
 from pal_ds.engine.training_engine import TrainingEngine
 from pal_ds.errors import UserError, writing
 from pal_ds.io.files import sync_to_disk
+from pal_ds.io.sealed import FileEntry
 from pal_ds.progress import progress_bar
 from pal_ds.runs.lock import only_writer
 from pal_ds.runs.run_dir import RunDirectory

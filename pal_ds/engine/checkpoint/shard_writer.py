@@ -9,7 +9,7 @@ import os
 import pickle
 import re
 from pathlib import Path
-from typing import IO, Any, TypedDict, cast
+from typing import IO, Any, cast
 
 import torch
 import xxhash
@@ -18,18 +18,10 @@ from pal_ds.distributed import phase
 from pal_ds.engine.checkpoint.torch_archive import CHUNK, ShardContent, foreign_object
 from pal_ds.errors import StorageError, UserError, storage_error
 from pal_ds.io.fault_points import reached
+from pal_ds.io.sealed import FileEntry
 
 SYNCED_AT_ONCE = 1 << 30
 """Bytes of a shard that may wait in the cache."""
-
-
-class FileEntry(TypedDict):
-    """Entry of a file in the manifest."""
-
-    size: int
-    """Size in bytes."""
-    xxh3_128: str
-    """xxh3 hash of the content, 128 bits in hexadecimal."""
 
 
 class ShardFiles:

@@ -20,9 +20,9 @@ from pal_ds.engine.checkpoint.manifest import (
     read_manifest,
 )
 from pal_ds.engine.checkpoint.retention import restore_replaced
-from pal_ds.engine.checkpoint.shard_writer import FileEntry
 from pal_ds.engine.checkpoint.torch_archive import ForeignObjectError, load_archive
 from pal_ds.errors import StorageError, UserError
+from pal_ds.io.sealed import FileEntry, share_of
 from pal_ds.runs.run_dir import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -173,20 +173,6 @@ def _verify_together(path: Path, world: World, *, trust: bool) -> Manifest:
         # The one that a process alone would have come to first.
         raise min(problems, key=lambda problem: problem[0])[1]
     return manifest
-
-
-def share_of(
-    files: dict[str, FileEntry], rank: int, world_size: int
-) -> dict[int, tuple[str, FileEntry]]:
-    """Return the files that a rank reads, the largest dealt out first, under their places in the manifest.
-
-    >>> files = {name: {"size": size, "xxh3_128": ""} for name, size in (("a", 1), ("b", 9), ("c", 5))}
-    >>> [[name for name, _ in share_of(files, rank, world_size=2).values()] for rank in (0, 1)]
-    [['a', 'b'], ['c']]
-    """
-    listed = list(enumerate(files.items()))
-    dealt = sorted(listed, key=lambda item: -item[1][1]["size"])[rank::world_size]
-    return dict(sorted(dealt))
 
 
 def wait_for_files(directory: Path, entries: dict[str, FileEntry]) -> None:

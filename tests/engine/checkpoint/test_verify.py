@@ -13,8 +13,9 @@ from pal_ds.distributed.world import World
 from pal_ds.engine.checkpoint import checkpoint, verify
 from pal_ds.engine.checkpoint.forget import recover
 from pal_ds.engine.checkpoint.manifest import FORMAT_VERSION, FormatError, read_manifest
-from pal_ds.engine.checkpoint.verify import share_of, verify_checkpoint, wait_for_files
+from pal_ds.engine.checkpoint.verify import verify_checkpoint, wait_for_files
 from pal_ds.errors import StorageError, UserError
+from pal_ds.io.sealed import share_of
 from pal_ds.runs.run_dir import RunDirectory
 from tests.engine.newest import newest_intact
 from tests.engine.steps import make_step, of_format
