@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from pal_ds.io.sealed import seal
+
 TOPICS = ("tea", "music", "walking", "chess", "rivers", "bread", "trains", "gardens")
 
 LLAMA = {
@@ -37,6 +39,13 @@ def write_pairs(
             }
             stream.write(json.dumps({**row, "chosen": chosen, "rejected": rejected}) + "\n")
     return path
+
+
+def change_info(folder: Path, **changes: Any) -> None:
+    """Write dataset.json of prepared data again with other values, and with the checksum of these."""
+    info = json.loads((folder / "dataset.json").read_text()) | changes
+    del info["checksum"]
+    (folder / "dataset.json").write_text(seal(info, indent=1))
 
 
 def data_keys(folder: Path, num_pairs: int, **options: Any) -> dict[str, Any]:

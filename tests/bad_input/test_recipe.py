@@ -10,6 +10,7 @@ from pal_ds.data.prepare import DataConfig, prepare
 from pal_ds.data.sources import Jsonl
 from pal_ds.engine.ds_config import load_ds_config
 from tests.bad_input.conftest import Place, Refused
+from tests.tiny import change_info
 
 BERT = {
     "model_type": "bert",
@@ -154,7 +155,7 @@ def test_head_that_reads_the_prompt_needs_a_marker(place: Place, refused: Refuse
     shutil.copytree(place.data, data)
     info = json.loads((data / "dataset.json").read_text())
     info["tokens"]["marker_ids"], info["tokens"]["separator"] = None, " "
-    (data / "dataset.json").write_text(json.dumps(info))
+    change_info(data, **info)
     options = ["--head=PalB", f"--data.path={data}", "--data.source=null"]
     message = refused(*place.train(*options, run=tmp_path / "new"))
     assert "head: it reads the prompt, and data.separator ' ' leaves no token" in message

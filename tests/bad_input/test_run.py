@@ -8,6 +8,7 @@ import pytest
 
 from tests.bad_input.conftest import Place, Refused, contents, pal_ds
 from tests.spawn import torchrun
+from tests.tiny import change_info
 from tools import consolidate
 
 MIXTURES = [
@@ -167,7 +168,7 @@ def test_data_that_changed_under_a_run(place: Place, refused: Refused, tmp_path:
     data = tmp_path / "data"
     shutil.copytree(place.data, data)
     info = json.loads((data / "dataset.json").read_text())
-    (data / "dataset.json").write_text(json.dumps({**info, "hash": "0" * 32}))
+    change_info(data, hash="0" * 32)
     said = refused(*place.train(f"--data.path={data}"))
     assert f"trained on data with hash {info['hash']}, {data} has {'0' * 32}" in said
     assert "Resume with the data it was trained on" in said

@@ -16,8 +16,7 @@ from pal_ds.data.tables import PreparedData
 from pal_ds.data.verification import verify_content
 from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
-from pal_ds.io.sealed import seal
-from tests.tiny import write_pairs
+from tests.tiny import change_info, write_pairs
 
 ALONE = World(0, 1, torch.device("cpu"))
 TABLES = (
@@ -143,13 +142,12 @@ def test_data_of_format_2(data: Path) -> None:
         verified(data)
 
 
-def unsealed(folder: Path, **changes: object) -> None:
+def unsealed(folder: Path) -> None:
     """Lists the files as they are now, so that only ranges can tell."""
-    info = json.loads((folder / "dataset.json").read_text())
-    del info["checksum"]
-    for name in info["files"]:
-        info["files"][name]["size"] = (folder / name).stat().st_size
-    (folder / "dataset.json").write_text(seal({**info, **changes}, indent=1))
+    files = json.loads((folder / "dataset.json").read_text())["files"]
+    for name in files:
+        files[name]["size"] = (folder / name).stat().st_size
+    change_info(folder, files=files)
 
 
 @pytest.mark.parametrize(
