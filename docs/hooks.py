@@ -11,6 +11,7 @@ from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "pal_ds"
@@ -50,6 +51,17 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         text = "\n".join([f"# {name}", *(f"\n::: {module}" for module in modules)]) + "\n"
         files.append(File.generated(config, f"reference/{name}.md", content=text))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Turn links to files of the repository, as somebody reads them there, into links to the pages that show them."""
+    shown = {path: name for name, path in PAGES.items()}
+    shown |= {path: Path(path).name for path in PICTURES}
+    shown |= {f"pal_ds/{name}": f"reference/{name}.md" for name in reference_pages()}
+    shown["pal_ds"] = "reference/index.md"
+    for path, name in shown.items():
+        markdown = markdown.replace(f"](../{path})", f"]({name})")
+    return markdown
 
 
 def reference_pages() -> dict[str, list[str]]:

@@ -17,7 +17,7 @@ def build_head(name: str, hidden_size: int, init: dict) -> nn.Module:
     if "." in name:
         raise ValueError(
             f"head {name!r} is a class of its own. Import {name.rpartition('.')[0]} first, or allow the folder's code "
-            "with trust_remote_code."
+            "with trust_remote_code=True (`--trust_remote_code` on the command line)."
         )
     raise ValueError(f"head {name!r} is unknown; this version has {', '.join(HEADS)}.")
 

@@ -48,10 +48,8 @@ def test_files_named_without_their_folder_exist(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_of_pages_outside_the_site_lead_somewhere(page: Path) -> None:
-    """`mkdocs build --strict` looks at those inside."""
-    if page.parent == DOCS:
-        return
+def test_links_lead_somewhere_in_the_repository(page: Path) -> None:
+    """Where people read the pages, too; `mkdocs build --strict` looks at the links of the site."""
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
@@ -77,6 +75,11 @@ def test_tables_are_whole() -> None:
     assert [name for name in COMMANDS if f"| `{name} " not in commands] == []
     assert [name for name in HEADS if f"`{name}`" not in training] == []
     assert [cls.__name__ for cls in SOURCES.values() if f"`{cls.__name__}`" not in data] == []
+
+
+def test_the_source_of_the_manual_is_the_example() -> None:
+    example = (ROOT / "examples" / "my_source.py").read_text()
+    assert f"```python\n{example}```" in (DOCS / "data.md").read_text()
 
 
 def test_glossary_is_short() -> None:
