@@ -5,6 +5,7 @@ A signal may reach one rank or all of them, once or often, in the middle of a co
 
 import contextlib
 import logging
+import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -24,12 +25,24 @@ class StopRequested(Exception):  # noqa: N818  (it is a request, not an error)
     """Raised on every rank alike in the middle of work that can be left and made again."""
 
 
+FROM_A_TERMINAL = ("INT", "HUP")
+"""Ctrl-C, and the end of the terminal: requests to stop, too. A second Ctrl-C ends the process at once."""
 _noted: list[int] = []
 """Numbers of the stop signals that reached this process."""
 
 
 def _note(number: int, _: FrameType | None) -> None:
     _noted.append(number)
+
+
+def _note_once(number: int, frame: FrameType | None) -> None:
+    if number in _noted:
+        signal.default_int_handler(number, frame)
+    _noted.append(number)
+    if os.environ.get("RANK", "0") == "0":
+        # Not through a logger: a handler may run in the middle of one.
+        text = "\nstopping: saves after this update; the same command resumes. Ctrl-C again ends at once.\n"
+        os.write(2, text.encode())
 
 
 def stop_is_requested() -> bool:
@@ -39,10 +52,19 @@ def stop_is_requested() -> bool:
 
 @contextlib.contextmanager
 def listening(names: Sequence[str]) -> Iterator[None]:
-    """Take, inside the block, signals of these names (`USR2`, `TERM`) as requests to stop; they end no process."""
+    """Take, inside the block, signals of these names (`USR2`, `TERM`) as requests to stop; they end no process.
+
+    So are Ctrl-C, once, and the end of the terminal, where the process did not ignore them before, as under `nohup`.
+    """
     numbers = [signal.Signals[f"SIG{name}"] for name in names]
+    for number in (signal.Signals[f"SIG{name}"] for name in FROM_A_TERMINAL):
+        if number not in numbers and signal.getsignal(number) != signal.SIG_IGN:
+            numbers.append(number)
     _noted.clear()
-    before = [(number, signal.signal(number, _note)) for number in numbers]
+    before = [
+        (number, signal.signal(number, _note_once if number == signal.SIGINT else _note))
+        for number in numbers
+    ]
     try:
         yield
     finally:
@@ -53,7 +75,7 @@ def listening(names: Sequence[str]) -> Iterator[None]:
 
 def ignore_stop_signals(names: Sequence[str]) -> None:
     """Ignore stop signals in a data loader's worker: it must not die of what asks its rank to save first."""
-    for name in (*names, "INT"):
+    for name in (*names, *FROM_A_TERMINAL):
         signal.signal(signal.Signals[f"SIG{name}"], signal.SIG_IGN)
 
 

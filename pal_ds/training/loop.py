@@ -50,6 +50,10 @@ def train(
         if recipe is not None:
             world.from_rank_zero(lambda: record_recipe(run, recipe))
         run_updates(state)
+    except KeyboardInterrupt:
+        if world.is_rank_zero:
+            run.write_status(status_of(state, "stopped", "interrupted without a save"))
+        raise
     except Exception as error:
         # Of what other ranks cause, the watchdog finds and records the cause.
         if world.is_rank_zero and not is_symptom(error):

@@ -55,6 +55,7 @@ def run_out_of_time(world: World) -> None:
 IN_UPDATE: dict[str, Callable[[World], None]] = {
     "one_rank": lambda world: signal_self(signal.SIGUSR2) if world.rank == 1 else None,
     "twice": lambda world: signal_self(signal.SIGTERM, signal.SIGUSR2),
+    "keyboard": lambda world: signal_self(signal.SIGINT, signal.SIGHUP),
     "workers": signal_workers,
     "due": lambda world: signal_self(signal.SIGUSR2) if world.rank == 0 else None,
     "clock": run_out_of_time,

@@ -96,3 +96,33 @@ def test_the_clock_leaves_room_for_a_save(
     reason = watch.reason_to_stop(alone, evaluation_due=evaluation > 0)
     assert reason == ("time limit" if stops else None)
     assert not StopWatch(None).out_of_time(evaluation_due=True)
+
+
+def test_ctrl_c_and_a_closed_terminal_ask_for_a_stop(capfd: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGHUP)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        with listening(["USR2"]):
+            assert not preemption.stop_is_requested()
+            signal.raise_signal(number)
+            assert preemption.stop_is_requested()
+    assert "Ctrl-C again ends at once" in capfd.readouterr().err
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGHUP)) == before
+
+
+def test_a_second_ctrl_c_ends() -> None:
+    with listening(["USR2"]):
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_what_a_process_ignores_stays_ignored() -> None:
+    """As of one that `nohup` started, or a shell in the background."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with listening(["USR2"]):
+            signal.raise_signal(signal.SIGHUP)
+            assert not preemption.stop_is_requested()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
