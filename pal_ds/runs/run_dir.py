@@ -5,6 +5,7 @@ D/config.yaml  D/metrics.jsonl  D/checkpoints/step_N/  D/latest.json  D/best.jso
 
 import json
 import logging
+import os
 import shutil
 import time
 from pathlib import Path
@@ -218,13 +219,26 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             with open(self.metrics_file, "a", encoding="utf-8") as stream:
                 stream.write(json.dumps(row) + "\n")
+                stream.flush()
+                os.fsync(stream.fileno())
 
     def read_metrics(self) -> list[MetricsRow]:
+        """Return the lines of metrics.jsonl; one that is torn or not ours is passed over with a warning."""
         if not self.metrics_file.is_file():
             return []
-        # A line without its newline was torn by a kill; the step it tells of is made again.
-        lines = self.metrics_file.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        # What follows the last newline was torn by a kill; the step it tells of is made again.
+        *lines, _ = self.metrics_file.read_text(errors="replace").split("\n")
+        rows = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if isinstance(row, dict) and type(row.get("step")) is int:
+                rows.append(row)
+            else:
+                logger.warning("%s:%d: no line of ours; passed over", self.metrics_file, number)
+        return rows
 
     def drop_metrics_after(self, step: int, *, owes_evaluation: bool = False) -> None:
         """Delete the lines of steps after `step`: a resumed run writes those after its checkpoint again.

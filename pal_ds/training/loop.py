@@ -20,6 +20,7 @@ from pal_ds.modeling.build import Parts, RunContext
 from pal_ds.progress import progress_bar
 from pal_ds.runs.run_dir import RunState, Status
 from pal_ds.training.evaluation import evaluate_in_training
+from pal_ds.training.log_lines import log_end
 from pal_ds.training.setup import start_training
 from pal_ds.training.state import Training, plan_of
 
@@ -103,6 +104,7 @@ def run_updates(state: Training) -> None:
             advance(0)
         stop = evaluate_first(state)
         state.watch.begin_lap()
+        tracker.lines.begin(state.step)
         phase.enter("build batches", state.step)
         settings = state.config.train
         ignore = functools.partial(ignore_stop_signals, settings.stop_signals)
@@ -120,6 +122,8 @@ def run_updates(state: Training) -> None:
     tracker.close()
     if state.step == state.num_updates and not state.owes_evaluation:
         write_status(state, "finished")
+        if state.world.is_rank_zero:
+            log_end(state.run, state.best)
     else:
         write_status(state, "stopped", stop or "stop_after")
 

@@ -11,6 +11,7 @@ from pal_ds.config.run_config import RunConfig
 from pal_ds.distributed.world import World
 from pal_ds.engine.step import UpdateStats
 from pal_ds.runs.run_dir import RunDirectory
+from pal_ds.training.log_lines import ProgressLines
 
 
 class Unlogged(NamedTuple):
@@ -25,8 +26,11 @@ class Unlogged(NamedTuple):
 class Tracker:
     """Collector of what updates report; every rank calls the same methods, rank 0 writes."""
 
-    def __init__(self, run: RunDirectory, config: RunConfig, world: World) -> None:
+    def __init__(
+        self, run: RunDirectory, config: RunConfig, world: World, lines: ProgressLines
+    ) -> None:
         self._run, self._config, self._world = run, config, world
+        self.lines = lines
         self._pending: list[UpdateStats] = []
         self._last: UpdateStats | None = None
         self._unlogged = Unlogged()
@@ -57,6 +61,7 @@ class Tracker:
         }
         self._since = now
         self._write(row)
+        self.lines.updates(row)
         self.last_loss = f"{row['loss']:.4f}" if num_pairs else "skipped"
 
     def unlogged(self) -> Unlogged:
@@ -92,6 +97,7 @@ class Tracker:
             f"{name}_{kind}": of_set[kind] for name, of_set in figures.items() for kind in kinds
         }
         self._write({"step": step, **named})
+        self.lines.evaluation(step, {name: figures[name]["accuracy"] for name in figures})
         # The time of an evaluation is not the training's.
         self._since = time.monotonic()
 

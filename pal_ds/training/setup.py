@@ -41,10 +41,12 @@ from pal_ds.heads.base import Head
 from pal_ds.model import RewardModel
 from pal_ds.modeling.build import Parts, RunContext, base_weights_of, load_backbone
 from pal_ds.runs.run_dir import BestEvaluation
-from pal_ds.training.evaluation import open_eval_sets
+from pal_ds.training.evaluation import EvalSet, open_eval_sets
 from pal_ds.training.init_from.copy import load_taken_over
+from pal_ds.training.log_lines import ProgressLines
 from pal_ds.training.metrics_logger import Tracker
 from pal_ds.training.state import Training, plan_of, seen_users
+from pal_ds.users.ids import UserIds
 
 logger = logging.getLogger(__name__)
 
@@ -88,15 +90,13 @@ def start_training(
         collator = encode_frozen(context, parts, collator, rows, base_weights, between=leave)
     elif encoded is None:
         backbone = load_partitioned(context, parts)
-    paths = config.train.eval_sets
-    sets = world.on_every_rank(lambda: open_eval_sets(paths, data, collator, users.ids))
-    for of_set in sets:
-        verify_content(of_set.collator.data.path, of_set.collator.data.info, world)
+    sets = eval_sets_of(context, collator, users.ids)
     if parts.needs_store:
         encode = functools.partial(encode_frozen, context, parts, base_weights=base_weights)
         sets = [replace(s, collator=encode(s.collator, s.rows)) for s in sets]
     origin = load_taken_over(config, context.run, parts.head, users)
     guard = UpdateGuard(config.train, world)
+    num_updates = config.train.epochs * plan.updates_per_epoch
     state = Training(
         context=context,
         parts=parts,
@@ -106,7 +106,7 @@ def start_training(
         plan=plan,
         guard=guard,
         watch=watch,
-        tracker=Tracker(context.run, config, world),
+        tracker=Tracker(context.run, config, world, ProgressLines(world, num_updates)),
         eval_sets=sets,
         origin=origin,
         base_weights=base_weights,
@@ -114,6 +114,15 @@ def start_training(
     resume(state, trust=trust_checkpoint)
     log_size(state, time.monotonic() - started)
     return state
+
+
+def eval_sets_of(context: RunContext, collator: Collator, ids: UserIds) -> list[EvalSet]:
+    """Open and verify `train.eval_sets`. Raises UserError as `open_eval_sets` and `verify_content` do."""
+    paths, world = context.config.train.eval_sets, context.world
+    sets = world.on_every_rank(lambda: open_eval_sets(paths, context.data, collator, ids))
+    for of_set in sets:
+        verify_content(of_set.collator.data.path, of_set.collator.data.info, world)
+    return sets
 
 
 def start_engine(

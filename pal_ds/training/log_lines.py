@@ -1,0 +1,81 @@
+"""Lines about a training for a log that no bar is drawn into, and for people when it ends."""
+
+import datetime
+import logging
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from pal_ds.distributed.world import World
+from pal_ds.runs.run_dir import BestEvaluation, MetricsRow, RunDirectory
+
+logger = logging.getLogger(__name__)
+GIB = 2**30
+
+
+class ProgressLines:
+    """Writes one line per line of metrics.jsonl, on rank 0, where standard error is no terminal."""
+
+    def __init__(self, world: World, num_updates: int) -> None:
+        self._written = world.is_rank_zero and not Console(stderr=True).is_terminal
+        self._device, self._num_updates = world.device, num_updates
+        self._begun: tuple[float, int] | None = None
+
+    def begin(self, step: int) -> None:
+        """Note that updates begin at `step`: the time left is counted from here."""
+        self._begun = time.monotonic(), step
+
+    def updates(self, row: MetricsRow) -> None:
+        """Tell of the updates up to `row["step"]`: loss, accuracy, throughput, time left, memory."""
+        if not self._written or self._begun is None:
+            return
+        since, first = self._begun
+        step = row["step"]
+        seconds = (time.monotonic() - since) / max(step - first, 1) * (self._num_updates - step)
+        parts = [
+            f"loss {_rounded(row['loss'])}",
+            f"accuracy {_rounded(row['accuracy'])}",
+            f"{row['pairs_per_second']:,.1f} pairs/s",
+            f"{datetime.timedelta(seconds=round(seconds))} left",
+            f"{self._memory():.2f} GiB",
+        ]
+        if row["skipped_updates"]:
+            parts.append(f"{row['skipped_updates']} updates skipped")
+        logger.info("update %d of %d: %s", step, self._num_updates, ", ".join(parts))
+
+    def evaluation(self, step: int, accuracies: dict[str, float | None]) -> None:
+        """Tell of an evaluation: the accuracy on each set."""
+        if self._written:
+            shown = ", ".join(f"{name} {_rounded(value)}" for name, value in accuracies.items())
+            logger.info("update %d of %d: accuracy on %s", step, self._num_updates, shown)
+
+    def _memory(self) -> float:
+        """Peak so far: of the device where there is one, else of the process."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) / GIB
+        # In KiB on Linux, in bytes on macOS.
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+def log_end(run: RunDirectory, best: BestEvaluation | None) -> None:
+    """Log how a finished training ended, where things lie and what comes next. Rank 0 calls it."""
+    found = (
+        "no evaluation on dev was made"
+        if best is None
+        else f"best accuracy on dev {best['dev_accuracy']:.4f}, at update {best['step']}"
+    )
+    logger.info(
+        "finished: %s. Everything is in %s; figures per update in metrics.jsonl. Next: `pal-ds evaluate --run_dir %s`",
+        found,
+        run.path,
+        run.path,
+    )
+
+
+def _rounded(value: Any) -> str:
+    return "none" if value is None else f"{value:.4f}"

@@ -1,0 +1,57 @@
+"""Lines of a training in a log: one per line of metrics.jsonl where no bar is drawn, and one at the end."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pal_ds.distributed.world import World
+from pal_ds.runs.run_dir import RunDirectory
+from pal_ds.training.log_lines import ProgressLines, log_end
+
+ROW: dict[str, Any] = {
+    "step": 20,
+    "loss": 0.5,
+    "accuracy": 0.75,
+    "pairs_per_second": 1234.56,
+    "skipped_updates": 0,
+}
+
+
+def lines_of(rank: int = 0) -> ProgressLines:
+    lines = ProgressLines(World(rank, 2, torch.device("cpu")), num_updates=100)
+    lines.begin(10)
+    return lines
+
+
+def test_a_line_tells_where_a_training_stands(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "pal_ds"):
+        lines_of().updates(ROW)
+        lines_of().updates({**ROW, "loss": None, "skipped_updates": 3})
+        lines_of().evaluation(20, {"dev": 0.8125, "other": None})
+    first, second, third = caplog.messages
+    assert first.startswith(
+        "update 20 of 100: loss 0.5000, accuracy 0.7500, 1,234.6 pairs/s, 0:00:0"
+    )
+    assert first.endswith(" GiB") and float(first.split()[-2]) > 0
+    assert "loss none" in second and second.endswith("3 updates skipped")
+    assert third == "update 20 of 100: accuracy on dev 0.8125, other none"
+
+
+def test_other_ranks_are_silent(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "pal_ds"):
+        lines_of(rank=1).updates(ROW)
+    assert not caplog.messages
+
+
+def test_the_end_says_what_comes_next(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    with caplog.at_level(logging.INFO, "pal_ds"):
+        log_end(
+            RunDirectory(tmp_path / "run"), {"step": 7, "dev_accuracy": 0.9, "temperature": 1.0}
+        )
+        log_end(RunDirectory(tmp_path / "run"), None)
+    assert f"best accuracy on dev 0.9000, at update 7. Everything is in {tmp_path}" in caplog.text
+    assert "no evaluation on dev was made" in caplog.text
+    assert f"`pal-ds evaluate --run_dir {tmp_path / 'run'}`" in caplog.text
