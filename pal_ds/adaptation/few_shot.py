@@ -16,7 +16,12 @@ from pal_ds.data.verification import verify_content
 from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
 from pal_ds.eval.figures import scored_pairs
-from pal_ds.eval.metrics import clustered_standard_error, mean_figures
+from pal_ds.eval.metrics import (
+    MIN_CLUSTERS,
+    clustered_standard_error,
+    interval_of_share,
+    mean_figures,
+)
 from pal_ds.eval.results import write_figures
 from pal_ds.eval.sanity_checks import ScoredPairs, unseen_above_seen
 from pal_ds.eval.schema import CurvePoint, FewShotFigures
@@ -41,6 +46,11 @@ class Curve(NamedTuple):
     """Prompt of each test pair, int64 [n]."""
     users: np.ndarray
     """User of each test pair, int64 [n]."""
+
+    @property
+    def num_clusters(self) -> int:
+        """Number of prompts, whose pairs stand or fall together."""
+        return len(np.unique(self.prompts))
 
 
 def evaluate_few_shot(
@@ -109,8 +119,11 @@ def _seen(restored: OpenRun, world: World) -> ScoredPairs:
 def is_monotone(curve: Curve) -> bool:
     """Return whether no k is worse than a smaller one by more than the 95% interval of the difference.
 
-    The same test pairs are judged at both, so the interval is that of the difference per pair.
+    The same test pairs are judged at both, so the interval is that of the difference per pair. True where too few
+    prompts were tested to say otherwise.
     """
+    if curve.num_clusters < MIN_CLUSTERS:
+        return True
     order = np.argsort([row["num_comparisons"] for row in curve.rows], kind="stable")
     for place, less in enumerate(order):
         for more in order[place + 1 :]:
@@ -191,12 +204,12 @@ def _curve(
     probability = table["probability"].astype(float)
     for index, of_count in enumerate(right):
         first, mean = index * num_seeds, curve.right[index].mean()
-        half = 1.96 * _standard_error(curve.right[index], curve)
+        error = _standard_error(curve.right[index], curve)
         point: CurvePoint = {
             "num_comparisons": draws[first][0],
             "mean_comparisons": len(drawn[first]) / num_users,
             "accuracy": float(of_count.mean()),
-            "accuracy_ci95": [float(max(0.0, mean - half)), float(min(1.0, mean + half))],
+            "accuracy_ci95": list(interval_of_share(float(mean), error, curve.num_clusters)),
             "accuracy_by_seed": of_count.mean(1).tolist(),
             "users": num_users,
             "test_pairs": len(test_rows),

@@ -43,6 +43,10 @@ def correctness(margins: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return (signed > 0) + 0.5 * (signed == 0)
 
 
+MIN_CLUSTERS = 10
+"""Fewest clusters (prompts, or users) whose spread says how far a mean may be off."""
+
+
 def clustered_standard_error(values: np.ndarray, clusters: np.ndarray) -> float:
     """Standard error of the mean when values share clusters (all pairs of a prompt stand or fall together).
 
@@ -56,9 +60,28 @@ def clustered_standard_error(values: np.ndarray, clusters: np.ndarray) -> float:
 
 
 def clustered_interval(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float]:
-    """95% interval (normal approximation) of a mean of values in [0, 1] that share clusters."""
-    mean, half = values.mean(), 1.96 * clustered_standard_error(values, clusters)
-    return float(max(0.0, mean - half)), float(min(1.0, mean + half))
+    """95% interval of a mean of values in [0, 1] that share clusters; see `interval_of_share`."""
+    error = clustered_standard_error(values, clusters)
+    return interval_of_share(float(values.mean()), error, len(np.unique(clusters)))
+
+
+def interval_of_share(mean: float, standard_error: float, num_clusters: int) -> tuple[float, float]:
+    """95% interval of a mean in [0, 1]: normal, and at least Wilson's where clusters are few or all alike.
+
+    Wilson (1927) with one trial a cluster: three pairs that are all right say little, not that nothing can be wrong.
+
+    >>> [round(end, 2) for end in interval_of_share(1.0, 0.0, num_clusters=3)]
+    [0.44, 1.0]
+    >>> [round(end, 2) for end in interval_of_share(0.7, 0.05, num_clusters=80)]
+    [0.6, 0.8]
+    """
+    z, n = 1.96, num_clusters
+    low, high = mean - z * standard_error, mean + z * standard_error
+    if n < MIN_CLUSTERS or standard_error == 0:
+        centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * np.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
+        low, high = min(low, centre - half), max(high, centre + half)
+    return float(max(0.0, low)), float(min(1.0, high))
 
 
 def fit_temperature(margins: np.ndarray, labels: np.ndarray) -> float:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.stats
 from scipy.special import expit
 
 from pal_ds.eval.metrics import (
@@ -86,6 +87,25 @@ def test_interval_grows_with_clusters() -> None:
     copied = np.repeat(values[:40], 10)
     low, high = clustered_interval(copied, np.repeat(np.arange(40), 10))
     assert (high - low) / 2 == pytest.approx(1.96 * values[:40].std(ddof=1) / np.sqrt(40), rel=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("num_clusters", [1, 3, 9])
+def test_few_clusters_leave_room(share: float, num_clusters: int) -> None:
+    """However alike a handful of pairs are, the interval is Wilson's of as many trials."""
+    values = np.full(2 * num_clusters, share)
+    low, high = clustered_interval(values, np.arange(2 * num_clusters) // 2)
+    expected = scipy.stats.binomtest(round(share * num_clusters), num_clusters).proportion_ci(
+        method="wilson"
+    )
+    assert 0 <= low <= share <= high <= 1 and high - low > 0.2
+    if share in (0, 1):
+        assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-4)
+
+
+def test_many_clusters_that_are_all_right() -> None:
+    low, high = clustered_interval(np.ones(100), np.arange(100))
+    assert high == pytest.approx(1.0) and 0.95 < low < 0.98
 
 
 def test_calibration_by_hand() -> None:
