@@ -24,6 +24,7 @@ quickstart: install
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck slurm/*.sh slurm/*.sbatch .ci/run tests/slurm/*.sh tests/artefacts/*.sh
 
 spell: install
 	$(BIN)/codespell

@@ -27,6 +27,16 @@ refuse() { say "error: $*" >&2; exit 2; }
 set -E
 trap 'say "error: this command failed: $BASH_COMMAND" >&2' ERR
 
+as_paths() { # NAME...: gives the paths in these variables a ./ where they are relative, so that no program reads an option
+  local name
+  for name in "$@"; do
+    case ${!name} in
+      "" | /* | ./* | ../*) ;;
+      *) printf -v "$name" './%s' "${!name}" ;;
+    esac
+  done
+}
+
 job_field() { # NAME -> its value as SLURM has it now, nothing where it does not answer
   local all
   all=" $(scontrol show job "$job" 2>/dev/null || true)"
@@ -35,7 +45,7 @@ job_field() { # NAME -> its value as SLURM has it now, nothing where it does not
 }
 
 json_field() { # FILE NAME -> value of a key on the top level of a small JSON file
-  sed -n "s/^.*\"$2\": *\"\{0,1\}\([^\",}]*\).*/\1/p" "$1" 2>/dev/null | sed -n '1s/^null$//p;1p' | head -n 1 || true
+  sed -n "s/^.*\"$2\": *\"\{0,1\}\([^\",}]*\).*/\1/p" -- "$1" 2>/dev/null | sed -n '1s/^null$//p;1p' | head -n 1 || true
 }
 
 seconds_left() { # until SLURM ends the job; nothing where there is no limit

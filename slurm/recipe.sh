@@ -8,7 +8,7 @@ stop_signals=""                           # train.stop_signals, likewise
 recipe_value() { # FILE KEY PATTERN [SECTION] -> what a recipe, YAML or JSON, says of a key; nothing if it does not name it
   local text before=$'[ \n{,"]'
   local section="$before${4:-}\"?:(.*)" pattern="$before$2\"?:[[:space:]]*($3)"
-  text=$'\n'$(sed 's/#.*//' "$1")
+  text=$'\n'$(sed 's/#.*//' -- "$1")
   # Another section may have a key of that name: those above SECTION are passed over.
   if [ -n "${4:-}" ]; then
     [[ $text =~ $section ]] || return 0

@@ -1,4 +1,5 @@
 # What differs from one cluster to the next; the one file here to edit. Sourced by every job on its first node.
+# shellcheck shell=bash disable=SC2034
 
 # Python, unless the job was submitted from an activated environment:
 # module load cuda/12.8

@@ -12,9 +12,9 @@ layer() { # FILE NAME: a recipe of this job, kept as NAME in the record at the f
   local found
   if [ ! -d "$record/code" ]; then
     [ -f "$1" ] || refuse "$1: no such recipe (looked from $PWD)"
-    cp "$1" "$record/$2"
+    cp -- "$1" "$record/$2"
     # A head, a source or a loss of one's own may lie beside the recipe.
-    find "$(dirname "$1")" -maxdepth 1 -name '*.py' -exec cp -n {} "$record/" \;
+    find "$(dirname -- "$1")" -maxdepth 1 -name '*.py' -exec cp -n -- {} "$record/" \;
   fi
   found=$(recipe_value "$record/$2" ds_config "$a_text")
   ds_config=${found:-$ds_config}
@@ -26,7 +26,7 @@ read_words() { # RECIPE [words] -> those for the ranks in $words, those for `pal
   ds_config="" cache="" stop_signals="" fresh=0
   layer "$1" recipe.yaml
   shift
-  words=() prepare_words=(--config "$record/recipe.yaml")
+  words=() prepare_words=("--config=$record/recipe.yaml")
   while [ $# -gt 0 ]; do
     name=${1%%=*} value=${1#*=}
     case $name in
@@ -41,6 +41,7 @@ read_words() { # RECIPE [words] -> those for the ranks in $words, those for `pal
     case $name in
       --config)
         layers=$((layers + 1))
+        as_paths value
         layer "$value" "recipe_$layers.yaml"
         words+=("--config=$record/recipe_$layers.yaml")
         prepare_words+=("--config=$record/recipe_$layers.yaml")
@@ -59,25 +60,26 @@ read_words() { # RECIPE [words] -> those for the ranks in $words, those for `pal
 
 snapshot() { # RECIPE [words] -> $record/: code and recipes as the job first found them; a requeued job goes on with those
   record=$run_dir/slurm/$job
-  mkdir -p "$record"
+  mkdir -p -- "$record"
   read_words "$@"
+  as_paths ds_config cache
   refuse_without_usr2
   if [ ! -d "$record/code" ]; then
     if [ "$fresh" = 1 ] && [ -n "$(find "$run_dir" -mindepth 1 -maxdepth 1 ! -name slurm ! -name lock)" ]; then
       refuse "$run_dir: --fresh needs an empty directory. Name another --run_dir or empty this one."
     fi
-    rm -rf "$record/code.part"
-    mkdir "$record/code.part"
-    [ ! -f "$ds_config" ] || cp "$ds_config" "$record/ds_config.json"
+    rm -rf -- "$record/code.part"
+    mkdir -- "$record/code.part"
+    [ ! -f "$ds_config" ] || cp -- "$ds_config" "$record/ds_config.json"
     # Hidden files may hold keys; nothing of the environment is written anywhere either.
     tar --exclude='.*' --exclude=__pycache__ -cf - -C "$packages" pal_ds -C "$root" ds_configs slurm |
       tar -C "$record/code.part" -xf -
     git -C "$root" describe --always --dirty >"$record/commit" 2>/dev/null || true
-    mv "$record/code.part" "$record/code"
+    mv -- "$record/code.part" "$record/code"
   fi
   code=$(cd "$record/code" && pwd)
   # The run knows this file by its path, so a copy cannot take its place.
-  if [ -f "$record/ds_config.json" ] && ! cmp -s "$ds_config" "$record/ds_config.json"; then
+  if [ -f "$record/ds_config.json" ] && ! cmp -s -- "$ds_config" "$record/ds_config.json"; then
     refuse "$ds_config: not what it was when this job first started ($record/ds_config.json). Restore it and requeue."
   fi
 }
@@ -95,7 +97,7 @@ saved() { echo "$(checkpoint_step)${cache:++$(num_shards)}"; }
 
 refuse_second_job() { # two jobs in one run directory would write over each other
   local other
-  other=$(tail -n 1 "$run_dir/slurm/starts.jsonl" 2>/dev/null | sed 's/^{"job": "\([^"]*\)".*/\1/') || true
+  other=$(tail -n 1 -- "$run_dir/slurm/starts.jsonl" 2>/dev/null | sed 's/^{"job": "\([^"]*\)".*/\1/') || true
   if [ -n "$other" ] && [ "$other" != "$job" ] && [ -n "$(squeue -h -t RUNNING -j "$other" 2>/dev/null || true)" ]; then
     refuse "$run_dir: job $other is training there. Wait for it or cancel it, or name another --run_dir."
   fi
@@ -103,7 +105,7 @@ refuse_second_job() { # two jobs in one run directory would write over each othe
 
 record_training() { # the updates between the newest checkpoint and the last logged one are made again
   local logged
-  logged=$(tail -n 2 "$run_dir/metrics.jsonl" 2>/dev/null | sed -n 's/^{"step": \([0-9]*\),.*}$/\1/p' | tail -n 1) || true
+  logged=$(tail -n 2 -- "$run_dir/metrics.jsonl" 2>/dev/null | sed -n 's/^{"step": \([0-9]*\),.*}$/\1/p' | tail -n 1) || true
   record_start "\"logged_step\": ${logged:-0}, \"checkpoint_step\": $(checkpoint_step)"
 }
 
@@ -122,7 +124,7 @@ dismiss_leftover() { # of a node that SLURM takes for lost srun gives up the ran
 }
 
 is_rank() { # PROCESS -> whether it runs on this node as one of this job's
-  [ -n "$1" ] && tr '\0' '\n' 2>/dev/null <"/proc/$1/environ" | grep -qx "SLURM_JOB_ID=$SLURM_JOB_ID"
+  [[ $1 =~ ^[0-9]+$ ]] && tr '\0' '\n' 2>/dev/null <"/proc/$1/environ" | grep -qx "SLURM_JOB_ID=$SLURM_JOB_ID"
 } 2>/dev/null
 
 finish() { # ends the job as the ranks left it: done, requeued, or failed with their exit code (pal_ds/errors.py)
@@ -134,7 +136,7 @@ finish() { # ends the job as the ranks left it: done, requeued, or failed with t
   dismiss_leftover
   state=$(json_field "$run_dir/status.json" state) || state=$(json_field "$run_dir/status.json" state)
   reason=$(json_field "$run_dir/status.json" reason) || reason=$(json_field "$run_dir/status.json" reason)
-  cp "$run_dir/config.yaml" "$record/" 2>/dev/null || true
+  cp -- "$run_dir/config.yaml" "$record/" 2>/dev/null || true
   case $exit_code in
     0)
       say "${state:-done}${reason:+, $reason}, at update $(checkpoint_step)"
@@ -185,12 +187,14 @@ prepare() { # the jobs of a sweep may read the same data: one prepares them, the
 }
 
 train() { # RECIPE RUN_DIR [words of `pal-ds train`]
-  local limit
-  run_dir=$2 ledger=$2/slurm exit_code=0
+  local limit recipe=$1
+  run_dir=$2 exit_code=0
+  as_paths recipe run_dir
+  ledger=$run_dir/slurm
   save_oftener="lower train.save_every, encode ahead by slurm/embed.sbatch"
-  [ -f "$1" ] || [ -d "$run_dir/slurm/$job/code" ] || refuse "$1: no such recipe (looked from $PWD)"
+  [ -f "$recipe" ] || [ -d "$run_dir/slurm/$job/code" ] || refuse "$recipe: no such recipe (looked from $PWD)"
   refuse_second_job
-  snapshot "$1" "${@:3}"
+  snapshot "$recipe" "${@:3}"
   # SLURM 24.11 starts a job that was preempted once again after its end.
   [ ! -e "$record/finished" ] || { say "finished by an earlier start"; exit 0; }
   refuse_to_go_round
@@ -204,7 +208,7 @@ train() { # RECIPE RUN_DIR [words of `pal-ds train`]
   limit=$(minutes_left)
   say "$SLURM_NTASKS ranks on $SLURM_JOB_NODELIST${limit:+, $limit minutes}: $run_dir"
   # Before the given words, among which a limit wins.
-  run_ranks train --config "$record/recipe.yaml" --run_dir "$run_dir" \
+  run_ranks train --config="$record/recipe.yaml" --run_dir="$run_dir" \
     ${limit:+--train.time_limit_minutes="$limit"} "${words[@]}"
   finish
 }

@@ -74,7 +74,14 @@ class Submit:
 def sbatch_command(options: Namespace, record: Path, words: Sequence[str]) -> list[str]:
     """The words that hand the job in: options of sbatch, the script, and the words of the script."""
     log = "%x-%A_%a.out" if options.array else "%x-%j.out"
-    command = ["sbatch", "--parsable", f"--output={record / 'slurm' / log}"]
+    folder = str(record / "slurm")
+    if "\\" in folder:
+        raise UserError(
+            f"{record}: has a backslash, which turns off the job's number in the name of SLURM's log. Name another."
+        )
+    # A % of the folder's own is doubled, else SLURM would put the job's number or name there.
+    log = f"{folder.replace('%', '%%')}/{log}"
+    command = ["sbatch", "--parsable", f"--output={log}"]
     shape = options.clone()
     if options.job == "adapt":  # one process per shard, without a GPU
         shape.nodes = shape.ntasks_per_node = shape.gpus_per_node = None

@@ -3,7 +3,7 @@
 set -euo pipefail
 python=${PYTHON:-python}
 tools=${TOOLS:?the tools/ folder of that checkout}
-export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+export CUDA_VISIBLE_DEVICES='' OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 $python pairs.py
 $python -m pal_ds prepare --config recipe.yaml
 # Stopped on two ranks before the end, so that there is something to resume.

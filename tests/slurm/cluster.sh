@@ -238,6 +238,8 @@ wait_serving() { # node: until SLURM would start jobs on it again
 kill_slurmd() {
   local init p
   init=$(pid_of "init.$1") || die "$1 is down"
+  # Process ids on one line.
+  # shellcheck disable=SC2013
   for p in $(cat "/proc/$init/task/$init/children"); do
     [ "$(cat "/proc/$p/comm")" = slurmd ] && { kill -KILL "$p"; say "killed slurmd of $1"; return; }
   done

@@ -71,6 +71,7 @@ class Job:
     """A folder that gets another shard from each start."""
     prepare_seconds: float = 0
     recipe: str = "train: {}\n"
+    recipe_name: str = "recipe.yaml"
     variables: dict[str, str] = field(default_factory=dict)
 
     def begin(self, *words: str, script: str = "train") -> "subprocess.Popen[str]":
@@ -82,7 +83,7 @@ class Job:
         (bin_ / "sleep").write_text(SLEEP)
         for path in bin_.iterdir():
             path.chmod(0o755)
-        (self.folder / "recipe.yaml").write_text(self.recipe)
+        (self.folder / self.recipe_name).write_text(self.recipe)
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "OMP"))}
         job = {
             "SLURM_JOB_ID": "7",
@@ -94,7 +95,7 @@ class Job:
         }
         own = {"CALLS": str(self.calls), "RUN": str(self.run), "PATH": f"{bin_}:{kept['PATH']}"}
         return subprocess.Popen(
-            ["bash", str(ROOT / "slurm" / f"{script}.sbatch"), "recipe.yaml", *words],
+            ["bash", str(ROOT / "slurm" / f"{script}.sbatch"), self.recipe_name, *words],
             env=kept | job | own | self.variables,
             cwd=self.folder,
             text=True,

@@ -14,7 +14,7 @@ words=("$@")
 case "$*" in
   *" cut "*) echo "a line" >"${words[-1]}" ;;
   *" merge "*) [ ! -e "$CALLS.killed" ] || { rm "$CALLS.killed"; kill -9 $PPID; } ;;
-  *"distributed.slurm adapt"*) for word in "$@"; do case $word in *.part) mkdir "$word" ;; esac; done ;;
+  *"distributed.slurm adapt"*) for word in "$@"; do case $word in --out=*.part) mkdir "${word#*=}" ;; esac; done ;;
 esac
 """
 

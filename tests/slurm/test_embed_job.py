@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pal_ds.backbones.config import BackboneConfig
 from pal_ds.backbones.transformer import materialise_architecture
-from pal_ds.config.recipe import load_recipe
+from pal_ds.config.recipe import recipe_from_arguments
 from pal_ds.data.prepare import prepare
 from tests.slurm.cluster import Cluster, rows, until
 from tests.spawn import ROOT
@@ -28,7 +28,7 @@ def write_recipe(folder: Path, num_pairs: int = 40, **backbone: int) -> Path:
     }
     path = folder / "embed.yaml"
     path.write_text(json.dumps(content))
-    data = prepare(load_recipe(path).data, quiet=True)
+    data = prepare(recipe_from_arguments([f"--config={path}"]).data, quiet=True)
     architecture = BackboneConfig(architecture=LLAMA)
     materialise_architecture(architecture, data.info["tokens"]["vocab_size"], 0, folder / "base")
     return path

@@ -31,7 +31,7 @@ def test_a_full_cache_ends_the_job(tmp_path: Path) -> None:
     code, log = job.start("--backbone.cache=d", script="embed")
     assert code == 0 and not job.requeued() and "done" in log
     assert job.srun().endswith(
-        "pal_ds.distributed.slurm embed --config recipe.yaml --backbone.cache=d"
+        "pal_ds.distributed.slurm embed --config=./recipe.yaml --backbone.cache=d"
     )
 
 

@@ -220,7 +220,7 @@ def test_recipes_are_those_of_the_first_start(tmp_path: Path) -> None:
     record = job.run / "slurm" / "7"
     (tmp_path / "more.yaml").write_text("train: {epochs: 3}\n")
     code, log = job.start("--config", "more.yaml", "--fresh")
-    assert code == 0 and "--config=runs/recipe/slurm/7/recipe_2.yaml" in job.srun(), log
+    assert code == 0 and "--config=./runs/recipe/slurm/7/recipe_2.yaml" in job.srun(), log
     assert "epochs: 2" in (record / "recipe_2.yaml").read_text()
     # The run knows its DeepSpeed JSON by its path.
     (tmp_path / "my own.json").write_text('{"bf16": {}}')
@@ -319,17 +319,18 @@ def test_a_sweep_over_seeds_and_over_recipes(tmp_path: Path) -> None:
     job = Job(tmp_path, variables=array)
     _, log = job.start("--trust_checkpoint", "--train.epochs=3", script="sweep")
     prepared, trained = job.calls.read_text().splitlines()[:2]
-    assert "--run_dir runs/recipe/seed_1 " in trained, log
+    assert "--run_dir=./runs/recipe/seed_1 " in trained, log
     assert trained.endswith("--train.epochs=3 --train.seed=1")
     # From the snapshot, where the ranks run, and without what only `train` knows.
     assert (
-        "--ntasks=1" in prepared and "--config runs/recipe/seed_1/slurm/6_1/recipe.yaml" in prepared
+        "--ntasks=1" in prepared
+        and "--config=./runs/recipe/seed_1/slurm/6_1/recipe.yaml" in prepared
     )
     assert "--train.epochs=3" in prepared and "trust" not in prepared and "--trust" in trained
     job.calls.unlink()
     job.start("other.yaml", "--run_dir=here", script="sweep")
     trained = job.calls.read_text().splitlines()[1]
-    assert "--run_dir here/other" in trained and "seed" not in trained
+    assert "--run_dir=./here/other" in trained and "seed" not in trained
     assert (tmp_path / "here" / "other" / "slurm" / "6_1" / "recipe.yaml").is_file()
     code, log = Job(tmp_path, variables={**array, "SLURM_ARRAY_TASK_ID": "2"}).start(
         "other.yaml", script="sweep"
