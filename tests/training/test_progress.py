@@ -12,6 +12,7 @@ from pal_ds.engine.checkpoint import shard_writer, torch_archive
 from pal_ds.engine.checkpoint.manifest import hash_file
 from pal_ds.engine.checkpoint.shard_writer import ShardFiles
 from pal_ds.engine.checkpoint.torch_archive import load_archive
+from pal_ds.errors import UserError
 from pal_ds.io import files
 
 SMALL = 1 << 12
@@ -71,7 +72,7 @@ def test_a_file_cut_short_is_told(tmp_path: Path, values: torch.Tensor) -> None:
     path = tmp_path / "shard.pt"
     ShardFiles().save({"x": values}, str(path))
     path.write_bytes(path.read_bytes()[:-SMALL])
-    with pytest.raises(RuntimeError):
+    with pytest.raises(UserError, match=r"shard\.pt: cannot be read as a torch archive"):
         ShardFiles().load(str(path))
 
 

@@ -15,7 +15,13 @@ import torch
 import xxhash
 
 from pal_ds.distributed import phase
-from pal_ds.engine.checkpoint.torch_archive import CHUNK, ShardContent, foreign_object
+from pal_ds.engine.checkpoint.torch_archive import (
+    CHUNK,
+    ForeignObjectError,
+    ShardContent,
+    foreign_object,
+    load_archive,
+)
 from pal_ds.errors import StorageError, UserError, storage_error
 from pal_ds.io.fault_points import reached
 from pal_ds.io.sealed import FileEntry
@@ -48,6 +54,10 @@ class ShardFiles:
             return
         with torch.serialization.safe_globals(_classes_in_shards()):
             self._foreign += torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        try:
+            load_archive(Path(path))
+        except ForeignObjectError as error:
+            self._foreign.append(error.named)
         self.written[Path(path)] = shard.entry()
         reached("a shard written")
 
@@ -74,6 +84,8 @@ class ShardFiles:
         Raises:
             ForeignObjectError: the shard names anything else.
         """
+        # Of what torch would allow some take memory without end; costs kilobytes itself.
+        load_archive(Path(path))
         try:
             with (
                 torch.serialization.safe_globals(_classes_in_shards()),

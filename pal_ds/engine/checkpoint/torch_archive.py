@@ -1,9 +1,11 @@
 """Reads what `torch.save` wrote without running it; tensors stay on disk until a slice is wanted.
 
 A pickle names the functions that rebuild its objects. Here each name that a DeepSpeed shard uses
-stands for a harmless one of ours, and any other name is refused, so a shard cannot run code.
-Tensors are placeholders that know their bytes' place in the file: opening a shard of any size
-costs kilobytes, and what has been read is never kept by the page tables of this process.
+stands for a harmless one of ours, and any other name is refused, so a shard cannot run code; of
+Python's own types none can be called, whose arguments could ask for any amount of memory.
+Tensors are placeholders that know their bytes' place in the file, and lie within it: opening a
+shard of any size costs kilobytes, and what has been read is never kept by the page tables of this
+process.
 """
 
 import io
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pal_ds.distributed import phase
+from pal_ds.engine.checkpoint.archive_limits import check_opcodes, check_records
 from pal_ds.errors import UserError
 
 ShardContent = dict[str, Any]
@@ -27,9 +30,13 @@ ShardContent = dict[str, Any]
 CHUNK = 1 << 24
 """Bytes that are read or written at a time, so that a large tensor shows progress."""
 _LOCAL_HEADER = struct.Struct("<26xHH")
-_CONTAINERS = {
-    kind.__name__: kind for kind in (bool, bytearray, dict, float, frozenset, int, list, set, tuple)
+_DEEPSPEED = {
+    ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"),
+    ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
+    ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
+    ("deepspeed.utils.tensor_fragment", "fragment_address"),
 }
+"""The classes that DeepSpeed writes beside tensors and plain values."""
 _STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -47,13 +54,18 @@ _STORAGES = {
 class ForeignObjectError(UserError):
     """A shard asks for an object that pal_ds never writes. That is no accident, so no older checkpoint takes over."""
 
+    named = ""
+    """What it asks for."""
+
 
 def foreign_object(path: Path | str, name: str) -> ForeignObjectError:
     """Return the refusal of a shard that names something which reading it would run."""
-    return ForeignObjectError(
+    error = ForeignObjectError(
         f"{path}: names {name}, which no checkpoint of pal_ds holds; reading it would run foreign "
         "code, so it is not read. Find out who wrote it, and delete this step."
     )
+    error.named = name
+    return error
 
 
 class Storage(NamedTuple):
@@ -114,11 +126,14 @@ def load_archive(path: Path) -> ShardContent:
     try:
         with zipfile.ZipFile(path) as archive, open(path, "rb") as stream:
             names = archive.namelist()
+            check_records(archive, path.stat().st_size)
             root = next(n for n in names if n.endswith("/data.pkl")).removesuffix("data.pkl")
             if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
                 raise UserError(f"{path}: written on a big-endian machine, which is not supported.")
-            return _Unpickler(path, archive, stream, root).load()
-    except (UserError, OSError, MemoryError):
+            program = archive.read(f"{root}data.pkl")
+            check_opcodes(program)
+            return _Unpickler(path, archive, stream, root, program).load()
+    except (UserError, OSError):
         raise
     # A pickle is a program: a broken one may fail in any way.
     except Exception as error:
@@ -132,9 +147,14 @@ class _Unpickler(pickle.Unpickler):
     """Rebuilds containers, numbers and tensor placeholders; everything else is inert or refused."""
 
     def __init__(
-        self, path: Path, archive: zipfile.ZipFile, stream: io.BufferedReader, root: str
+        self,
+        path: Path,
+        archive: zipfile.ZipFile,
+        stream: io.BufferedReader,
+        root: str,
+        program: bytes,
     ) -> None:
-        super().__init__(archive.open(f"{root}data.pkl"))
+        super().__init__(io.BytesIO(program))
         self.path, self.archive, self.stream, self.root = path, archive, stream, root
 
     def find_class(self, module: str, name: str) -> Any:
@@ -146,26 +166,25 @@ class _Unpickler(pickle.Unpickler):
             return _rebuild_from_type
         if module in ("torch", "torch.storage"):
             if name == "Size":
-                return tuple
+                return _size
             if name in _STORAGES:
                 return _STORAGES[name]
             if isinstance(getattr(torch, name, None), torch.dtype):
                 return getattr(torch, name)
             if name in ("Tensor", "device"):
                 return Inert
-        if module in ("builtins", "__builtin__") and name in _CONTAINERS:
-            return _CONTAINERS[name]
-        if module.split(".")[0] in ("deepspeed", "numpy"):
+        if (module, name) in _DEEPSPEED:
             return Inert
         raise foreign_object(self.path, f"{module}.{name}")
 
     def persistent_load(self, pid: tuple) -> Storage:
         kind, dtype, key, _, num_elements = pid
-        if kind != "storage" or not isinstance(dtype, torch.dtype):
+        sound = isinstance(dtype, torch.dtype) and type(num_elements) is int and num_elements >= 0
+        if kind != "storage" or not sound:
             raise pickle.UnpicklingError(f"unknown reference {kind!r}")
         record = self.archive.getinfo(f"{self.root}data/{key}")
         size = num_elements * torch.empty(0, dtype=dtype).element_size()
-        if record.compress_type != zipfile.ZIP_STORED or record.file_size != size:
+        if record.file_size != size:
             raise pickle.UnpicklingError(f"record {key} has {record.file_size} bytes, not {size}")
         # The local header repeats the name and may pad: only it says where the bytes begin.
         self.stream.seek(record.header_offset)
@@ -175,7 +194,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class Inert:
-    """Stands for an object of DeepSpeed or numpy: takes any arguments and state, does nothing."""
+    """Stands for an object of DeepSpeed: takes any arguments and state, does nothing."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         self.arguments = args
@@ -190,7 +209,24 @@ class Inert:
 def _rebuild_tensor(
     storage: Storage, offset: int, shape: tuple, stride: tuple, *_: object
 ) -> StoredTensor:
-    return StoredTensor(storage, offset, tuple(shape), tuple(stride))
+    """Raise UnpicklingError for a tensor that is no part of its storage, or has more elements than that."""
+    numbers = (offset, *shape, *stride)
+    if not isinstance(storage, Storage) or any(type(n) is not int or n < 0 for n in numbers):
+        raise pickle.UnpicklingError("a tensor that is no part of a record")
+    tensor = StoredTensor(storage, offset, tuple(shape), tuple(stride))
+    last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+    if tensor.numel > storage.num_elements or (tensor.numel and last >= storage.num_elements):
+        raise pickle.UnpicklingError(
+            f"a tensor of shape {tuple(shape)} in a record of {storage.num_elements} elements"
+        )
+    return tensor
+
+
+def _size(dimensions: object = ()) -> tuple[int, ...]:
+    """Stands for torch.Size."""
+    if not isinstance(dimensions, list | tuple) or any(type(n) is not int for n in dimensions):
+        raise pickle.UnpicklingError("a shape that is none")
+    return tuple(dimensions)
 
 
 def _rebuild_parameter(data: StoredTensor, *_: object) -> StoredTensor:

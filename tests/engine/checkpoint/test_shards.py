@@ -1,7 +1,12 @@
 """Shards read without DeepSpeed equal what DeepSpeed's own tool makes of them; foreign pickles are refused."""
 
+import collections
+import copy
+import io
 import os
 import pickle
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -83,6 +88,112 @@ def test_foreign_objects_are_refused(value: object, tmp_path: Path) -> None:
     torch.save({"module": value}, tmp_path / "x.pt")
     with pytest.raises(UserError, match="names "):
         load_archive(tmp_path / "x.pt")
+
+
+def archive_of(path: Path, program: bytes, records: dict[str, bytes], compressed: bool = False):
+    """A torch archive with a pickle of one's own."""
+    kind = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
+    with zipfile.ZipFile(path, "w", kind) as archive:
+        archive.writestr("x/data.pkl", program)
+        for name, content in records.items():
+            archive.writestr(f"x/data/{name}", content)
+    return path
+
+
+def called(name: str, argument: bytes) -> bytes:
+    """A pickle of {"x": name(argument)}."""
+    return b"\x80\x02}X\x01\x00\x00\x00xc" + name.encode() + b"\n" + argument + b"\x85Rs."
+
+
+LARGE = b"\x8a\x05" + (8 * 10**9).to_bytes(5, "little")
+PROGRAMS = {
+    "8 GB of bytearray": called("builtins\nbytearray", LARGE),
+    "8 GB of bytes": called("builtins\nbytes", LARGE),
+    "a list of a string": called("builtins\nlist", b"X\x03\x00\x00\x00abc"),
+    "a set": called("builtins\nset", b"]"),
+    "a number of a million digits": called("builtins\nint", b"X\x02\x00\x00\x0099"),
+    "Python 2's": called("__builtin__\nbytearray", LARGE),
+    "anything of numpy": called("numpy\nzeros", LARGE),
+    "anything of deepspeed": called("deepspeed.utils\nlogger", LARGE),
+    "a size that is no shape": called("torch\nSize", b"X\x03\x00\x00\x00abc"),
+    "bytes of a claimed length": b"\x80\x04\x8e" + (8 * 10**9).to_bytes(8, "little") + b"a.",
+    "a bytearray of a claimed length": b"\x80\x05\x96" + (8 * 10**9).to_bytes(8, "little") + b"a.",
+    "an extension": b"\x80\x02\x82\x01.",
+    "a class by its name on the stack": b"\x80\x04\x8c\x02os\x8c\x06system\x93.",
+    "an old class": b"(S'echo ran'\nios\nsystem\n.",
+}
+
+
+@pytest.mark.parametrize("case", PROGRAMS)
+def test_nothing_is_called_and_no_memory_taken(case: str, tmp_path: Path) -> None:
+    file = archive_of(tmp_path / "x.pt", PROGRAMS[case], {})
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=r"x\.pt"):
+            load_archive(file)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def tensor_of(shape: tuple, stride: tuple, *, offset: int = 0, num_elements: int = 4) -> bytes:
+    """A pickle of {"x": a tensor of fp32 in record 0}, as torch writes it."""
+    stream = io.BytesIO()
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value: object):
+            return (
+                ("storage", torch.FloatStorage, "0", "cpu", num_elements) if value is MARK else None
+            )
+
+        def reducer_override(self, value: object):
+            if value is TENSOR:
+                arguments = MARK, offset, shape, stride, False, collections.OrderedDict()
+                return torch._utils._rebuild_tensor_v2, arguments
+            return NotImplemented
+
+    Pickler(stream, 2).dump({"x": TENSOR})
+    return stream.getvalue()
+
+
+MARK, TENSOR = object(), torch.finfo(torch.float32)
+BEYOND = {
+    "more rows than the record": tensor_of((5,), (1,)),
+    "one element, 10^12 times": tensor_of((10**12,), (0,)),
+    "rows apart": tensor_of((2, 2), (3, 1)),
+    "from beyond its end": tensor_of((1,), (1,), offset=4),
+    "a record of more than it has": tensor_of((8,), (1,), num_elements=8),
+    "negative": tensor_of((-1,), (1,)),
+    "backwards": tensor_of((2,), (-1,), offset=1),
+}
+
+
+@pytest.mark.parametrize("case", BEYOND)
+def test_tensors_lie_within_their_record(case: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"x\.pt: cannot be read as a torch archive"):
+        load_archive(archive_of(tmp_path / "x.pt", BEYOND[case], {"0": bytes(16)}))
+
+
+def test_those_that_do_are_read(tmp_path: Path) -> None:
+    """Else the ones above could be refused for how they are written."""
+    file = archive_of(tmp_path / "x.pt", tensor_of((2, 2), (2, 1)), {"0": bytes(16)})
+    assert torch.equal(load_archive(file)["x"].read(), torch.zeros(2, 2))
+
+
+def test_a_small_file_does_not_unfold(tmp_path: Path) -> None:
+    """Neither by compression nor by records that lie over each other."""
+    file = archive_of(tmp_path / "x.pt", tensor_of((4,), (1,)), {"0": bytes(16)}, compressed=True)
+    with pytest.raises(UserError, match=r"x\.pt: .*compressed"):
+        load_archive(file)
+    with zipfile.ZipFile(tmp_path / "y.pt", "w") as archive:
+        archive.writestr("x/data.pkl", tensor_of((4,), (1,)))
+        archive.writestr("x/data/0", bytes(10**5))
+        for number in range(1, 9):
+            again = copy.copy(archive.filelist[1])
+            again.filename = f"x/data/{number}"
+            archive.filelist.append(again)
+    with pytest.raises(UserError, match=r"y\.pt: .*9\d{5} bytes, the file"):
+        load_archive(tmp_path / "y.pt")
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 torn", pickle.dumps({"a": 1})])
