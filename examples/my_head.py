@@ -3,7 +3,7 @@
 A recipe names it by its import path (`my_head.yaml`); from Python it is a class:
 
     from my_head import Centred
-    run = train("my_head.yaml", "runs/mine", head=Centred)
+    run = train("my_head.yaml", "runs/mine", head=Centred, trust_code=True)
 
 A folder that `consolidate` makes holds this file without pal_ds around it, so a head imports torch, names of
 pal_ds.heads (`Head` also from pal_ds), and files beside it, each as `from MODULE import NAME`.

@@ -3,7 +3,6 @@
 The names that users of PAL know, `load_pal_rm_a` and `load_pal_rm_b`, check the kind and are otherwise the same.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,9 @@ from transformers import (
 from pal_ds.data.tokenise import TextEncoder
 from pal_ds.errors import UserError
 from pal_ds.export.audience import choose_audience
-from pal_ds.export.card import FACTS_NAME, FORMAT_VERSION
+from pal_ds.export.card import FACTS_NAME
 from pal_ds.export.configs import canonical_class, pal_config
+from pal_ds.export.contents import verify_export
 from pal_ds.export.tokenizer import open_tokenizer
 from pal_ds.export.weights import plain_backbone
 from pal_ds.inference.load_run import OpenRun, load_model, open_run
@@ -32,7 +32,13 @@ from pal_ds.users import UserTable
 
 
 def load_reward_model(
-    path: str | Path, mixture: Sequence[float] | None = None, *, trust_remote_code: bool = False
+    path: str | Path,
+    mixture: Sequence[float] | None = None,
+    *,
+    trust_remote_code: bool = False,
+    trust_checkpoint: bool = False,
+    trust_code: bool = False,
+    verify: bool | None = None,
 ) -> PreTrainedModel:
     """A model in eval mode, on the CPU, in fp32 (an exported folder: in its own dtype).
 
@@ -43,15 +49,21 @@ def load_reward_model(
         mixture: another user than the folder's, or than a run's population.
         trust_remote_code: run the code in an exported folder in place of pal_ds's own. A head of one's own needs it
             unless its module was imported before. Without it no code from the folder is run.
+        trust_checkpoint: read a run that another owner, or anyone, may have written.
+        trust_code: import the classes that a run names beyond pal_ds's own, and run code that its backbone brings.
+            Without it no code that a run names is run.
+        verify: hash every file of an exported folder; None does so until these very files were found to be sound once.
 
     Raises:
-        UserError: neither lies at `path`, or the mixture does not fit the head.
+        UserError: neither lies at `path`, it is damaged, it asks for code without leave, or the mixture does not
+            fit the head.
     """
     path = Path(path)
     if (path / FACTS_NAME).is_file():
-        return _from_folder(path, mixture, trust_remote_code=trust_remote_code)
+        return _from_folder(path, mixture, trust_remote_code=trust_remote_code, verify=verify)
     if (path / "config.yaml").is_file():
-        return model_of_run(open_run(RunDirectory(path)), mixture)
+        opened = open_run(RunDirectory(path), trust=trust_checkpoint, trust_code=trust_code)
+        return model_of_run(opened, mixture)
     raise UserError(
         f"{path}: holds neither a run (config.yaml) nor an exported model ({FACTS_NAME}). Give a "
         "directory that `train` or `consolidate` wrote."
@@ -82,10 +94,15 @@ class Whom:
 
 
 def scorer_of_run(
-    run: RunDirectory, whom: Whom, step: str = "latest", *, trust: bool = False
+    run: RunDirectory,
+    whom: Whom,
+    step: str = "latest",
+    *,
+    trust: bool = False,
+    trust_code: bool = False,
 ) -> Scorer:
     """Return a scorer with a run, as `score --run_dir` has it. Raises UserError as `open_run` and `choose_audience`."""
-    opened = open_run(run, step, trust=trust)
+    opened = open_run(run, step, trust=trust, trust_code=trust_code)
     model = model_of_run(opened)
     groups = opened.data.groups
     audience = choose_audience(model.head, opened.users, groups=groups, **vars(whom))
@@ -94,11 +111,13 @@ def scorer_of_run(
     return Scorer(model, encoder)
 
 
-def scorer_of_export(folder: Path, whom: Whom, *, trust_remote_code: bool = False) -> Scorer:
-    """Return a scorer with an exported folder, as `score --model` has it.
+def scorer_of_export(
+    folder: Path, whom: Whom, *, trust_remote_code: bool = False, verify: bool | None = None
+) -> Scorer:
+    """Return a scorer with an exported folder, as `score --model` has it; `verify` is that of `load_reward_model`.
 
     Raises:
-        UserError: no exported folder, or a user or group that it cannot know.
+        UserError: no exported folder, a damaged one, or a user or group that it cannot know.
     """
     if whom.group is not None:
         raise UserError(
@@ -112,7 +131,7 @@ def scorer_of_export(folder: Path, whom: Whom, *, trust_remote_code: bool = Fals
         )
     if not (folder / FACTS_NAME).is_file():
         raise UserError(f"--model {folder}: no {FACTS_NAME} here; make it by `pal-ds consolidate`.")
-    facts = read_facts(folder)
+    facts = verify_export(folder, whole=verify)
     tokens = facts["tokens"]
     encoder = TextEncoder(
         open_tokenizer(folder),
@@ -146,21 +165,14 @@ def model_of_run(
     return exported.eval().requires_grad_(False)
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
-    """export.json of an exported folder, once its format is one we read."""
-    facts = json.loads((folder / FACTS_NAME).read_text())
-    if facts.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{folder / FACTS_NAME}: format {facts.get('format_version')}, this version reads "
-            f"{FORMAT_VERSION}. Export again."
-        )
-    return facts
-
-
 def _from_folder(
-    folder: Path, mixture: Sequence[float] | None, *, trust_remote_code: bool
+    folder: Path,
+    mixture: Sequence[float] | None,
+    *,
+    trust_remote_code: bool,
+    verify: bool | None = None,
 ) -> PreTrainedModel:
-    facts = read_facts(folder)
+    facts = verify_export(folder, whole=verify)
     if facts["mixture"] is None and mixture is not None:
         raise UserError(
             f"{folder}: {facts['head']} has one reward for everyone: leave out mixture."

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,9 @@ import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook(["pal_ds.heads", "pal_ds.losses", "pal_ds.users"], "beartype.beartype")
+
+# Marks of exported folders that were found to be sound go here, not to the home of whoever runs the suite.
+os.environ.setdefault("PAL_DS_CACHE", tempfile.mkdtemp(prefix="pal_ds_marks_"))
 
 from tests.tiny_run import TinyRun, make_tiny_run  # noqa: E402
 from tests.warm import WarmParent, keep_recipe_parser, warm_parent  # noqa: E402 (after the hook)

@@ -60,6 +60,7 @@ def evaluate_few_shot(
     *,
     step: str = "latest",
     trust_checkpoint: bool = False,
+    trust_code: bool = False,
     world: World | None = None,
 ) -> FewShotFigures:
     """Measure the few-shot curve, write eval/few_shot.json and return its content.
@@ -75,7 +76,7 @@ def evaluate_few_shot(
     check_range("num_comparisons", num_comparisons, sound, "numbers of 0 or more, at least one")
     check_range("num_draws", num_draws, num_draws >= 1, "at least 1")
     world = world or World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    restored = restore(run, step, world.device, trust=trust_checkpoint)
+    restored = restore(run, step, world.device, trust=trust_checkpoint, trust_code=trust_code)
     verify_content(restored.data.path, restored.data.info, world)
     curve = few_shot_curve(restored, num_comparisons, world, seeds=tuple(range(num_draws)))
     seen = _seen(restored, world)

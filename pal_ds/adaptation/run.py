@@ -76,7 +76,9 @@ class AdaptOptions:
     seed: int = 0
     solver: Solver = "auto"
     trust_checkpoint: bool = False
-    """Read checkpoints of another owner."""
+    """Read runs of another owner."""
+    trust_code: bool = False
+    """Import the classes that the run names beyond pal_ds's own."""
 
 
 def adapt_run(run: RunDirectory, out: Path, options: AdaptOptions) -> AdaptReport:
@@ -95,7 +97,8 @@ def adapt_run(run: RunDirectory, out: Path, options: AdaptOptions) -> AdaptRepor
     if out.exists() and not begun and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: not empty. Name an empty or new directory.")
     world = World(0, 1, torch.device("cpu"))
-    restored = restore(run, options.step, world.device, trust=options.trust_checkpoint)
+    leave = {"trust": options.trust_checkpoint, "trust_code": options.trust_code}
+    restored = restore(run, options.step, world.device, **leave)
     if not restored.model.head.has_points:
         raise UserError(
             f"{run.path}: its head has no users to adapt; every user gets the same scores."

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pal_ds.config.recipe import Recipe, read
+from pal_ds.config.recipe import Recipe, asks_for_code, read
 from pal_ds.data.prepare import prepare as prepare_data
 from pal_ds.data.tables import PreparedData
 from pal_ds.errors import storage_error
@@ -28,7 +28,9 @@ class Run:
     step: str | int = "latest"
     """A number, `latest` or `best`."""
     trust_checkpoint: bool = False
-    """Read checkpoints, and execute code, that another user of the machine may have written."""
+    """Read what another user of the machine, or anyone, may have written."""
+    trust_code: bool = False
+    """Import the classes that the run names beyond pal_ds's own, and run code that its backbone brings."""
 
     def __post_init__(self) -> None:
         """Takes a path of any kind."""
@@ -53,7 +55,12 @@ class Run:
         from pal_ds.inference.mixtures import list_users
 
         with for_people():
-            return dict(list_users(RunDirectory(self.path), str(self.step)))
+            return dict(list_users(RunDirectory(self.path), str(self.step), **self.leave))
+
+    @property
+    def leave(self) -> dict[str, bool]:
+        """The two kinds of trust, as the functions take them that open a run."""
+        return {"trust": self.trust_checkpoint, "trust_code": self.trust_code}
 
 
 AnyRun = str | os.PathLike[str] | Run
@@ -88,11 +95,12 @@ def as_file(records: Records | None) -> Iterator[Path | None]:
         yield file
 
 
-def prepare(recipe: Recipe, **overrides: Any) -> PreparedData:
+def prepare(recipe: Recipe, *, trust_code: bool = False, **overrides: Any) -> PreparedData:
     """Turns raw comparisons into tables, users and splits at `data.path`; reuses those made with the same settings.
 
     Args:
         recipe: as for `train`; it need not name a head.
+        trust_code: as for `train`.
         overrides: dotted keys of the recipe and their values.
 
     Returns:
@@ -103,7 +111,7 @@ def prepare(recipe: Recipe, **overrides: Any) -> PreparedData:
         UserError: a key that no recipe has, or records that cannot be read.
     """
     with for_people():
-        config, _ = read(recipe, overrides, require_head=False)
+        config, _ = read(recipe, overrides, require_head=False, trust_code=trust_code)
         prepare_data(config.data, quiet=True)
         return PreparedData.open(config.data.path)
 
@@ -115,6 +123,7 @@ def train(
     fresh: bool = False,
     allow_change: Sequence[str] = (),
     trust_checkpoint: bool = False,
+    trust_code: bool = False,
     **overrides: Any,
 ) -> Run:
     """Prepares the data and trains; resumes where `run_dir` holds checkpoints.
@@ -127,6 +136,8 @@ def train(
         fresh: refuse a directory that is not empty.
         allow_change: keys that may differ from those the run was started with.
         trust_checkpoint: read checkpoints of another owner.
+        trust_code: import classes that a recipe file names beyond pal_ds's own, and run code of a model's or a
+            tokenizer's folder where it asks for that. What this call itself says needs no such leave.
         overrides: dotted keys of the recipe and their values: `**{"optim.learning_rate": 1e-3}`, `head=MyHead`.
 
     Returns:
@@ -140,7 +151,7 @@ def train(
     from pal_ds.training.launch import launch_training
 
     with for_people(), contextlib.ExitStack() as held:
-        config, text = read(recipe, overrides)
+        config, text = read(recipe, overrides, trust_code=trust_code)
         if "RANK" not in os.environ:
             # The watchdog ends processes that hang; alone there is nobody to wait for, and a notebook lives on.
             config = replace(config, train=replace(config.train, hang_minutes=0))
@@ -153,5 +164,8 @@ def train(
             fresh=fresh,
             allow_change=list(allow_change),
             trust_checkpoint=trust_checkpoint,
+            trust_code=trust_code,
         )
-        return Run(Path(run_dir), trust_checkpoint=trust_checkpoint)
+        # What was allowed here is allowed to whoever uses the run that it gave.
+        own = trust_code or asks_for_code(text)
+        return Run(Path(run_dir), trust_checkpoint=trust_checkpoint, trust_code=own)

@@ -46,8 +46,8 @@ def evaluate(
             name = name or "records"
         files = [] if file is None else [file]
         (request,) = eval_requests(split, files, name, NAME_PREFIX if best_of_n else "")
-        directory, trust = RunDirectory(where.path), where.trust_checkpoint
-        with restored_by_ranks(directory, where.step, table, trust=trust) as (world, run_, known):
+        opening = restored_by_ranks(RunDirectory(where.path), where.step, table, **where.leave)
+        with opening as (world, run_, known):
             measure = rank_set if best_of_n else evaluate_set
             return dict(measure(run_, known, request, world))
 
@@ -96,6 +96,7 @@ def few_shot(
             num_draws,
             step=str(where.step),
             trust_checkpoint=where.trust_checkpoint,
+            trust_code=where.trust_code,
         )
         return dict(figures)
 
@@ -136,6 +137,7 @@ def adapt(
             seed=seed,
             solver=solver,
             trust_checkpoint=where.trust_checkpoint,
+            trust_code=where.trust_code,
         )
         report = adapt_run(RunDirectory(where.path), folder, options)
         return AdaptedUsers(folder, dict(report))
@@ -180,8 +182,7 @@ def score(
         if (where.path / FACTS_NAME).is_file():
             scorer = scorer_of_export(where.path, whom, trust_remote_code=trust_remote_code)
         else:
-            run, trust = RunDirectory(where.path), where.trust_checkpoint
-            scorer = scorer_of_run(run, whom, str(where.step), trust=trust)
+            scorer = scorer_of_run(RunDirectory(where.path), whom, str(where.step), **where.leave)
         return scorer.score_all(rows)
 
 
@@ -217,8 +218,9 @@ def consolidate(
         raise UserError(
             f"consolidate: no option {min(unknown)!r}. There are {', '.join(sorted(known))}."
         )
+    leave = {"trust_checkpoint": where.trust_checkpoint, "trust_code": where.trust_code}
     chosen = ExportOptions(
-        **{"quiet": True, "trust_checkpoint": where.trust_checkpoint, **options},
+        **{"quiet": True, **leave, **options},
         step=str(where.step),
         users_dir=None if users is None else Path(users),
     )

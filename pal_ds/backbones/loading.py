@@ -1,7 +1,11 @@
 """Reads a transformers model for its tuning, with the attention that its batches need; fingerprints frozen weights."""
 
+import contextlib
 import logging
+import pickle
+import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +46,11 @@ def load_transformer(
     if not packed:
         logger.info("attention: %s (%s)", options["attn_implementation"], reason)
     output = None
-    if language:
-        model, output = with_language_head(config.path, **options)
-    else:
-        model = AutoModel.from_pretrained(config.path, **options)
+    with refusing_pickles(config.path):
+        if language:
+            model, output = with_language_head(config.path, **options)
+        else:
+            model = AutoModel.from_pretrained(config.path, **options)
     drop_unused_modules(model)
     if config.tuning == "frozen":
         return model.requires_grad_(False).eval(), None
@@ -60,6 +65,19 @@ def load_transformer(
         model = add_adapters(model, config, seed)
         output = None if output is None else output.requires_grad_(False)
     return model, output
+
+
+@contextlib.contextmanager
+def refusing_pickles(path: str | Path) -> Iterator[None]:
+    """Raise UserError where weights read inside the block are a pickle that holds more than tensors."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        raise UserError(
+            f"{path}: its weights hold {named[1] if named else 'objects'} beside tensors, and to load objects is to "
+            "run code. Save them as safetensors where you trust them, or take another model."
+        ) from None
 
 
 def empty_transformer(

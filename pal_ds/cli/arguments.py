@@ -14,14 +14,32 @@ from pal_ds.cli.command_table import COMMANDS
 from pal_ds.errors import UserError
 
 STEP: dict[str, Any] = {"type": str, "default": "latest", "help": "a number, latest or best"}
-TRUST: dict[str, Any] = {"action": "store_true", "help": "read checkpoints of another owner"}
+TRUST: dict[str, Any] = {
+    "action": "store_true",
+    "help": "read what another owner, or anyone, may have written",
+}
+TRUST_CODE: dict[str, Any] = {
+    "action": "store_true",
+    "help": "import classes that the run names beyond pal_ds's own, and run code of its backbone",
+}
 
 
 def add_run_arguments(parser: ArgumentParser) -> None:
     """Which checkpoint of which run."""
     parser.add_argument("--run_dir", type=str, required=True, help="directory that `train` wrote")
     parser.add_argument("--step", **STEP)
+    add_trust(parser)
+
+
+def add_trust(parser: ArgumentParser) -> None:
+    """The two flags of a command that reads a run."""
     parser.add_argument("--trust_checkpoint", **TRUST)
+    parser.add_argument("--trust_code", **TRUST_CODE)
+
+
+def leave_of(options: Namespace) -> dict[str, bool]:
+    """The two flags as functions take them that open a run."""
+    return {"trust": options.trust_checkpoint, "trust_code": options.trust_code}
 
 
 def options_of(cls: type, options: Namespace, **others: object) -> Any:

@@ -7,7 +7,15 @@ from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from pal_ds.cli.arguments import add_run_arguments, as_path, keys, options_of
+from pal_ds.cli.arguments import (
+    TRUST,
+    add_run_arguments,
+    add_trust,
+    as_path,
+    keys,
+    leave_of,
+    options_of,
+)
 from pal_ds.errors import UserError
 from pal_ds.runs.run_dir import RunDirectory
 
@@ -41,8 +49,8 @@ class Evaluate:
         files = [Path(file) for file in options.data]
         requests = eval_requests(options.split, files, options.name, prefix)
         run, users = RunDirectory(options.run_dir), as_path(options.users)
-        trust = options.trust_checkpoint
-        with restored_by_ranks(run, options.step, users, trust=trust) as (world, restored, known):
+        leave = leave_of(options)
+        with restored_by_ranks(run, options.step, users, **leave) as (world, restored, known):
             for request in requests:
                 figures = measure(restored, known, request, world)
                 if world.is_rank_zero:
@@ -76,6 +84,7 @@ class FewShot:
             options.num_draws,
             step=options.step,
             trust_checkpoint=options.trust_checkpoint,
+            trust_code=options.trust_code,
         )
         print("\n".join(few_shot_lines(figures)))
 
@@ -122,6 +131,7 @@ class Users:
         add("--run_dir", type=str, required=True, help="directory that `train` wrote")
         add("--list", action="store_true", help="print user ids and mixtures as JSONL")
         add("--remove", type=str, help="user id to forget")
+        add_trust(parser)
 
     @staticmethod
     def run(options: Namespace, _: Namespace) -> None:
@@ -132,10 +142,11 @@ class Users:
         if options.list == (options.remove is not None):
             raise UserError("users: give exactly one of --list and --remove ID.")
         if options.list:
-            for user_id, mixture in list_users(run):
+            trust, code = options.trust_checkpoint, options.trust_code
+            for user_id, mixture in list_users(run, trust=trust, trust_code=code):
                 print(json.dumps({"user_id": user_id, "mixture": mixture}))
             return
-        done = forget_user(run, options.remove)
+        done = forget_user(run, options.remove, trust=options.trust_checkpoint)
         print(
             f"forgot {options.remove}: checkpoints {done['steps']}, evaluations {done['evaluations']}."
         )
@@ -152,6 +163,7 @@ class Report:
         add = parser.add_argument
         add("--run_dirs", type=list[str], required=True, help="directories that `train` wrote")
         add("--out", type=str, required=True, help="directory for report.md and its pictures")
+        add_trust(parser)
 
     @staticmethod
     def run(options: Namespace, _: Namespace) -> None:
@@ -165,7 +177,8 @@ class Report:
         }
         for run in runs.values():
             run.require_run()
-        print(write_report(runs, Path(options.out)))
+        trust, code = options.trust_checkpoint, options.trust_code
+        print(write_report(runs, Path(options.out), trust=trust, trust_code=code))
 
 
 class Retention:
@@ -181,13 +194,19 @@ class Retention:
         add("after", type=str, help="directory of the run that went on from it")
         add("sets", type=keys, help="NAME,.. of eval/NAME.json")
         add("--out", type=str, help="folder for retention.md and retention.json")
+        add("--trust_checkpoint", **TRUST)
 
     @staticmethod
     def run(options: Namespace, _: Namespace) -> None:
+        from pal_ds.engine.checkpoint.verify import refuse_strangers_run
         from pal_ds.eval.retention import retention, table
         from pal_ds.io.files import write_atomically, write_json
 
-        rows = retention(RunDirectory(options.before), RunDirectory(options.after), options.sets)
+        runs = RunDirectory(options.before), RunDirectory(options.after)
+        for run in runs:
+            if run.path.is_dir() and not options.trust_checkpoint:
+                refuse_strangers_run(run)
+        rows = retention(runs[0], runs[1], options.sets)
         if options.out:
             out = Path(options.out)
             out.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from pal_ds.cli.arguments import STEP, TRUST, as_path, mixture, options_of
+from pal_ds.cli.arguments import STEP, add_trust, as_path, leave_of, mixture, options_of
 from pal_ds.errors import UserError
 
 
@@ -42,7 +42,7 @@ class Consolidate:
         add("--data", type=str, help="prepared data, if they were moved")
         add("--reward_mean", type=float, help="stored in config.json, not applied")
         add("--reward_std", type=float, help="stored in config.json, not applied")
-        add("--trust_checkpoint", **TRUST)
+        add_trust(parser)
 
     @staticmethod
     def run(options: Namespace, _: Namespace) -> None:
@@ -152,8 +152,9 @@ class Score:
         add("--users", type=str, help="users that `adapt` fitted")
         add("--step", **STEP)
         add("--batch_texts", type=int, default=16, help="texts per forward")
-        add("--trust_checkpoint", **TRUST)
+        add_trust(parser)
         add("--trust_remote_code", action="store_true", help="run the code that lies in --model")
+        add("--verify", action="store_true", help="hash all of --model, as its first opening does")
 
     @staticmethod
     def run(options: Namespace, _: Namespace) -> None:
@@ -174,11 +175,15 @@ class Score:
             raise UserError(f"--output {output}: is the --input. Name another file.")
         whom = Whom(options.user, options.mixture, options.group, as_path(options.users))
         if options.model is None:
-            run, trust = RunDirectory(options.run_dir), options.trust_checkpoint
-            scorer = scorer_of_run(run, whom, options.step, trust=trust)
+            run = RunDirectory(options.run_dir)
+            scorer = scorer_of_run(run, whom, options.step, **leave_of(options))
         else:
-            trust = options.trust_remote_code
-            scorer = scorer_of_export(Path(options.model), whom, trust_remote_code=trust)
+            scorer = scorer_of_export(
+                Path(options.model),
+                whom,
+                trust_remote_code=options.trust_remote_code,
+                verify=options.verify or None,
+            )
         if options.output == "-":
             write_scores(scorer, rows, sys.stdout, options.batch_texts)
             return

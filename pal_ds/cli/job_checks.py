@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from pal_ds.cli.arguments import check_config_files
+from pal_ds.cli.arguments import check_config_files, config_files
 from pal_ds.cli.main import build_parser
 from pal_ds.errors import UserError
 from pal_ds.runs.lock import LOCK
@@ -22,7 +22,7 @@ def check_train(options: Namespace, words: list[str]) -> Checked:
     recipe = one_argument(options, "RECIPE")
     run_dir = Path(options.run_dir or Path("runs") / Path(recipe).stem)
     notes = check_recipe(options, recipe, run_dir, words)
-    return run_dir, [recipe, f"--run_dir={run_dir}", *words], notes
+    return run_dir, [as_word(recipe), f"--run_dir={run_dir}", *words], notes
 
 
 def check_sweep(options: Namespace, words: list[str]) -> Checked:
@@ -50,7 +50,7 @@ def check_sweep(options: Namespace, words: list[str]) -> Checked:
     else:
         for recipe, name in zip(recipes, names, strict=True):
             notes += check_recipe(options, recipe, into / name, words)
-    return into, [*recipes, f"--run_dir={into}", *words], notes
+    return into, [*map(as_word, recipes), f"--run_dir={into}", *words], notes
 
 
 def check_recipe(options: Namespace, recipe: str, run_dir: Path, words: list[str]) -> list[str]:
@@ -59,15 +59,21 @@ def check_recipe(options: Namespace, recipe: str, run_dir: Path, words: list[str
     Raises:
         UserError: the recipe, its ds_config, its data or the run's earlier checkpoints do not fit the request.
     """
-    from pal_ds.config.recipe import as_recipe, dump_recipe, refuse_changes
+    from pal_ds.config.changes import refuse_changes
+    from pal_ds.config.consent import Consent
+    from pal_ds.config.parser import objects_of
+    from pal_ds.config.recipe import as_recipe, dump_recipe
     from pal_ds.engine.ds_config import ds_config_of
 
     arguments = ["train", f"--config={recipe}", f"--run_dir={run_dir}", *words]
     check_config_files(arguments)
     parser = build_parser("train", program="submit")
-    parsed = parser.parse_args(arguments)
-
-    config = as_recipe(parser.instantiate(parsed)["train"])
+    consent = Consent.of_words(arguments)
+    with consent.given(config_files(arguments)):
+        parsed = parser.parse_args(arguments)
+        consent.check(parsed["train"])
+        config = as_recipe(objects_of(parser, parsed)["train"])
+        resolved = dump_recipe(parsed["train"])
     world_size = options.nodes * options.ntasks_per_node
     ds_config_of(config.train, world_size)
     if config.train.batch_pairs < world_size:
@@ -84,7 +90,7 @@ def check_recipe(options: Namespace, recipe: str, run_dir: Path, words: list[str
     steps = run.complete_steps()
     if not steps:
         return []
-    refuse_changes(run.config_file, dump_recipe(parsed["train"]), parsed["train"].allow_change)
+    refuse_changes(run.config_file, resolved, parsed["train"].allow_change)
     manifest = json.loads((run.checkpoint(steps[-1]) / "manifest.json").read_text())
     notes = [f"{run_dir}: resumes from update {steps[-1]}."]
     if manifest["world_size"] != world_size:
@@ -130,14 +136,14 @@ def check_embed(options: Namespace, words: list[str]) -> Checked:
     refuse_what_has_no_cache(config)
     check_stop_signals(recipe, config.train.stop_signals)
     check_prepared(options, recipe, config.data.path)
-    return Path(str(config.backbone.cache)), [recipe, *words], []
+    return Path(str(config.backbone.cache)), [as_word(recipe), *words], []
 
 
 def check_evaluate(options: Namespace, words: list[str]) -> Checked:
     """An evaluation of a run that has a checkpoint."""
     run = one_argument(options, "RUN")
     check_run(run)
-    return Path(run), [run, *words], []
+    return Path(run), [as_word(run), *words], []
 
 
 def check_adapt(options: Namespace, words: list[str]) -> Checked:
@@ -171,7 +177,12 @@ def check_adapt(options: Namespace, words: list[str]) -> Checked:
         raise UserError(
             f"--array {options.array}: {last + 1} shards for {len(users)} users in {pairs}. Ask for fewer."
         )
-    return Path(out), [run, pairs, out, *words], []
+    return Path(out), [*map(as_word, (run, pairs, out)), *words], []
+
+
+def as_word(path: str) -> str:
+    """A path among the words of a script, so that nothing takes it for an option."""
+    return f"./{path}" if path.startswith("-") else path
 
 
 def one_argument(options: Namespace, name: str) -> str:

@@ -4,12 +4,14 @@
 builds the parser of no other.
 """
 
+import contextlib
 import difflib
 import logging
 import os
 import shutil
 import sys
 import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -19,6 +21,8 @@ from pal_ds.distributed import phase  # noqa: F401  (first of ours: its clock te
 from pal_ds.errors import UserError, end_with
 
 if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
     from pal_ds.config.parser import Parser
 
 PROGRAM = "pal-ds"
@@ -68,23 +72,48 @@ def main(arguments: list[str] | None = None, program: str = PROGRAM) -> None:
     # Retries and their tracebacks; what comes of them is said in one message.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Whatever the shell allows: what anyone may write is refused when it is read again.
+    os.umask(os.umask(0o022) | 0o002)
     command = COMMANDS[name].load()
     if hasattr(command, "arguments_of"):
         given = [name, *command.arguments_of(given[1:])]
     parser = build_parser(name, program)
     from pal_ds.cli.arguments import check_config_files, config_files, with_shipped_files
+    from pal_ds.config.parser import objects_of
 
     given = with_shipped_files(given)
     try:
         check_config_files(given)
-        if files := config_files(given):
-            from pal_ds.config.own_code import make_importable
-
-            make_importable([Path.cwd(), *(file.parent for file in files)])
-        options = parser.parse_args(given)
-        command.run(parser.instantiate(options)[name], options[name])
+        with _allowed(given, config_files(given)) as check:
+            options = parser.parse_args(given)
+            check(options[name])
+            command.run(objects_of(parser, options)[name], options[name])
     except (UserError, OSError) as error:
         end_with(error, program)
+
+
+@contextlib.contextmanager
+def _allowed(given: list[str], files: list[Path]) -> Iterator[Callable[["Namespace"], None]]:
+    """Let what this command line allows be imported within the block; yields the check of what was parsed.
+
+    A command that reads no recipe needs neither, and none of the modules behind them.
+    """
+    if COMMANDS[given[0]].shipped is None:
+        yield lambda options: None
+        return
+    from pal_ds.config.consent import FLAGS, Consent
+
+    def check(options: "Namespace") -> None:
+        for flag in FLAGS:
+            if options.get(flag) and f"--{flag}" not in given:
+                raise UserError(
+                    f"{flag}: stands in a recipe, and only a person may say it: --{flag}."
+                )
+        consent.check(options)
+
+    consent = Consent.of_words(given)
+    with consent.given(files):
+        yield check
 
 
 def _command_of(given: list[str]) -> str:

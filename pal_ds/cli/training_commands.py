@@ -84,6 +84,7 @@ class Train:
                 fresh=options.fresh,
                 allow_change=options.allow_change,
                 trust_checkpoint=options.trust_checkpoint,
+                trust_code=options.trust_code,
             )
 
 
@@ -129,7 +130,8 @@ def suite_of(options: Namespace, unresolved: Namespace) -> "Suite":
         raise UserError("compare: give --config SUITE, a file or the name of a shipped suite.")
     settings = SuiteConfig(**{name: options[name] for name in SuiteConfig.__dataclass_fields__})
     name = Path(str(options.config[0])).stem
-    return read_suite(name, settings, dump_recipe(unresolved), Path(options.out))
+    shared = dump_recipe(unresolved)
+    return read_suite(name, settings, shared, Path(options.out), trust_code=options.trust_code)
 
 
 class Plan:

@@ -19,7 +19,8 @@ from pal_ds.compare.table import (
     tabulate,
     write_table,
 )
-from pal_ds.config.recipe import changed_keys
+from pal_ds.config.changes import changed_keys
+from pal_ds.config.recipe import asks_for_code
 from pal_ds.data.collator import Collator
 from pal_ds.data.tables import PreparedData
 from pal_ds.distributed.preemption import stop_is_requested
@@ -60,6 +61,7 @@ def compare(whole: Suite, chosen: Suite, out: Path) -> str | None:
             recipe=planned.recipe,
             run=planned.run,
             ds_config=ds_config_of(planned.config.train, world_size),
+            trust_code=chosen.trust_code,
         )
         for planned in chosen.planned
     }
@@ -95,7 +97,7 @@ def check_everything(suite: Suite, data: PreparedData) -> dict[str, str]:
     reading = {}
     for planned in suite.planned:
         if planned.method not in reading:
-            reading[planned.method] = _reading(planned, data)
+            reading[planned.method] = _reading(planned, data, trust_code=suite.trust_code)
         file = planned.run.config_file
         changed = changed_keys(file.read_text(), planned.recipe) if file.is_file() else []
         if changed:
@@ -106,12 +108,12 @@ def check_everything(suite: Suite, data: PreparedData) -> dict[str, str]:
     return reading
 
 
-def _reading(planned: PlannedRun, data: PreparedData) -> str:
+def _reading(planned: PlannedRun, data: PreparedData, *, trust_code: bool) -> str:
     """Return what decides the states that training reads. Raises UserError where the method does not fit the data."""
     init_from, model_config = planned.config.train.init_from, None
     try:
         if init_from is not None and not planned.run.origin_file.is_file():
-            model_config = origin_for(init_from, data).model_config
+            model_config = origin_for(init_from, data, trust_code=trust_code).model_config
         parts = assemble(planned.config, data, planned.run, model_config=model_config)
     except UserError as error:
         raise UserError(f"methods.{planned.method}: {error}") from None
@@ -187,13 +189,18 @@ def train_one(
 def evaluate_one(planned: PlannedRun, suite: Suite, world: World) -> None:
     """eval/SPLIT.json and, where the suite asks for it, eval/few_shot.json, as `evaluate` and `few_shot` write them."""
     settings = suite.settings
+    # What the run names was allowed when its recipe was read.
+    own = asks_for_code(planned.recipe)
     # Alone it waits for nobody; who started it sees whether it goes on.
     minutes = planned.config.train.hang_minutes if world.world_size > 1 else 0
     if world.from_rank_zero(lambda: evaluation_of(planned, settings.split)) is None:
         with watch(world, planned.run.path / "stacks", minutes):
-            evaluate_run(planned.run, world, request=split_request(settings.split))
+            request = split_request(settings.split)
+            evaluate_run(planned.run, world, request=request, trust_code=own)
     if settings.few_shot and world.from_rank_zero(lambda: few_shot_of(planned, suite)) is None:
-        evaluate_few_shot(planned.run, settings.few_shot, settings.num_draws, world=world)
+        evaluate_few_shot(
+            planned.run, settings.few_shot, settings.num_draws, trust_code=own, world=world
+        )
 
 
 def publish(suite: Suite, data: PreparedData, out: Path) -> None:

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentParser
 
-from pal_ds.config.recipe import as_recipe, dump_recipe, recipe_parser
+from pal_ds.config.consent import Consent
+from pal_ds.config.recipe import dump_recipe, made, recipe_parser
 from pal_ds.config.run_config import RunConfig, check_range
 from pal_ds.errors import UserError
 from pal_ds.runs.run_dir import RunDirectory
@@ -87,15 +88,20 @@ class Suite:
     name: str
     settings: SuiteConfig
     planned: list[PlannedRun]
+    trust_code: bool = False
+    """Import the classes that the runs of `train.init_from` name beyond pal_ds's own."""
 
     def of(self, method: str) -> list[PlannedRun]:
         return [planned for planned in self.planned if planned.method == method]
 
 
-def read_suite(name: str, settings: SuiteConfig, shared: str, out: Path) -> Suite:
+def read_suite(
+    name: str, settings: SuiteConfig, shared: str, out: Path, *, trust_code: bool = False
+) -> Suite:
     """Resolve every method and seed of a suite, so that a mistake in the last is told before the first is trained.
 
-    `shared` are the recipe keys of all methods (YAML), with or without a head; runs lie in OUT/runs/METHOD/seed_N.
+    `shared` are the recipe keys of all methods (YAML), with or without a head; runs lie in OUT/runs/METHOD/seed_N. What
+    `shared` asks for was allowed; what a method asks for beyond it needs `trust_code`.
 
     Raises:
         UserError: a method with keys, classes or values that no recipe has, or without a head.
@@ -111,13 +117,21 @@ def read_suite(name: str, settings: SuiteConfig, shared: str, out: Path) -> Suit
             method, seed, config, recipe, RunDirectory(out / "runs" / method / f"seed_{seed}")
         )
         for method, keys in settings.methods.items()
-        for seed, config, recipe in _resolve(parser, common, method, keys, settings.seeds)
+        for seed, config, recipe in _resolve(
+            parser, common, method, keys, settings.seeds, trust_code=trust_code
+        )
     ]
-    return Suite(name, settings, planned)
+    return Suite(name, settings, planned, trust_code)
 
 
 def _resolve(
-    parser: ArgumentParser, common: RecipeKeys, method: str, keys: RecipeKeys, seeds: list[int]
+    parser: ArgumentParser,
+    common: RecipeKeys,
+    method: str,
+    keys: RecipeKeys,
+    seeds: list[int],
+    *,
+    trust_code: bool,
 ) -> Iterator[tuple[int, RunConfig, str]]:
     """Yield seed, recipe and the recipe's YAML, for each seed."""
     from pal_ds.config.parser import explained
@@ -125,11 +139,12 @@ def _resolve(
     if "head" not in {**common, **keys}:
         raise UserError(f"methods.{method}: has no head, and the shared keys have none either.")
     layers = [f"--config={yaml.safe_dump(layer)}" for layer in (common, keys) if layer]
+    consent = Consent(trust_code, spoken=common)
     try:
         options = parser.parse_args(layers)
         for seed in seeds:
             options["train.seed"] = seed
-            yield seed, as_recipe(parser.instantiate(options)), dump_recipe(options)
+            yield seed, made(parser, options, consent), dump_recipe(options)
     except ArgumentError as error:
         raise UserError(f"methods.{method}: {explained(str(error), parser)}") from None
     except UserError as error:

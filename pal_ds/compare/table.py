@@ -7,7 +7,7 @@ from typing import Any, NotRequired, TypedDict, cast
 
 from pal_ds.compare.intervals import AccuracyFigure, Figure, mean_interval, summary_of
 from pal_ds.compare.suite import PlannedRun, Suite
-from pal_ds.config.recipe import changed_keys
+from pal_ds.config.changes import changed_keys
 from pal_ds.io.files import write_atomically, write_json
 
 COLUMNS = {

@@ -5,9 +5,10 @@ import re
 import sys
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from pal_ds.distributed import phase  # noqa: F401  (first of ours: its clock tells how long this process has run)
+from pal_ds.errors import UserError
 
 
 class Parser(ArgumentParser):
@@ -23,6 +24,19 @@ class Parser(ArgumentParser):
         message = re.sub(r"(arguments are required: )\w+\.", r"\1--", message)
         print(f"{self.program}: error: {explained(message, self)}", file=sys.stderr)
         sys.exit(2)
+
+
+def objects_of(parser: ArgumentParser, options: Namespace) -> Namespace:
+    """Make the objects that parsed options describe. Raises UserError as their classes do."""
+    try:
+        return parser.instantiate(options)
+    except ValueError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise cause from None
 
 
 def explained(message: str, parser: ArgumentParser) -> str:
@@ -48,7 +62,9 @@ def _suggestion(message: str, parser: ArgumentParser) -> str:
 
 
 def _without_noise(message: str) -> str:
-    """Reword what jsonargparse says of Python types: an unknown class, or a choice that is none."""
+    """Reword what jsonargparse says of Python types: a class that is unknown or refused, or a choice that is none."""
+    if denied := re.search(r"Importing '([\w.]+)' is not allowed", message):
+        return _refusal(message, denied[1])
     message = re.sub(
         r"Type [\w.]*Callable\[.*?expects a function or a callable class: (.*?)\.? Got value: .*",
         r"\1",
@@ -77,4 +93,18 @@ def _without_noise(message: str) -> str:
     return (
         f"{key[1]}: there is no class {name[1]}.{hint} Known are {', '.join(classes)}; a class of "
         "your own goes by its import path, package.module.Class."
+    )
+
+
+def _refusal(message: str, path: str) -> str:
+    """Say that a value names something which pal_ds does not ship; nothing of it was imported."""
+    from pal_ds.config.consent import REMEDY
+
+    key = re.search(r'Parser key "([\w.]+)"', message)
+    named = f"{key[1]}: {path}" if key else path
+    if path.partition(".")[0] in {*sys.stdlib_module_names, "pal_ds", "jsonargparse"}:
+        return f"{named} is no head, source or loss, and a recipe calls nothing else. Name a class."
+    return (
+        f"{named} is no class that pal_ds ships, and to import it is to run code. {REMEDY} A class "
+        "that is named on the command line itself needs no flag."
     )

@@ -1,4 +1,4 @@
-"""Recipes: read from files, arguments or Python, written as YAML, and the keys that two of them differ in.
+"""Recipes: read from files, arguments or Python, and written as YAML.
 
 From Python, dicts, dataclasses and classes become the YAML that a recipe file would hold.
 """
@@ -18,9 +18,11 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
+from pal_ds.config.changes import flat
+from pal_ds.config.consent import REMEDY, REMOTE_CODE, Consent, import_paths
 from pal_ds.config.own_code import CODE, keep_code, make_importable, refuse_changed_code
-from pal_ds.config.parser import explained
-from pal_ds.config.run_config import KEYS_THAT_DO_NOT_ALTER_RESULTS, RunConfig
+from pal_ds.config.parser import explained, objects_of
+from pal_ds.config.run_config import RunConfig
 from pal_ds.data.sources.base import Source
 from pal_ds.errors import UserError
 from pal_ds.heads.base import Head
@@ -37,14 +39,21 @@ set_parsing_settings(
 )
 
 
+TRUST_CODE: dict[str, Any] = {
+    "action": "store_true",
+    "help": "import classes that recipes or runs name beyond pal_ds's, and run code they ask for",
+}
+
+
 def add_recipe_arguments(parser: ArgumentParser, *, require_head: bool = True) -> None:
-    """Add --config and every key of a recipe to a parser."""
+    """Add --config, --trust_code and every key of a recipe to a parser."""
     import pal_ds.data.sources
     import pal_ds.heads  # noqa: F401  short class names resolve once their modules are imported
 
     parser.add_argument(
         "--config", action="config", help="YAML recipe; repeat to layer, later wins"
     )
+    parser.add_argument("--trust_code", **TRUST_CODE)
     parser.add_class_arguments(RunConfig, nested_key=None, skip=set() if require_head else {"head"})
     if not require_head:
         optional = "the method, as in a recipe; this command can do without it"
@@ -75,20 +84,28 @@ def read_recipe(arguments: list[str]) -> tuple[RunConfig, str]:
     """Return the recipe that command-line arguments (--config and dotted keys) describe, and its YAML.
 
     Raises:
-        UserError: a key or value that no recipe has.
+        UserError: a key or value that no recipe has, or code that a file asks for without `--trust_code`.
     """
     files = [Path(word.partition("=")[2]) for word in arguments if word.startswith("--config=")]
-    make_importable([Path.cwd(), *(file.parent for file in files)])
-    parser = recipe_parser()
+    consent, parser = Consent.of_words(arguments), recipe_parser()
     try:
-        return _parsed(parser, arguments)
+        with consent.given(file for file in files if file.is_file()):
+            return _parsed(parser, arguments, consent)
     except ArgumentError as error:
-        raise UserError(f"{' '.join(arguments)}: {error}") from None
+        raise UserError(f"{' '.join(arguments)}: {explained(str(error), parser)}") from None
 
 
-def _parsed(parser: ArgumentParser, arguments: list[str]) -> tuple[RunConfig, str]:
+def _parsed(
+    parser: ArgumentParser, arguments: list[str], consent: Consent
+) -> tuple[RunConfig, str]:
     options = parser.parse_args(arguments)
-    return as_recipe(parser.instantiate(options)), dump_recipe(options)
+    return made(parser, options, consent), dump_recipe(options)
+
+
+def made(parser: ArgumentParser, options: Namespace, consent: Consent) -> RunConfig:
+    """Make the recipe of parsed options, once what it names was found to be allowed. Raises UserError where not."""
+    consent.check(options)
+    return as_recipe(objects_of(parser, options))
 
 
 def recipe_from_arguments(arguments: list[str]) -> RunConfig:
@@ -96,16 +113,53 @@ def recipe_from_arguments(arguments: list[str]) -> RunConfig:
     return read_recipe(arguments)[0]
 
 
-def load_recipe(path: Path) -> RunConfig:
-    """Read the recipe of a run's config.yaml, with classes of one's own from the copy that the run keeps.
+def load_recipe(path: Path, *, trust_code: bool = False) -> RunConfig:
+    """Read the recipe of a run's config.yaml, without the source of its data, which the run has read already.
+
+    With `trust_code`, classes of one's own are imported, at last from the copy that the run keeps; without it a run
+    has pal_ds's own alone, and no code of its backbone's or tokenizer's folder.
 
     Raises:
-        UserError: a key or value that no recipe has, or code at hand that is not what the run was trained with.
+        UserError: a key or value that no recipe has, code that is not allowed, or code at hand that is not what the
+            run was trained with.
     """
-    make_importable([Path.cwd(), path.parent / CODE])
-    config = recipe_from_arguments([f"--config={path}"])
-    refuse_changed_code(path.read_text(), path.parent)
-    return config
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problem = " ".join(str(error).split())
+        raise UserError(f"{path}: not valid YAML ({problem}). Restore it.") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: holds no keys; `train` writes a mapping there. Restore it.")
+    if isinstance(tree.get("data"), dict):
+        tree["data"].pop("source", None)
+    foreign = sorted(_foreign_code(tree))
+    if foreign and not trust_code:
+        raise UserError(
+            f"{path}: this run asks for code beyond pal_ds's own: {', '.join(foreign)}. {REMEDY}"
+        )
+    recipe, parser = yaml.safe_dump(tree, sort_keys=False), recipe_parser()
+    consent = Consent(trust_code=trust_code)
+    if trust_code:
+        make_importable([Path.cwd(), path.parent / CODE])
+    try:
+        with consent.given((), recipe):
+            config = _parsed(parser, [f"--config={recipe}"], consent)[0]
+            if trust_code:
+                refuse_changed_code(recipe, path.parent)
+            return config
+    except ArgumentError as error:
+        raise UserError(f"{path}: {explained(str(error), parser)}") from None
+
+
+def _foreign_code(tree: Mapping[str, Any]) -> set[str]:
+    """The classes beyond pal_ds's own that a recipe names, and its keys that let code of other folders run."""
+    keys = flat(tree)
+    return import_paths(tree) | {key for key in REMOTE_CODE if keys.get(key)}
+
+
+def asks_for_code(recipe: str) -> bool:
+    """Return whether a recipe (YAML) names classes beyond pal_ds's own, or lets code of other folders run."""
+    return bool(_foreign_code(yaml.safe_load(recipe)))
 
 
 def record_recipe(run: RunDirectory, recipe: str) -> None:
@@ -118,65 +172,32 @@ def record_recipe(run: RunDirectory, recipe: str) -> None:
     run.write_config(recipe)
 
 
-def _flat(tree: object, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict) or not tree:
-        return {prefix.rstrip("."): tree}
-    merged: dict[str, Any] = {}
-    for key, value in tree.items():
-        merged |= _flat(value, f"{prefix}{key}.")
-    return merged
-
-
-def changed_keys(old: str, new: str) -> list[str]:
-    """Return the dotted keys that differ between two recipes (YAML text) and may alter the result, sorted.
-
-    >>> changed_keys("train: {seed: 0, log_every: 1}", "train: {seed: 1, log_every: 50}")
-    ['train.seed']
-    """
-    before, after = _flat(yaml.safe_load(old)), _flat(yaml.safe_load(new))
-    differing = (key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
-    return sorted(key for key in differing if not key.startswith(KEYS_THAT_DO_NOT_ALTER_RESULTS))
-
-
-def refuse_changes(run_config_file: Path, new: str, allowed: list[str]) -> None:
-    """Raise UserError, naming the keys, where a resumed run would not be the run that was started."""
-    old = run_config_file.read_text()
-    try:
-        yaml.safe_load(old)
-    except yaml.YAMLError as error:
-        raise UserError(
-            f"{run_config_file}: not valid YAML ({' '.join(str(error).split())}). Restore it, or start in another "
-            "--run_dir."
-        ) from None
-    refused = [key for key in changed_keys(old, new) if key not in allowed]
-    if refused:
-        before, after = _flat(yaml.safe_load(old)), _flat(yaml.safe_load(new))
-        listing = "; ".join(f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in refused)
-        raise UserError(
-            f"{run_config_file}: this run was started with other values: {listing}. Restore them, pass "
-            f"--allow_change {','.join(refused)}, or start in another --run_dir."
-        )
-
-
 def read(
-    recipe: Recipe, overrides: Mapping[str, Any], *, require_head: bool = True
+    recipe: Recipe,
+    overrides: Mapping[str, Any],
+    *,
+    require_head: bool = True,
+    trust_code: bool = False,
 ) -> tuple[RunConfig, str]:
-    """The recipe with dotted `overrides`, and its resolved YAML.
+    """The recipe with dotted `overrides`, and its resolved YAML. What dicts and overrides name is allowed by this call.
 
     Raises:
-        UserError: no such file or recipe, a key or value that no recipe has, or a class that no import path names.
+        UserError: no such file or recipe, a key or value that no recipe has, a class that no import path names, or
+            code that a file asks for without `trust_code`.
     """
     layers = recipe if isinstance(recipe, list | tuple) else [recipe]
     with tempfile.TemporaryDirectory(prefix="pal_ds_") as folder:
         files = [_file(layer, Path(folder, f"layer_{n}.yaml")) for n, layer in enumerate(layers)]
-        make_importable([Path.cwd(), *(f.parent for f in files if f.parent != Path(folder))])
         words = [f"--config={file}" for file in files]
-        for key, value in overrides.items():
-            value = plain(value, key)
+        said = {key: plain(value, key) for key, value in overrides.items()}
+        for key, value in said.items():
             words.append(f"--{key}={value if isinstance(value, str) else json.dumps(value)}")
+        given = [yaml.safe_load(f.read_text()) for f in files if f.parent == Path(folder)]
+        consent = Consent.of_call([*given, said], trust_code=trust_code)
         parser = recipe_parser(require_head=require_head)
         try:
-            return _parsed(parser, words)
+            with consent.given(f for f in files if f.parent != Path(folder)):
+                return _parsed(parser, words, consent)
         except ArgumentError as error:
             raise UserError(explained(str(error), parser)) from None
 

@@ -99,22 +99,29 @@ def evaluate_run(
     *,
     request: EvalRequest | None = None,
     users: Path | None = None,
+    trust_code: bool = False,
 ) -> EvaluationFigures:
     """Compute the figures of `eval/NAME.json`, which rank 0 writes, and return them on every rank.
 
     The last checkpoint is taken; `request` is the split `test` where unset, `users` a folder that `adapt` wrote.
+    `trust_code` imports the classes that the run names beyond pal_ds's own.
 
     Raises:
         UserError: no such run, split or file; an empty split.
     """
     request = request or split_request("test")
-    restored = restore(run, device=world.device)
+    restored = restore(run, device=world.device, trust_code=trust_code)
     return evaluate_set(restored, known_users(restored, users), request, world)
 
 
 @contextlib.contextmanager
 def restored_by_ranks(
-    run: RunDirectory, step: str | int, users: Path | None, *, trust: bool
+    run: RunDirectory,
+    step: str | int,
+    users: Path | None,
+    *,
+    trust: bool = False,
+    trust_code: bool = False,
 ) -> Iterator[tuple[World, OpenRun, KnownUsers]]:
     """A run and whom it knows, on each rank of a launcher or alone; what hangs is found, as in a training."""
     from pal_ds.engine.process_group import joined_or_alone
@@ -123,7 +130,8 @@ def restored_by_ranks(
         # Alone it waits for nobody; who started it sees whether it goes on.
         minutes = TrainConfig.hang_minutes if world.world_size > 1 else 0
         with watch(world, run.path / "stacks", minutes):
-            restored = world.on_every_rank(lambda: restore(run, step, world.device, trust=trust))
+            leave = {"trust": trust, "trust_code": trust_code}
+            restored = world.on_every_rank(lambda: restore(run, step, world.device, **leave))
             facts = {
                 "manifest of the checkpoint": restored.manifest["checksum"],
                 "hash of data.path": restored.data.hash,

@@ -17,7 +17,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pal_ds.inference.load_run import open_run
+from pal_ds.engine.checkpoint.verify import refuse_strangers_run
+from pal_ds.inference.load_run import OpenRun, open_run
 from pal_ds.inference.mixtures import user_mixtures
 from pal_ds.io.files import write_atomically
 from pal_ds.runs.run_dir import RunDirectory
@@ -33,13 +34,30 @@ PICTURES = {
 
 
 def write_report(
-    runs: dict[str, RunDirectory], out: Path, groups: dict[str, str | None] | None = None
+    runs: dict[str, RunDirectory],
+    out: Path,
+    groups: dict[str, str | None] | None = None,
+    *,
+    trust: bool = False,
+    trust_code: bool = False,
 ) -> Path:
-    """Writes OUT/report.md and its PNGs; `groups` colours users by a known group. Returns the page's path."""
+    """Writes OUT/report.md and its PNGs; `groups` colours users by a known group. Returns the page's path.
+
+    Raises:
+        UserError: a run that others may have written to, or that names code of its own, without leave; see `open_run`.
+    """
+    opened = {
+        run.path: open_run(run, trust=trust, trust_code=trust_code)
+        for run in runs.values()
+        if run.complete_steps()
+    }
+    if not trust:
+        for run in runs.values():
+            refuse_strangers_run(run)
     out.mkdir(parents=True, exist_ok=True)
     panels: dict[str, Callable[[Axes, RunDirectory], bool]] = {
         "learning": _learning_curve,
-        "simplex": lambda axes, run: _simplex(axes, run, groups or {}),
+        "simplex": lambda axes, run: _simplex(axes, opened.get(run.path), groups or {}),
         "users": _accuracy_per_user,
         "reliability": _reliability,
         "prototypes": _prototypes,
@@ -138,12 +156,10 @@ def _learning_curve(axes: Axes, run: RunDirectory) -> bool:
     return True
 
 
-def _simplex(axes: Axes, run: RunDirectory, groups: dict[str, str | None]) -> bool:
+def _simplex(axes: Axes, opened: OpenRun | None, groups: dict[str, str | None]) -> bool:
     """Users at the weighted mean of the corners of a regular K-gon: exact for K = 3, a projection beyond."""
-    if not run.complete_steps():
+    if opened is None:
         return False
-    # No weights are read here, and opening a run unpickles nothing that could run code.
-    opened = open_run(run, trust=True)
     num_prototypes = opened.users.num_prototypes
     if num_prototypes < 2 or "logits" not in opened.parts.head.needs:
         return False

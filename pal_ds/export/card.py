@@ -1,7 +1,5 @@
-"""The model card of an exported model, and its facts for programs (export.json)."""
+"""The model card of an exported model, and its facts for programs, which go to export.json."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NotRequired, TypedDict, cast, final
@@ -9,10 +7,10 @@ from typing import NotRequired, TypedDict, cast, final
 from pal_ds.data.tables import TokensInfo
 from pal_ds.export.audience import Audience
 from pal_ds.inference.load_run import OpenRun
-from pal_ds.io.files import feed
 
 FACTS_NAME = "export.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2 added sizes and a checksum of export.json itself."""
 _HEADER = """---
 library_name: transformers
 pipeline_tag: text-classification
@@ -197,19 +195,3 @@ row's start. Texts of more than {facts["tokens"]["max_length"]} tokens lost thei
 training; the stock class reads them whole. With `trust_remote_code=True` padding, special tokens
 and length are as in training.
 """
-
-
-def write_facts(
-    folder: Path, facts: RunExport | ImportedExport, linked: dict[str, str] | None = None
-) -> None:
-    """Write export.json: the facts and the sha256 of every other file; for links, the hash that `linked` has."""
-    hashes = {
-        path.name: linked[path.name] if linked and path.is_symlink() else sha256_of(path)
-        for path in sorted(folder.iterdir())
-    }
-    (folder / FACTS_NAME).write_text(json.dumps({**facts, "sha256": hashes}, indent=1) + "\n")
-
-
-def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file's bytes, in hexadecimal."""
-    return feed(hashlib.sha256(), path).hexdigest()

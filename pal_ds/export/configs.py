@@ -41,7 +41,7 @@ def backbone_config(opened: OpenRun) -> PretrainedConfig:
             f"{opened.run.path}: its backbone brings code of its own (backbone.trust_remote_code), "
             "which an exported folder cannot carry. Score with `score --run_dir` instead."
         )
-    config = AutoConfig.from_pretrained(str(backbone.path))
+    config = AutoConfig.from_pretrained(str(backbone.path), trust_remote_code=False)
     config._name_or_path = ""
     config.use_cache = False
     return config

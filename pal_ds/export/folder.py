@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from pal_ds.data.tokenise import truncation_side
 from pal_ds.errors import UserError
-from pal_ds.export import bundle_code, card, configs, tokenizer
+from pal_ds.export import bundle_code, card, configs, contents, tokenizer
 from pal_ds.export.audience import Audience, choose_audience
 from pal_ds.export.parity import exported_scores, read_samples, trainer_scores
 from pal_ds.export.weights import DTYPES, Layout, Weights, parse_size, weights_of, write_weights
@@ -52,6 +52,8 @@ class ExportOptions:
     data_path: Path | None = None
     """Folder of the prepared data, if it no longer lies where the recipe says."""
     trust_checkpoint: bool = False
+    trust_code: bool = False
+    """Import the classes that the run names beyond pal_ds's own."""
     reward_mean: float | None = None
     reward_std: float | None = None
     quiet: bool = False
@@ -78,7 +80,11 @@ def open_for_export(run: RunDirectory, out: Path, options: ExportOptions) -> Ope
         raise UserError(f"--dtype {options.dtype}: must be one of {', '.join(DTYPES)}.")
     refuse_existing(out)
     opened = open_run(
-        run, options.step, trust=options.trust_checkpoint, data_path=options.data_path
+        run,
+        options.step,
+        trust=options.trust_checkpoint,
+        trust_code=options.trust_code,
+        data_path=options.data_path,
     )
     configs.backbone_config(opened)
     return opened
@@ -123,7 +129,7 @@ def fill_folder(folder: Path, opened: OpenRun, options: ExportOptions) -> card.R
     if options.with_users and head.has_points:
         _write_users(folder, opened, head, options.users_dir)
     card.write_card(folder, facts)
-    card.write_facts(folder, facts)
+    contents.write_facts(folder, facts)
     return facts
 
 

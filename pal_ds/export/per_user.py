@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from pal_ds.errors import UserError
-from pal_ds.export import card
+from pal_ds.export import card, contents
 from pal_ds.export.audience import mixtures_of
 from pal_ds.export.folder import ExportOptions, fill_folder, open_for_export
 from pal_ds.io.files import new_folder
@@ -116,4 +116,4 @@ def _write_user(
     }
     card.write_card(folder, facts)
     hashes = json.loads((shared / card.FACTS_NAME).read_text())["sha256"]
-    card.write_facts(folder, facts, linked=hashes)
+    contents.write_facts(folder, facts, linked=hashes)

@@ -148,8 +148,23 @@ def _save(tokenizer: Any, backend: Tokenizer, folder: Path, pad: str, max_length
 
 
 def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Open an exported folder's tokenizer; AutoTokenizer by itself would ask about the model's code."""
-    return AutoTokenizer.from_pretrained(folder, config=PretrainedConfig())
+    """Open an exported folder's tokenizer; AutoTokenizer by itself would ask about the model's code.
+
+    Raises:
+        UserError: the folder holds none, or one that needs code of its own.
+    """
+    try:
+        return _opened(folder)
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"{folder}: its tokenizer cannot be opened ({error}). Export again."
+        ) from None
+
+
+def _opened(folder: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(
+        folder, config=PretrainedConfig(), local_files_only=True, trust_remote_code=False
+    )
 
 
 def is_exact(folder: Path, texts: list[str], encoded: list[Encoded]) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import xxhash
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from pal_ds.io.files import feed
 
 SUFFIX = ".safetensors"
 ADDRESS_BYTES = 16
+_TENSORS = ("addresses", "lengths", "values")
 
 
 class DamagedShardError(Exception):
@@ -62,11 +63,18 @@ def verify_shard(path: Path, progress: Callable[[], None]) -> None:
     """Reads all of the file, calling `progress` now and then.
 
     Raises:
-        DamagedShardError: its content has another hash than its name says.
+        DamagedShardError: its content has another hash than its name says, or is none of states.
     """
     content = feed(xxhash.xxh3_128(), path, progress).hexdigest()
     if content != path.name.removesuffix(SUFFIX):
         raise DamagedShardError(f"{path}: its content does not match the hash in its name")
+    try:
+        with safe_open(str(path), "pt") as file:
+            sound = "key" in (file.metadata() or {}) and set(file.keys()) == set(_TENSORS)
+    except SafetensorError as error:
+        raise DamagedShardError(f"{path}: is no safetensors file ({error})") from None
+    if not sound:
+        raise DamagedShardError(f"{path}: holds no states")
 
 
 _verified: set[tuple[str, int, int]] = set()

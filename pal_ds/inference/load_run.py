@@ -23,8 +23,7 @@ from pal_ds.engine.checkpoint.shard_reader import ShardedCheckpoint
 from pal_ds.engine.checkpoint.torch_archive import ForeignObjectError
 from pal_ds.engine.checkpoint.verify import (
     UntrustedCheckpointError,
-    refuse_strangers,
-    refuse_strangers_code,
+    refuse_strangers_run,
     verify_checkpoint,
 )
 from pal_ds.errors import UserError
@@ -60,23 +59,24 @@ def open_run(
     step: str | int = "latest",
     *,
     trust: bool = False,
+    trust_code: bool = False,
     data_path: str | Path | None = None,
 ) -> OpenRun:
     """Opens a verified checkpoint of a run without reading its weights.
 
-    `trust` reads a checkpoint that belongs to another user of the machine; `data_path` is where the prepared data lie
-    now, unset where the recipe says.
+    `trust` reads a run that belongs to another user of the machine, or that anyone may write to; `trust_code` imports
+    the classes that it names beyond pal_ds's own; `data_path` is where the prepared data lie now, unset where the
+    recipe says.
 
     Raises:
-        UntrustedCheckpointError: others may have written the checkpoint or its recipe, without `trust`.
-        UserError: no such run or step, a damaged checkpoint, or data that are gone or not those of the training.
+        UntrustedCheckpointError: others may have written something of the run, without `trust`.
+        UserError: no such run or step, a run that asks for code without `trust_code`, a damaged checkpoint, or data
+            that are gone or not those of the training.
     """
     run.require_run()
     if not trust:
-        # A recipe may ask for code: a class by its import path, or what a backbone's folder brings.
-        refuse_strangers(run.config_file)
-        refuse_strangers_code(run)
-    config = load_recipe(run.config_file)
+        refuse_strangers_run(run)
+    config = load_recipe(run.config_file, trust_code=trust_code)
     number = run.resolve_step(str(step))
     path = run.checkpoint(number)
     if not (path / "manifest.json").is_file():
@@ -120,7 +120,9 @@ def restore(
     run: RunDirectory,
     step: str | int = "latest",
     device: torch.device | str = "cpu",
+    *,
     trust: bool = False,
+    trust_code: bool = False,
 ) -> OpenRun:
     """A run's reward model at `step` on `device`, eval mode, no gradients asked for.
 
@@ -128,7 +130,7 @@ def restore(
     peak is one model. Raises UserError as `open_run` does, and where the checkpoint's tensors are
     not those of the model that the recipe describes.
     """
-    opened = open_run(run, step, trust=trust)
+    opened = open_run(run, step, trust=trust, trust_code=trust_code)
     # A full cache makes the weights of a frozen backbone superfluous.
     defer = opened.config.backbone.cache is not None and opened.parts.needs_store
     model = load_model(opened, defer_backbone=defer).to(device)

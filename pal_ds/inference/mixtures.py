@@ -13,7 +13,7 @@ from pal_ds.data.collator import Collator
 from pal_ds.distributed import phase
 from pal_ds.distributed.world import World
 from pal_ds.engine.checkpoint.forget import finish_interrupted_removal
-from pal_ds.engine.checkpoint.verify import refuse_strangers_code
+from pal_ds.engine.checkpoint.verify import refuse_strangers_run
 from pal_ds.heads.base import Head, UserState
 from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.inference.load_run import open_run
@@ -194,7 +194,9 @@ def _by_user(
     return context, length
 
 
-def list_users(run: RunDirectory, step: str = "latest") -> list[tuple[str, list[float] | None]]:
+def list_users(
+    run: RunDirectory, step: str = "latest", *, trust: bool = False, trust_code: bool = False
+) -> list[tuple[str, list[float] | None]]:
     """(user id, mixture as the run's head uses it in evaluation) of every user of a checkpoint.
 
     None for a head whose table tells nothing of its users: it knows them by comparisons or groups.
@@ -203,10 +205,11 @@ def list_users(run: RunDirectory, step: str = "latest") -> list[tuple[str, list[
         UserError: the run or its data cannot be opened.
     """
     run.require_run()
+    if not trust:
+        # Before anything of it is moved.
+        refuse_strangers_run(run)
     finish_interrupted_removal(run)
-    # No weights are read here, and opening a run unpickles nothing that could run code; its own code is another matter.
-    refuse_strangers_code(run)
-    opened = open_run(run, step, trust=True)
+    opened = open_run(run, step, trust=trust, trust_code=trust_code)
     head = opened.parts.head
     if head.is_personal and "logits" not in head.needs:
         return [(user_id, None) for user_id in opened.users.ids]

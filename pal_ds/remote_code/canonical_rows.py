@@ -9,9 +9,10 @@ from torch import Tensor
 
 from .canonical import canonical_ids
 from .rows import pad_right, token_mask
+from .whole_weights import WholeWeights
 
 
-class CanonicalRows:
+class CanonicalRows(WholeWeights):
     """Mixed in before a stock `...ForSequenceClassification` that scores the last real token.
 
     The config's `canonical` holds {"prefix_ids", "end_ids", "max_tokens"}. The stock class takes

@@ -17,6 +17,7 @@ from .encoding import drop_unused_modules, hidden_size_of, hidden_states, read_s
 from .exported_head import Features, UserState, build_head
 from .rows import pad_right, spread, token_mask
 from .simplex import check_point
+from .whole_weights import WholeWeights
 
 
 class PalRewardConfig(PretrainedConfig):
@@ -87,7 +88,7 @@ class PalRewardConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
 
-class PalForSequenceClassification(PreTrainedModel):
+class PalForSequenceClassification(WholeWeights, PreTrainedModel):
     """Backbone and head of a run, scoring for the user whose mixture the config holds.
 
     `from_pretrained(FOLDER, mixture=[...])` is another user from the same files.

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
+from pal_ds.config.changes import refuse_changes
 from pal_ds.config.own_code import own_code_hashes, refuse_changed_code
-from pal_ds.config.recipe import refuse_changes
 from pal_ds.config.run_config import RunConfig
 from pal_ds.data.collator import Collator
 from pal_ds.data.prepare import prepare
@@ -24,6 +24,7 @@ from pal_ds.distributed.watchdog import meeting, watch
 from pal_ds.distributed.world import World
 from pal_ds.engine.checkpoint.checkpoint import refuse_other_launch
 from pal_ds.engine.checkpoint.manifest import read_manifest
+from pal_ds.engine.checkpoint.verify import refuse_strangers_run
 from pal_ds.engine.ds_config import DeepSpeedConfig, check_zero_section, ds_config_of
 from pal_ds.engine.process_group import distributed
 from pal_ds.errors import UserError, writing
@@ -51,7 +52,9 @@ class TrainingRequest:
     allow_change: Sequence[str] = ()
     """Keys that may differ on resume."""
     trust_checkpoint: bool = False
-    """Read checkpoints of another owner."""
+    """Read runs and exports of another owner."""
+    trust_code: bool = False
+    """Import the classes that the run of `train.init_from` names beyond pal_ds's own."""
 
 
 def world_size_of_launch() -> int:
@@ -67,6 +70,7 @@ def launch_training(
     fresh: bool = False,
     allow_change: Sequence[str] = (),
     trust_checkpoint: bool = False,
+    trust_code: bool = False,
 ) -> None:
     """Prepare the data where this launch is a single node, then train; all else is as in `TrainingRequest`.
 
@@ -83,6 +87,7 @@ def launch_training(
         fresh=fresh,
         allow_change=allow_change,
         trust_checkpoint=trust_checkpoint,
+        trust_code=trust_code,
     )
     failure = prepare_before_processes_meet(config)
     if failure is not None and world_size == 1:
@@ -112,6 +117,7 @@ def train_among(
             "--fresh": request.fresh,
             "--allow_change": list(request.allow_change),
             "--trust_checkpoint": request.trust_checkpoint,
+            "--trust_code": request.trust_code,
         }
         agree_on_start(world, request.recipe, request.ds_config, **cli)
         check_zero_section(request.ds_config, config.train.ds_config)
@@ -133,7 +139,7 @@ def train_among(
         try:
             return train(
                 context,
-                _assemble(context, written, trust=request.trust_checkpoint),
+                _assemble(context, written, request),
                 encoded=encoded,
                 trust_checkpoint=request.trust_checkpoint,
                 recipe=request.recipe,
@@ -175,7 +181,7 @@ def agree_on_data(world: World, data: PreparedData) -> None:
     verify_content(data.path, info, world)
 
 
-def _assemble(context: RunContext, written: list[Path], *, trust: bool) -> Parts:
+def _assemble(context: RunContext, written: list[Path], request: TrainingRequest) -> Parts:
     """Assemble the parts once, and write the weights that no path gives into folders that join `written`.
 
     Raises:
@@ -188,7 +194,8 @@ def _assemble(context: RunContext, written: list[Path], *, trust: bool) -> Parts
         nonlocal taken
         from pal_ds.training.init_from.copy import take_over
 
-        taken = take_over(config, data, run, trust=trust)
+        leave = {"trust": request.trust_checkpoint, "trust_code": request.trust_code}
+        taken = take_over(config, data, run, **leave)
         written.extend([] if taken is None else [run.init])
 
     def write_base() -> None:
@@ -245,7 +252,7 @@ def check_run_directory(request: TrainingRequest, data: PreparedData) -> None:
 
     Raises:
         UserError: `fresh` meets a directory that is not empty; a resumed run would have other data or another
-            value of a key that alters the result. Another number of ranks is fine.
+            value of a key that alters the result; or others may have written it. Another number of ranks is fine.
     """
     run = request.run
     if request.fresh and any(path.name not in (LOCK, "slurm") for path in run.path.iterdir()):
@@ -253,6 +260,8 @@ def check_run_directory(request: TrainingRequest, data: PreparedData) -> None:
             f"{run.path}: --fresh needs an empty directory. Name another --run_dir or empty this one."
         )
     if run.config_file.is_file() and run.has_checkpoints():
+        if not request.trust_checkpoint:
+            refuse_strangers_run(run)
         refuse_changes(run.config_file, request.recipe, list(request.allow_change))
         refuse_changed_code(request.recipe, run.path, list(request.allow_change))
     for step in run.complete_steps()[-1:]:

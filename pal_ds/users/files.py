@@ -98,6 +98,17 @@ class StoredUsers:
                 raise UserError(
                     f"{path} is missing; a user table is users.safetensors and users.arrow."
                 )
+        try:
+            self._open(index_path)
+        except (UserError, OSError):
+            raise
+        except Exception as error:
+            # Damaged files fail in the libraries that read them, each in a way of its own.
+            raise UserError(
+                f"{self._path.parent}: is no user table, or a damaged one ({error}). Copy it again, or fit it again."
+            ) from error
+
+    def _open(self, index_path: Path) -> None:
         with safe_open(str(self._path), "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:

@@ -41,6 +41,14 @@ def test_a_training_is_stopped_refused_and_resumed(report: dict[str, Any]) -> No
     assert report["variables left"] == []
 
 
+def test_code_of_ones_own_is_imported_by_leave_alone(report: dict[str, Any]) -> None:
+    """A recipe that is a file, and a run, are data; the run that a training returned keeps its leave."""
+    assert "is no class that pal_ds ships" in report["without leave"]
+    assert "my_head.Centred, my_loss.Focal" in report["read without leave"]
+    for said in (report["without leave"], report["read without leave"]):
+        assert "--trust_code" in said and "trust_code=True" in said
+
+
 def test_one_can_train_twice_and_a_recipe_says_what_classes_say(
     alone: Path, report: dict[str, Any]
 ) -> None:
@@ -106,7 +114,7 @@ def test_a_run_is_evaluated_where_its_code_is_not_at_hand(
     shutil.copytree(alone, moved, ignore=shutil.ignore_patterns("__pycache__", "out", "adapted"))
     for file in moved.glob("my_*"):
         file.unlink()
-    words = ("evaluate", "--run_dir", "runs/first", "--name", "again")
+    words = ("evaluate", "--run_dir", "runs/first", "--name", "again", "--trust_code")
     done = subprocess.run(
         [sys.executable, "-m", "pal_ds", *words],
         env=environment(),
@@ -142,7 +150,7 @@ def test_code_that_changed_is_noticed(alone: Path, tmp_path: Path) -> None:
     (moved / "my_source.py").write_text((moved / "my_source.py").read_text() + "# a word more\n")
     for words in (["train", "--config=my_head.yaml"], ["evaluate"]):
         done = subprocess.run(
-            [sys.executable, "-m", "pal_ds", *words, "--run_dir=runs/first"],
+            [sys.executable, "-m", "pal_ds", *words, "--run_dir=runs/first", "--trust_code"],
             env=environment(),
             cwd=moved,
             capture_output=True,

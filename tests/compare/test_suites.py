@@ -11,7 +11,8 @@ from pal_ds.cli.arguments import with_shipped_files
 from pal_ds.cli.main import build_parser, main
 from pal_ds.cli.training_commands import suite_of
 from pal_ds.compare.suite import Suite
-from pal_ds.config.recipe import changed_keys, dump_recipe
+from pal_ds.config.changes import changed_keys
+from pal_ds.config.recipe import dump_recipe
 from tests.compare.cases import METHODS, write_suite
 from tests.spawn import ROOT
 

@@ -20,7 +20,7 @@ from pal_ds.eval.diagnostics import diagnose_latent
 from pal_ds.eval.evaluate import evaluate_run
 from pal_ds.eval.report import PICTURES, write_report
 from pal_ds.eval.results import split_request
-from pal_ds.inference.load_run import restore
+from pal_ds.inference.load_run import open_run, restore
 from pal_ds.runs.run_dir import RunDirectory
 from tests.spawn import run_command
 from tests.tiny import LLAMA, write_pairs
@@ -150,7 +150,7 @@ def test_users_lie_where_the_head_puts_them_and_the_legend_beside(trained: RunDi
     groups: dict[str, str | None] = {user: f"group {row % 4}" for row, user in enumerate(users.ids)}
     groups[users.ids[0]] = None
     figure, axes = plt.subplots(figsize=(4.6, 3.6))
-    assert report._simplex(axes, trained, groups)
+    assert report._simplex(axes, open_run(trained), groups)
     figure.tight_layout()
     figure.canvas.draw()
     legend = axes.get_legend()

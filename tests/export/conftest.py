@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from pal_ds.config.recipe import load_recipe
+from pal_ds.config.recipe import recipe_from_arguments
 from pal_ds.data.prepare import prepare
 from pal_ds.export import ExportOptions, export
 from pal_ds.runs.run_dir import RunDirectory
@@ -19,7 +19,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("export")
     write_inputs(root)
     for case in {case.data: case for case in CASES}.values():
-        prepare(load_recipe(root / case.name / "config.yaml").data, quiet=True)
+        prepare(
+            recipe_from_arguments([f"--config={root / case.name / 'config.yaml'}"]).data, quiet=True
+        )
     run_ranks(2, "tests.export.worker", root)
     return root
 

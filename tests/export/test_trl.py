@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pal_ds.cli.main import main
-from pal_ds.config.recipe import load_recipe
+from pal_ds.config.recipe import recipe_from_arguments
 from pal_ds.data.prepare import prepare
 from pal_ds.export import ExportOptions, export, export_users
 from pal_ds.runs.run_dir import RunDirectory
@@ -32,7 +32,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """PAL-A for two users on shared weights, PAL-B for the population."""
     root = tmp_path_factory.mktemp("trl")
     write_inputs(root)
-    prepare(load_recipe(root / RUNS[0] / "config.yaml").data, quiet=True)
+    prepare(recipe_from_arguments([f"--config={root / RUNS[0] / 'config.yaml'}"]).data, quiet=True)
     run_ranks(1, "tests.export.worker", root, *RUNS)
     quiet = ExportOptions(quiet=True)
     export_users(RunDirectory(root / RUNS[0]), root / "users", ["u0", "u1"], quiet)

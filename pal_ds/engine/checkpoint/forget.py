@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from pal_ds.engine.checkpoint.manifest import FormatError, Manifest, entry_of, write_manifest
-from pal_ds.engine.checkpoint.verify import verify_checkpoint
+from pal_ds.engine.checkpoint.verify import refuse_strangers_run, verify_checkpoint
 from pal_ds.errors import BusyError, StorageError, UserError
 from pal_ds.io.files import replacing, sync_to_disk, write_json
 from pal_ds.runs.lock import only_writer
@@ -34,8 +34,8 @@ class Forgotten(TypedDict):
     """Names of the changed files in D/eval."""
 
 
-def forget_user(run: RunDirectory, user_id: str) -> Forgotten:
-    """Remove a user from all checkpoints and evaluation files; return what was changed.
+def forget_user(run: RunDirectory, user_id: str, *, trust: bool = False) -> Forgotten:
+    """Remove a user from all checkpoints and evaluation files; return what was changed. `trust`: as for `open_run`.
 
     The raw and prepared data are not this run's to change: the caller says so.
 
@@ -43,6 +43,8 @@ def forget_user(run: RunDirectory, user_id: str) -> Forgotten:
         UserError: no checkpoint of the run holds this user, or one that does is damaged; nothing was changed.
     """
     run.require_run()
+    if not trust:
+        refuse_strangers_run(run)
     with only_writer(run):
         recover(run)
         held = [(step, run.checkpoint(step)) for step in run.complete_steps()]
@@ -51,7 +53,7 @@ def forget_user(run: RunDirectory, user_id: str) -> Forgotten:
             raise UserError(
                 f"--remove {user_id}: no checkpoint of {run.path} holds this user; --list shows who is there."
             )
-        manifests = {path: verify_checkpoint(path) for _, path in held}
+        manifests = {path: verify_checkpoint(path, trust=trust) for _, path in held}
         # Checkpoints last: as long as one holds the user, an interrupted removal can be asked for again.
         figures, rows = sorted(run.eval.glob("*.json")), sorted(run.eval.glob("*.parquet"))
         changed = [path.name for path in figures if _rewrite_figures(path, user_id)]

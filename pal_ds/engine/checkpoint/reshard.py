@@ -22,7 +22,7 @@ from pal_ds.engine.checkpoint.shard_layout import Layout
 from pal_ds.engine.checkpoint.shard_reader import ENGINE_FOLDER, ShardedCheckpoint
 from pal_ds.engine.checkpoint.shard_writer import ShardFiles
 from pal_ds.engine.checkpoint.torch_archive import ShardContent
-from pal_ds.engine.checkpoint.verify import verify_checkpoint
+from pal_ds.engine.checkpoint.verify import refuse_strangers_run, verify_checkpoint
 from pal_ds.engine.training_engine import TrainingEngine
 from pal_ds.errors import UserError, writing
 from pal_ds.io.files import sync_to_disk
@@ -181,6 +181,8 @@ def exchange_step(run: RunDirectory, world_size: int, step: str, *, trust: bool 
         UserError: no such run or step, or a damaged checkpoint.
     """
     run.require_run()
+    if not trust:
+        refuse_strangers_run(run)
     with only_writer(run):
         # Gives a step its name back that an interrupted exchange, or removal of a user, left under another.
         recover(run)

@@ -4,6 +4,7 @@ A manifest proves integrity, not origin. Whoever may write to a directory may wr
 owners, and shards are read by readers that run nothing.
 """
 
+import contextlib
 import logging
 import os
 import stat
@@ -97,25 +98,41 @@ def check_content(file: Path, entry: FileEntry) -> None:
 
 def refuse_strangers(path: Path) -> None:
     """Raise UntrustedCheckpointError where someone else than this user and root may have written `path`."""
-    status = path.lstat()
-    if status.st_uid not in (os.getuid(), 0):
-        problem = f"belongs to another user (uid {status.st_uid})"
-    elif status.st_mode & stat.S_IWOTH and not stat.S_ISLNK(status.st_mode):
-        problem = "may be written by anyone"
-    else:
-        return
-    raise UntrustedCheckpointError(
-        f"{path}: {problem}, so a stranger may have put weights or code here. Pass --trust_checkpoint if you trust "
-        "whoever wrote it."
-    )
+    statuses = [path.lstat()]
+    if stat.S_ISLNK(statuses[0].st_mode):
+        # Who made the link is one question, who may write to what it leads to another.
+        with contextlib.suppress(FileNotFoundError):
+            statuses.append(path.stat())
+    for status in statuses:
+        if status.st_uid not in (os.getuid(), 0):
+            problem = f"belongs to another user (uid {status.st_uid})"
+        elif status.st_mode & stat.S_IWOTH and not stat.S_ISLNK(status.st_mode):
+            problem = "may be written by anyone"
+        else:
+            continue
+        raise UntrustedCheckpointError(
+            f"{path}: {problem}, so a stranger may have put weights or code here. Pass --trust_checkpoint if you trust "
+            "whoever wrote it; what is yours is closed by chmod -R o-w."
+        )
 
 
-def refuse_strangers_code(run: RunDirectory) -> None:
-    """Raises UntrustedCheckpointError where a stranger may have written code that opening the run would execute."""
-    folder = run.path / "code"
-    if folder.is_dir():
-        for path in (folder, *folder.rglob("*")):
-            refuse_strangers(path)
+def refuse_strangers_run(run: RunDirectory) -> None:
+    """Raise UntrustedCheckpointError where a stranger may have written something of a run that its readers read.
+
+    That is all but the files of its checkpoints, which `check_listing` looks at for the step that is read.
+    """
+    refuse_strangers(run.path)
+    for path in sorted(run.path.iterdir()):
+        whole = path.is_dir() and path.name not in (
+            run.checkpoints.name,
+            "slurm",
+            "stacks",
+            "wandb",
+        )
+        for inside in (path, *(sorted(path.rglob("*")) if whole else ())):
+            # Another process may be writing: a file beside its final name is gone in a moment.
+            with contextlib.suppress(FileNotFoundError):
+                refuse_strangers(inside)
 
 
 def newest_intact_for_all(

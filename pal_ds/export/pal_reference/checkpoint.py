@@ -13,9 +13,10 @@ import yaml
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
+from pal_ds.backbones.loading import refusing_pickles
 from pal_ds.data.tokenise import load_tokenizer
 from pal_ds.errors import UserError, writing
-from pal_ds.export import card
+from pal_ds.export import card, contents
 from pal_ds.export.audience import choose_audience
 from pal_ds.export.configs import pal_layout
 from pal_ds.export.pal_reference.text import TextForm
@@ -85,7 +86,7 @@ def import_checkpoint(checkpoint: Path, out: Path, options: ImportOptions) -> ca
     with new_folder(out) as folder:
         facts = _fill(folder, checkpoint, imported, users, backbone, options)
         card.write_card(folder, facts)
-        card.write_facts(folder, facts)
+        contents.write_facts(folder, facts)
         if options.users_out is not None:
             with writing(options.users_out):
                 users.save(options.users_out)
@@ -196,7 +197,7 @@ def _fill(
         },
         "backbone_weights": "the checkpoint's" if backbone else "not in the checkpoint; given",
         "imported_from": checkpoint.name,
-        "checkpoint_sha256": card.sha256_of(checkpoint),
+        "checkpoint_sha256": contents.sha256_of(checkpoint),
     }
 
 
@@ -231,7 +232,9 @@ def _backbone_config(path: Path, hidden_size: int) -> PretrainedConfig:
 def _weights(backbone: dict[str, Tensor], path: Path, head: Head) -> Weights:
     """Return the checkpoint's backbone, or that of the folder where the checkpoint has none."""
     if not backbone:
-        backbone = AutoModel.from_pretrained(path, dtype=torch.float32).state_dict()
+        with refusing_pickles(path):
+            model = AutoModel.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
+        backbone = model.state_dict()
     tensors = {
         name: tensor
         for name, tensor in backbone.items()

@@ -38,11 +38,11 @@ HEAD_FILE = "head.safetensors"
 
 
 def take_over(
-    config: RunConfig, data: PreparedData, run: RunDirectory, *, trust: bool
+    config: RunConfig, data: PreparedData, run: RunDirectory, **leave: bool
 ) -> Parts | None:
     """Write D/init from `train.init_from`, anew until a checkpoint stands on it. For rank 0 alone.
 
-    Returns the run's parts, assembled on the way; None where nothing was written.
+    `leave` is that of `origin_for`. Returns the run's parts, assembled on the way; None where nothing was written.
 
     Backbone: its trained weights, adapters merged, in the new run's precision; one that was frozen and lies outside of
     the origin's directory is only named. Head: where class and shapes are the same, else a fresh one. Users: logits of
@@ -60,7 +60,7 @@ def take_over(
             "Name another --run_dir."
         )
     phase.enter("take over weights", patience=PATIENCE)
-    origin = origin_for(config.train.init_from, data, trust=trust)
+    origin = origin_for(config.train.init_from, data, **leave)
     parts = assemble(config, data, run, model_config=origin.model_config)
     head = parts.head
     tensors = _head_for(origin, head)
@@ -97,9 +97,14 @@ def take_over(
     return replace(parts, backbone=resolve_backbone_path(config, run))
 
 
-def origin_for(init_from: str, data: PreparedData, *, trust: bool = False) -> Origin:
-    """Open what `train.init_from` names, for a run on `data`. Raises UserError as `take_over` does."""
-    origin = open_origin(Path(init_from), trust=trust)
+def origin_for(
+    init_from: str, data: PreparedData, *, trust: bool = False, trust_code: bool = False
+) -> Origin:
+    """Open what `train.init_from` names, for a run on `data`; see `open_run` for what the last two allow.
+
+    Raises UserError as `take_over` does.
+    """
+    origin = open_origin(Path(init_from), trust=trust, trust_code=trust_code)
     key, theirs, ours = f"train.init_from {origin.path}", origin.info, data.info
     kinds = [
         "texts" if info["kind"] == "tokens" else f"vectors of {info['vector_size']} numbers"

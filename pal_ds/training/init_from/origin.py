@@ -15,15 +15,14 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, 
 from pal_ds.backbones.language import STATE_PREFIX, output_layer_of
 from pal_ds.backbones.transformer import read_model_config
 from pal_ds.data.tables import DatasetInfo
-from pal_ds.distributed import phase
 from pal_ds.engine.checkpoint.verify import refuse_strangers
 from pal_ds.errors import UserError
-from pal_ds.export.card import FACTS_NAME, FORMAT_VERSION
+from pal_ds.export.card import FACTS_NAME
+from pal_ds.export.contents import verify_export
 from pal_ds.export.weights import Tensors, trained_head, weights_of
 from pal_ds.heads.base import Head, UserState
 from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.inference.load_run import OpenRun, open_run
-from pal_ds.io.files import feed
 from pal_ds.runs.run_dir import OriginSource, RunDirectory
 from pal_ds.users.ids import UserIds
 
@@ -76,14 +75,14 @@ def logits_of(head: Head, mixtures: Float[Tensor, "U K"]) -> Float[Tensor, "U K"
     return logits if torch.allclose(roundtrip, mixtures, atol=1e-5) else None
 
 
-def open_origin(path: Path, *, trust: bool) -> Origin:
+def open_origin(path: Path, *, trust: bool, trust_code: bool = False) -> Origin:
     """Open a run directory at its best step, or at the latest where it has none; or a folder of `tools/consolidate.py`.
 
     Raises:
         UserError: neither lies there, or it cannot be read; see `open_run` and `open_export`.
     """
     if (path / "config.yaml").is_file():
-        return _of_run(path, trust=trust)
+        return _of_run(path, trust=trust, trust_code=trust_code)
     if (path / FACTS_NAME).is_file():
         return open_export(path, trust=trust)
     raise UserError(
@@ -92,11 +91,11 @@ def open_origin(path: Path, *, trust: bool) -> Origin:
     )
 
 
-def _of_run(path: Path, *, trust: bool) -> Origin:
+def _of_run(path: Path, *, trust: bool, trust_code: bool) -> Origin:
     run = RunDirectory(path)
     step = "latest" if run.pointer("best") is None else "best"
     try:
-        opened = open_run(run, step, trust=trust)
+        opened = open_run(run, step, trust=trust, trust_code=trust_code)
     except UserError as error:
         raise type(error)(f"train.init_from {path}: {error}") from None
     model_config, frozen_path, weights = _backbone_of(opened)
@@ -182,19 +181,18 @@ def open_export(path: Path, *, trust: bool) -> Origin:
         UntrustedCheckpointError: a stranger may have written it, without `trust`.
         UserError: it is damaged, or of another format.
     """
-    try:
-        facts = json.loads((path / FACTS_NAME).read_text(encoding="utf-8"))
-        listed = facts["sha256"]
-        if facts["format_version"] != FORMAT_VERSION:
-            raise KeyError("format_version")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"train.init_from {path / FACTS_NAME}: not what this version of pal_ds writes ({error!r}). Export again."
-        ) from None
     if not trust:
         for file in (path, *path.iterdir()):
             refuse_strangers(file)
-    file_of = _verified(path, listed)
+    try:
+        facts = verify_export(path, whole=True)
+    except UserError as error:
+        raise UserError(f"train.init_from {error}") from None
+    file_of = {}
+    for name in facts["sha256"]:
+        if name.endswith(".safetensors"):
+            with safe_open(str(path / name), "pt") as stream:
+                file_of |= dict.fromkeys(stream.keys(), path / name)
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     stock = facts["stock_class"] is not None
     inner = config if stock else config["text_config"]
@@ -227,25 +225,6 @@ def open_export(path: Path, *, trust: bool) -> Origin:
         head_tensors=whole(stored_tensors(head)),
         users=lambda head: _users(path, head),
     )
-
-
-def _verified(path: Path, listed: dict[str, str]) -> dict[str, Path]:
-    """Return the file of each tensor. Raises UserError where a file that is read here is not the one exported."""
-    file_of: dict[str, Path] = {}
-    for name in sorted(listed):
-        file = path / name
-        if not (name.endswith((".safetensors", ".json")) or name == "users.jsonl"):
-            continue
-        if not file.is_file():
-            raise UserError(f"train.init_from {file}: listed in {FACTS_NAME} but missing.")
-        if feed(hashlib.sha256(), file, phase.progress).hexdigest() != listed[name]:
-            raise UserError(
-                f"train.init_from {file}: its content does not match the hash in {FACTS_NAME}. Export again."
-            )
-        if name.endswith(".safetensors"):
-            with safe_open(str(file), "pt") as stream:
-                file_of |= dict.fromkeys(stream.keys(), file)
-    return file_of
 
 
 def _users(path: Path, head: Head) -> tuple[UserIds, Float[Tensor, "U K"]]:

@@ -1,0 +1,50 @@
+"""The keys in which two recipes differ, and the refusal of those that would make a resumed run another one."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pal_ds.config.run_config import KEYS_THAT_DO_NOT_ALTER_RESULTS
+from pal_ds.errors import UserError
+
+
+def flat(tree: object, prefix: str = "") -> dict[str, Any]:
+    """Return the values of a recipe by dotted key."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix.rstrip("."): tree}
+    merged: dict[str, Any] = {}
+    for key, value in tree.items():
+        merged |= flat(value, f"{prefix}{key}.")
+    return merged
+
+
+def changed_keys(old: str, new: str) -> list[str]:
+    """Return the dotted keys that differ between two recipes (YAML text) and may alter the result, sorted.
+
+    >>> changed_keys("train: {seed: 0, log_every: 1}", "train: {seed: 1, log_every: 50}")
+    ['train.seed']
+    """
+    before, after = flat(yaml.safe_load(old)), flat(yaml.safe_load(new))
+    differing = (key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    return sorted(key for key in differing if not key.startswith(KEYS_THAT_DO_NOT_ALTER_RESULTS))
+
+
+def refuse_changes(run_config_file: Path, new: str, allowed: list[str]) -> None:
+    """Raise UserError, naming the keys, where a resumed run would not be the run that was started."""
+    old = run_config_file.read_text()
+    try:
+        yaml.safe_load(old)
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"{run_config_file}: not valid YAML ({' '.join(str(error).split())}). Restore it, or start in another "
+            "--run_dir."
+        ) from None
+    refused = [key for key in changed_keys(old, new) if key not in allowed]
+    if refused:
+        before, after = flat(yaml.safe_load(old)), flat(yaml.safe_load(new))
+        listing = "; ".join(f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in refused)
+        raise UserError(
+            f"{run_config_file}: this run was started with other values: {listing}. Restore them, pass "
+            f"--allow_change {','.join(refused)}, or start in another --run_dir."
+        )

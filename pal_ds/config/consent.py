@@ -1,0 +1,220 @@
+"""The leave that a person gives by starting a command: for classes beyond pal_ds, and code of a model or tokenizer.
+
+A recipe in a file is data, whoever wrote it: of itself it names classes that pal_ds ships and nothing else. What the
+person says (an option of this command line, an argument of this call of Python) is that person's own choice, and
+`--trust_code` extends it to the files. What is then named must still be a class of the right kind, which is looked at
+before anything is made of it.
+"""
+
+import contextlib
+import inspect
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import Namespace, set_parsing_settings
+
+from pal_ds.config.own_code import make_importable
+from pal_ds.data.sources.base import Source
+from pal_ds.errors import UserError
+from pal_ds.heads.base import Head
+from pal_ds.losses import MarginLoss
+
+SHIPPED = ("pal_ds.heads", "pal_ds.data.sources", "pal_ds.losses")
+"""Packages whose classes any recipe may name."""
+KINDS: dict[str, type] = {"head": Head, "data.source": Source, "loss.shape": MarginLoss}
+"""The keys of a recipe that name a class, and what it must be a subclass of."""
+REMOTE_CODE = ("backbone.trust_remote_code", "data.trust_remote_code")
+"""The keys that let code of a model's folder, or of a tokenizer's, run."""
+FLAGS = ("trust_code", "trust_checkpoint")
+"""Options that are a person's word, so that no file may hold them."""
+REMEDY = "If you trust whoever wrote it, say so: --trust_code on the command line, trust_code=True in Python."
+_IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+
+# Everything else that a value names is refused by the parser itself, before it is imported.
+set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=list(SHIPPED))
+
+
+@dataclass(frozen=True)
+class Consent:
+    """The leave that one command line, or one call of Python, gives."""
+
+    trust_code: bool = False
+    """True: what the files name is allowed as well."""
+    spoken: dict[str, Any] = field(default_factory=dict)
+    """The recipe's keys that were said outside of any file, as a tree."""
+
+    @staticmethod
+    def of_words(words: Sequence[str]) -> "Consent":
+        """Return what the words of a command line allow."""
+        spoken: dict[str, Any] = {}
+        for position, word in enumerate(words):
+            name, equals, value = word.removeprefix("--").partition("=")
+            if not word.startswith("--") or name == "config":
+                continue
+            following = words[position + 1] if position + 1 < len(words) else ""
+            _lay_over(spoken, name, _read(value if equals else following))
+        return Consent("--trust_code" in words, spoken)
+
+    @staticmethod
+    def of_call(trees: Iterable[Mapping[str, Any]], *, trust_code: bool) -> "Consent":
+        """Return what the dicts of a call of Python allow; their keys may be dotted."""
+        spoken: dict[str, Any] = {}
+        for tree in trees:
+            for name, value in tree.items():
+                _lay_over(spoken, name, value)
+        return Consent(trust_code, spoken)
+
+    @contextlib.contextmanager
+    def given(self, files: Iterable[Path] = (), *texts: str) -> Iterator[None]:
+        """Let the classes that are allowed be imported within the block; `files` and `texts` are recipes, YAML.
+
+        With any at all, modules are also looked for in the current directory and beside the files.
+        """
+        files = list(files)
+        paths = import_paths(self.spoken)
+        if self.trust_code:
+            for text in (*(file.read_text(encoding="utf-8") for file in files), *texts):
+                paths |= import_paths(_read(text))
+        packages = sorted({path.partition(".")[0] for path in paths} - _NEVER)
+        if not packages:
+            yield
+            return
+        make_importable([Path.cwd(), *(file.parent for file in files)])
+        already = [name for name in packages if name in _open]
+        _open.update(packages)
+        set_parsing_settings(import_path_allowlist=packages)
+        try:
+            yield
+        finally:
+            closed = [name for name in packages if name not in already]
+            _open.difference_update(closed)
+            set_parsing_settings(import_path_denylist=closed)
+
+    def check(self, options: Namespace) -> None:
+        """Look at a parsed recipe before anything is made of it.
+
+        Raises:
+            UserError: it names something that is no class of the right kind, or lets code of a model's folder or of a
+                tokenizer's run, which nobody but a file asked for.
+        """
+        for key, kind in KINDS.items():
+            check_kind(key, options.get(key), kind)
+        for key in REMOTE_CODE:
+            if options.get(key) is True and not (self.trust_code or _at(self.spoken, key) is True):
+                folder = (
+                    "a model's folder" if key.startswith("backbone") else "a tokenizer's folder"
+                )
+                raise UserError(f"{key}: a recipe asks for code of {folder} to be run. {REMEDY}")
+
+
+_open: set[str] = set()
+"""Packages that a block of `given` has opened."""
+_NEVER = {*sys.stdlib_module_names, "pal_ds", "jsonargparse"}
+"""Packages that hold no head, source or loss of one's own."""
+
+
+def import_paths(recipe: object) -> set[str]:
+    """Return every import path of classes outside of pal_ds in a recipe, or in the methods of a suite.
+
+    >>> sorted(import_paths({"head": {"class_path": "mine.My", "init_args": {"inner": {"class_path": "own.It"}}}}))
+    ['mine.My', 'own.It']
+    >>> import_paths({"head": "PalA", "data": {"path": "a.b", "source": {"class_path": "pal_ds.data.sources.Jsonl"}}})
+    set()
+    """
+    places = [_at(recipe, key) for key in KINDS]
+    methods = recipe.get("methods") if isinstance(recipe, Mapping) else None
+    found = {path for place in places for path in _paths(place)}
+    for method in methods.values() if isinstance(methods, Mapping) else ():
+        found |= import_paths(method)
+    return found
+
+
+def _paths(value: object) -> Iterator[str]:
+    if isinstance(value, str) and _IMPORT_PATH.fullmatch(value):
+        if value.partition(".")[0] != "pal_ds":
+            yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _paths(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _paths(part)
+
+
+def _read(text: str) -> object:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _at(tree: object, key: str) -> object:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def _lay_over(tree: dict[str, Any], key: str, value: object) -> None:
+    """Put a value at a dotted key; what two of them say of one key is kept side by side, as both were said."""
+    *above, last = key.split(".")
+    for part in above:
+        below = tree.setdefault(part, {})
+        if not isinstance(below, dict):
+            below = tree[part] = {"said before": below}
+        tree = below
+    before = tree.get(last)
+    if isinstance(before, dict) and isinstance(value, Mapping):
+        for name, part in value.items():
+            _lay_over(before, str(name), part)
+    elif isinstance(before, dict):
+        before["said after"] = value
+    else:
+        tree[last] = dict(value) if isinstance(value, Mapping) else value
+
+
+def check_kind(key: str, value: object, kind: type) -> None:
+    """Raise UserError where what a parsed recipe has at a key is no class over `kind`, or holds none further down."""
+    if value is None:
+        return
+    if not isinstance(value, Namespace | dict) or "class_path" not in value:
+        name = getattr(value, "__qualname__", type(value).__name__)
+        raise UserError(f"{key}: {name} is no class over {kind.__name__}. {_rule(kind)}")
+    path = value["class_path"]
+    found = _object_at(path)
+    if not (inspect.isclass(found) and issubclass(found, kind)):
+        raise UserError(f"{key}: {path} is no class over {kind.__name__}. {_rule(kind)}")
+    for part in ("init_args", "dict_kwargs"):
+        _check_inside(key, value.get(part))
+
+
+def _check_inside(key: str, value: object) -> None:
+    """Refuse functions further down; the kind of a class that another takes is the parser's to check, by annotation."""
+    if isinstance(value, Namespace | dict):
+        path = value.get("class_path")
+        if isinstance(path, str) and not inspect.isclass(_object_at(path)):
+            raise UserError(f"{key}: {path} is no class, and a recipe calls no functions.")
+        for part in value.values():
+            _check_inside(key, part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _check_inside(key, part)
+
+
+def _object_at(path: object) -> object:
+    module, _, name = str(path).rpartition(".")
+    try:
+        return getattr(import_module(module), name, None) if module else None
+    except ImportError:
+        return None  # a class inside a class, which no head, source or loss is
+
+
+def _rule(kind: type) -> str:
+    return (
+        f"A recipe names a subclass of {kind.__module__}.{kind.__name__} here; nothing was called."
+    )
