@@ -16,14 +16,15 @@ class Votes(Source):
 
     def records(self) -> Iterator[Record]:
         """Yields every vote, in the order of the file."""
-        for line in Path(self.path).read_text(encoding="utf-8").splitlines():
-            vote = json.loads(line)
-            yield Record(
-                user_id=vote["who"],
-                prompt=vote["question"],
-                responses=(vote["left"], vote["right"]),
-                label=-1 if vote["prefers"] == "left" else 1,
-            )
+        with open(self.path, encoding="utf-8") as lines:
+            for line in lines:
+                vote = json.loads(line)
+                yield Record(
+                    user_id=vote["who"],
+                    prompt=vote["question"],
+                    responses=(vote["left"], vote["right"]),
+                    label=-1 if vote["prefers"] == "left" else 1,
+                )
 
     def describe(self) -> dict:
         """What was read, so that a change is noticed."""

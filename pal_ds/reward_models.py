@@ -5,6 +5,7 @@ The names that users of PAL know, `load_pal_rm_a` and `load_pal_rm_b`, check the
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from transformers import (
     PreTrainedModel,
 )
 
+from pal_ds.data.sources.base import read_lines
 from pal_ds.data.tokenise import TextEncoder
 from pal_ds.errors import UserError
-from pal_ds.export.audience import choose_audience
+from pal_ds.export.audience import choose_audience, mixtures_of
 from pal_ds.export.card import FACTS_NAME
 from pal_ds.export.configs import canonical_class, pal_config
 from pal_ds.export.contents import verify_export
@@ -90,7 +92,12 @@ class Whom:
     group: str | None = None
     """A group of the run's data, for a head that asks for it."""
     users_dir: Path | None = None
-    """A folder that `adapt` wrote, in which `user` is looked up first."""
+    """A folder that `adapt` wrote, in which users are looked up first."""
+
+    @property
+    def is_named(self) -> bool:
+        """True where one user, mixture or group is given for all texts."""
+        return any(who is not None for who in (self.user, self.mixture, self.group))
 
 
 def scorer_of_run(
@@ -104,11 +111,28 @@ def scorer_of_run(
     """Return a scorer with a run, as `score --run_dir` has it. Raises UserError as `open_run` and `choose_audience`."""
     opened = open_run(run, step, trust=trust, trust_code=trust_code)
     model = model_of_run(opened)
-    groups = opened.data.groups
-    audience = choose_audience(model.head, opened.users, groups=groups, **vars(whom))
+    groups, users = opened.data.groups, opened.users
+    audience = choose_audience(model.head, users, groups=groups, **vars(whom))
     model.config.mixture = audience.mixture
     encoder = TextEncoder.from_info(opened.data.info["tokens"], opened.data.tokenizer_path)
-    return Scorer(model, encoder)
+    if not model.head.is_personal:
+        return Scorer(model, encoder)
+    by_group = "group" in model.head.needs
+
+    def points_of(names: Sequence[str]) -> list[list[float]]:
+        if not by_group:
+            return mixtures_of(model.head, users, names, whom.users_dir).tolist()
+        of_groups = [choose_audience(model.head, users, group=n, groups=groups) for n in names]
+        return [list(one.mixture or ()) for one in of_groups]
+
+    return Scorer(
+        model,
+        encoder,
+        points_of,
+        line_key="group" if by_group else "user_id",
+        is_for_one=whom.is_named,
+        needs_names=whom.users_dir is not None and whom.user is None,
+    )
 
 
 def scorer_of_export(
@@ -124,7 +148,7 @@ def scorer_of_export(
             "score: an exported model knows no groups. Export one of a group (consolidate --group), score with "
             "--run_dir, or give --mixture."
         )
-    if (whom.user is None) != (whom.users_dir is None):
+    if whom.user is not None and whom.users_dir is None:
         raise UserError(
             "score: an exported model knows no user ids. Give --user with the --users folder that holds "
             "it, score with --run_dir, or give --mixture."
@@ -140,16 +164,45 @@ def scorer_of_export(
         chat_template="auto" if tokens["chat_template"] else "never",
         # The tokenizer of a stock export writes them into every text by itself.
         special_tokens=tokens["special_tokens"] and not facts["stock_class"],
+        clock=tokens.get("clock"),
     )
     model: Any = load_reward_model(folder, whom.mixture, trust_remote_code=trust_remote_code)
-    if whom.user is not None and whom.users_dir is not None:
+    if whom.users_dir is not None:
         if facts["mixture"] is None:
             raise UserError(
                 f"{folder}: {facts['head']} has one reward for everyone: leave out --user."
             )
-        audience = choose_audience(model.head, UserTable.load(whom.users_dir), **vars(whom))
-        model.config.mixture = audience.mixture
-    return Scorer(model, encoder)
+        if whom.user is not None:
+            audience = choose_audience(model.head, UserTable.load(whom.users_dir), **vars(whom))
+            model.config.mixture = audience.mixture
+    if facts["mixture"] is None:
+        return Scorer(model, encoder)
+    return Scorer(
+        model,
+        encoder,
+        partial(_exported_points, folder, model, whom.users_dir),
+        is_for_one=whom.is_named,
+        needs_names=whom.users_dir is not None and whom.user is None,
+    )
+
+
+def _exported_points(
+    folder: Path, model: Any, users_dir: Path | None, user_ids: Sequence[str]
+) -> list[list[float]]:
+    """Mixtures of users by id, of a table or of those that the export itself was told of."""
+    if users_dir is not None:
+        return mixtures_of(model.head, UserTable.load(users_dir), user_ids).tolist()
+    listed = folder / "users.jsonl"
+    if not listed.is_file():
+        raise UserError(
+            "the line names a user_id, and this exported model knows no user ids. Give the --users folder that holds "
+            "them, score with --run_dir, or take the key out of the lines to score all for the model's own user."
+        )
+    known = {str(line["user_id"]): line["mixture"] for _, line in read_lines(listed)}
+    for user_id in user_ids:
+        if user_id not in known:
+            raise UserError(f"user_id {user_id!r} is none of the users in {listed}.")
+    return [known[user_id] for user_id in user_ids]
 
 
 def model_of_run(

@@ -1,5 +1,6 @@
 """Uses of a trained run from Python: evaluations, new users, scores, exported models."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -157,21 +158,23 @@ def score(
 
     Args:
         model: the run or the folder.
-        texts: records of `prompt` and `response` (strings or chat messages), or of `text`.
-        user: id of a user of the run, or of `users`; without any of these three, the average user.
+        texts: records of `prompt` and `response` (strings or chat messages), or of `text`; one with a `user_id` is
+            scored for that user.
+        user: id of a user of the run, or of `users`, for all texts; without any of these three, the average user for
+            texts that name none.
         mixture: a point of K numbers in place of a user.
         group: a group of the run's data, for a head that asks for it.
         users: new users that `adapt` fitted, among whom `user` is looked up first.
         trust_remote_code: run the code that lies in an exported folder; see `load_reward_model`.
 
     Returns:
-        One reward for each text, in order.
+        One reward for each text, in order; NaN, with a warning, for a response longer than the model's max_length.
 
     Raises:
         UserError: no such model or user, two of user, mixture and group, or a text that cannot be read.
     """
     from pal_ds.export.card import FACTS_NAME
-    from pal_ds.inference.score_texts import read_rows, rows_of
+    from pal_ds.inference.text_rows import read_rows, rows_of
     from pal_ds.reward_models import Whom, scorer_of_export, scorer_of_run
 
     where = run_of(model)
@@ -183,7 +186,7 @@ def score(
             scorer = scorer_of_export(where.path, whom, trust_remote_code=trust_remote_code)
         else:
             scorer = scorer_of_run(RunDirectory(where.path), whom, str(where.step), **where.leave)
-        return scorer.score_all(rows)
+        return [math.nan if score is None else score for score in scorer.score_all(rows)]
 
 
 def consolidate(

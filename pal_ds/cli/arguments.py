@@ -7,11 +7,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from pal_ds.cli.command_table import COMMANDS
 from pal_ds.errors import UserError
+from pal_ds.io.yaml_files import read_yaml
 
 STEP: dict[str, Any] = {"type": str, "default": "latest", "help": "a number, latest or best"}
 TRUST: dict[str, Any] = {
@@ -123,15 +123,7 @@ def check_config_files(arguments: list[str]) -> None:
             shipped = sorted(file.stem for file in folder.glob("*.yaml")) if folder else []
             named = f" Shipped are {', '.join(shipped)}." if path.name == str(path) else ""
             raise UserError(f"--config {path}: no such file (looked from {Path.cwd()}).{named}")
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.MarkedYAMLError as error:
-            line = error.problem_mark.line + 1 if error.problem_mark else 1
-            raise UserError(f"{path}:{line}: not valid YAML ({error.problem}). Mend it.") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: not valid YAML ({error}). Mend it.") from None
-        if not isinstance(content, dict):
-            raise UserError(f"{path}: holds no keys; a recipe is a YAML mapping such as data: ...")
+        read_yaml(path)
 
 
 def _shipped_folder(arguments: list[str]) -> Path | None:

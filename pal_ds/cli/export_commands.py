@@ -158,7 +158,8 @@ class Score:
 
     @staticmethod
     def run(options: Namespace, _: Namespace) -> None:
-        from pal_ds.inference.score_texts import read_rows, write_scores
+        from pal_ds.inference.score_texts import write_scores
+        from pal_ds.inference.text_rows import read_rows
         from pal_ds.io.files import replacing
         from pal_ds.reward_models import Whom, scorer_of_export, scorer_of_run
         from pal_ds.runs.run_dir import RunDirectory

@@ -7,6 +7,7 @@ import yaml
 
 from pal_ds.config.run_config import KEYS_THAT_DO_NOT_ALTER_RESULTS
 from pal_ds.errors import UserError
+from pal_ds.io.yaml_files import parse_yaml
 
 
 def flat(tree: object, prefix: str = "") -> dict[str, Any]:
@@ -34,12 +35,9 @@ def refuse_changes(run_config_file: Path, new: str, allowed: list[str]) -> None:
     """Raise UserError, naming the keys, where a resumed run would not be the run that was started."""
     old = run_config_file.read_text()
     try:
-        yaml.safe_load(old)
-    except yaml.YAMLError as error:
-        raise UserError(
-            f"{run_config_file}: not valid YAML ({' '.join(str(error).split())}). Restore it, or start in another "
-            "--run_dir."
-        ) from None
+        parse_yaml(old, str(run_config_file))
+    except UserError as error:
+        raise UserError(f"{error} Restore it, or start in another --run_dir.") from None
     refused = [key for key in changed_keys(old, new) if key not in allowed]
     if refused:
         before, after = flat(yaml.safe_load(old)), flat(yaml.safe_load(new))

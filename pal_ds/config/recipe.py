@@ -26,9 +26,11 @@ from pal_ds.config.run_config import RunConfig
 from pal_ds.data.sources.base import Source
 from pal_ds.errors import UserError
 from pal_ds.heads.base import Head
+from pal_ds.io.yaml_files import parse_yaml, read_yaml
 from pal_ds.losses import MarginLoss
 from pal_ds.runs.run_dir import RunDirectory
 
+_LONGEST_PATH = 4096
 SHIPPED = Path(__file__).parents[1] / "recipes"
 Recipe = str | os.PathLike[str] | Mapping[str, Any] | RunConfig | Sequence[Any]
 """A YAML file, the name of a shipped recipe, a dict of the same keys, a RunConfig, or several of them in layers."""
@@ -87,9 +89,13 @@ def read_recipe(arguments: list[str]) -> tuple[RunConfig, str]:
         UserError: a key or value that no recipe has, or code that a file asks for without `--trust_code`.
     """
     files = [Path(word.partition("=")[2]) for word in arguments if word.startswith("--config=")]
+    # A layer may be YAML text, and a file that is missing is named by the parser.
+    files = [file for file in files if len(str(file)) < _LONGEST_PATH and file.is_file()]
+    for file in files:
+        read_yaml(file)
     consent, parser = Consent.of_words(arguments), recipe_parser()
     try:
-        with consent.given(file for file in files if file.is_file()):
+        with consent.given(files):
             return _parsed(parser, arguments, consent)
     except ArgumentError as error:
         raise UserError(f"{' '.join(arguments)}: {explained(str(error), parser)}") from None
@@ -188,6 +194,8 @@ def read(
     layers = recipe if isinstance(recipe, list | tuple) else [recipe]
     with tempfile.TemporaryDirectory(prefix="pal_ds_") as folder:
         files = [_file(layer, Path(folder, f"layer_{n}.yaml")) for n, layer in enumerate(layers)]
+        for file in files:
+            read_yaml(file)
         words = [f"--config={file}" for file in files]
         said = {key: plain(value, key) for key, value in overrides.items()}
         for key, value in said.items():

@@ -175,6 +175,7 @@ class RunConfig:
 
 KEYS_THAT_DO_NOT_ALTER_RESULTS = (
     "data.path",
+    "data.max_bad_rows",
     "wandb.",
     "train.eval_",
     "train.save_every",

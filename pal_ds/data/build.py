@@ -1,6 +1,7 @@
 """Write prepared tables: collect, drop what cannot be trained on, renumber, publish the folder."""
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -10,9 +11,11 @@ from typing import cast
 import numpy as np
 import pyarrow as pa
 
+from pal_ds.data.bad_rows import BadRows
 from pal_ds.data.collect import Collector
 from pal_ds.data.ragged import Ragged
 from pal_ds.data.records import Record
+from pal_ds.data.sources.base import Source
 from pal_ds.data.splits import NUM_BASE_SPLITS, SPLITS, SplitOptions
 from pal_ds.data.stores import CODE, REASONS, TokenStore, TokenTables
 from pal_ds.data.tables import FORMAT_VERSION, USERS_SCHEMA, Counts, DatasetInfo, PreparedData
@@ -22,6 +25,8 @@ from pal_ds.errors import UserError
 from pal_ds.io.files import new_folder, refuse_existing
 from pal_ds.io.sealed import list_files, seal
 
+logger = logging.getLogger(__name__)
+
 
 def build_tables(
     records: Iterable[Record],
@@ -30,27 +35,31 @@ def build_tables(
     options: SplitOptions | None = None,
     *,
     check_marker: bool = True,
-    source_dropped: Mapping[str, int] | None = None,
+    source: Source | None = None,
     extra_info: Mapping[str, object] | None = None,
 ) -> PreparedData:
     """Tables of `records` in `directory`, which must not exist yet or be empty.
 
     Ad-hoc files (evaluate --data, adapt --pairs) pass the run's encoder and `check_marker=False`:
     their boundaries are known from the text, so no row is dropped for its marker. `encoder` is None
-    for vector records. `source_dropped` is read after the last record. `extra_info` goes to
+    for vector records. what `source` left out is read after the last record. `extra_info` goes to
     dataset.json as it is (source, licence, settings).
     """
     options = options or SplitOptions()
-    collector = Collector(encoder, options)
+    bad_rows = BadRows() if source is None else source.bad_rows
+    collector = Collector(encoder, options, bad_rows)
     directory = Path(directory)
     refuse_existing(directory)
     with new_folder(directory) as folder:
         for record in records:
             collector.add(record)
+        bad_rows.check()
         if not collector.num_records:
             raise UserError("the source yields no record; there is nothing to prepare")
+        bad_rows.warn()
         extra = dict(extra_info or {})
-        info = _write(collector, folder, check_marker, source_dropped or {}, extra)
+        dropped = Counter({} if source is None else source.dropped) + Counter(bad_rows.counts())
+        info = _write(collector, folder, check_marker, dropped, extra)
         # Last of all: it names every other file.
         whole = {**info, "files": list_files(folder, without=INFO_NAME)}
         (folder / INFO_NAME).write_text(seal(whole, indent=1), encoding="utf-8")
@@ -61,7 +70,7 @@ def _write(
     collector: Collector,
     folder: Path,
     check_marker: bool,
-    source_dropped: Mapping[str, int],
+    source_dropped: Counter[str],
     extra: dict[str, object],
 ) -> DatasetInfo:
     table, content_prompt = collector.comparisons()
@@ -73,12 +82,14 @@ def _write(
     assert store is not None, "at least one record was added"
     if isinstance(store, TokenStore):
         tables = store.finish(check_marker)
+        _warn_of_what_is_not_shown(store)
         reason = token_reasons(table, tables)
         write_rows = partial(_write_tokens, folder, store, tables)
     else:
         reason = np.where(table["a"] == table["b"], CODE["identical"], 0)
         write_rows = partial(_write_vectors, folder, *store.finish())
-    table, dropped = _drop(table, reason)
+    hidden = store.not_shown if isinstance(store, TokenStore) else {}
+    table, dropped = _drop(table, reason, hidden)
     kept_users = np.unique(table["user"])
     kept = np.unique(np.concatenate([table["a"], table["b"]]))
     split_of_row = {
@@ -103,7 +114,7 @@ def _write(
         "licence": None,
         **extra,
         "counts": _counts(table, seen[kept_users], details.pop("num_prompts"), len(kept)),
-        "dropped": dict(Counter(source_dropped) + dropped),
+        "dropped": dict(source_dropped + dropped),
         "groups": groups,
         **details,
         **_bayes(table),
@@ -111,12 +122,27 @@ def _write(
     return cast(DatasetInfo, info)
 
 
-def _drop(table: np.ndarray, reason: np.ndarray) -> tuple[np.ndarray, Counter[str]]:
+def _warn_of_what_is_not_shown(store: TokenStore) -> None:
+    if store.not_shown:
+        listed = ", ".join(f"{kind}: {count}" for kind, count in sorted(store.not_shown.items()))
+        logger.warning(
+            "the chat template of tokenizer %s leaves something out, so the model never sees it (number of texts by "
+            "what is missing: %s). Use a tokenizer whose template shows it, or set data.chat_template: never",
+            store.encoder.name,
+            listed,
+        )
+
+
+def _drop(
+    table: np.ndarray, reason: np.ndarray, not_shown: Mapping[str, int]
+) -> tuple[np.ndarray, Counter[str]]:
     """The rows to keep, and how many were dropped for each reason."""
     counts = np.bincount(reason, minlength=len(REASONS)).tolist()
     dropped = Counter({REASONS[code]: n for code, n in enumerate(counts) if code and n})
     if not (reason == 0).any():
         listed = ", ".join(f"{name} {count}" for name, count in dropped.items())
+        hidden = ", ".join(not_shown)
+        listed += f"; the chat template leaves out: {hidden}" if hidden else ""
         raise UserError(f"every comparison was dropped ({listed}); nothing is left to train on")
     return table[reason == 0], dropped
 
@@ -158,6 +184,7 @@ def _write_tokens(
     tokens = encoder.describe(tables.marker_ids, tables.user_marker_ids)
     return {
         "tokens": {**tokens, "marker_kept": tables.marker_kept},
+        **({"not_shown": dict(store.not_shown)} if store.not_shown else {}),
         "truncated_prompts": int((whole > encoder.max_length).sum()),
         "vector_size": None,
         "num_prompts": len(kept_prompts),

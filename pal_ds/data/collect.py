@@ -5,9 +5,10 @@ from array import array
 import numpy as np
 import xxhash
 
+from pal_ds.data.bad_rows import BadRows
 from pal_ds.data.kept_texts import SampleKeeper
 from pal_ds.data.records import Record, is_empty
-from pal_ds.data.splits import Membership, SplitOptions, compared, content_digest
+from pal_ds.data.splits import Membership, SplitOptions, check_text, compared, content_digest
 from pal_ds.data.stores import TokenStore, VectorStore
 from pal_ds.data.tables import COMPARISON_DTYPE
 from pal_ds.data.tokenise import TextEncoder
@@ -17,23 +18,37 @@ from pal_ds.errors import UserError
 class Collector:
     """Takes records one by one; `comparisons`, `members` and the store then hold everything."""
 
-    def __init__(self, encoder: TextEncoder | None, options: SplitOptions) -> None:
+    def __init__(
+        self,
+        encoder: TextEncoder | None,
+        options: SplitOptions,
+        bad_rows: BadRows | None = None,
+    ) -> None:
         self.encoder = encoder
+        self.bad_rows = bad_rows or BadRows()
         self.members = Membership(options)
         self.store: TokenStore | VectorStore | None = None
         self.groups: dict[str, int] = {}
-        self.num_records = self._num_stored = 0
+        self.num_records = self._num_seen = self._num_stored = 0
         self._responses: dict[bytes, int] = {}
         names = ("user", "a", "b", "label", "group", "controversial", "prompt")
         self._columns: dict[str, array] = {name: array("q") for name in names}
         self._columns |= {name: array("f") for name in ("margin", "probability")}
 
     def add(self, record: Record) -> None:
-        self.num_records += 1
-        where = f"record {self.num_records} (user '{record.user_id}')"
+        """Take a record; one that is bad by itself is left out, and counts among the bad rows."""
+        self._num_seen += 1
+        where = record.where or f"record {self._num_seen} (user '{record.user_id}')"
         if self.store is None:
             self.store = self._open_store(record, where)
-        self._check(record, where)
+        try:
+            self._check(record, where)
+        except UserError as error:
+            self.bad_rows.num_good -= record.where is not None
+            self.bad_rows.add(where, error)
+            return
+        self.bad_rows.num_good += record.where is None
+        self.num_records += 1
         group = -1
         if record.group is not None:
             group = self.groups.setdefault(record.group, len(self.groups))
@@ -78,6 +93,11 @@ class Collector:
             raise UserError(
                 f"{where}: a response is empty; every response needs text. Remove or mend the row"
             )
+        if record.where is None:
+            # Readers of files look for this themselves.
+            check_text(record.user_id, f"{where}: user id {record.user_id!r}")
+            for value in (record.prompt, record.tools, *compared(record)) if is_text else ():
+                content_digest(value, where)
 
     def _add_response(
         self, prompt_key: bytes, prompt: int, record: Record, index: int, where: str
@@ -88,7 +108,7 @@ class Collector:
         if row == self._num_stored:
             self._num_stored += 1
             if isinstance(self.store, TokenStore):
-                self.store.add(prompt, record.prompt, response)
+                self.store.add(prompt, record.prompt, response, record.tools)
             elif self.store is not None:
                 self.store.add(prompt, record.prompt_features, response)
         return row

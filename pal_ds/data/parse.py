@@ -9,7 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import combinations
 from typing import Any
 
-from pal_ds.data.records import Record, Text, check_messages, is_empty, num_shared_messages
+from pal_ds.data.records import (
+    Record,
+    Text,
+    check_messages,
+    check_tools,
+    is_empty,
+    num_shared_messages,
+)
 from pal_ds.errors import UserError
 from pal_ds.users.ids import POPULATION_USER
 
@@ -18,7 +25,16 @@ REQUIRED_FORMS = (
     ("response_1", "response_2", "y"),
     ("response_features", "y"),
 )
-OPTIONAL_KEYS = ("user_id", "prompt", "prompt_features", "group", "margin", "split", "seen")
+OPTIONAL_KEYS = (
+    "user_id",
+    "prompt",
+    "tools",
+    "prompt_features",
+    "group",
+    "margin",
+    "split",
+    "seen",
+)
 FACT_KEYS = ("controversial", "probability")
 KNOWN_KEYS = tuple(
     dict.fromkeys([*OPTIONAL_KEYS, *FACT_KEYS, *(k for form in REQUIRED_FORMS for k in form)])
@@ -97,7 +113,9 @@ def parse_record(fields: object, where: str, extra_keys: str = "error") -> Recor
     if "response_features" in form:
         return Record(**values, **_vectors(fields, where))
     prompt, responses = _texts(fields, form[:2], where)
-    return Record(**values, prompt=prompt, responses=responses)
+    tools = fields.get("tools")
+    tools = None if tools is None else check_tools(tools, where) or None
+    return Record(**values, prompt=prompt, responses=responses, tools=tools)
 
 
 def _choose_form(fields: Mapping, unknown: list[str], where: str) -> tuple[str, ...]:
@@ -130,7 +148,14 @@ def _checked(fields: Mapping, key: str, where: str) -> Any:
     return value
 
 
-def _text(value: object, where: str, key: str) -> Text:
+def check_name(fields: Mapping, key: str, where: str) -> str | None:
+    """The user id or group of a record, None where it names none. Raises UserError for what is no name."""
+    value = _checked(fields, key, where)
+    return None if value is None else str(value)
+
+
+def text_of_field(value: object, where: str, key: str) -> Text:
+    """A text or chat messages; a UserError for anything else."""
     if isinstance(value, str):
         return value
     if isinstance(value, list):
@@ -142,29 +167,34 @@ def _text(value: object, where: str, key: str) -> Text:
 
 def _texts(fields: Mapping, keys: tuple[str, ...], where: str) -> tuple[Text | None, tuple]:
     prompt = fields.get("prompt")
-    prompt = None if prompt is None else _text(prompt, where, "prompt")
-    responses: list[Text] = [_text(fields[key], where, key) for key in keys]
+    prompt = None if prompt is None else text_of_field(prompt, where, "prompt")
+    responses: list[Text] = [text_of_field(fields[key], where, key) for key in keys]
     whole = [r for r in responses if isinstance(r, list) and r[0]["role"] != "assistant"]
     if len(whole) == len(responses):
         shared = num_shared_messages(whole[0], whole[1], where)
         prompt = _agree(prompt, whole[0][:shared], where)
         responses = [conversation[shared:] for conversation in whole]
     for key, response in zip(keys, responses, strict=True):
-        if is_empty(response):
-            raise UserError(
-                f"{where}: '{key}' is empty; every response needs text. Remove or mend the record"
-            )
-        if isinstance(response, list) and any(m["role"] != "assistant" for m in response):
-            raise UserError(
-                f"{where}: '{key}' holds messages that are not the assistant's; put the "
-                "conversation so far in 'prompt', or in both responses alike"
-            )
+        check_response(response, where, key)
     return prompt, tuple(responses)
+
+
+def check_response(response: Text, where: str, key: str) -> None:
+    """Raise UserError for a response without text, or with messages that are not the assistant's."""
+    if is_empty(response):
+        raise UserError(
+            f"{where}: '{key}' is empty; every response needs text. Remove or mend the record"
+        )
+    if isinstance(response, list) and any(m["role"] != "assistant" for m in response):
+        raise UserError(
+            f"{where}: '{key}' holds messages that are not the assistant's; put the "
+            "conversation so far in 'prompt', or in both responses alike"
+        )
 
 
 def _agree(prompt: Text | None, implicit: list, where: str) -> Text:
     """The implicit prompt, once a prompt that is also given explicitly agrees with it."""
-    contents = {m["content"].strip() for m in implicit}
+    contents = {(m["content"] or "").strip() for m in implicit}
     agrees = prompt == implicit or (isinstance(prompt, str) and prompt.strip() in contents)
     if prompt is None or agrees:
         return implicit

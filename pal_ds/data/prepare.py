@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from pal_ds.data.bad_rows import MAX_BAD_ROWS
 from pal_ds.data.build import build_tables
+from pal_ds.data.chat_template import choose_template
 from pal_ds.data.records import Record, render_plain
 from pal_ds.data.sources import Source
 from pal_ds.data.splits import Membership, SplitOptions, compared, content_digest, prompt_digest
@@ -24,6 +27,9 @@ from pal_ds.data.tokenise import DEFAULT_SEPARATOR, TextEncoder, load_tokenizer,
 from pal_ds.errors import UserError
 
 PROGRESS_EVERY = 1000
+_LATER_KEYS = {"truncation_side": "left", "max_bad_rows": MAX_BAD_ROWS}
+_COUNTS = ("dropped", "bad_rows")
+"""What a source counts while it is read; no argument of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +54,8 @@ class DataConfig:
     separator: str = DEFAULT_SEPARATOR
     """Between prompt and response where there is no chat template. It marks where the response
     starts, so choose one that no text contains and that ends in a newline."""
-    chat_template: Literal["auto", "never"] = "auto"
-    """auto: the tokenizer's template where it has one."""
+    chat_template: str = "auto"
+    """auto: the tokenizer's template where it has one; never; or the name of one of several."""
     special_tokens: bool = True
     """Prefix (BOS, CLS) and end tokens around each text; false: neither."""
     split: Literal["hash", "ordinal", "field"] = "hash"
@@ -62,11 +68,18 @@ class DataConfig:
     """Share of users held out whole, among those whose records do not say."""
     seed: int = 0
     """Seed of the hashes that decide splits and unseen users."""
+    max_bad_rows: float = MAX_BAD_ROWS
+    """Largest share of the rows that may be bad: they are left out and counted, and the first are named. 0 refuses
+    the first one."""
 
     def __post_init__(self) -> None:
         """Raises UserError for a value out of range."""
         if self.vocab_size < 1:
             raise UserError(f"data.vocab_size is {self.vocab_size}; it must be at least 1.")
+        if not 0 <= self.max_bad_rows <= 1:
+            raise UserError(
+                f"data.max_bad_rows is {self.max_bad_rows}; it is a share of the rows, between 0 and 1."
+            )
 
     def split_options(self) -> SplitOptions:
         return SplitOptions(**{key.name: getattr(self, key.name) for key in fields(SplitOptions)})
@@ -81,6 +94,7 @@ def prepare(config: DataConfig, *, quiet: bool = False) -> PreparedData:
         return _reuse(path, config, quiet)
     settings = settings_of(config)
     source, options = config.source, config.split_options()
+    source.bad_rows.largest_share = config.max_bad_rows
     encoder = _encoder(config, source, quiet)
     extra = {
         "source": source.describe(),
@@ -89,9 +103,7 @@ def prepare(config: DataConfig, *, quiet: bool = False) -> PreparedData:
         "fingerprint": xxhash.xxh3_128_hexdigest(json.dumps(settings, sort_keys=True).encode()),
     }
     records = _tracked(source.records(), source.num_records(), "preparing", quiet)
-    data = build_tables(
-        records, path, encoder, options, source_dropped=source.dropped, extra_info=extra
-    )
+    data = build_tables(records, path, encoder, options, source=source, extra_info=extra)
     if not quiet:
         print_summary(data)
     return data
@@ -103,14 +115,15 @@ def settings_of(config: DataConfig, read_source: bool = True) -> dict:
     Without `read_source` the raw files are not touched and their hashes are left out.
     """
     own = {key: value for key, value in vars(config).items() if key not in ("path", "source")}
-    if config.truncation_side == "left":
-        # As in the tables that were prepared before there was a choice.
-        del own["truncation_side"]
+    for key, default in _LATER_KEYS.items():
+        if own[key] == default:
+            # As in the tables that were prepared before there was a choice.
+            del own[key]
     source = config.source
     assert source is not None, "prepare() opens what is there when no source is given"
     described = {
         "class": type(source).__name__,
-        "init": {k: v for k, v in vars(source).items() if not k.startswith("_") and k != "dropped"},
+        "init": {key: v for key, v in vars(source).items() if key[0] != "_" and key not in _COUNTS},
         "data": source.describe() if read_source else None,
     }
     return json.loads(json.dumps({**own, "source": described}, default=str, sort_keys=True))
@@ -131,6 +144,8 @@ def print_summary(data: PreparedData) -> None:
         table.add_row(name.replace("_", " "), f"{info['counts'][name]:,}")
     if num_truncated := info.get("truncated_prompts"):
         table.add_row("responses whose prompt will be truncated", f"{num_truncated:,}")
+    for kind, count in sorted(info.get("not_shown", {}).items()):
+        table.add_row(f"texts whose template leaves out: {kind}", f"{count:,}")
     for reason, count in sorted(info["dropped"].items()):
         table.add_row(f"dropped: {reason}", f"{count:,}")
     Console().print(table)
@@ -186,15 +201,19 @@ def _encoder(config: DataConfig, source: Source, quiet: bool) -> TextEncoder | N
         tokenizer = load_tokenizer(config.tokenizer, config.trust_remote_code)
     else:
         tokenizer = train_tokenizer(_train_texts(config, source, quiet), config.vocab_size)
-    return TextEncoder(
+    clock = datetime.now().astimezone().isoformat(timespec="microseconds")
+    choose_template(tokenizer, config.tokenizer or "trained", config.chat_template)
+    encoder = TextEncoder(
         tokenizer,
         max_length=config.max_length,
         separator=config.separator,
-        chat_template=config.chat_template,
+        chat_template="never" if config.chat_template == "never" else "auto",
         special_tokens=config.special_tokens,
-        truncation_side=config.truncation_side,
         name=config.tokenizer or "trained",
+        clock=clock,
     )
+    encoder.truncation_side = config.truncation_side
+    return encoder
 
 
 def _train_texts(config: DataConfig, source: Source, quiet: bool) -> Iterator[str]:

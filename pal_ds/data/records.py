@@ -1,11 +1,21 @@
 """A preference record, the form every source yields, and the chat messages that its texts may be."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
+from typing import Any
 
 from pal_ds.errors import UserError
+from pal_ds.io.text_files import parse_json
 
-Text = str | list[dict[str, str]]
+Message = dict[str, Any]
+"""A chat message as chat templates take it: `role`, `content`, and what else it has (`tool_calls`, ...)."""
+Text = str | list[Message]
 """A plain string, or chat messages `[{"role": ..., "content": ...}, ...]`."""
+
+
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+CALL_KEYS = ("tool_calls", "function_call")
+"""Keys of a message that say something beside its content, or in its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +31,8 @@ class Record:
     responses: tuple[Text, Text] | None = None
     prompt_features: tuple[float, ...] | None = None
     response_features: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    """Tools that the assistant may call, as JSON schemas for the chat template; they belong to the prompt."""
     margin: float = 0.0
     """Strength of the preference, >= 0; the loss asks for at least this margin."""
     group: str | None = None
@@ -32,26 +44,68 @@ class Record:
     """True if the dataset's users disagree on this pair; None where its source cannot know."""
     probability: float | None = None
     """Known probability that responses[1] is preferred (synthetic worlds)."""
-
-
-Message = dict[str, str]
+    where: str | None = field(default=None, compare=False, repr=False)
+    """Place of the row that it was read from, for messages."""
 
 
 def check_messages(messages: list, where: str, key: str) -> list[Message]:
-    """`messages` reduced to role and content, or a UserError that names what is wrong with them."""
+    """`messages` whole, for the chat template; parts of text are joined, and keys without a value left out.
+
+    Raises:
+        UserError: a message is no object, has no role or nothing to say, or holds what is no text (a picture).
+    """
     if not messages:
         raise UserError(f"{where}: '{key}' is an empty list of messages; give at least one message")
-    checked = []
-    for position, message in enumerate(messages):
-        if not isinstance(message, dict) or not all(
-            isinstance(message.get(field), str) for field in ("role", "content")
-        ):
+    return [
+        _check_message(message, where, f"'{key}' message {position}")
+        for position, message in enumerate(messages)
+    ]
+
+
+def _check_message(message: object, where: str, name: str) -> Message:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise UserError(
+            f"{where}: {name} is {_short(message)}; a message is an object with text in "
+            '"role" and "content"'
+        )
+    # A column of a table has every key in every row.
+    kept = {key: value for key, value in message.items() if value is not None}
+    content = message.get("content")
+    if isinstance(content, list):
+        content = _joined(content, where, name)
+    if isinstance(content, str):
+        return {**kept, "content": content}
+    if content is None and any(kept.get(part) for part in (*CALL_KEYS, *REASONING_KEYS)):
+        # The form of OpenAI's API; templates look for it.
+        return {**kept, "content": None}
+    raise UserError(
+        f"{where}: {name} is {_short(message)}; a message is an object with text in "
+        '"role" and "content", or with tool_calls'
+    )
+
+
+def _joined(parts: list, where: str, name: str) -> str:
+    """The text of `[{"type": "text", "text": ...}, ...]`, part after part."""
+    texts = []
+    for part in parts:
+        text = part.get("text") if isinstance(part, dict) else part
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
             raise UserError(
-                f"{where}: '{key}' message {position} is {_short(message)}; a message is an object "
-                'with text in "role" and "content"'
+                f"{where}: {name} holds {_short(part)}; the parts of a content must be of text"
             )
-        checked.append({"role": message["role"], "content": message["content"]})
-    return checked
+        texts.append(text)
+    return "".join(texts)
+
+
+def check_tools(value: object, where: str) -> list[dict[str, Any]]:
+    """The tools of a conversation: a list of JSON schemas, or the JSON of such a list. Raises UserError."""
+    if isinstance(value, str):
+        # Tables keep schemas of many shapes as text.
+        value = parse_json(value, f"{where}: 'tools'")
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise UserError(f"{where}: 'tools' must be a list of objects, the schemas of the tools")
+    return value
 
 
 def as_messages(text: Text, role: str) -> list[Message]:
@@ -62,18 +116,31 @@ def as_messages(text: Text, role: str) -> list[Message]:
 def render_plain(text: Text) -> str:
     """Messages as "role: content" paragraphs (for tokenizers without a chat template).
 
-    A lone assistant message is its content: it stands where a plain response would.
+    A lone assistant message is its content: it stands where a plain response would. Reasoning stands before the
+    content, calls of tools after it, as JSON.
     """
     if isinstance(text, str):
         return text
     if len(text) == 1 and text[0]["role"] == "assistant":
-        return text[0]["content"]
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in text)
+        return _said(text[0])
+    return "\n\n".join(f"{message['role']}: {_said(message)}" for message in text)
+
+
+def _said(message: Message) -> str:
+    """All that a message says. One of role and content alone is its content."""
+    parts = [str(message[key]) for key in REASONING_KEYS if message.get(key)]
+    parts += [message["content"]] if message["content"] or not parts else []
+    parts += [
+        json.dumps(message[key], ensure_ascii=False, sort_keys=True)
+        for key in CALL_KEYS
+        if message.get(key)
+    ]
+    return "\n".join(part for part in parts if part) if len(parts) > 1 else parts[0] or ""
 
 
 def is_empty(text: Text) -> bool:
-    """True when there is nothing to read: no text, or a last message without any."""
-    return not (text if isinstance(text, str) else text[-1]["content"]).strip()
+    """True when there is nothing to read: no text, or a last message that says nothing."""
+    return not (text if isinstance(text, str) else _said(text[-1])).strip()
 
 
 def num_shared_messages(first: list[Message], second: list[Message], where: str) -> int:

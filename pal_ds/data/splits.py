@@ -78,11 +78,11 @@ def prompt_splits(options: SplitOptions, fractions: np.ndarray, fields: np.ndarr
 def content_digest(value: Text | tuple[float, ...] | None, where: str = "record") -> bytes:
     """128-bit hash of a text, of chat messages or of a vector."""
     if isinstance(value, str):
-        data = b"text" + _utf8(value, where)
+        data = b"text" + check_text(value, where)
     elif value is None:
         data = b"none"
     elif len(value) and isinstance(value[0], dict):
-        data = b"chat" + _utf8(json.dumps(value, ensure_ascii=False, sort_keys=True), where)
+        data = b"chat" + check_text(json.dumps(value, ensure_ascii=False, sort_keys=True), where)
     else:
         data = b"vector" + np.asarray(value, np.float32).tobytes()
     return xxhash.xxh3_128_digest(data)
@@ -98,6 +98,10 @@ def compared(record: Record) -> tuple:
 def prompt_digest(record: Record, where: str = "record") -> bytes:
     """Hash what decides the split: the prompt, or where there is none the two responses in any order."""
     prompt = record.prompt if record.responses is not None else record.prompt_features
+    if prompt is not None and record.tools:
+        # The same question with other tools is another prompt.
+        both = content_digest(prompt, where) + content_digest(record.tools, where)
+        return xxhash.xxh3_128_digest(b"tools" + both)
     if prompt is not None:
         return content_digest(prompt, where)
     both = sorted(content_digest(response, where) for response in compared(record))
@@ -142,7 +146,7 @@ class Membership:
         """Row of the record's user, whose group is the first that is given."""
         row = self.users.setdefault(record.user_id, len(self.users))
         if row == len(self._user_given):
-            _utf8(record.user_id, f"user id {record.user_id!r}")
+            check_text(record.user_id, f"user id {record.user_id!r}")
             self._user_given.append(-1)
             self.user_group.append(-1)
         if self.user_group[row] < 0:
@@ -173,7 +177,8 @@ class Membership:
         return seen
 
 
-def _utf8(text: str, where: str) -> bytes:
+def check_text(text: str, where: str) -> bytes:
+    """The text in UTF-8; a UserError for one that holds half of a surrogate pair."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -1,8 +1,9 @@
 """Stores in which the texts or vectors of a dataset collect while its records stream by."""
 
+import logging
 from array import array
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -11,9 +12,10 @@ from pal_ds.data.kept_texts import SampleKeeper
 from pal_ds.data.ragged import Ragged
 from pal_ds.data.records import Text, render_plain
 from pal_ds.data.response_markers import MIN_KEPT, common_marker, count_across, count_in_rows
-from pal_ds.data.tokenise import Encoded, TextEncoder
+from pal_ds.data.tokenise import Encoded, Rendered, TextEncoder
 from pal_ds.errors import UserError
 
+logger = logging.getLogger(__name__)
 BATCH_TEXTS = 2048
 REASONS = (
     "kept",
@@ -38,6 +40,7 @@ class _Pending(NamedTuple):
     prompt_row: int
     prompt: Text | None
     response: Text
+    tools: list[dict[str, Any]] | None
 
 
 class TokenStore:
@@ -52,28 +55,48 @@ class TokenStore:
         self.response_tokens, self.response_offsets = array("i"), array("q", [0])
         self.response_prompt, self.num_chars = array("q"), array("i")
         self.status, self.variant, self.has_prompt = array("b"), array("i"), array("b")
+        self.not_shown: Counter[str] = Counter()
+        """Texts in which the template leaves something out, by its kind."""
+        self.refusal = ""
+        """What the template said of the first conversation that it refused."""
         self._variants: dict[tuple[int, ...], int] = {}
         self._prompt_rows: dict[tuple[int, int], int] = {}
         self._pending: list[_Pending] = []
 
-    def add(self, prompt_row: int, prompt: Text | None, response: Text) -> None:
+    def add(
+        self,
+        prompt_row: int,
+        prompt: Text | None,
+        response: Text,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> None:
         """Queue a response; its row is the number of responses added before."""
-        self._pending.append(_Pending(prompt_row, prompt, response))
+        self._pending.append(_Pending(prompt_row, prompt, response, tools))
         if len(self._pending) >= BATCH_TEXTS:
             self.flush()
 
     def flush(self) -> None:
-        rendered = [self.encoder.render(item.prompt, item.response) for item in self._pending]
+        rendered = [self._render(item) for item in self._pending]
         good = [item for item in rendered if item is not None]
         encoded = iter(self.encoder.encode(good) if good else [])
         for item, text in zip(self._pending, rendered, strict=True):
             result = None if text is None else next(encoded)
             if text is not None and result is not None:
                 sample = {"prompt": item.prompt, "response": item.response, "text": text.text}
+                sample |= {} if item.tools is None else {"tools": item.tools}
                 sample["prompt_tokens"] = len(result.prompt_ids)
                 self.samples.offer(len(self.status), item.prompt_row, sample)
             self._append(item, result, "template" if text is None else "boundary")
         self._pending.clear()
+
+    def _render(self, item: _Pending) -> Rendered | None:
+        prompt, response, tools = item.prompt, item.response, item.tools
+        rendered = self.encoder.render(prompt, response, tools)
+        if rendered is not None:
+            self.not_shown.update(self.encoder.not_shown(prompt, response, tools, rendered))
+        elif not self.refusal:
+            self.refusal = self.encoder.refusal
+        return rendered
 
     def _append(self, item: _Pending, encoded: Encoded | None, failure: str) -> None:
         self.has_prompt.append(item.prompt is not None)
@@ -141,7 +164,18 @@ class TokenStore:
         status = np.where((problem > 0) & has_tokens, problem, tables.status).astype(np.int8)
         num_kept, num_with_prompt = int((has_prompt & ~failed).sum()), int(has_prompt.sum())
         if num_kept < MIN_KEPT * num_with_prompt:
-            self._refuse(num_kept, num_with_prompt, status[has_prompt], marker)
+            num_rendered = int(has_tokens.sum())
+            if not self.encoder.uses_template or num_rendered < MIN_KEPT * num_with_prompt:
+                self._refuse(num_kept, num_with_prompt, status[has_prompt], marker)
+            # The boundary is known where a text was rendered; only an exported model looks for the marker.
+            logger.warning(
+                "%d of %d conversations do not show by the chat template's assistant header where the response begins "
+                "(turns that do not alternate, begin with the assistant or are a tool's): a head that reads the prompt "
+                "cannot be trained on these data, others can",
+                num_with_prompt - num_kept,
+                num_with_prompt,
+            )
+            return tables._replace(marker_kept=num_kept / num_with_prompt)
         return tables._replace(
             status=status,
             marker_ids=marker,
@@ -157,6 +191,9 @@ class TokenStore:
         text = encoder.header if encoder.uses_template else encoder.separator
         reasons = Counter(REASONS[code] for code in status.tolist() if code)
         listed = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
+        listed += f"; the template says: {self.refusal}" if self.refusal else ""
+        for kind, count in self.not_shown.items():
+            listed += f"; the template leaves out: {kind} ({count} texts)"
         tokens = "" if marker is None else f" (tokens {encoder.tokenizer.decode(marker)!r})"
         remedy = (
             "set data.chat_template: never"

@@ -30,6 +30,8 @@ class TokensInfo(TypedDict):
     """Absent means left."""
     prefix_ids: list[int]
     end_ids: list[int]
+    end_variants: NotRequired[list[list[int]]]
+    """All that may stand for the end in a text. Absent: the end alone, and behind the template's own end of a turn."""
     marker_ids: list[int] | None
     """Tokens in front of every response; None where they are not always the same."""
     user_marker_ids: list[int] | None
@@ -37,6 +39,8 @@ class TokensInfo(TypedDict):
     separator: str | None
     """None where a chat template is used."""
     chat_template: bool
+    clock: NotRequired[str | None]
+    """What the chat template takes for now, in ISO 8601; absent where it asks for no date."""
     special_tokens: bool
     pad_token_id: int
     marker_kept: NotRequired[float | None]
@@ -80,6 +84,8 @@ class DatasetInfo(TypedDict):
     groups: list[str]
     tokens: TokensInfo
     """Null where `kind` is "vectors": a reader looks at `kind` first."""
+    not_shown: NotRequired[dict[str, int]]
+    """Number of distinct texts in which the chat template leaves something out, by its kind."""
     truncated_prompts: NotRequired[int]
     vector_size: int
     """Numbers of a vector; null where `kind` is "tokens"."""

@@ -13,7 +13,7 @@ import numpy as np
 from pal_ds.config.run_config import TrainConfig
 from pal_ds.data.build import build_tables
 from pal_ds.data.records import Record
-from pal_ds.data.sources import Jsonl
+from pal_ds.data.sources import source_of_file
 from pal_ds.data.tables import PreparedData
 from pal_ds.data.tokenise import TextEncoder
 from pal_ds.data.verification import verify_content
@@ -37,11 +37,11 @@ def opened_pairs(
     restored: OpenRun,
     file: Path | None,
     world: World,
-    read: Callable[[Path], Iterable[Record]] = lambda file: Jsonl(str(file)).records(),
+    read: Callable[[Path], Iterable[Record]] | None = None,
 ) -> Iterator[PreparedData]:
     """The run's data, or tables of `file` made with the run's tokenizer and template, deleted afterwards.
 
-    `read` says which pairs of responses the file holds.
+    `read` says which pairs of responses the file holds, unset for a file of comparisons.
     """
     if file is None:
         verify_content(restored.data.path, restored.data.info, world)
@@ -57,7 +57,11 @@ def opened_pairs(
             encoder = None
             if tokens is not None:
                 encoder = TextEncoder.from_info(tokens, restored.data.tokenizer_path)
-            build_tables(read(file), folder, encoder, check_marker=False)
+            if read is None:
+                source = source_of_file(file)
+                build_tables(source.records(), folder, encoder, check_marker=False, source=source)
+            else:
+                build_tables(read(file), folder, encoder, check_marker=False)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise

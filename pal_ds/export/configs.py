@@ -60,6 +60,7 @@ def pal_config(opened: OpenRun, mixture: list[float] | None) -> PalRewardConfig:
             "of its own. Train with prompt_position: last to export."
         )
     tokens, parts = opened.data.info["tokens"], opened.parts
+    more: dict[str, Any] = {key: tokens[key] for key in ("end_variants",) if key in tokens}
     return PalRewardConfig(
         text_config=backbone_config(opened),
         head={"name": head_name(type(parts.head)), "init": head_arguments(opened)},
@@ -69,6 +70,7 @@ def pal_config(opened: OpenRun, mixture: list[float] | None) -> PalRewardConfig:
         truncation_side=truncation_side(tokens),
         prefix_ids=tokens["prefix_ids"],
         end_ids=tokens["end_ids"],
+        **more,
         marker_ids=tokens["marker_ids"],
         user_marker_ids=tokens["user_marker_ids"],
         max_tokens=tokens["max_length"],

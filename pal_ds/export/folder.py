@@ -152,6 +152,7 @@ def _stock_layout(
         "prefix_ids": tokens["prefix_ids"],
         "end_ids": tokens["end_ids"],
         "max_tokens": tokens["max_length"],
+        **({"end_variants": tokens["end_variants"]} if "end_variants" in tokens else {}),
     }
     name = bundle_code.write_stock_code(folder, stock.__name__)
     auto_map = {"AutoModelForSequenceClassification": f"modeling_canonical.{name}"}

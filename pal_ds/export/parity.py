@@ -1,6 +1,5 @@
 """The exported folder against the trainer: the same texts, two paths, the largest difference."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 
 from pal_ds.data.collator import Collator
 from pal_ds.data.ragged import Ragged
+from pal_ds.data.sources.base import read_lines
 from pal_ds.data.tables import COMPARISON_DTYPE, PreparedData
 from pal_ds.data.tokenise import Encoded, TextEncoder
 from pal_ds.errors import UserError
@@ -35,12 +35,15 @@ def read_samples(opened: OpenRun) -> tuple[list[str], list[Encoded]]:
     file = opened.data.path / "samples.jsonl"
     if not file.is_file():
         raise UserError(f"{file}: missing; an export is checked on these texts. Prepare again.")
-    samples = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    samples = [sample for _, sample in read_lines(file)]
     if "prompt" in opened.parts.head.needs:
         samples = [sample for sample in samples if sample["prompt"] is not None]
     samples = samples[:: -(-len(samples) // NUM_TEXTS)] if samples else samples
     encoder = TextEncoder.from_info(opened.data.info["tokens"], opened.data.tokenizer_path)
-    rendered = [encoder.render(sample["prompt"], sample["response"]) for sample in samples]
+    rendered = [
+        encoder.render(sample["prompt"], sample["response"], sample.get("tools"))
+        for sample in samples
+    ]
     if not samples or None in rendered:
         raise UserError(f"{file}: holds no text that the export can be checked on. Prepare again.")
     whole = [item for item in rendered if item is not None]

@@ -16,6 +16,7 @@ from pal_ds.export import card, contents
 from pal_ds.export.audience import mixtures_of
 from pal_ds.export.folder import ExportOptions, fill_folder, open_for_export
 from pal_ds.io.files import new_folder
+from pal_ds.io.text_files import text_lines
 from pal_ds.progress import progress_bar
 from pal_ds.runs.run_dir import RunDirectory
 
@@ -81,13 +82,8 @@ def folder_name(user_id: str) -> str:
 
 def read_user_list(path: Path) -> list[str]:
     """Read the user ids of a file, one a line. Raises UserError where it is missing, empty or names one twice."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--users {path}: not UTF-8 ({error}). Save the file as UTF-8.") from None
     seen: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        user_id = line.removesuffix("\r")
+    for number, user_id in enumerate(text_lines(path), start=1):
         if user_id in seen:
             raise UserError(
                 f"--users {path}:{number}: {user_id!r} stands on line {seen[user_id]} already; list every user once."

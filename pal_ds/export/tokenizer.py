@@ -7,6 +7,7 @@ not a caller asks for special tokens (TRL does not).
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,10 @@ def write_canonical_tokenizer(
             "".join(str(backend.id_to_token(token)) for token in tokens[key])
             for key in ("prefix_ids", "end_ids")
         )
-        backend = _with_specials(backend, prefix, end)
+        variants = [
+            backend.decode(v, skip_special_tokens=False) for v in tokens.get("end_variants", ())
+        ]
+        backend = _with_specials(backend, prefix, end, variants)
     pad_id = _save(tokenizer, backend, folder, pad, tokens["max_length"])
     assert pad_id <= vocab_size, f"pad token {pad} has id {pad_id} beyond {vocab_size} rows"
     return pad_id
@@ -101,8 +105,10 @@ def _keeps_specials(backend: Tokenizer) -> bool:
     return normalizer is None or all(normalizer.normalize_str(name) == name for name in names)
 
 
-def _with_specials(backend: Tokenizer, prefix: str, end: str) -> Tokenizer:
-    """Put prefix and end into every text unless they are there already.
+def _with_specials(
+    backend: Tokenizer, prefix: str, end: str, end_variants: Sequence[str] = ()
+) -> Tokenizer:
+    """Put prefix and end into every text unless they are there already; the end in place of what may stand for it.
 
     Special tokens are found after the normaliser has run (`normalized`), else each piece of text
     between two of them would get a prefix and an end. The library runs the normaliser over the
@@ -114,6 +120,10 @@ def _with_specials(backend: Tokenizer, prefix: str, end: str) -> Tokenizer:
     if prefix:
         pattern = rf"\A(?!{re.escape(prefix)})(?!(?:{'|'.join(names)})\z)"
         steps.append(normalizers.Replace(Regex(pattern), prefix))
+    if end_variants:
+        forms = "|".join(re.escape(form) for form in sorted(end_variants, key=len, reverse=True))
+        # Not at the start: a special token is no text that ends.
+        steps.append(normalizers.Replace(Regex(rf"(?<!\A)(?:{forms})+\z"), end))
     if end:
         not_alone = "".join(rf"(?<!\A{name})" for name in names)
         steps.append(normalizers.Replace(Regex(rf"(?<!{re.escape(end)}){not_alone}\z"), end))

@@ -19,6 +19,7 @@ _TOKEN_KEYS = (
     "truncation_side",
     "prefix_ids",
     "end_ids",
+    "end_variants",
     "separator",
     "chat_template",
     "special_tokens",

@@ -1,29 +1,29 @@
 """Scalar scores for texts in a JSONL file: one process, no DeepSpeed."""
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TextIO
 
 import torch
 from transformers import PreTrainedModel
 
-from pal_ds.data.records import Text, check_messages
 from pal_ds.data.tokenise import TextEncoder
 from pal_ds.errors import UserError
+from pal_ds.inference.text_rows import Row
 from pal_ds.progress import progress_bar
 from pal_ds.remote_code.rows import pad_right
 
+logger = logging.getLogger(__name__)
 
-class Row(NamedTuple):
-    """A line of the input: `text`, or `prompt` and `response`."""
-
-    where: str
-    record: Mapping[str, Any]
-    text: str | None
-    prompt: Text | None
-    response: Text | None
+_TOO_LONG = "responses longer than max_length, which no training has: their score is null"
+_CUT_PROMPT = "prompts were cut to max_length, as in training"
+_CUT_TEXT = (
+    "texts were cut to max_length from the left; give prompt and response to see which part is cut"
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,16 @@ class Scorer:
 
     model: PreTrainedModel
     encoder: TextEncoder
+    points_of: Callable[[Sequence[str]], list[list[float]]] | None = None
+    """Mixture of each of the users, or groups, that lines name; None where one score is for everyone."""
+    line_key: str = "user_id"
+    """What a line says of its user: `user_id`, or `group` for a head that asks for it."""
+    is_for_one: bool = False
+    """True where the caller named one user, mixture or group for all lines."""
+    needs_names: bool = False
+    """True where a table of users was given, which only lines that name users can refer to."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """Texts that did not fit, by what was done."""
 
     @property
     def reads_boundary(self) -> bool:
@@ -40,122 +50,161 @@ class Scorer:
         separate = getattr(config, "encoding", "joint") == "separate"
         return separate or getattr(self.model, "reads_prompt", False)
 
-    def tokenise(self, row: Row) -> tuple[list[int], int | None]:
-        """Ids of a row, and where its response begins if the model must know.
+    def tokenise(self, row: Row) -> tuple[list[int], int | None] | None:
+        """Ids of a row, and where its response begins if the model must know; None if its response is too long.
 
         Raises:
             UserError: the chat template or the tokenizer cannot tell prompt and response apart.
         """
-        text = row.text
-        if text is None:
-            assert row.response is not None
-            rendered = self.encoder.render(row.prompt, row.response)
-            if rendered is None:
-                raise UserError(f"{row.where}: the chat template cannot render this conversation.")
+        limit = self.encoder.max_length
+        if row.text is not None:
+            ids = self._ids(row.text)
+            self.counts[_CUT_TEXT] += len(ids) > limit
+            return ids, None
+        assert row.response is not None
+        rendered = self.encoder.render(row.prompt, row.response, row.tools)
+        if rendered is None:
+            said = f" ({self.encoder.refusal})" if self.encoder.refusal else ""
+            raise UserError(
+                f"{row.where}: the chat template cannot render this conversation{said}."
+            )
+        ids = self._ids(rendered.text)
+        if not self.reads_boundary and len(ids) <= limit:
+            return ids, None
+        encoded = self.encoder.encode([rendered])[0]
+        if encoded is None or row.prompt is None:
             if self.reads_boundary:
-                encoded = self.encoder.encode([rendered])[0]
-                if encoded is None or row.prompt is None:
-                    raise UserError(
-                        f"{row.where}: no token starts where the response does, and this model "
-                        "reads prompt and response apart. Give a prompt and a response."
-                    )
-                return [*encoded.prompt_ids, *encoded.response_ids], len(encoded.prompt_ids)
-            text = rendered.text
-        ids = self.encoder.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids, None
+                raise UserError(
+                    f"{row.where}: no token starts where the response does, and this model "
+                    "reads prompt and response apart. Give a prompt and a response."
+                )
+            self.counts[_CUT_TEXT] += 1
+            return ids, None
+        num_response = len(self.encoder.prefix_ids) + len(encoded.response_ids)
+        if num_response > limit:
+            # The rule of `prepare`: a response is never cut.
+            self.counts[_TOO_LONG] += 1
+            return None
+        self.counts[_CUT_PROMPT] += len(encoded.prompt_ids) + len(encoded.response_ids) > limit
+        if not self.reads_boundary:
+            return ids, None
+        return [*encoded.prompt_ids, *encoded.response_ids], len(encoded.prompt_ids)
 
-    def score_all(self, rows: list[Row], batch_texts: int = 16) -> list[float]:
-        """One score per row, `batch_texts` rows in a forward."""
-        batches = [rows[start : start + batch_texts] for start in range(0, len(rows), batch_texts)]
-        return [score for batch in batches for score in self.score(batch)]
+    def _ids(self, text: str) -> list[int]:
+        return self.encoder.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def score(self, rows: list[Row]) -> list[float]:
-        items = [self.tokenise(row) for row in rows]
-        scores = [0.0] * len(rows)
-        # Rows whose boundary was given and rows whose marker must be found go apart.
-        for given in (True, False):
-            chosen = [i for i, (_, begin) in enumerate(items) if (begin is not None) == given]
-            if not chosen:
-                continue
-            ids, mask = pad_right([items[i][0] for i in chosen], 0, self.model.device)
-            extra = {"prompt_lengths": [items[i][1] for i in chosen]} if given else {}
-            try:
-                with torch.no_grad():
-                    logits = self.model(input_ids=ids, attention_mask=mask, **extra).logits
-            except ValueError as error:
-                raise UserError(f"{rows[chosen[0]].where} or near it: {error}") from None
-            for i, value in zip(chosen, logits[:, 0].tolist(), strict=True):
-                scores[i] = value
+    def score_all(self, rows: list[Row], batch_texts: int = 16) -> list[float | None]:
+        """One score per row, `batch_texts` rows in a forward; None where a response is too long."""
+        points = self.points(rows)
+        scores: list[float | None] = []
+        for start in range(0, len(rows), batch_texts):
+            stop = start + batch_texts
+            scores += self.score(rows[start:stop], points[start:stop])
+        self.warn()
         return scores
 
+    def points(self, rows: list[Row]) -> list[list[float] | None]:
+        """The mixture of each row's user; None for the one that the model has.
 
-def read_rows(path: Path) -> list[Row]:
-    """The lines of a JSONL file, checked.
+        Raises:
+            UserError: a user or group that is unknown.
+        """
+        names = [row.user_id if self.line_key == "user_id" else row.group for row in rows]
+        # The first row of each name: later entries of a dict win.
+        first = dict(zip(reversed(names), reversed(rows), strict=True))
+        first.pop(None, None)
+        if not first and self.needs_names:
+            raise UserError(
+                "--users names a table of users: give --user too, or lines with user_id."
+            )
+        if not first or self.points_of is None:
+            return [None] * len(rows)
+        if self.is_for_one:
+            logger.warning(
+                "%s and other lines name a %s, and all are scored for the one that was asked for",
+                min(first.values(), key=rows.index).where,
+                self.line_key,
+            )
+            return [None] * len(rows)
+        known = [str(name) for name in first]
+        try:
+            points = dict(zip(known, self.points_of(known), strict=True))
+        except UserError:
+            for name in reversed(known):
+                try:
+                    self.points_of([name])
+                except UserError as error:
+                    raise UserError(f"{first[name].where}: {error}") from None
+            raise
+        return [None if name is None else points[name] for name in names]
 
-    Raises:
-        UserError: the file is missing or empty, or a line is no such record; names file and line.
-    """
-    if not path.is_file():
-        raise UserError(f"--input {path}: no such file.")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"--input {path}: not UTF-8 ({error}). Save the file as UTF-8.") from None
-    rows = [_read_row(line, f"{path}:{n}") for n, line in enumerate(lines, start=1) if line.strip()]
-    if not rows:
-        raise UserError(f"--input {path}: is empty; give one JSON object per line.")
-    return rows
+    def score(
+        self, rows: list[Row], points: Sequence[list[float] | None] | None = None
+    ) -> list[float | None]:
+        """One score per row in as few forwards as there are kinds of rows; `points` as `points` gives them.
 
+        Raises:
+            UserError: a row that the model cannot read, or whose score is not finite.
+        """
+        items = [self.tokenise(row) for row in rows]
+        points = points or [None] * len(rows)
+        scores: list[float | None] = [None] * len(rows)
+        kinds: dict[tuple[bool, tuple[float, ...] | None], list[int]] = {}
+        for i, (item, point) in enumerate(zip(items, points, strict=True)):
+            if item is not None:
+                # Rows whose boundary was given and rows whose marker must be found go apart, as users do.
+                kind = item[1] is not None, None if point is None else tuple(point)
+                kinds.setdefault(kind, []).append(i)
+        own = getattr(self.model.config, "mixture", None)
+        try:
+            for (given, point), chosen in kinds.items():
+                if point is not None:
+                    self.model.config.mixture = list(point)
+                for i, value in zip(chosen, self._forward(rows, items, chosen, given), strict=True):
+                    scores[i] = value
+                if point is not None:
+                    self.model.config.mixture = own
+        finally:
+            if own is not None:
+                self.model.config.mixture = own
+        return scores
 
-def rows_of(records: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """Records in memory, each of `text`, or `prompt` and `response`, checked as lines of a file are.
+    def _forward(
+        self, rows: list[Row], items: Sequence[Any], chosen: list[int], given: bool
+    ) -> list[float]:
+        ids, mask = pad_right([items[i][0] for i in chosen], 0, self.model.device)
+        extra = {"prompt_lengths": [items[i][1] for i in chosen]} if given else {}
+        try:
+            with torch.no_grad():
+                logits = self.model(input_ids=ids, attention_mask=mask, **extra).logits
+        except ValueError as error:
+            raise UserError(f"{rows[chosen[0]].where} or near it: {error}") from None
+        values = logits[:, 0].tolist()
+        for i, value in zip(chosen, values, strict=True):
+            if not math.isfinite(value):
+                raise UserError(
+                    f"{rows[i].where}: its score is {value}, no finite number; the model's weights are damaged, or "
+                    "too large for its dtype."
+                )
+        return values
 
-    Raises:
-        UserError: there is none, or one is no such record; counted from 0.
-    """
-    rows = [_checked(record, f"texts[{n}]") for n, record in enumerate(records)]
-    if not rows:
-        raise UserError(
-            "texts: is empty; give a dict of prompt and response, or of text, for each."
-        )
-    return rows
-
-
-def _read_row(line: str, where: str) -> Row:
-    try:
-        return _checked(json.loads(line), where)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error}).") from None
-
-
-def _checked(record: object, where: str) -> Row:
-    if not isinstance(record, Mapping):
-        raise UserError(f"{where}: a line must be a JSON object, not {type(record).__name__}.")
-    if "text" in record:
-        if not isinstance(record["text"], str) or not record["text"].strip():
-            raise UserError(f"{where}: 'text' must be a string that is not empty.")
-        return Row(where, record, record["text"], None, None)
-    for key in ("prompt", "response"):
-        if key not in record:
-            raise UserError(f"{where}: has no '{key}'. Give prompt and response, or text.")
-    prompt, response = (_text(record[key], where, key) for key in ("prompt", "response"))
-    return Row(where, record, None, prompt, response)
-
-
-def _text(value: object, where: str, key: str) -> Text:
-    if isinstance(value, list):
-        return check_messages(value, where, key)
-    if not isinstance(value, str) or (key == "response" and not value.strip()):
-        raise UserError(f"{where}: '{key}' must be a string that is not empty, or chat messages.")
-    return value
+    def warn(self) -> None:
+        """Tell of texts that did not fit."""
+        for what, count in self.counts.items():
+            if count:
+                logger.warning("%d %s (max_length %d)", count, what, self.encoder.max_length)
 
 
 def write_scores(scorer: Scorer, rows: list[Row], stream: TextIO, batch_texts: int) -> None:
-    """Every record with its "score" added, one per line, in the order of the input."""
+    """Every record with its "score" added, one per line, in the order of the input; null where none can be given."""
     starts = range(0, len(rows), batch_texts)
+    points = scorer.points(rows)
     with progress_bar("scoring", len(starts), shown=True) as advance:
         for start in starts:
             batch = rows[start : start + batch_texts]
-            for row, score in zip(batch, scorer.score(batch), strict=True):
-                stream.write(json.dumps({**row.record, "score": score}, ensure_ascii=False) + "\n")
+            scores = scorer.score(batch, points[start : start + batch_texts])
+            for row, score in zip(batch, scores, strict=True):
+                line = {**row.record, "score": score}
+                stream.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
             advance(len(batch))
+    scorer.warn()

@@ -1,7 +1,7 @@
 """Checks of which data, backbone, head and loss go together, and how a backbone then reads texts."""
 
 import logging
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from pal_ds.backbones.config import BackboneConfig, Pooling
 from pal_ds.config.run_config import RunConfig
@@ -81,11 +81,23 @@ def check_head(data: PreparedData, head: Head) -> None:
                 "head: it reads the prompt, and these vector records carry no prompt_features."
             )
     elif data.info["tokens"]["marker_ids"] is None:
+        _refuse_without_marker(data)
+
+
+def _refuse_without_marker(data: PreparedData) -> NoReturn:
+    tokens = data.info["tokens"]
+    if tokens["chat_template"]:
+        share = tokens.get("marker_kept") or 0.0
         raise UserError(
-            f"head: it reads the prompt, and data.separator {data.info['tokens']['separator']!r} leaves no token of "
-            "its own, so an exported model could not find where the prompt ends. Prepare with a separator that does, "
-            "such as ' [SEP] ' for BERT-like tokenizers or '\\n\\n### Response:\\n'."
+            f"head: it reads the prompt, and only {share:.1%} of the conversations show by the chat template's "
+            "assistant header where it ends (those whose turns alternate), so an exported model could not find it. "
+            "Prepare without the others, or set data.chat_template: never."
         )
+    raise UserError(
+        f"head: it reads the prompt, and data.separator {tokens['separator']!r} leaves no token of "
+        "its own, so an exported model could not find where the prompt ends. Prepare with a separator that does, "
+        "such as ' [SEP] ' for BERT-like tokenizers or '\\n\\n### Response:\\n'."
+    )
 
 
 def check_language(

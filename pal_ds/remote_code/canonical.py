@@ -21,23 +21,27 @@ def canonical_ids(
     prefix_ids: Sequence[int],
     end_ids: Sequence[int],
     max_length: int | None = None,
+    end_variants: Sequence[Sequence[int]] | None = None,
 ) -> list[int]:
     """Prefix + ids + end, each special exactly once, cut from the left to `max_length`.
 
-    Prefixes and ends that the text or the tokenizer already put there are stripped first. The cut
-    keeps the prefix and the last ids. Look for the prompt (`find_prompt_length`) before the cut:
-    with `max_length=None` nothing is cut.
+    Prefixes and ends that the text or the tokenizer already put there are stripped first, and whatever
+    else may stand for an end (`end_variants`: the end of a turn with a line feed behind it). The cut
+    keeps the prefix and the last ids. Look for the prompt (`find_prompt_length`) before the cut: with
+    `max_length=None` nothing is cut.
 
     >>> canonical_ids([1, 7, 8, 2], prefix_ids=[1], end_ids=[2])
     [1, 7, 8, 2]
     >>> canonical_ids([6, 7, 8], prefix_ids=[1], end_ids=[2], max_length=4)
     [1, 7, 8, 2]
+    >>> canonical_ids([7, 8, 2, 9, 2], prefix_ids=[], end_ids=[2], end_variants=[[2], [2, 9]])
+    [7, 8, 2]
     """
     body = list(ids[num_leading(ids, prefix_ids) :])
-    width, end = len(end_ids), list(end_ids)
-    while width and body[-width:] == end:
-        del body[-width:]
-    body += end
+    ends = sorted((list(end) for end in end_variants or [end_ids] if end), key=len, reverse=True)
+    while end := next((end for end in ends if body[-len(end) :] == end), None):
+        del body[-len(end) :]
+    body += end_ids
     if max_length is not None and len(prefix_ids) + len(body) > max_length:
         keep = max_length - len(prefix_ids)
         if keep <= 0:

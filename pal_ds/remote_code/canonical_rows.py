@@ -15,7 +15,8 @@ from .whole_weights import WholeWeights
 class CanonicalRows(WholeWeights):
     """Mixed in before a stock `...ForSequenceClassification` that scores the last real token.
 
-    The config's `canonical` holds {"prefix_ids", "end_ids", "max_tokens"}. The stock class takes
+    The config's `canonical` holds {"prefix_ids", "end_ids", "max_tokens"}, and "end_variants" where
+    more than the end itself may stand for it. The stock class takes
     for the last token the rightmost one that is not `pad_token_id`, so that must be no end token.
     """
 
@@ -31,7 +32,11 @@ class CanonicalRows(WholeWeights):
         mask = token_mask(input_ids, attention_mask, pad, form["end_ids"])
         rows = [
             canonical_ids(
-                ids[keep].tolist(), form["prefix_ids"], form["end_ids"], form["max_tokens"]
+                ids[keep].tolist(),
+                form["prefix_ids"],
+                form["end_ids"],
+                form["max_tokens"],
+                form.get("end_variants"),
             )
             for ids, keep in zip(input_ids.cpu(), mask, strict=True)
         ]

@@ -55,6 +55,7 @@ class PalRewardConfig(PretrainedConfig):
             encoding: `joint` (the response after its prompt in one pass) or `separate`.
             pooling: a score reads a row's last token, or the mean or largest entry over the row.
             prefix_ids, end_ids: special tokens around every text.
+            kwargs: `end_variants`, all that may stand for the end; without, the end alone.
             marker_ids, user_marker_ids: tokens that open a response, and a user's message.
             max_tokens, truncation_side: longer texts lose the beginning of their prompt, or (`right`)
                 its end in front of the response marker.
@@ -149,7 +150,8 @@ class PalForSequenceClassification(WholeWeights, PreTrainedModel):
         config = self.config
         mask = token_mask(input_ids, attention_mask, config.pad_token_id, config.end_ids)
         given = [ids[keep].tolist() for ids, keep in zip(input_ids.cpu(), mask, strict=True)]
-        rows = [canonical_ids(ids, config.prefix_ids, config.end_ids) for ids in given]
+        ends = config.end_ids, None, getattr(config, "end_variants", None)
+        rows = [canonical_ids(ids, config.prefix_ids, *ends) for ids in given]
         texts = self._texts(rows, self._response_starts(given, rows, prompt_lengths))
         if not return_token_scores:
             rewards = self._rewards(texts, [[len(text.ids) - 1] for text in texts])

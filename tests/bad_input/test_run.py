@@ -118,7 +118,7 @@ def test_score(place: Place, refused: Refused, tmp_path: Path, texts: Path):
     texts.write_text('{"prompt": "a"}\n')
     assert f"{texts}:1: has no 'response'. Give prompt and response" in refused(*given)
     texts.write_bytes('{"text": "é"}'.encode("latin-1"))
-    assert f"--input {texts}: not UTF-8" in refused(*given)
+    assert f"{texts}:1: not UTF-8" in refused(*given)
 
 
 def test_users_of_a_run_with_other_prototypes(
@@ -196,7 +196,7 @@ def test_damaged_runs(place: Place, refused: Refused, copied_run: Path):
     assert "config.yaml" in said
     assert "epoks" in said
     (copied_run / "config.yaml").write_text("{")
-    assert "config.yaml: not valid YAML" in refused(*place.train(run=copied_run))
+    assert "config.yaml:1: not valid YAML" in refused(*place.train(run=copied_run))
     (copied_run / "config.yaml").write_text(recipe)
     shutil.rmtree(copied_run / "checkpoints")
     assert "no complete checkpoint. Train first" in refused(*evaluate)

@@ -3,12 +3,14 @@
 import json
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pal_ds.data.bad_rows import BadRows
 from pal_ds.data.build import build_tables
 from pal_ds.data.prepare import DataConfig, prepare
 from pal_ds.data.records import Record
@@ -151,7 +153,8 @@ def test_dropped_rows_are_counted(bpe, bert, tmp_path):
         record(9004, prompt="Who wrote\n\n### Response:\nthis?"),
     ]
     encoder = TextEncoder(bpe, max_length=64)
-    data = build_tables(good + bad, tmp_path / "D", encoder, source_dropped={"tie": 3})
+    source = SimpleNamespace(dropped={"tie": 3}, bad_rows=BadRows())
+    data = build_tables(good + bad, tmp_path / "D", encoder, source=source)
     assert data.info["dropped"] == {
         "tie": 3,
         "identical": 1,

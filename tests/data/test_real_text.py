@@ -188,6 +188,9 @@ def test_truncation_keeps_prefix_and_answer(kind, request, tmp_path):
             assert len(got) == 48
             assert got[: len(prefix)] == prefix
             end = tables.info["tokens"]["end_ids"]
+            # ChatML writes a line feed behind the end of a turn, which is no part of it.
+            for variant in tables.info["tokens"].get("end_variants", []):
+                ids = [*ids[: -len(variant)], *end] if ids[-len(variant) :] == variant else ids
             body = ids if ids[-len(end) :] == end else [*ids, *end]
             assert got[len(prefix) :] == body[len(prefix) - 48 :]
             assert squeezed(answer) in squeezed(tokenizer.decode(got))

@@ -1,6 +1,8 @@
 """Datasets that yield preference records; one file each."""
 
-from pal_ds.data.sources.base import Source
+from pathlib import Path
+
+from pal_ds.data.sources.base import Source, check_files
 from pal_ds.data.sources.dsp import Dsp
 from pal_ds.data.sources.gpt4llm import Gpt4Llm
 from pal_ds.data.sources.hh_rlhf import HhRlhf
@@ -13,6 +15,7 @@ from pal_ds.data.sources.pick_a_pic import PickAPic
 from pal_ds.data.sources.prism import Prism
 from pal_ds.data.sources.summarize_from_feedback import SummarizeFromFeedback
 from pal_ds.data.sources.synthetic import Synthetic
+from pal_ds.data.sources.table_files import kind_of
 from pal_ds.data.sources.text_score import TextScore
 from pal_ds.data.sources.ultrafeedback_p import UltraFeedbackP
 from pal_ds.data.sources.vector_world import VectorWorld
@@ -39,3 +42,12 @@ SOURCES: dict[str, type[Source]] = {
     "vector_world": VectorWorld,
 }
 """Short names, as the README uses them; recipes name the class (class_path: Jsonl)."""
+
+
+def source_of_file(path: Path) -> Source:
+    """The source that reads a file of comparisons by its name: JSON Lines, or a table (parquet, csv, tsv, json)."""
+    kind = kind_of(path)
+    if kind in (".parquet", ".csv", ".tsv", ".json"):
+        (file,) = check_files(path)
+        return HuggingFace(str(file))
+    return Jsonl(str(path))

@@ -1,19 +1,24 @@
 """The base of all sources: a dataset that yields records, as often as it is asked."""
 
-import json
+import codecs
+import glob
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
 
+from pal_ds.data.bad_rows import BadRows
 from pal_ds.data.records import Record
 from pal_ds.errors import UserError
 from pal_ds.io.files import feed
+from pal_ds.io.text_files import as_text, byte_lines, open_bytes, parse_json
 from pal_ds.users.ids import POPULATION_USER
 
 
@@ -26,6 +31,38 @@ class Source(ABC):
     def dropped(self) -> Counter[str]:
         """Rows the source itself left out in the last `records()`, by reason."""
         return Counter()
+
+    @cached_property
+    def bad_rows(self) -> BadRows:
+        """Rows that the last `records()` could not read; `prepare` sets how many there may be."""
+        return BadRows()
+
+    def each_row(
+        self,
+        rows: Iterable[tuple[str, Any]],
+        convert: Callable[[str, Any], Iterable[Record]],
+    ) -> Iterator[Record]:
+        """Yield the records that `convert` makes of each (place, row), with their place; drop and count bad rows.
+
+        A row is bad where `convert` raises UserError, or where it is one itself (`lines_or_errors`).
+
+        Raises:
+            UserError: more rows are bad than `bad_rows` lets pass.
+        """
+        bad_rows = self.bad_rows
+        bad_rows.clear()
+        for where, row in rows:
+            try:
+                if isinstance(row, UserError):
+                    raise row
+                records = [*convert(where, row)]
+            except UserError as error:
+                bad_rows.add(where, error)
+                continue
+            bad_rows.num_good += 1
+            for record in records:
+                yield replace(record, where=where)
+        bad_rows.check()
 
     @abstractmethod
     def records(self) -> Iterator[Record]:
@@ -81,18 +118,32 @@ def preferences_by_score(
 
 
 def check_files(paths: str | Path | Iterable[str | Path]) -> list[Path]:
-    """The paths as a list; a UserError names one that is missing, a folder or empty."""
-    paths = [paths] if isinstance(paths, str | Path) else list(paths)
-    if not paths:
+    """The files, those of a pattern (`part-*.jsonl`) in the order of their names; `~` is the home folder.
+
+    Raises:
+        UserError: one is missing, a folder or empty, or a pattern fits none.
+    """
+    given = [paths] if isinstance(paths, str | Path) else list(paths)
+    if not given:
         raise UserError("no file is given: the list of paths is empty; name at least one file")
-    for path in map(Path, paths):
+    files = [file for path in given for file in _files_of(Path(path).expanduser())]
+    for path in files:
         if not path.exists():
             raise UserError(f"{path}: no such file; check the path (it is read from {Path.cwd()})")
         if path.is_dir():
             raise UserError(f"{path}: is a folder; name the file in it")
         if path.stat().st_size == 0:
             raise UserError(f"{path}: the file is empty; it must hold at least one record")
-    return [Path(path) for path in paths]
+    return files
+
+
+def _files_of(path: Path) -> list[Path]:
+    if path.exists() or not glob.has_magic(str(path)):
+        return [path]
+    files = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+    if not files:
+        raise UserError(f"{path}: no file fits this pattern (looked from {Path.cwd()})")
+    return files
 
 
 def describe_files(paths: Iterable[Path]) -> list[dict]:
@@ -104,39 +155,36 @@ def describe_files(paths: Iterable[Path]) -> list[dict]:
     return described
 
 
-def read_lines(path: Path) -> Iterator[tuple[str, object]]:
-    """Yield ("file:line", parsed JSON) for each line that is not blank."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                yield where, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                raise UserError(f"{where}: not UTF-8 ({error}); save the file as UTF-8") from None
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{where}: not valid JSON ({error.msg} at column {error.colno}); every line "
-                    "must hold one complete JSON object"
-                ) from None
+def lines_or_errors(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield ("file:line", parsed JSON) for each line that is not blank; a UserError in place of what is no JSON."""
+    rule = "; every line must hold one complete JSON object"
+    for number, line in enumerate(byte_lines(path), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            value = parse_json(as_text(line, where), where, rule)
+        except UserError as error:
+            value = error
+        yield where, value
 
 
-def read_json_list(path: Path) -> Iterator[tuple[str, object]]:
-    """Yield (place, entry) of a JSON list, or of JSON Lines."""
-    with open(path, "rb") as file:
-        first = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield ("file:line", parsed JSON) for each line that is not blank. Raises UserError at a bad one."""
+    for where, value in lines_or_errors(path):
+        if isinstance(value, UserError):
+            raise value
+        yield where, value
+
+
+def json_list_or_errors(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield (place, entry) of a JSON list, or of JSON Lines, a UserError in place of a line that is no JSON."""
+    with open_bytes(path) as stream:
+        first = stream.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
     if first != b"[":
-        yield from read_lines(path)
+        yield from lines_or_errors(path)
         return
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error}); save the file as UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno}); the "
-            "file must hold one JSON list, or one JSON object a line"
-        ) from None
-    for number, entry in enumerate(entries):
+    text = as_text(b"".join(byte_lines(path)), str(path))
+    rule = "; the file must hold one JSON list, or one JSON object a line"
+    for number, entry in enumerate(parse_json(text, str(path), rule)):
         yield f"{path}, entry {number}", entry

@@ -11,7 +11,7 @@ from pal_ds.data.sources.base import (
     Source,
     check_files,
     describe_files,
-    read_json_list,
+    json_list_or_errors,
     stable_fraction,
 )
 from pal_ds.errors import UserError
@@ -39,29 +39,31 @@ class Dsp(Source):
     def records(self) -> Iterator[Record]:
         """Queries x domains x (domains - 1) comparisons, query by query."""
         self.dropped.clear()
-        for where, item in read_json_list(check_files(self.path)[0]):
-            query, responses = self._check(where, item)
-            for user in self.users or ():
-                if user not in responses:
-                    raise UserError(
-                        f"{where}: has no response of '{user}'{nearest(user, responses)}, who is "
-                        f"among `users`; there are {', '.join(responses)}"
-                    )
-            for user, other in permutations(responses, 2):
-                own, text = responses[user], responses[other]
-                if user not in (self.users or responses):
-                    continue
-                if not own.strip() or not text.strip():
-                    self.dropped["empty_response"] += 1
-                    continue
-                own_first = stable_fraction(query, user, other) < 0.5
-                yield Record(
-                    user_id=user,
-                    label=-1 if own_first else 1,
-                    prompt=query,
-                    responses=(own, text) if own_first else (text, own),
-                    group=user,
+        yield from self.each_row(json_list_or_errors(check_files(self.path)[0]), self._pairs)
+
+    def _pairs(self, where: str, item: object) -> Iterator[Record]:
+        query, responses = self._check(where, item)
+        for user in self.users or ():
+            if user not in responses:
+                raise UserError(
+                    f"{where}: has no response of '{user}'{nearest(user, responses)}, who is "
+                    f"among `users`; there are {', '.join(responses)}"
                 )
+        for user, other in permutations(responses, 2):
+            own, text = responses[user], responses[other]
+            if user not in (self.users or responses):
+                continue
+            if not own.strip() or not text.strip():
+                self.dropped["empty_response"] += 1
+                continue
+            own_first = stable_fraction(query, user, other) < 0.5
+            yield Record(
+                user_id=user,
+                label=-1 if own_first else 1,
+                prompt=query,
+                responses=(own, text) if own_first else (text, own),
+                group=user,
+            )
 
     def describe(self) -> dict:
         return {"class": "Dsp", "files": describe_files(check_files(self.path))}

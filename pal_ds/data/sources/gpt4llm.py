@@ -9,8 +9,8 @@ from pal_ds.data.sources.base import (
     Source,
     check_files,
     describe_files,
+    json_list_or_errors,
     preferences_by_score,
-    read_json_list,
 )
 from pal_ds.data.sources.hub_source import text_of
 from pal_ds.errors import UserError
@@ -37,9 +37,11 @@ class Gpt4Llm(Source):
     def records(self) -> Iterator[Record]:
         """Pairs (i, j), i < j, in the order of the file."""
         self.dropped.clear()
-        for where, item in read_json_list(check_files(self.path)[0]):
-            prompt, scored = self._check(where, item)
-            yield from preferences_by_score(prompt, scored, self.dropped)
+        yield from self.each_row(json_list_or_errors(check_files(self.path)[0]), self._pairs)
+
+    def _pairs(self, where: str, item: object) -> Iterator[Record]:
+        prompt, scored = self._check(where, item)
+        return preferences_by_score(prompt, scored, self.dropped)
 
     def describe(self) -> dict:
         return {"class": "Gpt4Llm", "files": describe_files(check_files(self.path))}

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal, final
+from typing import Any, Literal, final
 
 from pal_ds.data.parse import nearest
 from pal_ds.data.records import Record
@@ -62,30 +63,37 @@ class HhRlhf(Source):
         """Subset by subset, the train split before the test split."""
         self.dropped.clear()
         prompts = PromptSplits()
-        for subset, rows in self._rows.items():
-            objective = subset.partition("-")[0]
-            for where, split, row in rows:
-                chosen, rejected = (
-                    cut_transcript(text_of(row[key], where, key), MARKER)
-                    for key in ("chosen", "rejected")
-                )
-                if chosen is None or rejected is None:
-                    self.dropped["no_response_marker"] += 1
-                elif chosen[0] != rejected[0]:
-                    self.dropped["prompt_differs"] += 1
-                elif not chosen[1] or not rejected[1]:
-                    self.dropped["empty_response"] += 1
-                elif not prompts.admits(chosen[0], split):
-                    self.dropped["prompt_in_two_splits"] += 1
-                else:
-                    yield Record(
-                        user_id=objective if self.users == "objective" else POPULATION_USER,
-                        label=-1,
-                        prompt=chosen[0],
-                        responses=(chosen[1], rejected[1]),
-                        group=objective,
-                        split=split,
-                    )
+        rows = (
+            (where, row if isinstance(row, UserError) else (subset.partition("-")[0], *row))
+            for subset, rows in self._rows.items()
+            for where, row in rows.with_splits()
+        )
+        yield from self.each_row(rows, partial(self._pair, prompts))
+
+    def _pair(
+        self, prompts: PromptSplits, where: str, labelled: tuple[str, str, dict[str, Any]]
+    ) -> Iterator[Record]:
+        objective, split, row = labelled
+        chosen, rejected = (
+            cut_transcript(text_of(row[key], where, key), MARKER) for key in ("chosen", "rejected")
+        )
+        if chosen is None or rejected is None:
+            self.dropped["no_response_marker"] += 1
+        elif chosen[0] != rejected[0]:
+            self.dropped["prompt_differs"] += 1
+        elif not chosen[1] or not rejected[1]:
+            self.dropped["empty_response"] += 1
+        elif not prompts.admits(chosen[0], split):
+            self.dropped["prompt_in_two_splits"] += 1
+        else:
+            yield Record(
+                user_id=objective if self.users == "objective" else POPULATION_USER,
+                label=-1,
+                prompt=chosen[0],
+                responses=(chosen[1], rejected[1]),
+                group=objective,
+                split=split,
+            )
 
     def describe(self) -> dict:
         read = {subset: rows.describe() for subset, rows in self._rows.items()}

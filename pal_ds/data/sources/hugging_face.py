@@ -1,16 +1,23 @@
 """Anything `datasets.load_dataset` opens: a hub id, or parquet, csv and json files."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import date, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import final
+from typing import TYPE_CHECKING, final
 
 from pal_ds.data.parse import KNOWN_KEYS, nearest, parse_record
 from pal_ds.data.records import Record
-from pal_ds.data.sources.base import Source, describe_files
-from pal_ds.data.sources.hub_source import open_split, rows_of
+from pal_ds.data.sources.base import Source, check_files, describe_files
+from pal_ds.data.sources.hub_source import rows_of
+from pal_ds.data.sources.open_split import open_split
+from pal_ds.data.sources.table_files import TableFiles, as_number, as_truth, is_table_file
 from pal_ds.errors import UserError
+from pal_ds.io.text_files import parse_json
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @final
@@ -19,7 +26,8 @@ class HuggingFace(Source):
     """One split of a dataset; chosen and rejected may be message lists that share a prompt.
 
     Args:
-        path: hub id, folder, or one parquet, csv or json file.
+        path: hub id, folder, or one parquet, csv, tsv or json file. Cells of csv and tsv are text, as they were
+            written, but for y, margin, probability, seen and controversial; an empty cell is no value.
         split: which split to read.
         name: configuration of a hub dataset.
         columns: our key -> their column, for example {prompt: instruction, chosen: best}. A key
@@ -49,10 +57,20 @@ class HuggingFace(Source):
 
     def records(self) -> Iterator[Record]:
         keys = self._keys()
+        self.dropped.clear()
+
+        def comparison(where: str, row: object) -> list[Record]:
+            return [parse_record(_fields(row, keys, where), where)]
+
+        yield from self.each_row(self._rows(keys), comparison)
+
+    def _rows(self, keys: dict[str, str]) -> Iterator[tuple[str, object]]:
+        if isinstance(self._dataset, TableFiles):
+            yield from self._dataset.rows()
+            return
         table = self._dataset.select_columns([*dict.fromkeys(keys.values())])
         for number, row in enumerate(rows_of(table)):
-            fields = {key: row[column] for key, column in keys.items() if row[column] is not None}
-            yield parse_record(fields, f"{self.path}, split {self.split}, row {number}")
+            yield f"{self.path}, split {self.split}, row {number}", row
 
     def describe(self) -> dict:
         described = {
@@ -95,7 +113,17 @@ class HuggingFace(Source):
         return [Path(name) for name in names if Path(name).is_file()]
 
     @cached_property
-    def _dataset(self):
+    def _dataset(self) -> "TableFiles | Dataset":
+        """Files of text are read by us, for `datasets` guesses the types of their values."""
+        if self.data_files is None and is_table_file(self.path):
+            return TableFiles([self.path])
+        files = self.data_files
+        files = files.get(self.split) if isinstance(files, dict) else files
+        names = [files] if isinstance(files, str) else files or []
+        if self.path in ("csv", "json") and names:
+            given = [str(path) for path in check_files(names)]
+            if all(map(is_table_file, given)):
+                return TableFiles(given)
         return open_split(
             self.path,
             self.split,
@@ -103,3 +131,26 @@ class HuggingFace(Source):
             data_files=self.data_files,
             revision=self.revision,
         )
+
+
+def _fields(row: object, keys: dict[str, str], where: str) -> object:
+    """A row under our keys, the numbers and truths of its texts read as such."""
+    if not isinstance(row, Mapping):
+        return row
+    fields: dict[str, object] = {}
+    for key, column in keys.items():
+        value = row.get(column)
+        if value is None:
+            continue
+        if key in ("y", "margin", "probability"):
+            value = as_number(value, where, column)
+        elif key in ("seen", "controversial"):
+            value = as_truth(value, where, column)
+        elif key in ("response_features", "prompt_features") and isinstance(value, str):
+            value = parse_json(value, f"{where}: '{column}'")
+        elif isinstance(value, datetime | date):
+            raise UserError(
+                f"{where}: '{column}' was read as a date, {value}; store the column as text"
+            )
+        fields[key] = value
+    return fields

@@ -1,10 +1,11 @@
 """Anthropic's persona statements: users hold or reject behaviours and answer Yes or No."""
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from pal_ds.data.parse import nearest
 from pal_ds.data.records import Record
@@ -12,7 +13,7 @@ from pal_ds.data.sources.base import (
     Source,
     check_files,
     describe_files,
-    read_lines,
+    lines_or_errors,
     stable_fraction,
 )
 from pal_ds.errors import UserError
@@ -67,8 +68,10 @@ class Persona(Source):
         """File by file, statement by statement, every user who has a view on it."""
         self.dropped.clear()
         limits = self._limits()
-        for path, question, matching in self._statements(count=True):
-            for user, group, views in self._people:
+
+        def views_on(where: str, line: tuple[Path, object]) -> Iterator[Record]:
+            path, (question, matching) = line[0], self._statement(where, line[1], count=True)
+            for user, group, views in self._people if question else ():
                 holds = path.stem in views.get("holds", ())
                 if not holds and path.stem not in views.get("rejects", ()):
                     continue
@@ -82,6 +85,8 @@ class Persona(Source):
                     responses=ANSWERS,
                     group=group,
                 )
+
+        yield from self.each_row(self._lines(), views_on)
 
     def describe(self) -> dict:
         return {
@@ -117,15 +122,19 @@ class Persona(Source):
                 )
         return check_files([files[behaviour] for behaviour in sorted(wanted)])
 
-    def _statements(self, count: bool = False) -> Iterator[tuple[Path, str, str]]:
-        """(file, question, matching answer) of each statement that is sure enough."""
+    def _lines(self) -> Iterator[tuple[str, Any]]:
+        """(place, (file, line)) of each line; a UserError in place of what is no JSON."""
         for path in self._files:
-            for where, item in read_lines(path):
-                fields = _check_statement(where, item)
-                if fields["label_confidence"] < self.min_confidence:
-                    self.dropped["low_confidence"] += count
-                    continue
-                yield path, fields["question"], fields["answer_matching_behavior"].strip()
+            for where, item in lines_or_errors(path):
+                yield where, item if isinstance(item, UserError) else (path, item)
+
+    def _statement(self, where: str, item: object, count: bool = False) -> tuple[str, str]:
+        """(question, matching answer) of a statement, two empty texts where it is not sure enough."""
+        fields = _check_statement(where, item)
+        if fields["label_confidence"] < self.min_confidence:
+            self.dropped["low_confidence"] += count
+            return "", ""
+        return fields["question"], fields["answer_matching_behavior"].strip()
 
     def _draw(self, user: str, behaviour: str, question: str) -> float:
         return stable_fraction(self.seed, user, behaviour, question)
@@ -135,7 +144,15 @@ class Persona(Source):
         if self.statements_per_user is None:
             return {}
         draws: dict[str, list[float]] = {user: [] for user, *_ in self._people}
-        for path, question, _ in self._statements():
+        for where, line in self._lines():
+            # Bad lines are counted where records are read.
+            if isinstance(line, UserError):
+                continue
+            path, question = line[0], ""
+            with contextlib.suppress(UserError):
+                question, _ = self._statement(where, line[1])
+            if not question:
+                continue
             for user, _, views in self._people:
                 if any(path.stem in views[key] for key in views):
                     draws[user].append(self._draw(user, path.stem, question))

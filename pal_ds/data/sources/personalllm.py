@@ -3,13 +3,14 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from typing import final
+from functools import cached_property, partial
+from typing import Any, final
 
 import numpy as np
 
 from pal_ds.data.records import Record
 from pal_ds.data.sources.hub_source import HubPath, HubRows, HubSource, PromptSplits, text_of
+from pal_ds.data.sources.table_files import as_number
 from pal_ds.errors import UserError
 
 SPLITS = ("train", "test")
@@ -71,43 +72,57 @@ class PersonalLlm(HubSource):
                 "personalllm: num_users must be 1 or more, num_unseen_users 0 or more and alpha "
                 f"above 0; got {self.num_users}, {self.num_unseen_users} and {self.alpha}"
             )
-        self._rows = HubRows(self.path, SPLITS, ("prompt", *_RESPONSES, *_SCORES))
+        self._rows = HubRows(
+            self.path,
+            SPLITS,
+            ("prompt", *_RESPONSES, *_SCORES),
+            typed=dict.fromkeys(_SCORES, as_number),
+        )
 
     def records(self) -> Iterator[Record]:
         """Prompt by prompt, every user who judges it."""
         self.dropped.clear()
-        users_of, prompts = self._users_of_prompts, PromptSplits()
-        rows_done: Counter[str] = Counter()
-        for where, split, row in self._rows:
-            users = users_of[split].get(rows_done[split], [])
-            rows_done[split] += 1
-            prompt = text_of(row["prompt"], where, "prompt")
-            texts = [text_of(row[key], where, key) for key in _RESPONSES]
-            scores = np.array([row[key] for key in _SCORES], np.float64)
-            scores = scores.reshape(NUM_RESPONSES, -1)
-            is_new = prompts.admits(prompt, split)
-            for user in users:
-                rewards = scores @ self.weights(user)
-                best, worst = int(rewards.argmax()), int(rewards.argmin())
-                if not prompt:
-                    self.dropped["empty_prompt"] += 1
-                elif not is_new:
-                    self.dropped["prompt_in_two_splits"] += 1
-                elif not np.isfinite(scores).all():
-                    self.dropped["no_score"] += 1
-                elif rewards[best] == rewards[worst]:
-                    self.dropped["tie"] += 1
-                elif not texts[best] or not texts[worst]:
-                    self.dropped["empty_response"] += 1
-                else:
-                    yield Record(
-                        user_id=f"user_{user:04d}",
-                        label=-1,
-                        prompt=prompt,
-                        responses=(texts[best], texts[worst]),
-                        split=split,
-                        seen=user < self.num_users,
-                    )
+        yield from self.each_row(
+            self._rows.with_splits(), partial(self._choices, PromptSplits(), Counter())
+        )
+
+    def _choices(
+        self,
+        prompts: PromptSplits,
+        rows_done: Counter[str],
+        where: str,
+        split_and_row: tuple[str, dict[str, Any]],
+    ) -> Iterator[Record]:
+        split, row = split_and_row
+        users = self._users_of_prompts[split].get(rows_done[split], [])
+        rows_done[split] += 1
+        prompt = text_of(row["prompt"], where, "prompt")
+        texts = [text_of(row[key], where, key) for key in _RESPONSES]
+        scores = np.array([row[key] for key in _SCORES], np.float64)
+        scores = scores.reshape(NUM_RESPONSES, -1)
+        is_new = prompts.admits(prompt, split)
+        for user in users:
+            rewards = scores @ self.weights(user)
+            best, worst = int(rewards.argmax()), int(rewards.argmin())
+            if not prompt:
+                self.dropped["empty_prompt"] += 1
+            elif not is_new:
+                self.dropped["prompt_in_two_splits"] += 1
+            elif not np.isfinite(scores).all():
+                self.dropped["no_score"] += 1
+            elif rewards[best] == rewards[worst]:
+                self.dropped["tie"] += 1
+            elif not texts[best] or not texts[worst]:
+                self.dropped["empty_response"] += 1
+            else:
+                yield Record(
+                    user_id=f"user_{user:04d}",
+                    label=-1,
+                    prompt=prompt,
+                    responses=(texts[best], texts[worst]),
+                    split=split,
+                    seen=user < self.num_users,
+                )
 
     def weights(self, user: int) -> np.ndarray:
         """[10] fp64, >= 0, sum 1: how much each reward model counts for this user."""

@@ -58,7 +58,7 @@ class PickAFilter(HubSource):
     def records(self) -> Iterator[Record]:
         self.dropped.clear()
         check_sizes(self._captions, self._plain, *self._filtered.values())
-        for record in image_records(self._rows, self._captions, self._shown, self.dropped):
+        for record in image_records(self, self._rows, self._captions, self._shown):
             yield replace(record, group=self.group_of(record.user_id))
 
     def describe(self) -> dict:

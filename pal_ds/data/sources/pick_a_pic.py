@@ -1,13 +1,14 @@
 """Pick-a-Pic: people chose between two generated images; images and captions as CLIP embeddings."""
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 from pal_ds.data.records import Record
+from pal_ds.data.sources.base import Source
 from pal_ds.data.sources.embeddings import Embeddings
-from pal_ds.data.sources.hub_source import HubPath, HubRows, HubSource, PromptSplits, text_of
+from pal_ds.data.sources.hub_source import HubPath, HubRows, HubSource, PromptSplits, id_of, text_of
+from pal_ds.data.sources.table_files import as_number, as_truth
 from pal_ds.errors import UserError
 
 SPLITS = {"train": "train", "validation": "dev", "test": "test"}
@@ -21,6 +22,12 @@ COLUMNS = (
     "has_label",
     "are_different",
 )
+TYPED = {
+    "label_0": as_number,
+    "label_1": as_number,
+    "has_label": as_truth,
+    "are_different": as_truth,
+}
 
 
 @final
@@ -49,13 +56,13 @@ class PickAPic(HubSource):
 
     def __post_init__(self) -> None:
         self._images, self._captions = Embeddings(self.images), Embeddings(self.captions)
-        self._rows = HubRows(self.path, tuple(SPLITS), COLUMNS)
+        self._rows = HubRows(self.path, tuple(SPLITS), COLUMNS, typed=TYPED)
 
     def records(self) -> Iterator[Record]:
         self.dropped.clear()
         check_sizes(self._captions, self._images)
         images = self._images, self._images
-        yield from image_records(self._rows, self._captions, lambda *_: images, self.dropped)
+        yield from image_records(self, self._rows, self._captions, lambda *_: images)
 
     def describe(self) -> dict:
         return {
@@ -69,19 +76,24 @@ class PickAPic(HubSource):
 
 
 def image_records(
+    source: Source,
     rows: HubRows,
     captions: Embeddings,
     shown: Callable[[str, tuple[str, str], int], tuple[Embeddings, Embeddings]],
-    dropped: Counter[str],
 ) -> Iterator[Record]:
-    """The rows in which someone preferred one of two different images, others counted by reason.
+    """The rows in which someone preferred one of two different images, others counted by reason in `source.dropped`.
 
     `shown` says of (user id, uids of both images, label) in which embeddings either image is found.
     """
-    prompts = PromptSplits()
-    for where, split, row in rows:
+    prompts, dropped = PromptSplits(), source.dropped
+
+    def choice(where: str, split_and_row: tuple[str, dict[str, Any]]) -> Iterator[Record]:
+        split, row = split_and_row
         caption, label = text_of(row["caption"], where, "caption"), _label(where, row)
-        user, images = str(row["user_id"]), (str(row["image_0_uid"]), str(row["image_1_uid"]))
+        user, images = (
+            id_of(row["user_id"], where, "user_id"),
+            (str(row["image_0_uid"]), str(row["image_1_uid"])),
+        )
         if not row["has_label"] or label is None:
             dropped["no_label"] += 1
         elif not row["are_different"] or images[0] == images[1]:
@@ -96,7 +108,7 @@ def image_records(
             first, second = shown(user, images, label)
             if images[0] not in first or images[1] not in second:
                 dropped["no_image_features"] += 1
-                continue
+                return
             yield Record(
                 user_id=user,
                 label=label,
@@ -104,6 +116,8 @@ def image_records(
                 response_features=(first[images[0]], second[images[1]]),
                 split=SPLITS[split],
             )
+
+    yield from source.each_row(rows.with_splits(), choice)
 
 
 def check_sizes(captions: Embeddings, *images: Embeddings) -> None:

@@ -58,11 +58,14 @@ class Prism(HubSource):
     def records(self) -> Iterator[Record]:
         """Dialogue by dialogue, turn by turn."""
         self.dropped.clear()
-        for where, _, row in self._rows:
-            if self._num_dialogues[row["user_id"]] < self.min_dialogues:
-                self.dropped["few_dialogues"] += 1
-                continue
-            yield from self._dialogue(where, row)
+        yield from self.each_row(self._rows.with_splits(), self._enough)
+
+    def _enough(self, where: str, split_and_row: tuple[str, dict[str, Any]]) -> Iterator[Record]:
+        _, row = split_and_row
+        if self._num_dialogues[row["user_id"]] < self.min_dialogues:
+            self.dropped["few_dialogues"] += 1
+            return iter(())
+        return self._dialogue(where, row)
 
     @cached_property
     def _num_dialogues(self) -> Counter[str]:

@@ -1,5 +1,6 @@
 """OpenAI's TL;DR comparisons with PAL's users: top workers who like summaries long, or short."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -94,13 +95,19 @@ class SummarizeFromFeedback(HubSource):
         groups, unseen = self._groups, self._unseen
         self.dropped.clear()
         posts = PromptSplits()
-        for item in self._comparisons(self.dropped):
-            if item.worker not in groups:
+
+        def comparison(where: str, row: tuple[str, dict[str, Any]]) -> Iterator[Record]:
+            reason, item = self._check(where, *row)
+            if item is None:
+                self.dropped[reason] += 1
+            elif item.worker not in groups:
                 self.dropped["other_worker"] += 1
             elif not posts.admits(item.post, item.split):
                 self.dropped["prompt_in_two_splits"] += 1
             else:
                 yield self._record(item, groups[item.worker], item.worker not in unseen)
+
+        yield from self.each_row(self._rows.with_splits(), comparison)
 
     def describe(self) -> dict:
         return {**super().describe(), "groups": self._groups, "unseen": sorted(self._unseen)}
@@ -123,14 +130,6 @@ class SummarizeFromFeedback(HubSource):
             seen=seen,
             controversial=True if by_length else None,
         )
-
-    def _comparisons(self, dropped: Counter[str]) -> Iterator[_Comparison]:
-        for where, split, row in self._rows:
-            reason, item = self._check(where, split, row)
-            if item is None:
-                dropped[reason] += 1
-            else:
-                yield item
 
     def _check(self, where: str, split: str, row: dict[str, Any]) -> tuple[str, _Comparison | None]:
         info, summaries = row["info"] or {}, row["summaries"]
@@ -159,8 +158,12 @@ class SummarizeFromFeedback(HubSource):
     def _counts(self) -> dict[str, Counter[str]]:
         """Comparisons that can be used: split -> worker -> how many."""
         counts: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
-        for item in self._comparisons(Counter()):
-            counts[item.split][item.worker] += 1
+        for where, split, row in self._rows:
+            # Bad rows are counted where records are read.
+            with contextlib.suppress(UserError):
+                _, item = self._check(where, split, row)
+                if item is not None:
+                    counts[item.split][item.worker] += 1
         return counts
 
     @cached_property

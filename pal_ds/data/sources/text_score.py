@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import final
 
+from pal_ds.data.parse import check_name
 from pal_ds.data.records import Record
-from pal_ds.data.sources.base import Source, check_files, describe_files, read_json_list
+from pal_ds.data.sources.base import Source, check_files, describe_files, json_list_or_errors
 from pal_ds.errors import UserError
 from pal_ds.users.ids import POPULATION_USER
 
@@ -25,7 +26,7 @@ class TextScore(Source):
     Args:
         path: a JSON list, or JSON Lines.
         response_marker: null takes whole texts as responses without a prompt.
-        user_id: whose scores these are.
+        user_id: whose scores these are, where an entry has no `user_id` of its own.
         licence: recorded in dataset.json.
     """
 
@@ -41,27 +42,30 @@ class TextScore(Source):
     def records(self) -> Iterator[Record]:
         """Pairs (i, j), i < j, in the order of the file."""
         self.dropped.clear()
-        for where, item in read_json_list(check_files(self.path)[0]):
-            texts, scores = self._check(where, item)
-            marker = self.response_marker
-            parts = [(None, t) if marker is None else cut_transcript(t, marker) for t in texts]
-            for i, j in combinations(range(len(texts)), 2):
-                first, second = parts[i], parts[j]
-                if scores[i] == scores[j]:
-                    self.dropped["tie"] += 1
-                elif first is None or second is None:
-                    self.dropped["no_response_marker"] += 1
-                elif first[0] != second[0]:
-                    self.dropped["prompt_differs"] += 1
-                elif not first[1].strip() or not second[1].strip():
-                    self.dropped["empty_response"] += 1
-                else:
-                    yield Record(
-                        user_id=self.user_id,
-                        label=-1 if scores[i] > scores[j] else 1,
-                        prompt=first[0],
-                        responses=(first[1], second[1]),
-                    )
+        yield from self.each_row(json_list_or_errors(check_files(self.path)[0]), self._pairs)
+
+    def _pairs(self, where: str, item: object) -> Iterator[Record]:
+        texts, scores = self._check(where, item)
+        user_id = check_name(item, "user_id", where) if isinstance(item, dict) else None
+        marker = self.response_marker
+        parts = [(None, t) if marker is None else cut_transcript(t, marker) for t in texts]
+        for i, j in combinations(range(len(texts)), 2):
+            first, second = parts[i], parts[j]
+            if scores[i] == scores[j]:
+                self.dropped["tie"] += 1
+            elif first is None or second is None:
+                self.dropped["no_response_marker"] += 1
+            elif first[0] != second[0]:
+                self.dropped["prompt_differs"] += 1
+            elif not first[1].strip() or not second[1].strip():
+                self.dropped["empty_response"] += 1
+            else:
+                yield Record(
+                    user_id=user_id or self.user_id,
+                    label=-1 if scores[i] > scores[j] else 1,
+                    prompt=first[0],
+                    responses=(first[1], second[1]),
+                )
 
     def describe(self) -> dict:
         return {"class": "TextScore", "files": describe_files(check_files(self.path))}

@@ -71,14 +71,19 @@ class UltraFeedbackP(HubSource):
     def records(self) -> Iterator[Record]:
         """Row by row, pair by pair, every user."""
         self.dropped.clear()
-        for where, _, row in self._rows:
-            prompt = text_of(row["instruction"], where, "instruction")
-            if not prompt:
-                self.dropped["empty_prompt"] += 1
-                continue
-            completions = [self._check(where, item) for item in row["completions"] or ()]
-            for i, j in self._pairs(prompt, len(completions)):
-                yield from self._preference_of(prompt, (i, j), completions[i], completions[j])
+        yield from self.each_row(self._rows.with_splits(), self._preferences)
+
+    def _preferences(
+        self, where: str, split_and_row: tuple[str, dict[str, Any]]
+    ) -> Iterator[Record]:
+        _, row = split_and_row
+        prompt = text_of(row["instruction"], where, "instruction")
+        if not prompt:
+            self.dropped["empty_prompt"] += 1
+            return
+        completions = [self._check(where, item) for item in row["completions"] or ()]
+        for i, j in self._pairs(prompt, len(completions)):
+            yield from self._preference_of(prompt, (i, j), completions[i], completions[j])
 
     def _pairs(self, prompt: str, num_completions: int) -> list[tuple[int, int]]:
         pairs = list(combinations(range(num_completions), 2))

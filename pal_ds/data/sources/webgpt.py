@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 from pal_ds.data.records import Record
 from pal_ds.data.sources.base import preferences_by_score
@@ -37,14 +37,17 @@ class WebGpt(HubSource):
 
     def records(self) -> Iterator[Record]:
         self.dropped.clear()
-        for where, _, row in self._rows:
-            prompt = text_of((row["question"] or {}).get("full_text"), where, "question.full_text")
-            answers = [text_of(row[key], where, key) for key in ("answer_0", "answer_1")]
-            scores = row["score_0"], row["score_1"]
-            if not all(isinstance(score, int | float) for score in scores):
-                raise UserError(f"{where}: the scores are {scores}; both must be numbers")
-            scored = list(zip(answers, scores, strict=True))
-            yield from preferences_by_score(prompt, scored, self.dropped)
+        yield from self.each_row(self._rows.with_splits(), self._pairs)
+
+    def _pairs(self, where: str, split_and_row: tuple[str, dict[str, Any]]) -> Iterator[Record]:
+        _, row = split_and_row
+        prompt = text_of((row["question"] or {}).get("full_text"), where, "question.full_text")
+        answers = [text_of(row[key], where, key) for key in ("answer_0", "answer_1")]
+        scores = row["score_0"], row["score_1"]
+        if not all(isinstance(score, int | float) for score in scores):
+            raise UserError(f"{where}: the scores are {scores}; both must be numbers")
+        scored = list(zip(answers, scores, strict=True))
+        return preferences_by_score(prompt, scored, self.dropped)
 
     def num_records(self) -> int:
         return len(self._rows)

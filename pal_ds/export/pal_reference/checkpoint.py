@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
@@ -29,6 +28,7 @@ from pal_ds.heads.pal_reference import (
     merge_copies,
 )
 from pal_ds.io.files import new_folder, refuse_existing
+from pal_ds.io.yaml_files import read_yaml
 from pal_ds.remote_code.encoding import hidden_size_of
 from pal_ds.remote_code.modeling_pal import PalForSequenceClassification, PalRewardConfig
 from pal_ds.users import UserTable
@@ -132,12 +132,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"--config {path}: no such file; give the reference's prefLearner_config.")
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {path}: no YAML ({error}).") from None
-    if not isinstance(config, dict):
-        raise UserError(f"--config {path}: must be a mapping of keys, as in the reference's files.")
-    return config
+        return read_yaml(path)
+    except UserError as error:
+        raise UserError(f"--config {error}") from None
 
 
 def _fill(

@@ -12,7 +12,7 @@ import yaml
 from pal_ds.cli.main import main
 from pal_ds.config.recipe import read_recipe
 from pal_ds.data.prepare import settings_of
-from pal_ds.data.sources.hub_source import open_split
+from pal_ds.data.sources.open_split import open_split
 
 HUB_SOURCES = {
     "SummarizeFromFeedback": {},

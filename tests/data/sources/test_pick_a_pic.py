@@ -162,3 +162,25 @@ def test_embeddings_that_cannot_be_read(paths, tmp_path):
     assert "captions.ids.json: no such file" in message()
     with pytest.raises(UserError, match="mixture_ratio is 2"):
         PickAFilter(images, images, images, captions, mixture_ratio=2)
+
+
+def test_a_copy_in_csv_keeps_ids_and_reads_numbers(tmp_path):
+    """Every cell of CSV is text, "False" too."""
+    import pandas
+
+    from pal_ds.data.sources.pick_a_pic import COLUMNS
+
+    images, _ = embeddings(tmp_path, "images", IMAGES, 0)
+    captions, _ = embeddings(tmp_path, "captions", CAPTIONS, 1)
+    rows = [
+        row("007", "cap 0"),
+        row("7", "cap 0", label=0.0),
+        row("7", "cap 0", has_label=False),
+    ]
+    path = tmp_path / "train.csv"
+    pandas.DataFrame([{name: one[name] for name in COLUMNS} for one in rows]).to_csv(
+        path, index=False
+    )
+    source = PickAPic(images, captions, {"train": str(path)})
+    assert [(r.user_id, r.label) for r in source.records()] == [("007", -1), ("7", 1)]
+    assert source.dropped == {"no_label": 1}

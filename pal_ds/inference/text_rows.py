@@ -1,0 +1,101 @@
+"""Texts to score, read from JSON Lines or from memory: every key that looks as if it mattered is read or refused."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pal_ds.data.parse import check_name, check_response, text_of_field
+from pal_ds.data.records import Text, check_tools
+from pal_ds.data.sources.base import check_files, read_lines
+from pal_ds.errors import UserError
+from pal_ds.io.text_files import refuse_halves, refuse_non_finite
+
+_SAME_MEANING = {"user": "user_id", "userid": "user_id", "groups": "group", "system": "prompt"}
+"""Keys that look as if a score depended on them, by the one that it does depend on."""
+
+
+class Row(NamedTuple):
+    """A line of the input: `text`, or `prompt` and `response`."""
+
+    where: str
+    record: Mapping[str, Any]
+    text: str | None
+    prompt: Text | None
+    response: Text | None
+    tools: list[dict[str, Any]] | None = None
+    user_id: str | None = None
+    group: str | None = None
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The lines of a JSONL file, checked.
+
+    Raises:
+        UserError: the file is missing or empty, or a line is no such record; names file and line.
+    """
+    path = path.expanduser()
+    if not path.is_file():
+        raise UserError(f"--input {path}: no such file.")
+    if path.stat().st_size:
+        check_files(path)
+    rows = [_checked(record, where) for where, record in read_lines(path)]
+    if not rows:
+        raise UserError(f"--input {path}: is empty; give one JSON object per line.")
+    return rows
+
+
+def rows_of(records: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """Records in memory, each of `text`, or `prompt` and `response`, checked as lines of a file are.
+
+    Raises:
+        UserError: there is none, or one is no such record; counted from 0.
+    """
+    rows = [_checked(record, f"texts[{n}]") for n, record in enumerate(records)]
+    if not rows:
+        raise UserError(
+            "texts: is empty; give a dict of prompt and response, or of text, for each."
+        )
+    return rows
+
+
+def _checked(record: object, where: str) -> Row:
+    if not isinstance(record, Mapping):
+        raise UserError(f"{where}: a line must be a JSON object, not {type(record).__name__}.")
+    refuse_halves(dict(record), where)
+    refuse_non_finite(dict(record), where)
+    for key in record:
+        name = str(key).lower().replace("_", "").replace("-", "").replace(" ", "")
+        meant = _SAME_MEANING.get(name)
+        if meant not in (None, key):
+            raise UserError(
+                f"{where}: the key '{key}' is not read; if it matters here, it is '{meant}' that is. Rename it, or "
+                "give it a name that says it is a note."
+            )
+    user_id, group = (check_name(record, key, where) for key in ("user_id", "group"))
+    if "text" in record:
+        if not isinstance(record["text"], str) or not record["text"].strip():
+            raise UserError(f"{where}: 'text' must be a string that is not empty.")
+        others = [key for key in ("prompt", "response", "tools") if record.get(key) is not None]
+        if others:
+            raise UserError(
+                f"{where}: holds both 'text' and '{others[0]}'; give prompt and response, or text."
+            )
+        return Row(where, record, record["text"], None, None, None, user_id, group)
+    for key in ("prompt", "response"):
+        if key not in record:
+            raise UserError(f"{where}: has no '{key}'. Give prompt and response, or text.")
+    prompt, response = (_text(record[key], where, key) for key in ("prompt", "response"))
+    tools = record.get("tools")
+    tools = None if tools is None else check_tools(tools, where) or None
+    return Row(where, record, None, prompt, response, tools, user_id, group)
+
+
+def _text(value: object, where: str, key: str) -> Text:
+    if not isinstance(value, str | list) or (key == "response" and value in ("", [])):
+        raise UserError(f"{where}: '{key}' must be a string that is not empty, or chat messages.")
+    if isinstance(value, str) and key == "response" and not value.strip():
+        raise UserError(f"{where}: '{key}' must be a string that is not empty, or chat messages.")
+    text = text_of_field(value, where, key)
+    if key == "response":
+        check_response(text, where, key)
+    return text

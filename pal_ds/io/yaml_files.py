@@ -1,0 +1,70 @@
+"""YAML mappings that people write: a key that stands twice is an error, where YAML would silently take the last one."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pal_ds.errors import UserError
+
+_MERGE = "<<"
+"""YAML's own key, which takes over the keys of another mapping."""
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Raises:
+        UserError: it is no YAML, no mapping, or names a key twice in one mapping; with file and line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error}). Save the file as UTF-8.") from None
+    content = parse_yaml(text, str(path))
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no keys; a recipe is a YAML mapping such as data: ...")
+    return content
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of a YAML text. Raises UserError as `read_yaml` does."""
+    try:
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        for first, second in () if tree is None else _repeated(tree):
+            before, line = (node.start_mark.line + 1 for node in (first, second))
+            raise UserError(
+                f"{where}:{line}: the key '{second.value}' stands on line {before} already; the second would replace "
+                "all that the first says. Write both as one."
+            )
+        return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{where}:{line}: not valid YAML ({error.problem}). Mend it.") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = " ".join(str(error).split())
+        raise UserError(f"{where}: not valid YAML ({reason}). Mend it.") from None
+
+
+def _repeated(tree: yaml.Node) -> Iterator[tuple[Any, Any]]:
+    """(first, later) nodes of each key that a mapping below `tree` has twice, in the order of the file."""
+    pairs, todo, met = [], [tree], set()
+    while todo:
+        node = todo.pop()
+        if id(node) in met:
+            continue  # an alias of what was looked at already
+        met.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            todo += node.value
+        elif isinstance(node, yaml.MappingNode):
+            seen: dict[tuple[str, str], Any] = {}
+            for key, value in node.value:
+                todo.append(value)
+                name = (key.tag, str(key.value))
+                if key.value != _MERGE and name in seen:
+                    pairs.append((seen[name], key))
+                seen.setdefault(name, key)
+    yield from sorted(pairs, key=lambda pair: pair[1].start_mark.index)
