@@ -26,6 +26,7 @@ from pal_ds.export.configs import canonical_class, pal_config
 from pal_ds.export.contents import verify_export
 from pal_ds.export.tokenizer import open_tokenizer
 from pal_ds.export.weights import plain_backbone
+from pal_ds.heads.base import Head
 from pal_ds.inference.load_run import OpenRun, load_model, open_run
 from pal_ds.inference.score_texts import Scorer
 from pal_ds.remote_code.modeling_pal import PalForSequenceClassification
@@ -180,18 +181,18 @@ def scorer_of_export(
     return Scorer(
         model,
         encoder,
-        partial(_exported_points, folder, model, whom.users_dir),
+        partial(_exported_points, folder, model.head, whom.users_dir),
         is_for_one=whom.is_named,
         needs_names=whom.users_dir is not None and whom.user is None,
     )
 
 
 def _exported_points(
-    folder: Path, model: Any, users_dir: Path | None, user_ids: Sequence[str]
+    folder: Path, head: Head, users_dir: Path | None, user_ids: Sequence[str]
 ) -> list[list[float]]:
     """Mixtures of users by id, of a table or of those that the export itself was told of."""
     if users_dir is not None:
-        return mixtures_of(model.head, UserTable.load(users_dir), user_ids).tolist()
+        return mixtures_of(head, UserTable.load(users_dir), user_ids).tolist()
     listed = folder / "users.jsonl"
     if not listed.is_file():
         raise UserError(
