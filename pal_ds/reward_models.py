@@ -167,6 +167,7 @@ def scorer_of_export(
         special_tokens=tokens["special_tokens"] and not facts["stock_class"],
         clock=tokens.get("clock"),
     )
+    encoder.take_header(tokens)
     model: Any = load_reward_model(folder, whom.mixture, trust_remote_code=trust_remote_code)
     if whom.users_dir is not None:
         if facts["mixture"] is None:

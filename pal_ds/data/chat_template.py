@@ -110,9 +110,24 @@ class ChatTemplate:
             between = finished[len(plain) : finished.index(PROBES[1])]
             if between.strip() and (prompted == plain or not finished.startswith(prompted)):
                 return between, True
-        if prompted.startswith(plain) and len(prompted) > len(plain):
-            return prompted[len(plain) :], False
-        return prompted[prompted.index(PROBES[0]) + len(PROBES[0]) :], False
+        return _header_of_prompt(prompted, plain), False
+
+    def take_header_of_prompt(self) -> None:
+        """Read the header from the generation prompt, whatever a finished conversation shows.
+
+        Data that were prepared before finished conversations were looked at have their boundaries there.
+        """
+        if self.after_plain:
+            question = as_messages(PROBES[0], "user")
+            prompted = self.apply(question, add_generation_prompt=True)
+            self.header = _header_of_prompt(str(prompted), str(self.apply(question)))
+            self.after_plain = False
+
+
+def _header_of_prompt(prompted: str, plain: str) -> str:
+    if prompted.startswith(plain) and len(prompted) > len(plain):
+        return prompted[len(plain) :]
+    return prompted[prompted.index(PROBES[0]) + len(PROBES[0]) :]
 
 
 def choose_template(tokenizer: "PreTrainedTokenizerBase", name: str, wanted: str) -> None:

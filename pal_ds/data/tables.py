@@ -39,6 +39,8 @@ class TokensInfo(TypedDict):
     separator: str | None
     """None where a chat template is used."""
     chat_template: bool
+    finished_header: NotRequired[bool]
+    """True where the assistant's header was read from a finished conversation; absent: from the generation prompt."""
     clock: NotRequired[str | None]
     """What the chat template takes for now, in ISO 8601; absent where it asks for no date."""
     special_tokens: bool

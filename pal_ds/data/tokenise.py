@@ -149,6 +149,7 @@ class TextEncoder:
             "user_marker_ids": user_marker_ids,
             "separator": None if self.uses_template else self.separator,
             "chat_template": self.uses_template,
+            **({"finished_header": True} if self.template and self.template.after_plain else {}),
             **(
                 {"clock": self.template.clock}
                 if self.template and self.template.reads_clock
@@ -172,6 +173,7 @@ class TextEncoder:
             clock=tokens.get("clock"),
         )
         encoder.truncation_side = truncation_side(tokens)
+        encoder.take_header(tokens)
         # Data of before end with the end token behind that of the template's turn.
         encoder.end_ids, encoder.end_variants = tokens["end_ids"], tokens.get("end_variants")
         if encoder.template and encoder.template.reads_clock and "clock" not in tokens:
@@ -181,6 +183,12 @@ class TextEncoder:
                 tokenizer_folder,
             )
         return encoder
+
+    def take_header(self, tokens: TokensInfo) -> None:
+        """Find a response's beginning where the data with this `tokens` entry have it."""
+        if self.template and not tokens.get("finished_header", False):
+            self.template.take_header_of_prompt()
+            self.header = self.template.header
 
     def _tokenise(self, texts: list[str]) -> dict:
         return self.tokenizer(

@@ -219,6 +219,19 @@ def test_the_header_is_that_of_a_finished_conversation(with_template, template, 
         assert encoder.render(prompt, "No.") == usual.render(prompt, "No.")
 
 
+def test_data_of_before_keep_the_header_that_they_were_made_with(with_template, tmp_path):
+    tokenizer = with_template(NO_PROMPT)
+    tokens = TextEncoder(tokenizer).describe(None, None)
+    tokenizer.save_pretrained(tmp_path)
+    assert tokens["finished_header"]
+    new = TextEncoder.from_info(tokens, tmp_path).render("Tea?", "Yes.")
+    del tokens["finished_header"]
+    old = TextEncoder.from_info(tokens, tmp_path).render("Tea?", "Yes.")
+    assert new is not None and old is not None and new.text == old.text
+    assert new.text[new.response_start :] == "Yes.<|im_end|>\n"
+    assert old.text[old.response_start :] == "<|im_start|>assistant\nYes.<|im_end|>\n"
+
+
 ALTERNATES = (
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Roles must alternate') }}{% endif %}{% endfor %}" + CHATML
