@@ -28,7 +28,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> object:
     """The value of a YAML text. Raises UserError as `read_yaml` does."""
     try:
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
