@@ -26,7 +26,7 @@ from pal_ds.config.run_config import RunConfig
 from pal_ds.data.sources.base import Source
 from pal_ds.errors import UserError
 from pal_ds.heads.base import Head
-from pal_ds.io.yaml_files import parse_yaml, read_yaml
+from pal_ds.io.yaml_files import read_yaml
 from pal_ds.losses import MarginLoss
 from pal_ds.runs.run_dir import RunDirectory
 
@@ -130,12 +130,9 @@ def load_recipe(path: Path, *, trust_code: bool = False) -> RunConfig:
             run was trained with.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problem = " ".join(str(error).split())
-        raise UserError(f"{path}: not valid YAML ({problem}). Restore it.") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: holds no keys; `train` writes a mapping there. Restore it.")
+        tree = read_yaml(path)
+    except UserError as error:
+        raise UserError(f"{error} `train` wrote another: restore it.") from None
     if isinstance(tree.get("data"), dict):
         tree["data"].pop("source", None)
     foreign = sorted(_foreign_code(tree))
