@@ -1,23 +1,12 @@
 """The keys in which two recipes differ, and the refusal of those that would make a resumed run another one."""
 
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from pal_ds.config.run_config import KEYS_THAT_DO_NOT_ALTER_RESULTS
 from pal_ds.errors import UserError
-from pal_ds.io.yaml_files import parse_yaml
-
-
-def flat(tree: object, prefix: str = "") -> dict[str, Any]:
-    """Return the values of a recipe by dotted key."""
-    if not isinstance(tree, dict) or not tree:
-        return {prefix.rstrip("."): tree}
-    merged: dict[str, Any] = {}
-    for key, value in tree.items():
-        merged |= flat(value, f"{prefix}{key}.")
-    return merged
+from pal_ds.io.yaml_files import flattened, parse_yaml
 
 
 def changed_keys(old: str, new: str) -> list[str]:
@@ -26,7 +15,7 @@ def changed_keys(old: str, new: str) -> list[str]:
     >>> changed_keys("train: {seed: 0, log_every: 1}", "train: {seed: 1, log_every: 50}")
     ['train.seed']
     """
-    before, after = flat(yaml.safe_load(old)), flat(yaml.safe_load(new))
+    before, after = flattened(yaml.safe_load(old)), flattened(yaml.safe_load(new))
     differing = (key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     return sorted(key for key in differing if not key.startswith(KEYS_THAT_DO_NOT_ALTER_RESULTS))
 
@@ -40,7 +29,7 @@ def refuse_changes(run_config_file: Path, new: str, allowed: list[str]) -> None:
         raise UserError(f"{error} Restore it, or start in another --run_dir.") from None
     refused = [key for key in changed_keys(old, new) if key not in allowed]
     if refused:
-        before, after = flat(yaml.safe_load(old)), flat(yaml.safe_load(new))
+        before, after = flattened(yaml.safe_load(old)), flattened(yaml.safe_load(new))
         listing = "; ".join(f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in refused)
         raise UserError(
             f"{run_config_file}: this run was started with other values: {listing}. Restore them, pass "

@@ -18,7 +18,6 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from pal_ds.config.changes import flat
 from pal_ds.config.consent import REMEDY, REMOTE_CODE, Consent, import_paths
 from pal_ds.config.own_code import CODE, keep_code, make_importable, refuse_changed_code
 from pal_ds.config.parser import explained, objects_of
@@ -26,7 +25,7 @@ from pal_ds.config.run_config import RunConfig
 from pal_ds.data.sources.base import Source
 from pal_ds.errors import UserError
 from pal_ds.heads.base import Head
-from pal_ds.io.yaml_files import read_yaml
+from pal_ds.io.yaml_files import flattened, read_yaml
 from pal_ds.losses import MarginLoss
 from pal_ds.runs.run_dir import RunDirectory
 
@@ -156,7 +155,7 @@ def load_recipe(path: Path, *, trust_code: bool = False) -> RunConfig:
 
 def _foreign_code(tree: Mapping[str, Any]) -> set[str]:
     """The classes beyond pal_ds's own that a recipe names, and its keys that let code of other folders run."""
-    keys = flat(tree)
+    keys = flattened(tree)
     return import_paths(tree) | {key for key in REMOTE_CODE if keys.get(key)}
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from pal_ds.data.records import CALL_KEYS, REASONING_KEYS, Message, Text, as_messages
+from pal_ds.data.records import CALL_KEYS, REASONING_KEYS, Message, Text, Tools, as_messages
 from pal_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class ChatTemplate:
     def apply(
         self,
         messages: list[Message],
-        tools: list[dict[str, Any]] | None = None,
+        tools: Tools | None = None,
         *,
         add_generation_prompt: bool = False,
     ) -> str | None:
@@ -61,7 +61,7 @@ class ChatTemplate:
             return other
         return text
 
-    def head(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> str | None:
+    def head(self, messages: list[Message], tools: Tools | None) -> str | None:
         """The text before a response to these messages, the assistant's header at its end."""
         if not self.after_plain:
             return self.apply(messages, tools, add_generation_prompt=True)
@@ -71,7 +71,7 @@ class ChatTemplate:
     def _apply(
         self,
         messages: list[Message],
-        tools: list[dict[str, Any]] | None,
+        tools: Tools | None,
         add_generation_prompt: bool,
     ) -> str | None:
         from jinja2.exceptions import TemplateError
@@ -181,9 +181,7 @@ def _frozen(template: str, clock: str) -> str:
     return f"{_FROZEN}{{{{ format{replaced} }}}}{{% endmacro %}}{line}{template}"
 
 
-def not_shown(
-    prompt: Text | None, response: Text, tools: list[dict[str, Any]] | None, text: str
-) -> set[str]:
+def not_shown(prompt: Text | None, response: Text, tools: Tools | None, text: str) -> set[str]:
     """Name the kinds of content that a rendered text leaves out: a message by its role, reasoning, calls, tools."""
     parts = [as_messages(prompt or [], "user"), as_messages(response, "assistant")]
     missing = set()

@@ -9,6 +9,8 @@ from pal_ds.io.text_files import parse_json
 
 Message = dict[str, Any]
 """A chat message as chat templates take it: `role`, `content`, and what else it has (`tool_calls`, ...)."""
+Tools = list[dict[str, Any]]
+"""Tools that the assistant may call, as JSON schemas for the chat template."""
 Text = str | list[Message]
 """A plain string, or chat messages `[{"role": ..., "content": ...}, ...]`."""
 
@@ -31,8 +33,8 @@ class Record:
     responses: tuple[Text, Text] | None = None
     prompt_features: tuple[float, ...] | None = None
     response_features: tuple[tuple[float, ...], tuple[float, ...]] | None = None
-    tools: list[dict[str, Any]] | None = None
-    """Tools that the assistant may call, as JSON schemas for the chat template; they belong to the prompt."""
+    tools: Tools | None = None
+    """They belong to the prompt."""
     margin: float = 0.0
     """Strength of the preference, >= 0; the loss asks for at least this margin."""
     group: str | None = None
@@ -98,7 +100,7 @@ def _joined(parts: list, where: str, name: str) -> str:
     return "".join(texts)
 
 
-def check_tools(value: object, where: str) -> list[dict[str, Any]]:
+def check_tools(value: object, where: str) -> Tools:
     """The tools of a conversation: a list of JSON schemas, or the JSON of such a list. Raises UserError."""
     if isinstance(value, str):
         # Tables keep schemas of many shapes as text.

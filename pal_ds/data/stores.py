@@ -3,14 +3,14 @@
 import logging
 from array import array
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
 
 from pal_ds.data.kept_texts import SampleKeeper
 from pal_ds.data.ragged import Ragged
-from pal_ds.data.records import Text, render_plain
+from pal_ds.data.records import Text, Tools, render_plain
 from pal_ds.data.response_markers import MIN_KEPT, common_marker, count_across, count_in_rows
 from pal_ds.data.tokenise import Encoded, Rendered, TextEncoder
 from pal_ds.errors import UserError
@@ -40,7 +40,7 @@ class _Pending(NamedTuple):
     prompt_row: int
     prompt: Text | None
     response: Text
-    tools: list[dict[str, Any]] | None
+    tools: Tools | None
 
 
 class TokenStore:
@@ -68,7 +68,7 @@ class TokenStore:
         prompt_row: int,
         prompt: Text | None,
         response: Text,
-        tools: list[dict[str, Any]] | None = None,
+        tools: Tools | None = None,
     ) -> None:
         """Queue a response; its row is the number of responses added before."""
         self._pending.append(_Pending(prompt_row, prompt, response, tools))

@@ -9,10 +9,10 @@ import logging
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 from pal_ds.data.chat_template import ChatTemplate, choose_template, not_shown
-from pal_ds.data.records import Text, as_messages, render_plain
+from pal_ds.data.records import Text, Tools, as_messages, render_plain
 from pal_ds.data.special_tokens import special_ids, turn_end, user_marker
 from pal_ds.data.tables import TokensInfo
 from pal_ds.errors import UserError
@@ -95,7 +95,7 @@ class TextEncoder:
         return self.template.refusal if self.template else ""
 
     def render(
-        self, prompt: Text | None, response: Text, tools: list[dict[str, Any]] | None = None
+        self, prompt: Text | None, response: Text, tools: Tools | None = None
     ) -> Rendered | None:
         """Full text and boundary; None where the template rewrites what precedes the response."""
         if prompt is None:
@@ -120,7 +120,7 @@ class TextEncoder:
         self,
         prompt: Text | None,
         response: Text,
-        tools: list[dict[str, Any]] | None,
+        tools: Tools | None,
         rendered: Rendered,
     ) -> set[str]:
         """Name the kinds of content that the rendered text leaves out."""

@@ -77,17 +77,3 @@ def _own_sources() -> str:
         digest.update(path.relative_to(root).as_posix().encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Return a nested dict as dotted keys.
-
-    >>> flattened({"optim": {"learning_rate": 0.1}, "seed": 1})
-    {'optim.learning_rate': 0.1, 'seed': 1}
-    """
-    if not isinstance(value, dict) or not value:
-        return {prefix: value} if prefix else {}
-    flat: dict[str, Any] = {}
-    for key, part in value.items():
-        flat |= flattened(part, f"{prefix}.{key}" if prefix else str(key))
-    return flat

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pal_ds.data.parse import check_name, check_response, text_of_field
-from pal_ds.data.records import Text, check_tools
+from pal_ds.data.records import Text, Tools, check_tools
 from pal_ds.data.sources.base import check_files, read_lines
 from pal_ds.errors import UserError
 from pal_ds.io.text_files import refuse_halves, refuse_non_finite
@@ -22,7 +22,7 @@ class Row(NamedTuple):
     text: str | None
     prompt: Text | None
     response: Text | None
-    tools: list[dict[str, Any]] | None = None
+    tools: Tools | None = None
     user_id: str | None = None
     group: str | None = None
 

@@ -68,3 +68,17 @@ def _repeated(tree: yaml.Node) -> Iterator[tuple[Any, Any]]:
                     pairs.append((seen[name], key))
                 seen.setdefault(name, key)
     yield from sorted(pairs, key=lambda pair: pair[1].start_mark.index)
+
+
+def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the values of a nested mapping by dotted key; an empty mapping is a value.
+
+    >>> flattened({"optim": {"learning_rate": 0.1}, "seed": 1})
+    {'optim.learning_rate': 0.1, 'seed': 1}
+    """
+    if not isinstance(value, dict) or not value:
+        return {prefix: value} if prefix else {}
+    flat: dict[str, Any] = {}
+    for key, part in value.items():
+        flat |= flattened(part, f"{prefix}.{key}" if prefix else str(key))
+    return flat

@@ -296,6 +296,5 @@ class _Text(NamedTuple):
     """The prompt's length within `ids` (joint encoding)."""
 
 
-# The classes are not registered with AutoConfig: a second folder, of another head, would then be
-# opened with the code of the first.
+# Not registered with AutoConfig: a folder of another head would then be opened with this one's code.
 __all__ = ["PalForSequenceClassification", "PalRewardConfig"]

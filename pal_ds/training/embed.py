@@ -14,9 +14,8 @@ from pal_ds.engine.process_group import distributed
 from pal_ds.errors import UserError
 from pal_ds.modeling.build import RunContext, assemble, base_weights_of
 from pal_ds.runs.run_dir import RunDirectory
+from pal_ds.training.agreement import agree_on_data, agree_on_start
 from pal_ds.training.launch import (
-    agree_on_data,
-    agree_on_start,
     open_data,
     prepare_before_processes_meet,
     world_size_of_launch,

@@ -7,19 +7,14 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from pal_ds.config.changes import refuse_changes
-from pal_ds.config.own_code import own_code_hashes, refuse_changed_code
+from pal_ds.config.own_code import refuse_changed_code
 from pal_ds.config.run_config import RunConfig
 from pal_ds.data.collator import Collator
 from pal_ds.data.prepare import prepare
 from pal_ds.data.tables import PreparedData
-from pal_ds.data.verification import verify_content
 from pal_ds.distributed import phase
-from pal_ds.distributed.agreement import flattened, installation_facts, refuse_disagreement
 from pal_ds.distributed.watchdog import meeting, watch
 from pal_ds.distributed.world import World
 from pal_ds.engine.checkpoint.checkpoint import refuse_other_launch
@@ -32,6 +27,7 @@ from pal_ds.io.files import new_folder, write_json
 from pal_ds.modeling.build import Parts, RunContext, assemble
 from pal_ds.runs.lock import LOCK, only_writer
 from pal_ds.runs.run_dir import RunDirectory
+from pal_ds.training.agreement import agree_on_data, agree_on_start
 
 OUR_BASE = "random_weights.json"
 """Marks a base folder as random weights of ours, which may be written again."""
@@ -119,7 +115,7 @@ def train_among(
             "--trust_checkpoint": request.trust_checkpoint,
             "--trust_code": request.trust_code,
         }
-        agree_on_start(world, request.recipe, request.ds_config, **cli)
+        agree_on_start(world, request.recipe, request.ds_config, cli)
         check_zero_section(request.ds_config, config.train.ds_config)
         with meeting():
             world.from_rank_zero(lambda: held.enter_context(only_writer(run)))
@@ -150,35 +146,6 @@ def train_among(
                 for folder in written:
                     shutil.rmtree(folder, ignore_errors=True)
             raise
-
-
-def agree_on_start(world: World, recipe: str, ds_config: DeepSpeedConfig, **options: Any) -> None:
-    """Compare what ranks were started with: each key of the recipe (YAML), the engine's settings, code and libraries.
-
-    Raises:
-        DisagreementError: on every rank, where something differs; `options` are those of the command line.
-    """
-    facts = {
-        **flattened(yaml.safe_load(recipe)),
-        **flattened(ds_config, "DeepSpeed's configuration"),
-        **installation_facts(),
-        **flattened(own_code_hashes(recipe), "file of one's own"),
-        "kind of device": world.device.type,
-    }
-    refuse_disagreement(world, facts | options)
-
-
-def agree_on_data(world: World, data: PreparedData) -> None:
-    """Compare the prepared data of all ranks, and read every file of them once against its hash.
-
-    Raises:
-        DisagreementError: ranks have opened different data.
-        UserError: a file is not the one that `prepare` wrote.
-    """
-    info = data.info
-    facts = {"hash of data.path": data.hash, "checksum of dataset.json": info.get("checksum")}
-    refuse_disagreement(world, facts)
-    verify_content(data.path, info, world)
 
 
 def _assemble(context: RunContext, written: list[Path], request: TrainingRequest) -> Parts:
