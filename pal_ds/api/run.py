@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 from pal_ds.config.recipe import Recipe, asks_for_code, read
 from pal_ds.data.prepare import prepare as prepare_data
 from pal_ds.data.tables import PreparedData
-from pal_ds.errors import storage_error
+from pal_ds.errors import UserError, storage_error
 from pal_ds.runs.run_dir import RunDirectory
 
 Records = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
@@ -71,11 +72,18 @@ def run_of(run: AnyRun) -> Run:
     return run if isinstance(run, Run) else Run(Path(run))
 
 
+_OPTION = re.compile(r"`[^`]*`|(?<!\S)--(?=[a-z_]+\b)")
+"""An option in the text of a message; what stands in backticks is a command to type, and stays."""
+
+
 @contextlib.contextmanager
 def for_people() -> Iterator[None]:
-    """A failed write or read is raised as the commands word it."""
+    """A failed write or read is raised as the commands word it; an option of theirs goes by the argument's name."""
     try:
         yield
+    except UserError as error:
+        error.args = (_OPTION.sub(lambda found: found[0].removeprefix("--"), str(error)),)
+        raise
     except OSError as error:
         worded = storage_error(error)
         if worded is None:

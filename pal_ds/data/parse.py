@@ -92,7 +92,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def parse_record(fields: object, where: str, extra_keys: str = "error") -> Record:
-    """Check one object of either record form (design section 5) or the vector form."""
+    """Check one object of a form that REQUIRED_FORMS lists. Raises UserError with `where`, the rule and the remedy."""
     if not isinstance(fields, Mapping):
         raise UserError(f"{where}: expected an object, found {type(fields).__name__}")
     unknown = [key for key in fields if key not in KNOWN_KEYS]

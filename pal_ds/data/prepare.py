@@ -5,6 +5,7 @@ Runs in one process, before any process group exists.
 
 import json
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -102,7 +103,7 @@ def prepare(config: DataConfig, *, quiet: bool = False) -> PreparedData:
         "settings": settings,
         "fingerprint": xxhash.xxh3_128_hexdigest(json.dumps(settings, sort_keys=True).encode()),
     }
-    records = _tracked(source.records(), source.num_records(), "preparing", quiet)
+    records = _tracked(_records(source), source.num_records(), "preparing", quiet)
     data = build_tables(records, path, encoder, options, source=source, extra_info=extra)
     if not quiet:
         print_summary(data)
@@ -189,12 +190,7 @@ def _changed_keys(old: dict, new: dict, prefix: str = "") -> Iterator[str]:
 
 def _encoder(config: DataConfig, source: Source, quiet: bool) -> TextEncoder | None:
     """The tokenizer of the config, or one trained on the train split; None for vector records."""
-    first = next(iter(source.records()), None)
-    if first is not None and not isinstance(first, Record):
-        raise UserError(
-            f"{type(source).__name__}.records() yields {type(first).__name__}; a source yields "
-            "pal_ds.data.records.Record(user_id=..., prompt=..., responses=(..., ...), label=-1 or 1)."
-        )
+    first = next(iter(_records(source)), None)
     if first is not None and first.response_features is not None:
         return None
     if config.tokenizer is not None:
@@ -216,16 +212,40 @@ def _encoder(config: DataConfig, source: Source, quiet: bool) -> TextEncoder | N
     return encoder
 
 
+def _records(source: Source) -> Iterator[Record]:
+    """Yield a source's records; what a source of one's own does wrong is told with the place in its file."""
+    kind, num_yielded = type(source), 0
+    try:
+        for record in source.records():
+            if not isinstance(record, Record):
+                raise UserError(
+                    f"{kind.__name__}.records() yields {type(record).__name__}; a source yields "
+                    "pal_ds.data.records.Record(user_id=..., prompt=..., responses=(..., ...), label=-1 or 1)."
+                )
+            num_yielded += 1
+            yield record
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        if kind.__module__.partition(".")[0] == "pal_ds":
+            raise
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"data.source: {kind.__module__}.{kind.__name__}.records() raised {type(error).__name__} ({error}) at "
+            f"{place.filename}:{place.lineno}, after {num_yielded} records. Mend the source or what it reads."
+        ) from error
+
+
 def _train_texts(config: DataConfig, source: Source, quiet: bool) -> Iterator[str]:
     """Each distinct text that seen users judged in the train split, and the separator."""
     plan = Membership(config.split_options())
-    for record in _tracked(source.records(), source.num_records(), "reading", quiet):
+    for record in _tracked(_records(source), source.num_records(), "reading", quiet):
         plan.add_user(record)
         plan.add_prompt(record)
     codes = plan.prompt_splits()
     seen = dict(zip(plan.users, plan.seen(), strict=True))
     done: set[bytes] = set()
-    for record in source.records():
+    for record in _records(source):
         if not seen[record.user_id] or codes[plan.prompts[prompt_digest(record)]] != 0:
             continue
         for text in (record.prompt, *compared(record)):

@@ -162,3 +162,13 @@ def test_an_exported_head_stands_without_pal_ds(
     with pytest.raises(UserError) as refusal:
         write_own_code(tmp_path, module.One)
     assert f"{name}.py:1: `{line}`" in str(refusal.value)
+
+
+def test_messages_name_arguments_where_commands_have_options() -> None:
+    from pal_ds.api.run import for_people
+
+    with (
+        pytest.raises(UserError, match=r"^users and group: type `pal-ds score --users U`$"),
+        for_people(),
+    ):
+        raise UserError("--users and --group: type `pal-ds score --users U`")

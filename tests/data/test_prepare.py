@@ -73,6 +73,21 @@ class Dicts(Jsonl):
         yield {"user_id": "a", "prompt": "p", "chosen": "c", "rejected": "r"}
 
 
+class Careless(Dicts):
+    """A source of one's own that meets a row it did not think of."""
+
+    def records(self):
+        yield record(0)
+        yield record(1, responses=({}["left"], "b"))
+
+
+def test_what_a_source_of_ones_own_raises_names_its_line(write_lines, tmp_path):
+    config = DataConfig(path=str(tmp_path / "D"), source=Careless(write_lines(rows(3))))
+    place = r"Careless\.records\(\) raised KeyError \('left'\) at .*test_prepare\.py:\d+, after 1 records"
+    with pytest.raises(UserError, match=place):
+        prepare(config, quiet=True)
+
+
 def test_mistakes_of_a_source_of_ones_own_are_told(write_lines, tmp_path):
     config = DataConfig(path=str(tmp_path / "D"), source=Dicts(write_lines(rows(3))))
     with pytest.raises(UserError, match=r"Dicts.records\(\) yields dict; a source yields .*Record"):

@@ -14,8 +14,11 @@ from pal_ds.io.text_files import byte_lines
 @final
 @dataclass(eq=False)
 class Jsonl(Source):
-    """Records of design section 5, one JSON object a line; texts, chat messages or vectors.
+    """Comparisons in pal_ds's own form, one JSON object a line; texts, chat messages or vectors.
 
+    `{"user_id", "prompt", "chosen", "rejected"}`, or `{"user_id", "prompt", "response_1", "response_2", "y"}` with y -1
+    where the first is preferred and 1 where the second is; vectors are `response_features` (two of them) with `y`, and
+    `prompt_features`. Optional: `margin`, `group`, `split`, `seen`, `tools`, `controversial`, `probability`.
     A line of `responses` (or more than two `response_features`) and `scores` is a list: every two of different score
     are a comparison, ties are dropped and counted (`tie`).
 
