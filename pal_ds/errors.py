@@ -29,6 +29,10 @@ class UserError(ValueError):
     exit_code = 2
 
 
+class LauncherError(UserError):
+    """The environment names a rank and not where ranks meet. Each rank says so: nobody else may be there to do it."""
+
+
 class NumericError(UserError):
     """Updates could not be made: loss or gradients were not finite too often."""
 
@@ -104,12 +108,17 @@ def writing(path: Path | str) -> Iterator[None]:
         raise shown from error
 
 
-def end_with(error: UserError | OSError, program: str) -> NoReturn:
-    """End a program for what a person can mend: one line, on one rank, and the exit code; raises a bug again."""
+def end_with(error: UserError | OSError, program: str, *, joins_ranks: bool = True) -> NoReturn:
+    """End a program for what a person can mend: one line and the exit code; raises a bug again.
+
+    Of ranks that say the same, rank 0 speaks; a program that joins none speaks whatever RANK is in its environment.
+    """
     shown = error if isinstance(error, UserError) else storage_error(error)
     if shown is None:
         raise error
-    if os.environ.get("RANK", "0") == "0" and not getattr(shown, "is_printed", False):
+    alone = not joins_ranks or isinstance(shown, LauncherError)
+    speaks = alone or os.environ.get("RANK", "0") == "0"
+    if speaks and not getattr(shown, "is_printed", False):
         # Who asked for a stop and gets it has made no mistake.
         kind = "" if isinstance(shown, UnfinishedError) else "error: "
         print(f"{program}: {kind}{shown}", file=sys.stderr)

@@ -14,6 +14,9 @@ class Entry(NamedTuple):
     shipped: str | None = None
     """Folder of the package whose YAML files `--config` knows by name; None where `--config` is no recipe."""
 
+    joins_ranks: bool = False
+    """Whether a launcher may start it as several ranks: those other than rank 0 then leave the word to it."""
+
     def load(self) -> Any:
         """The class, with `add_arguments(parser)` and `run(options, unresolved)`."""
         module, _, name = self.location.partition(":")
@@ -30,15 +33,18 @@ COMMANDS = {
         "training_commands:Embed",
         "Encode all texts with a frozen backbone into `backbone.cache`; resumable, ends with 75 where it was stopped.",
         "recipes",
+        joins_ranks=True,
     ),
     "train": Entry(
         "training_commands:Train",
         "Train a reward model; resumes where the run directory holds checkpoints.",
         "recipes",
+        joins_ranks=True,
     ),
     "evaluate": Entry(
         "evaluation_commands:Evaluate",
         "Accuracy per user of a run on a split or on files, or best of n; exact at any world size.",
+        joins_ranks=True,
     ),
     "adapt": Entry(
         "evaluation_commands:Adapt",
@@ -60,6 +66,7 @@ COMMANDS = {
         "training_commands:Compare",
         "Train and evaluate a suite of methods over seeds on one dataset; resumable, ends in a table with intervals.",
         "suites",
+        joins_ranks=True,
     ),
     "consolidate": Entry(
         "export_commands:Consolidate",

@@ -67,7 +67,9 @@ def main(arguments: list[str] | None = None, program: str = PROGRAM) -> None:
     name = _command_of(given)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("pal_ds").setLevel(
-        logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
+        logging.ERROR
+        if COMMANDS[name].joins_ranks and os.environ.get("RANK", "0") != "0"
+        else logging.INFO
     )
     # Retries and their tracebacks; what comes of them is said in one message.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -89,7 +91,7 @@ def main(arguments: list[str] | None = None, program: str = PROGRAM) -> None:
             check(options[name])
             command.run(objects_of(parser, options)[name], options[name])
     except (UserError, OSError) as error:
-        end_with(error, program)
+        end_with(error, program, joins_ranks=COMMANDS[name].joins_ranks)
 
 
 @contextlib.contextmanager

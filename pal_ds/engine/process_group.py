@@ -21,14 +21,30 @@ import torch.distributed as torch_dist
 
 from pal_ds.distributed.watchdog import meeting
 from pal_ds.distributed.world import World
-from pal_ds.errors import UserError
+from pal_ds.errors import LauncherError, UserError
 
 logger = logging.getLogger(__name__)
 
 
 def _fill_rank_variables() -> list[str]:
-    """A plain `python -m pal_ds` is a world of one; launchers set these variables themselves. Names those it set."""
+    """A plain `python -m pal_ds` is a world of one; launchers set these variables themselves. Names those it set.
+
+    Kubeflow's PyTorchJob and others start one process in each container and leave LOCAL_RANK out: it is 0 there.
+
+    Raises:
+        LauncherError: a launcher, or a shell that exported RANK, left out where the ranks meet.
+    """
     if "RANK" in os.environ:
+        needed = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        if missing := [name for name in needed if name not in os.environ]:
+            raise LauncherError(
+                f"RANK is {os.environ['RANK']} in the environment, and {', '.join(missing)} are not set: ranks cannot "
+                "meet. Let a launcher (torchrun, deepspeed, srun) set all of them, or unset RANK for a single process."
+            )
+        if "LOCAL_RANK" in os.environ:
+            return []
+        logger.info("LOCAL_RANK is not set: taken as 0, one process in each container")
+        os.environ["LOCAL_RANK"] = "0"
         return []
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
