@@ -34,6 +34,8 @@ REMOTE_CODE = ("backbone.trust_remote_code", "data.trust_remote_code")
 FLAGS = ("trust_code", "trust_checkpoint")
 """Options that are a person's word, so that no file may hold them."""
 REMEDY = "If you trust whoever wrote it, say so: --trust_code on the command line, trust_code=True in Python."
+_SAID_BEFORE, _SAID_AFTER = "said before", "said after"
+"""Keys of what was said at once of a key, beside what was said of its parts; no key of a recipe has a space."""
 _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 # Everything else that a value names is refused by the parser itself, before it is imported.
@@ -124,6 +126,8 @@ def import_paths(recipe: object) -> set[str]:
 
     >>> sorted(import_paths({"head": {"class_path": "mine.My", "init_args": {"inner": {"class_path": "own.It"}}}}))
     ['mine.My', 'own.It']
+    >>> import_paths({"data": {"source": {"class_path": "Jsonl", "init_args": {"path": "votes.jsonl"}}}})
+    set()
     >>> import_paths({"head": "PalA", "data": {"path": "a.b", "source": {"class_path": "pal_ds.data.sources.Jsonl"}}})
     set()
     """
@@ -135,16 +139,19 @@ def import_paths(recipe: object) -> set[str]:
     return found
 
 
-def _paths(value: object) -> Iterator[str]:
-    if isinstance(value, str) and _IMPORT_PATH.fullmatch(value):
-        if value.partition(".")[0] != "pal_ds":
+def _paths(value: object, *, names_class: bool = True) -> Iterator[str]:
+    """A text names a class at the key itself and at `class_path`; elsewhere `data.jsonl` is a file's name."""
+    if isinstance(value, str):
+        is_foreign = value.partition(".")[0] != "pal_ds"
+        if names_class and is_foreign and _IMPORT_PATH.fullmatch(value):
             yield value
     elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _paths(part)
+        for key, part in value.items():
+            said_at_once = names_class and key in (_SAID_BEFORE, _SAID_AFTER)
+            yield from _paths(part, names_class=said_at_once or key == "class_path")
     elif isinstance(value, list):
         for part in value:
-            yield from _paths(part)
+            yield from _paths(part, names_class=False)
 
 
 def _read(text: str) -> object:
@@ -166,14 +173,14 @@ def _lay_over(tree: dict[str, Any], key: str, value: object) -> None:
     for part in above:
         below = tree.setdefault(part, {})
         if not isinstance(below, dict):
-            below = tree[part] = {"said before": below}
+            below = tree[part] = {_SAID_BEFORE: below}
         tree = below
     before = tree.get(last)
     if isinstance(before, dict) and isinstance(value, Mapping):
         for name, part in value.items():
             _lay_over(before, str(name), part)
     elif isinstance(before, dict):
-        before["said after"] = value
+        before[_SAID_AFTER] = value
     else:
         tree[last] = dict(value) if isinstance(value, Mapping) else value
 

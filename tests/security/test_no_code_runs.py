@@ -128,6 +128,19 @@ def test_what_the_command_line_names_is_the_persons_own_choice(stranger: Strange
     assert other.name not in sys.modules
 
 
+@pytest.mark.parametrize(
+    "option", ["--data.source.init_args.path={}.jsonl", "--data.source.path={}.jsonl"]
+)
+def test_the_name_of_a_file_allows_no_module_of_that_name(
+    stranger: Stranger, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    """`data.jsonl` is no leave to import a stranger's `data.py`."""
+    recipe = stranger.recipe(head={"class_path": f"{stranger.module()}.Head"})
+    code, said = said_by(prepare("--config", recipe, option.format(stranger.name)), capsys)
+    assert code == 2 and "is no class that pal_ds ships" in said, said
+    assert not stranger.mark.exists() and stranger.name not in sys.modules
+
+
 def test_a_source_is_not_built_to_read_a_run(stranger: Stranger) -> None:
     """The run has read its data already: whoever reads the run has no use for where they came from."""
     stranger.module(stranger.copy("run") / "code")
