@@ -72,8 +72,8 @@ def run_of(run: AnyRun) -> Run:
     return run if isinstance(run, Run) else Run(Path(run))
 
 
-_OPTION = re.compile(r"`[^`]*`|(?<!\S)--(?=[a-z_]+\b)")
-"""An option in the text of a message; what stands in backticks is a command to type, and stays."""
+_OPTION = re.compile(r"`[^`]*`|(?<!\S)--(?=[a-z_]+\b(?! on the command line))")
+"""An option in the text of a message; one in backticks, or said to be of the command line, stays."""
 
 
 @contextlib.contextmanager
