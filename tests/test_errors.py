@@ -71,19 +71,37 @@ def test_a_bug_keeps_its_traceback(program: tuple[str, End]) -> None:
         program[1](BUG)
 
 
-def test_what_the_watchdog_or_rank_zero_says_is_not_said_again(
-    program: tuple[str, End],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_what_the_watchdog_says_is_not_said_again(program: tuple[str, End], capsys: pytest.CaptureFixture[str]) -> None:
     lost = RankLostError("rank 1 died")
     lost.is_printed = True
     with pytest.raises(SystemExit):
         program[1](lost)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_program_of_one_process_speaks_whatever_rank_is_set(
+    program: tuple[str, End],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A shell that exported RANK=1 once took every word from such a program."""
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit):
         program[1](UserError("no such run"))
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == f"{program[0]}: error: no such run\n"
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", "pal-ds: error: no such run\n"), ("1", "")])
+def test_of_ranks_that_say_the_same_rank_zero_speaks(
+    rank: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit):
+        end_with(UserError("no such run"), "pal-ds")
+    assert capsys.readouterr().err == said
 
 
 def test_every_code_is_in_both_tables() -> None:
@@ -91,7 +109,8 @@ def test_every_code_is_in_both_tables() -> None:
 
     manual = (Path(__file__).resolve().parents[1] / "docs" / "reliability.md").read_text()
     kinds = [kind for kind in vars(pal_ds.errors).values() if isinstance(kind, type)]
-    codes = [kind.exit_code for kind in kinds if issubclass(kind, UserError)]
+    # A kind that only says who speaks shares the code of its parent.
+    codes = [kind.exit_code for kind in kinds if issubclass(kind, UserError) and "exit_code" in vars(kind)]
     assert len(codes) == len(set(codes)) == 6
     for code in codes:
         assert f"| {code} | " in (pal_ds.errors.__doc__ or "")
