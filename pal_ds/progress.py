@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import logging
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
@@ -32,6 +33,23 @@ _shown_bars: list[Progress] = []
 """The display of the bar that is shown alone, inside which no other is."""
 
 
+_quiet = False
+"""True from `be_quiet` on."""
+
+
+def be_quiet() -> None:
+    """Show no bars and log no more than warnings in the rest of this process."""
+    global _quiet
+    _quiet = True
+    package = logging.getLogger("pal_ds")
+    package.setLevel(max(package.level, logging.WARNING))
+
+
+def is_quiet() -> bool:
+    """Return whether `be_quiet` was called."""
+    return _quiet
+
+
 @contextlib.contextmanager
 def progress_bar(
     label: str, total: int, *, shown: bool, unit: str = "texts", outer: bool = False
@@ -40,7 +58,7 @@ def progress_bar(
 
     A bar inside another is not shown, but for those inside an `outer` one, which appear below it for their time.
     """
-    if not shown or _shown_bars:
+    if not shown or _shown_bars or _quiet:
         yield lambda num_units=0, **facts: None
         return
     columns = (

@@ -71,7 +71,9 @@ def test_a_bug_keeps_its_traceback(program: tuple[str, End]) -> None:
         program[1](BUG)
 
 
-def test_what_the_watchdog_says_is_not_said_again(program: tuple[str, End], capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_watchdog_says_is_not_said_again(
+    program: tuple[str, End], capsys: pytest.CaptureFixture[str]
+) -> None:
     lost = RankLostError("rank 1 died")
     lost.is_printed = True
     with pytest.raises(SystemExit):
@@ -110,7 +112,11 @@ def test_every_code_is_in_both_tables() -> None:
     manual = (Path(__file__).resolve().parents[1] / "docs" / "reliability.md").read_text()
     kinds = [kind for kind in vars(pal_ds.errors).values() if isinstance(kind, type)]
     # A kind that only says who speaks shares the code of its parent.
-    codes = [kind.exit_code for kind in kinds if issubclass(kind, UserError) and "exit_code" in vars(kind)]
+    codes = [
+        kind.exit_code
+        for kind in kinds
+        if issubclass(kind, UserError) and "exit_code" in vars(kind)
+    ]
     assert len(codes) == len(set(codes)) == 6
     for code in codes:
         assert f"| {code} | " in (pal_ds.errors.__doc__ or "")

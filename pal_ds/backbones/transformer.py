@@ -103,17 +103,22 @@ class TransformerBackbone(nn.Module):
         return Features(response, batch.response_index, prompt, batch.prompt_index, prompt_length)
 
 
-def read_model_config(config: BackboneConfig) -> Any:
-    """The transformers config of `config.path`.
+def read_model_config(config: BackboneConfig, *, from_disk_only: bool = False) -> Any:
+    """The transformers config of `config.path`; with `from_disk_only` the hub is not asked.
 
     Raises:
-        UserError: nothing that transformers can open lies there.
+        UserError: no path is given, or nothing that transformers can open lies there.
     """
-    assert config.path is not None, "materialise `backbone.architecture` first"
+    if config.path is None:
+        raise UserError("backbone: neither path nor architecture is given. Give one of them.")
     if config.path.startswith(("/", ".", "~")) and not Path(config.path).is_dir():
         raise UserError(f"backbone.path: no folder {config.path} (looked from {Path.cwd()}).")
     try:
-        return AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+        return AutoConfig.from_pretrained(
+            config.path,
+            trust_remote_code=config.trust_remote_code,
+            local_files_only=from_disk_only,
+        )
     except (OSError, ValueError) as error:
         raise UserError(
             f"backbone.path: transformers cannot open {config.path!r} ({str(error).splitlines()[0]}). "

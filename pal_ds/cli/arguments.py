@@ -74,6 +74,26 @@ def _keys(text: str | list[str]) -> list[str]:
     return [name.strip() for name in text.strip("[] ").split(",") if name.strip()]
 
 
+def split_words(words: list[str]) -> list[str]:
+    """The values of an option that takes several: apart, or separated by commas, in brackets or not.
+
+    >>> split_words(["runs/a", "runs/b"]), split_words(["[runs/a,runs/b]"]), split_words(["1,2", "4"])
+    (['runs/a', 'runs/b'], ['runs/a', 'runs/b'], ['1', '2', '4'])
+    """
+    # A file or folder may have a comma in its name.
+    return [part for word in words for part in ([word] if Path(word).exists() else _keys(word))]
+
+
+def whole_numbers(option: str, words: list[str]) -> list[int]:
+    """The numbers that an option took. Raises UserError for what is none."""
+    try:
+        return [int(word) for word in split_words(words)]
+    except ValueError:
+        raise UserError(
+            f"{option}: {' '.join(words)} are no whole numbers, as in 0 4 16."
+        ) from None
+
+
 def _mixture(text: str | list[float]) -> list[float]:
     """Weights separated by commas, `0.2,0.8`; whether they fit a head is checked where one is."""
     if not isinstance(text, str):

@@ -15,6 +15,8 @@ from pal_ds.cli.arguments import (
     keys,
     leave_of,
     options_of,
+    split_words,
+    whole_numbers,
 )
 from pal_ds.errors import UserError
 from pal_ds.runs.run_dir import RunDirectory
@@ -25,10 +27,24 @@ class Evaluate:
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
+        from pal_ds.data.sources import Source
+
         add = parser.add_argument
         add_run_arguments(parser)
         add("--split", type=str, default="test", help="split of the run's data")
-        add("--data", type=keys, default=[], help="JSONL of pairs in place of a split, FILE,..")
+        add(
+            "--data",
+            type=str,
+            nargs="+",
+            default=[],
+            help="files of pairs in place of a split: A B, or A,B",
+        )
+        add(
+            "--source",
+            type=Source | None,
+            default=None,
+            help="a source of pairs in place of a split, as in a recipe: --source Dsp --source.path FILE",
+        )
         add("--name", type=str, help="result goes to eval/NAME.json")
         add("--users", type=str, help="users that `adapt` fitted")
         add(
@@ -41,13 +57,19 @@ class Evaluate:
     def run(options: Namespace, _: Namespace) -> None:
         from pal_ds.eval.best_of_n import NAME_PREFIX, rank_set, ranking_line
         from pal_ds.eval.evaluate import evaluate_set, restored_by_ranks, summary_line
-        from pal_ds.eval.results import eval_requests
+        from pal_ds.eval.results import eval_requests, source_request
 
         measure, line_of, prefix = evaluate_set, summary_line, ""
         if options.best_of_n:
             measure, line_of, prefix = rank_set, ranking_line, NAME_PREFIX
-        files = [Path(file) for file in options.data]
-        requests = eval_requests(options.split, files, options.name, prefix)
+        files = [Path(file) for file in split_words(options.data)]
+        if files and options.source is not None:
+            raise UserError("evaluate: give --data or --source, not both.")
+        requests = (
+            eval_requests(options.split, files, options.name, prefix)
+            if options.source is None
+            else [source_request(options.source, options.name, prefix)]
+        )
         run, users = RunDirectory(options.run_dir), as_path(options.users)
         leave = leave_of(options)
         with restored_by_ranks(run, options.step, users, **leave) as (world, restored, known):
@@ -68,9 +90,10 @@ class FewShot:
         add_run_arguments(parser)
         add(
             "--num_comparisons",
-            type=list[int],
-            default=[0, 1, 2, 4, 8, 16, 32, 50],
-            help="values of k",
+            type=str,
+            nargs="+",
+            default=["0", "1", "2", "4", "8", "16", "32", "50"],
+            help="values of k: 0 4 16, or 0,4,16",
         )
         add("--num_draws", type=int, default=20, help="random draws of the k comparisons")
 
@@ -80,7 +103,7 @@ class FewShot:
 
         figures = evaluate_few_shot(
             RunDirectory(options.run_dir),
-            options.num_comparisons,
+            whole_numbers("--num_comparisons", options.num_comparisons),
             options.num_draws,
             step=options.step,
             trust_checkpoint=options.trust_checkpoint,
@@ -161,7 +184,13 @@ class Report:
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
         add = parser.add_argument
-        add("--run_dirs", type=list[str], required=True, help="directories that `train` wrote")
+        add(
+            "--run_dirs",
+            type=str,
+            nargs="+",
+            required=True,
+            help="directories that `train` wrote: A B, or A,B",
+        )
         add("--out", type=str, required=True, help="directory for report.md and its pictures")
         add_trust(parser)
 
@@ -169,12 +198,11 @@ class Report:
     def run(options: Namespace, _: Namespace) -> None:
         from pal_ds.eval.report import write_report
 
-        names = [Path(path).name for path in options.run_dirs]
+        paths = list(dict.fromkeys(split_words(options.run_dirs)))
+        names = [Path(path).name for path in paths]
         # Two runs may end in the same name; then the whole path tells them apart.
-        labels = names if len(set(names)) == len(names) else options.run_dirs
-        runs = {
-            label: RunDirectory(path) for label, path in zip(labels, options.run_dirs, strict=True)
-        }
+        labels = names if len(set(names)) == len(names) else paths
+        runs = {label: RunDirectory(path) for label, path in zip(labels, paths, strict=True)}
         for run in runs.values():
             run.require_run()
         trust, code = options.trust_checkpoint, options.trust_code

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 
@@ -12,6 +13,9 @@ from pal_ds.cli.main import build_parser
 from pal_ds.errors import UserError
 from pal_ds.runs.lock import LOCK
 from pal_ds.runs.run_dir import RunDirectory
+
+if TYPE_CHECKING:
+    from pal_ds.config.run_config import RunConfig
 
 Checked = tuple[Path, list[str], list[str]]
 """Where the record of the submission goes, the words after the script's name, and what to tell the user."""
@@ -87,18 +91,33 @@ def check_recipe(options: Namespace, recipe: str, run_dir: Path, words: list[str
     found = {path.name for path in run_dir.iterdir()} if run_dir.is_dir() else set()
     if parsed["train"].fresh and found - {LOCK, "slurm"}:
         raise UserError(f"{run_dir}: --fresh needs an empty directory. Name another --run_dir.")
+    notes = [] if options.gpus_per_node == 0 else [memory_note(config, world_size)]
     steps = run.complete_steps()
     if not steps:
-        return []
+        return notes
     refuse_changes(run.config_file, resolved, parsed["train"].allow_change)
     manifest = json.loads((run.checkpoint(steps[-1]) / "manifest.json").read_text())
-    notes = [f"{run_dir}: resumes from update {steps[-1]}."]
+    notes.append(f"{run_dir}: resumes from update {steps[-1]}.")
     if manifest["world_size"] != world_size:
         notes.append(
             f"its checkpoint is of {manifest['world_size']} ranks and will be resharded to {world_size}: the order of "
             "comparisons stays, the last bits of the weights may not."
         )
     return notes
+
+
+def memory_note(config: "RunConfig", world_size: int) -> str:
+    """Return what `plan` says of a recipe on these GPUs, in one line, or why it says nothing."""
+    from pal_ds.cli.training_commands import GIB, plan_of
+
+    try:
+        plan = plan_of(config, world_size, from_disk_only=True)
+    except UserError as error:
+        return f"memory was not planned: {error}"
+    return (
+        f"each of {world_size} GPUs needs about {plan.total / GIB:.1f} GiB, and a tenth more for fragments "
+        "(`pal-ds plan` shows the parts)."
+    )
 
 
 def check_stop_signals(recipe: str, signals: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from pal_ds import __version__
 from pal_ds.cli.command_table import COMMANDS
+from pal_ds.cli.words import COMPLETION, as_declared
 from pal_ds.distributed import phase  # noqa: F401  (first of ours: its clock tells how long this process has run)
 from pal_ds.errors import UserError, end_with
 
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from pal_ds.config.parser import Parser
 
 PROGRAM = "pal-ds"
+HELP = Path(__file__).with_name("help")
+"""What `COMMAND --help` prints, of the commands that read recipes: their parser needs torch, which takes two seconds.
+
+`tools/write_help.py` writes it, and a test compares it with the parser's."""
 DESCRIPTION = "Personalised reward models, trained with DeepSpeed."
 
 
@@ -40,7 +45,12 @@ def usage() -> str:
             entry.summary, width, initial_indent=shown, subsequent_indent=" " * column
         )
     lines += ["", "options:", "  -h, --help".ljust(column) + "Show this help message and exit."]
-    lines += ["  --version".ljust(column) + "Show the version and exit.", ""]
+    lines += ["  --version".ljust(column) + "Show the version and exit."]
+    lines += [
+        f"  {COMPLETION}".ljust(column)
+        + "Print what makes the TAB key complete commands and options.",
+        "",
+    ]
     return "\n".join([*lines, f"`{PROGRAM} COMMAND --help` lists the options of a command."])
 
 
@@ -55,6 +65,9 @@ def build_parser(name: str | None = None, program: str = PROGRAM) -> "Parser":
             command = entry.load()
             sub = Parser(description=command.__doc__, program=program)
             command.add_arguments(sub)
+            sub.add_argument(
+                "--quiet", action="store_true", help="no bars and no lines but results and warnings"
+            )
             subcommands.add_subcommand(known, sub, help=entry.summary)
     return parser
 
@@ -63,8 +76,13 @@ def main(arguments: list[str] | None = None, program: str = PROGRAM) -> None:
     """Runs one command in this process and returns; SystemExit with code 2 for a mistake a person can mend."""
     given = sys.argv[1:] if arguments is None else arguments
     # The deepspeed launcher puts this before the command; LOCAL_RANK is in the environment anyway.
-    given = [argument for argument in given if not argument.startswith("--local_rank")]
+    given = as_declared(
+        [word for word in given if not word.startswith(("--local_rank", "--local-rank"))]
+    )
     name = _command_of(given)
+    if given[1:] in (["--help"], ["-h"]) and (shown := HELP / f"{name}.txt").is_file():
+        print(shown.read_text(), end="")
+        sys.exit(0)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("pal_ds").setLevel(
         logging.ERROR
@@ -72,7 +90,7 @@ def main(arguments: list[str] | None = None, program: str = PROGRAM) -> None:
         else logging.INFO
     )
     # Retries and their tracebacks; what comes of them is said in one message.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Whatever the shell allows: what anyone may write is refused when it is read again.
     os.umask(os.umask(0o022) | 0o002)
@@ -82,6 +100,7 @@ def main(arguments: list[str] | None = None, program: str = PROGRAM) -> None:
     parser = build_parser(name, program)
     from pal_ds.cli.arguments import check_config_files, config_files, with_shipped_files
     from pal_ds.config.parser import objects_of
+    from pal_ds.progress import be_quiet
 
     given = with_shipped_files(given)
     try:
@@ -89,6 +108,8 @@ def main(arguments: list[str] | None = None, program: str = PROGRAM) -> None:
         with _allowed(given, config_files(given)) as check:
             options = parser.parse_args(given)
             check(options[name])
+            if options[name].quiet:
+                be_quiet()
             command.run(objects_of(parser, options)[name], options[name])
     except (UserError, OSError) as error:
         end_with(error, program, joins_ranks=COMMANDS[name].joins_ranks)
@@ -98,9 +119,10 @@ def main(arguments: list[str] | None = None, program: str = PROGRAM) -> None:
 def _allowed(given: list[str], files: list[Path]) -> Iterator[Callable[["Namespace"], None]]:
     """Let what this command line allows be imported within the block; yields the check of what was parsed.
 
-    A command that reads no recipe needs neither, and none of the modules behind them.
+    A command that reads no recipe and is given no source needs neither, and none of the modules behind them.
     """
-    if COMMANDS[given[0]].shipped is None:
+    names_source = any(word.partition("=")[0] == "--source" for word in given)
+    if COMMANDS[given[0]].shipped is None and not names_source:
         yield lambda options: None
         return
     from pal_ds.config.consent import FLAGS, Consent
@@ -118,6 +140,19 @@ def _allowed(given: list[str], files: list[Path]) -> Iterator[Callable[["Namespa
         yield check
 
 
+def print_completion(shells: list[str]) -> None:
+    """Print the completion script of a shell. Raises SystemExit with code 2 for a shell that has none."""
+    import shtab
+
+    if len(shells) != 1 or shells[0] not in shtab.SUPPORTED_SHELLS:
+        print(
+            f"{PROGRAM}: error: --completion takes one of {', '.join(shtab.SUPPORTED_SHELLS)}.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    print(shtab.complete(build_parser(), shells[0]))
+
+
 def _command_of(given: list[str]) -> str:
     """The command's name; prints and ends where it is --help, --version or none of ours."""
     first = given[0] if given else None
@@ -125,6 +160,9 @@ def _command_of(given: list[str]) -> str:
         return str(first)
     if first in ("-h", "--help", "--version"):
         print(usage() if first != "--version" else f"{PROGRAM} {__version__}")
+        sys.exit(0)
+    if first == COMPLETION.partition(" ")[0]:
+        print_completion(given[1:])
         sys.exit(0)
     if first is None:
         said = f"give a command, one of {', '.join(COMMANDS)}."

@@ -11,7 +11,9 @@ from typing import Literal
 
 from jsonargparse import SUPPRESS, ArgumentParser, Namespace
 
+from pal_ds.cli.arguments import with_shipped_files
 from pal_ds.cli.job_checks import JOBS, check_shape
+from pal_ds.cli.sbatch_options import split_options
 from pal_ds.errors import UserError
 from pal_ds.io.files import shipped_folder
 
@@ -29,8 +31,9 @@ class Submit:
     submit adapt RUN PAIRS.jsonl OUT --array 0-7;
     submit sweep RECIPE... --array 0-3 [--run_dir runs].
 
-    What follows `--` goes to the pal-ds command. The job's id is kept in slurm/jobs.jsonl of the run directory (of OUT
-    for adapt, of the cache for embed). The scripts that it hands in work without this command.
+    Options of sbatch (--mem 64G, --exclusive) are passed on to it. What follows `--` goes to the pal-ds command. The
+    job's id is kept in slurm/jobs.jsonl of the run directory (of OUT for adapt, of the cache for embed). The scripts
+    that it hands in work without this command.
     """
 
     @staticmethod
@@ -49,18 +52,26 @@ class Submit:
             add(f"--{name}", type=str | None, help=f"the {name} of the site, for sbatch")
         add("--dry_run", action="store_true", help="print the command, submit nothing")
         add("--words", type=list[str], default=[], help=SUPPRESS)
+        add("--sbatch", type=list[str], default=[], help=SUPPRESS)
 
     @staticmethod
     def arguments_of(given: list[str]) -> list[str]:
-        """The arguments with what follows `--` as one option: words of another command are none of this one's."""
-        if "--" not in given:
-            return given
-        cut = given.index("--")
-        return [*given[:cut], f"--words={json.dumps(given[cut + 1 :])}"]
+        """The arguments with options of sbatch as one option, and what follows `--` as another: none are this one's."""
+        cut = given.index("--") if "--" in given else len(given)
+        kept, passed_on = split_options(given[:cut])
+        if passed_on:
+            kept.append(f"--sbatch={json.dumps(passed_on)}")
+        return [*kept, f"--words={json.dumps(given[cut + 1 :])}"] if given[cut:] else kept
 
     @staticmethod
     def run(options: Namespace, _: Namespace) -> None:
         check_shape(options)
+        if options.job in ("train", "embed", "sweep"):
+            # The name of a shipped recipe stands for its file, as after `--config` of other commands.
+            options.arguments = [
+                with_shipped_files(["train", "--config", recipe])[-1]
+                for recipe in options.arguments
+            ]
         record, job_words, notes = JOBS[options.job](options, options.words)
         command = sbatch_command(options, record, job_words)
         for note in notes:
@@ -88,7 +99,7 @@ def sbatch_command(options: Namespace, record: Path, words: Sequence[str]) -> li
     for name in (*PASSED_ON, *SITE):
         if shape[name] is not None:
             command.append(f"--{name.replace('_', '-')}={shape[name]}")
-    return [*command, str(SCRIPTS / f"{options.job}.sbatch"), *words]
+    return [*command, *options.sbatch, str(SCRIPTS / f"{options.job}.sbatch"), *words]
 
 
 def submit(command: list[str], record: Path) -> str:

@@ -8,11 +8,13 @@ from jsonargparse import ArgumentParser, Namespace
 
 from pal_ds.cli.arguments import STEP, TRUST, keys
 from pal_ds.config.recipe import add_recipe_arguments, as_recipe, dump_recipe
+from pal_ds.config.run_config import RunConfig
 from pal_ds.errors import UnfinishedError, UserError
 
 if TYPE_CHECKING:
     from pal_ds.compare.suite import Suite
     from pal_ds.data.prepare import DataConfig
+    from pal_ds.modeling.memory_plan import MemoryPlan
 
 GIB = 2**30
 
@@ -147,22 +149,26 @@ class Plan:
 
     @staticmethod
     def run(options: Namespace, _: Namespace) -> None:
-        from pal_ds.backbones.transformer import architecture_config, read_model_config
-        from pal_ds.modeling.memory_plan import plan_memory
-
-        config = as_recipe(options)
         if options.num_gpus < 1:
             raise UserError(f"--num_gpus is {options.num_gpus}; it must be at least 1.")
-        if config.backbone.architecture is None:
-            model_config = read_model_config(config.backbone)
-        else:
-            model_config = architecture_config(config.backbone, _vocab_size(config.data))
-        plan = plan_memory(config, model_config, options.num_gpus)
+        plan = plan_of(as_recipe(options), options.num_gpus)
         print(
             f"{options.num_gpus} GPUs, {plan.num_parameters:,} parameters, {plan.num_trained:,} trained"
         )
         for name in ("weights", "optimizer", "gathered", "buckets", "activations", "total"):
             print(f"{name:12}{getattr(plan, name) / GIB:8.1f} GiB")
+
+
+def plan_of(config: RunConfig, num_gpus: int, *, from_disk_only: bool = False) -> "MemoryPlan":
+    """Return the bytes per GPU of a recipe. Raises UserError where the backbone's config cannot be had."""
+    from pal_ds.backbones.transformer import architecture_config, read_model_config
+    from pal_ds.modeling.memory_plan import plan_memory
+
+    if config.backbone.architecture is None:
+        model_config = read_model_config(config.backbone, from_disk_only=from_disk_only)
+    else:
+        model_config = architecture_config(config.backbone, _vocab_size(config.data))
+    return plan_memory(config, model_config, num_gpus)
 
 
 def _vocab_size(data: "DataConfig") -> int:

@@ -27,11 +27,16 @@ from pal_ds.losses import MarginLoss
 
 SHIPPED = ("pal_ds.heads", "pal_ds.data.sources", "pal_ds.losses")
 """Packages whose classes any recipe may name."""
-KINDS: dict[str, type] = {"head": Head, "data.source": Source, "loss.shape": MarginLoss}
-"""The keys of a recipe that name a class, and what it must be a subclass of."""
+KINDS: dict[str, type] = {
+    "head": Head,
+    "data.source": Source,
+    "source": Source,
+    "loss.shape": MarginLoss,
+}
+"""The keys of a recipe, and options, that name a class, and what it must be a subclass of."""
 REMOTE_CODE = ("backbone.trust_remote_code", "data.trust_remote_code")
 """The keys that let code of a model's folder, or of a tokenizer's, run."""
-FLAGS = ("trust_code", "trust_checkpoint")
+FLAGS = ("trust_code", "trust_checkpoint", "quiet")
 """Options that are a person's word, so that no file may hold them."""
 REMEDY = "If you trust whoever wrote it, say so: --trust_code on the command line, trust_code=True in Python."
 _SAID_BEFORE, _SAID_AFTER = "said before", "said after"

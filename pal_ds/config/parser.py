@@ -1,8 +1,10 @@
 """The parser of commands and suites: refuses abbreviations, and words its errors for people."""
 
 import difflib
+import inspect
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
@@ -20,10 +22,28 @@ class Parser(ArgumentParser):
         super().__init__(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        # jsonargparse names a command's own options with the command in front, which no one can type.
-        message = re.sub(r"(arguments are required: )\w+\.", r"\1--", message)
+        message = re.sub(r"(?<=arguments are required: ).*", self._as_typed, message)
         print(f"{self.program}: error: {explained(message, self)}", file=sys.stderr)
         sys.exit(2)
+
+    def _as_typed(self, names: re.Match[str]) -> str:
+        """Reword the options and arguments that are missing: jsonargparse puts the command before some of its own."""
+        if getattr(self, "_inner_parser", False):
+            # Of a class that a key names, of which this parser has nothing but the arguments.
+            first = names[0].split(", ")[0]
+            named = ".".join(self.groups or ())
+            return f"{names[0]} of {named}: --KEY.{first}, KEY being what names it, or in init_args"
+        commands: dict[str, ArgumentParser] = {}
+        for action in self._actions:
+            commands |= getattr(action, "_name_parser_map", None) or {}
+        actions = [a for parser in (self, *commands.values()) for a in parser._actions]
+        positional = {action.dest for action in actions if not action.option_strings}
+        typed = []
+        for name in names[0].split(", "):
+            first, _, rest = name.removeprefix("--").partition(".")
+            name = rest if first in commands else name.removeprefix("--")
+            typed.append(name.upper() if name in positional else f"--{name}")
+        return ", ".join(typed)
 
 
 def objects_of(parser: ArgumentParser, options: Namespace) -> Namespace:
@@ -50,19 +70,56 @@ def _suggestion(message: str, parser: ArgumentParser) -> str:
     """Return the remedy for the unknown option that a message of jsonargparse names."""
     maps = (getattr(action, "_name_parser_map", None) or {} for action in parser._actions)
     parsers = [parser, *(command for commands in maps for command in commands.values())]
-    names = sorted({name.lstrip("-") for one in parsers for name in one._option_string_actions})
+    if argument := re.search(r"Option '([\w.]+)' is not accepted", message):
+        message = argument[1]
+    options = {name.lstrip("-") for one in parsers for name in one._option_string_actions}
+    names = sorted(options | (_class_arguments() if argument else set()))
     for word in message.replace("'", " ").replace('"', " ").replace("=", " ").split():
         word = word.lstrip("-").rstrip(".,:")
+        if known := _known_as(word, names):
+            return f". Did you mean {known}?"
         # Or of a key that holds others.
         for part in dict.fromkeys((word, word.partition(".")[0])):
-            near = difflib.get_close_matches(part, names, n=1, cutoff=0.75)
+            near = difflib.get_close_matches(part, names, n=5, cutoff=0.7)
+            # People err at the end of a name more than at its beginning.
+            near.sort(key=lambda name: -_length_of_common_beginning(name, part))
             if near and near[0] != part:
                 return f". Did you mean {near[0]}?"
     return ". `pal-ds COMMAND --help` lists what there is."
 
 
+def _length_of_common_beginning(first: str, second: str) -> int:
+    differs = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    return next(differs, min(len(first), len(second)))
+
+
+def _class_arguments() -> set[str]:
+    """The names of what the shipped heads and sources are made with."""
+    from pal_ds.data.sources import SOURCES
+    from pal_ds.heads import HEADS
+
+    classes = [*HEADS.values(), *SOURCES.values()]
+    return {name for cls in classes for name in inspect.signature(cls).parameters}
+
+
+def _known_as(word: str, names: Sequence[str]) -> str | None:
+    """The option that a word stands for: its last part without what is above, or the initials of that, as lr."""
+    above, _, last = word.rpartition(".")
+    if len(last) < 2:
+        return None
+    for name in names:
+        parent, _, own = name.rpartition(".")
+        initials = "".join(part[0] for part in own.split("_") if part)
+        if above in ("", parent) and name != word and (last in (own, initials)):
+            return name
+    return None
+
+
 def _without_noise(message: str) -> str:
     """Reword what jsonargparse says of Python types: a class that is unknown or refused, or a choice that is none."""
+    key = re.search(r'Parser key "([\w.]+)"', message)
+    if "but is abstract" in message and (named := re.search(r"Given value: ([\w.]+)", message)):
+        return f"{key[1] if key else 'class'}: {named[1]} {_left_out(named[1])}"
     if denied := re.search(r"Importing '([\w.]+)' is not allowed", message):
         return _refusal(message, denied[1])
     message = re.sub(
@@ -77,9 +134,15 @@ def _without_noise(message: str) -> str:
         message,
     )
     name = re.search(r"Expected a dot import path string: (\S+)", message)
-    key = re.search(r'Parser key "([\w.]+)"', message)
     if name is None or key is None:
-        message = re.sub(r"Expected a typing.Literal\[(.*?)\]", r"it must be one of \1", message)
+        own = (
+            "; a loss of your own goes to loss.shape"
+            if key and key[1].endswith("loss.kind")
+            else ""
+        )
+        message = re.sub(
+            r"Expected a typing.Literal\[(.*?)\]", rf"it must be one of \1{own}", message
+        )
         message = re.sub(r"Expected an? <class '(\w+)'>", r"it must be of type \1", message)
         message = re.sub(r"(of type list)(\. Got)", r"\1, as [0,1] or [a,b]\2", message)
         return re.sub(r'Parser key "([\w.]+)":\s*', r"\1: ", message)
@@ -94,6 +157,15 @@ def _without_noise(message: str) -> str:
         f"{key[1]}: there is no class {name[1]}.{hint} Known are {', '.join(classes)}; a class of "
         "your own goes by its import path, package.module.Class."
     )
+
+
+def _left_out(path: str) -> str:
+    """Say which methods an abstract class of one's own would have to define."""
+    module, _, name = path.rpartition(".")
+    methods = sorted(
+        getattr(getattr(sys.modules.get(module), name, None), "__abstractmethods__", ())
+    )
+    return f"does not define {', '.join(methods) or 'every method'}, which its base class asks for."
 
 
 def _refusal(message: str, path: str) -> str:

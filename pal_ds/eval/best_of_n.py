@@ -10,7 +10,7 @@ import numpy as np
 
 from pal_ds.data.parse import check_list, parse_record
 from pal_ds.data.records import Record
-from pal_ds.data.sources.base import check_files, read_lines
+from pal_ds.data.sources.base import Source, check_files, read_lines
 from pal_ds.data.tables import COMPARISON_DTYPE, PreparedData
 from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
@@ -90,7 +90,11 @@ def rank_set(
             "with --mixture and score the candidates with `score`."
         )
     lines: list[Line] = []
-    if (file := request.file) is not None:
+    if isinstance(request.pairs, Source):
+        raise UserError(
+            "--best_of_n: a source has pairs, and lists of candidates come from --data."
+        )
+    if (file := request.pairs) is not None:
         lines = world.on_every_rank(lambda: read_lists(file))
 
     def pairs_of(_: Path) -> Iterator[Record]:
@@ -98,7 +102,7 @@ def rank_set(
 
     with opened_pairs(restored, file, world, pairs_of) as data:
         dropped = {}
-        if request.file is None:
+        if file is None:
             candidates = compared_candidates(data, request.rows(data))
         else:
             candidates, num_dropped = listed_candidates(data, lines)

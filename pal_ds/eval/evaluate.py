@@ -13,7 +13,7 @@ import numpy as np
 from pal_ds.config.run_config import TrainConfig
 from pal_ds.data.build import build_tables
 from pal_ds.data.records import Record
-from pal_ds.data.sources import source_of_file
+from pal_ds.data.sources import Source, source_of_file
 from pal_ds.data.tables import PreparedData
 from pal_ds.data.tokenise import TextEncoder
 from pal_ds.data.verification import verify_content
@@ -35,13 +35,13 @@ from pal_ds.runs.run_dir import RunDirectory
 @contextlib.contextmanager
 def opened_pairs(
     restored: OpenRun,
-    file: Path | None,
+    file: Path | Source | None,
     world: World,
     read: Callable[[Path], Iterable[Record]] | None = None,
 ) -> Iterator[PreparedData]:
     """The run's data, or tables of `file` made with the run's tokenizer and template, deleted afterwards.
 
-    `read` says which pairs of responses the file holds, unset for a file of comparisons.
+    `file` may be a source; `read` says which pairs of responses the file holds, unset for a file of comparisons.
     """
     if file is None:
         verify_content(restored.data.path, restored.data.info, world)
@@ -50,15 +50,16 @@ def opened_pairs(
 
     def build() -> Path:
         # A name of its own: others may be evaluating a file of this name on this run right now.
-        name = {"prefix": f"pairs-of-{file.stem}-", "suffix": ".tables"}
+        stem = file.stem if isinstance(file, Path) else type(file).__name__
+        name = {"prefix": f"pairs-of-{stem}-", "suffix": ".tables"}
         folder = Path(tempfile.mkdtemp(**name, dir=restored.run.path))
         tokens = restored.data.info["tokens"]
         try:
             encoder = None
             if tokens is not None:
                 encoder = TextEncoder.from_info(tokens, restored.data.tokenizer_path)
-            if read is None:
-                source = source_of_file(file)
+            if read is None or isinstance(file, Source):
+                source = file if isinstance(file, Source) else source_of_file(file)
                 build_tables(source.records(), folder, encoder, check_marker=False, source=source)
             else:
                 build_tables(read(file), folder, encoder, check_marker=False)
@@ -77,7 +78,7 @@ def opened_pairs(
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _tables_of(file: Path, folder: Path, restored: OpenRun) -> PreparedData:
+def _tables_of(file: Path | Source, folder: Path, restored: OpenRun) -> PreparedData:
     """Raises UserError where the records are not of the kind and size that the run was trained on."""
     data = PreparedData.open(folder)
     info, of_run, collator = data.info, restored.data.info, restored.parts.collator
@@ -150,7 +151,7 @@ def evaluate_set(
 ) -> EvaluationFigures:
     """Evaluate a run that is in memory; see `evaluate_run`."""
     refuse_disagreement(world, {"evaluated": str(request)})
-    with opened_pairs(restored, request.file, world) as data:
+    with opened_pairs(restored, request.pairs, world) as data:
         rows = request.rows(data)
         known = with_points(known, restored, data, world)
         temperature = _temperature(restored, world)
@@ -164,7 +165,7 @@ def evaluate_set(
             could_turn = np.isin(reader.collator.user_rows(rows), known.encoded_rows)
             disputed = controversial(data.comparisons[rows])
             figures["context_flip"] = context_flip(margins, turned, could_turn, disputed)
-        if request.file is not None:
+        if request.pairs is not None:
             figures["dropped"] = data.info["dropped"]
             figures["prompts_seen_in_training"] = _num_seen_prompts(restored.data, data)
     figures["step"] = restored.step

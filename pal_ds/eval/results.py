@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pal_ds.data.sources.base import Source
 from pal_ds.data.tables import PreparedData
 from pal_ds.errors import UserError, writing
 from pal_ds.io.files import replacing, write_json
@@ -16,15 +17,15 @@ USERS_IN_PARQUET_ABOVE = 10_000
 
 
 class EvalRequest(NamedTuple):
-    """A set to evaluate: a split of the run's data, or a file in its place; the result goes to eval/NAME.json."""
+    """A set to evaluate: a split of the run's data, or a file or source; the result goes to eval/NAME.json."""
 
     name: str
     split: str
-    file: Path | None
+    pairs: Path | Source | None
 
     def rows(self, data: PreparedData) -> np.ndarray:
-        """Its comparisons, all those of the tables of a file. Raises UserError where a split has none."""
-        if self.file is not None:
+        """Its comparisons, all those of the tables of a file or source. Raises UserError where a split has none."""
+        if self.pairs is not None:
             return np.arange(len(data.comparisons))
         rows = data.rows(self.split)
         if len(rows) == 0:
@@ -44,6 +45,12 @@ def file_request(file: Path, name: str | None = None) -> EvalRequest:
     return eval_requests("test", [file], name)[0]
 
 
+def source_request(source: Source, name: str | None = None, prefix: str = "") -> EvalRequest:
+    """Ask for all pairs of a source; unless it has a name, the result has that of the class."""
+    _check_name(name)
+    return EvalRequest(name or prefix + type(source).__name__, "test", source)
+
+
 def eval_requests(
     split: str, files: list[Path], name: str | None, prefix: str = ""
 ) -> list[EvalRequest]:
@@ -52,8 +59,7 @@ def eval_requests(
     Raises:
         UserError: a name that is none, or two results of one name.
     """
-    if name is not None and (Path(name).name != name or name.startswith(".")):
-        raise UserError(f"--name {name}: must be a plain name, the result goes to eval/NAME.json.")
+    _check_name(name)
     if not files:
         return [EvalRequest(name or prefix + split, split, None)]
     requests = [EvalRequest(name or prefix + file.stem, split, file) for file in files]
@@ -64,6 +70,11 @@ def eval_requests(
             "them one by one, each with a --name of its own."
         )
     return requests
+
+
+def _check_name(name: str | None) -> None:
+    if name is not None and (Path(name).name != name or name.startswith(".")):
+        raise UserError(f"--name {name}: must be a plain name, the result goes to eval/NAME.json.")
 
 
 def write_figures(run: RunDirectory, name: str, figures: Mapping[str, object]) -> None:

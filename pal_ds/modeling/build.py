@@ -185,7 +185,7 @@ def _contexts(
     return Contexts.of(data, data.rows("train"), config.train.seed)
 
 
-def refuse_empty_prompts(collator: Collator, where: Path) -> None:
+def refuse_empty_prompts(collator: Collator, where: object) -> None:
     """Raise UserError where a prompt that is read by itself has no token: nothing could stand for it."""
     prompts = collator.data.prompts
     if prompts is None or not collator.with_prompt or collator.encoding == "joint":

@@ -2,13 +2,15 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from pal_ds import __version__
 from pal_ds.cli.command_table import COMMANDS
-from pal_ds.cli.main import build_parser, main, usage
+from pal_ds.cli.main import HELP, build_parser, main, usage
 from tests.spawn import environment
+from tools.write_help import help_of
 
 HEAVY = ("torch", "transformers", "jsonargparse", "deepspeed", "numpy", "yaml", "datasets")
 
@@ -83,7 +85,34 @@ MISTAKES = {
     "a folder of users": (["consolidate", "a", "b", "--users=none"], "--users none: nothing is"),
     "no ranks": (["reshard", "a", "--world_size=0"], "--world_size is 0; it must be at least 1"),
     "no run": (["reshard", "a", "--world_size=2"], "a: no config.yaml here"),
-    "a missing argument": (["retention", "a", "b"], "sets"),
+    "a missing argument": (["retention", "a", "b"], "required: SETS"),
+    "missing options": (["train"], "required: --data.path, --head, --run_dir"),
+    "a missing argument of a class": (
+        ["evaluate", "--run_dir=a", "--source=Dsp"],
+        "path of Dsp: --KEY.path",
+    ),
+    "initials": (["train", "--optim.lr=1"], "Did you mean optim.learning_rate?"),
+    "a key without what is above it": (["train", "--epochs=1"], "Did you mean train.epochs?"),
+    "a key of a peer": (["train", "--train.batch_size=1"], "Did you mean train.batch_pairs?"),
+    "an argument of a head": (
+        ["train", "--head=PalB", "--head.num_protos=1"],
+        "'num_protos' is not accepted. Did you mean num_prototypes?",
+    ),
+    "a loss of one's own": (
+        ["train", "--loss.kind=my.Loss"],
+        "a loss of your own goes to loss.shape",
+    ),
+    "no number": (["few_shot", "--run_dir=a", "--num_comparisons", "1", "x"], "no whole numbers"),
+    "data and a source": (
+        ["evaluate", "--run_dir=a", "--data", "b", "--source=Synthetic"],
+        "give --data or --source, not both",
+    ),
+    "a function for a source": (
+        ["evaluate", "--run_dir=a", "--source=os.system"],
+        "os.system is no",
+    ),
+    "a shell": (["--completion", "csh"], "--completion takes one of bash"),
+    "two runs": (["report", "--run_dirs", "a", "b", "--out=c"], "a: no config.yaml here"),
 }
 
 
@@ -95,6 +124,44 @@ def test_mistakes(case: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = capsys.readouterr()
     assert end.value.code == 2 and found.out == ""
     assert found.err.startswith("pal-ds: error: ") and wanted in found.err, found.err
+
+
+@pytest.mark.parametrize("words", [["--run-dir=a"], ["--run_dir", "a"], ["--run-dir", "a"]])
+def test_dashes_stand_for_underscores(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("few-shot", "few_shot"):
+        with pytest.raises(SystemExit):
+            main([command, *words])
+        assert capsys.readouterr().err.startswith("pal-ds: error: a: no config.yaml here")
+
+
+@pytest.mark.parametrize("name", [name for name, entry in COMMANDS.items() if entry.shipped])
+def test_help_that_is_shipped_is_the_parsers(name: str) -> None:
+    """`python -m tools.write_help` writes it anew after a change of options or of their docstrings."""
+    assert (HELP / f"{name}.txt").read_text() == help_of(name)
+
+
+@pytest.mark.parametrize("name", [name for name, entry in COMMANDS.items() if entry.shipped])
+def test_help_of_a_command_that_reads_recipes_needs_no_parser(name: str) -> None:
+    code, printed, modules = modules_after(name, "--help")
+    assert code == 0 and "--data.path" in printed and not modules & set(HEAVY)
+
+
+def test_completion_knows_commands_and_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--completion", "bash"])
+    script = capsys.readouterr().out
+    assert end.value.code == 0
+    assert "consolidate" in script and "--optim.learning_rate" in script
+    done = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_quiet_is_a_persons_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("quiet: true\ndata: {path: d, source: Synthetic}\n")
+    with pytest.raises(SystemExit):
+        main(["prepare", f"--config={recipe}"])
+    assert "quiet: stands in a recipe, and only a person may say it" in capsys.readouterr().err
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

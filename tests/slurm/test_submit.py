@@ -191,6 +191,29 @@ def test_refusals(capsys: pytest.CaptureFixture[str], folder: Path, case: str) -
     assert found.out == "" and "Traceback" not in found.err
 
 
+def test_options_of_sbatch_are_passed_on(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--mem", "64G", "--mail_type=END,FAIL", "--exclusive", "--ntasks-per-core=1"]
+    submit.main(["train", *words, "tiny.yaml", "--dry_run", "--", "--train.epochs", "2"])
+    command = shlex.split(capsys.readouterr().out)
+    script = next(place for place, word in enumerate(command) if word.endswith("train.sbatch"))
+    passed_on = ["--mem=64G", "--mail-type=END,FAIL", "--exclusive", "--ntasks-per-core=1"]
+    assert command[script - 4 : script] == passed_on
+    assert command[script + 1] == "tiny.yaml" and command[-2:] == ["--train.epochs", "2"]
+
+
+def test_a_shipped_recipe_goes_by_its_name_and_memory_is_planned(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    layers = ["--", "--config=tiny.yaml", f"--data.path={folder / 'data'}"]
+    submit.main(["train", "quickstart_pal_a", "--dry_run", *layers])
+    found = capsys.readouterr()
+    assert "pal_ds/recipes/quickstart_pal_a.yaml" in found.out
+    assert "each of 1 GPUs needs about 0.0 GiB" in found.err
+    # Of a run on CPUs there is nothing to say.
+    submit.main(["train", "tiny.yaml", "--dry_run", "--gpus_per_node=0"])
+    assert capsys.readouterr().err == ""
+
+
 def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     path = folder / "bin" / "sbatch"
     path.parent.mkdir(exist_ok=True)
