@@ -1,6 +1,7 @@
 """Writes pal_ds/cli/help/: what `COMMAND --help` prints of commands that read recipes, so that it needs no torch."""
 
 import os
+from pathlib import Path
 
 from pal_ds.cli.command_table import COMMANDS
 from pal_ds.cli.main import HELP, build_parser
@@ -14,8 +15,13 @@ def help_of(name: str) -> str:
     return commands[name].format_help()
 
 
-if __name__ == "__main__":
+def write(folder: Path) -> None:
+    """Write a file per command that reads recipes, COMMAND.txt."""
+    folder.mkdir(exist_ok=True)
     for name, entry in COMMANDS.items():
         if entry.shipped is not None:
-            HELP.mkdir(exist_ok=True)
-            (HELP / f"{name}.txt").write_text(help_of(name))
+            (folder / f"{name}.txt").write_text(help_of(name))
+
+
+if __name__ == "__main__":
+    write(HELP)

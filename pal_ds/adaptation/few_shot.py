@@ -27,7 +27,7 @@ from pal_ds.eval.sanity_checks import ScoredPairs, unseen_above_seen
 from pal_ds.eval.schema import CurvePoint, FewShotFigures
 from pal_ds.heads.base import UserState
 from pal_ds.heads.jaxtyping_fallback import Float
-from pal_ds.inference.load_run import OpenRun, restore
+from pal_ds.inference.load_run import OpenRun, open_run, with_weights
 from pal_ds.inference.mixtures import user_mixtures
 from pal_ds.inference.readers import Reader, own_margins, reader_of
 from pal_ds.inference.scoring import Forwards
@@ -76,7 +76,9 @@ def evaluate_few_shot(
     check_range("num_comparisons", num_comparisons, sound, "numbers of 0 or more, at least one")
     check_range("num_draws", num_draws, num_draws >= 1, "at least 1")
     world = world or World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    restored = restore(run, step, world.device, trust=trust_checkpoint, trust_code=trust_code)
+    opened = open_run(run, step, trust=trust_checkpoint, trust_code=trust_code)
+    _fit_and_test_rows(opened.data)
+    restored = with_weights(opened, world.device)
     verify_content(restored.data.path, restored.data.info, world)
     curve = few_shot_curve(restored, num_comparisons, world, seeds=tuple(range(num_draws)))
     seen = _seen(restored, world)
@@ -157,15 +159,9 @@ def few_shot_curve(
         UserError: no unseen user of the data can be fitted and tested.
     """
     data = restored.data
-    fit_rows, test_rows = data.rows("unseen_train"), data.rows("unseen_test")
+    fit_rows, test_rows = _fit_and_test_rows(data)
     user_of = data.comparisons["user"]
     owners = np.unique(user_of[test_rows])
-    # Who has no pair to be tested on is not fitted either: the curve is about the users of `unseen_test`.
-    fit_rows = fit_rows[np.isin(user_of[fit_rows], owners)]
-    if len(fit_rows) == 0:
-        raise UserError(
-            f"{data.path}: no unseen user has pairs in both unseen_train and unseen_test."
-        )
     table_rows = np.full(len(data.users), -1, np.int64)
     table_rows[owners] = np.arange(len(owners))
     everything = np.union1d(fit_rows, test_rows)
@@ -189,6 +185,20 @@ def few_shot_curve(
     mixtures = world.from_rank_zero(lambda: mixtures)
     right = _right(restored, reader, test_rows, mixtures.split(len(owners)), population, world)
     return _curve(data, test_rows, right.reshape(-1, len(seeds), len(test_rows)), draws, drawn)
+
+
+def _fit_and_test_rows(data: PreparedData) -> tuple[np.ndarray, np.ndarray]:
+    """Return the comparisons to fit and to test held-out users by. Raises UserError where there are none."""
+    fit_rows, test_rows = data.rows("unseen_train"), data.rows("unseen_test")
+    user_of = data.comparisons["user"]
+    # Who has no pair to be tested on is not fitted either: the curve is about the users of `unseen_test`.
+    fit_rows = fit_rows[np.isin(user_of[fit_rows], user_of[test_rows])]
+    if len(fit_rows) == 0:
+        raise UserError(
+            f"{data.path}: no unseen user has pairs in both unseen_train and unseen_test. Prepare with "
+            "data.unseen_user_fraction above 0, which holds users out whole, and train on these data."
+        )
+    return fit_rows, test_rows
 
 
 def _curve(

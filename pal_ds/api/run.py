@@ -15,6 +15,7 @@ from pal_ds.config.recipe import Recipe, asks_for_code, read
 from pal_ds.data.prepare import prepare as prepare_data
 from pal_ds.data.tables import PreparedData
 from pal_ds.errors import UserError, storage_error
+from pal_ds.modeling.lengths import data_to_prepare
 from pal_ds.runs.run_dir import RunDirectory
 
 Records = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
@@ -103,11 +104,14 @@ def as_file(records: Records | None) -> Iterator[Path | None]:
         yield file
 
 
-def prepare(recipe: Recipe, *, trust_code: bool = False, **overrides: Any) -> PreparedData:
+def prepare(
+    recipe: Recipe, *, again: bool = False, trust_code: bool = False, **overrides: Any
+) -> PreparedData:
     """Turns raw comparisons into tables, users and splits at `data.path`; reuses those made with the same settings.
 
     Args:
         recipe: as for `train`; it need not name a head.
+        again: replace what other settings made there.
         trust_code: as for `train`.
         overrides: dotted keys of the recipe and their values.
 
@@ -120,7 +124,7 @@ def prepare(recipe: Recipe, *, trust_code: bool = False, **overrides: Any) -> Pr
     """
     with for_people():
         config, _ = read(recipe, overrides, require_head=False, trust_code=trust_code)
-        prepare_data(config.data, quiet=True)
+        prepare_data(data_to_prepare(config), quiet=True, again=again)
         return PreparedData.open(config.data.path)
 
 

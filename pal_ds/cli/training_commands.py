@@ -26,12 +26,18 @@ class Prepare:
     def add_arguments(parser: ArgumentParser) -> None:
         # Data can be prepared before anyone knows which head will read them.
         add_recipe_arguments(parser, require_head=False)
+        parser.add_argument(
+            "--prepare_again",
+            action="store_true",
+            help="replace what other settings made at data.path, once the new data are whole",
+        )
 
     @staticmethod
     def run(options: Namespace, _: Namespace) -> None:
         from pal_ds.data.prepare import prepare
+        from pal_ds.modeling.lengths import data_to_prepare
 
-        prepare(as_recipe(options).data)
+        prepare(data_to_prepare(as_recipe(options)), again=options.prepare_again)
 
 
 class Embed:

@@ -8,6 +8,9 @@ from pal_ds.config.run_config import KEYS_THAT_DO_NOT_ALTER_RESULTS
 from pal_ds.errors import UserError
 from pal_ds.io.yaml_files import flattened, parse_yaml
 
+_WAS_WRITTEN = {"data.max_length": 1024}
+"""What recipes of before have at keys that are null by default now; where data were made, those say what holds."""
+
 
 def changed_keys(old: str, new: str) -> list[str]:
     """Return the dotted keys that differ between two recipes (YAML text) and may alter the result, sorted.
@@ -16,6 +19,8 @@ def changed_keys(old: str, new: str) -> list[str]:
     ['train.seed']
     """
     before, after = flattened(yaml.safe_load(old)), flattened(yaml.safe_load(new))
+    for keys in (before, after):
+        keys |= {key: was for key, was in _WAS_WRITTEN.items() if keys.get(key) is None}
     differing = (key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     return sorted(key for key in differing if not key.startswith(KEYS_THAT_DO_NOT_ALTER_RESULTS))
 

@@ -4,10 +4,12 @@ Runs in one process, before any process group exists.
 """
 
 import json
+import os
+import shutil
 import time
 import traceback
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
@@ -15,7 +17,6 @@ from typing import Literal
 import xxhash
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from pal_ds.data.bad_rows import MAX_BAD_ROWS
 from pal_ds.data.build import build_tables
@@ -23,11 +24,14 @@ from pal_ds.data.chat_template import choose_template
 from pal_ds.data.records import Record, render_plain
 from pal_ds.data.sources import Source
 from pal_ds.data.splits import Membership, SplitOptions, compared, content_digest, prompt_digest
+from pal_ds.data.summary import print_summary, warn_of_gaps
 from pal_ds.data.tables import INFO_NAME, PreparedData, read_info
 from pal_ds.data.tokenise import DEFAULT_SEPARATOR, TextEncoder, load_tokenizer, train_tokenizer
 from pal_ds.errors import UserError
 
 PROGRESS_EVERY = 1000
+DEFAULT_MAX_LENGTH = 1024
+"""Tokens of prompt + response where nobody says."""
 _LATER_KEYS = {"truncation_side": "left", "max_bad_rows": MAX_BAD_ROWS}
 _COUNTS = ("dropped", "bad_rows")
 """What a source counts while it is read; no argument of its own."""
@@ -47,8 +51,9 @@ class DataConfig:
     """Run Python code that a tokenizer's repository brings."""
     vocab_size: int = 2048
     """Number of tokens of a tokenizer trained here."""
-    max_length: int = 1024
-    """Tokens of prompt + response; the prompt alone is truncated."""
+    max_length: int | None = None
+    """Tokens of prompt + response; the prompt alone is truncated. Unset: 1024, or as many as the backbone has positions
+    for where these are fewer."""
     truncation_side: Literal["left", "right"] = "left"
     """End of a long prompt that goes: its beginning, or what stands just in front of the response marker, which
     stays. The response and its end token are never cut."""
@@ -86,15 +91,32 @@ class DataConfig:
         return SplitOptions(**{key.name: getattr(self, key.name) for key in fields(SplitOptions)})
 
 
-def prepare(config: DataConfig, *, quiet: bool = False) -> PreparedData:
-    """Make the tables, or open those that the same settings made before; print a summary."""
+def prepare(config: DataConfig, *, quiet: bool = False, again: bool = False) -> PreparedData:
+    """Make the tables, or open those that the same settings made before; print a summary.
+
+    With `again`, tables that other settings made are replaced, once the new ones are whole.
+    """
     path = Path(config.path)
     if config.source is None:
         return PreparedData.open(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if config.max_length is None:
+        config = replace(config, max_length=DEFAULT_MAX_LENGTH)
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        data = _make(path, config, quiet)
+    elif again and _changed_from(path, config)[0]:
+        data = _replace(path, config, quiet)
+    else:
         return _reuse(path, config, quiet)
-    settings = settings_of(config)
-    source, options = config.source, config.split_options()
+    if not quiet:
+        print_summary(data)
+    warn_of_gaps(data, config.split_options())
+    return data
+
+
+def _make(path: Path, config: DataConfig, quiet: bool) -> PreparedData:
+    """Make the tables at `path`, where nothing is."""
+    settings, source, options = settings_of(config), config.source, config.split_options()
+    assert source is not None
     source.bad_rows.largest_share = config.max_bad_rows
     encoder = _encoder(config, source, quiet)
     extra = {
@@ -104,10 +126,17 @@ def prepare(config: DataConfig, *, quiet: bool = False) -> PreparedData:
         "fingerprint": xxhash.xxh3_128_hexdigest(json.dumps(settings, sort_keys=True).encode()),
     }
     records = _tracked(_records(source), source.num_records(), "preparing", quiet)
-    data = build_tables(records, path, encoder, options, source=source, extra_info=extra)
-    if not quiet:
-        print_summary(data)
-    return data
+    return build_tables(records, path, encoder, options, source=source, extra_info=extra)
+
+
+def _replace(path: Path, config: DataConfig, quiet: bool) -> PreparedData:
+    """Make the tables beside those that are there, and put them in their place."""
+    new, old = (path.with_name(f"{path.name}.{word}-{os.getpid()}") for word in ("again", "old"))
+    _make(new, config, quiet)
+    path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old)
+    return PreparedData.open(path)
 
 
 def settings_of(config: DataConfig, read_source: bool = True) -> dict:
@@ -130,30 +159,27 @@ def settings_of(config: DataConfig, read_source: bool = True) -> dict:
     return json.loads(json.dumps({**own, "source": described}, default=str, sort_keys=True))
 
 
-def print_summary(data: PreparedData) -> None:
-    """A table of counts by split, users and dropped rows."""
-    info = data.info
-    table = Table(title=f"Prepared data: {data.path}")
-    table.add_column("what")
-    table.add_column("count", justify="right")
-    for name, count in info["counts"]["splits"].items():
-        if count:
-            bayes = info.get("bayes_accuracy", {}).get(name)
-            note = f" (best possible accuracy {bayes:.3f})" if bayes else ""
-            table.add_row(f"comparisons, {name}{note}", f"{count:,}")
-    for name in ("prompts", "responses", "seen_users", "unseen_users"):
-        table.add_row(name.replace("_", " "), f"{info['counts'][name]:,}")
-    if num_truncated := info.get("truncated_prompts"):
-        table.add_row("responses whose prompt will be truncated", f"{num_truncated:,}")
-    for kind, count in sorted(info.get("not_shown", {}).items()):
-        table.add_row(f"texts whose template leaves out: {kind}", f"{count:,}")
-    for reason, count in sorted(info["dropped"].items()):
-        table.add_row(f"dropped: {reason}", f"{count:,}")
-    Console().print(table)
-
-
 def _reuse(path: Path, config: DataConfig, quiet: bool) -> PreparedData:
     """Open what is there if the same settings made it; the raw data may be gone by now."""
+    changed, note = _changed_from(path, config)
+    if changed:
+        raise UserError(
+            f"data.path: {path} was prepared with other settings "
+            f"({', '.join('data.' + key for key in changed)}); name another folder, or replace it: "
+            "`pal-ds prepare --prepare_again` with this recipe"
+        )
+    if not quiet:
+        message = f"{path}: prepared before with these settings; reusing it{note}"
+        Console(stderr=True).print(message, markup=False)
+    return PreparedData.open(path)
+
+
+def _changed_from(path: Path, config: DataConfig) -> tuple[list[str], str]:
+    """Return the settings that made what is at `path` and are others now, and a note on what was not compared.
+
+    Raises:
+        UserError: what is there are no prepared data.
+    """
     if not (path / INFO_NAME).exists():
         raise UserError(
             f"data.path: {path} exists, is not empty and holds no {INFO_NAME}; it is not ours to "
@@ -166,17 +192,7 @@ def _reuse(path: Path, config: DataConfig, quiet: bool) -> PreparedData:
         settings = settings_of(config, read_source=False)
         settings["source"]["data"] = made_with.get("source", {}).get("data")
         note = f" (not compared with the raw data: {error})"
-    changed = sorted(_changed_keys(made_with, settings))
-    if changed:
-        raise UserError(
-            f"data.path: {path} was prepared with other settings "
-            f"({', '.join('data.' + key for key in changed)}); delete it to prepare again, or name "
-            "another folder"
-        )
-    if not quiet:
-        message = f"{path}: prepared before with these settings; reusing it{note}"
-        Console(stderr=True).print(message, markup=False)
-    return PreparedData.open(path)
+    return sorted(_changed_keys(made_with, settings)), note
 
 
 def _changed_keys(old: dict, new: dict, prefix: str = "") -> Iterator[str]:
@@ -201,7 +217,7 @@ def _encoder(config: DataConfig, source: Source, quiet: bool) -> TextEncoder | N
     choose_template(tokenizer, config.tokenizer or "trained", config.chat_template)
     encoder = TextEncoder(
         tokenizer,
-        max_length=config.max_length,
+        max_length=config.max_length or DEFAULT_MAX_LENGTH,
         separator=config.separator,
         chat_template="never" if config.chat_template == "never" else "auto",
         special_tokens=config.special_tokens,

@@ -130,7 +130,11 @@ def restore(
     peak is one model. Raises UserError as `open_run` does, and where the checkpoint's tensors are
     not those of the model that the recipe describes.
     """
-    opened = open_run(run, step, trust=trust, trust_code=trust_code)
+    return with_weights(open_run(run, step, trust=trust, trust_code=trust_code), device)
+
+
+def with_weights(opened: OpenRun, device: torch.device | str) -> OpenRun:
+    """An open run with its reward model on `device`, as `restore` has it."""
     # A full cache makes the weights of a frozen backbone superfluous.
     defer = opened.config.backbone.cache is not None and opened.parts.needs_store
     model = load_model(opened, defer_backbone=defer).to(device)

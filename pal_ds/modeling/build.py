@@ -6,7 +6,6 @@ and refused here, once, before any engine starts.
 
 import logging
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch

@@ -8,6 +8,7 @@ from pal_ds.config.run_config import RunConfig
 from pal_ds.data.tables import PreparedData
 from pal_ds.errors import UserError
 from pal_ds.heads.base import Head
+from pal_ds.modeling.lengths import check_length, num_positions
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -67,7 +68,12 @@ def is_packed(config: BackboneConfig, model_config: "PretrainedConfig") -> bool:
 
 
 def check_head(data: PreparedData, head: Head) -> None:
-    """Raise UserError where a head reads a prompt that nobody could say the end of, or has no prototype for a group."""
+    """Raise UserError where a head reads groups that the data have not, or prompts of which nobody knows the end."""
+    if "group" in head.needs and not data.groups:
+        raise UserError(
+            f"head: {type(head).__name__} has one reward per group, and no comparison of {data.path} has a `group`. "
+            "Give the records that key, or take another head."
+        )
     if "group" in head.needs and len(data.groups) > head.num_prototypes:
         raise UserError(
             f"head.num_prototypes: {head.num_prototypes}, and the data have {len(data.groups)} groups "
@@ -131,14 +137,4 @@ def check_sizes(model_config: "PretrainedConfig", data: PreparedData) -> None:
             f"backbone.path: its vocabulary has {vocab_size} entries, the data's tokenizer has {needed}. "
             "Prepare the data with the backbone's own tokenizer (data.tokenizer)."
         )
-    positions = getattr(model_config, "max_position_embeddings", None)
-    if positions is None:
-        return
-    if model_config.model_type in ("roberta", "xlm-roberta"):
-        # Their positions start behind the pad id's own.
-        positions -= model_config.pad_token_id + 1
-    if data.info["tokens"]["max_length"] > positions:
-        raise UserError(
-            f"data.max_length: {data.info['tokens']['max_length']}, and the backbone has {positions} positions. "
-            f"Prepare with data.max_length: {positions} or less."
-        )
+    check_length(data.info["tokens"]["max_length"], num_positions(model_config))

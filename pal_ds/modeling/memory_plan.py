@@ -11,6 +11,7 @@ from pal_ds.backbones.loading import add_adapters
 from pal_ds.config.run_config import RunConfig
 from pal_ds.engine.ds_config import load_ds_config, offloads_optimizer, zero_stage
 from pal_ds.errors import UserError
+from pal_ds.modeling.lengths import length_of_texts, num_positions
 from pal_ds.remote_code.encoding import drop_unused_modules, hidden_size_of
 
 MASTER_AND_MOMENTS = 12
@@ -96,7 +97,8 @@ def _activations(config: RunConfig, model_config: PretrainedConfig, size: int) -
     """
     train = config.train
     # Both responses, each behind its prompt; packed rows hold the prompt once, so this is the most there can be.
-    num_tokens = train.micro_batch_tokens or 2 * train.micro_batch_pairs * config.data.max_length
+    length = length_of_texts(config.data, num_positions(model_config))
+    num_tokens = train.micro_batch_tokens or 2 * train.micro_batch_pairs * length
     hidden = model_config.hidden_size
     names = ("intermediate_size", "ffn_dim", "hidden_dim", "n_inner")
     inner = next(filter(None, (getattr(model_config, name, None) for name in names)), 4 * hidden)

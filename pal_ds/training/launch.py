@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -25,9 +26,12 @@ from pal_ds.engine.process_group import distributed
 from pal_ds.errors import UserError, writing
 from pal_ds.io.files import new_folder, write_json
 from pal_ds.modeling.build import Parts, RunContext, assemble
+from pal_ds.modeling.lengths import data_to_prepare
 from pal_ds.runs.lock import LOCK, only_writer
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.training.agreement import agree_on_data, agree_on_start
+
+logger = logging.getLogger(__name__)
 
 OUR_BASE = "random_weights.json"
 """Marks a base folder as random weights of ours, which may be written again."""
@@ -171,6 +175,12 @@ def _assemble(context: RunContext, written: list[Path], request: TrainingRequest
     if config.train.init_from is not None:
         world.from_rank_zero(take)
     parts = world.on_every_rank(lambda: assemble(config, data, run) if taken is None else taken)
+    if world.is_rank_zero and "logits" in parts.head.needs and len(data.users) == 1:
+        logger.warning(
+            "all comparisons are of one user, %s: a head with a point per user has nobody to tell apart. Records name "
+            "their user by `user_id`.",
+            data.users[0],
+        )
     if config.backbone.architecture is not None and data.info["kind"] == "tokens":
         world.from_rank_zero(write_base)
     return parts
@@ -201,7 +211,7 @@ def prepare_before_processes_meet(config: RunConfig) -> UserError | None:
         )
     try:
         with writing(config.data.path):
-            prepare(config.data)
+            prepare(data_to_prepare(config))
     except UserError as error:
         return error
     return None

@@ -1,0 +1,1 @@
+"""Tests of how data, backbone and head go together."""
