@@ -7,7 +7,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from pal_ds.adaptation.fit import UserPairs, fit_users, pairs_per_chunk
+from pal_ds.adaptation.fit import Solver, UserPairs, fit_users, pairs_per_chunk, refuse_newton
 from pal_ds.adaptation.new_users import few_per_user
 from pal_ds.adaptation.prior import LogitPrior
 from pal_ds.config.run_config import check_range
@@ -54,16 +54,16 @@ class Curve(NamedTuple):
 
 
 def evaluate_few_shot(
-    run: RunDirectory,
+    run: RunDirectory | OpenRun,
     num_comparisons: list[int],
     num_draws: int,
     *,
-    step: str = "latest",
-    trust_checkpoint: bool = False,
-    trust_code: bool = False,
+    solver: Solver = "auto",
     world: World | None = None,
 ) -> FewShotFigures:
     """Measure the few-shot curve, write eval/few_shot.json and return its content.
+
+    Of a run directory the last checkpoint is taken; an open run names its own. `solver` is that of `fit_users`.
 
     {"step", "curve": rows of `few_shot_curve`, "monotone_within_ci95": see `is_monotone`, "seen": {"pairs", "accuracy",
     "accuracy_ci95"} of the run's own users on `test`, "warnings": where the last k is served better than they are}.
@@ -76,11 +76,15 @@ def evaluate_few_shot(
     check_range("num_comparisons", num_comparisons, sound, "numbers of 0 or more, at least one")
     check_range("num_draws", num_draws, num_draws >= 1, "at least 1")
     world = world or World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    opened = open_run(run, step, trust=trust_checkpoint, trust_code=trust_code)
+    opened = open_run(run) if isinstance(run, RunDirectory) else run
+    if solver != "auto" and not opened.parts.head.has_points:
+        raise UserError(f"--solver {solver}: this run's head has no users to fit. Leave it out.")
+    refuse_newton(solver, opened.parts.head, opened.config.loss)
     _fit_and_test_rows(opened.data)
-    restored = with_weights(opened, world.device)
+    restored = world.on_every_rank(lambda: with_weights(opened, world.device))
     verify_content(restored.data.path, restored.data.info, world)
-    curve = few_shot_curve(restored, num_comparisons, world, seeds=tuple(range(num_draws)))
+    seeds = tuple(range(num_draws))
+    curve = few_shot_curve(restored, num_comparisons, world, seeds=seeds, solver=solver)
     seen = _seen(restored, world)
     figures: FewShotFigures = {
         "step": restored.step,
@@ -90,7 +94,7 @@ def evaluate_few_shot(
         "warnings": unseen_above_seen(seen, ScoredPairs(curve.right[-1], curve.prompts)),
     }
 
-    world.from_rank_zero(lambda: write_figures(run, "few_shot", figures))
+    world.from_rank_zero(lambda: write_figures(opened.run, "few_shot", figures))
     return figures
 
 
@@ -145,7 +149,12 @@ def _standard_error(values: np.ndarray, curve: Curve) -> float:
 
 
 def few_shot_curve(
-    restored: OpenRun, num_comparisons: list[int], world: World, *, seeds: tuple[int, ...] = (0,)
+    restored: OpenRun,
+    num_comparisons: list[int],
+    world: World,
+    *,
+    seeds: tuple[int, ...] = (0,),
+    solver: Solver = "auto",
 ) -> Curve:
     """Accuracy of held-out users on `unseen_test` after fitting k pairs of `unseen_train`, one row per k.
 
@@ -177,7 +186,9 @@ def few_shot_curve(
     mixtures = population.repeat(len(draws) * len(owners), 1)
     if restored.model.head.has_points and len(rows):
         pairs, loss = UserPairs(rows, owner, len(mixtures)), restored.config.loss
-        logits = fit_users(reader.model, reader.collator, pairs, loss=loss, prior=prior)
+        logits = fit_users(
+            reader.model, reader.collator, pairs, loss=loss, prior=prior, solver=solver
+        )
         fitted = np.unique(owner)
         restored.model.head.eval()
         mixtures[fitted] = restored.model.head.mixture_weights(UserState(logits[fitted]))

@@ -72,7 +72,11 @@ class AdaptedUsers:
 
 
 def few_shot(
-    run: AnyRun, num_comparisons: Sequence[int] = (0, 1, 2, 4, 8, 16, 32, 50), num_draws: int = 20
+    run: AnyRun,
+    num_comparisons: Sequence[int] = (0, 1, 2, 4, 8, 16, 32, 50),
+    num_draws: int = 20,
+    *,
+    solver: Literal["auto", "newton", "adam", "reference"] = "auto",
 ) -> dict[str, Any]:
     """Accuracy of held-out users after k comparisons each; also written to RUN/eval/few_shot.json.
 
@@ -80,6 +84,7 @@ def few_shot(
         run: a run whose data hold users out (`data.unseen_user_fraction`).
         num_comparisons: values of k.
         num_draws: random draws of the k comparisons.
+        solver: as for `adapt`.
 
     Returns:
         `curve`, one row per k with `accuracy` and its interval, `seen` users beside, and `monotone_within_ci95`.
@@ -88,17 +93,17 @@ def few_shot(
         UserError: no held-out users, or no k or draw.
     """
     from pal_ds.adaptation.few_shot import evaluate_few_shot
+    from pal_ds.inference.load_run import open_run
 
     where = run_of(run)
     with for_people():
-        figures = evaluate_few_shot(
+        opened = open_run(
             RunDirectory(where.path),
-            list(num_comparisons),
-            num_draws,
-            step=str(where.step),
-            trust_checkpoint=where.trust_checkpoint,
+            str(where.step),
+            trust=where.trust_checkpoint,
             trust_code=where.trust_code,
         )
+        figures = evaluate_few_shot(opened, list(num_comparisons), num_draws, solver=solver)
         return dict(figures)
 
 

@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -20,6 +20,12 @@ from pal_ds.cli.arguments import (
 )
 from pal_ds.errors import UserError
 from pal_ds.runs.run_dir import RunDirectory
+
+SOLVER: dict[str, Any] = {
+    "type": Literal["auto", "newton", "adam", "reference"],
+    "default": "auto",
+    "help": "newton from statistics; adam, the same objective; reference, AdamW that stops early",
+}
 
 
 class Evaluate:
@@ -96,19 +102,17 @@ class FewShot:
             help="values of k: 0 4 16, or 0,4,16",
         )
         add("--num_draws", type=int, default=20, help="random draws of the k comparisons")
+        add("--solver", **SOLVER)
 
     @staticmethod
     def run(options: Namespace, _: Namespace) -> None:
         from pal_ds.adaptation.few_shot import evaluate_few_shot, few_shot_lines
+        from pal_ds.inference.load_run import open_run
 
-        figures = evaluate_few_shot(
-            RunDirectory(options.run_dir),
-            whole_numbers("--num_comparisons", options.num_comparisons),
-            options.num_draws,
-            step=options.step,
-            trust_checkpoint=options.trust_checkpoint,
-            trust_code=options.trust_code,
-        )
+        counts = whole_numbers("--num_comparisons", options.num_comparisons)
+        run, (trust, code) = RunDirectory(options.run_dir), leave_of(options).values()
+        opened = open_run(run, options.step, trust=trust, trust_code=code)
+        figures = evaluate_few_shot(opened, counts, options.num_draws, solver=options.solver)
         print("\n".join(few_shot_lines(figures)))
 
 
@@ -128,12 +132,7 @@ class Adapt:
         )
         add("--num_pairs", type=int, help="comparisons to keep per user; unset keeps all")
         add("--seed", type=int, default=0, help="of the draw of comparisons")
-        add(
-            "--solver",
-            type=Literal["auto", "newton", "adam", "reference"],
-            default="auto",
-            help="newton from statistics; adam, the same objective; reference, AdamW that stops early",
-        )
+        add("--solver", **SOLVER)
         add("--out", type=str, required=True, help="directory for the user table and its report")
 
     @staticmethod

@@ -1,12 +1,19 @@
 """The commands around reward models as folders: exporting, importing, scoring texts."""
 
-import gc
 import sys
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from pal_ds.cli.arguments import STEP, add_trust, as_path, leave_of, mixture, options_of
+from pal_ds.cli.arguments import (
+    STEP,
+    add_trust,
+    as_path,
+    imports_at_once,
+    leave_of,
+    mixture,
+    options_of,
+)
 from pal_ds.errors import UserError
 
 
@@ -46,11 +53,10 @@ class Consolidate:
 
     @staticmethod
     def run(options: Namespace, _: Namespace) -> None:
-        from pal_ds.export import ExportOptions, export, export_users, read_user_list
-        from pal_ds.runs.run_dir import RunDirectory
+        with imports_at_once():
+            from pal_ds.export import ExportOptions, export, export_users, read_user_list
+            from pal_ds.runs.run_dir import RunDirectory
 
-        # Nothing imported goes away: a full collection over all of it takes a quarter of a second.
-        gc.freeze()
         run, out = RunDirectory(options.run), Path(options.out)
         adapted, listed = split_users([Path(path) for path in options.users])
         data_path = Path(options.data) if options.data else None
@@ -158,11 +164,12 @@ class Score:
 
     @staticmethod
     def run(options: Namespace, _: Namespace) -> None:
-        from pal_ds.inference.score_texts import write_scores
-        from pal_ds.inference.text_rows import read_rows
-        from pal_ds.io.files import replacing
-        from pal_ds.reward_models import Whom, scorer_of_export, scorer_of_run
-        from pal_ds.runs.run_dir import RunDirectory
+        with imports_at_once():
+            from pal_ds.inference.score_texts import write_scores
+            from pal_ds.inference.text_rows import read_rows
+            from pal_ds.io.files import replacing
+            from pal_ds.reward_models import Whom, scorer_of_export, scorer_of_run
+            from pal_ds.runs.run_dir import RunDirectory
 
         if (options.model is None) == (options.run_dir is None):
             raise UserError("score: give exactly one of --model and --run_dir.")

@@ -31,6 +31,7 @@ from pal_ds.engine.process_group import distributed
 from pal_ds.errors import UserError, writing
 from pal_ds.eval.evaluate import evaluate_run
 from pal_ds.eval.results import split_request
+from pal_ds.inference.load_run import open_run
 from pal_ds.modeling.build import assemble
 from pal_ds.progress import progress_bar
 from pal_ds.training.init_from.copy import origin_for
@@ -198,9 +199,8 @@ def evaluate_one(planned: PlannedRun, suite: Suite, world: World) -> None:
             request = split_request(settings.split)
             evaluate_run(planned.run, world, request=request, trust_code=own)
     if settings.few_shot and world.from_rank_zero(lambda: few_shot_of(planned, suite)) is None:
-        evaluate_few_shot(
-            planned.run, settings.few_shot, settings.num_draws, trust_code=own, world=world
-        )
+        opened = world.on_every_rank(lambda: open_run(planned.run, trust_code=own))
+        evaluate_few_shot(opened, settings.few_shot, settings.num_draws, world=world)
 
 
 def publish(suite: Suite, data: PreparedData, out: Path) -> None:

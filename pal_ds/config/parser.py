@@ -70,12 +70,11 @@ def _suggestion(message: str, parser: ArgumentParser) -> str:
     """Return the remedy for the unknown option that a message of jsonargparse names."""
     maps = (getattr(action, "_name_parser_map", None) or {} for action in parser._actions)
     parsers = [parser, *(command for commands in maps for command in commands.values())]
-    if argument := re.search(r"Option '([\w.]+)' is not accepted", message):
-        message = argument[1]
     options = {name.lstrip("-") for one in parsers for name in one._option_string_actions}
-    names = sorted(options | (_class_arguments() if argument else set()))
-    for word in message.replace("'", " ").replace('"', " ").replace("=", " ").split():
-        word = word.lstrip("-").rstrip(".,:")
+    names = sorted(options | (_class_arguments() if "is not accepted" in message else set()))
+    named = re.search(r"[Oo]ption '([\w.]+)'", message)
+    said = [named[1]] if named else re.findall(r"--([\w.]+)", message)
+    for word in said:
         if known := _known_as(word, names):
             return f". Did you mean {known}?"
         # Or of a key that holds others.

@@ -55,7 +55,12 @@ def build_tables(
             collector.add(record)
         bad_rows.check()
         if not collector.num_records:
-            raise UserError("the source yields no record; there is nothing to prepare")
+            left_out = {} if source is None else dict(source.dropped) | bad_rows.counts()
+            reasons = ", ".join(f"{reason} {count:,}" for reason, count in left_out.items())
+            raise UserError(
+                "the source yields no record; there is nothing to prepare"
+                + (f". Left out were: {reasons}" if reasons else "")
+            )
         bad_rows.warn()
         extra = dict(extra_info or {})
         dropped = Counter({} if source is None else source.dropped) + Counter(bad_rows.counts())

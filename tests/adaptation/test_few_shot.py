@@ -142,6 +142,36 @@ def test_values_that_say_nothing_are_refused(
         evaluate_few_shot(runs["PalA"], values, num_draws)
 
 
+def test_the_solver_is_the_persons_choice(
+    runs: dict[str, RunDirectory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit, solvers = few_shot.fit_users, []
+
+    def recording(*arguments: Any, solver: Any, **options: Any) -> torch.Tensor:
+        solvers.append(solver)
+        return fit(*arguments, solver=solver, **options)
+
+    monkeypatch.setattr(few_shot, "fit_users", recording)
+    evaluate_few_shot(runs["PalA"], [2], 1, solver="reference")
+    evaluate_few_shot(runs["PalA"], [2], 1)
+    assert solvers == ["reference", "auto"]
+    with pytest.raises(UserError, match=r"--solver newton: this run's head gives no statistics"):
+        evaluate_few_shot(runs["PalA"], [0], 1, solver="newton")
+    with pytest.raises(UserError, match=r"--solver adam: this run's head has no users to fit"):
+        evaluate_few_shot(runs["BradleyTerry"], [0], 1, solver="adam")
+
+
+def test_data_without_held_out_users_are_refused_before_a_model_is_loaded(
+    restored: OpenRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = np.array(restored.data.comparisons)
+    kept = np.isin(table["user"], strays(restored.data))
+    opened = replace(restored, data=replace(restored.data, comparisons=table[kept]))
+    monkeypatch.setattr(few_shot, "with_weights", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(UserError, match=r"data\.unseen_user_fraction above 0"):
+        evaluate_few_shot(opened, [1], 1)
+
+
 def test_no_comparisons_leave_the_mixture_of_strangers(restored: OpenRun) -> None:
     """Their mean of mixtures, which is not that of the mean logits: no accuracy of so small a run tells them apart."""
     told = []

@@ -124,7 +124,7 @@ def test_a_methods_keys_lie_over_the_shared_ones(tmp_path: Path) -> None:
                 }
             },
             [],
-            "methods.last: head: Option 'num_protoypes' is not accepted. `pal-ds COMMAND --help`",
+            "methods.last: head: Option 'num_protoypes' is not accepted. Did you mean num_prototypes?",
         ),
         (
             {"methods": {**METHODS, "last": {"head": "PalA", "train": {"batch_pears": 1}}}},

@@ -42,7 +42,17 @@ class TextScore(Source):
     def records(self) -> Iterator[Record]:
         """Pairs (i, j), i < j, in the order of the file."""
         self.dropped.clear()
-        yield from self.each_row(json_list_or_errors(check_files(self.path)[0]), self._pairs)
+        records = self.each_row(json_list_or_errors(check_files(self.path)[0]), self._pairs)
+        some = False
+        for record in records:
+            some = True
+            yield record
+        if not some and (num_unmarked := self.dropped["no_response_marker"]):
+            raise UserError(
+                f"{self.path}: none of {num_unmarked} pairs has the response_marker {self.response_marker!r} in both "
+                "texts, so nobody knows where their responses start. Give the marker of these texts "
+                "(data.source.response_marker), or null to take whole texts as responses"
+            )
 
     def _pairs(self, where: str, item: object) -> Iterator[Record]:
         texts, scores = self._check(where, item)

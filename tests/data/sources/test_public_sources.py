@@ -118,6 +118,14 @@ def test_text_score_pairs_ties_and_cuts(write_lines):
     assert next(whole.records()).prompt is None
 
 
+def test_texts_without_the_marker_are_told(write_lines):
+    """All 656 pairs of a file were once dropped, and the message was "no record"."""
+    rows = [{"text": [f"q{i} AI: a", f"q{i} AI: b"], "score": [1, 2]} for i in range(3)]
+    with pytest.raises(UserError, match=r"none of 3 pairs has the response_marker .* or null"):
+        list(TextScore(write_lines(rows)).records())
+    assert len(list(TextScore(write_lines(rows), response_marker=" AI:").records())) == 3
+
+
 @pytest.mark.parametrize(
     ("row", "text"),
     [
