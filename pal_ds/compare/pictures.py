@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 from pal_ds.compare.table import Table, any_few_shot
-from pal_ds.eval.report import save_figure
+from pal_ds.eval.report_pictures import save_figure
 
 
 def draw(table: Table, out: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from html.parser import HTMLParser
 from pathlib import Path
 
 import matplotlib
@@ -15,10 +16,10 @@ from matplotlib import pyplot as plt
 from pal_ds.adaptation.few_shot import evaluate_few_shot
 from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
-from pal_ds.eval import report
+from pal_ds.eval import report_pictures as pictures
 from pal_ds.eval.diagnostics import diagnose_latent
 from pal_ds.eval.evaluate import evaluate_run
-from pal_ds.eval.report import PICTURES, write_report
+from pal_ds.eval.report import PICTURES, difference, write_report
 from pal_ds.eval.results import split_request
 from pal_ds.inference.load_run import open_run, restore
 from pal_ds.runs.run_dir import RunDirectory
@@ -63,6 +64,7 @@ def test_page_and_pictures(trained: RunDirectory, tmp_path: Path) -> None:
     page = write_report({"first": trained, "second": trained}, tmp_path / "out").read_text()
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "report.md",
+        "report.html",
         *(f"{name}.png" for name in PICTURES),
     }
     for name, title in PICTURES.items():
@@ -78,7 +80,7 @@ def test_page_and_pictures(trained: RunDirectory, tmp_path: Path) -> None:
 
 def test_reliability_is_drawn_as_evaluated(trained: RunDirectory) -> None:
     figure, axes = plt.subplots()
-    assert report._reliability(axes, trained)
+    assert pictures.reliability(axes, trained)
     bins = json.loads((trained.eval / "test.json").read_text())["reliability"]
     drawn = np.asarray(axes.collections[0].get_offsets())
     assert drawn == pytest.approx(
@@ -93,7 +95,7 @@ def test_reliability_is_drawn_as_evaluated(trained: RunDirectory) -> None:
 def test_prototypes_are_drawn_as_evaluated(trained: RunDirectory) -> None:
     found = json.loads((trained.eval / "test.json").read_text())["diagnostics"]
     figure, axes = plt.subplots()
-    assert report._prototypes(axes, trained)
+    assert pictures.prototypes(axes, trained)
     (image,) = axes.get_images()
     assert np.asarray(image.get_array()) == pytest.approx(np.asarray(found["prototype_distances"]))
     assert f"{found['effective_prototypes']:.1f} in use" in axes.get_xlabel()
@@ -129,20 +131,88 @@ def test_pictures_without_data_are_left_out(trained: RunDirectory, tmp_path: Pat
     run = RunDirectory(shutil.copytree(trained.path, tmp_path / "run", ignore=left_out))
     page = write_report({"run": run}, tmp_path / "out").read_text()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "mixtures.png",
+        "report.html",
         "report.md",
         "simplex.png",
     ]
-    assert page.count("![") == 1
+    assert page.count("![") == 2
     # An evaluation of strangers alone tells of the run's own users' prototypes, and has nothing to stumble over.
     run.eval.mkdir()
     strangers = evaluate_run(trained, ALONE, request=split_request("unseen_test"))
     (run.eval / "test.json").write_text(json.dumps({**strangers, "warnings": []}))
     more = write_report({"run": run}, tmp_path / "out").read_text()
-    assert more.replace(_section("prototypes"), "") == page
+    # The day and time of two reports may differ, of a kept evaluation the newest file.
+    kept = (one.partition("## Users in")[2] for one in (more, page))
+    assert next(kept).replace(_section("prototypes"), "") == next(kept)
 
 
 def _section(name: str) -> str:
     return f"\n## {PICTURES[name]}\n\n![{PICTURES[name]}]({name}.png)\n"
+
+
+class _Text(HTMLParser):
+    """The page as a browser reads it: its elements, what they ask for, and its words."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.sources: list[str] = []
+        self.words = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+def test_the_page_is_one_file_and_takes_no_name_for_markup(
+    trained: RunDirectory, tmp_path: Path
+) -> None:
+    name = "<script>alert('x')</script> & $x_"
+    write_report({name: trained, "other": trained}, tmp_path / "out")
+    page = _Text((tmp_path / "out" / "report.html").read_text())
+    assert "script" not in page.tags and name in page.words
+    assert page.tags.count("img") == len(PICTURES)
+    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert "num_prototypes: 3" in page.words and open_run(trained).data.hash in page.words
+
+
+def test_runs_are_compared_by_user_where_the_pairs_are_the_same(
+    trained: RunDirectory, tmp_path: Path
+) -> None:
+    worse, better = (
+        RunDirectory(shutil.copytree(trained.path, tmp_path / name)) for name in ("worse", "better")
+    )
+    figures = json.loads((trained.eval / "test.json").read_text())
+    for run, gains in ((worse, (0.0, 0.0)), (better, (0.3, 0.1))):
+        for number, user in enumerate(figures["users"].values()):
+            user["accuracy"] = 0.5 + gains[number % 2]
+        (run.eval / "test.json").write_text(json.dumps(figures))
+    num = len(figures["users"])
+    change = np.asarray([0.1 if number % 2 else 0.3 for number in range(num)])
+    page = write_report({"a": worse, "b": better}, tmp_path / "out").read_text()
+    assert f"| b - a | {num} | {difference(change)} |" in page
+    # Of other users the pairs are others.
+    figures["users"].popitem()
+    (better.eval / "test.json").write_text(json.dumps(figures))
+    page = write_report({"a": worse, "b": better}, tmp_path / "out").read_text()
+    assert "Differences" not in page
+
+
+def test_a_run_with_nothing_to_show_leaves_no_blank_panel(
+    trained: RunDirectory, tmp_path: Path
+) -> None:
+    bare = RunDirectory(
+        shutil.copytree(trained.path, tmp_path / "run", ignore=shutil.ignore_patterns("eval"))
+    )
+    write_report({"a": trained}, tmp_path / "one")
+    write_report({"a": trained, "bare": bare}, tmp_path / "two")
+    one, two = (plt.imread(tmp_path / folder / "users.png") for folder in ("one", "two"))
+    assert np.array_equal(one, two)
 
 
 def test_users_lie_where_the_head_puts_them_and_the_legend_beside(trained: RunDirectory) -> None:
@@ -150,7 +220,7 @@ def test_users_lie_where_the_head_puts_them_and_the_legend_beside(trained: RunDi
     groups: dict[str, str | None] = {user: f"group {row % 4}" for row, user in enumerate(users.ids)}
     groups[users.ids[0]] = None
     figure, axes = plt.subplots(figsize=(4.6, 3.6))
-    assert report._simplex(axes, open_run(trained), groups)
+    assert pictures.simplex(axes, open_run(trained), groups)
     figure.tight_layout()
     figure.canvas.draw()
     legend = axes.get_legend()
