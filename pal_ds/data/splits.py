@@ -83,7 +83,9 @@ def content_digest(value: Text | tuple[float, ...] | None, where: str = "record"
         data = b"none"
     elif len(value) and isinstance(value[0], dict):
         # Of messages what a template can show; the schemas of tools have no role, and count whole.
-        said = [shown(part) if "role" in part else part for part in value]
+        said = [
+            shown(part) if isinstance(part, dict) and "role" in part else part for part in value
+        ]
         data = b"chat" + check_text(json.dumps(said, ensure_ascii=False, sort_keys=True), where)
     else:
         data = b"vector" + np.asarray(value, np.float32).tobytes()
