@@ -74,8 +74,6 @@ class ChatTemplate:
         tools: Tools | None,
         add_generation_prompt: bool,
     ) -> str | None:
-        from jinja2.exceptions import TemplateError
-
         schemas: Any = tools
         try:
             text = self.tokenizer.apply_chat_template(
@@ -85,8 +83,8 @@ class ChatTemplate:
                 tokenize=False,
             )
             return str(text)
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            # A template is a program of others: whatever it raises is its answer to this conversation.
+        # A template is a program of others: whatever it raises is its answer to this conversation.
+        except Exception as error:
             self.refusal = f"{type(error).__name__}: {error}".splitlines()[0]
             return None
 

@@ -31,6 +31,7 @@ class Collector:
         self.groups: dict[str, int] = {}
         self.num_records = self._num_seen = self._num_stored = 0
         self._responses: dict[bytes, int] = {}
+        self._last_bad: str | None = None
         names = ("user", "a", "b", "label", "group", "controversial", "prompt")
         self._columns: dict[str, array] = {name: array("q") for name in names}
         self._columns |= {name: array("f") for name in ("margin", "probability")}
@@ -44,8 +45,7 @@ class Collector:
         try:
             self._check(record, where)
         except UserError as error:
-            self.bad_rows.num_good -= record.where is not None
-            self.bad_rows.add(where, error)
+            self._add_bad(record, where, error)
             return
         self.bad_rows.num_good += record.where is None
         self.num_records += 1
@@ -61,6 +61,14 @@ class Collector:
         values += (record.margin, probability)
         for column, value in zip(self._columns.values(), values, strict=True):
             column.append(value)
+
+    def _add_bad(self, record: Record, where: str, error: UserError) -> None:
+        """Count the row of a bad record, once, however many comparisons of it are bad (those of a list)."""
+        if record.where is None or record.where != self._last_bad:
+            # The source has counted its row among the good ones.
+            self.bad_rows.num_good -= record.where is not None
+            self.bad_rows.add(where, error)
+        self._last_bad = record.where
 
     def comparisons(self) -> tuple[np.ndarray, np.ndarray]:
         """(table in COMPARISON_DTYPE, all in train so far; row of each comparison's prompt)."""

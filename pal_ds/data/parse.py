@@ -16,6 +16,7 @@ from pal_ds.data.records import (
     check_tools,
     is_empty,
     num_shared_messages,
+    same_messages,
 )
 from pal_ds.errors import UserError
 from pal_ds.users.ids import POPULATION_USER
@@ -195,7 +196,10 @@ def check_response(response: Text, where: str, key: str) -> None:
 def _agree(prompt: Text | None, implicit: list, where: str) -> Text:
     """The implicit prompt, once a prompt that is also given explicitly agrees with it."""
     contents = {(m["content"] or "").strip() for m in implicit}
-    agrees = prompt == implicit or (isinstance(prompt, str) and prompt.strip() in contents)
+    if isinstance(prompt, str):
+        agrees = prompt.strip() in contents
+    else:
+        agrees = prompt is not None and same_messages(prompt, implicit)
     if prompt is None or agrees:
         return implicit
     raise UserError(

@@ -18,6 +18,13 @@ Text = str | list[Message]
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 CALL_KEYS = ("tool_calls", "function_call")
 """Keys of a message that say something beside its content, or in its place."""
+_SHOWN_KEYS = {
+    *("role", "content", "name", "tool_call_id", "tool_responses", "recipient", "channel"),
+    *("thought", "thoughts", "prefix", "documents", "tools", "functions"),
+    *REASONING_KEYS,
+    *CALL_KEYS,
+}
+"""Keys of a message that chat templates show. Others (`id`, `timestamp`) are notes on where it comes from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +107,20 @@ def _joined(parts: list, where: str, name: str) -> str:
     return "".join(texts)
 
 
+def shown(message: Message) -> Message:
+    """A message without the notes that no template shows: what makes two messages the same.
+
+    >>> shown({"role": "user", "content": "Tea?", "id": "m-17", "timestamp": 1700000000})
+    {'role': 'user', 'content': 'Tea?'}
+    """
+    return {key: value for key, value in message.items() if key in _SHOWN_KEYS}
+
+
+def same_messages(first: list[Message], second: list[Message]) -> bool:
+    """Return whether two conversations say the same, whatever notes their messages carry."""
+    return list(map(shown, first)) == list(map(shown, second))
+
+
 def check_tools(value: object, where: str) -> Tools:
     """The tools of a conversation: a list of JSON schemas, or the JSON of such a list. Raises UserError."""
     if isinstance(value, str):
@@ -152,7 +173,7 @@ def num_shared_messages(first: list[Message], second: list[Message], where: str)
     """
     limit = min(len(first), len(second)) - 1
     shared = 0
-    while shared < limit and first[shared] == second[shared]:
+    while shared < limit and shown(first[shared]) == shown(second[shared]):
         shared += 1
     for message in (*first[shared:], *second[shared:]):
         if message["role"] != "assistant":

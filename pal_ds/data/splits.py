@@ -9,7 +9,7 @@ import numpy as np
 import xxhash
 
 from pal_ds.data.parse import SPLIT_FIELD_NAMES, nearest
-from pal_ds.data.records import Record, Text
+from pal_ds.data.records import Record, Text, shown
 from pal_ds.errors import UserError
 
 SPLITS = ("train", "dev", "test", "unseen_train", "unseen_dev", "unseen_test")
@@ -76,13 +76,17 @@ def prompt_splits(options: SplitOptions, fractions: np.ndarray, fields: np.ndarr
 
 
 def content_digest(value: Text | tuple[float, ...] | None, where: str = "record") -> bytes:
-    """128-bit hash of a text, of chat messages or of a vector."""
+    """128-bit hash of a text, of chat messages (what templates show of them), of tools or of a vector."""
     if isinstance(value, str):
         data = b"text" + check_text(value, where)
     elif value is None:
         data = b"none"
     elif len(value) and isinstance(value[0], dict):
-        data = b"chat" + check_text(json.dumps(value, ensure_ascii=False, sort_keys=True), where)
+        # Of messages what a template can show; the schemas of tools have no role, and count whole.
+        said = [
+            shown(part) if isinstance(part, dict) and "role" in part else part for part in value
+        ]
+        data = b"chat" + check_text(json.dumps(said, ensure_ascii=False, sort_keys=True), where)
     else:
         data = b"vector" + np.asarray(value, np.float32).tobytes()
     return xxhash.xxh3_128_digest(data)

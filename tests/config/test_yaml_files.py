@@ -51,3 +51,36 @@ def test_commands_and_suites(tmp_path, capsys):
         with pytest.raises(SystemExit):
             main([*words, "--config", str(path)])
         assert "suite.yaml:1: the key 'a' stands on line 1 already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "optim.learning_rate: 1\nseed: 2\noptim: {weight_decay: 1}",
+            "x:3: the key 'optim' stands",
+        ),
+        ("optim: {weight_decay: 1}\noptim.learning_rate: 1", "x:2: the key 'optim.learning_rate'"),
+        ("train:\n  loss: {kind: a}\n  loss.shape.k: b", "x:3: the key 'loss.shape.k' stands"),
+        ("a: {true: 1, True: 2}", "x:1: the key 'True' stands on line 1 already, as 'true'"),
+        ("a: {0x10: 1, 16: 2}", "x:1: the key '16' stands on line 1 already, as '0x10'"),
+    ],
+)
+def test_one_key_in_two_spellings(text, said):
+    with pytest.raises(UserError) as refused:
+        parse_yaml(text, "x")
+    assert str(refused.value).startswith(said)
+
+
+def test_dots_in_names_of_peoples_own():
+    text = (
+        "methods: {pal: {}, pal.b: {}}\nhead: {init_args: {users: {a: 1, a.b: 2}}}\na.b: 1\na.c: 2"
+    )
+    assert parse_yaml(text, "x")
+
+
+def test_a_dotted_key_beside_its_whole_is_refused_by_prepare(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("data: {path: D}\nhead: PalA\noptim.learning_rate: 1\noptim: {weight_decay: 1}")
+    with pytest.raises(UserError, match=r".yaml:4: the key .optim. stands on line 3 already"):
+        prepare(path)

@@ -151,3 +151,25 @@ def test_an_entry_that_names_its_user_is_that_users(write_lines):
     entry = {"text": ["q\n\nAssistant: a", "q\n\nAssistant: b"], "score": [1, 2]}
     source = TextScore(write_lines([entry, {**entry, "user_id": "bob"}]))
     assert [record.user_id for record in source.records()] == ["population", "bob"]
+
+
+class Lists(Source):
+    """A source of one's own whose rows are lists of comparisons, one of them with two bad ones."""
+
+    def records(self):
+        def comparisons(where, row):
+            for i in range(10):
+                label = 0 if row == 100 and i > 7 else -1
+                yield Record("u", label, prompt=f"p {row}", responses=("yes", f"no {i}"))
+
+        yield from self.each_row(((f"row {row}", row) for row in range(200)), comparisons)
+
+    def describe(self):
+        return {}
+
+
+def test_bad_comparisons_of_a_list_are_one_bad_row(bpe, tmp_path):
+    source = Lists()
+    data = build_tables(source.records(), tmp_path / "D", TextEncoder(bpe), source=source)
+    assert len(data.comparisons) == 1998 and data.info["dropped"] == {"bad_row": 1}
+    assert (source.bad_rows.num_good, source.bad_rows.num_bad) == (199, 1)

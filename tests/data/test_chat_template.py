@@ -343,3 +343,21 @@ def test_data_of_before_keep_the_end_that_they_were_made_with(chatml, tmp_path):
     (encoded,) = encoder.encode([encoder.render("Tea?", "Yes.")])
     assert chatml.decode(encoded.response_ids) == "Yes.<|im_end|>\n</s>"
     assert encoder.describe(None, None) == {**old, "tokenizer": tokens["tokenizer"]}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["{{ 1 // 0 }}", "{{ 10.0 ** 1000 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"],
+)
+def test_whatever_a_template_raises_is_its_answer(with_template, fault):
+    """Arithmetic, overflow and endless recursion, for one conversation or from the first word on."""
+    encoder = TextEncoder(
+        with_template("{% if messages|length > 2 %}" + fault + "{% endif %}" + CHATML)
+    )
+    assert encoder.render([user("a"), assistant("b"), user("c")], [assistant("d")]) is None
+    assert "Error: " in encoder.refusal
+    assert encoder.render([user("a")], [assistant("d")])
+    with pytest.raises(
+        UserError, match=r"its chat template cannot render one user message \(\w+Err"
+    ):
+        TextEncoder(with_template(fault))

@@ -33,7 +33,8 @@ class HuggingFace(Source):
         columns: our key -> their column, for example {prompt: instruction, chosen: best}. A key
             that is not named here is read from the column of its own name, if there is one; all
             other columns are ignored.
-        data_files: files inside `path`, or for the builder `path` (parquet, csv, json).
+        data_files: files inside `path`, or for the builder `path` (parquet, csv, json): one, several, or those of
+            each split. They may be addresses (https://, hf://), which `datasets` reads.
         revision: commit or tag of a hub dataset.
         licence: recorded in dataset.json.
     """
@@ -42,7 +43,7 @@ class HuggingFace(Source):
     split: str = "train"
     name: str | None = None
     columns: dict[str, str] | None = None
-    data_files: str | list[str] | dict[str, str] | None = None
+    data_files: str | list[str] | dict[str, str | list[str]] | None = None
     revision: str | None = None
     licence: str | None = None
 
@@ -105,11 +106,11 @@ class HuggingFace(Source):
         return keys
 
     def _local_files(self) -> list[Path]:
-        files = self.data_files
-        if files is None:
+        if self.data_files is None:
             return [Path(self.path)] if Path(self.path).is_file() else []
-        names = [files] if isinstance(files, str) else [*files] if isinstance(files, list) else []
-        names = [*files.values()] if isinstance(files, dict) else names
+        files = self.data_files
+        parts = files.values() if isinstance(files, dict) else [files]
+        names = [name for part in parts for name in _names_of(part)]
         return [Path(name) for name in names if Path(name).is_file()]
 
     @cached_property
@@ -118,9 +119,9 @@ class HuggingFace(Source):
         if self.data_files is None and is_table_file(self.path):
             return TableFiles([self.path])
         files = self.data_files
-        files = files.get(self.split) if isinstance(files, dict) else files
-        names = [files] if isinstance(files, str) else files or []
-        if self.path in ("csv", "json") and names:
+        names = _names_of(files.get(self.split) if isinstance(files, dict) else files)
+        is_here = not any("://" in name for name in names)
+        if self.path in ("csv", "json") and names and is_here:
             given = [str(path) for path in check_files(names)]
             if all(map(is_table_file, given)):
                 return TableFiles(given)
@@ -131,6 +132,10 @@ class HuggingFace(Source):
             data_files=self.data_files,
             revision=self.revision,
         )
+
+
+def _names_of(files: str | list[str] | None) -> list[str]:
+    return [files] if isinstance(files, str) else files or []
 
 
 def _fields(row: object, keys: dict[str, str], where: str) -> object:

@@ -28,7 +28,7 @@ def open_split(
     *,
     name: str | None = None,
     data_dir: str | None = None,
-    data_files: str | list[str] | dict[str, str] | None = None,
+    data_files: str | list[str] | dict[str, str | list[str]] | None = None,
     revision: str | None = None,
 ) -> "Dataset":
     """The `datasets.Dataset` of one split.
@@ -80,7 +80,9 @@ def _load(path: str, split: str, where: dict[str, Any]) -> "Dataset":
     from datasets.exceptions import DatasetGenerationError
 
     data_files = where["data_files"]
-    if path == "csv" and isinstance(data_files, dict) and kind_of(data_files[split]) == ".tsv":
+    given = data_files.get(split) if isinstance(data_files, dict) else data_files
+    names = [given] if isinstance(given, str) else given or []
+    if path == "csv" and names and all(kind_of(name) == ".tsv" for name in names):
         where = {**where, "sep": "\t"}
     try:
         table = datasets.load_dataset(path, split=split, **where)

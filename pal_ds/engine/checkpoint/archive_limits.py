@@ -29,6 +29,9 @@ def check_records(archive: zipfile.ZipFile, size: int) -> None:
 
 def check_opcodes(program: bytes) -> None:
     """Raise UnpicklingError where a pickle is more than `torch.save` writes of tensors and plain values."""
-    for opcode, _, _ in pickletools.genops(program):
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(program)):
         if opcode.name not in OPCODES:
             raise pickle.UnpicklingError(f"an instruction {opcode.name}")
+        # The table of what is kept grows to the largest number at once.
+        if opcode.name in ("BINPUT", "LONG_BINPUT") and int(argument or 0) > number:
+            raise pickle.UnpicklingError(f"an object that is kept as number {argument}")

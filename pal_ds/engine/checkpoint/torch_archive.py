@@ -13,8 +13,6 @@ import math
 import pickle
 import struct
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,12 +21,15 @@ from torch import Tensor
 
 from pal_ds.distributed import phase
 from pal_ds.engine.checkpoint.archive_limits import check_opcodes, check_records
+from pal_ds.engine.checkpoint.archive_objects import MOST_ARGUMENTS, Builder, Inert, Mapping
 from pal_ds.errors import UserError
 
 ShardContent = dict[str, Any]
 """Content of one of DeepSpeed's shards, or a mapping inside it: names and values are DeepSpeed's own."""
 CHUNK = 1 << 24
 """Bytes that are read or written at a time, so that a large tensor shows progress."""
+MOST_DIMENSIONS = 64
+"""Dimensions of a tensor, as many as torch itself allows."""
 _LOCAL_HEADER = struct.Struct("<26xHH")
 _DEEPSPEED = {
     ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"),
@@ -158,15 +159,9 @@ class _Unpickler(pickle.Unpickler):
         self.path, self.archive, self.stream, self.root = path, archive, stream, root
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module == "torch._utils" and name in _REBUILD:
-            return _REBUILD[name]
-        if (module, name) == ("torch._tensor", "_rebuild_from_type_v2"):
-            return _rebuild_from_type
+        if (module, name) in _BUILDERS:
+            return _BUILDERS[module, name]
         if module in ("torch", "torch.storage"):
-            if name == "Size":
-                return _size
             if name in _STORAGES:
                 return _STORAGES[name]
             if isinstance(getattr(torch, name, None), torch.dtype):
@@ -193,60 +188,66 @@ class _Unpickler(pickle.Unpickler):
         return Storage(self.path, begin, num_elements, dtype)
 
 
-class Inert:
-    """Stands for an object of DeepSpeed: takes any arguments and state, does nothing."""
+def _mapping() -> Mapping:
+    """Stands for OrderedDict, called as `torch.save` calls it. Raises TypeError for arguments, which it would copy."""
+    return Mapping()
 
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        self.arguments = args
 
-    def __setstate__(self, state: object) -> None:
-        """State is dropped."""
-
-    def __hash__(self) -> int:
-        return id(self)
+def _check_shape(shape: object) -> None:
+    """Raise UnpicklingError for what is no tuple of a few whole numbers: anything else would be copied at each use."""
+    if not isinstance(shape, tuple) or len(shape) > MOST_DIMENSIONS:
+        raise pickle.UnpicklingError("a shape that is none")
+    if any(type(n) is not int or n < 0 for n in shape):
+        raise pickle.UnpicklingError("a shape that is none")
 
 
 def _rebuild_tensor(
     storage: Storage, offset: int, shape: tuple, stride: tuple, *_: object
 ) -> StoredTensor:
     """Raise UnpicklingError for a tensor that is no part of its storage, or has more elements than that."""
+    _check_shape(shape)
+    _check_shape(stride)
     numbers = (offset, *shape, *stride)
     if not isinstance(storage, Storage) or any(type(n) is not int or n < 0 for n in numbers):
         raise pickle.UnpicklingError("a tensor that is no part of a record")
-    tensor = StoredTensor(storage, offset, tuple(shape), tuple(stride))
+    tensor = StoredTensor(storage, offset, shape, stride)
     last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
     if tensor.numel > storage.num_elements or (tensor.numel and last >= storage.num_elements):
         raise pickle.UnpicklingError(
-            f"a tensor of shape {tuple(shape)} in a record of {storage.num_elements} elements"
+            f"a tensor of shape {shape} in a record of {storage.num_elements} elements"
         )
     return tensor
 
 
-def _size(dimensions: object = ()) -> tuple[int, ...]:
+def _size(dimensions: tuple[int, ...] = ()) -> tuple[int, ...]:
     """Stands for torch.Size."""
-    if not isinstance(dimensions, list | tuple) or any(type(n) is not int for n in dimensions):
-        raise pickle.UnpicklingError("a shape that is none")
-    return tuple(dimensions)
+    _check_shape(dimensions)
+    return dimensions
 
 
 def _rebuild_parameter(data: StoredTensor, *_: object) -> StoredTensor:
     return data
 
 
-def _rebuild_from_type(
-    rebuild: Callable[..., StoredTensor], _: object, arguments: tuple, __: object
-) -> StoredTensor:
-    if rebuild not in _REBUILD.values():
+def _rebuild_from_type(rebuild: object, _: object, arguments: object, __: object) -> object:
+    known = (_rebuild_tensor, _rebuild_parameter)
+    if not isinstance(rebuild, Builder) or rebuild.call not in known:
+        raise pickle.UnpicklingError("a tensor of an unknown kind")
+    if not isinstance(arguments, tuple) or len(arguments) > MOST_ARGUMENTS:
         raise pickle.UnpicklingError("a tensor of an unknown kind")
     return rebuild(*arguments)
 
 
-_REBUILD = {
-    "_rebuild_tensor": _rebuild_tensor,
-    "_rebuild_tensor_v2": _rebuild_tensor,
-    "_rebuild_parameter": _rebuild_parameter,
-    "_rebuild_parameter_with_state": _rebuild_parameter,
+_BUILDERS = {
+    ("collections", "OrderedDict"): Builder(_mapping),
+    ("torch", "Size"): Builder(_size),
+    ("torch._utils", "_rebuild_tensor"): Builder(_rebuild_tensor),
+    ("torch._utils", "_rebuild_tensor_v2"): Builder(_rebuild_tensor),
+    ("torch._utils", "_rebuild_parameter"): Builder(_rebuild_parameter),
+    ("torch._utils", "_rebuild_parameter_with_state"): Builder(_rebuild_parameter),
+    ("torch._tensor", "_rebuild_from_type_v2"): Builder(_rebuild_from_type),
 }
+"""The functions of a shard's pickle, by module and name there."""
 
 
 def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:

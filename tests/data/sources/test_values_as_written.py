@@ -7,8 +7,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 
-from pal_ds.data.sources import HuggingFace, Jsonl, source_of_file
+from pal_ds.data.sources import HuggingFace, Jsonl, hugging_face, source_of_file
 from pal_ds.data.sources.open_split import open_split
 from pal_ds.errors import UserError
 
@@ -196,3 +197,39 @@ def test_a_cause_that_datasets_hides_is_quoted(tmp_path):
         open_split(str(folder), "train")
     assert "An error occurred" not in str(caught.value).partition(";")[0]
     assert "Expected object" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "files",
+    ["https://example.org/a.csv", ["hf://datasets/a/b/a.csv"], {"train": ["https://x.org/a.csv"]}],
+)
+def test_addresses_are_left_to_datasets(monkeypatch, files):
+    asked = {}
+
+    def open_in_its_place(path, split, **where):
+        asked.update(where, path=path, split=split)
+        return Dataset.from_dict({"chosen": ["a"], "rejected": ["b"]})
+
+    monkeypatch.setattr(hugging_face, "open_split", open_in_its_place)
+    source = HuggingFace("csv", data_files=files)
+    (record,) = source.records()
+    assert record.responses == ("a", "b")
+    assert asked["data_files"] == files and asked["path"] == "csv"
+    assert "files" not in source.describe()
+
+
+def test_several_files_of_a_split(tmp_path):
+    rows = table(tmp_path / "a.csv"), table(tmp_path / "b.csv")
+    names = [str(tmp_path / "a.csv"), str(tmp_path / "b.csv")]
+    source = HuggingFace("csv", data_files={"train": names})
+    assert read(source) == [*rows[0], *rows[1]]
+    assert [file["path"] for file in source.describe()["files"]] == names
+    for name in names:
+        frame = HuggingFace(name)
+        pq.write_table(
+            pa.table({"user_id": [r.user_id for r in frame.records()]}), f"{name}.parquet"
+        )
+    found = open_split(
+        "parquet", "train", data_files={"train": [f"{name}.parquet" for name in names]}
+    )
+    assert found["user_id"][:2] == ["007", "7"] and len(found) == 2 * len(IDS)

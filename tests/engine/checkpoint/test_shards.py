@@ -8,6 +8,7 @@ import pickle
 import tracemalloc
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -219,3 +220,47 @@ def test_tensors_of_any_layout(tmp_path: Path) -> None:
     assert torch.equal(
         load_archive(tmp_path / "x.pt")["slice"].read_flat(2, 5), whole.flatten()[8:13]
     )
+
+
+def repeated(setup: bytes, step: bytes, count: int = 2000) -> bytes:
+    """A pickle of a list: what `setup` makes, kept as number 0, and then `count` times what `step` makes of it."""
+    return b"\x80\x02](" + setup + b"q\x00" + step * count + b"e."
+
+
+_MANY = b"(" + b"K\x01" * 20_000
+COPIES = {
+    "a shape of 20,000 dimensions": repeated(_MANY + b"t", b"ctorch\nSize\nh\x00\x85R"),
+    "a shape from a list": repeated(b"](" + b"K\x01" * 20_000 + b"e", b"ctorch\nSize\nh\x00\x85R"),
+    "a mapping from a list": repeated(
+        b"](" + b"K\x01K\x02\x86" * 10_000 + b"e", b"ccollections\nOrderedDict\nh\x00\x85R"
+    ),
+    "arguments of an object": repeated(
+        _MANY + b"t", b"cdeepspeed.runtime.fp16.loss_scaler\nLossScaler\nh\x00R"
+    ),
+    "a number to keep it under": b"\x80\x02]r\x00\x00\x00\x7f.",
+}
+
+
+@pytest.mark.parametrize("case", COPIES)
+def test_no_copy_of_a_thing_is_made_each_time_that_it_is_named(case: str, tmp_path: Path) -> None:
+    """60 kB would take 320 MB, and a five-byte instruction 34 GB."""
+    file = archive_of(tmp_path / "x.pt", COPIES[case], {})
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=r"x\.pt: cannot be read as a torch archive"):
+            load_archive(file)
+        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_state_is_dropped_and_none_reaches_our_functions(tmp_path: Path) -> None:
+    """BUILD copies a state into the attributes of what it is given to, and our functions serve all shards."""
+    state = b"}(X\x01\x00\x00\x00a" + b"K\x01u"
+    mapping = repeated(state, b"ccollections\nOrderedDict\n)Rh\x00b", count=3)
+    read: Any = load_archive(archive_of(tmp_path / "x.pt", mapping, {}))
+    assert [vars(one) for one in read[1:]] == [{}] * 3
+    for name in (b"torch._utils\n_rebuild_tensor_v2", b"torch\nSize", b"collections\nOrderedDict"):
+        program = repeated(state, b"c" + name + b"\nh\x00b", count=1)
+        with pytest.raises(UserError, match="state for a function"):
+            load_archive(archive_of(tmp_path / "y.pt", program, {}))
