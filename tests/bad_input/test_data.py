@@ -82,7 +82,10 @@ def test_prepared_data_of_other_settings_or_of_someone_else(
     place: Place, refused: Refused, tmp_path: Path
 ):
     said = refused(*place.train("--data.max_length=32", run=tmp_path / "new"))
-    assert f"{place.data} was prepared with other settings (data.max_length); delete it" in said
+    assert (
+        f"{place.data} was prepared with other settings (data.max_length); name another folder"
+        in said
+    )
     (tmp_path / "mine.txt").write_text("mine")
     said = refused("prepare", f"--config={place.recipe}", f"--data.path={tmp_path}")
     assert "holds no dataset.json; it is not ours to overwrite" in said
