@@ -28,6 +28,7 @@ from pal_ds.data.summary import print_summary, warn_of_gaps
 from pal_ds.data.tables import INFO_NAME, PreparedData, read_info
 from pal_ds.data.tokenise import DEFAULT_SEPARATOR, TextEncoder, load_tokenizer, train_tokenizer
 from pal_ds.errors import UserError
+from pal_ds.progress import is_quiet
 
 PROGRESS_EVERY = 1000
 DEFAULT_MAX_LENGTH = 1024
@@ -168,7 +169,7 @@ def _reuse(path: Path, config: DataConfig, quiet: bool) -> PreparedData:
             f"({', '.join('data.' + key for key in changed)}); name another folder, or replace it: "
             "`pal-ds prepare --prepare_again` with this recipe"
         )
-    if not quiet:
+    if not (quiet or is_quiet()):
         message = f"{path}: prepared before with these settings; reusing it{note}"
         Console(stderr=True).print(message, markup=False)
     return PreparedData.open(path)
@@ -282,7 +283,7 @@ def _tracked(
         TextColumn("{task.completed:,.0f} {task.fields[rate]}"),
         TimeRemainingColumn(),
     )
-    hidden = quiet or not console.is_terminal
+    hidden = quiet or is_quiet() or not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         task = progress.add_task(label, total=total, rate="")
         start = time.monotonic()

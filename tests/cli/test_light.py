@@ -169,6 +169,23 @@ def test_quiet_is_a_persons_word(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "quiet: stands in a recipe, and only a person may say it" in capsys.readouterr().err
 
 
+def test_quiet_leaves_results_and_errors_alone(tmp_path: Path) -> None:
+    source = [
+        "--data.source=Synthetic",
+        "--data.source.num_users=2",
+        f"--data.path={tmp_path / 'd'}",
+    ]
+    run = [sys.executable, "-m", "pal_ds", "prepare", *source]
+    said = []
+    for words in ([], [], ["--quiet"]):
+        done = subprocess.run(
+            [*run, *words], env=environment(), text=True, capture_output=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        said.append(done.stderr)
+    assert "reusing it" in said[1] and "reusing it" not in said[2]
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     from importlib.metadata import version
 
