@@ -74,6 +74,19 @@ def write_json(path: Path, value: object) -> None:
     write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
+def everything_under(folder: Path) -> Iterator[Path]:
+    """Yield `folder` and all below it, without following links; what another process deletes meanwhile is left out."""
+    yield folder
+
+    def refuse_all_but_vanished(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    for inside, folders, files in os.walk(folder, onerror=refuse_all_but_vanished):
+        for name in sorted((*folders, *files)):
+            yield Path(inside, name)
+
+
 def refuse_existing(out: Path) -> None:
     """Raise UserError where `out` holds something."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -1,6 +1,7 @@
 """Folders are whole or absent, and what killed writers left goes."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pal_ds.io.files import new_folder
+from pal_ds.io.files import everything_under, new_folder
 
 
 def left_by(pid: int, out: Path) -> Path:
@@ -46,3 +47,25 @@ def test_what_killed_writers_left_goes_and_what_others_write_stays(tmp_path: Pat
         pass
     assert not any((folder / "half").exists() for folder in gone)
     assert (running / "half").is_file() and not list(out.iterdir())
+
+
+def test_a_walk_passes_over_what_goes_meanwhile(tmp_path: Path) -> None:
+    # Another process's folder beside its final name: there when its parent was listed, gone when it is entered.
+    for name in ("goes", "stays"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    seen = []
+    for path in everything_under(tmp_path):
+        seen.append(path.relative_to(tmp_path).as_posix())
+        if path.name == "stays":
+            shutil.rmtree(tmp_path / "goes")
+    assert seen == [".", "goes", "stays", "stays/file"]
+
+
+def test_a_walk_names_what_it_may_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(PermissionError, match="denied"):
+        list(everything_under(tmp_path))

@@ -23,6 +23,7 @@ from pal_ds.engine.checkpoint.manifest import (
 from pal_ds.engine.checkpoint.retention import restore_replaced
 from pal_ds.engine.checkpoint.torch_archive import ForeignObjectError, load_archive
 from pal_ds.errors import StorageError, UserError
+from pal_ds.io.files import everything_under
 from pal_ds.io.sealed import FileEntry, share_of
 from pal_ds.runs.run_dir import RunDirectory
 
@@ -129,7 +130,7 @@ def refuse_strangers_run(run: RunDirectory) -> None:
             "stacks",
             "wandb",
         )
-        for inside in (path, *(sorted(path.rglob("*")) if whole else ())):
+        for inside in everything_under(path) if whole else (path,):
             # Another process may be writing: a file beside its final name is gone in a moment.
             with contextlib.suppress(FileNotFoundError):
                 refuse_strangers(inside)
