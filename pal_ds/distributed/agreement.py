@@ -1,9 +1,11 @@
 """One comparison, before any work, of what each rank was started with: differences are refused by key and rank."""
 
+import contextlib
 import functools
 import importlib.metadata
 import json
 import platform
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,3 +79,23 @@ def _own_sources() -> str:
         digest.update(path.relative_to(root).as_posix().encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def own_version() -> dict[str, str | None]:
+    """Return version and git commit of the installed pal_ds, null where unknown; "-dirty": files differ from it.
+
+    An installation from a URL has its commit in its metadata (PEP 610), an editable one in the checkout around it.
+    """
+    version, origin = None, None
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        distribution = importlib.metadata.distribution("pal_ds")
+        version, origin = distribution.version, distribution.read_text("direct_url.json")
+    commit = json.loads(origin or "{}").get("vcs_info", {}).get("commit_id")
+    root = Path(__file__).resolve().parents[2]
+    if commit is None and (root / ".git").exists():
+        describe = ("git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*")
+        # There may be no git here, or it does not trust a checkout of somebody else.
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            found = subprocess.run(describe, capture_output=True, text=True, check=True, timeout=30)
+            commit = found.stdout.strip()
+    return {"version of pal_ds": version, "commit of pal_ds": commit}

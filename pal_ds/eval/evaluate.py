@@ -24,6 +24,7 @@ from pal_ds.errors import UserError
 from pal_ds.eval.diagnostics import context_flip
 from pal_ds.eval.figures import dev_temperature, report_on
 from pal_ds.eval.metrics import controversial
+from pal_ds.eval.prototype_examples import examples_of_prototypes
 from pal_ds.eval.results import EvalRequest, split_request, write_figures
 from pal_ds.eval.schema import EvaluationFigures
 from pal_ds.inference.load_run import OpenRun, restore
@@ -165,6 +166,8 @@ def evaluate_set(
             could_turn = np.isin(reader.collator.user_rows(rows), known.encoded_rows)
             disputed = controversial(data.comparisons[rows])
             figures["context_flip"] = context_flip(margins, turned, could_turn, disputed)
+        if (examples := examples_of_prototypes(restored, reader, rows, world)) is not None:
+            figures["prototype_examples"] = examples
         if request.pairs is not None:
             figures["dropped"] = data.info["dropped"]
             figures["prompts_seen_in_training"] = _num_seen_prompts(restored.data, data)

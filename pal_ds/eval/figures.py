@@ -16,9 +16,12 @@ from pal_ds.eval.metrics import (
     evaluation_figures,
     fit_temperature,
 )
-from pal_ds.eval.schema import EvaluationFigures, PairFigures
+from pal_ds.eval.schema import EvaluationFigures, MarginHistogram, PairFigures
+from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.inference.load_run import OpenRun
 from pal_ds.inference.readers import KnownUsers, Reader
+
+NUM_MARGIN_BINS = 30
 
 
 def figures_of(
@@ -40,9 +43,30 @@ def figures_of(
         controversial=controversial(table),
     )
     lengths, formats = _baseline_margins(data, table, format_baseline)
-    return evaluation_figures(
+    figures = evaluation_figures(
         margins, pairs, temperature=temperature, length_margins=lengths, format_margins=formats
     )
+    return {**figures, "margins": margin_histogram(margins, pairs.labels)}
+
+
+def margin_histogram(
+    margins: Float[np.ndarray, "n"], labels: Float[np.ndarray, "n"]
+) -> MarginHistogram | None:
+    """Count margins in `NUM_MARGIN_BINS` equal bins, those of pairs that are ranked rightly being positive.
+
+    The bins reach as far as 99% of the margins, on both sides of 0. None for no margins, or one that is no number.
+
+    >>> counted = margin_histogram(np.array([1.0, -1.0, 3.0]), np.array([1.0, 1.0, 1.0]))
+    >>> sum(counted["pairs"]), counted["edges"][0] == -counted["edges"][-1]
+    (3, True)
+    """
+    if len(margins) == 0 or not np.isfinite(margins).all():
+        return None
+    signed = margins * np.sign(labels)
+    reach = float(np.quantile(np.abs(signed), 0.99)) or 1.0
+    edges = np.linspace(-reach, reach, NUM_MARGIN_BINS + 1)
+    counts = np.histogram(np.clip(signed, -reach, reach), edges)[0]
+    return {"edges": edges.tolist(), "pairs": counts.tolist()}
 
 
 def _baseline_margins(

@@ -8,6 +8,7 @@ import base64
 import datetime
 import html
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from pal_ds import __version__
 from pal_ds.engine.checkpoint.verify import refuse_strangers_run
 from pal_ds.eval import report_pictures as pictures
 from pal_ds.eval.report_pictures import figures_of
+from pal_ds.eval.schema import PrototypeExample
 from pal_ds.inference.load_run import OpenRun, open_run
 from pal_ds.io.files import write_atomically
 from pal_ds.runs.run_dir import RunDirectory
@@ -31,6 +33,7 @@ PICTURES = {
     "users": "Accuracy per user",
     "comparisons": "Accuracy against comparisons per user",
     "reliability": "Stated confidence against accuracy",
+    "margins": "Margins of the test pairs",
     "prototypes": "Prototypes: share of users, distances",
     "new_users": "New users against number of comparisons",
 }
@@ -38,6 +41,7 @@ FEWEST_USERS = 3
 """Users below whom a difference of two runs has no interval."""
 _STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse } td, th { border: 1px solid #ccc; padding: .25rem .6rem; text-align: left }
+td { overflow-wrap: anywhere; min-width: 3rem }
 img { max-width: 100% } pre { background: #f5f5f5; padding: .7rem; overflow-x: auto }"""
 
 
@@ -83,6 +87,9 @@ def write_report(
     if differences := _differences(runs, opened):
         page.tables["Differences"] = differences
     page.tables["Runs"] = _facts(runs, opened)
+    for name, run in runs.items():
+        if examples := (figures_of(run, "test") or {}).get("prototype_examples"):
+            page.tables[f"What the prototypes of {name} prefer"] = _preferences(examples)
     page.warnings = _warnings(runs)
     page.pictures = _draw(out, runs, opened, groups or {})
     page.recipes = {
@@ -111,6 +118,7 @@ def _draw(
             axes, run, counts.get(run.path, {})
         ),
         "reliability": pictures.reliability,
+        "margins": pictures.margins,
         "prototypes": pictures.prototypes,
     }
     drawn = {
@@ -186,9 +194,8 @@ def difference(change: np.ndarray) -> str:
 
 
 def _facts(runs: dict[str, RunDirectory], opened: dict[Path, OpenRun]) -> list[list[str]]:
-    rows = [
-        ["run", "directory", "state", "updates", "last written", "head", "data", "hash of data"]
-    ]
+    head = ["run", "directory", "state", "updates", "last written", "pal_ds", "head", "data"]
+    rows = [[*head, "hash of data"]]
     for name, run in runs.items():
         status, one = run.status(), opened.get(run.path)
         state, step = (status["state"], str(status["step"])) if status else ("not begun", "0")
@@ -197,7 +204,20 @@ def _facts(runs: dict[str, RunDirectory], opened: dict[Path, OpenRun]) -> list[l
         of_data = ["", "", ""]
         if one is not None:
             of_data = [type(one.parts.head).__name__, str(one.data.path), one.data.hash]
-        rows.append([name, str(run.path), state, step, date, *of_data])
+        facts = run.installation()
+        code = " ".join(
+            str(value) for key in ("version", "commit") if (value := facts.get(f"{key} of pal_ds"))
+        )
+        rows.append([name, str(run.path), state, step, date, code, *of_data])
+    return rows
+
+
+def _preferences(examples: list[list[PrototypeExample]]) -> list[list[str]]:
+    rows = [["prototype", "prompt", "it likes more", "than", "its margin (mean of all)"]]
+    for number, of_prototype in enumerate(examples, start=1):
+        for one in of_prototype:
+            margins = f"{one['margin']:+.2f} ({one['mean_margin']:+.2f})"
+            rows.append([str(number), one["prompt"], one["likes_more"], one["than"], margins])
     return rows
 
 
@@ -219,13 +239,18 @@ def _made() -> str:
 def _markdown(page: _Page) -> str:
     lines = ["# Report", "", _made(), ""]
     for title, (head, *rows) in page.tables.items():
-        marked = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+        marked = [[_escaped(cell) for cell in row] for row in rows]
         lines += [f"## {title}", "", _row(head), _row(["---"] * len(head)), *map(_row, marked), ""]
     if page.warnings:
         lines += ["## Warnings", "", *(f"- {warning}" for warning in page.warnings), ""]
     for name, title in page.pictures.items():
         lines += [f"## {title}", "", f"![{title}]({name}.png)", ""]
     return "\n".join(lines)
+
+
+def _escaped(cell: str) -> str:
+    """A text of people on one line of markdown, in which it makes no link, picture, element or column."""
+    return re.sub(r"([\\`\[\]<|])", r"\\\1", " ".join(cell.split()))
 
 
 def _row(cells: list[str]) -> str:

@@ -163,6 +163,8 @@ def accuracy_by_comparisons(axes: Axes, run: RunDirectory, counts: dict[str, int
     axes.errorbar(places, accuracies, error, fmt="o", markersize=3, elinewidth=0.5, alpha=0.7)
     axes.axhline(0.5, color="0.5", linewidth=1, linestyle=":")
     axes.set(xlabel="comparisons in training", ylabel="test accuracy", xscale="log", ylim=(0, 1))
+    for set_formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        set_formatter("{x:g}")
     return True
 
 
@@ -201,6 +203,20 @@ def reliability(axes: Axes, run: RunDirectory) -> bool:
     axes.annotate(label, (0.04, 0.92), xycoords="axes fraction", fontsize=8)
     axes.set(xlabel="stated confidence (area: share of pairs)", ylabel="accuracy")
     axes.set(xlim=(0.48, 1.02), ylim=(-0.05, 1.05))
+    return True
+
+
+def margins(axes: Axes, run: RunDirectory) -> bool:
+    """Draw how far apart the two rewards of a pair lie; what is ranked wrongly lies left of 0."""
+    figures = figures_of(run, "test")
+    if not figures or not (counted := figures.get("margins")):
+        return False
+    edges = np.asarray(counted["edges"])
+    places, width = (edges[1:] + edges[:-1]) / 2, edges[1] - edges[0]
+    colours = np.where(places > 0, "tab:blue", "tab:red")
+    axes.bar(places, counted["pairs"], width=width, color=colours, alpha=0.7)
+    axes.axvline(0, color="0.5", linewidth=1, linestyle=":")
+    axes.set(xlabel="margin for the preferred response", ylabel="test pairs")
     return True
 
 

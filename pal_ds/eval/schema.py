@@ -34,6 +34,14 @@ class ReliabilityBin(TypedDict):
     pairs: int
 
 
+class MarginHistogram(TypedDict):
+    """Counts of margins, those of pairs that are ranked rightly being positive."""
+
+    edges: list[float]
+    """n + 1; the first and last bin hold what lies beyond."""
+    pairs: list[int]
+
+
 class PairFigures(MeanFigures, CalibrationFigures):
     """Figures of one set of pairs, made by `metrics.evaluation_figures`; null for an empty set."""
 
@@ -41,6 +49,8 @@ class PairFigures(MeanFigures, CalibrationFigures):
     worst_decile_user_accuracy: float | None
     reliability: list[ReliabilityBin] | None
     temperature: float | None
+    margins: NotRequired[MarginHistogram | None]
+    """Missing from evaluations of an earlier version."""
     controversial: MeanFigures | None
     length_baseline_accuracy: float | None
     format_baseline_accuracy: float | None
@@ -74,6 +84,19 @@ class LatentDiagnostics(TypedDict):
     active_units: float | None
 
 
+class PrototypeExample(TypedDict):
+    """A comparison on which a prototype departs from the others; see `prototype_examples`."""
+
+    prompt: str
+    likes_more: str
+    """The response that this prototype likes more than the others do."""
+    than: str
+    margin: float
+    """Of a user who is all this prototype, for `likes_more`."""
+    mean_margin: float
+    """Mean over the prototypes."""
+
+
 class EvaluationFigures(PairFigures):
     """The whole of eval/NAME.json for a set of pairs; its own entries are those of users that the run knows."""
 
@@ -81,6 +104,8 @@ class EvaluationFigures(PairFigures):
     train_accuracy: float | None
     diagnostics: PrototypeDiagnostics | LatentDiagnostics | None
     warnings: list[str]
+    prototype_examples: NotRequired[list[list[PrototypeExample]]]
+    """By prototype, the clearest first; of heads with mixtures, on texts."""
     context_flip: NotRequired[dict[str, float | None]]
     """{"all", "controversial"}, of heads that encode comparisons."""
     dropped: NotRequired[dict[str, int]]

@@ -1,6 +1,7 @@
 """The run directory: resolved config, metrics, pointers, base weights. Rank 0 writes, everyone reads.
 
-D/config.yaml  D/metrics.jsonl  D/checkpoints/step_N/  D/latest.json  D/best.json  D/base/  D/init/  D/eval/NAME.json
+D/config.yaml  D/installation.json  D/metrics.jsonl  D/checkpoints/step_N/  D/latest.json  D/best.json
+D/base/  D/init/  D/eval/NAME.json
 """
 
 import json
@@ -8,6 +9,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
@@ -95,6 +97,15 @@ class RunDirectory:
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.config_file, recipe)
+
+    def write_installation(self, facts: Mapping[str, str | None]) -> None:
+        """Write installation.json: commit, versions and time of the newest start. Raises StorageError."""
+        write_json(self.path / "installation.json", facts)
+
+    def installation(self) -> dict[str, str | None]:
+        """Read installation.json; empty where an earlier version trained the run."""
+        path = self.path / "installation.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
 
     def write_status(self, facts: Status) -> None:
         """Write status.json. Raises StorageError where it cannot be written."""

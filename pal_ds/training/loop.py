@@ -1,5 +1,6 @@
 """The training loop. It knows no method: parts come from the recipe, figures go to the run directory."""
 
+import datetime
 import functools
 import logging
 
@@ -7,6 +8,7 @@ from pal_ds.config.recipe import record_recipe
 from pal_ds.data.collator import Collator
 from pal_ds.data.loader import UpdateInputs, updates_from
 from pal_ds.distributed import phase
+from pal_ds.distributed.agreement import installation_facts, own_version
 from pal_ds.distributed.preemption import StopRequested, ignore_stop_signals
 from pal_ds.distributed.watchdog import is_symptom
 from pal_ds.engine.checkpoint.checkpoint import save_checkpoint
@@ -18,7 +20,7 @@ from pal_ds.io.fault_points import reached
 from pal_ds.io.files import write_json
 from pal_ds.modeling.build import Parts, RunContext
 from pal_ds.progress import progress_bar
-from pal_ds.runs.run_dir import RunState, Status
+from pal_ds.runs.run_dir import RunDirectory, RunState, Status
 from pal_ds.training.evaluation import evaluate_in_training
 from pal_ds.training.log_lines import log_end
 from pal_ds.training.setup import start_training
@@ -49,7 +51,7 @@ def train(
         return None
     try:
         if recipe is not None:
-            world.from_rank_zero(lambda: record_recipe(run, recipe))
+            world.from_rank_zero(lambda: record_start(run, recipe))
         run_updates(state)
     except KeyboardInterrupt:
         if world.is_rank_zero:
@@ -68,6 +70,13 @@ def train(
         # Without this a finished process may abort in DeepSpeed's background threads.
         state.engine.destroy()
     return state.collator
+
+
+def record_start(run: RunDirectory, recipe: str) -> None:
+    """Write down what is about to be trained and what trains it. Raises StorageError where it cannot be written."""
+    record_recipe(run, recipe)
+    now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    run.write_installation({"started": now, **own_version(), **installation_facts()})
 
 
 def end_before_updates(context: RunContext, reason: str) -> None:

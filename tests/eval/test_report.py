@@ -1,4 +1,4 @@
-"""The report of a run: a page, six pictures, warnings, none without its data, and a simplex that no legend hides."""
+"""The report of a run: a page, pictures, warnings, none without its data, and a simplex that no legend hides."""
 
 import json
 import shutil
@@ -250,3 +250,47 @@ def test_a_run_that_cannot_be_opened_is_an_error(trained: RunDirectory, tmp_path
     (run.checkpoint(run.complete_steps()[-1]) / "users.arrow").write_bytes(b"")
     with pytest.raises(UserError, match=r"users\.arrow: 0 bytes"):
         write_report({"run": run}, tmp_path / "out")
+
+
+def test_what_a_prototype_prefers_is_told_in_the_texts_of_the_data(
+    trained: RunDirectory, tmp_path: Path
+) -> None:
+    """Each example is a comparison of the split, and its margins those of users who are all one prototype."""
+    figures = json.loads((trained.eval / "test.json").read_text())
+    examples = figures["prototype_examples"]
+    assert [len(of_one) for of_one in examples] == [3, 3, 3]
+    lines = (trained.path.parent / "pairs.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    pairs = {frozenset((one["chosen"], one["rejected"])) for one in records}
+    told = [one for of_one in examples for one in of_one]
+    assert all(frozenset((one["likes_more"], one["than"])) in pairs for one in told)
+    assert all(one["margin"] > one["mean_margin"] for one in told)
+    page = write_report({"a": trained}, tmp_path / "out").read_text()
+    assert "## What the prototypes of a prefer" in page
+    clearest = examples[1][0]
+    margins = f"{clearest['margin']:+.2f} ({clearest['mean_margin']:+.2f})"
+    assert f"| 2 | {clearest['prompt']} | {clearest['likes_more']} |" in page and margins in page
+
+
+def test_texts_of_people_make_no_markdown(trained: RunDirectory, tmp_path: Path) -> None:
+    run = RunDirectory(shutil.copytree(trained.path, tmp_path / "run"))
+    figures = json.loads((run.eval / "test.json").read_text())
+    figures["prototype_examples"][0][0]["prompt"] = "![x](http://a.example/x)\n<b>|`"
+    (run.eval / "test.json").write_text(json.dumps(figures))
+    page = write_report({"a": run}, tmp_path / "out").read_text()
+    assert r"| 1 | !\[x\](http://a.example/x) \<b>\|\` |" in page
+
+
+def test_margins_are_drawn_as_counted(trained: RunDirectory) -> None:
+    counted = json.loads((trained.eval / "test.json").read_text())["margins"]
+    figure, axes = plt.subplots()
+    assert pictures.margins(axes, trained)
+    assert [bar.get_height() for bar in axes.patches] == counted["pairs"]  # type: ignore[attr-defined]
+    plt.close(figure)
+
+
+def test_the_report_says_what_code_trained_the_run(trained: RunDirectory, tmp_path: Path) -> None:
+    facts = trained.installation()
+    assert facts["code of pal_ds"] and facts["started"]
+    page = write_report({"a": trained}, tmp_path / "out").read_text()
+    assert f"| {facts['version of pal_ds']} {facts['commit of pal_ds'] or ''}".rstrip() in page
