@@ -79,7 +79,12 @@ _OPTION = re.compile(r"`[^`]*`|(?<!\S)--(?=[a-z_]+\b(?! on the command line))")
 
 @contextlib.contextmanager
 def for_people() -> Iterator[None]:
-    """A failed write or read is raised as the commands word it; an option of theirs goes by the argument's name."""
+    """A failed write or read is raised as the commands word it; an option of theirs goes by the argument's name.
+
+    What is written meanwhile is not for everyone to change, whatever the process's umask: readers refuse such a run.
+    """
+    umask = os.umask(0o022)
+    os.umask(umask | 0o002)
     try:
         yield
     except UserError as error:
@@ -90,6 +95,8 @@ def for_people() -> Iterator[None]:
         if worded is None:
             raise
         raise worded from error
+    finally:
+        os.umask(umask)
 
 
 @contextlib.contextmanager

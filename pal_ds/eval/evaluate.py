@@ -116,7 +116,7 @@ def evaluate_run(
         UserError: no such run, split or file; an empty split.
     """
     request = request or split_request("test")
-    restored = restore(run, device=world.device, trust_code=trust_code)
+    restored = world.on_every_rank(lambda: restore(run, device=world.device, trust_code=trust_code))
     return evaluate_set(restored, known_users(restored, users), request, world)
 
 

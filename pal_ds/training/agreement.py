@@ -28,7 +28,7 @@ def agree_on_start(
         **flattened(yaml.safe_load(recipe)),
         **flattened(ds_config, "DeepSpeed's configuration"),
         **installation_facts(),
-        **flattened(own_code_hashes(recipe), "file of one's own"),
+        **flattened(world.on_every_rank(lambda: own_code_hashes(recipe)), "file of one's own"),
         "kind of device": world.device.type,
     }
     refuse_disagreement(world, {**facts, **(options or {})})

@@ -1,6 +1,7 @@
 """What a recipe from Python becomes, and what cannot become one."""
 
 import functools
+import os
 from pathlib import Path
 
 import pytest
@@ -172,3 +173,19 @@ def test_messages_name_arguments_where_commands_have_options() -> None:
         for_people(),
     ):
         raise UserError("--users and --group: type `pal-ds score --users U`")
+
+
+def test_what_is_written_from_python_is_not_for_everyone_to_change(tmp_path: Path) -> None:
+    """A container's umask is often 0, and readers refuse what anyone may have written."""
+    lines = [
+        '{"user_id": "a", "prompt_features": [0, 0], "response_features": [[1, 0], [0, 1]], "y": 1}'
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines * 4))
+    umask = os.umask(0)
+    try:
+        source = {"class_path": "Jsonl", "init_args": {"path": str(tmp_path / "p.jsonl")}}
+        data = pal_ds.prepare({"data": {"path": str(tmp_path / "d"), "source": source}})
+        assert os.umask(0) == 0, "the process keeps its own"
+    finally:
+        os.umask(umask)
+    assert not any(path.stat().st_mode & 0o002 for path in (data.path, *data.path.iterdir()))
