@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from pal_ds.data.ragged import Ragged
 from pal_ds.data.splits import SPLITS
-from pal_ds.data.verification import INFO_NAME, REMEDY, check_sizes, check_tables
+from pal_ds.data.verification import INFO_NAME, REMEDY, check_listing, check_tables
 from pal_ds.errors import UserError
 from pal_ds.io.arrow import values_of
 from pal_ds.io.sealed import FileEntry, is_intact
@@ -147,7 +147,8 @@ class PreparedData:
         """
         path = Path(path)
         info = read_info(path)
-        check_sizes(path, info.get("files", {}))
+        if "files" in info:
+            check_listing(path, info["files"])
         users = _read_users(path)
         tables = {name: _map(path, name) for name in _names_of_tables(path, info)}
         if tables["comparisons"].dtype != COMPARISON_DTYPE or tables["comparisons"].ndim != 1:
@@ -254,7 +255,9 @@ def _names_of_tables(path: Path, info: DatasetInfo) -> list[str]:
             *("prompt_tokens", "prompt_offsets", "response_tokens", "response_offsets"),
             "response_num_chars",
         ]
-    has_prompts = (path / "prompt_vectors.npy").exists()
+    has_prompts = "prompt_vectors.npy" in info.get("files", {}) or (
+        "files" not in info and (path / "prompt_vectors.npy").exists()
+    )
     return [*names, "response_vectors", *(["prompt_vectors"] if has_prompts else [])]
 
 
