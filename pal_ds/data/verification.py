@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # it brings torch, which opening data does not need
 logger = logging.getLogger(__name__)
 
 INFO_NAME = "dataset.json"
+MEND = "Delete the folder and run `prepare` again."
 REMEDY = "the prepared data is damaged or was changed. Delete the folder and run `prepare` again"
 
 
