@@ -1,6 +1,7 @@
 """A tokenizer's chat template: conversations to text, with a clock that stands still, and what it leaves out."""
 
 import json
+import re
 from collections.abc import Iterator
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,8 @@ PROBES = ("Pearl 17 glows", "Quartz 29 hums", "Raven 38 sings")
 _CLOCK = "strftime_now"
 """The function by which templates ask for the date."""
 _FROZEN = "{%- macro " + _CLOCK + "(format) %}"
-_DIRECTIVES = "aAwdbBmyYHIpMSfzZjUWcxXGuVeDFTRh"
-_UNPADDED = "dmHIMSjey"
+_DIRECTIVES = "aAbBcCdDeFfgGhHIjklmMnpPrRsStTuUVwWxXyYzZ"
+_UNPADDED = "deHIjklmMSyUVW"
 """Directives that may have a minus before their letter."""
 
 
@@ -165,18 +166,41 @@ def freeze_clock(tokenizer: "PreTrainedTokenizerBase", clock: str) -> None:
 
 
 def _frozen(template: str, clock: str) -> str:
+    """A template whose `strftime_now` is a macro that knows one moment; all else stays as it is, blank space too."""
     if _CLOCK not in template or template.startswith(_FROZEN):
         return template
-    now = datetime.fromisoformat(clock)
+    # transformers reads a clock that knows of no time zone.
+    now = datetime.fromisoformat(clock).replace(tzinfo=None)
     directives = [*_DIRECTIVES, *(f"-{letter}" for letter in _UNPADDED)]
     written = {f"%{name}": now.strftime(f"%{name}") for name in directives}
     replaced = "".join(
-        f" | replace({json.dumps(directive)}, {json.dumps(text)})"
-        for directive, text in {**written, "%%": "%"}.items()
+        f"|replace({json.dumps(directive)},{json.dumps(text)})"
+        for directive, text in written.items()
     )
-    # Jinja drops one line feed after a block.
-    line = "\n" if template.startswith("\n") else ""
-    return f"{_FROZEN}{{{{ format{replaced} }}}}{{% endmacro %}}{line}{template}"
+    # Two percent signs are one that begins no directive.
+    said = f'{{% for part in format.split("%%") %}}{{{{part{replaced}}}}}{{{{"" if loop.last else "%"}}}}{{% endfor %}}'
+    for literal in dict.fromkeys(_literals(template)):
+        # What the directives alone do not say, such as a width.
+        if _by_directives(literal, written) != (text := now.strftime(literal)):
+            value = f"{{{{{json.dumps(text)}}}}}"
+            said = (
+                f"{{% if format == {json.dumps(literal)} %}}{value}{{% else %}}{said}{{% endif %}}"
+            )
+    # The line feed goes, as Jinja drops one after a block; the template begins a line, as before.
+    return f"{_FROZEN}{said}{{% endmacro %}}\n{template}"
+
+
+def _literals(template: str) -> list[str]:
+    """The formats that a template gives as such to its clock."""
+    called = re.findall(_CLOCK + r"""\(\s*(?:format\s*=\s*)?("[^"\\]*"|'[^'\\]*')""", template)
+    return [text[1:-1] for text in called]
+
+
+def _by_directives(literal: str, written: dict[str, str]) -> str:
+    parts = literal.split("%%")
+    for directive, text in written.items():
+        parts = [part.replace(directive, text) for part in parts]
+    return "%".join(parts)
 
 
 def not_shown(prompt: Text | None, response: Text, tools: Tools | None, text: str) -> set[str]:

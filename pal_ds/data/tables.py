@@ -11,9 +11,10 @@ import pyarrow as pa
 
 from pal_ds.data.ragged import Ragged
 from pal_ds.data.splits import SPLITS
-from pal_ds.data.verification import INFO_NAME, REMEDY, check_sizes, check_tables
+from pal_ds.data.verification import INFO_NAME, MEND, REMEDY, check_listing, check_tables
 from pal_ds.errors import UserError
 from pal_ds.io.arrow import values_of
+from pal_ds.io.boundary import check_form, reading
 from pal_ds.io.sealed import FileEntry, is_intact
 from pal_ds.users.ids import UserIds
 
@@ -97,7 +98,10 @@ class DatasetInfo(TypedDict):
 
 FORMAT_VERSION = 3
 """3 added sizes and hashes of all files, and dataset.json's own checksum. 2 is still read."""
-_INFO_FIELDS = {"hash": str, "counts": dict, "dropped": dict, "groups": list}
+_LATER_KEYS = ("source", "licence", "user_marker_ids")
+"""What data of the first versions may lack."""
+_TOKEN_KEYS = (*_LATER_KEYS, *TokensInfo.__required_keys__)
+"""What data of vectors may lack."""
 COMPARISON_DTYPE = np.dtype(
     [
         ("user", np.int64),
@@ -147,7 +151,13 @@ class PreparedData:
         """
         path = Path(path)
         info = read_info(path)
-        check_sizes(path, info.get("files", {}))
+        with reading(path, "prepared data", MEND):
+            return cls._opened(path, info)
+
+    @classmethod
+    def _opened(cls, path: Path, info: DatasetInfo) -> "PreparedData":
+        if "files" in info:
+            check_listing(path, info["files"])
         users = _read_users(path)
         tables = {name: _map(path, name) for name in _names_of_tables(path, info)}
         if tables["comparisons"].dtype != COMPARISON_DTYPE or tables["comparisons"].ndim != 1:
@@ -224,24 +234,26 @@ def read_info(path: Path) -> DatasetInfo:
             f"{file}: no such file, so {path} holds no prepared data; run `prepare` first or mend "
             "data.path"
         )
-    try:
+    with reading(file, "list of prepared data", MEND):
         content = file.read_bytes()
         info = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not valid JSON ({error}); run `prepare` again") from None
     version = info.get("format_version") if isinstance(info, dict) else None
     if version not in (2, FORMAT_VERSION):
         raise UserError(
             f"{file}: format_version is {version!r}, this program reads {FORMAT_VERSION}; delete "
             f"{path} and run `prepare` again"
         )
-    if (version == FORMAT_VERSION or info.keys() & {"checksum", "files"}) and not is_intact(
-        content
-    ):
-        raise UserError(f"{file}: does not match its own checksum; {REMEDY}.")
-    has_fields = all(isinstance(info.get(name), kind) for name, kind in _INFO_FIELDS.items())
-    if not has_fields or info.get("kind") not in ("tokens", "vectors"):
-        raise UserError(f"{file}: lacks what says how to read the tables; {REMEDY}.")
+    with reading(file, "list of prepared data", MEND):
+        is_sealed = version == FORMAT_VERSION or info.keys() & {"checksum", "files"}
+        if is_sealed and not is_intact(content):
+            raise UserError(f"{file}: does not match its own checksum; {REMEDY}.")
+        is_text = info.get("kind") == "tokens"
+        # Null in data of the other kind.
+        other = {"tokens": {}, "vector_size": 0} | info
+        other["vector_size" if is_text else "tokens"] = 0 if is_text else {}
+        check_form(other, DatasetInfo, optional=_LATER_KEYS if is_text else _TOKEN_KEYS)
+        if is_sealed and "files" not in info:
+            raise ValueError("it lists no files")
     return cast(DatasetInfo, info)
 
 
@@ -254,36 +266,24 @@ def _names_of_tables(path: Path, info: DatasetInfo) -> list[str]:
             *("prompt_tokens", "prompt_offsets", "response_tokens", "response_offsets"),
             "response_num_chars",
         ]
-    has_prompts = (path / "prompt_vectors.npy").exists()
+    has_prompts = "prompt_vectors.npy" in info.get("files", {}) or (
+        "files" not in info and (path / "prompt_vectors.npy").exists()
+    )
     return [*names, "response_vectors", *(["prompt_vectors"] if has_prompts else [])]
 
 
 def _map(path: Path, name: str) -> np.ndarray:
     file = path / f"{name}.npy"
-    try:
+    with reading(file, "table of prepared data", MEND):
         return np.load(file, mmap_mode="r")
-    except FileNotFoundError:
-        raise UserError(
-            f"{file}: no such file, though {path / INFO_NAME} is there; the prepared data is "
-            f"damaged. Delete {path} and run `prepare` again"
-        ) from None
-    # numpy evaluates the header as text, so that a damaged one raises almost anything.
-    except Exception as error:
-        raise UserError(
-            f"{file}: cannot be read ({error}); delete {path} and run `prepare` again"
-        ) from None
 
 
 def _read_users(path: Path) -> pa.Table:
     file = path / "users.arrow"
-    if not file.exists():
-        raise UserError(f"{file}: no such file; delete {path} and run `prepare` again")
-    try:
+    with reading(file, "table of users", MEND):
         with pa.memory_map(str(file)) as source, pa.ipc.open_file(source) as reader:
             table = reader.read_all()
         table.validate(full=True)
         if table.schema != USERS_SCHEMA:
             raise pa.ArrowInvalid(f"its columns are {', '.join(table.schema.names)}")
         return table
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); {REMEDY}.") from None

@@ -8,7 +8,7 @@ import itertools
 import logging
 import socket
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import xxhash
 from pal_ds.data.splits import SPLITS
 from pal_ds.distributed import phase
 from pal_ds.errors import UserError
-from pal_ds.io.files import feed
+from pal_ds.io.files import everything_under, feed
 from pal_ds.io.sealed import FileEntry, hash_of, share_of
 
 if TYPE_CHECKING:  # it brings torch, which opening data does not need
@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # it brings torch, which opening data does not need
 logger = logging.getLogger(__name__)
 
 INFO_NAME = "dataset.json"
+MEND = "Delete the folder and run `prepare` again."
 REMEDY = "the prepared data is damaged or was changed. Delete the folder and run `prepare` again"
 
 
@@ -38,14 +39,30 @@ def hash_tables(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def check_sizes(folder: Path, files: dict[str, FileEntry]) -> None:
-    """Raise UserError for a file that is missing or has another size than dataset.json says."""
+def check_listing(folder: Path, files: Mapping[str, FileEntry]) -> None:
+    """Hold names and sizes of the files that are read against those that dataset.json lists.
+
+    Raises:
+        UserError: one is missing or has another size, or a table or a file of the tokenizer was added: whatever lies
+            beside its files may change what a tokenizer does.
+    """
     for name, entry in files.items():
         file = folder / name
         if not file.is_file():
             raise UserError(f"{file}: missing, though {INFO_NAME} names it; {REMEDY}.")
         if (size := file.stat().st_size) != entry["size"]:
             raise UserError(f"{file}: {size} bytes, {INFO_NAME} says {entry['size']}; {REMEDY}.")
+    folders = {parent.as_posix() for name in files for parent in PurePosixPath(name).parents}
+    tokenizer = folder / "tokenizer"
+    there = everything_under(tokenizer) if tokenizer.exists() else ()
+    for path in (*there, *sorted(folder.glob("*.npy"))):
+        name = path.relative_to(folder).as_posix()
+        is_folder = name in folders and (path == tokenizer or not path.is_symlink())
+        if name not in files and not is_folder:
+            raise UserError(
+                f"{path}: is not among the files that {INFO_NAME} lists, and only what `prepare` wrote is read. Take "
+                "it out of the folder."
+            )
 
 
 def verify_tokenizer(folder: Path, info: Mapping[str, Any]) -> None:

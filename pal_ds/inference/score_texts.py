@@ -122,7 +122,7 @@ class Scorer:
         if self.is_for_one:
             logger.warning(
                 "%s and other lines name a %s, and all are scored for the one that was asked for",
-                min(first.values(), key=rows.index).where,
+                next(row.where for row, name in zip(rows, names, strict=True) if name is not None),
                 self.line_key,
             )
             return [None] * len(rows)

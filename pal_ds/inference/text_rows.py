@@ -1,5 +1,6 @@
 """Texts to score, read from JSON Lines or from memory: every key that looks as if it mattered is read or refused."""
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,8 +11,19 @@ from pal_ds.data.sources.base import check_files, read_lines
 from pal_ds.errors import UserError
 from pal_ds.io.text_files import refuse_halves, refuse_non_finite
 
-_SAME_MEANING = {"user": "user_id", "userid": "user_id", "groups": "group", "system": "prompt"}
-"""Keys that look as if a score depended on them, by the one that it does depend on."""
+_READ = ("prompt", "response", "text", "tools", "user_id", "group")
+_MIXTURE = "--mixture of the command, or the user_id of a line,"
+_SAME_MEANING = {
+    **{key.replace("_", ""): key for key in _READ},
+    **dict.fromkeys(("user", "users", "userids"), "user_id"),
+    **dict.fromkeys(("groups", "groupid", "groupname"), "group"),
+    **dict.fromkeys(("system", "systemprompt", "prompts", "messages"), "prompt"),
+    "responses": "response",
+    "texts": "text",
+    "tool": "tools",
+    **dict.fromkeys(("mixture", "mixtures", "weights"), _MIXTURE),
+}
+"""Keys that look as if a score depended on them, in small letters alone, by what it does depend on."""
 
 
 class Row(NamedTuple):
@@ -64,11 +76,11 @@ def _checked(record: object, where: str) -> Row:
     refuse_halves(dict(record), where)
     refuse_non_finite(dict(record), where)
     for key in record:
-        name = str(key).lower().replace("_", "").replace("-", "").replace(" ", "")
-        meant = _SAME_MEANING.get(name)
+        meant = _SAME_MEANING.get(re.sub(r"[\W_]", "", str(key)).lower())
         if meant not in (None, key):
+            quoted = meant if meant == _MIXTURE else f"'{meant}'"
             raise UserError(
-                f"{where}: the key '{key}' is not read; if it matters here, it is '{meant}' that is. Rename it, or "
+                f"{where}: the key '{key}' is not read; if it matters here, it is {quoted} that is. Rename it, or "
                 "give it a name that says it is a note."
             )
     user_id, group = (check_name(record, key, where) for key in ("user_id", "group"))

@@ -6,6 +6,7 @@ import logging
 from datetime import datetime, timedelta
 
 import pytest
+from transformers.utils import chat_template_utils
 
 from pal_ds.data.chat_template import choose_template, freeze_clock
 from pal_ds.data.parse import parse_record
@@ -184,6 +185,56 @@ def test_the_clock_stands_still_from_prepare_on(with_template, tmp_path, write_l
     # Whoever opens the tokenizer without us gets the day of its preparation, as the exported folder's does.
     other = load_tokenizer(str(data.tokenizer_path))
     assert day.strftime("%d %b %Y") in other.apply_chat_template([user("a")], tokenize=False)
+
+
+FORMATS = (
+    *(
+        "%d %b %Y",
+        "%%d",
+        "%%%d%%",
+        "%s",
+        "100%",
+        "%-d.%-m.",
+        "%B, %A %j %U %Z|%z",
+        "%c %x %X %D %T",
+    ),
+    *("%10Y", "%_d", "%^a", "%e %k %l %P %C %G %h %r %R %F %f", "it is", "é %d", ""),
+)
+
+
+class Noon(datetime):
+    """A clock as transformers reads it, of one moment."""
+
+    @classmethod
+    def now(cls, tz=None):
+        return cls(2024, 7, 6, 5, 4, 3, 21)
+
+
+@pytest.mark.parametrize("written", ["'{}'", '"{}"', "format='{}'", "'{}' | trim"])
+@pytest.mark.parametrize(
+    "before",
+    [
+        "",
+        "\n",
+        "\n\n  ",
+        "   {% set x = 1 %}\n",
+        "  {%- set x = 1 %}  \n\n",
+        "{# of 2024 #}\n",
+        "\t{% macro m() %}a{% endmacro %}",
+        "{% if strftime_now is defined %} {% endif %}",
+    ],
+)
+def test_a_frozen_text_differs_in_nothing_but_the_moment(
+    with_template, monkeypatch, before, written
+):
+    monkeypatch.setattr(chat_template_utils, "datetime", Noon)
+    said = "".join(f"[{{{{ strftime_now({written.format(each)}) }}}}]\n" for each in FORMATS)
+    tokenizer = with_template(f"{before}{said}  {{% set y = 2 %}}\n{CHATML}")
+    running = tokenizer.apply_chat_template([user("a")], tokenize=False)
+    freeze_clock(tokenizer, Noon.now().astimezone().isoformat(timespec="microseconds"))
+    monkeypatch.undo()
+    assert tokenizer.apply_chat_template([user("a")], tokenize=False) == running
+    assert "[06 Jul 2024]" in running and "[%d]" in running
 
 
 def test_a_clock_of_another_day_is_another_text(with_template):

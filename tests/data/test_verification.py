@@ -1,6 +1,7 @@
 """Prepared data that are not what `prepare` wrote: any file cut, changed, exchanged or gone, values out of range."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -122,6 +123,30 @@ def test_each_byte_of_the_list_counts(data: Path) -> None:
         file.write_bytes(bytes(content))
         with pytest.raises(UserError, match=r"dataset\.json"):
             PreparedData.open(data)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer/added_tokens.json",
+        "tokenizer/chat_template.jinja",
+        "tokenizer/additional_chat_templates/tools.jinja",
+        "prompt_vectors.npy",
+    ],
+)
+def test_a_file_that_is_not_listed_is_refused(data: Path, name: str) -> None:
+    added = data / name
+    added.parent.mkdir(exist_ok=True)
+    shutil.copyfile(data / "response_prompt.npy", added)
+    first = added if added.parent.name == "tokenizer" or added.suffix == ".npy" else added.parent
+    with pytest.raises(
+        UserError, match=re.escape(f"{first}: is not among the files that dataset.")
+    ):
+        PreparedData.open(data)
+    shutil.move(added, data / "a_note_of_mine.txt")
+    if first != added:
+        first.rmdir()
+    verified(data)
 
 
 def of_before(folder: Path) -> Path:

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from pal_ds.cli.main import main
+from pal_ds.inference.score_texts import Scorer
+from pal_ds.inference.text_rows import Row
 from tests.export.cases import MIXTURE, texts_of_rows
 
 ROWS = texts_of_rows()[:4]
@@ -102,6 +104,10 @@ def test_messages_are_texts_too(runs: Path, capsys, tmp_path) -> None:
         ({"prompt": "a", "response": "b", "text": "c"}, "holds both 'text' and 'prompt'"),
         ({"prompt": "a", "response": "b", "userId": "u0"}, "it is 'user_id' that is. Rename it"),
         ({"prompt": "a", "response": "b", "system": "c"}, "it is 'prompt' that is. Rename it"),
+        ({"prompt": "a", "response": "b", "Group": "g"}, "it is 'group' that is. Rename it"),
+        ({"prompt": "a", "response": "b", "group_id": 3}, "it is 'group' that is. Rename it"),
+        ({"prompt": "a", "response": "b", "mixture": [1]}, "it is --mixture of the command, or"),
+        ({"prompt": "a", "response": "b", "Response ": "c"}, "it is 'response' that is. Rename"),
         ({"prompt": "a", "response": "b", "user_id": 0.5}, "'user_id' is 0.5; give a non-empty"),
         (
             {"prompt": "a", "response": "b", "user_id": "nobody"},
@@ -184,6 +190,26 @@ def test_one_user_for_all_lines_is_told(runs: Path, capsys, tmp_path, caplog) ->
     assert (
         "in.jsonl:1 and other lines name a user_id, and all are scored for the one" in caplog.text
     )
+
+
+class Compared(dict):
+    """A record that notes how often it is compared with another."""
+
+    times = 0
+
+    def __eq__(self, other: object) -> bool:
+        Compared.times += 1
+        return super().__eq__(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def test_lines_of_many_users_are_not_compared_with_each_other() -> None:
+    rows = [
+        Row("in.jsonl", Compared(n=n), "a text", None, None, user_id=f"u{n}") for n in range(100)
+    ]
+    scorer: Any = Scorer(None, None, points_of=lambda names: [[1.0]] * len(names), is_for_one=True)  # type: ignore[arg-type]
+    assert scorer.points(rows) == [None] * 100 and Compared.times == 0
 
 
 def test_users_of_an_export(runs: Path, exported: dict, capsys, tmp_path) -> None:

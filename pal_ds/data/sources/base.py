@@ -2,6 +2,7 @@
 
 import codecs
 import glob
+import json
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -156,8 +157,13 @@ def describe_files(paths: Iterable[Path]) -> list[dict]:
 
 
 def lines_or_errors(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield ("file:line", parsed JSON) for each line that is not blank; a UserError in place of what is no JSON."""
+    """Yield ("file:line", parsed JSON) for each line that is not blank; a UserError in place of what is no JSON.
+
+    Raises:
+        UserError: the file holds a JSON value that is written over several lines.
+    """
     rule = "; every line must hold one complete JSON object"
+    is_first = True
     for number, line in enumerate(byte_lines(path), start=1):
         if not line.strip():
             continue
@@ -165,8 +171,27 @@ def lines_or_errors(path: Path) -> Iterator[tuple[str, Any]]:
         try:
             value = parse_json(as_text(line, where), where, rule)
         except UserError as error:
+            if is_first:
+                _refuse_pretty_printed(path, line.strip()[:1])
             value = error
+        is_first = False
         yield where, value
+
+
+def _refuse_pretty_printed(path: Path, first: bytes) -> None:
+    """Raise UserError where a file, whose first line is no JSON, begins with an object or a list over several lines."""
+    if first not in (b"{", b"["):
+        return
+    text = b"".join(byte_lines(path)).decode("utf-8", "replace").lstrip()
+    try:
+        json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return
+    kind, jq = ("an object", ".") if first == b"{" else ("a list", ".[]")
+    raise UserError(
+        f"{path}: begins with {kind} of JSON over several lines (pretty-printed); JSON Lines hold one object a line. "
+        f"Write it so: jq -c '{jq}' {path.name}"
+    )
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, Any]]:

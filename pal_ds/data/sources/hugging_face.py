@@ -98,6 +98,8 @@ class HuggingFace(Source):
                     f"{nearest(column, columns)}; it has {', '.join(columns)}"
                 )
         keys = {key: key for key in KNOWN_KEYS if key in columns} | renamed
+        if isinstance(self._dataset, TableFiles):
+            self._dataset.check_columns(keys.values())
         if not keys:
             raise UserError(
                 f"{self.path}, split {self.split}: none of its columns ({', '.join(columns)}) is one "

@@ -1,19 +1,18 @@
 """Rows of CSV, TSV and JSON files with their values as they were written: no type is guessed from them."""
 
-import csv
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pal_ds.data.sources.base import check_files, json_list_or_errors
+from pal_ds.data.sources.csv_rows import CsvRows
 from pal_ds.errors import UserError
-from pal_ds.io.text_files import as_text, byte_lines
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
-_LONGEST_CELL = 2**31 - 1
 
 
 def kind_of(path: str | Path) -> str:
@@ -30,7 +29,8 @@ def is_table_file(path: str | Path) -> bool:
 class TableFiles:
     """The rows of some files, one after the other; may be read again.
 
-    A cell of CSV or TSV is text, or None where it is empty. JSON keeps the types it has.
+    A cell of CSV or TSV is text, or None where it is empty; of columns of one name the rows hold none. JSON keeps the
+    types it has.
     """
 
     def __init__(self, paths: list[str]) -> None:
@@ -39,9 +39,16 @@ class TableFiles:
     def rows(self) -> Iterator[tuple[str, Any]]:
         """(place, row as a dict) of each row; a UserError in place of one that cannot be read."""
         for path in self.paths:
-            yield from (
-                _csv_rows(path) if kind_of(path) in _DELIMITERS else json_list_or_errors(path)
-            )
+            delimiter = _DELIMITERS.get(kind_of(path))
+            yield from CsvRows(path, delimiter) if delimiter else json_list_or_errors(path)
+
+    def check_columns(self, needed: Collection[str]) -> None:
+        """Raise UserError where a column that is needed has the name of another one."""
+        for path in self.paths:
+            delimiter = _DELIMITERS.get(kind_of(path))
+            repeated = CsvRows(path, delimiter).repeated if delimiter else set()
+            for name in sorted(repeated.intersection(needed)):
+                raise UserError(f"{path}:1: two columns are called {name!r}; rename one of them")
 
     @property
     def column_names(self) -> list[str]:
@@ -54,8 +61,9 @@ class TableFiles:
     @cached_property
     def _facts(self) -> tuple[list[str], int]:
         names: dict[str, None] = {}
-        for path in self.paths if kind_of(self.paths[0]) in _DELIMITERS else ():
-            names.update(dict.fromkeys(_header(_csv_reader(path), path)))
+        for path in self.paths:
+            if delimiter := _DELIMITERS.get(kind_of(path)):
+                names.update(dict.fromkeys(CsvRows(path, delimiter).names))
         number = 0
         for _, row in self.rows():
             number += 1
@@ -63,45 +71,7 @@ class TableFiles:
         return [*names], number
 
 
-def _csv_reader(path: Path) -> Iterator[list[str]]:
-    csv.field_size_limit(_LONGEST_CELL)
-    lines = (as_text(line, f"{path}:{n}") for n, line in enumerate(byte_lines(path), start=1))
-    return csv.reader(lines, delimiter=_DELIMITERS[kind_of(path)], strict=True)
-
-
-def _header(reader: Iterator[list[str]], path: Path) -> list[str]:
-    """The names of the columns. Raises UserError where two are alike."""
-    names = next(reader, [])
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise UserError(f"{path}:1: two columns are called {repeated[0]!r}; rename one of them")
-    return names
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    reader = _csv_reader(path)
-    names = _header(reader, path)
-    while True:
-        begin = getattr(reader, "line_num", 0) + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            # A quote that is never closed swallows all that follows: no row can be told after it.
-            raise UserError(f"{path}:{begin}: not valid CSV ({error}); mend the quotes") from None
-        where = f"{path}:{begin}"
-        if not cells:
-            continue
-        if len(cells) != len(names):
-            yield (
-                where,
-                UserError(
-                    f"{where}: {len(cells)} cells under {len(names)} columns; quote cells that hold a delimiter"
-                ),
-            )
-            continue
-        yield where, {name: cell or None for name, cell in zip(names, cells, strict=True)}
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 def as_number(value: object, where: str, column: str) -> object:
@@ -112,12 +82,12 @@ def as_number(value: object, where: str, column: str) -> object:
     """
     if not isinstance(value, str):
         return value
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
+    # Python would read 1_0 as 10, and the digits of every script.
+    number = float(value) if _NUMBER.fullmatch(value.strip()) else math.nan
     if not math.isfinite(number):
-        raise UserError(f"{where}: '{column}' is {value!r}; it must be a finite number")
+        raise UserError(
+            f"{where}: '{column}' is {value!r}; it must be a finite number, of digits as in -1.5e3"
+        )
     return number
 
 

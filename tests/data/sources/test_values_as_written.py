@@ -82,6 +82,8 @@ def test_numbers_are_read_where_a_number_is_meant(tmp_path):
     [
         ("y", "two", "'y' is 'two'; it must be a finite number"),
         ("y", "0", "'y' is 0.0; it must be -1"),
+        ("y", "1_0", "'y' is '1_0'; it must be a finite number, of digits"),
+        ("margin", "٣", "'margin' is '٣'; it must be a finite number"),
         ("margin", "nan", "'margin' is 'nan'; it must be a finite number"),
         ("probability", "1.5", "'probability' is 1.5; it must be a finite number between 0 and 1"),
         ("seen", "maybe", "'seen' is 'maybe'; it must be true or false"),

@@ -1,0 +1,91 @@
+"""CSV in which a line is broken: it costs itself, and no part of a cell is taken for a row."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from pal_ds.data.prepare import DataConfig, prepare
+from pal_ds.data.sources import HuggingFace
+from pal_ds.data.sources.csv_rows import CsvRows
+from pal_ds.errors import UserError
+
+HEADER = "prompt,chosen,rejected\n"
+
+
+def rows_of(path: Path, text: str | bytes) -> tuple[list[str], list[int]]:
+    """(prompts of the rows that are read, lines of the bad ones)."""
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    prompts, bad = [], []
+    for where, row in CsvRows(path, ","):
+        if isinstance(row, UserError):
+            assert str(row).startswith(str(path))
+            bad.append(int(where.rpartition(":")[2]))
+        else:
+            prompts.append(str(row["prompt"]))
+    return prompts, bad
+
+
+@pytest.mark.parametrize(
+    ("bad", "rule"),
+    [
+        (b'"p" x,yes,no\n', "not valid CSV (',' expected after '\"')"),
+        (b'p,"yes,no\n', "not valid CSV (unexpected end of data)"),
+        (b"p,caf\xe9,no\n", "not UTF-8"),
+        (b"p,yes\rmore,no\n", "not valid CSV (new-line character"),
+        (b"p,yes,no,more\n", "4 cells under 3 columns"),
+    ],
+)
+def test_one_bad_line_of_300_is_left_out_and_named(tmp_path, caplog, bad, rule):
+    lines = [f"p {i},yes,no\n".encode() for i in range(299)]
+    lines.insert(170, bad)
+    path = tmp_path / "a.csv"
+    path.write_bytes(HEADER.encode() + b"".join(lines))
+    config = DataConfig(path=str(tmp_path / "D"), source=HuggingFace(str(path)), vocab_size=300)
+    with caplog.at_level(logging.WARNING):
+        data = prepare(config, quiet=True)
+    assert data.info["dropped"] == {"bad_row": 1} and len(data.comparisons) == 299
+    assert "1 of 300 rows are bad" in caplog.text
+    assert f"a.csv:172: {rule}" in caplog.text
+
+
+def test_lines_behind_an_open_quote_are_rows_where_all_of_them_look_so(tmp_path):
+    path = tmp_path / "a.csv"
+    text = HEADER + 'a,"open,no\nb,yes,no\n\nc,"two\nlines",no\nd,"x",y\ne,yes,no\n'
+    assert rows_of(path, text) == (["b", "c", "d", "e"], [2])
+    two = HEADER + 'a,"open,no\nb,yes,no\nc,"open,no\nd,yes,no\n'
+    assert rows_of(path, two) == (["b", "d"], [2, 4])
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        '"Dear all,\nyes, we, do\nand "more" so"',  # a quote inside, and a line of three cells
+        '"Dear all,\nyes\nand more" so',
+        '"Dear all,\nyes, we" do',
+    ],
+)
+def test_lines_of_a_cell_are_never_rows(tmp_path, cell):
+    path = tmp_path / "a.csv"
+    text = HEADER + f"a,yes,no\nb,{cell},no\nc,yes,no\n"
+    num_lines = cell.count("\n") + 1
+    assert rows_of(path, text) == (["a", "c"], [*range(3, 3 + num_lines)])
+
+
+def test_many_open_quotes_take_no_time_of_the_square(tmp_path):
+    """Each opens a cell to the end of the file: only so many are looked for."""
+    path = tmp_path / "a.csv"
+    prompts, bad = rows_of(path, HEADER + 'a,"x""y,no\n' * 3000)
+    assert prompts == [] and bad == [*range(2, 3002)]
+
+
+def test_columns_of_one_name_matter_where_they_are_read(tmp_path):
+    """pandas writes an index without a name; written twice, there are two."""
+    path = tmp_path / "a.csv"
+    path.write_text(",,prompt,chosen,rejected\n0,0,p,yes,no\n")
+    (record,) = HuggingFace(str(path)).records()
+    assert record.responses == ("yes", "no")
+    path.write_text("prompt,note,note,chosen,rejected\np,1,2,yes,no\n")
+    assert len(list(HuggingFace(str(path)).records())) == 1
+    with pytest.raises(UserError, match=r"a.csv:1: two columns are called 'note'; rename one"):
+        list(HuggingFace(str(path), columns={"user_id": "note"}).records())
