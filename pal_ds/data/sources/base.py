@@ -2,6 +2,7 @@
 
 import codecs
 import glob
+import itertools
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -21,6 +22,9 @@ from pal_ds.errors import UserError
 from pal_ds.io.files import feed
 from pal_ds.io.text_files import as_text, byte_lines, open_bytes, parse_json
 from pal_ds.users.ids import POPULATION_USER
+
+MOST_PRETTY_LINES = 10_000
+"""Lines within which an object that was written over several lines must end to be named for what it is."""
 
 
 class Source(ABC):
@@ -182,11 +186,14 @@ def _refuse_pretty_printed(path: Path, first: bytes) -> None:
     """Raise UserError where a file, whose first line is no JSON, begins with an object or a list over several lines."""
     if first not in (b"{", b"["):
         return
-    text = b"".join(byte_lines(path)).decode("utf-8", "replace").lstrip()
+    beginning = b"".join(itertools.islice(byte_lines(path), MOST_PRETTY_LINES))
+    text = beginning.decode("utf-8", "replace").lstrip()
     try:
-        json.JSONDecoder().raw_decode(text)
+        end = json.JSONDecoder().raw_decode(text)[1]
     except (ValueError, RecursionError):
         return
+    if "\n" not in text[:end]:
+        return  # one line, with another fault
     kind, jq = ("an object", ".") if first == b"{" else ("a list", ".[]")
     raise UserError(
         f"{path}: begins with {kind} of JSON over several lines (pretty-printed); JSON Lines hold one object a line. "
