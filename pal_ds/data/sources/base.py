@@ -18,6 +18,7 @@ import xxhash
 from pal_ds.data.bad_rows import BadRows
 from pal_ds.data.records import Record
 from pal_ds.errors import UserError
+from pal_ds.io.boundary import reading
 from pal_ds.io.files import feed
 from pal_ds.io.text_files import as_text, byte_lines, open_bytes, parse_json
 from pal_ds.users.ids import POPULATION_USER
@@ -56,7 +57,8 @@ class Source(ABC):
             try:
                 if isinstance(row, UserError):
                     raise row
-                records = [*convert(where, row)]
+                with reading(where, "row of this dataset", "Mend or remove it."):
+                    records = [*convert(where, row)]
             except UserError as error:
                 bad_rows.add(where, error)
                 continue
@@ -182,10 +184,12 @@ def _refuse_pretty_printed(path: Path, first: bytes) -> None:
     """Raise UserError where a file, whose first line is no JSON, begins with an object or a list over several lines."""
     if first not in (b"{", b"["):
         return
-    text = b"".join(byte_lines(path)).decode("utf-8", "replace").lstrip()
     try:
-        json.JSONDecoder().raw_decode(text)
+        text = b"".join(byte_lines(path)).decode("utf-8").lstrip()
+        _, end = json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError):
+        return
+    if "\n" not in text[:end]:
         return
     kind, jq = ("an object", ".") if first == b"{" else ("a list", ".[]")
     raise UserError(
