@@ -29,6 +29,7 @@ from pal_ds.export.weights import plain_backbone
 from pal_ds.heads.base import Head
 from pal_ds.inference.load_run import OpenRun, load_model, open_run
 from pal_ds.inference.score_texts import Scorer
+from pal_ds.io.boundary import reading
 from pal_ds.remote_code.modeling_pal import PalForSequenceClassification
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.users import UserTable
@@ -236,14 +237,12 @@ def _from_folder(
     cls: Any = PalForSequenceClassification
     if trust_remote_code:
         cls, options = AutoModelForSequenceClassification, {**options, "trust_remote_code": True}
-    elif facts["stock_class"]:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        stock: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
-        cls = canonical_class(stock)
-    try:
+    with reading(folder, "exported model", "Copy the folder again, or export again."):
+        if facts["stock_class"] and not trust_remote_code:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            stock: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+            cls = canonical_class(stock)
         return cls.from_pretrained(folder, local_files_only=True, **options).eval()
-    except ValueError as error:
-        raise UserError(f"{folder}: {error}") from None
 
 
 def _of_family(family: str, path: str | Path, mixture: Sequence[float] | None) -> PreTrainedModel:

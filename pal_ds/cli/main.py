@@ -125,19 +125,11 @@ def _allowed(given: list[str], files: list[Path]) -> Iterator[Callable[["Namespa
     if COMMANDS[given[0]].shipped is None and not names_source:
         yield lambda options: None
         return
-    from pal_ds.config.consent import FLAGS, Consent
-
-    def check(options: "Namespace") -> None:
-        for flag in FLAGS:
-            if options.get(flag) and f"--{flag}" not in given:
-                raise UserError(
-                    f"{flag}: stands in a recipe, and only a person may say it: --{flag}."
-                )
-        consent.check(options)
+    from pal_ds.config.consent import Consent
 
     consent = Consent.of_words(given)
     with consent.given(files):
-        yield check
+        yield consent.check
 
 
 def print_completion(shells: list[str]) -> None:

@@ -75,7 +75,8 @@ class Consent:
         for tree in trees:
             for name, value in tree.items():
                 _lay_over(spoken, name, value)
-        return Consent(trust_code, spoken)
+        # In Python these are arguments of the call, and a dict is a recipe.
+        return Consent(trust_code, {k: v for k, v in spoken.items() if k not in FLAGS})
 
     @contextlib.contextmanager
     def given(self, files: Iterable[Path] = (), *texts: str) -> Iterator[None]:
@@ -107,9 +108,15 @@ class Consent:
         """Look at a parsed recipe before anything is made of it.
 
         Raises:
-            UserError: it names something that is no class of the right kind, or lets code of a model's folder or of a
-                tokenizer's run, which nobody but a file asked for.
+            UserError: it holds a flag, names something that is no class of the right kind, or lets code of a model's
+                folder or of a tokenizer's run, which nobody but a file asked for.
         """
+        for flag in FLAGS:
+            if options.get(flag) and flag not in self.spoken:
+                raise UserError(
+                    f"{flag}: stands in a recipe, and only a person may say it: --{flag} on the command line, "
+                    f"{flag}=True in Python."
+                )
         for key, kind in KINDS.items():
             check_kind(key, options.get(key), kind)
         for key in REMOTE_CODE:

@@ -5,6 +5,7 @@ An error says where, what, the rule and the remedy.
 
 import difflib
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import combinations
 from typing import Any
@@ -44,8 +45,10 @@ SPLIT_FIELD_NAMES = ("train", "dev", "test")
 
 
 def is_number(value: object) -> bool:
-    """Return whether a JSON value is a number, finite or not, and not true or false."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Return whether a JSON value is a number, finite or not, not true or false, and no larger than floats are."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, float) or abs(value) <= sys.float_info.max
 
 
 def _is_name(value: object) -> bool:

@@ -15,7 +15,9 @@ from pal_ds.data.chat_template import ChatTemplate, choose_template, not_shown
 from pal_ds.data.records import Text, Tools, as_messages, render_plain
 from pal_ds.data.special_tokens import special_ids, turn_end, user_marker
 from pal_ds.data.tables import TokensInfo
+from pal_ds.data.verification import MEND
 from pal_ds.errors import UserError
+from pal_ds.io.boundary import reading
 from pal_ds.remote_code.canonical import canonical_ids, num_leading
 
 logger = logging.getLogger(__name__)
@@ -163,15 +165,16 @@ class TextEncoder:
     @classmethod
     def from_info(cls, tokens: TokensInfo, tokenizer_folder: str | Path) -> "TextEncoder":
         """The encoder that made a dataset, from its `tokens` entry and its `tokenizer/` folder."""
-        encoder = cls(
-            load_tokenizer(str(tokenizer_folder)),
-            max_length=tokens["max_length"],
-            separator=tokens["separator"] or "",
-            chat_template="auto" if tokens["chat_template"] else "never",
-            special_tokens=tokens["special_tokens"],
-            name=tokens["tokenizer"],
-            clock=tokens.get("clock"),
-        )
+        with reading(tokenizer_folder, "tokenizer of prepared data", MEND):
+            encoder = cls(
+                load_tokenizer(str(tokenizer_folder)),
+                max_length=tokens["max_length"],
+                separator=tokens["separator"] or "",
+                chat_template="auto" if tokens["chat_template"] else "never",
+                special_tokens=tokens["special_tokens"],
+                name=tokens["tokenizer"],
+                clock=tokens.get("clock"),
+            )
         encoder.truncation_side = truncation_side(tokens)
         encoder.take_header(tokens)
         # Data of before end with the end token behind that of the template's turn.
@@ -229,14 +232,9 @@ def load_tokenizer(path: str, trust_remote_code: bool = False):
     """AutoTokenizer from a folder or hub id; a UserError names what cannot be opened."""
     from transformers import AutoTokenizer
 
-    try:
+    remedy = "Give a folder that holds tokenizer.json, a hub id this machine can reach, or null to train one."
+    with reading(f"data.tokenizer: '{path}'", "tokenizer", remedy):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"data.tokenizer: cannot open '{path}' ({reason}); give a folder that holds "
-            "tokenizer.json, a hub id this machine can reach, or null to train one"
-        ) from error
 
 
 PAD_TOKEN, END_TOKEN = "<pad>", "</s>"

@@ -16,8 +16,10 @@ from typing import Any
 
 from pal_ds.distributed import phase
 from pal_ds.errors import UserError
-from pal_ds.export.card import FACTS_NAME, FORMAT_VERSION, ImportedExport, RunExport
+from pal_ds.export.card import FACTS_NAME, FORMAT_VERSION, ExportFacts, ImportedExport, RunExport
+from pal_ds.io.boundary import check_form, reading
 from pal_ds.io.files import feed
+from pal_ds.io.text_files import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,8 @@ CARD = "README.md"
 """The one listed file that a person may edit."""
 _OLDER = 1
 """The format before there were sizes and a checksum; its hashes are as good."""
+_MAY_LACK = ("licence", "backbone", "family", "audience", "dtype", "user_marker_ids")
+"""Facts that no reader needs."""
 _NO_CHECKSUM = "0" * 64
 _READ_BY_OTHERS = {".bin", ".jinja", ".json", ".model", ".pt", ".py", ".safetensors", ".so", ".txt"}
 """Endings of files that Python, transformers or tokenizers may read where they lie in a folder."""
@@ -58,11 +62,9 @@ def sha256_of(path: Path) -> str:
 def read_facts(folder: Path) -> dict[str, Any]:
     """Return the content of export.json, of a known format and unharmed. Raises UserError where it is neither."""
     file = folder / FACTS_NAME
-    content = file.read_bytes()
-    try:
+    with reading(file, "listing of an exported folder", _REMEDY):
+        content = file.read_bytes()
         facts = json.loads(content)
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error}); it is damaged. {_REMEDY}") from None
     version = facts.get("format_version") if isinstance(facts, dict) else None
     if version not in (_OLDER, FORMAT_VERSION):
         raise UserError(
@@ -73,9 +75,11 @@ def read_facts(folder: Path) -> dict[str, Any]:
     older = version == _OLDER and "checksum" not in facts and "sizes" not in facts
     if not older and checksum != hashlib.sha256(blank).hexdigest():
         raise UserError(f"{file}: does not match its own checksum; it is damaged. {_REMEDY}")
-    hashes, sizes = facts.get("sha256"), facts.get("sizes", {})
-    if not isinstance(hashes, dict) or not isinstance(sizes, dict):
-        raise UserError(f"{file}: lists no files; it is damaged. {_REMEDY}")
+    with reading(file, "listing of an exported folder", _REMEDY):
+        check_form(facts, ExportFacts, optional=_MAY_LACK)
+        hashes, sizes = facts.get("sha256", {}), facts.get("sizes", {})
+        check_form(hashes, dict[str, str], "its sha256")
+        check_form(sizes, dict[str, int], "its sizes")
     for name in (*hashes, *sizes):
         if not name or "/" in name or "\0" in name or name in (".", ".."):
             raise UserError(f"{file}: lists {name!r}, which is no file of this folder. {_REMEDY}")
@@ -138,10 +142,10 @@ def _check_names(folder: Path, hashes: dict[str, str], sizes: dict[str, int]) ->
 
 def _check_config(file: Path, code: Collection[str]) -> None:
     """Raise UserError where a config names code that is not among these files, as that of another repository."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error}). {_REMEDY}") from None
+    with reading(file, "config of an exported model", _REMEDY):
+        content = {}
+        if file.is_file():
+            content = parse_json(file.read_text(encoding="utf-8"), str(file), f". {_REMEDY}")
     named = content.get("auto_map", {}) if isinstance(content, dict) else None
     if not isinstance(named, dict):
         raise UserError(f"{file}: is no config of an exported model. {_REMEDY}")
@@ -173,9 +177,13 @@ def _mark_of(folder: Path, hashes: dict[str, str]) -> Path | None:
             facts.append((name, hashes[name], of.st_dev, of.st_ino, of.st_size, *changed))
     digest = hashlib.sha256(json.dumps([str(folder.resolve()), facts]).encode()).hexdigest()
     place = os.environ.get(MARKS_VARIABLE)
-    if place is None:
-        place = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pal_ds"
-    marks = Path(place, "exports")
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    try:
+        # RuntimeError: this user has no home.
+        marks = Path(place or caches.expanduser() / "pal_ds", "exports")
+    except RuntimeError as error:
+        logger.info("no place for marks (%s): exported folders are hashed anew", error)
+        return None
     try:
         marks.mkdir(parents=True, exist_ok=True)
         status = marks.stat()

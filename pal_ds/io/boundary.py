@@ -1,6 +1,7 @@
 """The boundary at which a file is read: whatever its reader raises becomes one message with file, reason and remedy."""
 
 import contextlib
+import json
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -52,6 +53,8 @@ def reason_of(error: BaseException) -> str:
     >>> reason_of(KeyError("tokens")), reason_of(ValueError("bad magic number\\nin line 3"))
     ("KeyError: 'tokens'", 'bad magic number')
     """
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON: {error}"
     text = (str(error).strip() or type(error).__name__).splitlines()[0][:_LONGEST_REASON]
     return text if " " in text else f"{type(error).__name__}: {text}"
 

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from pal_ds.errors import UserError
+from pal_ds.io.boundary import reading
 
 _MERGE = "<<"
 """YAML's own key, which takes over the keys of another mapping."""
@@ -20,11 +21,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is no YAML, no mapping, or names a key twice in one mapping; with file and line.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error}). Save the file as UTF-8.") from None
-    content = parse_yaml(text, str(path))
+    with reading(path, "recipe", "Save it as YAML, in UTF-8."):
+        content = parse_yaml(path.read_text(encoding="utf-8-sig"), str(path))
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no keys; a recipe is a YAML mapping such as data: ...")
     return content

@@ -30,8 +30,17 @@ def only_writer(run: RunDirectory, wait_seconds: float = WAIT_SECONDS) -> Iterat
         BusyError: another process holds it, and still does after `wait_seconds`.
         StorageError: the run directory cannot be written to.
     """
-    if run.path.exists() and not run.path.is_dir():
-        raise UserError(f"--run_dir {run.path}: is a file. Name a directory, new or of this run.")
+    if run.path.is_symlink() and not run.path.exists():
+        raise UserError(
+            f"--run_dir {run.path}: is a link to {run.path.readlink()}, which is not there. Make that folder, or "
+            "delete the link."
+        )
+    for path, is_run in ((run.path, True), (run.checkpoints, False)):
+        if path.exists() and not path.is_dir():
+            named = "--run_dir " if is_run else ""
+            raise UserError(f"{named}{path}: is a file. Name a directory, new or of this run.")
+    if (run.path / LOCK).is_dir():
+        raise UserError(f"{run.path / LOCK}: is a folder, where a file is made. Take it away.")
     made = [path for path in (run.path, *run.path.parents) if not path.exists()]
     with writing(run.path):
         descriptor = _acquired(run, wait_seconds)

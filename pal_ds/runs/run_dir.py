@@ -11,9 +11,10 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from pal_ds.errors import UserError, writing
+from pal_ds.io.boundary import read_object
 from pal_ds.io.files import write_atomically, write_json
 
 SECONDS_TO_EVALUATE = 3600.0
@@ -23,6 +24,7 @@ MetricsRow = dict[str, Any]
 """A line of metrics.jsonl: `step` and the figures of an interval or of an evaluation, under names that sets give."""
 
 logger = logging.getLogger(__name__)
+_DELETE = "Delete it: the next start of the training writes another."
 
 
 RunState = Literal["running", "stopped", "finished", "failed"]
@@ -115,7 +117,9 @@ class RunDirectory:
     def status(self) -> Status | None:
         """Read status.json; None where there is none."""
         path = self.path / "status.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        if not path.is_file():
+            return None
+        return cast(Status, read_object(path, "status of a run", _DELETE, Status))
 
     def discard_temporaries(self) -> None:
         """Delete what killed writers of small files left; nobody but evaluations may be writing."""
@@ -147,7 +151,10 @@ class RunDirectory:
                 f"{self.init}: missing. A run with train.init_from keeps there what it started from, and `train` "
                 "writes it: bring the folder back, or start in another --run_dir."
             )
-        return json.loads(self.origin_file.read_text())
+        remedy = "Bring D/init back from a copy, or start in another --run_dir."
+        return cast(
+            OriginFacts, read_object(self.origin_file, "origin of a run", remedy, OriginFacts)
+        )
 
     def has_checkpoints(self) -> bool:
         return self.checkpoints.is_dir() and any(self.checkpoints.glob("step_*"))
@@ -176,16 +183,12 @@ class RunDirectory:
             UserError: it is no JSON with a step.
         """
         path = self.path / f"{name}.json"
-        try:
-            content: StepPointer | None = json.loads(path.read_text()) if path.is_file() else None
-        except ValueError as error:
-            raise UserError(
-                f"{path}: not valid JSON ({error}). Delete it; --step takes a number, too."
-            ) from None
-        if content is not None and not (
-            isinstance(content, dict) and type(content.get("step")) is int and content["step"] >= 0
-        ):
-            raise UserError(f"{path}: names no step. Delete it; --step takes a number, too.")
+        if not path.is_file():
+            return None
+        remedy = "Delete it; --step takes a number, too."
+        content = cast(StepPointer, read_object(path, "name of a step", remedy, StepPointer))
+        if content["step"] < 0:
+            raise UserError(f"{path}: names no step. {remedy}")
         return content
 
     def resolve_step(self, step: str) -> int:

@@ -5,6 +5,7 @@ The files are the same whether one rank held the table or many, and no more than
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from pal_ds.errors import UserError
 from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.io.arrow import values_of
+from pal_ds.io.boundary import reading
 from pal_ds.users.ids import UserIds
 from pal_ds.users.rows import UserRows, blocks
 
@@ -24,6 +26,7 @@ USER_FILES = ("users.safetensors", "users.arrow")
 _FORMAT = "pal_ds.users/1"
 _DTYPES = {"step": "I64", "exp_avg": "F32", "exp_avg_sq": "F32", "logits": "F32"}
 """Tensors in the order of the file; each begins where its dtype asks for."""
+_INDEX = pa.schema([("id", pa.string()), ("row", pa.int64()), ("seen", pa.bool_())])
 _IDS_PER_BATCH = 2**20
 
 ReadBlock = Callable[[int, int], Float[Tensor, "n R"]]
@@ -78,13 +81,12 @@ def _header(num_users: int, num_prototypes: int, seed: int) -> tuple[bytes, dict
 
 
 def _write_index(path: Path, ids: UserIds, seen: np.ndarray) -> None:
-    schema = pa.schema([("id", pa.string()), ("row", pa.int64()), ("seen", pa.bool_())])
-    with pa.ipc.new_file(str(path), schema) as writer:
+    with pa.ipc.new_file(str(path), _INDEX) as writer:
         for begin in range(0, max(len(ids), 1), _IDS_PER_BATCH):
             part = ids[begin : begin + _IDS_PER_BATCH]
             rows = np.arange(begin, begin + len(part))
             columns = [part.to_arrow(), pa.array(rows), pa.array(seen[rows])]
-            writer.write_batch(pa.record_batch(columns, schema=schema))
+            writer.write_batch(pa.record_batch(columns, schema=_INDEX))
 
 
 class StoredUsers:
@@ -98,15 +100,11 @@ class StoredUsers:
                 raise UserError(
                     f"{path} is missing; a user table is users.safetensors and users.arrow."
                 )
-        try:
+        with self._reading():
             self._open(index_path)
-        except (UserError, OSError):
-            raise
-        except Exception as error:
-            # Damaged files fail in the libraries that read them, each in a way of its own.
-            raise UserError(
-                f"{self._path.parent}: is no user table, or a damaged one ({error}). Copy it again, or fit it again."
-            ) from error
+
+    def _reading(self) -> AbstractContextManager[None]:
+        return reading(self._path.parent, "user table", "Copy it again, or fit it again.")
 
     def _open(self, index_path: Path) -> None:
         with safe_open(str(self._path), "pt") as file:
@@ -118,9 +116,10 @@ class StoredUsers:
         # Read, not mapped: what takes the file's place must not change the ids in memory.
         with pa.OSFile(str(index_path)) as source, pa.ipc.open_file(source) as reader:
             index = reader.read_all()
-        row = index["row"]
-        whole = row.type == pa.int64() and not row.null_count
-        if not whole or not np.array_equal(values_of(row), np.arange(len(index))):
+        index.validate(full=True)
+        if not index.schema.equals(_INDEX) or index["id"].null_count:
+            raise ValueError(f"{index_path.name} holds other columns, or a user without an id")
+        if not np.array_equal(values_of(index["row"]), np.arange(len(index))):
             raise UserError(f"{index_path}: column row is not 0 .. users - 1: the file is damaged.")
         self.ids, self._seen = UserIds.from_arrow(index["id"]), values_of(index["seen"])
         check_shapes(shapes, len(self.ids), self.num_prototypes)
@@ -142,7 +141,7 @@ class StoredUsers:
         """Fills `rows` with the stored ones from `first` on, reading only those. Raises UserError where K disagrees."""
         shapes = {"logits": (len(self), self.num_prototypes)}
         check_shapes(shapes, len(self), rows.num_prototypes)
-        with safe_open(str(self._path), "pt") as file:
+        with self._reading(), safe_open(str(self._path), "pt") as file:
             slices = {name: file.get_slice(name) for name in _DTYPES}
             for begin, end in blocks(len(rows)):
                 for name, tensor in slices.items():

@@ -70,7 +70,10 @@ def test_raw_file_of_another_encoding(place: Place, refused: Refused, tmp_path: 
         ),
         (["--data.max_length=1"], "max_length is 1; it must exceed the 0 prefix and 1 end tokens"),
         (["--data.max_length=2"], "every comparison was dropped (too_long 40)"),
-        (["--data.tokenizer=/no/such/tokenizer"], "data.tokenizer: cannot open '/no/such/token"),
+        (
+            ["--data.tokenizer=/no/such/tokenizer"],
+            "data.tokenizer: '/no/such/tokenizer': cannot be read",
+        ),
         (["--data.separator=."], "choose a sep"),
     ],
 )

@@ -189,7 +189,7 @@ def test_damaged_runs(place: Place, refused: Refused, copied_run: Path):
     (newest / "users.arrow").write_bytes(bytes([*content[:-1], content[-1] ^ 1]))
     assert "does not match the hash in the manifest" in refused(*evaluate)
     (newest / "manifest.json").write_text('{"format')
-    assert "manifest.json: not valid JSON" in refused(*evaluate)
+    assert "manifest.json: cannot be read (not valid JSON: " in refused(*evaluate)
     recipe = (copied_run / "config.yaml").read_text()
     (copied_run / "config.yaml").write_text(recipe.replace("epochs:", "epoks:"))
     said = refused(*evaluate)

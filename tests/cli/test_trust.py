@@ -257,7 +257,7 @@ def test_pointers_stay_in_the_run(run: RunDirectory, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit) as end:
         main(["evaluate", f"--run_dir={run.path}", "--split=train", "--step=best"])
     assert end.value.code == 2
-    assert "names no step" in capsys.readouterr().err
+    assert "it.step is '../../x', no int" in capsys.readouterr().err
 
 
 def live_with_secrets(folder: str, place: str) -> str:

@@ -125,7 +125,7 @@ def test_info_makes_the_same_encoder_again(chatml, bert, tmp_path):
 
 
 def test_messages_for_people(bpe, tmp_path):
-    with pytest.raises(UserError, match=r"data.tokenizer: cannot open '.*nothing'"):
+    with pytest.raises(UserError, match=r"data.tokenizer: '.*nothing': cannot be read"):
         load_tokenizer(str(tmp_path / "nothing"))
     with pytest.raises(UserError, match="max_length is 1; it must exceed"):
         TextEncoder(bpe, max_length=1)

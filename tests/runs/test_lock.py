@@ -7,6 +7,7 @@ import threading
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -136,9 +137,10 @@ def test_nothing_is_left_of_a_start_that_wrote_nothing(tmp_path: Path) -> None:
 def test_small_files_are_whole_whoever_writes_them(tmp_path: Path) -> None:
     """The watchdog's thread writes status.json beside the main thread; a killed writer's rest is cleared away."""
     run = RunDirectory(tmp_path)
-    texts = [{"state": name * 2000} for name in "ab"]
+    common: Any = {"state": "running", "num_updates": 9}
+    texts: list[Any] = [{**common, "step": n, "reason": str(n) * 2000} for n in (1, 2)]
 
-    def write(facts: dict[str, str]) -> None:
+    def write(facts: Any) -> None:
         for _ in range(30):
             run.write_status(facts)
 

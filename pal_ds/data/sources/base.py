@@ -19,6 +19,7 @@ import xxhash
 from pal_ds.data.bad_rows import BadRows
 from pal_ds.data.records import Record
 from pal_ds.errors import UserError
+from pal_ds.io.boundary import reading
 from pal_ds.io.files import feed
 from pal_ds.io.text_files import as_text, byte_lines, open_bytes, parse_json
 from pal_ds.users.ids import POPULATION_USER
@@ -60,7 +61,8 @@ class Source(ABC):
             try:
                 if isinstance(row, UserError):
                     raise row
-                records = [*convert(where, row)]
+                with reading(where, "row of this dataset", "Mend or remove it."):
+                    records = [*convert(where, row)]
             except UserError as error:
                 bad_rows.add(where, error)
                 continue

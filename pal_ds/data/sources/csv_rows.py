@@ -50,9 +50,9 @@ class CsvRows:
         while (row := self._next()) is not None:
             is_torn = row.error is not None and not row.cells and len(row.lines) > 1
             for each in self._read_again(row) if is_torn else (row,):
-                yield from self._as_fields(each)
+                yield from self._outcome(each)
 
-    def _as_fields(self, row: _Row) -> Iterator[tuple[str, dict[str, str | None] | UserError]]:
+    def _outcome(self, row: _Row) -> Iterator[tuple[str, dict[str, str | None] | UserError]]:
         where = f"{self.path}:{row.line}"
         if row.error is not None:
             yield where, row.error

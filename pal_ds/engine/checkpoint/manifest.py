@@ -9,6 +9,7 @@ from typing import TypedDict
 from pal_ds.distributed import phase
 from pal_ds.engine.guard import GuardState
 from pal_ds.errors import UserError
+from pal_ds.io.boundary import check_form, reading
 from pal_ds.io.files import sync_to_disk, write_atomically
 from pal_ds.io.sealed import FileEntry, hash_of, is_intact, seal
 from pal_ds.runs.run_dir import BestEvaluation, OriginFacts
@@ -18,7 +19,7 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 2
 """2 added the manifest's own checksum."""
 MANIFEST = "manifest.json"
-_FIELDS = {"step": int, "world_size": int, "num_threads": int, "dataset_hash": str, "files": dict}
+_REMEDY = "The checkpoint is damaged: take another of the run (--step)."
 
 
 class TrainingFacts(TypedDict):
@@ -54,6 +55,10 @@ class Manifest(ManifestContent):
     checksum: str
     """xxh3, 128 bits, of the file itself with zeros in this place."""
     format_version: int
+
+
+_MAY_LACK = {*TrainingFacts.__required_keys__, "temperature"} - {"dataset_hash"}
+"""What manifests of the first versions do not have."""
 
 
 class FormatError(UserError):
@@ -92,11 +97,9 @@ def read_manifest(path: Path) -> Manifest:
             f"{path}: no {MANIFEST}, so this is no complete checkpoint of pal_ds. Checkpoints that another program "
             "wrote cannot be used, trusted or not; delete the directory if it is the rest of a copy."
         )
-    content = file.read_bytes()
-    try:
+    with reading(file, "manifest of a checkpoint", _REMEDY):
+        content = file.read_bytes()
         manifest: Manifest = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not valid JSON ({error}); the checkpoint is damaged.") from None
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if type(version) is not int:
         raise UserError(f"{file}: names no format version; the checkpoint is damaged.")
@@ -112,24 +115,19 @@ def read_manifest(path: Path) -> Manifest:
             )
     if version != FORMAT_VERSION or not is_intact(content):
         raise UserError(f"{file}: does not match its own checksum; the checkpoint is damaged.")
-    _check_fields(file, manifest)
+    with reading(file, "manifest of a checkpoint", _REMEDY):
+        check_form(manifest, Manifest, optional=_MAY_LACK)
+        _check_fields(file, manifest)
     return manifest
 
 
 def _check_fields(file: Path, manifest: Manifest) -> None:
-    for name, kind in _FIELDS.items():
-        if not isinstance(manifest.get(name), kind):
-            raise UserError(
-                f"{file}: {name} is {manifest.get(name)!r}, which is no {kind.__name__}."
-            )
     number = re.search(r"step_(\d+)$", file.parent.name)
     if number is not None and int(number[1]) != manifest["step"]:
         raise UserError(
             f"{file}: of step {manifest['step']}, in a directory of step {int(number[1])}. Give it its name back."
         )
-    for name, entry in manifest["files"].items():
+    for name in manifest["files"]:
         parts = PurePosixPath(name).parts
         if not parts or ".." in parts or PurePosixPath(name).is_absolute() or "\0" in name:
             raise UserError(f"{file}: names {name!r}, which lies outside the checkpoint.")
-        if not isinstance(entry, dict) or not {"size", "xxh3_128"} <= entry.keys():
-            raise UserError(f"{file}: has no size and hash of {name}.")

@@ -25,6 +25,7 @@ from pal_ds.engine.ds_config import DeepSpeedConfig
 from pal_ds.engine.optim import ParamGroup
 from pal_ds.errors import UserError
 from pal_ds.heads.jaxtyping_fallback import Float
+from pal_ds.io.boundary import reading
 
 ENGINE_FOLDER = "engine"
 Kind = Literal["master", "exp_avg", "exp_avg_sq"]
@@ -67,6 +68,10 @@ class ShardedCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path / ENGINE_FOLDER
+        with reading(self.path, "checkpoint of DeepSpeed", "Take another of the run (--step)."):
+            self._open()
+
+    def _open(self) -> None:
         models = self._load("model_states")
         if not models:
             raise UserError(

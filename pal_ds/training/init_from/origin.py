@@ -23,6 +23,7 @@ from pal_ds.export.weights import Tensors, trained_head, weights_of
 from pal_ds.heads.base import Head, UserState
 from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.inference.load_run import OpenRun, open_run
+from pal_ds.io.boundary import reading
 from pal_ds.runs.run_dir import OriginSource, RunDirectory
 from pal_ds.users.ids import UserIds
 
@@ -188,6 +189,11 @@ def open_export(path: Path, *, trust: bool) -> Origin:
         facts = verify_export(path, whole=True)
     except UserError as error:
         raise UserError(f"train.init_from {error}") from None
+    with reading(path, "exported model", "Copy the folder again, or export again."):
+        return _of_export(path, facts)
+
+
+def _of_export(path: Path, facts: dict[str, Any]) -> Origin:
     file_of = {}
     for name in facts["sha256"]:
         if name.endswith(".safetensors"):
@@ -213,7 +219,7 @@ def open_export(path: Path, *, trust: bool) -> Origin:
     digest = hashlib.sha256((path / FACTS_NAME).read_bytes()).hexdigest()
     return Origin(
         path=path,
-        facts={"kind": "export", "step": facts["step"], "hash": f"sha256:{digest}"},
+        facts={"kind": "export", "step": facts.get("step", 0), "hash": f"sha256:{digest}"},
         info=cast(DatasetInfo, {"kind": "tokens", "tokens": facts["tokens"], "vector_size": None}),
         tokenizer=path,
         tokenizer_rewritten=stock,
