@@ -1,5 +1,7 @@
 """The transformers config and class of an exported model, and its config.json."""
 
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from pal_ds.remote_code.canonical_rows import CanonicalRows
 from pal_ds.remote_code.encoding import drop_unused_modules
 from pal_ds.remote_code.modeling_pal import PalForSequenceClassification, PalRewardConfig
 
+Json = dict[str, Any]
+"""A config as config.json holds it."""
 PAL_AUTO_MAP = {
     "AutoConfig": "modeling_pal.PalRewardConfig",
     "AutoModelForSequenceClassification": "modeling_pal.PalForSequenceClassification",
@@ -133,4 +137,46 @@ def write_config(
     """Write config.json, saying which class of which file opens the folder."""
     config.architectures = [architecture]
     config.auto_map = auto_map
+    # `pipeline("text-classification")` would put rewards through a sigmoid.
+    config.problem_type = "regression"
     config.save_pretrained(folder)
+    _change_config(folder, _with_older_names)
+
+
+def add_probe(folder: Path, probe: Mapping[str, object]) -> None:
+    """Write scores into config.json that other versions of transformers are held to (`check_probe`)."""
+    _change_config(folder, lambda config: {**config, "probe": probe})
+
+
+def _change_config(folder: Path, change: Callable[[Json], Json]) -> None:
+    """Write config.json anew, as `change` has it."""
+    file = folder / "config.json"
+    content = change(json.loads(file.read_text(encoding="utf-8")))
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _with_older_names(config: Json) -> Json:
+    """Add the names under which transformers 4 looks for rotary positions; it would take its defaults in silence.
+
+    transformers 5 reads either, and they say the same.
+    """
+    config = {k: _with_older_names(v) if isinstance(v, dict) else v for k, v in config.items()}
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return config
+    everywhere = rope.get("full_attention") or rope
+    local = (rope.get("sliding_attention") or {}).get("rope_theta")
+    theta, part = everywhere.get("rope_theta"), everywhere.get("partial_rotary_factor")
+    older: Json = {"rope_theta": theta, "partial_rotary_factor": part}
+    kind = str(config.get("model_type"))
+    if kind.startswith("gpt_neox"):
+        older |= {"rotary_emb_base": theta, "rotary_pct": part}
+    elif kind.startswith("modernbert"):
+        older |= {"global_rope_theta": theta, "local_rope_theta": local}
+    elif local is not None:
+        older["rope_local_base_freq"] = local
+    is_plain = everywhere.get("rope_type", "default") == "default"
+    if not is_plain and (everywhere is rope or kind.startswith("gemma3")):
+        apart = ("rope_theta", "partial_rotary_factor")
+        older["rope_scaling"] = {k: v for k, v in everywhere.items() if k not in apart}
+    return {**{k: v for k, v in older.items() if v is not None}, **config}

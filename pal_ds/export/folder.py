@@ -19,12 +19,13 @@ from pal_ds.data.tokenise import truncation_side
 from pal_ds.errors import UserError
 from pal_ds.export import bundle_code, card, configs, contents, tokenizer
 from pal_ds.export.audience import Audience, choose_audience
-from pal_ds.export.parity import exported_scores, read_samples, trainer_scores
+from pal_ds.export.parity import Probe, exported_scores, probe_of, read_samples, trainer_scores
 from pal_ds.export.weights import DTYPES, Layout, Weights, parse_size, weights_of, write_weights
 from pal_ds.heads.base import Head
 from pal_ds.inference.load_run import OpenRun, load_model, open_run
 from pal_ds.inference.mixtures import user_mixtures
 from pal_ds.io.files import new_folder, refuse_existing
+from pal_ds.remote_code.canonical_rows import CanonicalRows
 from pal_ds.remote_code.modeling_pal import PalForSequenceClassification
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.users import UserTable
@@ -123,7 +124,8 @@ def fill_folder(folder: Path, opened: OpenRun, options: ExportOptions) -> card.R
     write_weights(folder, layout, options.dtype, options.max_shard_size, shown)
     target = layout.target
     del weights, layout
-    parity = _check(folder, opened, audience, target, options.dtype)
+    parity, probe = _check(folder, opened, audience, target, options.dtype)
+    configs.add_probe(folder, probe)
     name = None if stock is None else stock.__name__
     facts = card.describe(opened, audience, parity, dtype=options.dtype, stock=name)
     if options.with_users and head.has_points:
@@ -180,14 +182,14 @@ def _with_one_more_row(weights: Weights, vocab_size: int) -> Weights:
 
 def _check(
     folder: Path, opened: OpenRun, audience: Audience, target: PreTrainedModel, dtype: str
-) -> dict[str, float]:
-    """Score samples by both paths; one model is in memory at a time.
+) -> tuple[dict[str, float], Probe]:
+    """Score samples by both paths, one model in memory at a time; return facts, and what other versions are held to.
 
     Raises:
         UserError: the fp32 export differs from the run by more than LARGEST_DIFFERENCE.
     """
     texts, encoded = read_samples(opened)
-    facts = {}
+    facts: dict[str, float] = {}
     everything = np.arange(len(texts))
     readers: list[tuple[type[PreTrainedModel], np.ndarray]] = [(type(target), everything)]
     if not isinstance(target, PalForSequenceClassification):
@@ -198,10 +200,12 @@ def _check(
             limit = opened.data.info["tokens"]["max_length"]
             lengths = np.array([len(e.prompt_ids) + len(e.response_ids) for e in encoded])
             readers.append((type(target), np.flatnonzero(lengths <= limit)))
-    got = []
+    got, probes = [], []
     for cls, rows in readers:
         model = cls.from_pretrained(folder, local_files_only=True).eval()
         got.append(exported_scores(model, folder, [texts[row] for row in rows]))
+        if isinstance(model, PalForSequenceClassification | CanonicalRows):
+            probes.append(probe_of(model, exact=dtype == "fp32"))
         del model
         # Modules lie in reference cycles. These weights are mapped files, which go for good now;
         # the run's own, read next, would stay in the allocator: hence this order.
@@ -219,7 +223,8 @@ def _check(
             f"the exported model's scores differ from the run's by {difference:.2e} on "
             f"{len(texts)} texts of scale {scale:.3g}: nothing was written. Please report this."
         )
-    return {**facts, "max_difference": difference, "scale": scale, "num_samples": len(texts)}
+    facts |= {"max_difference": difference, "scale": scale, "num_samples": len(texts)}
+    return facts, probes[0]
 
 
 def _write_users(folder: Path, opened: OpenRun, head: Head, adapted: Path | None) -> None:

@@ -3,9 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import torch
+import transformers
+from transformers import PreTrainedModel
 
 from pal_ds.data.collator import Collator
 from pal_ds.data.ragged import Ragged
@@ -18,10 +21,13 @@ from pal_ds.heads.base import UserState
 from pal_ds.inference.load_run import OpenRun
 from pal_ds.losses import decision_margin
 from pal_ds.model import RewardModel
+from pal_ds.modeling.lengths import num_positions
 from pal_ds.remote_code.canonical_rows import CanonicalRows
 from pal_ds.remote_code.modeling_pal import PalForSequenceClassification
+from pal_ds.remote_code.rows import pad_right
 
 BATCH_TEXTS = 8
+PROBE_LENGTHS = 6, 60, 240
 NUM_TEXTS = 16
 """Number of samples: enough to tell a wrong export from a right one, few enough for a large model on a CPU."""
 
@@ -103,6 +109,48 @@ def exported_scores(model: torch.nn.Module, folder: Path, texts: list[str]) -> n
                 scores.append(model(**batch).logits[:, 0].float())
         ways.append(torch.cat(scores).double().numpy())
     return np.stack(ways)
+
+
+class Probe(TypedDict):
+    """Scores that another version of transformers is held to, as `check_probe` reads them."""
+
+    transformers: str
+    exact: bool
+    ids: list[list[int]]
+    prompt_lengths: list[int] | None
+    scores: list[float]
+    mixture: list[float] | None
+
+
+def probe_of(model: PreTrainedModel, *, exact: bool) -> Probe:
+    """Return rows of PROBE_LENGTHS of drawn tokens, no text of the data, and the scores of a checked model."""
+    config = model.config
+    form = getattr(config, "canonical", None) or vars(config)
+    prefix, end, vocabulary = (
+        form["prefix_ids"],
+        form["end_ids"],
+        config.get_text_config().vocab_size,
+    )
+    draws = np.random.default_rng(0)
+    limits = filter(None, (form["max_tokens"], num_positions(config.get_text_config())))
+    room = min(limits, default=max(PROBE_LENGTHS)) - len(prefix) - len(end)
+    sizes = [length for length in PROBE_LENGTHS if length <= room] or [room]
+    rows = [[*prefix, *draws.integers(vocabulary, size=length).tolist(), *end] for length in sizes]
+    ours = isinstance(model, PalForSequenceClassification)
+    lengths = [len(prefix) + length // 2 for length in sizes] if ours else None
+    ids, mask = pad_right(rows, config.get_text_config().pad_token_id, model.device)
+    with torch.no_grad():
+        scores = (
+            model(ids, mask, **({"prompt_lengths": lengths} if ours else {})).logits[:, 0].tolist()
+        )
+    return {
+        "transformers": transformers.__version__,
+        "exact": exact,
+        "ids": rows,
+        "prompt_lengths": lengths,
+        "scores": scores,
+        "mixture": getattr(config, "mixture", None),
+    }
 
 
 def _batches(total: int) -> Iterator[np.ndarray]:

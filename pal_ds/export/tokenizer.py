@@ -19,6 +19,16 @@ from pal_ds.data.tokenise import Encoded, load_tokenizer
 from pal_ds.errors import UserError
 
 _NEW_PAD = "<|pal_pad|>"
+_OF_ANOTHER_CLASS = (
+    "add_bos_token",
+    "add_eos_token",
+    "add_prefix_space",
+    "added_tokens_decoder",
+    "backend",
+    "is_local",
+    "local_files_only",
+)
+"""Entries of tokenizer_config.json that alter what tokenizer.json says, or are nothing of the tokenizer's own."""
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -27,6 +37,8 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(folder)
+    if (folder / "tokenizer.json").is_file():
+        _write_config(folder, {})
 
 
 def write_canonical_tokenizer(
@@ -140,21 +152,28 @@ def _save(tokenizer: Any, backend: Tokenizer, folder: Path, pad: str, max_length
     """Write the class that takes tokenizer.json as it is, padding right and cutting left; return the pad id."""
     tokenizer.save_pretrained(folder)
     backend.save(str(folder / "tokenizer.json"))
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text())
-    for key in ("added_tokens_decoder", "add_bos_token", "add_eos_token", "add_prefix_space"):
-        config.pop(key, None)
-    config |= {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": pad,
-        "padding_side": "right",
-        "truncation_side": "left",
-        "model_max_length": max_length,
-    }
-    path.write_text(json.dumps(config, indent=2) + "\n")
+    sides = {"padding_side": "right", "truncation_side": "left"}
+    _write_config(folder, {"pad_token": pad, "model_max_length": max_length, **sides})
     pad_id = backend.token_to_id(pad)
     assert pad_id is not None, f"{pad} is a token of the tokenizer"
     return pad_id
+
+
+def _write_config(folder: Path, changes: dict[str, object]) -> None:
+    """Make tokenizer_config.json name the class that takes tokenizer.json as it is, for transformers 4 and 5."""
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    for key in _OF_ANOTHER_CLASS:
+        config.pop(key, None)
+    extra = config.pop("extra_special_tokens", None)
+    if extra:
+        # transformers 4 knows names for them (a dictionary) or the other key.
+        key = "extra_special_tokens" if isinstance(extra, dict) else "additional_special_tokens"
+        config[key] = extra
+    # No class of ours reads token types, and some stock classes refuse them.
+    config |= {"model_input_names": ["input_ids", "attention_mask"]}
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", **changes}
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

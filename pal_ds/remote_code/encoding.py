@@ -23,9 +23,9 @@ def drop_unused_modules(model: nn.Module) -> None:
 
 def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """[N, S, H] of right-padded rows [N, S]."""
-    return model(
-        input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-    ).last_hidden_state
+    # Encoders have no cache, and those of transformers 4 take no such argument.
+    cache = {} if is_encoder(model.config) else {"use_cache": False}
+    return model(input_ids=input_ids, attention_mask=attention_mask, **cache).last_hidden_state
 
 
 def read_states(

@@ -1,8 +1,7 @@
 """A personalised reward model as one transformers class: token ids in, one score per text out.
 
-An exported model folder carries this very file beside the files it imports, so it needs torch and
-transformers alone. It scores a text as the trainer did, however the text was tokenised: with or
-without special tokens, padded on either side, alone or in a batch.
+An exported model folder carries this code in one file, so it needs torch and transformers alone. It scores a text as
+the trainer did, however it was tokenised: with or without special tokens, padded on either side, alone or in a batch.
 """
 
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from .encoding import drop_unused_modules, hidden_size_of, hidden_states, read_s
 from .exported_head import Features, UserState, build_head
 from .rows import pad_right, spread, token_mask
 from .simplex import check_point
+from .versions import known_config
 from .whole_weights import WholeWeights
 
 
@@ -55,7 +55,7 @@ class PalRewardConfig(PretrainedConfig):
             encoding: `joint` (the response after its prompt in one pass) or `separate`.
             pooling: a score reads a row's last token, or the mean or largest entry over the row.
             prefix_ids, end_ids: special tokens around every text.
-            kwargs: `end_variants`, all that may stand for the end; without, the end alone.
+            kwargs: `end_variants`, all that may stand for the end; without, the end alone. `probe`: see check_probe.
             marker_ids, user_marker_ids: tokens that open a response, and a user's message.
             max_tokens, truncation_side: longer texts lose the beginning of their prompt, or (`right`)
                 its end in front of the response marker.
@@ -66,7 +66,7 @@ class PalRewardConfig(PretrainedConfig):
                 normalise; logits are as the trainer scored.
         """
         if isinstance(text_config, dict):
-            text_config = AutoConfig.for_model(**text_config)
+            text_config = known_config(text_config, kwargs.get("transformers_version"))
         self.text_config = text_config
         self.head = head
         self.mixture = mixture

@@ -3,6 +3,7 @@
 import functools
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from pal_ds.config.run_config import OptimConfig, RunConfig
 from pal_ds.data.prepare import DataConfig
 from pal_ds.data.sources import Jsonl
 from pal_ds.errors import UserError
-from pal_ds.export.bundle_code import write_own_code
+from pal_ds.export.bundle_code import own_source
+from pal_ds.export.flatten import flatten
 from pal_ds.heads import HEADS, Head
 from pal_ds.losses import PreferenceLoss
 
@@ -132,22 +134,39 @@ def test_code_is_followed_through_its_neighbours(
 ) -> None:
     (tmp_path / "one_head.py").write_text(
         "import json\nfrom pal_ds import Head\nfrom pal_ds.heads.geometry import take\n"
-        "from one_helper import (\n    double as twice,\n)\n\nclass One(Head):\n    pass\n"
+        "from one_helper import (\n    sum as twice,\n)\n\ndef unit(x):\n    # By two.\n    return twice(x)\n\n\n"
+        "class One(Head):\n    place = take\n"
     )
-    (tmp_path / "one_helper.py").write_text("def double(x):\n    return 2 * x\n")
+    (tmp_path / "one_helper.py").write_text(
+        "def sum(x):\n    # Keeps its comments.\n    return 2 * x\n"
+    )
     (tmp_path / "stranger.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
     from one_head import One  # pyright: ignore
 
     assert set(source_files("one_head")) == {"one_head.py", "one_helper.py"}
-    out = tmp_path / "out"
-    out.mkdir()
-    assert write_own_code(out, One) == ("own_one_head", {"base", "geometry"})
-    text = (out / "own_one_head.py").read_text()
-    assert text == (
-        "import json\nfrom .base import Head\nfrom .geometry import take\n"
-        "from .own_one_helper import double as twice\n\nclass One(Head):\n    pass\n"
+    text = flatten(own_source(One))
+    assert "import json" in text and "pal_ds import" not in text and "from ." not in text
+    # Two modules of one file have a `unit`, and the builtin `sum` stays what it is for the others.
+    names: dict[str, Any] = {"__name__": "flat"}
+    exec(compile(text, "flat", "exec"), names)
+    assert names["unit_2"](4) == 8 and "sum" not in names
+    assert torch.equal(names["unit"](torch.tensor([3.0, 4.0])), torch.tensor([0.6, 0.8]))
+    assert names["One"].place is names["take"] and names["One"].__mro__[1] is names["Head"]
+
+
+def test_names_that_cannot_be_told_apart_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "vague_head.py").write_text(
+        "from pal_ds import Head\nfrom pal_ds.heads.geometry import take\n\ndef unit(x):\n    return x\n\n"
+        "class One(Head):\n    def f(self, unit):\n        return unit\n"
     )
+    monkeypatch.syspath_prepend(tmp_path)
+    from vague_head import One  # pyright: ignore
+
+    with pytest.raises(UserError, match=r"vague_head.py:8: unit is a name of this module, too"):
+        flatten(own_source(One))
 
 
 @pytest.mark.parametrize("line", ["import pal_ds", "from pal_ds.data.records import Record"])
@@ -161,7 +180,7 @@ def test_an_exported_head_stands_without_pal_ds(
     monkeypatch.syspath_prepend(tmp_path)
     module = __import__(name)
     with pytest.raises(UserError) as refusal:
-        write_own_code(tmp_path, module.One)
+        flatten(own_source(module.One))
     assert f"{name}.py:1: `{line}`" in str(refusal.value)
 
 

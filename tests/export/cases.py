@@ -48,8 +48,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 128,
     },
 }
-ARCHITECTURES["mistral"] = {**ARCHITECTURES["llama"], "model_type": "mistral"}
-"""With a tokenizer that prepends a character to every text, so that no stock export can be exact."""
+ARCHITECTURES["mistral"] = {
+    **ARCHITECTURES["llama"],
+    "model_type": "mistral",
+    "rope_parameters": {"rope_theta": 500.0, "rope_type": "linear", "factor": 2.0},
+}
+"""With a tokenizer that prepends a character to every text, so that no stock export can be exact, and with rotary
+positions of its own, which transformers 4 reads under other names."""
 SEPARATORS = {"bert": " [SEP] "}
 MAX_LENGTH = 96
 MIXTURE = [0.7, 0.1, 0.2]

@@ -47,7 +47,8 @@ def main(jobs_file, results_file):
     import importlib.util
 
     assert all(importlib.util.find_spec(name) is None for name in HIDDEN)
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    import transformers
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
     results = []
     with open(jobs_file) as stream:
@@ -58,9 +59,15 @@ def main(jobs_file, results_file):
         model = AutoModelForSequenceClassification.from_pretrained(
             job["folder"], **options, **mixture
         ).eval()
-        tokenizer = AutoTokenizer.from_pretrained(job["folder"], **options)
+        # No code is needed for a tokenizer, and transformers 4 does not ask about the model's.
+        leave = {"trust_remote_code": False} if transformers.__version__ >= "5" else {}
+        tokenizer = AutoTokenizer.from_pretrained(job["folder"], **leave)
         scores = [score(model, tokenizer, job, way) for way in job["ways"]]
-        results.append({"class": type(model).__name__, "scores": scores})
+        version = transformers.__version__
+        results.append({"class": type(model).__name__, "scores": scores, "transformers": version})
+        if job.get("pipeline"):
+            classify = pipeline("text-classification", model=model, tokenizer=tokenizer)
+            results[-1]["pipeline"] = [row["score"] for row in classify(job["texts"])]
     with open(results_file, "w") as stream:
         json.dump(results, stream)
 

@@ -39,7 +39,7 @@ REASONS = {
     "others": (
         "is a class of its own|which is no code of this folder|not listed in export.json|export.json says"
         "|which is code elsewhere|is no user table, or a damaged|holds? posix.mkdir|lists no safetensors"
-        "|model identifier: stranger"
+        "|no backbone .stranger"
     ),
 }
 """What a refusal may say; any other message would be of a mistake in the attack."""

@@ -17,8 +17,9 @@ from pal_ds.data.tokenise import load_tokenizer
 from pal_ds.errors import UserError, writing
 from pal_ds.export import card, contents
 from pal_ds.export.audience import choose_audience
-from pal_ds.export.configs import pal_layout
+from pal_ds.export.configs import add_probe, pal_layout
 from pal_ds.export.pal_reference.text import TextForm
+from pal_ds.export.parity import probe_of
 from pal_ds.export.weights import DTYPES, Weights, parse_size, write_weights
 from pal_ds.heads.base import Head
 from pal_ds.heads.pal_reference import (
@@ -199,13 +200,14 @@ def _fill(
 
 
 def _check(folder: Path, read: Callable[[str], Iterator[Tensor]], dtype: torch.dtype) -> None:
-    """Raise UserError unless the folder opens with the checkpoint's tensors, to the bit."""
+    """Raise UserError unless the folder opens with the checkpoint's tensors, to the bit; note some of its scores."""
     model = PalForSequenceClassification.from_pretrained(folder, local_files_only=True)
     for name, tensor in model.state_dict().items():
         if not torch.equal(tensor.flatten(), torch.cat(list(read(name))).to(dtype)):
             raise UserError(
                 f"{name} of the folder is not the checkpoint's: nothing was written. Please report this."
             )
+    add_probe(folder, probe_of(model.eval(), exact=dtype == torch.float32))
 
 
 def _backbone_config(path: Path, hidden_size: int) -> PretrainedConfig:
