@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None, program: str = PROGRAM) -> None:
             if options[name].quiet:
                 be_quiet()
             command.run(objects_of(parser, options)[name], options[name])
-    except (UserError, OSError) as error:
+    except Exception as error:
         end_with(error, program, joins_ranks=COMMANDS[name].joins_ranks)
 
 
