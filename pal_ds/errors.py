@@ -6,7 +6,7 @@
 | 1 | a bug: the traceback says where | |
 | 2 | bad input, recipe or command line | after mending it |
 | 3 | too many updates in a row had to be skipped (loss or gradients not finite, or spikes) | after mending the recipe |
-| 4 | a file could not be written (disk full, quota, read-only); earlier checkpoints are intact | once there is room |
+| 4 | a file could not be written (full, quota, read-only), or handles or memory ran out | once there is room |
 | 5 | another rank died, hung or failed | yes, resumes |
 | 6 | another process writes to the run directory | later, as it is |
 | 75 | `embed` or `compare` was stopped on request before its end; what is done is kept | yes, goes on |
@@ -21,6 +21,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
+
+TEMPORARY = r"\.tmp-[^/]*"
+"""What a file or folder has behind its name until it is whole."""
 
 
 class UserError(ValueError):
@@ -40,7 +43,9 @@ class NumericError(UserError):
 
 
 class StorageError(UserError):
-    """A file could not be written: no space, over quota, read-only, no permission, or the device failed."""
+    """A file could not be written: no space, over quota, read-only, no permission, no handle, or the device failed.
+
+    Memory that ran out is one of these, too: what the machine lacks, and neither the recipe nor a file."""
 
     exit_code = 4
 
@@ -74,26 +79,63 @@ _REMEDIES = {
     errno.EPERM: _THIS_USER_MAY_NOT,
     errno.EIO: "The device or its network failed: see the system's log",
     errno.EFBIG: "The file would be larger than allowed there: see `ulimit -f`",
+    errno.EMFILE: "Allow more of them with `ulimit -n`",
+    errno.ENFILE: "The whole machine has too few: ask its administrator",
+    errno.ENOMEM: "Give the job more memory and threads, and see `ulimit -a`",
 }
-"""By the error numbers of a file system that cannot take what it is given."""
+"""By the error numbers of a file system or machine that cannot take what it is given."""
+_OF_PROCESS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_OF_READERS = (*_OF_PROCESS, errno.EIO, errno.ENOSPC, errno.EDQUOT)
+"""What no file is to blame for, though its reader found that it cannot be read."""
+_NUMBERS_OF_TEXTS = {
+    r"\d+ requested and \d+ written|PytorchStreamWriter failed writing": errno.ENOSPC,
+    r"DefaultCPUAllocator|bad_alloc|start new thread|failed to map segment": errno.ENOMEM,
+    "Resource temporarily unavailable": errno.ENOMEM,
+    **{re.escape(os.strerror(n)): n for n in _REMEDIES if n not in (errno.EPERM, errno.EIO)},
+}
+"""What libraries say (numpy, torch, gloo, safetensors, tokenizers, the loader of modules) that raise no number."""
+
+
+def _number_of(error: BaseException) -> int | None:
+    """Return the number of an error that `_REMEDIES` has, or None."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and isinstance(error, MemoryError):
+        number = errno.ENOMEM
+    if number is None and not isinstance(error, UserError):
+        texts = _NUMBERS_OF_TEXTS.items()
+        number = next((found for text, found in texts if re.search(text, str(error))), None)
+    return number if number in _REMEDIES else None
 
 
 def storage_error(error: BaseException, path: Path | str | None = None) -> StorageError | None:
-    """Return the StorageError to show for a failed write, or None where `error` is of another kind.
+    """Return the StorageError to show for what the disk or the machine refused, or None for another kind of error.
 
     `path` is what was being written; an OSError that names a file itself knows better.
     """
-    number = error.errno if isinstance(error, OSError) else None
-    if number is None and type(error).__name__ == "SafetensorError":
-        # safetensors raises a class of its own, which tells the number in its text alone.
-        found = re.search(r"os error (\d+)", str(error))
-        number = int(found[1]) if found else None
-    if number not in _REMEDIES:
+    number = _number_of(error)
+    if number is None:
         return None
-    where = getattr(error, "filename", None) or path or "a file"
+    where = getattr(error, "filename", None) or path or (number not in _OF_PROCESS and "a file")
+    # What is written aside is known by the name that it was to get.
+    named = f"{re.sub(TEMPORARY, '', str(where))}: cannot be written or read" if where else None
     return StorageError(
-        f"{where}: cannot be written or read: {os.strerror(number)}. {_REMEDIES[number]}, and start again."
+        f"{named or 'this process cannot go on'}: {os.strerror(number)}. {_REMEDIES[number]}, and start again."
     )
+
+
+def mendable(error: BaseException) -> UserError | None:
+    """Return what a person can mend about an error: itself, or what the machine refused; None for a bug."""
+    if isinstance(error, UserError) and error.exit_code != UserError.exit_code:
+        return error
+    allowed = _OF_READERS if isinstance(error, UserError) else tuple(_REMEDIES)
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, StorageError):
+            return cause
+        if _number_of(cause) in allowed:
+            return storage_error(cause)
+        cause = cause.__cause__ or cause.__context__
+    return error if isinstance(error, UserError) else None
 
 
 @contextlib.contextmanager
@@ -108,12 +150,12 @@ def writing(path: Path | str) -> Iterator[None]:
         raise shown from error
 
 
-def end_with(error: UserError | OSError, program: str, *, joins_ranks: bool = True) -> NoReturn:
+def end_with(error: Exception, program: str, *, joins_ranks: bool = True) -> NoReturn:
     """End a program for what a person can mend: one line and the exit code; raises a bug again.
 
     Of ranks that say the same, rank 0 speaks; a program that joins none speaks whatever RANK is in its environment.
     """
-    shown = error if isinstance(error, UserError) else storage_error(error)
+    shown = mendable(error)
     if shown is None:
         raise error
     alone = not joins_ranks or isinstance(shown, LauncherError)

@@ -11,7 +11,15 @@ import pal_ds.engine.checkpoint.reshard
 import pal_ds.export
 from pal_ds.cli.command_table import COMMANDS
 from pal_ds.cli.main import main
-from pal_ds.errors import BusyError, RankLostError, UnfinishedError, UserError, end_with
+from pal_ds.errors import (
+    BusyError,
+    RankLostError,
+    StorageError,
+    UnfinishedError,
+    UserError,
+    end_with,
+    writing,
+)
 from tools import consolidate, reshard
 
 FULL = OSError(errno.ENOSPC, "No space left on device", "/full/x")
@@ -64,6 +72,44 @@ def test_one_line_and_a_code(
     assert ended.value.code == code
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{name}: error: {said}")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError("400 requested and 16 written"), "x/y: cannot be written or read: No space left"),
+        (Exception("No space left on device (os error 28)"), "x/y: cannot be .*: No space left"),
+        (OSError(errno.EMFILE, "Too many open files", "z"), "z: cannot be .*: Too many open"),
+        (
+            ImportError("lib.so: failed to map segment from shared object"),
+            "x/y: .* allocate memory",
+        ),
+        (RuntimeError("can't start new thread"), "x/y: .* allocate memory"),
+        (MemoryError(), "x/y: .* allocate memory"),
+        (OSError(errno.ENOSPC, "", "x/y.tmp-a_host-12/z.npy"), "^x/y/z.npy: .*No space left"),
+    ],
+)
+def test_what_the_machine_refused_has_one_code_and_the_name_of_the_file(
+    error: Exception, said: str
+) -> None:
+    with pytest.raises(StorageError, match=said), writing("x/y"):
+        raise error
+
+
+def test_a_reader_is_not_blamed_for_what_the_machine_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its remedy (delete the file, make it again) would lose what is sound."""
+    try:
+        try:
+            raise OSError(errno.EMFILE, "", "data.npy")
+        except OSError:
+            raise UserError("data.npy: cannot be read; delete it") from None
+    except UserError as error:
+        with pytest.raises(SystemExit) as end:
+            end_with(error, "pal-ds")
+    assert end.value.code == 4
+    assert "data.npy: cannot be written or read: Too many open files" in capsys.readouterr().err
 
 
 def test_a_bug_keeps_its_traceback(program: tuple[str, End]) -> None:

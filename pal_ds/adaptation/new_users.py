@@ -113,11 +113,15 @@ class ShardFolder:
     """The shards of one set of inputs under OUT/fitting."""
 
     def __init__(self, out: Path, inputs: Mapping[str, object]) -> None:
-        """`inputs` (JSON) is what the fits depend on. Raises StorageError where OUT cannot be written."""
+        """`inputs` (JSON) is what the fits depend on."""
         text = json.dumps({"version": _VERSION, **inputs}, sort_keys=True)
-        key = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-        self.out, self.path = out, out / FOLDER / key
-        with writing(out):
+        self.key = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        """Hash of the inputs."""
+        self.out, self.path = out, out / FOLDER / self.key
+
+    def begin(self) -> None:
+        """Make the folder. Raises StorageError where OUT cannot be written."""
+        with writing(self.out):
             self.path.mkdir(parents=True, exist_ok=True)
 
     def read(self, number: int, num_users: int) -> FittedShard | None:
@@ -150,7 +154,7 @@ class ShardFolder:
 
     def remove(self) -> None:
         """Shards of these inputs and of any others: the result has been written."""
-        shutil.rmtree(self.out / FOLDER)
+        shutil.rmtree(self.out / FOLDER, ignore_errors=True)
 
     def _file(self, number: int) -> Path:
         return self.path / f"{number:05d}.safetensors"

@@ -3,7 +3,6 @@
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict
 
 import numpy as np
 import torch
@@ -12,7 +11,6 @@ import xxhash
 from pal_ds.adaptation import new_users
 from pal_ds.adaptation.fit import Solver, UserPairs, fit_users, pairs_per_chunk, refuse_newton
 from pal_ds.adaptation.new_users import (
-    FOLDER,
     FittedShard,
     NewUsers,
     ShardFolder,
@@ -20,19 +18,27 @@ from pal_ds.adaptation.new_users import (
     num_positions,
 )
 from pal_ds.adaptation.prior import LogitPrior
+from pal_ds.adaptation.result import (
+    REPORT,
+    AdaptReport,
+    figures_of_fit,
+    fitted_before,
+    refuse_foreign,
+)
 from pal_ds.data.tables import PreparedData
 from pal_ds.distributed.world import World
-from pal_ds.errors import UserError, writing
+from pal_ds.errors import UserError
 from pal_ds.eval.evaluate import opened_pairs
 from pal_ds.eval.metrics import correctness
 from pal_ds.eval.results import write_user_figures
 from pal_ds.heads.base import UserState
 from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.inference.load_run import OpenRun, restore
-from pal_ds.inference.mixtures import user_mixtures
 from pal_ds.inference.readers import Reader, reader_of
 from pal_ds.inference.scoring import Forwards
+from pal_ds.io.files import new_files
 from pal_ds.progress import progress_bar
+from pal_ds.runs.lock import LOCK, held
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.users import UserTable
 
@@ -40,26 +46,6 @@ logger = logging.getLogger(__name__)
 
 FIT_VERSION = 2
 """Counted up with every change that gives fits other numbers: a fit that an older program began is begun anew."""
-
-
-class AdaptedUser(TypedDict):
-    """A user's entry in OUT/report.json."""
-
-    pairs: int
-    accuracy_on_these_pairs: float
-    """Share of the pairs that the fit explains; optimistic, since it was fitted to them."""
-    mixture: list[float]
-    """Weight of each prototype; K numbers that sum to 1."""
-
-
-class AdaptReport(TypedDict):
-    """OUT/report.json."""
-
-    step: int
-    pairs: int
-    accuracy_on_these_pairs: float
-    users: dict[str, AdaptedUser]
-    """By user id; see `results.write_user_figures` for many users."""
 
 
 @dataclass(frozen=True)
@@ -85,17 +71,25 @@ def adapt_run(run: RunDirectory, out: Path, options: AdaptOptions) -> AdaptRepor
     """Fit every user of a file or of a split of the run's data, write them to OUT, and return the report.
 
     Users are fitted in shards, each of which is kept in OUT/fitting until all are done: called again after it was
-    cut off, this goes on, to the same bytes.
+    cut off, this goes on, to the same bytes; and once all is there, it returns that.
 
     Raises:
         UserError: a head without users, or one that the solver cannot do; no such file or split, or no pairs in it.
     """
+    if options.num_pairs is not None and options.num_pairs < 1:
+        raise UserError(
+            f"--num_pairs is {options.num_pairs}; it must be at least 1, or unset for all."
+        )
+    refuse_foreign(out)
+    # A second command of this --out waits, and finds what this one made.
+    with held(out / LOCK, out, "Start again later, or name another --out."):
+        refuse_foreign(out)
+        return _adapt(run, out, options)
+
+
+def _adapt(run: RunDirectory, out: Path, options: AdaptOptions) -> AdaptReport:
+    """Do what `adapt_run` says; nobody else writes to `out`."""
     pairs, num_pairs, solver, seed = options.pairs, options.num_pairs, options.solver, options.seed
-    if num_pairs is not None and num_pairs < 1:
-        raise UserError(f"--num_pairs is {num_pairs}; it must be at least 1, or unset for all.")
-    begun = (out / FOLDER).is_dir()
-    if out.exists() and not begun and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out}: not empty. Name an empty or new directory.")
     world = World(0, 1, torch.device("cpu"))
     leave = {"trust": options.trust_checkpoint, "trust_code": options.trust_code}
     restored = restore(run, options.step, world.device, **leave)
@@ -104,7 +98,7 @@ def adapt_run(run: RunDirectory, out: Path, options: AdaptOptions) -> AdaptRepor
             f"{run.path}: its head has no users to adapt; every user gets the same scores."
         )
     refuse_newton(solver, restored.model.head, restored.config.loss)
-    with opened_pairs(restored, pairs, world) as data:
+    with opened_pairs(restored, pairs, world, beside=out) as data:
         rows = data.rows(options.split) if pairs is None else np.arange(len(data.comparisons))
         if num_pairs is not None:
             rows = few_per_user(data, rows, num_pairs, seed)
@@ -115,6 +109,9 @@ def adapt_run(run: RunDirectory, out: Path, options: AdaptOptions) -> AdaptRepor
         _warn_of_known(restored, users.ids)
         inputs = _inputs(restored, data, users, solver, seed, world)
         folder = ShardFolder(out, inputs)
+        if (made := fitted_before(out, folder)) is not None:
+            return made
+        folder.begin()
         table = UserTable(
             restored.users.num_prototypes, users.ids, restored.config.users, seed=seed
         )
@@ -122,10 +119,10 @@ def adapt_run(run: RunDirectory, out: Path, options: AdaptOptions) -> AdaptRepor
         shards = fitting.all_shards(folder, positions)
     table.logits.copy_(torch.cat([shard.logits for shard in shards]))
     table.seen.fill_(True)
-    report = _report(restored, table, shards)
-    with writing(out):
-        table.save(out)
-    write_user_figures(out / "report.json", report)
+    report: AdaptReport = {"inputs": folder.key, **figures_of_fit(restored, table, shards)}
+    with new_files(out) as aside:
+        table.save(aside)
+        write_user_figures(aside / REPORT, report)
     folder.remove()
     return report
 
@@ -247,24 +244,3 @@ class Fitting:
             torch.from_numpy(np.bincount(owner, minlength=end - begin)),
             torch.from_numpy(np.bincount(owner, weights=right, minlength=end - begin)),
         )
-
-
-def _report(restored: OpenRun, table: UserTable, shards: list[FittedShard]) -> AdaptReport:
-    """Report who was fitted from how many pairs, and how well the fit explains them (optimistic, named as such)."""
-    mixtures = user_mixtures(restored.model.head, table)[:-1].tolist()
-    num_pairs = torch.cat([shard.num_pairs for shard in shards])
-    num_right = torch.cat([shard.num_right for shard in shards])
-    accuracy = (num_right / num_pairs).tolist()
-    users: dict[str, AdaptedUser] = {
-        user: {"pairs": count, "accuracy_on_these_pairs": share, "mixture": mixture}
-        for user, count, share, mixture in zip(
-            table.ids, num_pairs.tolist(), accuracy, mixtures, strict=True
-        )
-    }
-    total = int(num_pairs.sum())
-    return {
-        "step": restored.step,
-        "pairs": total,
-        "accuracy_on_these_pairs": float(num_right.sum()) / total,
-        "users": users,
-    }

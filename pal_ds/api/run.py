@@ -14,7 +14,7 @@ from typing import Any
 from pal_ds.config.recipe import Recipe, asks_for_code, read
 from pal_ds.data.prepare import prepare as prepare_data
 from pal_ds.data.tables import PreparedData
-from pal_ds.errors import UserError, storage_error
+from pal_ds.errors import UserError, mendable
 from pal_ds.modeling.lengths import data_to_prepare
 from pal_ds.runs.run_dir import RunDirectory
 
@@ -90,8 +90,8 @@ def for_people() -> Iterator[None]:
     except UserError as error:
         error.args = (_OPTION.sub(lambda found: found[0].removeprefix("--"), str(error)),)
         raise
-    except OSError as error:
-        worded = storage_error(error)
+    except (OSError, MemoryError, RuntimeError) as error:
+        worded = mendable(error)
         if worded is None:
             raise
         raise worded from error

@@ -52,6 +52,7 @@ class Evaluate:
             help="a source of pairs in place of a split, as in a recipe: --source Dsp --source.path FILE",
         )
         add("--name", type=str, help="result goes to eval/NAME.json")
+        add("--out", type=str, help="folder for NAME.json in place of the run's eval")
         add("--users", type=str, help="users that `adapt` fitted")
         add(
             "--best_of_n",
@@ -76,6 +77,7 @@ class Evaluate:
             if options.source is None
             else [source_request(options.source, options.name, prefix)]
         )
+        requests = [request._replace(out=as_path(options.out)) for request in requests]
         run, users = RunDirectory(options.run_dir), as_path(options.users)
         leave = leave_of(options)
         with restored_by_ranks(run, options.step, users, **leave) as (world, restored, known):

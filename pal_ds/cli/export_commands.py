@@ -14,7 +14,7 @@ from pal_ds.cli.arguments import (
     mixture,
     options_of,
 )
-from pal_ds.errors import UserError
+from pal_ds.errors import UserError, writing
 
 
 class Consolidate:
@@ -195,5 +195,5 @@ class Score:
         if options.output == "-":
             write_scores(scorer, rows, sys.stdout, options.batch_texts)
             return
-        with replacing(output) as aside, open(aside, "w", encoding="utf-8") as stream:
-            write_scores(scorer, rows, stream, options.batch_texts)
+        with writing(output), replacing(output) as aside, open(aside, "w", encoding="utf-8") as out:
+            write_scores(scorer, rows, out, options.batch_texts)

@@ -19,7 +19,7 @@ from pal_ds import __version__
 from pal_ds.cli.command_table import COMMANDS
 from pal_ds.cli.words import COMPLETION, as_declared
 from pal_ds.distributed import phase  # noqa: F401  (first of ours: its clock tells how long this process has run)
-from pal_ds.errors import UserError, end_with
+from pal_ds.errors import end_with
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None, program: str = PROGRAM) -> None:
             if options[name].quiet:
                 be_quiet()
             command.run(objects_of(parser, options)[name], options[name])
-    except (UserError, OSError) as error:
+    except Exception as error:
         end_with(error, program, joins_ranks=COMMANDS[name].joins_ranks)
 
 

@@ -28,7 +28,9 @@ from pal_ds.data.summary import print_summary, warn_of_gaps
 from pal_ds.data.tables import INFO_NAME, PreparedData, read_info
 from pal_ds.data.tokenise import DEFAULT_SEPARATOR, TextEncoder, load_tokenizer, train_tokenizer
 from pal_ds.errors import UserError
+from pal_ds.io.files import clear_aside, is_free
 from pal_ds.progress import is_quiet
+from pal_ds.runs.lock import LOCK, held
 
 PROGRESS_EVERY = 1000
 DEFAULT_MAX_LENGTH = 1024
@@ -102,12 +104,18 @@ def prepare(config: DataConfig, *, quiet: bool = False, again: bool = False) -> 
         return PreparedData.open(path)
     if config.max_length is None:
         config = replace(config, max_length=DEFAULT_MAX_LENGTH)
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        data = _make(path, config, quiet)
-    elif again and _changed_from(path, config)[0]:
-        data = _replace(path, config, quiet)
-    else:
+    if not (again or is_free(path)):
         return _reuse(path, config, quiet)
+    # Of several that want the same data one makes them, and the others wait and find them.
+    with held(path.with_name(f"{path.name}.{LOCK}"), path, "Start again later.") as is_alone:
+        if is_alone:
+            clear_aside(path)
+        if is_free(path):
+            data = _make(path, config, quiet)
+        elif again and _changed_from(path, config)[0]:
+            data = _replace(path, config, quiet)
+        else:
+            return _reuse(path, config, quiet)
     if not quiet:
         print_summary(data)
     warn_of_gaps(data, config.split_options())
@@ -132,7 +140,7 @@ def _make(path: Path, config: DataConfig, quiet: bool) -> PreparedData:
 
 def _replace(path: Path, config: DataConfig, quiet: bool) -> PreparedData:
     """Make the tables beside those that are there, and put them in their place."""
-    new, old = (path.with_name(f"{path.name}.{word}-{os.getpid()}") for word in ("again", "old"))
+    new, old = (path.with_name(f"{path.name}.tmp-{word}-{os.getpid()}") for word in ("new", "old"))
     _make(new, config, quiet)
     path.rename(old)
     new.rename(path)
@@ -141,10 +149,7 @@ def _replace(path: Path, config: DataConfig, quiet: bool) -> PreparedData:
 
 
 def settings_of(config: DataConfig, read_source: bool = True) -> dict:
-    """Everything that decides what the tables hold, as plain JSON values; the path does not.
-
-    Without `read_source` the raw files are not touched and their hashes are left out.
-    """
+    """Everything that decides what the tables hold, as JSON; the raw files' hashes only with `read_source`."""
     own = {key: value for key, value in vars(config).items() if key not in ("path", "source")}
     for key, default in _LATER_KEYS.items():
         if own[key] == default:

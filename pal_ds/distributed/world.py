@@ -14,7 +14,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from pal_ds.errors import UserError, storage_error
+from pal_ds.errors import UserError, mendable
 
 T = TypeVar("T")
 
@@ -42,10 +42,10 @@ class World:
                 outcome = [decide(), None]
             # Whatever it is (a full disk, say), the others must hear of it instead of waiting.
             except Exception as error:
-                failure = storage_error(error) or error
+                shown = mendable(error)
+                failure = shown or error
                 # Mistakes keep their class; the rest may not survive pickling.
-                mendable = isinstance(failure, UserError)
-                outcome = [None, failure if mendable else RuntimeError(f"rank 0: {failure}")]
+                outcome = [None, shown or RuntimeError(f"rank 0: {failure}")]
         if self.world_size > 1:
             torch_dist.broadcast_object_list(outcome, src=0, device=self.device)
         if failure is not None:
@@ -59,8 +59,8 @@ class World:
         made, problem = None, None
         try:
             made = make()
-        except (UserError, OSError) as error:
-            shown = error if isinstance(error, UserError) else storage_error(error)
+        except Exception as error:
+            shown = mendable(error)
             if shown is None:
                 raise
             problem = (type(shown), str(shown))

@@ -1,5 +1,6 @@
 """`evaluate --best_of_n`: reads candidates, scores them for their users, and writes D/eval/NAME.json."""
 
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -100,7 +101,7 @@ def rank_set(
     def pairs_of(_: Path) -> Iterator[Record]:
         return (pair for number, line in enumerate(lines) for pair in line.records(number))
 
-    with opened_pairs(restored, file, world, pairs_of) as data:
+    with opened_pairs(restored, file, world, pairs_of, request.out) as data:
         dropped = {}
         if file is None:
             candidates = compared_candidates(data, request.rows(data))
@@ -116,7 +117,8 @@ def rank_set(
         ranking, unknown = _figures(data, candidates, scores, known.table_rows(data))
     made = {**ranking, "unknown_users": unknown, **dropped, "step": restored.step}
     figures = cast(BestOfNFigures, made)
-    world.from_rank_zero(lambda: write_figures(restored.run, request.name, figures))
+    write = functools.partial(write_figures, restored.run, request.name, figures, request.out)
+    world.from_rank_zero(write)
     return figures
 
 

@@ -1,6 +1,7 @@
 """Evaluates a finished run on a split or a file of pairs, alone or over ranks, and writes D/eval/NAME.json."""
 
 import contextlib
+import functools
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,7 +21,7 @@ from pal_ds.data.verification import verify_content
 from pal_ds.distributed.agreement import installation_facts, refuse_disagreement
 from pal_ds.distributed.watchdog import watch
 from pal_ds.distributed.world import World
-from pal_ds.errors import UserError
+from pal_ds.errors import UserError, writing
 from pal_ds.eval.diagnostics import context_flip
 from pal_ds.eval.figures import dev_temperature, report_on
 from pal_ds.eval.metrics import controversial
@@ -39,9 +40,11 @@ def opened_pairs(
     file: Path | Source | None,
     world: World,
     read: Callable[[Path], Iterable[Record]] | None = None,
+    beside: Path | None = None,
 ) -> Iterator[PreparedData]:
     """The run's data, or tables of `file` made with the run's tokenizer and template, deleted afterwards.
 
+    The tables lie in the run directory meanwhile, or in the folder `beside`.
     `file` may be a source; `read` says which pairs of responses the file holds, unset for a file of comparisons.
     """
     if file is None:
@@ -53,7 +56,10 @@ def opened_pairs(
         # A name of its own: others may be evaluating a file of this name on this run right now.
         stem = file.stem if isinstance(file, Path) else type(file).__name__
         name = {"prefix": f"pairs-of-{stem}-", "suffix": ".tables"}
-        folder = Path(tempfile.mkdtemp(**name, dir=restored.run.path))
+        place = restored.run.path if beside is None else beside
+        with writing(place):
+            place.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(**name, dir=place))
         tokens = restored.data.info["tokens"]
         try:
             encoder = None
@@ -152,7 +158,7 @@ def evaluate_set(
 ) -> EvaluationFigures:
     """Evaluate a run that is in memory; see `evaluate_run`."""
     refuse_disagreement(world, {"evaluated": str(request)})
-    with opened_pairs(restored, request.pairs, world) as data:
+    with opened_pairs(restored, request.pairs, world, beside=request.out) as data:
         rows = request.rows(data)
         known = with_points(known, restored, data, world)
         temperature = _temperature(restored, world)
@@ -173,7 +179,8 @@ def evaluate_set(
             figures["prompts_seen_in_training"] = _num_seen_prompts(restored.data, data)
     figures["step"] = restored.step
     figures["adapted_users"] = sum(len(ids) for ids in known.ids[1:])
-    world.from_rank_zero(lambda: write_figures(restored.run, request.name, figures))
+    write = functools.partial(write_figures, restored.run, request.name, figures, request.out)
+    world.from_rank_zero(write)
     return figures
 
 

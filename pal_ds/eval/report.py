@@ -23,7 +23,7 @@ from pal_ds.eval import report_pictures as pictures
 from pal_ds.eval.report_pictures import figures_of
 from pal_ds.eval.schema import PrototypeExample
 from pal_ds.inference.load_run import OpenRun, open_run
-from pal_ds.io.files import write_atomically
+from pal_ds.io.files import new_files
 from pal_ds.runs.run_dir import RunDirectory
 
 PICTURES = {
@@ -81,7 +81,6 @@ def write_report(
     if not trust:
         for run in runs.values():
             refuse_strangers_run(run)
-    out.mkdir(parents=True, exist_ok=True)
     page = _Page()
     page.tables["Figures"] = _figures(runs)
     if differences := _differences(runs, opened):
@@ -91,14 +90,15 @@ def write_report(
         if examples := (figures_of(run, "test") or {}).get("prototype_examples"):
             page.tables[f"What the prototypes of {name} prefer"] = _preferences(examples)
     page.warnings = _warnings(runs)
-    page.pictures = _draw(out, runs, opened, groups or {})
     page.recipes = {
         name: run.config_file.read_text(encoding="utf-8")
         for name, run in runs.items()
         if run.config_file.is_file()
     }
-    write_atomically(out / "report.md", _markdown(page))
-    write_atomically(out / "report.html", _html(page, out))
+    with new_files(out) as folder:
+        page.pictures = _draw(folder, runs, opened, groups or {})
+        (folder / "report.html").write_text(_html(page, folder), encoding="utf-8")
+        (folder / "report.md").write_text(_markdown(page), encoding="utf-8")
     return out / "report.md"
 
 

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from pal_ds.errors import writing
 from pal_ds.eval.metrics import interval_of_share
 from pal_ds.inference.load_run import OpenRun
 from pal_ds.inference.mixtures import user_mixtures
@@ -52,7 +53,8 @@ def save_figure(figure: Figure, path: Path, shown: bool = True) -> None:
     """Write a picture, unless there is nothing to show, and forget it."""
     figure.tight_layout()
     if shown:
-        figure.savefig(path, dpi=120)
+        with writing(path):
+            figure.savefig(path, dpi=120)
     plt.close(figure)
 
 

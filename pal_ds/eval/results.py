@@ -22,6 +22,8 @@ class EvalRequest(NamedTuple):
     name: str
     split: str
     pairs: Path | Source | None
+    out: Path | None = None
+    """Folder for NAME.json in place of the run's eval."""
 
     def rows(self, data: PreparedData) -> np.ndarray:
         """Its comparisons, all those of the tables of a file or source. Raises UserError where a split has none."""
@@ -77,11 +79,14 @@ def _check_name(name: str | None) -> None:
         raise UserError(f"--name {name}: must be a plain name, the result goes to eval/NAME.json.")
 
 
-def write_figures(run: RunDirectory, name: str, figures: Mapping[str, object]) -> None:
-    """Writes eval/NAME.json. Raises StorageError where it cannot be written."""
-    with writing(run.eval):
-        run.eval.mkdir(parents=True, exist_ok=True)
-    write_user_figures(run.eval / f"{name}.json", figures)
+def write_figures(
+    run: RunDirectory, name: str, figures: Mapping[str, object], out: Path | None = None
+) -> None:
+    """Writes eval/NAME.json of the run, or OUT/NAME.json. Raises StorageError where it cannot be written."""
+    folder = run.eval if out is None else out
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_user_figures(folder / f"{name}.json", figures)
 
 
 def write_user_figures(path: Path, figures: Mapping[str, object]) -> None:

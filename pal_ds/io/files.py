@@ -87,9 +87,27 @@ def everything_under(folder: Path) -> Iterator[Path]:
             yield Path(inside, name)
 
 
+def is_free(out: Path) -> bool:
+    """Return True where `out` holds nothing."""
+    return not out.exists() or (out.is_dir() and not any(out.iterdir()))
+
+
+def clear_aside(out: Path) -> None:
+    """Delete what killed writers of the folder `out` left beside it, on any machine; nobody else may be at work.
+
+    A folder that one of them had moved away (OUT.tmp-old-PID) for another in its place is put back.
+    """
+    beside = f"{glob.escape(out.name)}.tmp-"
+    if not out.exists() and (old := sorted(out.parent.glob(f"{beside}old-*"))):
+        old[-1].rename(out)
+    for left in filter(Path.is_dir, out.parent.glob(f"{beside}*-*")):
+        logger.info("%s: left by a process that was killed; deleted", left)
+        shutil.rmtree(left)
+
+
 def refuse_existing(out: Path) -> None:
     """Raise UserError where `out` holds something."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not is_free(out):
         raise UserError(f"{out}: exists and is not empty. Name another folder, or remove it first.")
 
 
@@ -116,6 +134,31 @@ def new_folder(out: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+@contextlib.contextmanager
+def new_files(out: Path) -> Iterator[Path]:
+    """Yield a folder whose files join those of `out` at the end of the block, in the order in which they were written.
+
+    Where anything fails in the block, `out` stays as it was.
+
+    Raises:
+        StorageError: they cannot be written.
+    """
+    with writing(out):
+        temporary = folder_aside(out)
+        try:
+            yield temporary
+            written = sorted(temporary.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+            for path in written:
+                sync_to_disk(path)
+            out.mkdir(exist_ok=True)
+            for path in written:
+                os.replace(path, out / path.name)
+                reached(f"{path.name} written")
+            sync_to_disk(out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def folder_aside(out: Path) -> Path:

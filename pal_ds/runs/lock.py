@@ -1,12 +1,14 @@
-"""The lock of a run directory: two trainings into one would delete each other's checkpoints."""
+"""Locks: two trainings into one run directory would delete each other's checkpoints, two `prepare` work twice."""
 
 import contextlib
 import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,14 +43,27 @@ def only_writer(run: RunDirectory, wait_seconds: float = WAIT_SECONDS) -> Iterat
             raise UserError(f"{named}{path}: is a file. Name a directory, new or of this run.")
     if (run.path / LOCK).is_dir():
         raise UserError(f"{run.path / LOCK}: is a folder, where a file is made. Take it away.")
-    made = [path for path in (run.path, *run.path.parents) if not path.exists()]
-    with writing(run.path):
-        descriptor = _acquired(run, wait_seconds)
-    try:
+    remedy = "One training or removal at a time: start again later, or name another --run_dir."
+    with held(run.path / LOCK, run.path, remedy, wait_seconds):
         yield
+
+
+@contextlib.contextmanager
+def held(lock: Path, what: Path, remedy: str, wait_seconds: float = math.inf) -> Iterator[bool]:
+    """Hold the file `lock` inside the block, as `what` is to have one writer; yields False where there are no locks.
+
+    Raises:
+        BusyError: another process holds it, and still does after `wait_seconds` or when a stop is asked for.
+        StorageError: the file cannot be written.
+    """
+    made = [path for path in lock.parents if not path.exists()]
+    with writing(lock.parent):
+        descriptor = _acquired(lock, what, remedy, wait_seconds)
+    try:
+        yield not stat.S_ISCHR(os.fstat(descriptor).st_mode)
     finally:
         # Unlinked while it is held: who waits for it finds out and opens the next one.
-        (run.path / LOCK).unlink(missing_ok=True)
+        lock.unlink(missing_ok=True)
         os.close(descriptor)
         for path in made:
             # A start that was refused leaves nothing.
@@ -56,12 +71,11 @@ def only_writer(run: RunDirectory, wait_seconds: float = WAIT_SECONDS) -> Iterat
                 path.rmdir()
 
 
-def _acquired(run: RunDirectory, wait_seconds: float) -> int:
+def _acquired(path: Path, what: Path, remedy: str, wait_seconds: float) -> int:
     """An open descriptor of the lock file, locked. POSIX locks are used: forked workers do not inherit them."""
-    path = run.path / LOCK
     deadline, has_warned = time.monotonic() + wait_seconds, False
     while True:
-        run.path.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:
@@ -73,19 +87,17 @@ def _acquired(run: RunDirectory, wait_seconds: float) -> int:
             os.close(descriptor)
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 logger.warning(
-                    "%s: this file system has no locks (%s); nothing keeps two trainings out of this run",
+                    "%s: this file system has no locks (%s); nothing keeps a second writer out",
                     path,
                     os.strerror(error.errno or 0),
                 )
                 return os.open(os.devnull, os.O_RDONLY)
             # Whoever asks for a stop now does not want to wait for another run.
             if time.monotonic() > deadline or preemption.stop_is_requested():
-                raise BusyError(
-                    f"{run.path}: in use by {holder}. One training or removal at a time: start again later, or name "
-                    "another --run_dir."
-                ) from None
+                raise BusyError(f"{what}: in use by {holder}. {remedy}") from None
             if not has_warned:
-                logger.warning("%s: in use by %s; waiting %.0f s", run.path, holder, wait_seconds)
+                limit = "until it ends" if math.isinf(wait_seconds) else f"{wait_seconds:.0f} s"
+                logger.warning("%s: in use by %s; waiting %s", what, holder, limit)
                 has_warned = True
             phase.progress()  # this wait has its own end
             time.sleep(0.2)

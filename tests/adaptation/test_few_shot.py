@@ -412,8 +412,17 @@ def test_a_fit_that_was_cut_off_goes_on_to_the_same_bytes(
     assert files_in(cut) == files_in(whole)
     report = json.loads((whole / "report.json").read_text())
     assert len(report["users"]) == num_users
+    # What is whole is taken as it is, also where its maker was killed before it had tidied up.
+    (whole / FOLDER / report["inputs"]).mkdir(parents=True)
+    small_shards.clear()
+    assert adapt_run(run, whole, AdaptOptions(num_pairs=3)) == report
+    assert not small_shards
+    assert files_in(cut) == files_in(whole)
+    with pytest.raises(UserError, match="not empty: it holds users who were fitted from other"):
+        adapt_run(run, whole, AdaptOptions(num_pairs=2))
+    (cut / "report.json").unlink()
     with pytest.raises(UserError, match="not empty"):
-        adapt_run(run, whole, AdaptOptions(num_pairs=3))
+        adapt_run(run, cut, AdaptOptions(num_pairs=3))
 
 
 def test_shards_of_other_inputs_are_not_taken(

@@ -1,5 +1,6 @@
 """Folders are whole or absent, and what killed writers left goes."""
 
+import contextlib
 import os
 import shutil
 import socket
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pal_ds.io.files import everything_under, new_folder
+from pal_ds.io.files import clear_aside, everything_under, new_files, new_folder
 
 
 def left_by(pid: int, out: Path) -> Path:
@@ -47,6 +48,29 @@ def test_what_killed_writers_left_goes_and_what_others_write_stays(tmp_path: Pat
         pass
     assert not any((folder / "half").exists() for folder in gone)
     assert (running / "half").is_file() and not list(out.iterdir())
+
+
+def test_files_join_a_folder_together_or_not_at_all(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for fails in (True, False):
+        with contextlib.suppress(ValueError), new_files(out) as folder:
+            (folder / "b").touch()
+            (folder / "a").touch()
+            if fails:
+                raise ValueError
+        assert out.exists() != fails
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "out"]
+
+
+def test_what_a_killed_replacement_moved_away_is_put_back(tmp_path: Path) -> None:
+    for name in ("out.tmp-old-3", "out.tmp-new-3", "out.tmp-new-3.tmp-host-3", "out.tmp-host-9"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    (tmp_path / "other.tmp-host-9").mkdir()
+    clear_aside(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir() if path.name[:3] == "out"] == ["out"]
+    assert (tmp_path / "out" / "out.tmp-old-3").is_file()
+    assert (tmp_path / "other.tmp-host-9").is_dir()
 
 
 def test_a_walk_passes_over_what_goes_meanwhile(tmp_path: Path) -> None:

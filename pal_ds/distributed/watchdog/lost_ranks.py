@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Iterator
 
 from pal_ds.distributed.world import World
-from pal_ds.errors import RankLostError, UserError, storage_error
+from pal_ds.errors import RankLostError, mendable
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +25,8 @@ def meeting() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not is_symptom(error):
-            raise
+        if not is_symptom(error) or mendable(error) is not None:
+            raise  # of its own: handles or memory ran out
         reason = str(error).strip().partition("\n")[0]
         lost = RankLostError(
             f"the ranks could not meet ({reason}). Another one ended, or cannot be reached at MASTER_ADDR and "
@@ -46,9 +46,8 @@ def is_symptom(error: BaseException) -> bool:
 
 def exit_code_of(error: BaseException) -> int:
     """Return the exit code of the command line for an error."""
-    mendable = error if isinstance(error, UserError) else storage_error(error)
-    if mendable is not None:
-        return mendable.exit_code
+    if (shown := mendable(error)) is not None:
+        return shown.exit_code
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     return 130 if isinstance(error, KeyboardInterrupt) else 1
@@ -56,6 +55,7 @@ def exit_code_of(error: BaseException) -> int:
 
 def one_line(error: BaseException) -> str:
     """Return a line about an error, for other ranks."""
-    text = " ".join(str(error).split())[:1000]
-    name = [] if isinstance(error, UserError) else [type(error).__name__]
+    shown = mendable(error)
+    text = " ".join(str(shown or error).split())[:1000]
+    name = [] if shown else [type(error).__name__]
     return ": ".join([*name, *filter(None, [text])])
