@@ -154,8 +154,30 @@ class WandbConfig:
     """Project in Weights & Biases; unset: nothing is sent."""
     name: str | None = None
     """Name of the run there; unset: one that W&B makes up."""
-    mode: Literal["online", "offline"] = "online"
-    """offline: keep the files here, for `wandb sync` later."""
+    mode: Literal["online", "offline", "disabled"] | None = None
+    """offline: keep the files here, for `wandb sync` later. Unset: what WANDB_MODE says, else online."""
+    entity: str | None = None
+    """User or team there; unset: the default one of the account."""
+    group: str | None = None
+    """Runs of one group are shown together."""
+    tags: list[str] | None = None
+    """Tags of the run there."""
+    id: str | None = None
+    """Id of the run there; unset: one that is made at the first start. A resumed run goes on under its id."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackersConfig:
+    """Other places for the figures of metrics.jsonl."""
+
+    csv: bool = False
+    """Write RUN/metrics.csv."""
+    tensorboard: bool = False
+    """Write event files to RUN/tensorboard."""
+    trackio: str | None = None
+    """Project of trackio (pip install trackio)."""
+    mlflow: str | None = None
+    """Experiment of MLflow (pip install mlflow); MLFLOW_TRACKING_URI says where."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,12 +193,14 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    trackers: TrackersConfig = field(default_factory=TrackersConfig)
 
 
 KEYS_THAT_DO_NOT_ALTER_RESULTS = (
     "data.path",
     "data.max_bad_rows",
     "wandb.",
+    "trackers.",
     "train.eval_",
     "train.save_every",
     "train.log_every",

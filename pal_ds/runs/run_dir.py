@@ -93,6 +93,8 @@ class RunDirectory:
         """Weights, head and users of another run, from which one with `train.init_from` starts; written once."""
         self.origin_file = self.init / "origin.json"
         self.eval = self.path / "eval"
+        self.trackers_file = self.path / "trackers.json"
+        """Ids under which trackers know this run."""
 
     def write_config(self, recipe: str) -> None:
         """Write the resolved recipe (YAML) as config.yaml. Raises StorageError where it cannot be written."""
@@ -113,6 +115,11 @@ class RunDirectory:
         """Write status.json. Raises StorageError where it cannot be written."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / "status.json", facts)
+
+    def tracker_ids(self) -> dict[str, str]:
+        """Read trackers.json; empty where there is none."""
+        path = self.trackers_file
+        return json.loads(path.read_text()) if path.is_file() else {}
 
     def status(self) -> Status | None:
         """Read status.json; None where there is none."""

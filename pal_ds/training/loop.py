@@ -102,6 +102,8 @@ def run_updates(state: Training) -> None:
     """Make updates until the last one or until a stop is asked for."""
     last = min(state.config.train.stop_after or state.num_updates, state.num_updates)
     tracker, stepper = state.tracker, state.stepper
+    if state.step < state.num_updates or state.owes_evaluation:
+        tracker.open(state.step)
     write_status(state, "running")
     if state.step == state.num_updates:
         # An earlier start may have ended between its last save and the deletion of old checkpoints.

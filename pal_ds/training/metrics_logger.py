@@ -1,4 +1,4 @@
-"""Training figures: summed on the device, read once per interval, written to metrics.jsonl and, if set up, wandb."""
+"""Training figures: summed on the device, read once per interval, written to metrics.jsonl and the trackers."""
 
 import math
 import time
@@ -12,6 +12,7 @@ from pal_ds.distributed.world import World
 from pal_ds.engine.step import UpdateStats
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.training.log_lines import ProgressLines
+from pal_ds.training.trackers import Trackers
 
 
 class Unlogged(NamedTuple):
@@ -35,8 +36,16 @@ class Tracker:
         self._last: UpdateStats | None = None
         self._unlogged = Unlogged()
         self._since = time.monotonic()
-        self._wandb: Any = None
+        self._trackers: Trackers | None = None
         self.last_loss = ""
+
+    def open(self, step: int) -> None:
+        """Open the trackers, on rank 0. Raises UserError, on every rank, where one cannot be opened."""
+
+        def open_here() -> None:
+            self._trackers = Trackers(self._run, self._config, step)
+
+        self._world.from_rank_zero(open_here)
 
     def add(self, stats: UpdateStats) -> None:
         self._pending.append(stats)
@@ -104,21 +113,10 @@ class Tracker:
     def _write(self, row: dict[str, Any]) -> None:
         # All ranks hear of a full disk: else they would wait for rank 0 in the next update.
         self._world.from_rank_zero(lambda: self._run.append_metrics(row))
-        if self._world.is_rank_zero and self._config.wandb.project:
-            # At the first line rather than before: a start that is refused leaves no run there.
-            if self._wandb is None:
-                import wandb
-
-                settings = self._config.wandb
-                # The key comes from wandb's own environment or netrc and never passes through our config.
-                self._wandb = wandb.init(
-                    project=settings.project,
-                    name=settings.name,
-                    mode=settings.mode,
-                    dir=str(self._run.path),
-                )
-            self._wandb.log(row, step=row["step"])
+        if self._trackers is not None:
+            self._trackers.log(row)
 
     def close(self) -> None:
-        if self._wandb is not None:
-            self._wandb.finish()
+        """Close the trackers."""
+        if self._trackers is not None:
+            self._trackers.close()

@@ -71,11 +71,14 @@ def distance(a: Path, b: Path) -> float:
     return max(abs(x - y) for x, y in zip(losses(a), losses(b), strict=True))
 
 
-def test_plain_python(recipe: Path, variants: Path) -> None:
+def test_plain_python(recipe: Path, variants: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
     run_dir = recipe.parent / "python"
-    tracking = ["--wandb.project=test", "--wandb.mode=offline"]
+    tracking = ["--wandb.project=test", "--trackers.csv=true", "--trackers.tensorboard=true"]
     run_process("train", f"--config={recipe}", f"--run_dir={run_dir}", *tracking)
     assert list(run_dir.glob("wandb/offline-run-*"))
+    assert len((run_dir / "metrics.csv").read_text().splitlines()) > NUM_UPDATES
+    assert list(run_dir.glob("tensorboard/events*"))
     assert distance(recipe.parent / "python", variants / "plain") <= 2e-6
 
 
