@@ -21,8 +21,9 @@ class Consolidate:
     """Sharded checkpoint to a scalar reward model that transformers opens by itself.
 
     One process, no DeepSpeed, no GPU; a backbone that was trained whole streams tensor by tensor.
-    --users names a folder that `adapt` wrote, in which users are looked up first, or a file of user ids, one a line,
-    each of whom gets a folder OUT/USER; all of these share one set of weights. Both may be given.
+    --users names people, each of whom gets a folder OUT/USER; all of these share one set of weights. It is a folder
+    that `adapt` wrote, for all users of it, a file of user ids, one a line, or ids with commas between. A folder beside
+    one of the others, or beside --user or --with_users, is where users are looked up first.
     """
 
     @staticmethod
@@ -39,9 +40,9 @@ class Consolidate:
         add(
             "--users",
             action="append",
-            metavar="U|FILE",
+            metavar="U|FILE|a,b",
             default=[],
-            help="a folder of users that `adapt` fitted, or a file of ids, one a line: a folder for each",
+            help="a folder for each user of a folder that `adapt` wrote, of a file of ids, or of a list: a,b",
         )
         add("--with_users", action="store_true", help="also write ids and mixtures")
         add("--dtype", default="fp32", choices=("fp32", "bf16"), help="of the weights on disk")
@@ -54,18 +55,21 @@ class Consolidate:
     @staticmethod
     def run(options: Namespace, _: Namespace) -> None:
         with imports_at_once():
-            from pal_ds.export import ExportOptions, export, export_users, read_user_list
+            from pal_ds.export import ExportOptions, export, export_users, read_user_list, users_of
             from pal_ds.runs.run_dir import RunDirectory
 
         run, out = RunDirectory(options.run), Path(options.out)
-        adapted, listed = split_users([Path(path) for path in options.users])
+        adapted, listed = split_users(options.users)
         data_path = Path(options.data) if options.data else None
         chosen = options_of(ExportOptions, options, users_dir=adapted, data_path=data_path)
-        if listed is None:
+        one = options.user, options.group, options.mixture, options.population, options.with_users
+        user_ids = [] if listed is None else read_user_list(listed)
+        if adapted is not None and listed is None and not any(one):
+            user_ids = users_of(adapted)
+        if not user_ids:
             facts = export(run, out, chosen)
             whom = facts["audience"]
         else:
-            user_ids = read_user_list(listed)
             facts = export_users(run, out, user_ids, chosen)
             whom = f"{len(user_ids)} users, a folder each (users.json)"
         print(
@@ -74,25 +78,25 @@ class Consolidate:
         )
 
 
-def split_users(paths: list[Path]) -> tuple[Path | None, Path | None]:
-    """(folder of an adapted table, file of ids) among the values of --users.
+def split_users(values: list[str]) -> tuple[Path | None, str | None]:
+    """(folder of an adapted table, file of ids or ids with commas between) among the values of --users.
 
     Raises:
         UserError: a path where nothing is, or two of a kind.
     """
-    for path in paths:
-        if not path.exists():
+    for value in values:
+        if not Path(value).exists() and "," not in value:
             raise UserError(
-                f"--users {path}: nothing is there. Give a folder that `adapt` wrote, or a file of "
-                "user ids, one a line."
+                f"--users {value}: nothing is there. Give a folder that `adapt` wrote, a file of user ids, one a line, "
+                "or several ids with commas between; one user alone goes by --user."
             )
-    folders, files = ([p for p in paths if p.is_dir() == kind] for kind in (True, False))
-    for found in (folders, files):
+    folders, lists = ([v for v in values if Path(v).is_dir() == kind] for kind in (True, False))
+    for found in (folders, lists):
         if len(found) > 1:
             raise UserError(
-                f"--users {found[0]} and {found[1]}: give at most one folder and one file."
+                f"--users {found[0]} and {found[1]}: give at most one folder and one file or list."
             )
-    return (folders or [None])[0], (files or [None])[0]
+    return (Path(folders[0]) if folders else None), (lists or [None])[0]
 
 
 class ImportReference:

@@ -19,6 +19,8 @@ from pal_ds.io.files import new_folder
 from pal_ds.io.text_files import text_lines
 from pal_ds.progress import progress_bar
 from pal_ds.runs.run_dir import RunDirectory
+from pal_ds.users import UserTable
+from pal_ds.users.ids import POPULATION_USER
 
 SHARED = "_shared"
 INDEX = "users.json"
@@ -80,19 +82,39 @@ def folder_name(user_id: str) -> str:
     return f"{legible or 'user'}-{hashlib.sha256(user_id.encode()).hexdigest()[:16]}"
 
 
-def read_user_list(path: Path) -> list[str]:
-    """Read the user ids of a file, one a line. Raises UserError where it is missing, empty or names one twice."""
+def read_user_list(given: str | Path) -> list[str]:
+    """Read the user ids of a file, one a line, or of a text with commas between.
+
+    Raises:
+        UserError: the file is missing, none is named, or one is named twice.
+    """
+    in_file = Path(given).exists() or "," not in str(given)
+    lines = text_lines(Path(given)) if in_file else map(str.strip, str(given).split(","))
     seen: dict[str, int] = {}
-    for number, user_id in enumerate(text_lines(path), start=1):
+    for number, user_id in enumerate(lines, start=1):
         if user_id in seen:
+            where = f"stands on line {seen[user_id]}" if in_file else "is named"
+            at = f":{number}" if in_file else ""
             raise UserError(
-                f"--users {path}:{number}: {user_id!r} stands on line {seen[user_id]} already; list every user once."
+                f"--users {given}{at}: {user_id!r} {where} already; list every user once."
             )
         if user_id:
             seen[user_id] = number
     if not seen:
-        raise UserError(f"--users {path}: names no user; give one id a line.")
+        raise UserError(f"--users {given}: names no user; give one id a line.")
     return list(seen)
+
+
+def users_of(adapted: Path) -> list[str]:
+    """Return the ids of a folder that `adapt` wrote, without a generic user.
+
+    Raises:
+        UserError: it holds no user table, or a table of nobody.
+    """
+    ids = [user_id for user_id in UserTable.load(adapted).ids if user_id != POPULATION_USER]
+    if not ids:
+        raise UserError(f"--users {adapted}: holds no user. Give a folder that `adapt` wrote.")
+    return ids
 
 
 def _write_user(

@@ -100,6 +100,23 @@ def test_a_failure_half_way_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_of_adapt_and_a_list_name_users(
+    runs: Path, adapted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Alone, the folder is the list; beside --user it is where that user is looked up."""
+    run = str(runs / NAME)
+    consolidate.main([run, str(tmp_path / "all"), "--users", str(adapted)])
+    consolidate.main([run, str(tmp_path / "two"), "--users", "u0, u2"])
+    consolidate.main([run, str(tmp_path / "one"), "--users", str(adapted), "--user", NEW_USER])
+    named = [json.loads((tmp_path / n / "users.json").read_text()) for n in ("all", "two")]
+    assert [list(folders) for folders in named] == [[NEW_USER], ["u0", "u2"]]
+    configs = [tmp_path / "all" / named[0][NEW_USER], tmp_path / "one"]
+    points = [json.loads((place / "config.json").read_text())["mixture"] for place in configs]
+    assert points[0] == points[1] == UserTable.load(adapted).mixtures()[0].tolist()
+    with pytest.raises(UserError, match="'a' is named already"):
+        read_user_list("a,b,a")
+
+
 def _fail_at_second():
     calls = []
 
@@ -135,7 +152,7 @@ def test_lists_that_cannot_be_are_named(tmp_path: Path, capsys) -> None:
     path.write_bytes(b"\xff\n")
     with pytest.raises(UserError, match="not UTF-8"):
         read_user_list(path)
-    for given, words in (([path, path], "one folder and one file"), (["nowhere"], "nothing is")):
+    for given, words in (([path, path], "one folder and one"), (["nowhere"], "nothing is")):
         with pytest.raises(SystemExit) as stopped:
             consolidate.main(["run", "out", *(w for p in given for w in ("--users", str(p)))])
         assert stopped.value.code == 2 and words in capsys.readouterr().err
