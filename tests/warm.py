@@ -215,7 +215,8 @@ def wait_for(ranks: list[Rank], *, seconds: float = 60, grace: float = 4) -> lis
         TimeoutError: all were still at work after `seconds`; they are killed.
     """
     deadline, failed_at = time.monotonic() + seconds, None
-    while any(rank.poll() is None for rank in ranks):
+    # Each of them is asked: the first may be stopped for ever.
+    while None in [rank.poll() for rank in ranks]:
         now = time.monotonic()
         if failed_at is None and any(rank.code for rank in ranks):
             failed_at = now

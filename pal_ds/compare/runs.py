@@ -27,7 +27,6 @@ from pal_ds.distributed.preemption import stop_is_requested
 from pal_ds.distributed.watchdog import watch
 from pal_ds.distributed.world import World
 from pal_ds.engine.ds_config import ds_config_of
-from pal_ds.engine.process_group import distributed
 from pal_ds.errors import UserError, writing
 from pal_ds.eval.evaluate import evaluate_run
 from pal_ds.eval.results import split_request
@@ -37,8 +36,7 @@ from pal_ds.progress import progress_bar
 from pal_ds.training.init_from.copy import origin_for
 from pal_ds.training.launch import (
     TrainingRequest,
-    open_data,
-    prepare_before_processes_meet,
+    joined_with_data,
     train_among,
     world_size_of_launch,
 )
@@ -66,13 +64,9 @@ def compare(whole: Suite, chosen: Suite, out: Path) -> str | None:
         )
         for planned in chosen.planned
     }
-    failure = prepare_before_processes_meet(config)
-    if failure is not None and needs:
-        failure = type(failure)(f"{failure} (Suite {whole.name} needs {needs})")
-    if failure is not None and world_size == 1:
-        raise failure
-    with distributed(config.train.timeout_minutes) as world:
-        data = world.on_every_rank(lambda: open_data(config, failure))
+    more = f" (Suite {whole.name} needs {needs})" if needs else ""
+    with joined_with_data(config, more) as (world, tables):
+        data = world.on_every_rank(tables)
         reading = world.from_rank_zero(lambda: check_everything(chosen, data))
         reason = make_runs(chosen, reading, data, world, requests)
         if reason is None:

@@ -27,6 +27,7 @@ from pal_ds.data.splits import Membership, SplitOptions, compared, content_diges
 from pal_ds.data.summary import print_summary, warn_of_gaps
 from pal_ds.data.tables import INFO_NAME, PreparedData, read_info
 from pal_ds.data.tokenise import DEFAULT_SEPARATOR, TextEncoder, load_tokenizer, train_tokenizer
+from pal_ds.distributed import phase
 from pal_ds.errors import UserError
 from pal_ds.io.files import clear_aside, is_free
 from pal_ds.progress import is_quiet
@@ -95,10 +96,7 @@ class DataConfig:
 
 
 def prepare(config: DataConfig, *, quiet: bool = False, again: bool = False) -> PreparedData:
-    """Make the tables, or open those that the same settings made before; print a summary.
-
-    With `again`, tables that other settings made are replaced, once the new ones are whole.
-    """
+    """Make the tables, or open those that the same settings made; with `again`, replace those of other settings."""
     path = Path(config.path)
     if config.source is None:
         return PreparedData.open(path)
@@ -294,6 +292,7 @@ def _tracked(
         start = time.monotonic()
         for number, record in enumerate(records, start=1):
             yield record
+            phase.progress()
             if number % PROGRESS_EVERY == 0:
                 rate = number / max(time.monotonic() - start, 1e-9)
                 progress.update(task, completed=number, rate=f"{rate:,.0f} records/s")

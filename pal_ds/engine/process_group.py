@@ -13,17 +13,22 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as torch_dist
 
+from pal_ds.distributed import phase
+from pal_ds.distributed.rendezvous import met
 from pal_ds.distributed.watchdog import meeting
 from pal_ds.distributed.world import World
 from pal_ds.errors import LauncherError, UserError
 
 logger = logging.getLogger(__name__)
+
+BY_OTHERS = 6.0
+"""Patience (`phase.enter`) for imports, tokenizers and communication libraries: they report no progress."""
 
 
 def _fill_rank_variables() -> list[str]:
@@ -55,24 +60,50 @@ def _fill_rank_variables() -> list[str]:
     return list(alone)
 
 
-_stores: list[torch_dist.Store] = []
-"""Where the ranks of a launcher met first, and again for each later group of this process under a prefix of its own."""
-
-
-def _meet_again(backend: str, timeout: datetime.timedelta) -> None:
-    # Keys of the group that came to its end are still in the launcher's store.
-    store = torch_dist.PrefixStore(f"pal_ds_{len(_stores)}", _stores[0])
-    _stores.append(store)
-    rank, world_size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
-    torch_dist.init_process_group(
-        backend, timeout=timeout, store=store, rank=rank, world_size=world_size
-    )
-
-
 @contextlib.contextmanager
-def distributed(timeout_minutes: int = 30) -> Iterator[World]:
-    """Starts DeepSpeed's process group and takes it down at the end; finish the process with `leave`."""
+def distributed(
+    timeout_minutes: int = 30,
+    hang_minutes: float = 0.0,
+    first: Callable[[], None] = lambda: None,
+) -> Iterator[World]:
+    """Starts DeepSpeed's process group and takes it down at the end; finish the process with `leave`.
+
+    From before the ranks meet to their end a watchdog looks after them, where there are several and `hang_minutes` is
+    not 0. `first` is work before the group is made, of rank 0 alone perhaps: no collective waits for it.
+
+    Raises:
+        LauncherError: the environment, or the port in it, does not let ranks meet.
+        RankLostError: another rank did not come, or hangs or ended before the end.
+    """
     filled, excepthook = _fill_rank_variables(), sys.excepthook
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    # A world of one needs no port.
+    place = contextlib.nullcontext(torch_dist.HashStore()) if filled else met(timeout, hang_minutes)
+    try:
+        with place as store:
+            phase.enter("prepare", patience=BY_OTHERS)
+            first()
+            phase.enter("join the process group", patience=BY_OTHERS)
+            world = _join(store, timeout)
+            try:
+                yield world
+                world.barrier()
+            finally:
+                if torch_dist.is_initialized():
+                    from deepspeed import comm
+
+                    # DeepSpeed's, as it keeps groups of its own, which a second training here must not meet.
+                    comm.destroy_process_group()
+    finally:
+        for name in filled:
+            os.environ.pop(name, None)
+        if filled:
+            # torch's names the rank before each line of a traceback; a notebook that goes on has none.
+            sys.excepthook = excepthook
+
+
+def _join(store: torch_dist.Store, timeout: datetime.timedelta) -> World:
+    """Make the process group of the ranks that meet at `store`."""
     # deepspeed calls collectives under names that newer torch deprecates: nothing a user could mend.
     warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed")
     if not torch.cuda.is_available():
@@ -102,34 +133,21 @@ def distributed(timeout_minutes: int = 30) -> Iterator[World]:
     if local_rank == 0:
         remove_stale_build_locks()
     backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = datetime.timedelta(minutes=timeout_minutes)
+    rank, world_size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
     with meeting():
-        if _stores and not filled:
-            _meet_again(backend, timeout)
+        torch_dist.init_process_group(
+            backend, timeout=timeout, store=store, rank=rank, world_size=world_size
+        )
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
-        if not _stores and not filled:
-            _stores.append(torch_dist.distributed_c10d._get_default_store())
         control = torch_dist.new_group(backend="gloo", timeout=timeout)
-    world = World(torch_dist.get_rank(), torch_dist.get_world_size(), device, control)
-    try:
-        yield world
-        world.barrier()
-    finally:
-        if torch_dist.is_initialized():
-            # DeepSpeed's, as it keeps groups of its own, which a second training in this process must not meet.
-            deepspeed.comm.destroy_process_group()
-        for name in filled:
-            os.environ.pop(name, None)
-        if filled:
-            # torch's names the rank before each line of a traceback; a notebook that goes on has none.
-            sys.excepthook = excepthook
+    return World(rank, world_size, device, control)
 
 
 @contextlib.contextmanager
-def joined_or_alone(timeout_minutes: int = 30) -> Iterator[World]:
+def joined_or_alone(timeout_minutes: int = 30, hang_minutes: float = 0.0) -> Iterator[World]:
     """The launcher's process group where there is one, else a world of one that needs no DeepSpeed."""
     if "RANK" in os.environ:
-        with distributed(timeout_minutes) as world:
+        with distributed(timeout_minutes, hang_minutes) as world:
             yield world
         return
     yield World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -138,7 +138,7 @@ def restored_by_ranks(
     """A run and whom it knows, on each rank of a launcher or alone; what hangs is found, as in a training."""
     from pal_ds.engine.process_group import joined_or_alone
 
-    with joined_or_alone() as world:
+    with joined_or_alone(hang_minutes=TrainConfig.hang_minutes) as world:
         # Alone it waits for nobody; who started it sees whether it goes on.
         minutes = TrainConfig.hang_minutes if world.world_size > 1 else 0
         with watch(world, run.path / "stacks", minutes):

@@ -10,14 +10,12 @@ from pal_ds.config.run_config import RunConfig
 from pal_ds.distributed.preemption import StopRequested, StopWatch
 from pal_ds.distributed.watchdog import watch
 from pal_ds.engine.ds_config import check_zero_section, ds_config_of
-from pal_ds.engine.process_group import distributed
 from pal_ds.errors import UserError
 from pal_ds.modeling.build import RunContext, assemble, base_weights_of
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.training.agreement import agree_on_data, agree_on_start
 from pal_ds.training.launch import (
-    open_data,
-    prepare_before_processes_meet,
+    joined_with_data,
     world_size_of_launch,
 )
 from pal_ds.training.setup import encode_frozen
@@ -37,20 +35,16 @@ def embed(config: RunConfig, recipe: str) -> bool:
         StorageError: the cache cannot be written; the shards written before are intact.
     """
     refuse_what_has_no_cache(config)
-    world_size = world_size_of_launch()
-    ds_config = ds_config_of(config.train, world_size)
-    failure = prepare_before_processes_meet(config)
-    if failure is not None and world_size == 1:
-        raise failure
+    ds_config = ds_config_of(config.train, world_size_of_launch())
     assert config.backbone.cache is not None
     stacks = Path(config.backbone.cache, "stacks")
     with (
-        distributed(config.train.timeout_minutes) as world,
+        joined_with_data(config) as (world, tables),
         watch(world, stacks, config.train.hang_minutes),
     ):
         agree_on_start(world, recipe, ds_config)
         check_zero_section(ds_config, config.train.ds_config)
-        data = world.on_every_rank(lambda: open_data(config, failure))
+        data = world.on_every_rank(tables)
         agree_on_data(world, data)
         if data.info["kind"] == "vectors":
             raise UserError(

@@ -5,7 +5,7 @@ import functools
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,11 +90,8 @@ def launch_training(
         trust_checkpoint=trust_checkpoint,
         trust_code=trust_code,
     )
-    failure = prepare_before_processes_meet(config)
-    if failure is not None and world_size == 1:
-        raise failure
-    with distributed(config.train.timeout_minutes) as world:
-        train_among(world, request, lambda: open_data(config, failure))
+    with joined_with_data(config) as (world, tables):
+        train_among(world, request, tables)
 
 
 def train_among(
@@ -194,6 +191,31 @@ def record_loss(run: RunDirectory, reason: str) -> None:
     if facts is not None:
         step = phase.current().step
         run.write_status({**facts, "state": "failed", "step": step, "reason": reason})
+
+
+@contextlib.contextmanager
+def joined_with_data(
+    config: RunConfig, needs: str = ""
+) -> Iterator[tuple[World, Callable[[], PreparedData]]]:
+    """Prepare the data where this launch is a single node, then join the ranks; yields them and what opens the data.
+
+    `needs` says what else to get for it, where preparing fails. Alone, that is raised before DeepSpeed is loaded.
+    """
+    failures: list[UserError] = []
+
+    def make() -> None:
+        failure = prepare_before_processes_meet(config)
+        if failure is not None:
+            failures.append(type(failure)(f"{failure}{needs}"))
+
+    alone = world_size_of_launch() == 1
+    if alone:
+        make()
+        if failures:
+            raise failures[0]
+    minutes = config.train.timeout_minutes, config.train.hang_minutes
+    with distributed(minutes[0], minutes[1], (lambda: None) if alone else make) as world:
+        yield world, lambda: open_data(config, failures[0] if failures else None)
 
 
 def prepare_before_processes_meet(config: RunConfig) -> UserError | None:

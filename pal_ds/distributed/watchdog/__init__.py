@@ -7,6 +7,6 @@ some; a phase in which others' code works for long asks for patience.
 """
 
 from pal_ds.distributed.watchdog.lost_ranks import is_symptom, meeting
-from pal_ds.distributed.watchdog.watcher import watch
+from pal_ds.distributed.watchdog.watcher import watch, watch_from_the_start
 
-__all__ = ["is_symptom", "meeting", "watch"]
+__all__ = ["is_symptom", "meeting", "watch", "watch_from_the_start"]

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pal_ds.distributed.watchdog.heartbeat import Beat, Failure, Ledger, Verdict, spoken
@@ -70,6 +71,15 @@ class Coordinator:
             self._listener = _listener()
             self.port = self._listener.getsockname()[1]
             self._selector.register(self._listener, selectors.EVENT_READ)
+
+    @property
+    def stacks(self) -> Path | None:
+        """Folder of the stacks, for messages."""
+        return self._ledger.stacks
+
+    @stacks.setter
+    def stacks(self, stacks: Path | None) -> None:
+        self._ledger.stacks = stacks
 
     def report(self, failure: Failure) -> None:
         """Report rank 0's own failure, from any thread."""

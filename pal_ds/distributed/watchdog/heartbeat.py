@@ -9,7 +9,7 @@ import re
 import sys
 import threading
 from collections import Counter
-from collections.abc import Collection, Container, Sequence
+from collections.abc import Collection, Container, Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -82,7 +82,13 @@ def blamed(beats: Sequence[Beat], silent: Collection[int] = ()) -> tuple[int, ..
 class Ledger:
     """All that rank 0 has heard of the ranks, and the verdict that follows from it."""
 
-    def __init__(self, hang_seconds: float, patience_seconds: float, stacks: str) -> None:
+    def __init__(
+        self,
+        hang_seconds: float,
+        patience_seconds: float,
+        stacks: Path | None,
+        awaited: Iterable[int] = (),
+    ) -> None:
         self.hang_seconds = hang_seconds
         self.patience_seconds = patience_seconds
         """Time that a symptom waits for its cause."""
@@ -92,8 +98,11 @@ class Ledger:
         self._progress_at = 0.0
         self._failures: dict[int, tuple[Failure, float]] = {}
         self._died: list[tuple[int, float]] = []
+        self._awaited = set(awaited)
+        """Ranks that were not heard of yet, and are lost where they are not within `hang_seconds`."""
 
     def hear(self, beat: Beat, now: float) -> None:
+        self._awaited.discard(beat.rank)
         known = self._beats.get(beat.rank)
         if known is None or known[0].num_entered != beat.num_entered:
             self._progress_at = now
@@ -126,7 +135,13 @@ class Ledger:
         for failure, since in self._failures.values():
             if now - since > self.patience_seconds:
                 return self._of_symptom(failure, now)
+        if self._awaited and now > self.hang_seconds:
+            ranks = tuple(sorted(self._awaited))
+            return Verdict("hung", ranks, absent_text(ranks, self.hang_seconds))
         beats = [beat for beat, _ in self._beats.values()]
+        # Code of others may take long without progress; but whoever is alive sends signs of life all the time.
+        if any(now - heard_at > self.hang_seconds for _, heard_at in self._beats.values()):
+            return self._of_hang(beats, now)
         patience = max((beat.patience for beat in beats), default=1.0)
         if beats and now - self._progress_at > patience * self.hang_seconds:
             return self._of_hang(beats, now)
@@ -189,7 +204,17 @@ def describe_hang(guilty: Sequence[Beat], beats: Sequence[Beat]) -> str:
     )
 
 
-def died_verdict(beat: Beat, age: float, stacks: str) -> Verdict:
+def absent_text(ranks: Sequence[int], seconds: float) -> str:
+    """Return a sentence about ranks that did not come."""
+    shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+    named = f"rank {shown} has" if len(ranks) == 1 else f"ranks {shown} have"
+    return (
+        f"{named} not come within {spoken(seconds)}: not started, ended or stopped before the ranks could meet, or "
+        "unable to reach rank 0. What was printed there says why. Start again once that is mended."
+    )
+
+
+def died_verdict(beat: Beat, age: float, stacks: Path | None) -> Verdict:
     """Return the verdict on a rank whose connection ended without a word, `age` seconds after it was last heard of."""
     return Verdict(
         "died",
@@ -200,12 +225,10 @@ def died_verdict(beat: Beat, age: float, stacks: str) -> Verdict:
     )
 
 
-def what_to_do(stacks: str) -> str:
+def what_to_do(stacks: Path | None) -> str:
     """Return the end of a message: where the stacks are, and how the run goes on."""
-    return (
-        f"Stacks of the ranks that could still write them are in {stacks}. "
-        "The same command resumes from the newest checkpoint."
-    )
+    where = f"Stacks of the ranks that could still write them are in {stacks}/. " if stacks else ""
+    return f"{where}The same command resumes from the newest checkpoint."
 
 
 def spoken(seconds: float) -> str:

@@ -15,6 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from pal_ds.distributed.watchdog.heartbeat import Beat, Failure, Verdict, died_verdict, spoken
@@ -102,12 +103,13 @@ class Link:
         token: str,
         interval: float,
         silence_seconds: float,
-        stacks: str,
+        stacks: Path | None,
         beat: Callable[[], Beat],
         learn: Callable[[Verdict], None],
     ) -> None:
         """Connect to rank 0. Raises OSError where rank 0 cannot be reached or does not know this rank."""
-        self._interval, self._silence_seconds, self._stacks = interval, silence_seconds, stacks
+        self._interval, self._silence_seconds = interval, silence_seconds
+        self.stacks = stacks
         self._beat, self._learn = beat, learn
         self._clock, self._heard_at = AwakeClock(2 * interval), 0.0
         self._closing, self._lock, self._lines = threading.Event(), threading.Lock(), Lines()
@@ -175,7 +177,7 @@ class Link:
             except OSError:
                 if not self._closing.is_set():
                     age = self._clock.now - self._heard_at
-                    self._blame_root(died_verdict(self._root, age, self._stacks).text)
+                    self._blame_root(died_verdict(self._root, age, self.stacks).text)
                 return False
             for message in messages:
                 if "bye" in message:

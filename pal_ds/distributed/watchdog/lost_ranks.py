@@ -15,6 +15,10 @@ MEETING_FILES = ("/torch/distributed/", "/deepspeed/", World.from_rank_zero.__co
 """Where ranks meet: torch and DeepSpeed raise there when a peer is gone, `World` what rank 0 could not do."""
 
 
+watches: list[object] = []
+"""The watch that is on from the start of this process, if there is one: it finds the cause of what a meeting raises."""
+
+
 @contextlib.contextmanager
 def meeting() -> Iterator[None]:
     """Let ranks meet before a watch could say which of them is gone.
@@ -25,8 +29,9 @@ def meeting() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not is_symptom(error) or mendable(error) is not None:
-            raise  # of its own: handles or memory ran out
+        # Of its own: handles or memory ran out.
+        if watches or not is_symptom(error) or mendable(error) is not None:
+            raise
         reason = str(error).strip().partition("\n")[0]
         lost = RankLostError(
             f"the ranks could not meet ({reason}). Another one ended, or cannot be reached at MASTER_ADDR and "

@@ -2,22 +2,32 @@
 
 import contextlib
 import faulthandler
+import json
 import logging
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+
+from torch.distributed import Store
 
 from pal_ds.distributed import phase
 from pal_ds.distributed.watchdog.coordinator import Coordinator
+from pal_ds.distributed.watchdog.ending import forget, record, within
 from pal_ds.distributed.watchdog.heartbeat import Beat, Failure, Ledger, Verdict, look
 from pal_ds.distributed.watchdog.link import Link
-from pal_ds.distributed.watchdog.lost_ranks import exit_code_of, is_symptom, meeting, one_line
+from pal_ds.distributed.watchdog.lost_ranks import (
+    exit_code_of,
+    is_symptom,
+    meeting,
+    one_line,
+    watches,
+)
 from pal_ds.distributed.world import World, leave
-from pal_ds.errors import RankLostError, StorageError, UserError
+from pal_ds.errors import RankLostError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +35,7 @@ SECONDS_TO_WRITE_STACKS = 10
 """A file system that no longer answers, which may be why the rank hangs, must not keep it alive."""
 SECONDS_TO_LEAVE = 30
 """A rank that raised may hang once more while it tidies up after peers that are gone."""
+_STORE_KEY = "pal_ds watchdog"
 
 
 @contextlib.contextmanager
@@ -42,7 +53,8 @@ def watch(
     Raises:
         RankLostError: another rank failed or died, where this one would have raised what it saw of that.
     """
-    if not hang_minutes:
+    watcher = next((one for one in watches if isinstance(one, Watcher)), None)
+    if watcher is None and not hang_minutes:
         try:
             yield
         except Exception as error:
@@ -50,29 +62,63 @@ def watch(
                 record(on_loss, one_line(error))
             raise
         return
-    watcher = Watcher(world, stacks, 60 * hang_minutes, on_loss)
+    with contextlib.ExitStack() as held:
+        is_own = watcher is None
+        if watcher is None:
+            watcher = Watcher(world, 60 * hang_minutes)
+            held.callback(watcher.close)
+        watcher.tell(stacks, on_loss)
+        with _sharing(watcher):
+            if is_own:
+                watcher.start()
+            yield
+            phase.enter("wait for the others at the end")
+            world.barrier()
+        watcher.tell(None)
+
+
+@contextlib.contextmanager
+def watch_from_the_start(world: World, hang_seconds: float, store: Store) -> Iterator[None]:
+    """Let no rank wait for ever, as `watch` does, from before they are a group; they meet at torch's `store`.
+
+    A rank that has not come after `hang_seconds` is lost. Each `watch` inside the block is this one, and says where
+    stacks go and who is told.
+
+    Raises:
+        RankLostError: another rank did not come, failed or died, where this one would have raised what it saw of that.
+    """
+    watcher = Watcher(world, hang_seconds)
+    watches.append(watcher)
     try:
-        watcher.start()
+        with _sharing(watcher):
+            watcher.start_at(store)
+            yield
+    finally:
+        watches.remove(watcher)
+        watcher.close()
+
+
+@contextlib.contextmanager
+def _sharing(watcher: "Watcher") -> Iterator[None]:
+    """Tell the other ranks of what is raised in the block, once; raises its cause where that is another rank."""
+    try:
         yield
-        phase.enter("wait for the others at the end")
-        world.barrier()
     except BaseException as error:
-        cause = watcher.cause_of(error)
+        cause = None if watcher.is_told else watcher.cause_of(error)
         if cause is not None:
             raise cause from error
         raise
-    finally:
-        watcher.close()
 
 
 class Watcher:
     """The watchdog of this rank."""
 
-    def __init__(
-        self, world: World, stacks: Path, hang_seconds: float, on_loss: Callable[[str], None]
-    ) -> None:
-        self.world, self.stacks, self.on_loss = world, stacks, on_loss
-        self.hang_seconds = hang_seconds
+    def __init__(self, world: World, hang_seconds: float) -> None:
+        self.world, self.hang_seconds = world, hang_seconds
+        self.stacks: Path | None = None
+        self.on_loss = forget
+        self.is_told = False
+        """True once the others were told what this rank raised."""
         self.interval = min(max(1.0, world.world_size / 200), hang_seconds / 6)
         """Seconds between two heartbeats; rank 0 hears 200 of them in a second at most, for 1% of a core."""
         self.patience = max(2 * self.interval, 1.0)
@@ -85,14 +131,28 @@ class Watcher:
         self._line: Coordinator | Link | None = None
         self._thread: threading.Thread | None = None
 
+    def tell(self, stacks: Path | None, on_loss: Callable[[str], None] = forget) -> None:
+        """Say where the stacks of a lost run go, and who is told of the loss."""
+        self.stacks, self.on_loss = stacks, on_loss
+        if self._line is not None:
+            self._line.stacks = stacks
+
+    def start_at(self, store: Store) -> None:
+        """Connect the ranks by what rank 0 writes to torch's `store`; rank 0 waits for nobody."""
+        if self.world.is_rank_zero:
+            everyone = range(1, self.world.world_size)
+            store.set(_STORE_KEY, json.dumps(self._open_hub(everyone)))
+        else:
+            self._connect(*json.loads(store.get(_STORE_KEY)))
+
     def start(self) -> None:
         """Connect the ranks. Raises UserError on all of them where one cannot be reached."""
         with meeting():
             address = self.world.from_rank_zero(self._open_hub)
             self.world.on_every_rank(lambda: self._connect(*address))
 
-    def _open_hub(self) -> tuple[int, str]:
-        ledger = Ledger(self.hang_seconds, self.patience, f"{self.stacks}/")
+    def _open_hub(self, awaited: Iterable[int] = ()) -> tuple[int, str]:
+        ledger = Ledger(self.hang_seconds, self.patience, self.stacks, awaited)
         coordinator = Coordinator(
             self.world.world_size, ledger, self.interval, self.beat, self.learn
         )
@@ -105,7 +165,7 @@ class Watcher:
         address = (os.environ["MASTER_ADDR"], port)
         # Rank 0 judges first; this is for a rank 0 that cannot.
         silence = self.hang_seconds + 4 * self.patience
-        places = (self.interval, silence, f"{self.stacks}/")
+        places = (self.interval, silence, self.stacks)
         try:
             link = Link(address, token, *places, self.beat, self.learn)
         except OSError as error:
@@ -172,6 +232,8 @@ class Watcher:
         os._exit(verdict.code)
 
     def _write_stacks(self, verdict: Verdict) -> None:
+        if self.stacks is None:
+            return
         self.stacks.mkdir(parents=True, exist_ok=True)
         with open(self.stacks / f"rank_{self.world.rank}.txt", "w") as stream:
             stream.write(f"{time.strftime('%F %T')} {verdict.text}\n{self.beat()}\n\n")
@@ -188,6 +250,7 @@ class Watcher:
         code = exit_code_of(error)
         if code == 0 or self._line is None:
             return None
+        self.is_told = True
         with self._lock:
             self._main_leaves.set()
         if self._thread_ends:
@@ -221,25 +284,3 @@ class Watcher:
         if self._line is not None and self._thread is not None:
             self._line.close()
             self._thread.join(self.interval)
-
-
-def record(on_loss: Callable[[str], None], reason: str) -> None:
-    """Call `on_loss`; where it cannot write, the end goes on as it would have."""
-    try:
-        on_loss(reason)
-    except (OSError, StorageError) as error:
-        logger.warning("the end of the run could not be recorded: %s", error)
-
-
-def within(seconds: float, work: Callable[[], object]) -> None:
-    """Do `work`, and go on without it where it takes longer."""
-
-    def do() -> None:
-        try:
-            work()
-        except Exception:
-            logger.exception("the watchdog could not do all it should before the end")
-
-    thread = threading.Thread(target=do, daemon=True)
-    thread.start()
-    thread.join(seconds)

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ class Watched:
 
     def __init__(self) -> None:
         self.verdicts: list[Verdict] = []
-        self.ledger = Ledger(60.0, 1.0, "stacks/")
+        self.ledger = Ledger(60.0, 1.0, Path("stacks"))
         learn = self.verdicts.append
         self.coordinator = Coordinator(3, self.ledger, 0.05, lambda: beat(0), learn)
         self.thread = threading.Thread(target=self.coordinator.run, daemon=True)
@@ -51,7 +52,7 @@ class Watched:
 
     def hears(self, rank: int) -> bool:
         """Whether a rank can still join: it is heard and answered."""
-        address, places = ("127.0.0.1", self.coordinator.port), (0.05, 60.0, "stacks/")
+        address, places = ("127.0.0.1", self.coordinator.port), (0.05, 60.0, Path("stacks"))
         link = Link(
             address, self.coordinator.token, *places, lambda: beat(rank), self.verdicts.append
         )

@@ -1,5 +1,6 @@
 """Whom the watchdog blames, and when: the rules alone, without threads, network or waiting."""
 
+from pathlib import Path
 from typing import Any
 
 from hypothesis import given
@@ -50,9 +51,11 @@ def test_whom_to_blame(found: list[Beat], silent: set[int], random: Any) -> None
 
 @given(beats, st.floats(0, 100))
 def test_no_verdict_while_any_rank_makes_progress(found: list[Beat], late: float) -> None:
-    ledger = Ledger(10.0, 1.0, "stacks/")
+    ledger = Ledger(10.0, 1.0, Path("stacks"))
     for one in found:
         ledger.hear(one, 0.0)
+    for one in found[:-1]:
+        ledger.hear(one, late)
     ledger.hear(found[-1]._replace(num_entered=found[-1].num_entered + 1), late)
     assert ledger.verdict(late + 9.5) is None
     for one in found[:-1]:
@@ -63,7 +66,7 @@ def test_no_verdict_while_any_rank_makes_progress(found: list[Beat], late: float
 
 
 def ledger_of(*found: Beat) -> Ledger:
-    ledger = Ledger(100.0, 1.0, "stacks/")
+    ledger = Ledger(100.0, 1.0, Path("stacks"))
     for one in found:
         ledger.hear(one, 0.0)
     return ledger
@@ -71,6 +74,37 @@ def ledger_of(*found: Beat) -> Ledger:
 
 def given_to(verdict: Verdict | None) -> tuple[str, tuple[int, ...], int] | None:
     return None if verdict is None else (verdict.kind, verdict.ranks, verdict.code)
+
+
+def test_a_silent_rank_has_no_patience() -> None:
+    """Code of others may report no progress for long; who is alive still sends signs of life."""
+    loading = [beat(rank, phase="load weights", patience=6.0, waiting=False) for rank in range(3)]
+    ledger = ledger_of(*loading)
+    for now in range(1, 130):
+        for one in (loading[0], loading[2]):
+            ledger.hear(one, float(now))
+        verdict = ledger.verdict(float(now))
+        if now > 100:
+            break
+        assert verdict is None
+    assert given_to(verdict) == ("hung", (1,), 5)
+    assert "Rank 1 has sent no sign of life for" in verdict.text
+    for one in loading:
+        ledger.hear(one, 550.0)
+    assert ledger.verdict(550.0) is None
+    for one in loading:
+        ledger.hear(one, 601.0)
+    assert ledger.verdict(601.0) is not None
+
+
+def test_ranks_that_do_not_come_are_lost() -> None:
+    ledger = Ledger(100.0, 1.0, None, range(1, 4))
+    ledger.hear(beat(2), 1.0)
+    ledger.hear(beat(2), 100.0)
+    assert ledger.verdict(100.0) is None
+    verdict = ledger.verdict(101.0)
+    assert given_to(verdict) == ("hung", (1, 3), 5)
+    assert "ranks 1, 3 have not come within 100.0 seconds" in verdict.text
 
 
 def test_causes_come_before_symptoms() -> None:

@@ -303,6 +303,20 @@ def test_a_rank_that_ends_while_they_meet(warm: WarmParent, tmp_path: Path) -> N
     assert "Traceback" not in outcome["said"]
 
 
+def test_a_rank_that_does_not_come_is_named(warm: WarmParent, tmp_path: Path) -> None:
+    """No connection tells of it: the ranks have only heard that it should be there."""
+    outcomes = warm("tests.distributed.watchdog.meeting_case:who_does_not_come", tmp_path, 2.0)
+    assert outcomes["0"]["codes"] == [-9, 5]
+    assert outcomes["0"]["said"][1].count("rank 1: the ranks could not meet at 127.0.0.1:") == 1
+    assert outcomes["1"]["codes"] == [5, -9]
+    assert outcomes["1"]["said"][0].count("error: rank 1 has not come within 2.0 seconds") == 1
+    assert outcomes["port"]["codes"] == [2, 5]
+    assert "another program listens there on this machine" in outcomes["port"]["said"][0]
+    assert outcomes["port"]["said"][1].count("rank 1: the ranks could not meet at") == 1
+    said = [text for outcome in outcomes.values() for text in outcome["said"]]
+    assert not any("Traceback" in text for text in said), said
+
+
 @pytest.mark.parametrize(
     ("file", "shown"), [("/torch/distributed/api.py", RankLostError), ("/mine.py", RuntimeError)]
 )
