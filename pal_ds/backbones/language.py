@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
     AutoModelForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
@@ -121,7 +122,26 @@ def with_language_head(path: str, **options: Any) -> tuple[PreTrainedModel | Any
             f"loss.lm_weight: {path} holds no {missing[0]}, the output layer of a language model. Give weights that "
             "have one in backbone.path, or set loss.lm_weight to 0."
         )
-    return whole.base_model, LanguageHead(layer.weight, layer.bias, logit_scale(whole.config))
+    scale = logit_scale(whole.config.get_text_config())
+    return text_part(whole.base_model), LanguageHead(layer.weight, layer.bias, scale)
+
+
+def text_part(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a model that reads text: the model itself, or the decoder of one that reads images, too.
+
+    Raises:
+        UserError: transformers has no model for that part alone, which an export would be opened with.
+    """
+    text = model.config.get_text_config()
+    if text is model.config:
+        return model
+    part: Any = model.get_decoder()
+    if type(part) is not MODEL_MAPPING.get(type(text), None):
+        raise UserError(
+            f"backbone.path: transformers has no model for the text part of {type(model).__name__} "
+            f"({text.model_type}) by itself. Give a model of text alone."
+        )
+    return part
 
 
 def output_layer_of(path: str, config: PretrainedConfig) -> dict[str, Path]:

@@ -16,7 +16,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from pal_ds.backbones.config import BackboneConfig
-from pal_ds.backbones.language import LanguageHead, with_language_head
+from pal_ds.backbones.language import LanguageHead, text_part, with_language_head
 from pal_ds.backbones.packed import NAME as PACKED
 from pal_ds.backbones.transformer import choose_attention, read_model_config
 from pal_ds.distributed import phase
@@ -50,7 +50,7 @@ def load_transformer(
         if language:
             model, output = with_language_head(config.path, **options)
         else:
-            model = AutoModel.from_pretrained(config.path, **options)
+            model = text_part(AutoModel.from_pretrained(config.path, **options))
     drop_unused_modules(model)
     if config.tuning == "frozen":
         return model.requires_grad_(False).eval(), None

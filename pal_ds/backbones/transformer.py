@@ -104,7 +104,9 @@ class TransformerBackbone(nn.Module):
 
 
 def read_model_config(config: BackboneConfig, *, from_disk_only: bool = False) -> Any:
-    """The transformers config of `config.path`; with `from_disk_only` the hub is not asked.
+    """The transformers config of `config.path`, of a model with other parts that of its text part.
+
+    With `from_disk_only` the hub is not asked.
 
     Raises:
         UserError: no path is given, or nothing that transformers can open lies there.
@@ -114,7 +116,7 @@ def read_model_config(config: BackboneConfig, *, from_disk_only: bool = False) -
     if config.path.startswith(("/", ".", "~")) and not Path(config.path).is_dir():
         raise UserError(f"backbone.path: no folder {config.path} (looked from {Path.cwd()}).")
     try:
-        return AutoConfig.from_pretrained(
+        whole = AutoConfig.from_pretrained(
             config.path,
             trust_remote_code=config.trust_remote_code,
             local_files_only=from_disk_only,
@@ -124,6 +126,10 @@ def read_model_config(config: BackboneConfig, *, from_disk_only: bool = False) -
             f"backbone.path: transformers cannot open {config.path!r} ({str(error).splitlines()[0]}). "
             "Give a folder with config.json and weights, or a hub id that this machine can reach."
         ) from None
+    text = whole.get_text_config()
+    if text is not whole:
+        text._commit_hash = getattr(whole, "_commit_hash", None)
+    return text
 
 
 def architecture_config(config: BackboneConfig, vocab_size: int) -> Any:
@@ -147,6 +153,10 @@ def architecture_config(config: BackboneConfig, vocab_size: int) -> Any:
             near = difflib.get_close_matches(key, list(vars(known)), n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise UserError(f"backbone.architecture: {model_type} has no option {key}.{hint}")
+    if (text := known.get_text_config()) is not known:
+        raise UserError(
+            f"backbone.architecture: {model_type} reads more than text. Give its text part, {text.model_type}."
+        )
     try:
         return AutoConfig.for_model(model_type, **options, vocab_size=vocab_size)
     except (KeyError, ValueError, TypeError, StrictDataclassError) as error:

@@ -45,7 +45,8 @@ def backbone_config(opened: OpenRun) -> PretrainedConfig:
             f"{opened.run.path}: its backbone brings code of its own (backbone.trust_remote_code), "
             "which an exported folder cannot carry. Score with `score --run_dir` instead."
         )
-    config = AutoConfig.from_pretrained(str(backbone.path), trust_remote_code=False)
+    whole = AutoConfig.from_pretrained(str(backbone.path), trust_remote_code=False)
+    config = whole.get_text_config()
     config._name_or_path = ""
     config.use_cache = False
     return config

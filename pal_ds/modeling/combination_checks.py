@@ -135,6 +135,9 @@ def check_sizes(model_config: "PretrainedConfig", data: PreparedData) -> None:
     if vocab_size is not None and vocab_size < needed:
         raise UserError(
             f"backbone.path: its vocabulary has {vocab_size} entries, the data's tokenizer has {needed}. "
-            "Prepare the data with the backbone's own tokenizer (data.tokenizer)."
+            "Prepare the data with the backbone's own tokenizer (data.tokenizer). If it is that, with tokens added, "
+            'give the model rows for them first, and the new folder as backbone.path: python -c "from transformers '
+            f"import AutoModel; m = AutoModel.from_pretrained('MODEL'); m.resize_token_embeddings({needed}); "
+            "m.save_pretrained('NEW')\"."
         )
     check_length(data.info["tokens"]["max_length"], num_positions(model_config))

@@ -1,5 +1,6 @@
 """Length of texts against the positions of the backbone, known before anything is prepared."""
 
+import copy
 import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -16,11 +17,29 @@ logger = logging.getLogger(__name__)
 
 def num_positions(model_config: "PretrainedConfig") -> int | None:
     """Return how many tokens the backbone reads at most; None where its config names no limit."""
-    positions = getattr(model_config, "max_position_embeddings", None)
-    if positions is not None and model_config.model_type in ("roberta", "xlm-roberta"):
-        # Their positions start behind the pad id's own.
-        positions -= model_config.pad_token_id + 1
-    return positions
+    from pal_ds.remote_code.encoding import is_encoder
+
+    text = model_config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    return _usable_positions(text) if positions and is_encoder(text) else positions
+
+
+def _usable_positions(model_config: "PretrainedConfig") -> int:
+    """Return the rows of a position embedding that a token may have.
+
+    RoBERTa and its kin (MPNet, CamemBERT, Longformer, Data2Vec) count behind the row that they keep for padding. Which
+    one that is, and which families do so, the model says: it is built without storage.
+    """
+    import torch
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        model = AutoModel.from_config(copy.deepcopy(model_config))
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            return len(module.get_parameter("weight")) - padding - 1
+    return int(model_config.max_position_embeddings)
 
 
 def data_to_prepare(config: RunConfig) -> DataConfig:
