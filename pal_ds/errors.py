@@ -9,7 +9,7 @@
 | 4 | a file could not be written (full, quota, read-only), or handles or memory ran out | once there is room |
 | 5 | another rank died, hung or failed | yes, resumes |
 | 6 | another process writes to the run directory | later, as it is |
-| 75 | `embed` or `compare` was stopped on request before its end; what is done is kept | yes, goes on |
+| 75 | stopped on request before the end: `embed`, `compare` (what is done is kept), data in preparation | yes |
 | 130 | interrupted from the keyboard | yes, resumes |
 """
 

@@ -28,6 +28,7 @@ from pal_ds.data.summary import print_summary, warn_of_gaps
 from pal_ds.data.tables import INFO_NAME, PreparedData, read_info
 from pal_ds.data.tokenise import DEFAULT_SEPARATOR, TextEncoder, load_tokenizer, train_tokenizer
 from pal_ds.distributed import phase
+from pal_ds.distributed.preemption import refuse_to_go_on
 from pal_ds.errors import UserError
 from pal_ds.io.files import clear_aside, is_free
 from pal_ds.progress import is_quiet
@@ -293,6 +294,7 @@ def _tracked(
         for number, record in enumerate(records, start=1):
             yield record
             phase.progress()
+            refuse_to_go_on("stopped while the data were being prepared; nothing of them is kept")
             if number % PROGRESS_EVERY == 0:
                 rate = number / max(time.monotonic() - start, 1e-9)
                 progress.update(task, completed=number, rate=f"{rate:,.0f} records/s")

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from pal_ds.distributed import phase
+from pal_ds.errors import UnfinishedError
 
 if TYPE_CHECKING:
     from pal_ds.distributed.world import World
@@ -41,13 +42,26 @@ def _note_once(number: int, frame: FrameType | None) -> None:
     _noted.append(number)
     if os.environ.get("RANK", "0") == "0":
         # Not through a logger: a handler may run in the middle of one.
-        text = "\nstopping: saves after this update; the same command resumes. Ctrl-C again ends at once.\n"
+        text = (
+            "\nstopping: saves what is made; the same command resumes. Ctrl-C again ends at once.\n"
+        )
         os.write(2, text.encode())
 
 
 def stop_is_requested() -> bool:
     """Return True where a stop signal has reached this process; others may not have got one."""
     return bool(_noted)
+
+
+def refuse_to_go_on(what: str) -> None:
+    """Raise UnfinishedError where a stop signal has reached this process; `what` is done when it does.
+
+    For work of one process, as others may have got no signal: ranks agree by `StopWatch.leave_if_requested`.
+    """
+    if stop_is_requested():
+        raise UnfinishedError(
+            f"{what}. The same command begins it anew (exit code {UnfinishedError.exit_code})."
+        )
 
 
 @contextlib.contextmanager

@@ -23,12 +23,12 @@ from pal_ds.engine.checkpoint.manifest import read_manifest
 from pal_ds.engine.checkpoint.verify import refuse_strangers_run
 from pal_ds.engine.ds_config import DeepSpeedConfig, check_zero_section, ds_config_of
 from pal_ds.engine.process_group import distributed
-from pal_ds.errors import UserError, writing
+from pal_ds.errors import UnfinishedError, UserError, writing
 from pal_ds.io.files import new_folder, write_json
 from pal_ds.modeling.build import Parts, RunContext, assemble
 from pal_ds.modeling.lengths import data_to_prepare
 from pal_ds.runs.lock import LOCK, only_writer
-from pal_ds.runs.run_dir import RunDirectory
+from pal_ds.runs.run_dir import RunDirectory, RunState
 from pal_ds.training.agreement import agree_on_data, agree_on_start
 from pal_ds.training.trackers import check_trackers
 
@@ -101,10 +101,7 @@ def train_among(
     *,
     encoded: Collator | None = None,
 ) -> Collator | None:
-    """Make one training of ranks that have met, as the run's only writer and under the watchdog.
-
-    `tables` opens the prepared data, on every rank; `encoded` and the result are those of `train`.
-    """
+    """Make one training of ranks that have met; `tables` opens the data, `encoded` and the result are `train`'s."""
     config, run = request.config, request.run
     with contextlib.ExitStack() as held:
         from pal_ds.engine.checkpoint.forget import recover
@@ -122,12 +119,16 @@ def train_among(
         with meeting():
             world.from_rank_zero(lambda: held.enter_context(only_writer(run)))
         # Not before: the watchdog writes into the run, which until now may be another's.
-        record = functools.partial(record_loss, run)
+        record = functools.partial(record_end, run, "failed")
         held.enter_context(watch(world, run.path / "stacks", config.train.hang_minutes, record))
         world.from_rank_zero(run.discard_temporaries)
         # A removal of a user that was cut off leaves a checkpoint under another name.
         world.from_rank_zero(lambda: recover(run))
-        data = world.on_every_rank(tables)
+        try:
+            data = world.on_every_rank(tables)
+        except UnfinishedError:
+            world.from_rank_zero(lambda: record_end(run, "stopped", "signal"))
+            raise
         agree_on_data(world, data)
         context = RunContext(
             config=config, run=run, data=data, world=world, ds_config=request.ds_config
@@ -185,12 +186,12 @@ def _assemble(context: RunContext, written: list[Path], request: TrainingRequest
     return parts
 
 
-def record_loss(run: RunDirectory, reason: str) -> None:
-    """Write status.json of a run that the watchdog ends; nothing where none had begun."""
+def record_end(run: RunDirectory, state: RunState, reason: str) -> None:
+    """Write status.json of a run that ends outside of its loop; nothing where none had begun."""
     facts = run.status()
     if facts is not None:
-        step = phase.current().step
-        run.write_status({**facts, "state": "failed", "step": step, "reason": reason})
+        step = phase.current().step or facts["step"]
+        run.write_status({**facts, "state": state, "step": step, "reason": reason})
 
 
 @contextlib.contextmanager
@@ -213,8 +214,8 @@ def joined_with_data(
         make()
         if failures:
             raise failures[0]
-    minutes = config.train.timeout_minutes, config.train.hang_minutes
-    with distributed(minutes[0], minutes[1], (lambda: None) if alone else make) as world:
+    limits = {"hang_minutes": config.train.hang_minutes, "first": (lambda: None) if alone else make}
+    with distributed(config.train.timeout_minutes, **limits) as world:
         yield world, lambda: open_data(config, failures[0] if failures else None)
 
 

@@ -80,19 +80,17 @@ def record_start(run: RunDirectory, recipe: str) -> None:
 
 
 def end_before_updates(context: RunContext, reason: str) -> None:
-    """Record a run that was stopped before its updates: the next start goes on from checkpoint and cache."""
+    """Record a run that was stopped while it was loading: the next start goes on from checkpoint and cache."""
     config, run = context.config, context.run
     step = context.world.from_rank_zero(lambda: max(run.complete_steps(), default=0))
     num_updates = config.train.epochs * plan_of(config, context.data).updates_per_epoch
     if context.world.is_rank_zero:
         logger.warning(
-            "stopping while texts are being encoded, at update %d of %d (%s): %s; the same command resumes",
+            "stopping before the first update of this start, at update %d of %d (%s)%s; the same command resumes",
             step,
             num_updates,
             reason,
-            "what was encoded is kept"
-            if config.backbone.cache
-            else "the next start encodes them anew",
+            ": texts that were encoded are kept" if config.backbone.cache else "",
         )
     facts: Status = {"state": "stopped", "step": step, "num_updates": num_updates, "reason": reason}
     context.world.from_rank_zero(lambda: run.write_status(facts))
@@ -113,7 +111,8 @@ def run_updates(state: Training) -> None:
     ) as advance:
         for _ in range(state.step):
             advance(0)
-        stop = evaluate_first(state)
+        stop = state.watch.reason_to_stop(state.world, evaluation_due=False)
+        stop = stop or evaluate_first(state)
         state.watch.begin_lap()
         tracker.lines.begin(state.step)
         phase.enter("build batches", state.step)

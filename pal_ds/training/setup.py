@@ -63,16 +63,18 @@ def start_training(
 ) -> Training:
     """Load and shard everything, and restore the newest intact checkpoint if there is one.
 
-    `encoded` is a collator with stored states of the same texts, of an earlier run on the same frozen backbone;
-    `trust_checkpoint` reads checkpoints of another owner.
+    `encoded` has stored states of the same texts, of an earlier run on the same frozen backbone; `trust_checkpoint`
+    reads checkpoints of another owner.
 
     Raises:
-        StopRequested: a stop was asked for while texts were being encoded; on every rank, and the cache keeps them.
+        StopRequested: a stop was asked for before the engine was started; on every rank. The cache keeps encoded texts.
         UserError: the recipe does not fit the data, or a checkpoint is not of this run.
     """
     started = time.monotonic()
     config, data, world = context.config, context.data, context.world
     watch = StopWatch(config.train.time_limit_minutes)
+    leave = functools.partial(watch.leave_if_requested, world)
+    leave()
     check_token_budget(config, parts, data)
     plan = plan_of(config, data)
     users, table_rows, generic_row = seen_users(config, data, parts.head, world)
@@ -86,14 +88,11 @@ def start_training(
     base_weights = world.from_rank_zero(lambda: base_weights_of(parts))
     if encoded is None and parts.needs_store:
         rows = np.concatenate([plan.comparisons, data.rows("dev")])
-        leave = functools.partial(watch.leave_if_requested, world)
         collator = encode_frozen(context, parts, collator, rows, base_weights, between=leave)
     elif encoded is None:
         backbone = load_partitioned(context, parts)
-    sets = eval_sets_of(context, collator, users.ids)
-    if parts.needs_store:
-        encode = functools.partial(encode_frozen, context, parts, base_weights=base_weights)
-        sets = [replace(s, collator=encode(s.collator, s.rows)) for s in sets]
+    leave()
+    sets = eval_sets_of(context, parts, collator, users.ids, base_weights)
     origin = load_taken_over(config, context.run, parts.head, users)
     guard = UpdateGuard(config.train, world)
     num_updates = config.train.epochs * plan.updates_per_epoch
@@ -116,13 +115,22 @@ def start_training(
     return state
 
 
-def eval_sets_of(context: RunContext, collator: Collator, ids: UserIds) -> list[EvalSet]:
-    """Open and verify `train.eval_sets`. Raises UserError as `open_eval_sets` and `verify_content` do."""
+def eval_sets_of(
+    context: RunContext, parts: Parts, collator: Collator, ids: UserIds, base_weights: str | None
+) -> list[EvalSet]:
+    """Open and verify `train.eval_sets`, with stored states where the run has them.
+
+    Raises:
+        UserError: as `open_eval_sets` and `verify_content` do.
+    """
     paths, world = context.config.train.eval_sets, context.world
     sets = world.on_every_rank(lambda: open_eval_sets(paths, context.data, collator, ids))
     for of_set in sets:
         verify_content(of_set.collator.data.path, of_set.collator.data.info, world)
-    return sets
+    if not parts.needs_store:
+        return sets
+    encode = functools.partial(encode_frozen, context, parts, base_weights=base_weights)
+    return [replace(s, collator=encode(s.collator, s.rows)) for s in sets]
 
 
 def start_engine(
