@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test check spell types docs containers clean
+FUZZ_SECONDS ?= 600
+
+.PHONY: install quickstart test fuzz check spell types docs containers clean
 
 install: $(VENV)/.installed
 
@@ -43,6 +45,10 @@ containers: install
 
 test: check
 	$(BIN)/python -m pytest
+
+# Damaged files against every reader, so many seconds for each of the eight (tests/fuzz).
+fuzz: install
+	$(BIN)/python -m tests.fuzz.fuzz --seconds $(FUZZ_SECONDS)
 
 clean:
 	rm -rf $(VENV) runs site

@@ -11,15 +11,17 @@ import inspect
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
 
 from pal_ds.config.own_code import make_importable
+from pal_ds.config.run_config import RunConfig
 from pal_ds.data.sources.base import Source
 from pal_ds.errors import UserError
 from pal_ds.heads.base import Head
@@ -34,6 +36,8 @@ KINDS: dict[str, type] = {
     "loss.shape": MarginLoss,
 }
 """The keys of a recipe, and options, that name a class, and what it must be a subclass of."""
+SECTIONS = ("data", "backbone", "loss", "users", "optim", "train", "wandb")
+"""The keys of a recipe below which its other keys stand."""
 REMOTE_CODE = ("backbone.trust_remote_code", "data.trust_remote_code")
 """The keys that let code of a model's folder, or of a tokenizer's, run."""
 FLAGS = ("trust_code", "trust_checkpoint", "quiet")
@@ -108,8 +112,9 @@ class Consent:
         """Look at a parsed recipe before anything is made of it.
 
         Raises:
-            UserError: it holds a flag, names something that is no class of the right kind, or lets code of a model's
-                folder or of a tokenizer's run, which nobody but a file asked for.
+            UserError: it holds a flag, a value in place of keys, or null where a value is needed; it names something
+                that is no class of the right kind, or lets code of a model's folder or of a tokenizer's run, which
+                nobody but a file asked for.
         """
         for flag in FLAGS:
             if options.get(flag) and flag not in self.spoken:
@@ -117,6 +122,13 @@ class Consent:
                     f"{flag}: stands in a recipe, and only a person may say it: --{flag} on the command line, "
                     f"{flag}=True in Python."
                 )
+        for key in SECTIONS:
+            if not isinstance(options.get(key, Namespace()), Namespace):
+                raise UserError(
+                    f"{key}: is {options[key]!r:.60}, and it has keys of its own. Write them below it, or leave it out."
+                )
+            if key in options:
+                _refuse_nulls(key, get_type_hints(RunConfig)[key], options[key])
         for key, kind in KINDS.items():
             check_kind(key, options.get(key), kind)
         for key in REMOTE_CODE:
@@ -208,8 +220,23 @@ def check_kind(key: str, value: object, kind: type) -> None:
     found = _object_at(path)
     if not (inspect.isclass(found) and issubclass(found, kind)):
         raise UserError(f"{key}: {path} is no class over {kind.__name__}. {_rule(kind)}")
+    _refuse_nulls(key, found, value.get("init_args") or {})
     for part in ("init_args", "dict_kwargs"):
         _check_inside(key, value.get(part))
+
+
+def _refuse_nulls(key: str, cls: Any, values: Mapping[str, object] | Namespace) -> None:
+    """Raise UserError for null where a class takes none: the parser lets it pass."""
+    with contextlib.suppress(NameError):  # hints that a class of one's own has for readers alone
+        for name, hint in get_type_hints(cls.__init__).items():
+            value = values.get(name, ())
+            if isinstance(value, Namespace) and is_dataclass(hint):
+                _refuse_nulls(f"{key}.{name}", hint, value)
+            takes_none = hint in (Any, object) or NoneType in get_args(hint)
+            if value is None and not takes_none:
+                raise UserError(
+                    f"{key}.{name}: is null, and it needs a value. Give one, or leave it out."
+                )
 
 
 def _check_inside(key: str, value: object) -> None:

@@ -38,7 +38,7 @@ REASONS = {
     ),
     "others": (
         "is a class of its own|which is no code of this folder|not listed in export.json|export.json says"
-        "|which is code elsewhere|is no user table, or a damaged|holds? posix.mkdir|lists no safetensors"
+        "|which is code elsewhere|no user table, or a damaged|holds? posix.mkdir|lists no safetensors"
         "|no backbone .stranger"
     ),
 }

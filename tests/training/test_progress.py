@@ -72,7 +72,7 @@ def test_a_file_cut_short_is_told(tmp_path: Path, values: torch.Tensor) -> None:
     path = tmp_path / "shard.pt"
     ShardFiles().save({"x": values}, str(path))
     path.write_bytes(path.read_bytes()[:-SMALL])
-    with pytest.raises(UserError, match=r"shard\.pt: cannot be read as a torch archive"):
+    with pytest.raises(UserError, match=r"shard\.pt: cannot be read \(.*no torch archive"):
         ShardFiles().load(str(path))
 
 

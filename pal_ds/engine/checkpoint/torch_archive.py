@@ -23,6 +23,7 @@ from pal_ds.distributed import phase
 from pal_ds.engine.checkpoint.archive_limits import check_opcodes, check_records
 from pal_ds.engine.checkpoint.archive_objects import MOST_ARGUMENTS, Builder, Inert, Mapping
 from pal_ds.errors import UserError
+from pal_ds.io.boundary import reading
 
 ShardContent = dict[str, Any]
 """Content of one of DeepSpeed's shards, or a mapping inside it: names and values are DeepSpeed's own."""
@@ -124,24 +125,20 @@ def load_archive(path: Path) -> ShardContent:
         ForeignObjectError: a pickle with names that no DeepSpeed shard uses.
         UserError: no torch archive, or damaged.
     """
-    try:
-        with zipfile.ZipFile(path) as archive, open(path, "rb") as stream:
-            names = archive.namelist()
-            check_records(archive, path.stat().st_size)
-            root = next(n for n in names if n.endswith("/data.pkl")).removesuffix("data.pkl")
-            if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
-                raise UserError(f"{path}: written on a big-endian machine, which is not supported.")
-            program = archive.read(f"{root}data.pkl")
-            check_opcodes(program)
-            return _Unpickler(path, archive, stream, root, program).load()
-    except (UserError, OSError):
-        raise
-    # A pickle is a program: a broken one may fail in any way.
-    except Exception as error:
-        raise UserError(
-            f"{path}: cannot be read as a torch archive ({error}). Take another checkpoint of the "
-            "run (--step)."
-        ) from None
+    remedy = "Take another checkpoint of the run (--step)."
+    with (
+        reading(path, "torch archive", remedy),
+        zipfile.ZipFile(path) as archive,
+        open(path, "rb") as stream,
+    ):
+        names = archive.namelist()
+        check_records(archive, path.stat().st_size)
+        root = next(n for n in names if n.endswith("/data.pkl")).removesuffix("data.pkl")
+        if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
+            raise UserError(f"{path}: written on a big-endian machine, which is not supported.")
+        program = archive.read(f"{root}data.pkl")
+        check_opcodes(program)
+        return _Unpickler(path, archive, stream, root, program).load()
 
 
 class _Unpickler(pickle.Unpickler):

@@ -171,7 +171,7 @@ BEYOND = {
 
 @pytest.mark.parametrize("case", BEYOND)
 def test_tensors_lie_within_their_record(case: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"x\.pt: cannot be read as a torch archive"):
+    with pytest.raises(UserError, match=r"x\.pt: cannot be read \(.*no torch archive"):
         load_archive(archive_of(tmp_path / "x.pt", BEYOND[case], {"0": bytes(16)}))
 
 
@@ -247,7 +247,7 @@ def test_no_copy_of_a_thing_is_made_each_time_that_it_is_named(case: str, tmp_pa
     file = archive_of(tmp_path / "x.pt", COPIES[case], {})
     tracemalloc.start()
     try:
-        with pytest.raises(UserError, match=r"x\.pt: cannot be read as a torch archive"):
+        with pytest.raises(UserError, match=r"x\.pt: cannot be read \(.*no torch archive"):
             load_archive(file)
         assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
     finally:
