@@ -129,11 +129,26 @@ keys, mixture = Shown("list of names", _keys), Shown("list of numbers", _mixture
 def with_shipped_files(arguments: list[str]) -> list[str]:
     """The arguments, with its path for each `--config` that is no file but the name of a shipped recipe, or suite."""
     resolved, folder = list(arguments), _shipped_folder(arguments)
+    for position, before, name in _group_files(arguments) if folder else ():
+        # A bare name would be taken for the path of a class.
+        resolved[position] = f"{before}{Path(name).absolute()}"
     for position, before, name in _config_options(arguments):
         shipped = Path(folder or "", f"{name}.yaml")
         if not Path(name).is_file() and Path(name).name == name and shipped.is_file():
             resolved[position] = f"{before}{shipped}"
     return resolved
+
+
+def _group_files(arguments: list[str]) -> Iterator[tuple[int, str, str]]:
+    """(position, what stands before the value there, value) of each group of keys that is given as a file: --loss F."""
+    for position, (previous, argument) in enumerate(pairwise(arguments), start=1):
+        option, equals, value = argument.partition("=")
+        before = f"{option}{equals}"
+        if not equals and previous.startswith("--") and "=" not in previous:
+            option, before, value = previous, "", argument
+        in_groups = option in ("--data", "--backbone", "--loss", "--users", "--optim", "--train")
+        if in_groups and value.endswith((".yaml", ".yml")) and Path(value).is_file():
+            yield position, before, value
 
 
 def config_files(arguments: list[str]) -> list[Path]:

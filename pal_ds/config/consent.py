@@ -91,8 +91,12 @@ class Consent:
         files = list(files)
         paths = import_paths(self.spoken)
         if self.trust_code:
-            for text in (*(file.read_text(encoding="utf-8") for file in files), *texts):
-                paths |= import_paths(_read(text))
+            trees = [(_read(file.read_text(encoding="utf-8")), file.parent) for file in files]
+            trees += [(_read(text), Path()) for text in texts] + [(self.spoken, Path())]
+            for tree, folder in trees:
+                whole, more = _with_files_of_groups(tree, folder)
+                paths |= import_paths(whole)
+                files += more
         packages = sorted({path.partition(".")[0] for path in paths} - _NEVER)
         if not packages:
             yield
@@ -183,6 +187,20 @@ def _read(text: str) -> object:
         return yaml.safe_load(text)
     except yaml.YAMLError:
         return text
+
+
+def _with_files_of_groups(tree: object, folder: Path) -> tuple[object, list[Path]]:
+    """(a recipe with the content of each file that it gives for a group of keys, as in loss: ./loss.yaml; these)."""
+    if not isinstance(tree, Mapping):
+        return tree, []
+    named = {key: folder / value for key, value in tree.items() if _is_file_of_keys(value)}
+    found = {key: file for key, file in named.items() if file.is_file()}
+    content = {key: _read(file.read_text(encoding="utf-8")) for key, file in found.items()}
+    return {**tree, **content}, list(found.values())
+
+
+def _is_file_of_keys(value: object) -> bool:
+    return isinstance(value, str) and value.endswith((".yaml", ".yml"))
 
 
 def _at(tree: object, key: str) -> object:

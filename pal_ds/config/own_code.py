@@ -22,10 +22,25 @@ CODE = "code"
 """The folder of a run that holds the copy."""
 
 
+_added: list[str] = []
+"""Folders that `make_importable` was given, in order."""
+
+
+def where_looked() -> str:
+    """Say, for a module that was not found, where it was looked for."""
+    places = ", ".join(_added or [str(Path.cwd())])
+    return (
+        f"It was looked for among installed packages, in PYTHONPATH and in {places}. A class goes by module.Class, the "
+        "module lying in one of these folders."
+    )
+
+
 def make_importable(folders: Iterable[Path]) -> None:
     """Lets modules be imported from these folders for the rest of the process, after all that Python finds itself."""
     for folder in folders:
         place = str(folder.resolve())
+        if place not in _added:
+            _added.append(place)
         if place not in sys.path:
             # At the end: a file beside a recipe never stands in for an installed package.
             sys.path.append(place)

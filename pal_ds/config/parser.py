@@ -62,6 +62,10 @@ def objects_of(parser: ArgumentParser, options: Namespace) -> Namespace:
 def explained(message: str, parser: ArgumentParser) -> str:
     """Reword a message of jsonargparse: without its Python types, and with the nearest option for a typo."""
     message = _without_noise(message)
+    if "No module named" in message:
+        from pal_ds.config.own_code import where_looked
+
+        return f"{message.rstrip('. ')}. {where_looked()}"
     unknown = any(part in message for part in ("nrecognized arguments", "not accept"))
     return message + (_suggestion(message, parser) if unknown else "")
 
@@ -173,6 +177,8 @@ def _refusal(message: str, path: str) -> str:
 
     key = re.search(r'Parser key "([\w.]+)"', message)
     named = f"{key[1]}: {path}" if key else path
+    if path.endswith((".yaml", ".yml")):
+        return f"{named} is taken for a class. For a file of the keys of {key[1] if key else 'it'}, write ./{path}"
     if path.partition(".")[0] in {*sys.stdlib_module_names, "pal_ds", "jsonargparse"}:
         return f"{named} is no head, source or loss, and a recipe calls nothing else. Name a class."
     return (

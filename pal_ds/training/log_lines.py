@@ -3,13 +3,16 @@
 import datetime
 import logging
 import resource
+import shlex
 import sys
 import time
 from typing import Any
 
 import torch
+import yaml
 from rich.console import Console
 
+from pal_ds.config.consent import import_paths
 from pal_ds.distributed.world import World
 from pal_ds.runs.run_dir import BestEvaluation, MetricsRow, RunDirectory
 
@@ -69,11 +72,16 @@ def log_end(run: RunDirectory, best: BestEvaluation | None) -> None:
         if best is None
         else f"best accuracy on dev {best['dev_accuracy']:.4f}, at update {best['step']}"
     )
+    recipe = yaml.safe_load(run.config_file.read_text()) if run.config_file.is_file() else {}
+    own = import_paths({key: recipe.get(key) for key in ("head", "loss")})
+    remote = (recipe.get("backbone") or {}).get("trust_remote_code")
     logger.info(
-        "finished: %s. Everything is in %s; figures per update in metrics.jsonl. Next: `pal-ds evaluate --run_dir %s`",
+        "finished: %s. Everything is in %s; figures per update in metrics.jsonl. "
+        "Next: `pal-ds evaluate --run_dir %s%s`",
         found,
         run.path,
-        run.path,
+        shlex.quote(str(run.path)),
+        " --trust_code" if own or remote else "",
     )
 
 

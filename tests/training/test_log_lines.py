@@ -55,3 +55,18 @@ def test_the_end_says_what_comes_next(caplog: pytest.LogCaptureFixture, tmp_path
     assert f"best accuracy on dev 0.9000, at update 7. Everything is in {tmp_path}" in caplog.text
     assert "no evaluation on dev was made" in caplog.text
     assert f"`pal-ds evaluate --run_dir {tmp_path / 'run'}`" in caplog.text
+
+
+def test_what_comes_next_can_be_typed_as_it_is(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """A path with a space is quoted, and a head of one's own needs leave."""
+    run = RunDirectory(tmp_path / "my run")
+    run.write_config("head: {class_path: my_heads.Mine}\n")
+    with caplog.at_level(logging.INFO, "pal_ds"):
+        log_end(run, None)
+        run.write_config("head: {class_path: PalA}\ndata: {path: a.b}\n")
+        log_end(run, None)
+    first, second = caplog.messages
+    assert first.endswith(f"`pal-ds evaluate --run_dir '{run.path}' --trust_code`")
+    assert second.endswith(f"`pal-ds evaluate --run_dir '{run.path}'`")
