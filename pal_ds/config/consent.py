@@ -194,9 +194,9 @@ def _with_files_of_groups(tree: object, folder: Path) -> tuple[object, list[Path
     if not isinstance(tree, Mapping):
         return tree, []
     named = {key: folder / value for key, value in tree.items() if _is_file_of_keys(value)}
-    found = {key: file for key, file in named.items() if file.is_file()}
-    content = {key: _read(file.read_text(encoding="utf-8")) for key, file in found.items()}
-    return {**tree, **content}, list(found.values())
+    files = {key: file for key, file in named.items() if file.is_file()}
+    content = {key: _read(file.read_text(encoding="utf-8")) for key, file in files.items()}
+    return {**tree, **content}, list(files.values())
 
 
 def _is_file_of_keys(value: object) -> bool:

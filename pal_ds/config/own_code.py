@@ -11,7 +11,6 @@ import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -47,7 +46,7 @@ def make_importable(folders: Iterable[Path]) -> None:
             importlib.invalidate_caches()
 
 
-def _class_paths(value: Any, name: str) -> Iterator[str]:
+def _class_paths(value: object, name: str) -> Iterator[str]:
     if isinstance(value, str) and name == "head":
         yield value
     elif isinstance(value, dict):

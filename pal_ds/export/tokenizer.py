@@ -9,7 +9,6 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, processors
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
@@ -148,7 +147,9 @@ def _with_specials(
     return Tokenizer.from_str(json.dumps(state))
 
 
-def _save(tokenizer: Any, backend: Tokenizer, folder: Path, pad: str, max_length: int) -> int:
+def _save(
+    tokenizer: PreTrainedTokenizerBase, backend: Tokenizer, folder: Path, pad: str, max_length: int
+) -> int:
     """Write the class that takes tokenizer.json as it is, padding right and cutting left; return the pad id."""
     tokenizer.save_pretrained(folder)
     backend.save(str(folder / "tokenizer.json"))

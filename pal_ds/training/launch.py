@@ -30,7 +30,6 @@ from pal_ds.modeling.lengths import data_to_prepare
 from pal_ds.runs.lock import LOCK, only_writer
 from pal_ds.runs.run_dir import RunDirectory, RunState
 from pal_ds.training.agreement import agree_on_data, agree_on_start
-from pal_ds.training.trackers import check_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +158,6 @@ def _assemble(context: RunContext, written: list[Path], request: TrainingRequest
     """
     config, data, run, world = context.config, context.data, context.run, context.world
     taken: Parts | None = None
-    world.on_every_rank(lambda: check_trackers(config))
 
     def take() -> None:
         nonlocal taken

@@ -46,6 +46,7 @@ from pal_ds.training.init_from.copy import load_taken_over
 from pal_ds.training.log_lines import ProgressLines
 from pal_ds.training.metrics_logger import Tracker
 from pal_ds.training.state import Training, plan_of, seen_users
+from pal_ds.training.trackers import check_trackers
 from pal_ds.users.ids import UserIds
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def start_training(
     watch = StopWatch(config.train.time_limit_minutes)
     leave = functools.partial(watch.leave_if_requested, world)
     leave()
-    check_token_budget(config, parts, data)
+    check_before_loading(config, parts, data)
     plan = plan_of(config, data)
     users, table_rows, generic_row = seen_users(config, data, parts.head, world)
     collator = replace(
@@ -160,8 +161,9 @@ def log_size(state: Training, seconds: float) -> None:
     )
 
 
-def check_token_budget(config: RunConfig, parts: Parts, data: PreparedData) -> None:
-    """Raise UserError for a budget of tokens where updates read none."""
+def check_before_loading(config: RunConfig, parts: Parts, data: PreparedData) -> None:
+    """Raise UserError for a tracker that is not installed, or a budget of tokens where updates read none."""
+    check_trackers(config)
     reads_none = parts.needs_store or data.response_vectors is not None
     if config.train.micro_batch_tokens is not None and reads_none:
         raise UserError(
