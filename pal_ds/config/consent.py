@@ -126,7 +126,8 @@ class Consent:
                     f"{flag}: stands in a recipe, and only a person may say it: --{flag} on the command line, "
                     f"{flag}=True in Python."
                 )
-        for key in SECTIONS:
+        # `evaluate --source` has a --data of its own, and no recipe.
+        for key in SECTIONS if "backbone" in options else ():
             if not isinstance(options.get(key, Namespace()), Namespace):
                 raise UserError(
                     f"{key}: is {options[key]!r:.60}, and it has keys of its own. Write them below it, or leave it out."
