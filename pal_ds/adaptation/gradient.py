@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pal_ds.adaptation.blocks import UserComparisons
 from pal_ds.adaptation.prior import LogitPrior, mean_over_components
+from pal_ds.distributed import phase
 from pal_ds.heads.base import Features, Head, Placement, UserState
 from pal_ds.heads.geometry import unit
 from pal_ds.heads.jaxtyping_fallback import Float, Int
@@ -141,6 +142,7 @@ def adam(
     logits = starts.points[starts.point_index[order]].requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=LEARNING_RATE)
     for step in range(NUM_STEPS):
+        phase.progress()
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / NUM_STEPS))
         optimizer.zero_grad(set_to_none=True)
@@ -173,6 +175,7 @@ def reference_adamw(
     logits, first, second = initial.clone(), torch.zeros_like(initial), torch.zeros_like(initial)
     steps = torch.zeros_like(counts)
     for epoch in range(REFERENCE_EPOCHS):
+        phase.progress()
         # A stream for each epoch: a user's order is then nobody else's matter, however many comparisons others have.
         generator = torch.Generator().manual_seed(epoch)
         noise = torch.rand(int(counts.max()), generator=generator).to(owner.device)[place]

@@ -22,6 +22,7 @@ from torch import Tensor
 from pal_ds.adaptation.blocks import UserComparisons, blocks
 from pal_ds.adaptation.objective import SHAPES, Objective, Point
 from pal_ds.adaptation.prior import LogitPrior, mean_over_components
+from pal_ds.distributed import phase
 from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.heads.sufficient_statistics import MixtureStatistics
 from pal_ds.losses import PreferenceLoss
@@ -83,6 +84,7 @@ def _follow(objective: Objective, begin: Float[Tensor, "K L"], num_kept: int) ->
     left = torch.arange(num_lanes, device=begin.device)
     damping = torch.zeros_like(point.value)
     for number in range(MAX_STEPS):
+        phase.progress()
         matrix = point.curvature + damping * objective.own.precision
         step = solve_positive_definite(matrix, -point.gradient)
         promise = -(step * point.gradient).sum(0)

@@ -57,17 +57,19 @@ def held(lock: Path, what: Path, remedy: str, wait_seconds: float = math.inf) ->
         StorageError: the file cannot be written.
     """
     made = [path for path in lock.parents if not path.exists()]
-    with writing(lock.parent):
-        descriptor = _acquired(lock, what, remedy, wait_seconds)
     try:
-        yield not stat.S_ISCHR(os.fstat(descriptor).st_mode)
+        with writing(what):
+            descriptor = _acquired(lock, what, remedy, wait_seconds)
+        try:
+            yield not stat.S_ISCHR(os.fstat(descriptor).st_mode)
+        finally:
+            # Unlinked while it is held: who waits for it finds out and opens the next one.
+            lock.unlink(missing_ok=True)
+            os.close(descriptor)
     finally:
-        # Unlinked while it is held: who waits for it finds out and opens the next one.
-        lock.unlink(missing_ok=True)
-        os.close(descriptor)
         for path in made:
             # A start that was refused leaves nothing.
-            if path.is_dir() and not any(path.iterdir()):
+            with contextlib.suppress(OSError):  # something is in it, or it was never made
                 path.rmdir()
 
 
@@ -103,14 +105,27 @@ def _acquired(path: Path, what: Path, remedy: str, wait_seconds: float) -> int:
             time.sleep(0.2)
             continue
         if _is_at(path, descriptor):
-            os.ftruncate(descriptor, 0)
-            # A name by which a person finds this process: in a SLURM job its number, as its host may be anywhere.
-            who = {"host": socket.gethostname(), "pid": os.getpid()}
-            given = {"slurm_job": "SLURM_JOB_ID", "slurm_restarts": "SLURM_RESTART_COUNT"}
-            who |= {name: os.environ[key] for name, key in given.items() if key in os.environ}
-            os.write(descriptor, json.dumps({**who, "since": time.ctime()}).encode())
+            try:
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, json.dumps(_own_name()).encode())
+            except OSError:
+                path.unlink()
+                os.close(descriptor)
+                raise
             return descriptor
         os.close(descriptor)
+
+
+def _own_name() -> dict[str, object]:
+    """A name by which a person finds this process: in a SLURM job its number, as its host may be anywhere."""
+    given = {"slurm_job": "SLURM_JOB_ID", "slurm_restarts": "SLURM_RESTART_COUNT"}
+    of_job = {name: os.environ[key] for name, key in given.items() if key in os.environ}
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        **of_job,
+        "since": time.ctime(),
+    }
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

@@ -23,7 +23,7 @@ from pal_ds.engine.checkpoint.manifest import read_manifest
 from pal_ds.engine.checkpoint.verify import refuse_strangers_run
 from pal_ds.engine.ds_config import DeepSpeedConfig, check_zero_section, ds_config_of
 from pal_ds.engine.process_group import distributed
-from pal_ds.errors import UnfinishedError, UserError, writing
+from pal_ds.errors import UnfinishedError, UserError, mendable, writing
 from pal_ds.io.files import new_folder, write_json
 from pal_ds.modeling.build import Parts, RunContext, assemble
 from pal_ds.modeling.lengths import data_to_prepare
@@ -205,7 +205,7 @@ def joined_with_data(
     def make() -> None:
         failure = prepare_before_processes_meet(config)
         if failure is not None:
-            failures.append(type(failure)(f"{failure}{needs}"))
+            failures.append(type(failure)(f"{failure}{needs}") if needs else failure)
 
     alone = world_size_of_launch() == 1
     if alone:
@@ -236,7 +236,7 @@ def prepare_before_processes_meet(config: RunConfig) -> UserError | None:
         with writing(config.data.path):
             prepare(data_to_prepare(config))
     except UserError as error:
-        return error
+        return mendable(error)
     return None
 
 

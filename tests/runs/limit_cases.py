@@ -1,16 +1,16 @@
-"""Commands that meet a limit of the machine, forked for test_limits: what they say, how they end, what they leave."""
+"""Commands that meet a limit of the machine, forked for test_limits: what they say and how they end."""
 
+import contextlib
 import os
 import resource
-import runpy
-import sys
+import signal
+import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.warm import LAUNCHER_VARIABLES, fork_ranks, wait_for
-
-MEBIBYTE = 2**20
+from tests.engine.kills import command
+from tests.warm import LAUNCHER_VARIABLES, Hook, fork_ranks, wait_for
 
 
 def few_handles(spare: int) -> None:
@@ -22,28 +22,59 @@ def few_handles(spare: int) -> None:
 def little_memory(spare: int) -> None:
     """From now on this process may take so many MiB more of address space."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    limit = used + spare * MEBIBYTE
+    limit = used + (spare << 20)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 LIMITS: dict[str, Callable[[int], None]] = {"handles": few_handles, "memory": little_memory}
 
 
-def outcome(words: list[str], limit: str, spare: int, num_ranks: int) -> list[tuple[int, str]]:
-    """Exit status and output of each rank of `pal-ds WORDS`, under a limit where one is named; 0: no launcher."""
+def under_limit(words: list[str], limit: str, spare: int) -> tuple[int, str]:
+    """Exit status and output of a command without a launcher, under a limit where one is named."""
+    work = command(*words)
 
-    def work() -> None:
-        if num_ranks == 0:
-            for name in LAUNCHER_VARIABLES:
-                os.environ.pop(name)
+    def alone() -> None:
+        for name in LAUNCHER_VARIABLES:
+            os.environ.pop(name)
         if limit:
             LIMITS[limit](spare)
-        sys.argv = ["pal_ds", *words]
-        runpy.run_module("pal_ds", run_name="__main__", alter_sys=True)
+        work()
 
+    ((code, said),) = _outcomes(1, alone)
+    return code, said
+
+
+def without_a_rank(words: list[str]) -> list[tuple[int, str]]:
+    """Exit status and output of two ranks, the second of which is stopped as it starts."""
+
+    def hook(rank: int, moment: str) -> None:
+        if (rank, moment) == (1, "start"):
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    return _outcomes(2, command(*words), hook, grace=1)
+
+
+def on_a_port_that_is_taken(words: list[str]) -> list[tuple[int, str]]:
+    """Exit status and output of two ranks, where another program listens at their port."""
+    work = command(*words)
+
+    def beside_another() -> None:
+        with contextlib.ExitStack() as held:
+            if os.environ["RANK"] == "0":
+                listener = held.enter_context(socket.socket())
+                listener.bind(("", int(os.environ["MASTER_PORT"])))
+                listener.listen()
+            work()
+
+    return _outcomes(2, beside_another)
+
+
+def _outcomes(
+    num_ranks: int, work: Callable[[], None], hook: Hook | None = None, grace: float = 6
+) -> list[tuple[int, str]]:
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        ranks = fork_ranks(max(num_ranks, 1), work, log)
-        codes = wait_for(ranks, seconds=60, grace=30)
+        ranks = fork_ranks(num_ranks, work, log, hook)
+        codes = wait_for(ranks, seconds=60, grace=grace)
         said = [Path(f"{log}.{rank.number}").read_text() for rank in ranks]
     return list(zip(codes, said, strict=True))

@@ -3,17 +3,8 @@
 import json
 from pathlib import Path
 
-import pytest
-
 from tests.bad_input.conftest import Place
 from tests.spawn import outcome_of, run_command
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    place = Place(tmp_path_factory.mktemp("at_once"))
-    place.make()
-    return place
 
 
 def test_of_three_preparations_one_works(place: Place, tmp_path: Path) -> None:
