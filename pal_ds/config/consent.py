@@ -122,13 +122,13 @@ class Consent:
                     f"{flag}: stands in a recipe, and only a person may say it: --{flag} on the command line, "
                     f"{flag}=True in Python."
                 )
-        for key in SECTIONS:
-            if not isinstance(options.get(key, Namespace()), Namespace):
+        # Another command may have an option of such a name.
+        for key in SECTIONS if all(key in options for key in SECTIONS) else ():
+            if not isinstance(options[key], Namespace):
                 raise UserError(
                     f"{key}: is {options[key]!r:.60}, and it has keys of its own. Write them below it, or leave it out."
                 )
-            if key in options:
-                _refuse_nulls(key, get_type_hints(RunConfig)[key], options[key])
+            _refuse_nulls(key, get_type_hints(RunConfig)[key], options[key])
         for key, kind in KINDS.items():
             check_kind(key, options.get(key), kind)
         for key in REMOTE_CODE:
