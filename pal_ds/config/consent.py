@@ -225,7 +225,7 @@ def check_kind(key: str, value: object, kind: type) -> None:
         _check_inside(key, value.get(part))
 
 
-def _refuse_nulls(key: str, cls: Any, values: Mapping[str, object] | Namespace) -> None:
+def _refuse_nulls(key: str, cls: type, values: Mapping[str, object] | Namespace) -> None:
     """Raise UserError for null where a class takes none: the parser lets it pass."""
     with contextlib.suppress(NameError):  # hints that a class of one's own has for readers alone
         for name, hint in get_type_hints(cls.__init__).items():
