@@ -36,7 +36,9 @@ KINDS: dict[str, type] = {
     "loss.shape": MarginLoss,
 }
 """The keys of a recipe, and options, that name a class, and what it must be a subclass of."""
-SECTIONS = ("data", "backbone", "loss", "users", "optim", "train", "wandb")
+SECTIONS = {
+    name: kind for name, kind in get_type_hints(RunConfig).items() if isinstance(kind, type)
+}
 """The keys of a recipe below which its other keys stand."""
 REMOTE_CODE = ("backbone.trust_remote_code", "data.trust_remote_code")
 """The keys that let code of a model's folder, or of a tokenizer's, run."""
@@ -123,12 +125,13 @@ class Consent:
                     f"{flag}=True in Python."
                 )
         # Another command may have an option of such a name.
-        for key in SECTIONS if all(key in options for key in SECTIONS) else ():
+        is_recipe = all(key in options for key in SECTIONS)
+        for key, kind in SECTIONS.items() if is_recipe else ():
             if not isinstance(options[key], Namespace):
                 raise UserError(
                     f"{key}: is {options[key]!r:.60}, and it has keys of its own. Write them below it, or leave it out."
                 )
-            _refuse_nulls(key, get_type_hints(RunConfig)[key], options[key])
+            _refuse_nulls(key, kind, options[key])
         for key, kind in KINDS.items():
             check_kind(key, options.get(key), kind)
         for key in REMOTE_CODE:
@@ -230,7 +233,7 @@ def _refuse_nulls(key: str, cls: type, values: Mapping[str, object] | Namespace)
     with contextlib.suppress(NameError):  # hints that a class of one's own has for readers alone
         for name, hint in get_type_hints(cls.__init__).items():
             value = values.get(name, ())
-            if isinstance(value, Namespace) and is_dataclass(hint):
+            if isinstance(value, Namespace) and isinstance(hint, type) and is_dataclass(hint):
                 _refuse_nulls(f"{key}.{name}", hint, value)
             takes_none = hint in (Any, object) or NoneType in get_args(hint)
             if value is None and not takes_none:
