@@ -127,11 +127,7 @@ class Consent:
         # Another command may have an option of such a name.
         is_recipe = all(key in options for key in SECTIONS)
         for key, kind in SECTIONS.items() if is_recipe else ():
-            if not isinstance(options[key], Namespace):
-                raise UserError(
-                    f"{key}: is {options[key]!r:.60}, and it has keys of its own. Write them below it, or leave it out."
-                )
-            _refuse_nulls(key, kind, options[key])
+            _check_section(key, kind, options[key])
         for key, kind in KINDS.items():
             check_kind(key, options.get(key), kind)
         for key in REMOTE_CODE:
@@ -228,13 +224,22 @@ def check_kind(key: str, value: object, kind: type) -> None:
         _check_inside(key, value.get(part))
 
 
+def _check_section(key: str, kind: type, value: object) -> None:
+    """Raise UserError where a section of a recipe holds no keys, or null where one takes none."""
+    if not isinstance(value, Namespace):
+        raise UserError(
+            f"{key}: is {value!r:.60}, and it has keys of its own. Write them below it, or leave it out."
+        )
+    _refuse_nulls(key, kind, value)
+
+
 def _refuse_nulls(key: str, cls: type, values: Mapping[str, object] | Namespace) -> None:
     """Raise UserError for null where a class takes none: the parser lets it pass."""
     with contextlib.suppress(NameError):  # hints that a class of one's own has for readers alone
         for name, hint in get_type_hints(cls.__init__).items():
             value = values.get(name, ())
-            if isinstance(value, Namespace) and isinstance(hint, type) and is_dataclass(hint):
-                _refuse_nulls(f"{key}.{name}", hint, value)
+            if name in values and isinstance(hint, type) and is_dataclass(hint):
+                _check_section(f"{key}.{name}", hint, value)
             takes_none = hint in (Any, object) or NoneType in get_args(hint)
             if value is None and not takes_none:
                 raise UserError(
