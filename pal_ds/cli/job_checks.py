@@ -65,7 +65,7 @@ def check_recipe(options: Namespace, recipe: str, run_dir: Path, words: list[str
     """
     from pal_ds.config.changes import refuse_changes
     from pal_ds.config.consent import Consent
-    from pal_ds.config.parser import objects_of
+    from pal_ds.config.parser import objects_of, parsed
     from pal_ds.config.recipe import as_recipe, dump_recipe
     from pal_ds.engine.ds_config import ds_config_of
 
@@ -74,10 +74,10 @@ def check_recipe(options: Namespace, recipe: str, run_dir: Path, words: list[str
     parser = build_parser("train", program="submit")
     consent = Consent.of_words(arguments)
     with consent.given(config_files(arguments)):
-        parsed = parser.parse_args(arguments)
-        consent.check(parsed["train"])
-        config = as_recipe(objects_of(parser, parsed)["train"])
-        resolved = dump_recipe(parsed["train"])
+        given = parsed(parser, arguments, "recipe")
+        consent.check(given["train"])
+        config = as_recipe(objects_of(parser, given)["train"])
+        resolved = dump_recipe(given["train"])
     world_size = options.nodes * options.ntasks_per_node
     ds_config_of(config.train, world_size)
     if config.train.batch_pairs < world_size:
@@ -89,13 +89,13 @@ def check_recipe(options: Namespace, recipe: str, run_dir: Path, words: list[str
     check_prepared(options, recipe, config.data.path)
     run = RunDirectory(run_dir)
     found = {path.name for path in run_dir.iterdir()} if run_dir.is_dir() else set()
-    if parsed["train"].fresh and found - {LOCK, "slurm"}:
+    if given["train"].fresh and found - {LOCK, "slurm"}:
         raise UserError(f"{run_dir}: --fresh needs an empty directory. Name another --run_dir.")
     notes = [] if options.gpus_per_node == 0 else [memory_note(config, world_size)]
     steps = run.complete_steps()
     if not steps:
         return notes
-    refuse_changes(run.config_file, resolved, parsed["train"].allow_change)
+    refuse_changes(run.config_file, resolved, given["train"].allow_change)
     manifest = json.loads((run.checkpoint(steps[-1]) / "manifest.json").read_text())
     notes.append(f"{run_dir}: resumes from update {steps[-1]}.")
     if manifest["world_size"] != world_size:

@@ -99,14 +99,14 @@ def main(arguments: list[str] | None = None, program: str = PROGRAM) -> None:
         given = [name, *command.arguments_of(given[1:])]
     parser = build_parser(name, program)
     from pal_ds.cli.arguments import check_config_files, config_files, with_shipped_files
-    from pal_ds.config.parser import objects_of
+    from pal_ds.config.parser import objects_of, parsed
     from pal_ds.progress import be_quiet
 
     given = with_shipped_files(given)
     try:
         check_config_files(given)
         with _allowed(given, config_files(given)) as check:
-            options = parser.parse_args(given)
+            options = parsed(parser, given, name)
             check(options[name])
             if options[name].quiet:
                 be_quiet()

@@ -134,14 +134,14 @@ def _resolve(
     trust_code: bool,
 ) -> Iterator[tuple[int, RunConfig, str]]:
     """Yield seed, recipe and the recipe's YAML, for each seed."""
-    from pal_ds.config.parser import explained
+    from pal_ds.config.parser import explained, parsed
 
     if "head" not in {**common, **keys}:
         raise UserError(f"methods.{method}: has no head, and the shared keys have none either.")
     layers = [f"--config={yaml.safe_dump(layer)}" for layer in (common, keys) if layer]
     consent = Consent(trust_code, spoken=common)
     try:
-        options = parser.parse_args(layers)
+        options = parsed(parser, layers, "recipe")
         for seed in seeds:
             options["train.seed"] = seed
             yield seed, made(parser, options, consent), dump_recipe(options)

@@ -36,7 +36,9 @@ KINDS: dict[str, type] = {
     "loss.shape": MarginLoss,
 }
 """The keys of a recipe, and options, that name a class, and what it must be a subclass of."""
-SECTIONS = ("data", "backbone", "loss", "users", "optim", "train", "wandb")
+SECTIONS = {
+    name: kind for name, kind in get_type_hints(RunConfig).items() if isinstance(kind, type)
+}
 """The keys of a recipe below which its other keys stand."""
 REMOTE_CODE = ("backbone.trust_remote_code", "data.trust_remote_code")
 """The keys that let code of a model's folder, or of a tokenizer's, run."""
@@ -126,14 +128,10 @@ class Consent:
                     f"{flag}: stands in a recipe, and only a person may say it: --{flag} on the command line, "
                     f"{flag}=True in Python."
                 )
-        # `evaluate --source` has a --data of its own, and no recipe.
-        for key in SECTIONS if "backbone" in options else ():
-            if not isinstance(options.get(key, Namespace()), Namespace):
-                raise UserError(
-                    f"{key}: is {options[key]!r:.60}, and it has keys of its own. Write them below it, or leave it out."
-                )
-            if key in options:
-                _refuse_nulls(key, get_type_hints(RunConfig)[key], options[key])
+        # Another command may have an option of such a name.
+        is_recipe = all(key in options for key in SECTIONS)
+        for key, kind in SECTIONS.items() if is_recipe else ():
+            _check_section(key, kind, options[key])
         for key, kind in KINDS.items():
             check_kind(key, options.get(key), kind)
         for key in REMOTE_CODE:
@@ -244,13 +242,22 @@ def check_kind(key: str, value: object, kind: type) -> None:
         _check_inside(key, value.get(part))
 
 
-def _refuse_nulls(key: str, cls: Any, values: Mapping[str, object] | Namespace) -> None:
+def _check_section(key: str, kind: type, value: object) -> None:
+    """Raise UserError where a section of a recipe holds no keys, or null where one takes none."""
+    if not isinstance(value, Namespace):
+        raise UserError(
+            f"{key}: is {value!r:.60}, and it has keys of its own. Write them below it, or leave it out."
+        )
+    _refuse_nulls(key, kind, value)
+
+
+def _refuse_nulls(key: str, cls: type, values: Mapping[str, object] | Namespace) -> None:
     """Raise UserError for null where a class takes none: the parser lets it pass."""
     with contextlib.suppress(NameError):  # hints that a class of one's own has for readers alone
         for name, hint in get_type_hints(cls.__init__).items():
             value = values.get(name, ())
-            if isinstance(value, Namespace) and is_dataclass(hint):
-                _refuse_nulls(f"{key}.{name}", hint, value)
+            if name in values and isinstance(hint, type) and is_dataclass(hint):
+                _check_section(f"{key}.{name}", hint, value)
             takes_none = hint in (Any, object) or NoneType in get_args(hint)
             if value is None and not takes_none:
                 raise UserError(

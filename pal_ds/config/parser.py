@@ -4,6 +4,7 @@ import difflib
 import inspect
 import re
 import sys
+from argparse import ArgumentError
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -11,6 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from pal_ds.distributed import phase  # noqa: F401  (first of ours: its clock tells how long this process has run)
 from pal_ds.errors import UserError
+from pal_ds.io.boundary import reason_of
 
 
 class Parser(ArgumentParser):
@@ -44,6 +46,18 @@ class Parser(ArgumentParser):
             name = rest if first in commands else name.removeprefix("--")
             typed.append(name.upper() if name in positional else f"--{name}")
         return ", ".join(typed)
+
+
+def parsed(parser: ArgumentParser, words: Sequence[str], where: str) -> Namespace:
+    """Parse words; the parser's own errors pass. Raises UserError for a value at which it fails, as a huge number."""
+    try:
+        return parser.parse_args([*words])
+    except (ArgumentError, UserError, OSError):
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{where}: a value cannot be read ({reason_of(error)}). Mend it."
+        ) from error
 
 
 def objects_of(parser: ArgumentParser, options: Namespace) -> Namespace:

@@ -20,7 +20,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from pal_ds.config.consent import REMEDY, REMOTE_CODE, Consent, import_paths
 from pal_ds.config.own_code import CODE, keep_code, make_importable, refuse_changed_code
-from pal_ds.config.parser import explained, objects_of
+from pal_ds.config.parser import explained, objects_of, parsed
 from pal_ds.config.run_config import RunConfig
 from pal_ds.data.sources.base import Source
 from pal_ds.errors import UserError
@@ -95,15 +95,15 @@ def read_recipe(arguments: list[str]) -> tuple[RunConfig, str]:
     consent, parser = Consent.of_words(arguments), recipe_parser()
     try:
         with consent.given(files):
-            return _parsed(parser, arguments, consent)
+            return _parsed(parser, arguments, consent, "recipe")
     except ArgumentError as error:
         raise UserError(f"{' '.join(arguments)}: {explained(str(error), parser)}") from None
 
 
 def _parsed(
-    parser: ArgumentParser, arguments: list[str], consent: Consent
+    parser: ArgumentParser, arguments: list[str], consent: Consent, where: str
 ) -> tuple[RunConfig, str]:
-    options = parser.parse_args(arguments)
+    options = parsed(parser, arguments, where)
     return made(parser, options, consent), dump_recipe(options)
 
 
@@ -145,7 +145,7 @@ def load_recipe(path: Path, *, trust_code: bool = False) -> RunConfig:
         make_importable([Path.cwd(), path.parent / CODE])
     try:
         with consent.given((), recipe):
-            config = _parsed(parser, [f"--config={recipe}"], consent)[0]
+            config = _parsed(parser, [f"--config={recipe}"], consent, str(path))[0]
             if trust_code:
                 refuse_changed_code(recipe, path.parent)
             return config
@@ -201,7 +201,7 @@ def read(
         parser = recipe_parser(require_head=require_head)
         try:
             with consent.given(f for f in files if f.parent != Path(folder)):
-                return _parsed(parser, words, consent)
+                return _parsed(parser, words, consent, "recipe")
         except ArgumentError as error:
             raise UserError(explained(str(error), parser)) from None
 

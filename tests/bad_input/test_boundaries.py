@@ -62,7 +62,18 @@ def test_small_files_of_a_run(tmp_path: Path, name: str, content: str) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["", "a: [", NESTED, "? [a]\n: b", "loss: 0", "train: 3", "data: {path: [1]}", "\xff"],
+    [
+        "",
+        "a: [",
+        NESTED,
+        "? [a]\n: b",
+        "loss: 0",
+        "train: 3",
+        "data: {path: [1]}",
+        "optim: {learning_rate: 1" + "0" * 400 + "}",
+        "train: {seed: " + "9" * 5000 + "}",
+        "\xff",
+    ],
 )
 def test_a_runs_recipe(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.yaml").write_text(content, encoding="latin-1")

@@ -22,7 +22,7 @@ from tests.fuzz.targets import TARGETS, silent
 
 REFUSALS = (UserError, DamagedShardError)
 """What a reader may raise; a damaged shard of a cache is computed anew."""
-SECONDS_OF_A_BATCH = 10
+SECONDS_OF_A_BATCH = 3
 MOST_OF_A_BATCH = 100
 
 
@@ -95,15 +95,17 @@ def fuzz(fuzzer: Fuzzer, num_examples: int, *, seed: int | None = None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("targets", nargs="*", default=list(TARGETS), choices=[[], *TARGETS])
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=", ".join(TARGETS))
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--seed", type=int, default=0, help="of the first batch of examples")
     options = parser.parse_args()
     failed = 0
-    for name in options.targets:
+    if unknown := set(options.targets) - set(TARGETS):
+        parser.error(f"{', '.join(sorted(unknown))}: none of {', '.join(TARGETS)}")
+    for name in options.targets or TARGETS:
         with tempfile.TemporaryDirectory(prefix="fuzz_") as folder:
             fuzzer = Fuzzer(name, Path(folder))
-            size = max(5, min(MOST_OF_A_BATCH, int(SECONDS_OF_A_BATCH / fuzzer.seconds)))
+            size = max(10, min(MOST_OF_A_BATCH, int(SECONDS_OF_A_BATCH / fuzzer.seconds)))
             start, seed, failures = time.monotonic(), options.seed, 0
             while time.monotonic() - start < options.seconds:
                 try:
