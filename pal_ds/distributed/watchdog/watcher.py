@@ -210,7 +210,8 @@ class Watcher:
         # A rank that failed raises, with its own message or traceback.
         raises = kind == "failed" and rank in verdict.ranks
         if (rank == 0 or concerned) and not raises:
-            print(f"pal-ds: error: {verdict.text}", file=sys.stderr, flush=True)
+            # Not sys.stderr, which an import in the main thread may have turned away for a while.
+            print(f"pal-ds: error: {verdict.text}", file=sys.__stderr__, flush=True)
 
     def _end(self, verdict: Verdict) -> None:
         """Write stacks, let the others hear, and end the process unless the main thread does."""
