@@ -16,7 +16,7 @@ from torch.distributed import Store
 
 from pal_ds.distributed import phase
 from pal_ds.distributed.watchdog.coordinator import Coordinator
-from pal_ds.distributed.watchdog.ending import forget, record, within
+from pal_ds.distributed.watchdog.ending import forget, own_stderr, record, within
 from pal_ds.distributed.watchdog.heartbeat import Beat, Failure, Ledger, Verdict, look
 from pal_ds.distributed.watchdog.link import Link
 from pal_ds.distributed.watchdog.lost_ranks import (
@@ -127,7 +127,7 @@ class Watcher:
         self._known, self._main_leaves = threading.Event(), threading.Event()
         self._written = threading.Event()
         self._lock, self._thread_ends = threading.Lock(), False
-        self._host = socket.gethostname()
+        self._host, self._stderr = socket.gethostname(), own_stderr()
         self._line: Coordinator | Link | None = None
         self._thread: threading.Thread | None = None
 
@@ -185,9 +185,9 @@ class Watcher:
         now = phase.current()
         own = (threading.get_ident(), self._thread.ident if self._thread else None)
         where, waiting = look(own)
-        if sys.__stderr__ is not None:
+        if self._stderr is not None:
             # Its timer runs even where native code keeps the interpreter to itself.
-            faulthandler.dump_traceback_later(self.hang_seconds, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(self.hang_seconds, file=self._stderr)
         place = (now.name, now.step, time.monotonic() - now.since)
         counts = (now.num_entered, now.num_in_step)
         return Beat(self.world.rank, self._host, *place, *counts, where, waiting, now.patience)
@@ -210,8 +210,7 @@ class Watcher:
         # A rank that failed raises, with its own message or traceback.
         raises = kind == "failed" and rank in verdict.ranks
         if (rank == 0 or concerned) and not raises:
-            # Not sys.stderr, which an import in the main thread may have turned away for a while.
-            print(f"pal-ds: error: {verdict.text}", file=sys.__stderr__, flush=True)
+            print(f"pal-ds: error: {verdict.text}", file=self._stderr or sys.__stderr__, flush=True)
 
     def _end(self, verdict: Verdict) -> None:
         """Write stacks, let the others hear, and end the process unless the main thread does."""
@@ -285,3 +284,6 @@ class Watcher:
         if self._line is not None and self._thread is not None:
             self._line.close()
             self._thread.join(self.interval)
+        opened, self._stderr = self._stderr, None
+        if opened is not None:
+            opened.close()
