@@ -200,6 +200,7 @@ def consolidate(
     *,
     user_ids: Sequence[str] | None = None,
     users: str | os.PathLike[str] | None = None,
+    population: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Writes a scalar reward model that transformers opens by itself, with its own code.
@@ -208,8 +209,10 @@ def consolidate(
         run: what was trained.
         out: folder to make.
         user_ids: a folder OUT/USER for each of these, on one set of weights.
-        users: new users that `adapt` fitted, among whom users are looked up first.
-        options: for whom, `user`, `mixture` or `group`, else the average user; `with_users`, `dtype` (fp32 or bf16),
+        users: folder of new users that `adapt` fitted: a folder OUT/USER for each of them, unless `user_ids`,
+            `population` or an option says for whom; then users are looked up there first.
+        population: score for the average user, as is done where nobody is named.
+        options: for whom, `user`, `mixture` or `group`; `with_users`, `dtype` (fp32 or bf16),
             `max_shard_size` ("4GB"), `data_path`, `reward_mean`, `reward_std`.
 
     Returns:
@@ -218,8 +221,17 @@ def consolidate(
     Raises:
         UserError: an unknown option or user, an `out` that holds something, or a run that cannot be exported.
     """
-    from pal_ds.export import ExportOptions, export, export_users
+    from pal_ds.export import ExportOptions, export, export_users, users_of
 
+    for name, given, is_right in (
+        ("user_ids", user_ids, not isinstance(user_ids, str)),
+        ("users", users, users is None or isinstance(users, str | os.PathLike)),
+    ):
+        if not is_right:
+            raise UserError(
+                f"consolidate: {name} is {given!r:.60}. `users` is a folder that `adapt` wrote, and `user_ids` a list "
+                "of ids."
+            )
     where, folder = run_of(run), Path(out)
     known = {field.name for field in fields(ExportOptions)} - {"step", "users_dir"}
     if unknown := options.keys() - known:
@@ -234,6 +246,11 @@ def consolidate(
     )
     with for_people():
         directory = RunDirectory(where.path)
+        named = {"user", "mixture", "group", "with_users"} & options.keys()
+        if population and (named - {"with_users"} or user_ids is not None):
+            raise UserError("consolidate: population is given beside who else to score for.")
+        if chosen.users_dir is not None and user_ids is None and not population and not named:
+            user_ids = users_of(chosen.users_dir)
         if user_ids is None:
             return dict(export(directory, folder, chosen))
         return dict(export_users(directory, folder, list(user_ids), chosen))

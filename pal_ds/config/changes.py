@@ -17,12 +17,16 @@ def changed_keys(old: str, new: str) -> list[str]:
 
     >>> changed_keys("train: {seed: 0, log_every: 1}", "train: {seed: 1, log_every: 50}")
     ['train.seed']
+    >>> changed_keys("wandb: {mode: online}", "wandb: {}")
+    []
     """
     before, after = flattened(yaml.safe_load(old)), flattened(yaml.safe_load(new))
     for keys in (before, after):
         keys |= {key: was for key, was in _WAS_WRITTEN.items() if keys.get(key) is None}
     differing = (key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
-    return sorted(key for key in differing if not key.startswith(KEYS_THAT_DO_NOT_ALTER_RESULTS))
+    # A section without a value counts as its keys do.
+    free = KEYS_THAT_DO_NOT_ALTER_RESULTS
+    return sorted(key for key in differing if not f"{key}.".startswith(free))
 
 
 def refuse_changes(run_config_file: Path, new: str, allowed: list[str]) -> None:

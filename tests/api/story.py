@@ -67,6 +67,14 @@ def after_training(report: dict[str, Any], run: pal_ds.Run) -> None:
     report["scores"] = pal_ds.score(run, TEXTS, user="n1", users=adapted)
     report["facts"] = pal_ds.consolidate(run, "out", user="n1", users=adapted)
     report["exported"] = pal_ds.score("out", TEXTS)
+    pal_ds.consolidate(run, "each", users=adapted)
+    report["each"] = [pal_ds.score(f"each/{user}", TEXTS) for user in ("n0", "n1")]
+    report["ids as a folder"] = refused(
+        functools.partial(pal_ds.consolidate, run, "o", users=["n0", "n1"])
+    )
+    report["a folder as ids"] = refused(
+        functools.partial(pal_ds.consolidate, run, "o", user_ids="n0,n1")
+    )
     report["by its own code"] = pal_ds.score("out", TEXTS, trust_remote_code=True)
     report["no such option"] = refused(functools.partial(pal_ds.consolidate, run, "o", dtyp="bf16"))
 

@@ -76,7 +76,10 @@ def test_the_head_learns_and_new_users_join(report: dict[str, Any]) -> None:
 
 
 def test_exported_by_its_own_code(alone: Path, report: dict[str, Any], tmp_path: Path) -> None:
-    """With pal_ds, with the folder's code, and with transformers alone."""
+    """With pal_ds, with the folder's code, and with transformers alone; new users get a folder each."""
+    assert report["each"][1] == pytest.approx(report["scores"], abs=1e-4) != report["each"][0]
+    assert "a folder that `adapt` wrote" in report["ids as a folder"]
+    assert "a list of ids" in report["a folder as ids"]
     assert report["exported"] == pytest.approx(report["scores"], abs=1e-4)
     assert report["by its own code"] == pytest.approx(report["scores"], abs=1e-4)
     assert report["facts"]["head"] == "Centred" and report["facts"]["max_difference"] < 1e-4

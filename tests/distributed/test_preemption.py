@@ -99,6 +99,8 @@ def test_the_clock_leaves_room_for_a_save(
 
 
 def test_ctrl_c_and_a_closed_terminal_ask_for_a_stop(capfd: pytest.CaptureFixture[str]) -> None:
+    # Under nohup a closed terminal means nothing.
+    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGHUP)
     for number in (signal.SIGINT, signal.SIGHUP):
         with listening(["USR2"]):
@@ -107,6 +109,7 @@ def test_ctrl_c_and_a_closed_terminal_ask_for_a_stop(capfd: pytest.CaptureFixtur
             assert preemption.stop_is_requested()
     assert "Ctrl-C again ends at once" in capfd.readouterr().err
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGHUP)) == before
+    signal.signal(signal.SIGHUP, inherited)
 
 
 def test_a_second_ctrl_c_ends() -> None:
