@@ -123,18 +123,26 @@ def storage_error(error: BaseException, path: Path | str | None = None) -> Stora
     )
 
 
+def chain_of(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and what led to it, each once: an error may be the context of its own cause."""
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
 def mendable(error: BaseException) -> UserError | None:
     """Return what a person can mend about an error: itself, or what the machine refused; None for a bug."""
     if isinstance(error, UserError) and error.exit_code != UserError.exit_code:
         return error
     allowed = _OF_READERS if isinstance(error, UserError) else tuple(_REMEDIES)
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in chain_of(error):
         if isinstance(cause, StorageError):
             return cause
         if _number_of(cause) in allowed:
             return storage_error(cause)
-        cause = cause.__cause__ or cause.__context__
     return error if isinstance(error, UserError) else None
 
 

@@ -18,6 +18,7 @@ from pal_ds.errors import (
     UnfinishedError,
     UserError,
     end_with,
+    mendable,
     writing,
 )
 from tools import consolidate, reshard
@@ -175,3 +176,12 @@ def test_a_stop_that_was_asked_for_is_no_error(capsys: pytest.CaptureFixture[str
         end_with(UnfinishedError("stopped before the end"), "pal-ds")
     assert stop.value.code == 75
     assert capsys.readouterr().err == "pal-ds: stopped before the end\n"
+
+
+def test_errors_that_cause_each_other_are_looked_at_once() -> None:
+    first, second = ValueError("one"), ValueError("other")
+    first.__cause__, second.__cause__ = second, first
+    assert mendable(first) is None
+    refused = UserError("no")
+    refused.__cause__, first.__cause__ = first, second
+    assert mendable(refused) is refused

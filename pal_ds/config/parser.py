@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, Namespace
 
 from pal_ds.distributed import phase  # noqa: F401  (first of ours: its clock tells how long this process has run)
-from pal_ds.errors import UserError
+from pal_ds.errors import UserError, chain_of
 from pal_ds.io.boundary import reason_of
 
 
@@ -65,12 +65,10 @@ def objects_of(parser: ArgumentParser, options: Namespace) -> Namespace:
     try:
         return parser.instantiate(options)
     except ValueError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
-            raise
-        raise cause from None
+        for cause in chain_of(error):
+            if isinstance(cause, UserError):
+                raise cause from None
+        raise
 
 
 def explained(message: str, parser: ArgumentParser) -> str:

@@ -118,8 +118,10 @@ def _csv_columns(path: str, split: str, where: dict[str, Any]) -> list[str]:
 
 def _first_cause(error: BaseException) -> str:
     """The first line of what went wrong at first: `datasets` itself says that an error occurred."""
-    while error.__cause__ is not None:
+    seen = {id(error)}
+    while error.__cause__ is not None and id(error.__cause__) not in seen:
         error = error.__cause__
+        seen.add(id(error))
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
