@@ -167,14 +167,17 @@ def _config_options(arguments: list[str]) -> Iterator[tuple[int, str, str]]:
 
 
 def check_config_files(arguments: list[str]) -> None:
-    """Raises UserError, with file and line, for a `--config` that is missing or no YAML mapping."""
+    """Raises UserError, with file and line, for a `--config` that is missing, no YAML mapping, or has `config`."""
     for path in config_files(arguments):
         if not path.is_file():
             folder = _shipped_folder(arguments)
             shipped = sorted(file.stem for file in folder.glob("*.yaml")) if folder else []
             named = f" Shipped are {', '.join(shipped)}." if path.name == str(path) else ""
             raise UserError(f"--config {path}: no such file (looked from {Path.cwd()}).{named}")
-        read_yaml(path)
+        if "config" in read_yaml(path):
+            raise UserError(
+                f"{path}: `config` is no key of a recipe. Give several files as --config A --config B."
+            )
 
 
 def _shipped_folder(arguments: list[str]) -> Path | None:

@@ -19,7 +19,7 @@ from pal_ds import __version__
 from pal_ds.cli.command_table import COMMANDS
 from pal_ds.cli.words import COMPLETION, as_declared
 from pal_ds.distributed import phase  # noqa: F401  (first of ours: its clock tells how long this process has run)
-from pal_ds.errors import end_with
+from pal_ds.errors import UserError, end_with
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -108,11 +108,21 @@ def main(arguments: list[str] | None = None, program: str = PROGRAM) -> None:
         with _allowed(given, config_files(given)) as check:
             options = parsed(parser, given, name)
             check(options[name])
+            _refuse_empty_paths(options[name])
             if options[name].quiet:
                 be_quiet()
             command.run(objects_of(parser, options)[name], options[name])
     except Exception as error:
         end_with(error, program, joins_ranks=COMMANDS[name].joins_ranks)
+
+
+def _refuse_empty_paths(options: "Namespace") -> None:
+    """Raise UserError for a path that is an empty word, which would be the working directory."""
+    for key in ("run_dir", "run", "out", "output", "input", "model"):
+        if options.get(key) == "":
+            raise UserError(
+                f"--{key}: is empty (a variable of the shell that is not set?). Name it."
+            )
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ Defaults < YAML < command line; unknown keys are errors. The resolved tree is wr
 enough to run again.
 """
 
+import math
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -141,9 +142,11 @@ class TrainConfig:
 
 
 def check_range(key: str, value: object, in_range: bool, rule: str) -> None:
-    """Raises UserError unless `in_range`."""
+    """Raises UserError unless `in_range`, and for what is infinite."""
     if not in_range:
         raise UserError(f"{key} is {value}; it must be {rule}.")
+    if value in (math.inf, -math.inf):
+        raise UserError(f"{key} is {value}; it must be finite.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -171,7 +171,7 @@ def _reuse(path: Path, config: DataConfig, quiet: bool) -> PreparedData:
         raise UserError(
             f"data.path: {path} was prepared with other settings "
             f"({', '.join('data.' + key for key in changed)}); name another folder, or replace it: "
-            "`pal-ds prepare --prepare_again` with this recipe"
+            "`pal-ds prepare --prepare_again` with this recipe (runs that were trained on it read it no more)"
         )
     if not (quiet or is_quiet()):
         message = f"{path}: prepared before with these settings; reusing it{note}"

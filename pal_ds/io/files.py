@@ -119,6 +119,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
     Raises:
         StorageError: it cannot be written.
+        UserError: somebody else wrote `out` meanwhile.
     """
     with writing(out):
         temporary = folder_aside(out)
@@ -128,7 +129,11 @@ def new_folder(out: Path) -> Iterator[Path]:
                 if not path.is_symlink():  # what a link leads to is among these files
                     sync_to_disk(path)
             reached("folder written")
-            os.replace(temporary, out)
+            try:
+                os.replace(temporary, out)
+            except OSError:
+                refuse_existing(out)
+                raise
             sync_to_disk(out.parent)
             reached("folder renamed")
         except BaseException:
@@ -144,7 +149,10 @@ def new_files(out: Path) -> Iterator[Path]:
 
     Raises:
         StorageError: they cannot be written.
+        UserError: `out` is a file.
     """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file. Name a folder, new or of these files.")
     with writing(out):
         temporary = folder_aside(out)
         try:

@@ -1,5 +1,6 @@
 """The recipe's `users` part."""
 
+import math
 from dataclasses import dataclass
 
 from pal_ds.errors import UserError
@@ -37,12 +38,14 @@ class UsersConfig:
     def __post_init__(self) -> None:
         """Raises UserError for a value out of range."""
         for name in ("learning_rate", "epsilon"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"users.{name} is {getattr(self, name)}; it must be above 0.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(
+                    f"users.{name} is {getattr(self, name)}; it must be above 0, and finite."
+                )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"users.betas is {self.betas}; both must be at least 0 and below 1.")
-        if not self.init_std >= 0:
-            raise UserError(f"users.init_std is {self.init_std}; it must be 0 or more.")
+        if not 0 <= self.init_std < math.inf:
+            raise UserError(f"users.init_std is {self.init_std}; it must be 0 or more, and finite.")
         if not 0 <= self.generic_fraction <= 1:
             raise UserError(
                 f"users.generic_fraction is {self.generic_fraction}; it must be between 0 and 1."

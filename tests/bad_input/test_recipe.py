@@ -33,6 +33,12 @@ BERT = {
         (["--data.source=Jason"], "data.source: there is no class Jason. Did you mean Jsonl?"),
         (["--head.similarity=cos"], "similarity: it must be one of 'distance', 'cosine'. Got v"),
         (["--train.epochs=two"], "train.epochs: it must be of type int. Got value: two"),
+        (
+            ["--users.learning_rate=.inf"],
+            "users.learning_rate is inf; it must be above 0, and finite",
+        ),
+        (["--optim.learning_rate=.inf"], "optim.learning_rate is inf; it must be finite."),
+        (["--run_dir="], "--run_dir: is empty (a variable of the shell that is not set?)"),
         (["--train.batch_pairs=0"], "train.batch_pairs is 0; it must be at least 1."),
         (["--train.log_every=0"], "train.log_every is 0; it must be at least 1."),
         (["--train.stop_signals=[USR9]"], "train.stop_signals is USR9; it must be a signal's name"),
@@ -41,7 +47,7 @@ BERT = {
         (["--train.gradient_clipping=-1"], "train.gradient_clipping is -1.0; it must be 0 or m"),
         (["--optim.learning_rate=-1"], "optim.learning_rate is -1.0; it must be 0 or more."),
         (["--optim.warmup_fraction=2"], "optim.warmup_fraction is 2.0; it must be between 0"),
-        (["--users.learning_rate=0"], "users.learning_rate is 0.0; it must be above 0."),
+        (["--users.learning_rate=0"], "users.learning_rate is 0.0; it must be above 0"),
         (["--loss.kind=hing"], "loss.kind: it must be one of 'logistic', 'hinge'"),
         (["--data.max_length=0"], "data.max_length)"),
         (["--train.ds_config=zero9"], "zero9.json. Give a path to a DeepSpeed JSON or one of: z"),
@@ -244,3 +250,9 @@ def test_shipped_deepspeed_configs_pass():
     assert "zero3" in names
     for name in names:
         load_ds_config(name)
+
+
+def test_a_recipe_names_no_other_recipe(place: Place, refused: Refused) -> None:
+    recipe = place.folder / "names_another.yaml"
+    recipe.write_text("config: other.yaml\n")
+    assert "`config` is no key of a recipe" in refused(*place.train(f"--config={recipe}"))

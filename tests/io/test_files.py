@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pal_ds.errors import UserError
 from pal_ds.io.files import clear_aside, everything_under, new_files, new_folder
 
 
@@ -71,6 +72,21 @@ def test_what_a_killed_replacement_moved_away_is_put_back(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir() if path.name[:3] == "out"] == ["out"]
     assert (tmp_path / "out" / "out.tmp-old-3").is_file()
     assert (tmp_path / "other.tmp-host-9").is_dir()
+
+
+def test_of_two_writers_of_one_folder_the_second_is_refused_in_words(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="exists and is not empty"), new_folder(out):
+        out.mkdir()
+        (out / "of the first").touch()
+    assert [path.name for path in out.iterdir()] == ["of the first"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_file_is_no_folder_of_files(tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(UserError, match="out: is a file"), new_files(tmp_path / "out"):
+        pass
 
 
 def test_a_walk_passes_over_what_goes_meanwhile(tmp_path: Path) -> None:
