@@ -77,6 +77,7 @@ _REMEDIES = {
     errno.EROFS: "It is mounted read-only: name another place",
     errno.EACCES: _THIS_USER_MAY_NOT,
     errno.EPERM: _THIS_USER_MAY_NOT,
+    errno.ENOTDIR: "A part of that path is a file: name another place",
     errno.EIO: "The device or its network failed: see the system's log",
     errno.EFBIG: "The file would be larger than allowed there: see `ulimit -f`",
     errno.EMFILE: "Allow more of them with `ulimit -n`",
@@ -87,11 +88,13 @@ _REMEDIES = {
 _OF_PROCESS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _OF_READERS = (*_OF_PROCESS, errno.EIO, errno.ENOSPC, errno.EDQUOT)
 """What no file is to blame for, though its reader found that it cannot be read."""
+_UNSAID = (errno.EPERM, errno.EIO, errno.ENOTDIR)
+"""Numbers whose words a library may say of something else."""
 _NUMBERS_OF_TEXTS = {
     r"\d+ requested and \d+ written|PytorchStreamWriter failed writing": errno.ENOSPC,
     r"DefaultCPUAllocator|bad_alloc|start new thread|failed to map segment": errno.ENOMEM,
     "Resource temporarily unavailable": errno.ENOMEM,
-    **{re.escape(os.strerror(n)): n for n in _REMEDIES if n not in (errno.EPERM, errno.EIO)},
+    **{re.escape(os.strerror(n)): n for n in _REMEDIES if n not in _UNSAID},
 }
 """What libraries say (numpy, torch, gloo, safetensors, tokenizers, the loader of modules) that raise no number."""
 

@@ -134,7 +134,8 @@ class TrainConfig:
             value = getattr(self, name)
             check_range(f"train.{name}", value, value is None or value > 0, "above 0")
         for name in self.eval_sets:
-            plain = name.isidentifier() and name != "dev"
+            # YAML takes no, on and off for truth values.
+            plain = isinstance(name, str) and name.isidentifier() and name != "dev"
             check_range("train.eval_sets", name, plain, "names of letters, digits and _ but dev")
         for name in self.stop_signals:
             known = f"SIG{name}" in signal.Signals.__members__ and name not in ("KILL", "STOP")

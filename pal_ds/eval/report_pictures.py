@@ -18,6 +18,7 @@ from pal_ds.errors import writing
 from pal_ds.eval.metrics import interval_of_share
 from pal_ds.inference.load_run import OpenRun
 from pal_ds.inference.mixtures import user_mixtures
+from pal_ds.io.boundary import reading
 from pal_ds.runs.run_dir import RunDirectory
 
 MOST_NAMES = 40
@@ -27,9 +28,20 @@ MOST_ERROR_BARS = 200
 
 
 def figures_of(run: RunDirectory, name: str) -> Any:
-    """Return the content of eval/NAME.json, see `schema.py`; None where there is none."""
+    """Return the content of eval/NAME.json, see `schema.py`; None where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
     path = run.eval / f"{name}.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    needed = ("curve",) if name == "few_shot" else ("pairs", "accuracy", "accuracy_ci95", "users")
+    with reading(path, "result of an evaluation", "Evaluate again."):
+        figures = json.loads(path.read_text(encoding="utf-8"))
+        for key in needed:
+            figures[key]
+    return figures
 
 
 def draw_per_run(

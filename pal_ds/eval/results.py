@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pal_ds.data.sources.base import Source
+from pal_ds.data.splits import SPLITS
 from pal_ds.data.tables import PreparedData
 from pal_ds.errors import UserError, writing
 from pal_ds.io.files import replacing, write_json
@@ -50,7 +51,9 @@ def file_request(file: Path, name: str | None = None) -> EvalRequest:
 def source_request(source: Source, name: str | None = None, prefix: str = "") -> EvalRequest:
     """Ask for all pairs of a source; unless it has a name, the result has that of the class."""
     _check_name(name)
-    return EvalRequest(name or prefix + type(source).__name__, "test", source)
+    request = EvalRequest(name or prefix + type(source).__name__, "test", source)
+    _refuse_name_of_split(request)
+    return request
 
 
 def eval_requests(
@@ -66,12 +69,23 @@ def eval_requests(
         return [EvalRequest(name or prefix + split, split, None)]
     requests = [EvalRequest(name or prefix + file.stem, split, file) for file in files]
     names = [one.name for one in requests]
+    for one in requests:
+        _refuse_name_of_split(one)
     if len(set(names)) < len(names):
         raise UserError(
             f"--data: the results of these files would go to one eval/NAME.json ({', '.join(names)}). Evaluate "
             "them one by one, each with a --name of its own."
         )
     return requests
+
+
+def _refuse_name_of_split(request: EvalRequest) -> None:
+    """Raise UserError where pairs from elsewhere would take the place of a split's figures."""
+    if request.name in SPLITS:
+        raise UserError(
+            f"{request.pairs}: its figures would go to eval/{request.name}.json, where those of the run's own split "
+            f"{request.name} belong. Give another --name."
+        )
 
 
 def _check_name(name: str | None) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from pal_ds.errors import UserError
+from pal_ds.io.boundary import reading
 from pal_ds.runs.run_dir import RunDirectory
 
 Figures = dict[str, Any]
@@ -40,8 +41,9 @@ def _accuracy(run: RunDirectory, name: str) -> tuple[int, float, float]:
     path = run.eval / f"{name}.json"
     if not path.is_file():
         raise UserError(f"{path}: no such file. Run `evaluate --run_dir {run.path}` on this set.")
-    figures = json.loads(path.read_text())
-    parts = [part for part in (figures, figures["unknown_users"]) if part["pairs"]]
+    with reading(path, "result of an evaluation", "Evaluate again."):
+        figures = json.loads(path.read_text(encoding="utf-8"))
+        parts = [part for part in (figures, figures["unknown_users"]) if part["pairs"]]
     if not parts:
         raise UserError(f"{path}: an evaluation of no pairs.")
     pairs = [part["pairs"] for part in parts]

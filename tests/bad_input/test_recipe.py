@@ -38,6 +38,7 @@ BERT = {
             "users.learning_rate is inf; it must be above 0, and finite",
         ),
         (["--optim.learning_rate=.inf"], "optim.learning_rate is inf; it must be finite."),
+        (["--train.eval_sets={false: x.jsonl}"], "train.eval_sets is False; it must be names of"),
         (["--run_dir="], "--run_dir: is empty (a variable of the shell that is not set?)"),
         (["--train.batch_pairs=0"], "train.batch_pairs is 0; it must be at least 1."),
         (["--train.log_every=0"], "train.log_every is 0; it must be at least 1."),

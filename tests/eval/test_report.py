@@ -20,7 +20,7 @@ from pal_ds.eval import report_pictures as pictures
 from pal_ds.eval.diagnostics import diagnose_latent
 from pal_ds.eval.evaluate import evaluate_run
 from pal_ds.eval.report import PICTURES, difference, write_report
-from pal_ds.eval.results import split_request
+from pal_ds.eval.results import file_request, split_request
 from pal_ds.inference.load_run import open_run, restore
 from pal_ds.runs.run_dir import RunDirectory
 from tests.spawn import run_command
@@ -294,3 +294,18 @@ def test_the_report_says_what_code_trained_the_run(trained: RunDirectory, tmp_pa
     assert facts["code of pal_ds"] and facts["started"]
     page = write_report({"a": trained}, tmp_path / "out").read_text()
     assert f"| {facts['version of pal_ds']} {facts['commit of pal_ds'] or ''}".rstrip() in page
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"pairs": 3}', '{"pairs": 3, "acc'])
+def test_a_damaged_evaluation_is_named(trained: RunDirectory, tmp_path: Path, content: str) -> None:
+    run = RunDirectory(shutil.copytree(trained.path, tmp_path / "run"))
+    (run.eval / "test.json").write_text(content)
+    with pytest.raises(UserError, match=r"test\.json: cannot be read .* Evaluate again\."):
+        write_report({"a": run}, tmp_path / "out")
+
+
+def test_pairs_from_elsewhere_do_not_take_the_place_of_a_split(tmp_path: Path) -> None:
+    for name in ("test", None):
+        with pytest.raises(UserError, match=r"eval/test\.json, .* Give another --name"):
+            file_request(tmp_path / "test.jsonl", name)
+    assert file_request(tmp_path / "test.jsonl", "own").name == "own"

@@ -185,8 +185,13 @@ def lines_or_errors(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _refuse_pretty_printed(path: Path, first: bytes) -> None:
-    """Raise UserError where a file, whose first line is no JSON, begins with an object or a list over several lines."""
+    """Raise UserError where a file, whose first line is no JSON, is CSV, or JSON over several lines."""
     if first not in (b"{", b"["):
+        if {".csv", ".tsv"} & set(path.suffixes):
+            raise UserError(
+                f"{path}: is CSV by its name, and is read as JSON Lines here. A recipe reads it by data.source "
+                f"{{class_path: HuggingFace, init_args: {{path: csv, data_files: {path}}}}}."
+            )
         return
     beginning = b"".join(itertools.islice(byte_lines(path), MOST_PRETTY_LINES))
     text = beginning.decode("utf-8", "replace").lstrip()

@@ -192,3 +192,9 @@ def test_a_bad_list_is_named(write_lines, fields, text):
     path = write_lines([fields])
     with pytest.raises(UserError, match=text):
         list(Jsonl(str(path)).records())
+
+
+def test_csv_is_named_for_what_it_is(tmp_path):
+    (tmp_path / "p.csv").write_text("user_id,prompt,chosen,rejected\na,b,c,d\n")
+    with pytest.raises(UserError, match=r"p\.csv: is CSV by its name.*class_path: HuggingFace"):
+        list(Jsonl(str(tmp_path / "p.csv")).records())
