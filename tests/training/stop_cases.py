@@ -1,6 +1,7 @@
 """Trainings that are asked to stop before their first update, for test_early_stops."""
 
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ def stopped_at(folder: str, moment: str, number: int, rank: int, times: int) -> 
             for _ in range(times):
                 os.kill(os.getpid(), number)
 
+    # Under nohup a closed terminal means nothing, and ranks inherit that.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     begin = time.monotonic()
     codes = wait_for(fork_ranks(2, train, log, hook), seconds=60, grace=20)
     run = RunDirectory(place / name)
