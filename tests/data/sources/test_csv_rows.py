@@ -31,7 +31,7 @@ def rows_of(path: Path, text: str | bytes) -> tuple[list[str], list[int]]:
     [
         (b'"p" x,yes,no\n', "not valid CSV (',' expected after '\"')"),
         (b'p,"yes,no\n', "not valid CSV (unexpected end of data)"),
-        (b"p,caf\xe9,no\n", "not UTF-8"),
+        (b"p,ol\xe9,no\n", "not UTF-8"),
         (b"p,yes\rmore,no\n", "not valid CSV (new-line character"),
         (b"p,yes,no,more\n", "4 cells under 3 columns"),
     ],
