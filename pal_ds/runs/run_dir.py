@@ -108,8 +108,7 @@ class RunDirectory:
 
     def installation(self) -> dict[str, str | None]:
         """Read installation.json; empty where an earlier version trained the run."""
-        path = self.path / "installation.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return self._names_of("installation.json")
 
     def write_status(self, facts: Status) -> None:
         """Write status.json. Raises StorageError where it cannot be written."""
@@ -118,8 +117,17 @@ class RunDirectory:
 
     def tracker_ids(self) -> dict[str, str]:
         """Read trackers.json; empty where there is none."""
-        path = self.trackers_file
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return self._names_of(self.trackers_file.name)
+
+    def _names_of(self, name: str) -> dict[str, Any]:
+        """Read a file of texts by name; empty where there is none. Raises UserError where it is damaged."""
+        path = self.path / name
+        if not path.is_file():
+            return {}
+        remedy = "Delete it: the next start writes another."
+        return cast(
+            "dict[str, Any]", read_object(path, "record of a run", remedy, dict[str, str | None])
+        )
 
     def status(self) -> Status | None:
         """Read status.json; None where there is none."""

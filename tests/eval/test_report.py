@@ -309,3 +309,10 @@ def test_pairs_from_elsewhere_do_not_take_the_place_of_a_split(tmp_path: Path) -
         with pytest.raises(UserError, match=r"eval/test\.json, .* Give another --name"):
             file_request(tmp_path / "test.jsonl", name)
     assert file_request(tmp_path / "test.jsonl", "own").name == "own"
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"started": 3}'])
+def test_a_damaged_record_of_the_start_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "installation.json").write_text(content)
+    with pytest.raises(UserError, match=r"installation\.json.*Delete it"):
+        RunDirectory(tmp_path).installation()
