@@ -30,7 +30,7 @@ REASONS = {
     "recipes": (
         "is no head, source or loss|is no class that pal_ds ships|a function that returns|import path format"
         "|must be of type (int|str)|only a person may say it|asks for code of a|contains custom code|not valid YAML"
-        "|scripts are no longer supported|pickles .* are refused"
+        "|scripts are no longer supported|pickles .* are refused|is no key of a recipe"
     ),
     "runs": (
         "this run asks for code beyond pal_ds's own: [\\w.]+|contains custom code|not valid YAML"
