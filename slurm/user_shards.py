@@ -33,7 +33,8 @@ def merge(out: Path) -> None:
     """Writes the table and the report of all shards, as `adapt` would have written them of the whole file."""
     import torch
 
-    from pal_ds.eval.results import read_user_figures, write_user_figures
+    from pal_ds.adaptation.result import read_report
+    from pal_ds.eval.results import write_user_figures
     from pal_ds.users import UserTable
 
     folders = sorted(
@@ -57,7 +58,7 @@ def merge(out: Path) -> None:
     for path in part.iterdir():
         path.replace(out / path.name)
     part.rmdir()
-    reports = [read_user_figures(folder / "report.json") for folder in folders]
+    reports = [read_report(folder) for folder in folders]
     num_pairs = sum(report["pairs"] for report in reports)
     right = sum(report["accuracy_on_these_pairs"] * report["pairs"] for report in reports)
     users = {user: entry for report in reports for user, entry in report["users"].items()}

@@ -54,11 +54,17 @@ def refuse_foreign(out: Path) -> None:
         raise UserError(f"--out {out}: not empty. Name an empty or new directory.")
 
 
+def read_report(out: Path) -> AdaptReport:
+    """Return OUT/report.json; that of a job array has no `inputs`. Raises UserError where it is damaged."""
+    remedy = f"Delete {out} and fit again, or name another --out."
+    return cast(AdaptReport, read_user_figures(out / REPORT, AdaptFigures, remedy))
+
+
 def fitted_before(out: Path, folder: ShardFolder) -> AdaptReport | None:
     """Return the report of the same fit, or None where there is none. Raises UserError where `out` has another one."""
     if not (out / REPORT).is_file():
         return None
-    report = cast(AdaptReport, read_user_figures(out / REPORT))
+    report = read_report(out)
     if report.get("inputs") != folder.key:
         raise UserError(
             f"--out {out}: not empty: it holds users who were fitted from other pairs, or with other options or code. "

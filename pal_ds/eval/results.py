@@ -1,9 +1,8 @@
 """Requests for an evaluation, the names under which its figures are kept, and the JSON that holds them."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,7 +10,9 @@ from pal_ds.data.sources.base import Source
 from pal_ds.data.splits import SPLITS
 from pal_ds.data.tables import PreparedData
 from pal_ds.errors import UserError, writing
+from pal_ds.io.boundary import check_form, reading
 from pal_ds.io.files import replacing, write_json
+from pal_ds.io.text_files import parse_json
 from pal_ds.runs.run_dir import RunDirectory
 
 USERS_IN_PARQUET_ABOVE = 10_000
@@ -122,12 +123,21 @@ def write_user_figures(path: Path, figures: Mapping[str, object]) -> None:
     write_json(path, figures)
 
 
-def read_user_figures(path: Path) -> dict[str, Any]:
-    """Read the figures that `write_user_figures` was given."""
-    figures = json.loads(path.read_text())
-    if isinstance(figures["users"], str):
-        import pyarrow.parquet as pq
+def read_user_figures(path: Path, form: object, remedy: str) -> object:
+    """Read the figures that `write_user_figures` was given, once they have the form of a TypedDict.
 
-        rows = pq.read_table(path.with_name(figures["users"])).to_pylist()
-        figures["users"] = {row.pop("user_id"): row for row in rows}
-    return figures
+    Raises:
+        UserError: the file, or the parquet that it names, is damaged or of another form; it ends in `remedy`.
+    """
+    with reading(path, "file of figures", remedy):
+        figures = parse_json(path.read_text(encoding="utf-8"), str(path), f". {remedy}")
+        if isinstance(figures, dict) and isinstance(figures.get("users"), str):
+            import pyarrow.parquet as pq
+
+            table = path.with_suffix(".parquet")
+            if figures["users"] != table.name:
+                raise ValueError(f"users: {figures['users']!r} is not the file beside it")
+            rows = pq.read_table(table).to_pylist()
+            figures["users"] = {row.pop("user_id"): row for row in rows}
+        check_form(figures, form)
+        return figures

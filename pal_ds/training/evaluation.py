@@ -82,7 +82,7 @@ def evaluate_in_training(state: Training, *, at_start: bool = False) -> bool:
                 other.collator.data, other.rows, other_margins, temperature
             )
     state.owes_evaluation = False
-    state.tracker.log_evaluation(state.step, figures)
+    state.metrics.log_evaluation(state.step, figures)
     if at_start or len(rows) == 0:
         return False
     accuracy, best = figures["dev"]["accuracy"], state.best

@@ -99,9 +99,9 @@ def end_before_updates(context: RunContext, reason: str) -> None:
 def run_updates(state: Training) -> None:
     """Make updates until the last one or until a stop is asked for."""
     last = min(state.config.train.stop_after or state.num_updates, state.num_updates)
-    tracker, stepper = state.tracker, state.stepper
+    metrics, stepper = state.metrics, state.stepper
     if state.step < state.num_updates or state.owes_evaluation:
-        tracker.open(state.step)
+        metrics.open(state.step)
     write_status(state, "running")
     if state.step == state.num_updates:
         # An earlier start may have ended between its last save and the deletion of old checkpoints.
@@ -114,7 +114,7 @@ def run_updates(state: Training) -> None:
         stop = state.watch.reason_to_stop(state.world, evaluation_due=False)
         stop = stop or evaluate_first(state)
         state.watch.begin_lap()
-        tracker.lines.begin(state.step)
+        metrics.lines.begin(state.step)
         phase.enter("build batches", state.step)
         settings = state.config.train
         ignore = functools.partial(ignore_stop_signals, settings.stop_signals)
@@ -122,14 +122,14 @@ def run_updates(state: Training) -> None:
         for inputs in updates_from(state.inputs, state.step, up_to, settings.num_workers, ignore):
             stats = make_update(state, stepper, inputs)
             state.watch.end_lap()
-            tracker.add(stats)
+            metrics.add(stats)
             stop = "stop_after" if state.step == last else agree_on_stop(state)
             stop = log_evaluate_save(state, stop)
-            advance(stats.num_pairs, loss=tracker.last_loss)
+            advance(stats.num_pairs, loss=metrics.last_loss)
             if stop:
                 break
             state.watch.begin_lap()
-    tracker.close()
+    metrics.close()
     if state.step == state.num_updates and not state.owes_evaluation:
         write_status(state, "finished")
         if state.world.is_rank_zero:
@@ -190,7 +190,7 @@ def log_evaluate_save(state: Training, stop: str | None) -> str | None:
     """
     config = state.config.train
     if state.step % config.log_every == 0 or state.step == state.num_updates:
-        state.tracker.log(state.step, state.step / state.plan.updates_per_epoch)
+        state.metrics.log(state.step, state.step / state.plan.updates_per_epoch)
     improved = False
     state.owes_evaluation = state.due(config.eval_every)
     if state.owes_evaluation and stop in (None, "stop_after"):
@@ -229,7 +229,7 @@ def save(state: Training) -> None:
         "guard": state.guard.state_dict(),
         "owes_evaluation": state.owes_evaluation,
         "save_seconds": state.watch.save_seconds,
-        "unlogged": list(state.tracker.unlogged()),
+        "unlogged": list(state.metrics.unlogged()),
     }
     state.owes_save = False
     phase.enter("save")

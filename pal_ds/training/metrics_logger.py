@@ -24,7 +24,7 @@ class Unlogged(NamedTuple):
     num_skipped: int = 0
 
 
-class Tracker:
+class MetricsLogger:
     """Collector of what updates report; every rank calls the same methods, rank 0 writes."""
 
     def __init__(

@@ -44,7 +44,7 @@ from pal_ds.runs.run_dir import BestEvaluation
 from pal_ds.training.evaluation import EvalSet, open_eval_sets
 from pal_ds.training.init_from.copy import load_taken_over
 from pal_ds.training.log_lines import ProgressLines
-from pal_ds.training.metrics_logger import Tracker
+from pal_ds.training.metrics_logger import MetricsLogger
 from pal_ds.training.state import Training, plan_of, seen_users
 from pal_ds.training.trackers import check_trackers
 from pal_ds.users.ids import UserIds
@@ -106,7 +106,7 @@ def start_training(
         plan=plan,
         guard=guard,
         watch=watch,
-        tracker=Tracker(context.run, config, world, ProgressLines(world, num_updates)),
+        metrics=MetricsLogger(context.run, config, world, ProgressLines(world, num_updates)),
         eval_sets=sets,
         origin=origin,
         base_weights=base_weights,
@@ -241,7 +241,7 @@ def resume(state: Training, *, trust: bool) -> None:
     state.step = int(manifest["step"])
     state.owes_evaluation = manifest["owes_evaluation"]
     state.guard.load_state_dict(manifest["guard"])
-    state.tracker.resume(manifest["unlogged"])
+    state.metrics.resume(manifest["unlogged"])
     state.watch.save_seconds = manifest["save_seconds"]
     # Last of all: a start that is refused changes nothing.
     world.from_rank_zero(

@@ -19,7 +19,7 @@ from pal_ds.errors import UserError
 from pal_ds.heads.base import Head
 from pal_ds.modeling.build import Parts, RunContext
 from pal_ds.runs.run_dir import BestEvaluation, OriginFacts, RunDirectory
-from pal_ds.training.metrics_logger import Tracker
+from pal_ds.training.metrics_logger import MetricsLogger
 from pal_ds.users import Shard, TrainedUsers, trained_users
 from pal_ds.users.ids import POPULATION_USER, UserIds, generic_row_of
 
@@ -46,7 +46,7 @@ class Training:
     plan: UpdatePlan
     guard: UpdateGuard
     watch: StopWatch
-    tracker: Tracker
+    metrics: MetricsLogger
     step: int = 0
     best: BestEvaluation | None = None
     """Step and accuracy of the best dev evaluation so far."""

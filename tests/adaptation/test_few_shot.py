@@ -22,6 +22,7 @@ from pal_ds.adaptation.few_shot import (
     is_monotone,
 )
 from pal_ds.adaptation.new_users import FOLDER, ShardFolder, few_per_user
+from pal_ds.adaptation.result import read_report
 from pal_ds.adaptation.run import AdaptOptions, adapt_run
 from pal_ds.data.tables import COMPARISON_DTYPE, PreparedData
 from pal_ds.distributed.world import World
@@ -425,6 +426,27 @@ def test_a_fit_that_was_cut_off_goes_on_to_the_same_bytes(
         adapt_run(run, cut, AdaptOptions(num_pairs=3))
 
 
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (b"", "not valid JSON"),
+        (b"[]", "it is [], no dict"),
+        (
+            b'{"step": 1, "pairs": 1, "accuracy_on_these_pairs": 1, "users": "../x"}',
+            "'../x' is not",
+        ),
+        (b'{"step": 1, "pairs": 1, "accuracy_on_these_pairs": 1, "users": {"a": 1}}', "it.users.a"),
+        (b'{"step": 1, "pairs": 1, "accuracy_on_these_pairs": 1, "users": "report.parquet"}', ""),
+    ],
+)
+def test_a_damaged_report(tmp_path: Path, damage: bytes, reason: str) -> None:
+    (tmp_path / "report.json").write_bytes(damage)
+    (tmp_path / "report.parquet").write_bytes(b"PAR1 but nothing of it")
+    with pytest.raises(UserError, match=r"report\.json: .*Delete .* and fit again") as caught:
+        read_report(tmp_path)
+    assert reason in str(caught.value)
+
+
 def test_shards_of_other_inputs_are_not_taken(
     runs: dict[str, RunDirectory],
     tmp_path: Path,
@@ -479,7 +501,7 @@ def test_many_users_are_reported_in_a_table_beside(
     path = tmp_path / "users" / "report.json"
     written = json.loads(path.read_text())
     assert written == {**report, "users": "report.parquet"}
-    assert results.read_user_figures(path) == report
+    assert read_report(tmp_path / "users") == report
     entry = next(iter(report["users"].values()))
     assert entry.keys() == {"pairs", "accuracy_on_these_pairs", "mixture"}
     # The shards of a job array are put together whatever form their reports have.
@@ -489,7 +511,7 @@ def test_many_users_are_reported_in_a_table_beside(
     table.ids = UserIds.of(f"{user}-too" for user in table.ids)
     table.save(tmp_path / "array" / "shards" / "1")
     user_shards.merge(tmp_path / "array")
-    merged = results.read_user_figures(tmp_path / "array" / "report.json")
+    merged = read_report(tmp_path / "array")
     assert merged["pairs"] == 2 * report["pairs"]
     assert merged["accuracy_on_these_pairs"] == pytest.approx(report["accuracy_on_these_pairs"])
     assert merged["users"] == report["users"]

@@ -88,9 +88,9 @@ def every_variant(data: PreparedData, base: str, out: Path, world: World) -> Non
             save(state)
             inputs = poisoned(source[update], world) if update == 0 else source[update]
             with poisoned_gradient(state) if update == 2 else contextlib.nullcontext():
-                state.tracker.add(make_update(state, stepper, inputs))
+                state.metrics.add(make_update(state, stepper, inputs))
             reasons.append(state.guard.reason)
-            state.tracker.log(state.step, 0.0)
+            state.metrics.log(state.step, 0.0)
         save(state)
         messages = []
         for _ in range(2):

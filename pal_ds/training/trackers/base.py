@@ -32,7 +32,7 @@ class Start:
         write_json(self.run.trackers_file, {**self.run.tracker_ids(), tracker: its_id})
 
 
-class FigureTracker(ABC):
+class Tracker(ABC):
     """One place for figures. Constructing it opens the place; any exception of its library may come out of it."""
 
     key: ClassVar[str]

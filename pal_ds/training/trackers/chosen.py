@@ -8,13 +8,13 @@ import yaml
 from pal_ds.config.run_config import RunConfig
 from pal_ds.errors import UserError
 from pal_ds.runs.run_dir import RunDirectory
-from pal_ds.training.trackers.base import FigureTracker, Row, Start
+from pal_ds.training.trackers.base import Row, Start, Tracker
 from pal_ds.training.trackers.files import Csv, TensorBoard
 from pal_ds.training.trackers.services import MLflow, Trackio, Wandb
 
 logger = logging.getLogger(__name__)
 
-KINDS: tuple[type[FigureTracker], ...] = (Csv, TensorBoard, Wandb, Trackio, MLflow)
+KINDS: tuple[type[Tracker], ...] = (Csv, TensorBoard, Wandb, Trackio, MLflow)
 _LIBRARIES = {Wandb: "wandb", Trackio: "trackio", MLflow: "mlflow", TensorBoard: "tensorboard"}
 
 
@@ -32,7 +32,7 @@ class Trackers:
         """Open them. Raises UserError where one cannot be."""
         recipe = yaml.safe_load(run.config_file.read_text()) if run.config_file.is_file() else {}
         start = Start(run, step, recipe, config.wandb, config.trackers)
-        self._open: list[FigureTracker] = []
+        self._open: list[Tracker] = []
         for kind in KINDS:
             if kind.is_wanted(config.wandb, config.trackers):
                 try:

@@ -4,10 +4,10 @@ import csv
 import json
 
 from pal_ds.config.run_config import TrackersConfig, WandbConfig
-from pal_ds.training.trackers.base import FigureTracker, Row, Start, numbers, step_of
+from pal_ds.training.trackers.base import Row, Start, Tracker, numbers, step_of
 
 
-class Csv(FigureTracker):
+class Csv(Tracker):
     """RUN/metrics.csv: a row for each line of metrics.jsonl, a column for each figure."""
 
     key = "trackers.csv"
@@ -45,7 +45,7 @@ class Csv(FigureTracker):
             writer.writerows(rows)
 
 
-class TensorBoard(FigureTracker):
+class TensorBoard(Tracker):
     """RUN/tensorboard: event files, for `tensorboard --logdir`."""
 
     key = "trackers.tensorboard"

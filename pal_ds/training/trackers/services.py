@@ -8,10 +8,10 @@ import secrets
 from importlib import import_module
 
 from pal_ds.config.run_config import TrackersConfig, WandbConfig
-from pal_ds.training.trackers.base import FigureTracker, Row, Start, flat, numbers, step_of
+from pal_ds.training.trackers.base import Row, Start, Tracker, flat, numbers, step_of
 
 
-class Wandb(FigureTracker):
+class Wandb(Tracker):
     """One run there for a run directory, however often it is resumed."""
 
     key = "wandb"
@@ -52,7 +52,7 @@ class Wandb(FigureTracker):
         self._run.finish()
 
 
-class Trackio(FigureTracker):
+class Trackio(Tracker):
     """A run of a trackio project, by the name of the run directory."""
 
     key = "trackers.trackio"
@@ -79,7 +79,7 @@ class Trackio(FigureTracker):
         self._trackio.finish()
 
 
-class MLflow(FigureTracker):
+class MLflow(Tracker):
     """A run of an MLflow experiment; MLFLOW_TRACKING_URI says where."""
 
     key = "trackers.mlflow"
