@@ -17,6 +17,8 @@ from pal_ds.errors import UserError, chain_of
 from pal_ds.io.boundary import reason_of
 from pal_ds.io.yaml_files import is_odd_number, refuse_odd_numbers
 
+_LONG_VALUE = re.compile(r"((?:Given|Got) value: .{200}).+")
+"""A value that a message repeats, which may be all of somebody's data."""
 _read_yaml = get_loader("yaml")
 
 
@@ -107,7 +109,7 @@ def objects_of(parser: ArgumentParser, options: Namespace) -> Namespace:
 
 def explained(message: str, parser: ArgumentParser) -> str:
     """Reword a message of jsonargparse: without its Python types, and with the nearest option for a typo."""
-    message = _without_noise(message)
+    message = _LONG_VALUE.sub(r"\1 ...", _without_noise(message))
     if "No module named" in message:
         from pal_ds.config.own_code import where_looked
 

@@ -32,15 +32,15 @@ _NAMES_BELOW = ("methods", "init_args")
 """Keys below which names of people's own stand, in which a dot is a letter."""
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds.
+def read_yaml(path: Path, shown: str | None = None) -> dict[str, Any]:
+    """The mapping that a YAML file holds; `shown` names one in messages that nobody but this program wrote.
 
     Raises:
         UserError: it is no YAML, no mapping, names a key twice in one mapping, or has a number that others read
             otherwise; with file and line.
     """
     with reading(path, "recipe", "Save it as YAML, in UTF-8."):
-        content = parse_yaml(path.read_text(encoding="utf-8-sig"), str(path))
+        content = parse_yaml(path.read_text(encoding="utf-8-sig"), shown or str(path))
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no keys; a recipe is a YAML mapping such as data: ...")
     return content
