@@ -1,6 +1,7 @@
 """A run and how it comes to be, from Python; records from memory or a file, and errors as the commands word them."""
 
 import contextlib
+import json
 import os
 import re
 import threading
@@ -102,7 +103,7 @@ def for_people() -> Iterator[None]:
         os.umask(umask)
 
 
-def given(records: Records, name: str) -> Path | list[Mapping[str, Any]]:
+def path_or_list(records: Records, name: str) -> Path | list[Mapping[str, Any]]:
     """The path, or the list, of some records that a function was given as its argument `name`.
 
     Raises:
@@ -125,10 +126,10 @@ def given(records: Records, name: str) -> Path | list[Mapping[str, Any]]:
 
 
 def as_pairs(records: Records | None, name: str) -> "Path | Source | None":
-    """The file, or the source, of some comparisons; UserError as `given` raises it."""
+    """The file, or the source, of some comparisons; UserError as `path_or_list` raises it."""
     from pal_ds.data.sources.given import GivenRecords
 
-    of_caller = None if records is None else given(records, name)
+    of_caller = None if records is None else path_or_list(records, name)
     return GivenRecords(of_caller) if isinstance(of_caller, list) else of_caller
 
 

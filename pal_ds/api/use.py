@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from pal_ds.api.run import AnyRun, Records, as_pairs, for_people, given, run_of
+from pal_ds.api.run import AnyRun, Records, as_pairs, for_people, path_or_list, run_of
 from pal_ds.errors import UserError
 from pal_ds.runs.run_dir import RunDirectory
 
@@ -190,7 +190,7 @@ def score(
     where = run_of(model)
     whom = Whom(user, mixture, group, None if users is None else Path(users))
     with for_people():
-        of_caller = given(texts, "texts")
+        of_caller = path_or_list(texts, "texts")
         rows = read_rows(of_caller) if isinstance(of_caller, Path) else rows_of(of_caller)
         if (where.path / FACTS_NAME).is_file():
             scorer = scorer_of_export(where.path, whom, trust_remote_code=trust_remote_code)

@@ -188,9 +188,9 @@ class Score:
         if options.output != "-" and (output.is_dir() or not output.parent.is_dir()):
             raise UserError(f"--output {output}: must be a file in a folder that exists.")
         source = Path(options.input).expanduser()
-        if options.output != "-" and all(p.is_file() for p in (source, output)):
-            if output.samefile(source):
-                raise UserError(f"--output {output}: is the --input. Name another file.")
+        are_files = options.output != "-" and source.is_file() and output.is_file()
+        if are_files and output.samefile(source):
+            raise UserError(f"--output {output}: is the --input. Name another file.")
         rows = read_rows(source)
         refuse_scored(rows)
         whom = Whom(options.user, options.mixture, options.group, as_path(options.users))

@@ -1,4 +1,4 @@
-"""`score`: keys of lines that look as if they mattered, inputs that are no plain file, and numbers that are not finite."""
+"""`score`: keys of lines that look as if they mattered, inputs that are no file, and numbers that are not finite."""
 
 import json
 import subprocess
@@ -150,8 +150,8 @@ def test_a_model_with_numbers_that_are_not_finite(
 def test_an_audience_that_is_not_finite_is_no_traceback() -> None:
     table = UserTable(3, ["mia", "tom"])
     table.logits[:] = torch.nan
-    whoms: list[dict[str, Any]] = [{"user": "mia"}, {}]
-    for whom in whoms:
+    named: list[dict[str, Any]] = [{"user": "mia"}, {}]
+    for whom in named:
         with pytest.raises(UserError, match="holds numbers that are not finite"):
             choose_audience(PalA(8, num_prototypes=3), table, **whom)
 
