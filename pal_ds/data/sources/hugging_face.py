@@ -33,8 +33,8 @@ class HuggingFace(Source):
         columns: our key -> their column, for example {prompt: instruction, chosen: best}. A key
             that is not named here is read from the column of its own name, if there is one; all
             other columns are ignored.
-        data_files: files inside `path`, or for the kind `path` (parquet, csv, tsv, json, jsonl): one, several, or those of
-            each split. They may be addresses (https://, hf://), which `datasets` reads.
+        data_files: files inside `path`, or for the kind `path` (parquet, csv, tsv, json, jsonl): one, several, or
+            those of each split. They may be addresses (https://, hf://), which `datasets` reads.
         revision: commit or tag of a hub dataset.
         licence: recorded in dataset.json.
     """
