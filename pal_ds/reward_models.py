@@ -156,7 +156,7 @@ def scorer_of_export(
             "it, score with --run_dir, or give --mixture."
         )
     if not (folder / FACTS_NAME).is_file():
-        raise UserError(f"--model {folder}: no {FACTS_NAME} here; make it by `pal-ds consolidate`.")
+        raise UserError(f"--model {folder}: {_what_is_missing(folder)}")
     facts = verify_export(folder, whole=verify)
     tokens = facts["tokens"]
     encoder = TextEncoder(
@@ -187,6 +187,22 @@ def scorer_of_export(
         is_for_one=whom.is_named,
         needs_names=whom.users_dir is not None and whom.user is None,
     )
+
+
+def _what_is_missing(folder: Path) -> str:
+    """Say why a folder is no exported model."""
+    if not folder.is_dir():
+        return f"no such folder (looked from {Path.cwd()})."
+    if (folder / "config.yaml").is_file():
+        return f"is a run and holds no {FACTS_NAME}; give it as --run_dir, or export it by `pal-ds consolidate`."
+    of_users = sorted(file.parent.name for file in folder.glob(f"*/{FACTS_NAME}"))
+    if of_users:
+        named = ", ".join(of_users[:5]) + (", ..." if len(of_users) > 5 else "")
+        return (
+            f"no {FACTS_NAME} here; it holds {len(of_users)} exported models: {named}. Name one of them: "
+            f"--model {folder / of_users[-1]}"
+        )
+    return f"no {FACTS_NAME} here; make it by `pal-ds consolidate`."
 
 
 def _exported_points(

@@ -25,6 +25,7 @@ from pal_ds.adaptation.result import (
     fitted_before,
     refuse_foreign,
 )
+from pal_ds.data.sources.base import Source
 from pal_ds.data.tables import PreparedData
 from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
@@ -44,6 +45,8 @@ from pal_ds.users import UserTable
 
 logger = logging.getLogger(__name__)
 
+SPLIT = "unseen_train"
+"""Whose users are fitted where nobody is named."""
 FIT_VERSION = 2
 """Counted up with every change that gives fits other numbers: a fit that an older program began is begun anew."""
 
@@ -52,9 +55,10 @@ FIT_VERSION = 2
 class AdaptOptions:
     """Options of `adapt_run`: whom it fits, from which comparisons, and how."""
 
-    pairs: Path | None = None
-    """JSONL file of the new users' comparisons; None for a split of the run's data."""
-    split: str = "unseen_train"
+    pairs: Path | Source | None = None
+    """File or source of the new users' comparisons; None for a split of the run's data."""
+    split: str | None = None
+    """Split of the run's data without `pairs`; unset, `unseen_train`."""
     num_pairs: int | None = None
     """Comparisons to keep per user, drawn by (seed, user); None keeps all."""
     step: str = "latest"
@@ -76,6 +80,8 @@ def adapt_run(run: RunDirectory, out: Path, options: AdaptOptions) -> AdaptRepor
     Raises:
         UserError: a head without users, or one that the solver cannot do; no such file or split, or no pairs in it.
     """
+    if options.split is not None and options.pairs is not None:
+        raise UserError("adapt: give --split, or --pairs in place of a split, not both.")
     if options.num_pairs is not None and options.num_pairs < 1:
         raise UserError(
             f"--num_pairs is {options.num_pairs}; it must be at least 1, or unset for all."
@@ -91,6 +97,7 @@ def _adapt(run: RunDirectory, out: Path, options: AdaptOptions) -> AdaptReport:
     """Do what `adapt_run` says; nobody else writes to `out`."""
     pairs, num_pairs, solver, seed = options.pairs, options.num_pairs, options.solver, options.seed
     world = World(0, 1, torch.device("cpu"))
+    split = options.split or SPLIT
     leave = {"trust": options.trust_checkpoint, "trust_code": options.trust_code}
     restored = restore(run, options.step, world.device, **leave)
     if not restored.model.head.has_points:
@@ -99,11 +106,11 @@ def _adapt(run: RunDirectory, out: Path, options: AdaptOptions) -> AdaptReport:
         )
     refuse_newton(solver, restored.model.head, restored.config.loss)
     with opened_pairs(restored, pairs, world, beside=out) as data:
-        rows = data.rows(options.split) if pairs is None else np.arange(len(data.comparisons))
+        rows = data.rows(split) if pairs is None else np.arange(len(data.comparisons))
         if num_pairs is not None:
             rows = few_per_user(data, rows, num_pairs, seed)
         if len(rows) == 0:
-            raise UserError(f"{pairs or f'--split {options.split}'}: no pairs to adapt to.")
+            raise UserError(f"{pairs or f'--split {split}'}: no pairs to adapt to.")
         positions = num_positions(restored, data)
         users = NewUsers.of(data, rows, positions)
         _warn_of_known(restored, users.ids)

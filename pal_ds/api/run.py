@@ -4,12 +4,11 @@ import contextlib
 import json
 import os
 import re
-import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pal_ds.config.recipe import Recipe, asks_for_code, read
 from pal_ds.data.prepare import prepare as prepare_data
@@ -17,6 +16,9 @@ from pal_ds.data.tables import PreparedData
 from pal_ds.errors import UserError, mendable
 from pal_ds.modeling.lengths import data_to_prepare
 from pal_ds.runs.run_dir import RunDirectory
+
+if TYPE_CHECKING:
+    from pal_ds.data.sources import Source
 
 Records = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 """A JSONL file, or its lines as dicts."""
@@ -73,6 +75,8 @@ def run_of(run: AnyRun) -> Run:
     return run if isinstance(run, Run) else Run(Path(run))
 
 
+_LONGEST_NAME = 255
+"""Bytes of a file's name."""
 _OPTION = re.compile(r"`[^`]*`|(?<!\S)--(?=[a-z_]+\b(?! on the command line))")
 """An option in the text of a message; one in backticks, or said to be of the command line, stays."""
 
@@ -99,16 +103,34 @@ def for_people() -> Iterator[None]:
         os.umask(umask)
 
 
-@contextlib.contextmanager
-def as_file(records: Records | None) -> Iterator[Path | None]:
-    """The JSONL file of some records, written for the length of the block where they are in memory."""
-    if records is None or isinstance(records, str | os.PathLike):
-        yield None if records is None else Path(records)
-        return
-    with tempfile.TemporaryDirectory(prefix="pal_ds_") as folder:
-        file = Path(folder, "records.jsonl")
-        file.write_text("".join(json.dumps(dict(record)) + "\n" for record in records))
-        yield file
+def path_or_list(records: Records, name: str) -> Path | list[Mapping[str, Any]]:
+    """The path, or the list, of some records that a function was given as its argument `name`.
+
+    Raises:
+        UserError: they are neither a path nor several records.
+    """
+    if isinstance(records, str | os.PathLike):
+        path = Path(records)
+        if isinstance(records, str) and (records.lstrip()[:1] in ("{", "[") or "\n" in records):
+            raise UserError(
+                f"{name}: is a text of JSON. Give a list of dicts, or the path of a file."
+            )
+        if any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts):
+            raise UserError(f"{name}: no path is so long: {str(path)[:40]}...")
+        return path
+    if isinstance(records, Mapping) or not isinstance(records, Iterable):
+        raise UserError(
+            f"{name}: is of type {type(records).__name__}; give a list of dicts, or the path of a file."
+        )
+    return list(records)
+
+
+def as_pairs(records: Records | None, name: str) -> "Path | Source | None":
+    """The file, or the source, of some comparisons; UserError as `path_or_list` raises it."""
+    from pal_ds.data.sources.given import GivenRecords
+
+    of_caller = None if records is None else path_or_list(records, name)
+    return GivenRecords(of_caller) if isinstance(of_caller, list) else of_caller
 
 
 def prepare(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from pal_ds.api.run import AnyRun, Records, as_file, for_people, run_of
+from pal_ds.api.run import AnyRun, Records, as_pairs, for_people, path_or_list, run_of
 from pal_ds.errors import UserError
 from pal_ds.runs.run_dir import RunDirectory
 
@@ -15,7 +15,7 @@ from pal_ds.runs.run_dir import RunDirectory
 def evaluate(
     run: AnyRun,
     *,
-    split: str = "test",
+    split: str | None = None,
     data: Records | None = None,
     name: str | None = None,
     users: str | os.PathLike[str] | None = None,
@@ -25,7 +25,7 @@ def evaluate(
 
     Args:
         run: what to evaluate.
-        split: split of the run's data: `test`, `dev`, `train`, `unseen_train`, ...
+        split: split of the run's data: `test`, `dev`, `train`, `unseen_train`, ...; unset, and without `data`, `test`.
         data: comparisons in place of a split.
         name: of the result; unset, the split, the file's stem, or `records` for comparisons in memory.
         users: new users that `adapt` fitted, beside or in place of the run's own.
@@ -37,16 +37,21 @@ def evaluate(
     Raises:
         UserError: no such run, step or split, or comparisons that cannot be read.
     """
+    from pal_ds.data.sources import Source
     from pal_ds.eval.best_of_n import NAME_PREFIX, rank_set
     from pal_ds.eval.evaluate import evaluate_set, restored_by_ranks
-    from pal_ds.eval.results import eval_requests
+    from pal_ds.eval.results import SPLIT, eval_requests, source_request
 
     where, table = run_of(run), None if users is None else Path(users)
-    with for_people(), as_file(data) as file:
-        if file is not None and not isinstance(data, str | os.PathLike):
-            name = name or "records"
-        files = [] if file is None else [file]
-        (request,) = eval_requests(split, files, name, NAME_PREFIX if best_of_n else "")
+    if split is not None and data is not None:
+        raise UserError("evaluate: give `split`, or `data` in place of a split, not both.")
+    with for_people():
+        pairs, prefix = as_pairs(data, "data"), NAME_PREFIX if best_of_n else ""
+        if isinstance(pairs, Source):
+            request = source_request(pairs, name or "records")
+        else:
+            files = [] if pairs is None else [pairs]
+            (request,) = eval_requests(split or SPLIT, files, name, prefix)
         opening = restored_by_ranks(RunDirectory(where.path), where.step, table, **where.leave)
         with opening as (world, run_, known):
             measure = rank_set if best_of_n else evaluate_set
@@ -112,7 +117,7 @@ def adapt(
     pairs: Records | None,
     out: str | os.PathLike[str],
     *,
-    split: str = "unseen_train",
+    split: str | None = None,
     num_pairs: int | None = None,
     seed: int = 0,
     solver: Literal["auto", "newton", "adam", "reference"] = "auto",
@@ -123,7 +128,7 @@ def adapt(
         run: what was trained.
         pairs: their comparisons; None takes `split` of the run's data.
         out: new or empty folder for the user table.
-        split: split of the run's data, without `pairs`.
+        split: split of the run's data, without `pairs`; unset, `unseen_train`.
         num_pairs: comparisons to keep per user; None keeps all.
         seed: of the draw of comparisons.
         solver: `newton` from statistics; `adam`, the same objective; `reference`, AdamW that stops early.
@@ -134,9 +139,9 @@ def adapt(
     from pal_ds.adaptation.run import AdaptOptions, adapt_run
 
     where, folder = run_of(run), Path(out)
-    with for_people(), as_file(pairs) as file:
+    with for_people():
         options = AdaptOptions(
-            pairs=file,
+            pairs=as_pairs(pairs, "pairs"),
             split=split,
             num_pairs=num_pairs,
             step=str(where.step),
@@ -185,8 +190,8 @@ def score(
     where = run_of(model)
     whom = Whom(user, mixture, group, None if users is None else Path(users))
     with for_people():
-        is_file = isinstance(texts, str | os.PathLike)
-        rows = read_rows(Path(texts)) if is_file else rows_of(texts)
+        of_caller = path_or_list(texts, "texts")
+        rows = read_rows(of_caller) if isinstance(of_caller, Path) else rows_of(of_caller)
         if (where.path / FACTS_NAME).is_file():
             scorer = scorer_of_export(where.path, whom, trust_remote_code=trust_remote_code)
         else:

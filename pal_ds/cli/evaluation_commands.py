@@ -34,10 +34,11 @@ class Evaluate:
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
         from pal_ds.data.sources import Source
+        from pal_ds.eval.results import SPLIT
 
         add = parser.add_argument
         add_run_arguments(parser)
-        add("--split", type=str, default="test", help="split of the run's data")
+        add("--split", type=str, help=f"split of the run's data (default: {SPLIT})")
         add(
             "--data",
             type=str,
@@ -64,7 +65,7 @@ class Evaluate:
     def run(options: Namespace, _: Namespace) -> None:
         from pal_ds.eval.best_of_n import NAME_PREFIX, rank_set, ranking_line
         from pal_ds.eval.evaluate import evaluate_set, restored_by_ranks, summary_line
-        from pal_ds.eval.results import eval_requests, source_request
+        from pal_ds.eval.results import SPLIT, eval_requests, source_request
 
         measure, line_of, prefix = evaluate_set, summary_line, ""
         if options.best_of_n:
@@ -72,8 +73,12 @@ class Evaluate:
         files = [Path(file) for file in split_words(options.data)]
         if files and options.source is not None:
             raise UserError("evaluate: give --data or --source, not both.")
+        if options.split is not None and (files or options.source is not None):
+            raise UserError(
+                "evaluate: give --split, or --data or --source in place of a split, not both."
+            )
         requests = (
-            eval_requests(options.split, files, options.name, prefix)
+            eval_requests(options.split or SPLIT, files, options.name, prefix)
             if options.source is None
             else [source_request(options.source, options.name, prefix)]
         )
@@ -129,8 +134,7 @@ class Adapt:
         add(
             "--split",
             type=str,
-            default="unseen_train",
-            help="split of the run's data, without --pairs",
+            help="split of the run's data, without --pairs (default: unseen_train)",
         )
         add("--num_pairs", type=int, help="comparisons to keep per user; unset keeps all")
         add("--seed", type=int, default=0, help="of the draw of comparisons")

@@ -154,7 +154,12 @@ class Score:
         add = parser.add_argument
         add("--model", type=str, help="folder that `consolidate` wrote")
         add("--run_dir", type=str, help="directory that `train` wrote")
-        add("--input", type=str, required=True, help="JSONL of prompt and response")
+        add(
+            "--input",
+            type=str,
+            required=True,
+            help="JSONL of prompt and response; - reads standard input",
+        )
         add("--output", type=str, default="-", help="JSONL with scores; - prints")
         add("--mixture", type=mixture, help="w1,..,wK in place of a user")
         add("--user", type=str, help="user id of the run, or of --users")
@@ -170,7 +175,7 @@ class Score:
     def run(options: Namespace, _: Namespace) -> None:
         with imports_at_once():
             from pal_ds.inference.score_texts import write_scores
-            from pal_ds.inference.text_rows import read_rows
+            from pal_ds.inference.text_rows import read_rows, refuse_scored
             from pal_ds.io.files import replacing
             from pal_ds.reward_models import Whom, scorer_of_export, scorer_of_run
             from pal_ds.runs.run_dir import RunDirectory
@@ -182,9 +187,12 @@ class Score:
         output = Path(options.output)
         if options.output != "-" and (output.is_dir() or not output.parent.is_dir()):
             raise UserError(f"--output {output}: must be a file in a folder that exists.")
-        rows = read_rows(Path(options.input))
-        if options.output != "-" and output.exists() and output.samefile(options.input):
+        source = Path(options.input).expanduser()
+        are_files = options.output != "-" and source.is_file() and output.is_file()
+        if are_files and output.samefile(source):
             raise UserError(f"--output {output}: is the --input. Name another file.")
+        rows = read_rows(source)
+        refuse_scored(rows)
         whom = Whom(options.user, options.mixture, options.group, as_path(options.users))
         if options.model is None:
             run = RunDirectory(options.run_dir)

@@ -6,13 +6,33 @@ import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, Namespace
+import yaml
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
 from pal_ds.distributed import phase  # noqa: F401  (first of ours: its clock tells how long this process has run)
 from pal_ds.errors import UserError, chain_of
 from pal_ds.io.boundary import reason_of
+from pal_ds.io.yaml_files import is_odd_number, refuse_odd_numbers
+
+_LONG_VALUE = re.compile(r"((?:Given|Got) value: .{200}).+")
+"""A value that a message repeats, which may be all of somebody's data."""
+_read_yaml = get_loader("yaml")
+
+
+def _load_value(text: str) -> object:
+    """Read a value of the command line, or a file, as jsonargparse does; numbers in odd spellings are no YAML."""
+    try:
+        refuse_odd_numbers(text, "line")
+    except UserError as error:
+        raise yaml.YAMLError(str(error)) from None
+    return _read_yaml(text)
+
+
+# A word that is no YAML stays a text, which a key of a number refuses by its name.
+set_loader("yaml", _load_value, exceptions=(yaml.YAMLError,))
 
 
 class Parser(ArgumentParser):
@@ -51,13 +71,29 @@ class Parser(ArgumentParser):
 def parsed(parser: ArgumentParser, words: Sequence[str], where: str) -> Namespace:
     """Parse words; the parser's own errors pass. Raises UserError for a value at which it fails, as a huge number."""
     try:
-        return parser.parse_args([*words])
+        options = parser.parse_args([*words])
+        _refuse_odd_words(options, words)
+        return options
     except (ArgumentError, UserError, OSError):
         raise
     except Exception as error:
         raise UserError(
             f"{where}: a value cannot be read ({reason_of(error)}). Mend it."
         ) from error
+
+
+def _refuse_odd_words(options: Namespace, words: Sequence[str]) -> None:
+    """Raise UserError for a number of the command line that is not in plain digits, as 1:30, which was read as 90."""
+    parts = (options, *(part for part in vars(options).values() if isinstance(part, Namespace)))
+    for word, following in pairwise([*words, ""]):
+        option, equals, value = word.partition("=")
+        if not option.startswith("--"):
+            continue
+        value = value if equals else following
+        read = [part.get(option[2:]) for part in parts]
+        is_number = any(type(one) in (int, float) for one in read)
+        if is_number and is_odd_number(value):
+            raise UserError(f"{option}: {value} is no number in plain digits, as 10 or 0.5 is.")
 
 
 def objects_of(parser: ArgumentParser, options: Namespace) -> Namespace:
@@ -73,7 +109,7 @@ def objects_of(parser: ArgumentParser, options: Namespace) -> Namespace:
 
 def explained(message: str, parser: ArgumentParser) -> str:
     """Reword a message of jsonargparse: without its Python types, and with the nearest option for a typo."""
-    message = _without_noise(message)
+    message = _LONG_VALUE.sub(r"\1 ...", _without_noise(message))
     if "No module named" in message:
         from pal_ds.config.own_code import where_looked
 

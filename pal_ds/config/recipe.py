@@ -29,7 +29,7 @@ from pal_ds.io.yaml_files import flattened, read_yaml
 from pal_ds.losses import MarginLoss
 from pal_ds.runs.run_dir import RunDirectory
 
-_LONGEST_PATH = 4096
+_LONGEST_PATH, _LONGEST_WORD = 4096, 200
 SHIPPED = Path(__file__).parents[1] / "recipes"
 Recipe = str | os.PathLike[str] | Mapping[str, Any] | RunConfig | Sequence[Any]
 """A YAML file, the name of a shipped recipe, a dict of the same keys, a RunConfig, or several of them in layers."""
@@ -97,7 +97,10 @@ def read_recipe(arguments: list[str]) -> tuple[RunConfig, str]:
         with consent.given(files):
             return _parsed(parser, arguments, consent, "recipe")
     except ArgumentError as error:
-        raise UserError(f"{' '.join(arguments)}: {explained(str(error), parser)}") from None
+        words = " ".join(
+            w if len(w) < _LONGEST_WORD else f"{w[:_LONGEST_WORD]} ..." for w in arguments
+        )
+        raise UserError(f"{words}: {explained(str(error), parser)}") from None
 
 
 def _parsed(
@@ -191,7 +194,7 @@ def read(
     with tempfile.TemporaryDirectory(prefix="pal_ds_") as folder:
         files = [_file(layer, Path(folder, f"layer_{n}.yaml")) for n, layer in enumerate(layers)]
         for file in files:
-            read_yaml(file)
+            read_yaml(file, "recipe" if file.parent == Path(folder) else None)
         words = [f"--config={file}" for file in files]
         said = {key: plain(value, key) for key, value in overrides.items()}
         for key, value in said.items():
@@ -203,7 +206,8 @@ def read(
             with consent.given(f for f in files if f.parent != Path(folder)):
                 return _parsed(parser, words, consent, "recipe")
         except ArgumentError as error:
-            raise UserError(explained(str(error), parser)) from None
+            shown = str(error).replace(f"{folder}/", "recipe, ")
+            raise UserError(explained(shown, parser)) from None
 
 
 def _file(layer: Any, place: Path) -> Path:

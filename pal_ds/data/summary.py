@@ -1,14 +1,17 @@
 """Words about prepared data: the table of counts that `prepare` prints, and what is worth a line of its own."""
 
 import logging
+import unicodedata
 
 from rich.console import Console
 from rich.table import Table
 
 from pal_ds.data.splits import SplitOptions
 from pal_ds.data.tables import PreparedData
-from pal_ds.users.ids import POPULATION_USER
+from pal_ds.users.ids import POPULATION_USER, UserIds
 
+_NAMED = 3
+"""Of alike ids, how many are shown."""
 logger = logging.getLogger(__name__)
 
 
@@ -60,6 +63,8 @@ def warn_of_gaps(data: PreparedData, options: SplitOptions) -> None:
             data.path,
             POPULATION_USER,
         )
+    for kind, ids in (("users", data.users), ("groups", UserIds.of(data.groups))):
+        _warn_of_alike(data, kind, ids)
     if options.unseen_user_fraction > 0 and not counts["unseen_users"]:
         logger.warning(
             "%s: data.unseen_user_fraction is %g, and no user is held out: the source says itself who is, or there are "
@@ -67,6 +72,41 @@ def warn_of_gaps(data: PreparedData, options: SplitOptions) -> None:
             data.path,
             options.unseen_user_fraction,
         )
+
+
+def _warn_of_alike(data: PreparedData, kind: str, ids: UserIds) -> None:
+    """Tell of ids that a reader takes for one: they differ in blank space around or in Unicode form alone."""
+    alike = alike_ids(ids)
+    if alike:
+        first = "; ".join(" and ".join(map(repr, some)) for some in alike[:_NAMED])
+        logger.warning(
+            "%s: %d %s have ids that differ in blank space around them or in their Unicode normal form alone, and "
+            "count as different ones: %s%s. If they are not, mend the ids and prepare again.",
+            data.path,
+            sum(map(len, alike)),
+            kind,
+            first,
+            "; ..." if len(alike) > _NAMED else "",
+        )
+
+
+def alike_ids(ids: UserIds) -> list[list[str]]:
+    """Return the ids that are one id without blank space around them and in Unicode's form NFC, together.
+
+    >>> alike_ids(UserIds.of(["mia", "tom", " mia", "Mia"]))
+    [['mia', ' mia']]
+    """
+    plain: dict[str, list[str]] = {}
+    for written in ids:
+        # Most ids are plain already, and of those no two can be alike.
+        if not written.isascii() or written[0].isspace() or written[-1].isspace():
+            known_as = unicodedata.normalize("NFC", written).strip()
+            if known_as != written:
+                plain.setdefault(known_as, []).append(written)
+    is_used = ids.find([*filter(None, plain)]) >= 0
+    used = dict(zip(filter(None, plain), is_used.tolist(), strict=True))
+    together = [([name] if used.get(name) else []) + some for name, some in plain.items()]
+    return [some for some in together if len(some) > 1]
 
 
 def _remedy(name: str, options: SplitOptions) -> str:

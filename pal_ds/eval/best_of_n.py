@@ -12,6 +12,7 @@ import numpy as np
 from pal_ds.data.parse import check_list, parse_record
 from pal_ds.data.records import Record
 from pal_ds.data.sources.base import Source, check_files, read_lines
+from pal_ds.data.sources.given import GivenRecords
 from pal_ds.data.tables import COMPARISON_DTYPE, PreparedData
 from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
@@ -91,14 +92,15 @@ def rank_set(
             "with --mixture and score the candidates with `score`."
         )
     lines: list[Line] = []
-    if isinstance(request.pairs, Source):
+    file = request.pairs
+    if isinstance(file, Source) and not isinstance(file, GivenRecords):
         raise UserError(
             "--best_of_n: a source has pairs, and lists of candidates come from --data."
         )
-    if (file := request.pairs) is not None:
+    if file is not None:
         lines = world.on_every_rank(lambda: read_lists(file))
 
-    def pairs_of(_: Path) -> Iterator[Record]:
+    def pairs_of(_: Path | Source) -> Iterator[Record]:
         return (pair for number, line in enumerate(lines) for pair in line.records(number))
 
     with opened_pairs(restored, file, world, pairs_of, request.out) as data:
@@ -220,13 +222,18 @@ def listed_candidates(data: PreparedData, lines: list[Line]) -> tuple[Candidates
     return candidates, len(lines) - len(users)
 
 
-def read_lists(file: Path) -> list[Line]:
-    """The lines of a JSONL file of candidates, checked. Raises UserError with file and line."""
-    (path,) = check_files(file)
-    return [_line(fields, where) for where, fields in read_lines(path)]
+def read_lists(file: Path | GivenRecords) -> list[Line]:
+    """The lines of JSONL files of candidates, checked. Raises UserError with file and line."""
+    if isinstance(file, GivenRecords):
+        rows = [*file.lines()]
+    else:
+        rows = [row for path in check_files(file) for row in read_lines(path)]
+    return [_line(fields, where) for where, fields in rows]
 
 
 def _line(fields: object, where: str) -> Line:
+    if isinstance(fields, UserError):
+        raise fields
     if not isinstance(fields, dict):
         raise UserError(f"{where}: expected an object, found {type(fields).__name__}")
     if unknown := [key for key in fields if key not in _KEYS]:

@@ -26,7 +26,7 @@ from pal_ds.eval.diagnostics import context_flip
 from pal_ds.eval.figures import dev_temperature, report_on
 from pal_ds.eval.metrics import controversial
 from pal_ds.eval.prototype_examples import examples_of_prototypes
-from pal_ds.eval.results import EvalRequest, split_request, write_figures
+from pal_ds.eval.results import SPLIT, EvalRequest, name_of, split_request, write_figures
 from pal_ds.eval.schema import EvaluationFigures
 from pal_ds.inference.load_run import OpenRun, restore
 from pal_ds.inference.readers import KnownUsers, known_users, own_margins, reader_of, with_points
@@ -39,7 +39,7 @@ def opened_pairs(
     restored: OpenRun,
     file: Path | Source | None,
     world: World,
-    read: Callable[[Path], Iterable[Record]] | None = None,
+    read: Callable[[Path | Source], Iterable[Record]] | None = None,
     beside: Path | None = None,
 ) -> Iterator[PreparedData]:
     """The run's data, or tables of `file` made with the run's tokenizer and template, deleted afterwards.
@@ -54,7 +54,7 @@ def opened_pairs(
 
     def build() -> Path:
         # A name of its own: others may be evaluating a file of this name on this run right now.
-        stem = file.stem if isinstance(file, Path) else type(file).__name__
+        stem = name_of(file) if isinstance(file, Path) else type(file).__name__
         name = {"prefix": f"pairs-of-{stem}-", "suffix": ".tables"}
         place = restored.run.path if beside is None else beside
         with writing(place):
@@ -65,7 +65,7 @@ def opened_pairs(
             encoder = None
             if tokens is not None:
                 encoder = TextEncoder.from_info(tokens, restored.data.tokenizer_path)
-            if read is None or isinstance(file, Source):
+            if read is None:
                 source = file if isinstance(file, Source) else source_of_file(file)
                 build_tables(source.records(), folder, encoder, check_marker=False, source=source)
             else:
@@ -121,7 +121,7 @@ def evaluate_run(
     Raises:
         UserError: no such run, split or file; an empty split.
     """
-    request = request or split_request("test")
+    request = request or split_request(SPLIT)
     restored = world.on_every_rank(lambda: restore(run, device=world.device, trust_code=trust_code))
     return evaluate_set(restored, known_users(restored, users), request, world)
 

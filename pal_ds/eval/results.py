@@ -1,6 +1,8 @@
 """Requests for an evaluation, the names under which its figures are kept, and the JSON that holds them."""
 
+import re
 from collections.abc import Mapping
+from glob import has_magic
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +17,8 @@ from pal_ds.io.files import replacing, write_json
 from pal_ds.io.text_files import parse_json
 from pal_ds.runs.run_dir import RunDirectory
 
+SPLIT = "test"
+"""What is evaluated where nothing is named."""
 USERS_IN_PARQUET_ABOVE = 10_000
 
 
@@ -39,6 +43,20 @@ class EvalRequest(NamedTuple):
         return rows
 
 
+def name_of(file: Path) -> str:
+    """Return the name of the result of a file, its stem, or what a pattern leaves of one.
+
+    >>> name_of(Path("votes/dev.jsonl")), name_of(Path("votes/part-*.jsonl")), name_of(Path("*/[ab]?.jsonl"))
+    ('dev', 'part', 'ab')
+    >>> name_of(Path("votes/*.jsonl"))
+    'votes'
+    """
+    if not has_magic(str(file)) or file.exists():
+        return file.stem
+    parts = (re.sub(r"[^\w.-]+", "_", part).strip("._-") for part in (file.stem, file.parent.name))
+    return next(filter(None, parts), "files")
+
+
 def split_request(split: str, name: str | None = None) -> EvalRequest:
     """Ask for one split of the run's data."""
     return eval_requests(split, [], name)[0]
@@ -46,13 +64,13 @@ def split_request(split: str, name: str | None = None) -> EvalRequest:
 
 def file_request(file: Path, name: str | None = None) -> EvalRequest:
     """Ask for one file of pairs."""
-    return eval_requests("test", [file], name)[0]
+    return eval_requests(SPLIT, [file], name)[0]
 
 
 def source_request(source: Source, name: str | None = None, prefix: str = "") -> EvalRequest:
     """Ask for all pairs of a source; unless it has a name, the result has that of the class."""
     _check_name(name)
-    request = EvalRequest(name or prefix + type(source).__name__, "test", source)
+    request = EvalRequest(name or prefix + type(source).__name__, SPLIT, source)
     _refuse_name_of_split(request)
     return request
 
@@ -60,7 +78,7 @@ def source_request(source: Source, name: str | None = None, prefix: str = "") ->
 def eval_requests(
     split: str, files: list[Path], name: str | None, prefix: str = ""
 ) -> list[EvalRequest]:
-    """Ask for the split, or each of the files, under `name` or else PREFIX and the split or the file's stem.
+    """Ask for the split, or each of the files, under `name` or else PREFIX and the split or the file's name.
 
     Raises:
         UserError: a name that is none, or two results of one name.
@@ -68,7 +86,7 @@ def eval_requests(
     _check_name(name)
     if not files:
         return [EvalRequest(name or prefix + split, split, None)]
-    requests = [EvalRequest(name or prefix + file.stem, split, file) for file in files]
+    requests = [EvalRequest(name or prefix + name_of(file), split, file) for file in files]
     names = [one.name for one in requests]
     for one in requests:
         _refuse_name_of_split(one)

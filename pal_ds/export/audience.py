@@ -1,5 +1,6 @@
 """The audience that an exported model scores for: one user, a mixture of prototypes, or the population."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,14 @@ class Audience:
 
     mixture: list[float] | None
     description: str
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a mixture that holds no finite numbers, as damaged weights make one."""
+        if self.mixture is not None and not all(map(math.isfinite, self.mixture)):
+            raise UserError(
+                f"the mixture of {self.description} holds numbers that are not finite: the head's weights or the table "
+                "of users are damaged. Restore them, or take another --step."
+            )
 
 
 def choose_audience(

@@ -109,7 +109,8 @@ class Scorer:
         Raises:
             UserError: a user or group that is unknown.
         """
-        names = [row.user_id if self.line_key == "user_id" else row.group for row in rows]
+        names = [getattr(row, self.line_key) for row in rows]
+        self._check_other_names(rows)
         # The first row of each name: later entries of a dict win.
         first = dict(zip(reversed(names), reversed(rows), strict=True))
         first.pop(None, None)
@@ -137,6 +138,31 @@ class Scorer:
                     raise UserError(f"{first[name].where}: {error}") from None
             raise
         return [None if name is None else points[name] for name in names]
+
+    def _check_other_names(self, rows: list[Row]) -> None:
+        """Raise UserError for a line that says its user where groups are read alone, or the other way round.
+
+        A line that says both, and lines for a model that has one reward for everyone, are scored, with a word.
+        """
+        other = "group" if self.line_key == "user_id" else "user_id"
+        unread = [row for row in rows if getattr(row, other) is not None]
+        if self.points_of is None:
+            unread = [row for row in rows if row.user_id is not None or row.group is not None]
+        elif wrong := [row for row in unread if getattr(row, self.line_key) is None]:
+            raise UserError(
+                f"{wrong[0].where}: names a {other}, and this model reads the {self.line_key} of a line alone. Give "
+                f"that, or take the {other} out."
+            )
+        if unread:
+            said = f"each line is scored for its {self.line_key}"
+            said = "this model has one reward for everyone" if self.points_of is None else said
+            logger.warning(
+                "%s and %d other lines name a %s, which changes nothing: %s",
+                unread[0].where,
+                len(unread) - 1,
+                other if getattr(unread[0], other) is not None else self.line_key,
+                said,
+            )
 
     def score(
         self, rows: list[Row], points: Sequence[list[float] | None] | None = None

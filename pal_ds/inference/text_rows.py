@@ -11,19 +11,32 @@ from pal_ds.data.sources.base import check_files, read_lines
 from pal_ds.errors import UserError
 from pal_ds.io.text_files import refuse_halves, refuse_non_finite
 
+STANDARD_INPUT = Path("/dev/stdin")
 _READ = ("prompt", "response", "text", "tools", "user_id", "group")
-_MIXTURE = "--mixture of the command, or the user_id of a line,"
-_SAME_MEANING = {
-    **{key.replace("_", ""): key for key in _READ},
-    **dict.fromkeys(("user", "users", "userids"), "user_id"),
-    **dict.fromkeys(("groups", "groupid", "groupname"), "group"),
-    **dict.fromkeys(("system", "systemprompt", "prompts", "messages"), "prompt"),
-    "responses": "response",
-    "texts": "text",
-    "tool": "tools",
-    **dict.fromkeys(("mixture", "mixtures", "weights"), _MIXTURE),
+_RENAME = (
+    "if it matters here, it is {} that is. Rename it, or give it a name that says it is a note."
+)
+_ONE_ANSWER = "a line holds one answer, as 'response'. Write a line for each of them."
+_REMEDIES = {
+    **{key.replace("_", ""): _RENAME.format(f"'{key}'") for key in _READ},
+    **dict.fromkeys(("user", "users", "userids"), _RENAME.format("'user_id'")),
+    **dict.fromkeys(("groups", "groupid", "groupname"), _RENAME.format("'group'")),
+    **dict.fromkeys(
+        ("system", "systemprompt"),
+        "a system message is the first message of 'prompt', as in "
+        '[{"role": "system", "content": "..."}, {"role": "user", "content": "..."}].',
+    ),
+    "messages": "give the messages before the answer as 'prompt', and the answer, the last message, as 'response'.",
+    "prompts": "a line holds one prompt, as 'prompt'. Write a line for each of them.",
+    "responses": _ONE_ANSWER,
+    "texts": "a line holds one text, as 'text'. Write a line for each of them.",
+    "tool": _RENAME.format("'tools'"),
+    **dict.fromkeys(
+        ("mixture", "mixtures", "weights"),
+        _RENAME.format("--mixture of the command, or the user_id of a line,"),
+    ),
 }
-"""Keys that look as if a score depended on them, in small letters alone, by what it does depend on."""
+"""What to do about keys that look as if a score depended on them, in small letters alone; those that are read, too."""
 
 
 class Row(NamedTuple):
@@ -40,14 +53,16 @@ class Row(NamedTuple):
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The lines of a JSONL file, checked.
+    """The lines of a JSONL file, checked; `-` is the standard input, and a pipe is read once.
 
     Raises:
         UserError: the file is missing or empty, or a line is no such record; names file and line.
     """
-    path = path.expanduser()
-    if not path.is_file():
-        raise UserError(f"--input {path}: no such file.")
+    path = STANDARD_INPUT if str(path) == "-" else path.expanduser()
+    if not path.exists():
+        raise UserError(f"--input {path}: no such file (looked from {Path.cwd()}).")
+    if path.is_dir():
+        raise UserError(f"--input {path}: is a folder; name the file in it.")
     if path.stat().st_size:
         check_files(path)
     rows = [_checked(record, where) for where, record in read_lines(path)]
@@ -56,13 +71,23 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def refuse_scored(rows: Iterable[Row]) -> None:
+    """Raise UserError for a line with a "score" of its own, whose place a score that is written would take."""
+    for row in rows:
+        if "score" in row.record:
+            raise UserError(
+                f"{row.where}: has a key 'score' already, and the model's would take its place. Rename it, as in "
+                "old_score."
+            )
+
+
 def rows_of(records: Iterable[Mapping[str, Any]]) -> list[Row]:
     """Records in memory, each of `text`, or `prompt` and `response`, checked as lines of a file are.
 
     Raises:
-        UserError: there is none, or one is no such record; counted from 0.
+        UserError: there is none, or one is no such record; counted from 1.
     """
-    rows = [_checked(record, f"texts[{n}]") for n, record in enumerate(records)]
+    rows = [_checked(record, f"record {n}") for n, record in enumerate(records, start=1)]
     if not rows:
         raise UserError(
             "texts: is empty; give a dict of prompt and response, or of text, for each."
@@ -76,13 +101,9 @@ def _checked(record: object, where: str) -> Row:
     refuse_halves(dict(record), where)
     refuse_non_finite(dict(record), where)
     for key in record:
-        meant = _SAME_MEANING.get(re.sub(r"[\W_]", "", str(key)).lower())
-        if meant not in (None, key):
-            quoted = meant if meant == _MIXTURE else f"'{meant}'"
-            raise UserError(
-                f"{where}: the key '{key}' is not read; if it matters here, it is {quoted} that is. Rename it, or "
-                "give it a name that says it is a note."
-            )
+        plain = re.sub(r"[\W_]", "", str(key)).lower()
+        if plain in _REMEDIES and key not in _READ:
+            raise UserError(f"{where}: the key '{key}' is not read; {_REMEDIES[plain]}")
     user_id, group = (check_name(record, key, where) for key in ("user_id", "group"))
     if "text" in record:
         if not isinstance(record["text"], str) or not record["text"].strip():
@@ -95,7 +116,9 @@ def _checked(record: object, where: str) -> Row:
         return Row(where, record, record["text"], None, None, None, user_id, group)
     for key in ("prompt", "response"):
         if key not in record:
-            raise UserError(f"{where}: has no '{key}'. Give prompt and response, or text.")
+            pair = key == "response" and {"chosen", "rejected"} & record.keys()
+            hint = f" For 'chosen' and 'rejected', {_ONE_ANSWER}" if pair else ""
+            raise UserError(f"{where}: has no '{key}'. Give prompt and response, or text.{hint}")
     prompt, response = (_text(record[key], where, key) for key in ("prompt", "response"))
     tools = record.get("tools")
     tools = None if tools is None else check_tools(tools, where) or None

@@ -45,8 +45,8 @@ def open_bytes(path: Path) -> Iterator[IO[bytes]]:
         UserError: it holds no text: Parquet, an archive, another encoding than UTF-8.
     """
     with open(path, "rb") as raw:
-        start = raw.read(8)
-        raw.seek(0)
+        # A pipe cannot be wound back.
+        start = raw.peek(8)[:8]
         for magic, fault in _NO_TEXT.items():
             if start.startswith(magic):
                 raise UserError(f"{path}: {fault}")

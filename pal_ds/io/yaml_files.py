@@ -1,5 +1,9 @@
-"""YAML mappings that people write: a key that stands twice is an error, where YAML would silently take the last one."""
+"""YAML mappings that people write: a key that stands twice is an error, where YAML would silently take the last one.
 
+So is a number in a spelling of which YAML 1.1 and 1.2 make different values, as 010 (8 or 10) and 1:30 (90 or a text).
+"""
+
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,18 +15,32 @@ from pal_ds.io.boundary import reading
 
 _MERGE = "<<"
 """YAML's own key, which takes over the keys of another mapping."""
+_NUMBER = re.compile(
+    r"[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?(?:e[-+]?[0-9]+)?|\.[0-9_]+|0b[01_]+|0x[0-9a-f_]+)"
+    r"|[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?",
+    re.IGNORECASE,
+)
+"""What a reader of YAML 1.1 may take for a number, jsonargparse's among them."""
+_PLAIN_NUMBER = re.compile(
+    r"[-+]?(?:(?:0|[1-9][0-9]*)|[0-9]*\.[0-9]*(?:e[-+]?[0-9]+)?|[0-9]+e[-+]?[0-9]+)|0x[0-9a-f]+",
+    re.IGNORECASE,
+)
+"""Numbers of which YAML 1.1 and 1.2 make the same."""
+_SIGN_OF_ODD_NUMBER = re.compile(r"[0-9][_:]|\._|0[0-9bx]", re.IGNORECASE)
+"""What no text is without that holds a number in another spelling: a look that costs little."""
 _NAMES_BELOW = ("methods", "init_args")
 """Keys below which names of people's own stand, in which a dot is a letter."""
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds.
+def read_yaml(path: Path, shown: str | None = None) -> dict[str, Any]:
+    """The mapping that a YAML file holds; `shown` names one in messages that nobody but this program wrote.
 
     Raises:
-        UserError: it is no YAML, no mapping, or names a key twice in one mapping; with file and line.
+        UserError: it is no YAML, no mapping, names a key twice in one mapping, or has a number that others read
+            otherwise; with file and line.
     """
     with reading(path, "recipe", "Save it as YAML, in UTF-8."):
-        content = parse_yaml(path.read_text(encoding="utf-8-sig"), str(path))
+        content = parse_yaml(path.read_text(encoding="utf-8-sig"), shown or str(path))
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no keys; a recipe is a YAML mapping such as data: ...")
     return content
@@ -39,6 +57,7 @@ def parse_yaml(text: str, where: str) -> object:
                 f"{where}:{line}: the key '{second.value}' stands on line {before} already{written}; the second would "
                 "replace what the first says. Write both as one."
             )
+        refuse_odd_numbers(text, where)
         return yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
@@ -48,6 +67,54 @@ def parse_yaml(text: str, where: str) -> object:
             raise
         reason = " ".join(str(error).split())
         raise UserError(f"{where}: not valid YAML ({reason}). Mend it.") from None
+
+
+def refuse_odd_numbers(text: str, where: str) -> None:
+    """Raise UserError for the first number that YAML 1.1 reads otherwise than YAML 1.2 does; errors of YAML pass.
+
+    A text is in quotes and has any spelling.
+    """
+    if not _SIGN_OF_ODD_NUMBER.search(text):
+        return
+    tree = yaml.compose(text, Loader=yaml.SafeLoader)
+    for key, node in () if tree is None else _plain_scalars(tree):
+        word = node.value
+        if not is_odd_number(word):
+            continue
+        line = node.start_mark.line + 1
+        raise UserError(
+            f"{where}:{line}: {key + ': ' if key else ''}{word} is another number, or a text, to some readers of YAML. "
+            f'Write a number in plain digits, as 10 or 0.5, and a text in quotes, as "{word}".'
+        )
+
+
+def is_odd_number(word: str) -> bool:
+    """Return whether YAML 1.1 takes a word for a number of which YAML 1.2 makes another, or a text.
+
+    >>> [is_odd_number(word) for word in ("010", "1:30", "1_0", "0b11", "10", "1e-3", ".5", "0x10", "08", "a_1")]
+    [True, True, True, True, False, False, False, False, False, False]
+    """
+    if re.fullmatch("0[0-9]*[89][0-9]*", word):
+        return False  # a text to YAML 1.1, whose writers leave it without quotes
+    return bool(_NUMBER.fullmatch(word)) and not _PLAIN_NUMBER.fullmatch(word)
+
+
+def _plain_scalars(tree: yaml.Node) -> Iterator[tuple[str, yaml.ScalarNode]]:
+    """(dotted key, node) of each scalar without quotes, in the order of the file."""
+    met, todo = set(), [("", tree)]
+    while todo:
+        key, node = todo.pop()
+        if id(node) in met:
+            continue
+        met.add(id(node))
+        if isinstance(node, yaml.ScalarNode) and not node.style:
+            yield key, node
+        elif isinstance(node, yaml.SequenceNode):
+            todo += [(key, part) for part in reversed(node.value)]
+        elif isinstance(node, yaml.MappingNode):
+            for name, value in reversed(node.value):
+                below = f"{key}.{name.value}" if key else str(name.value)
+                todo += [(below, value), (key, name)]
 
 
 def _repeated(tree: yaml.Node) -> Iterator[tuple[Any, Any]]:

@@ -148,7 +148,17 @@ class StoredUsers:
                     getattr(rows, name)[begin:end] = tensor[first + begin : first + end]
                 seen = torch.from_numpy(self._seen[first + begin : first + end].astype(np.int32))
                 rows.seen[begin:end] = seen
+                self._refuse_non_finite(rows.logits[begin:end], first + begin)
         return rows
+
+    def _refuse_non_finite(self, logits: Float[Tensor, "n K"], first: int) -> None:
+        bad = (~torch.isfinite(logits).all(1)).nonzero()
+        if len(bad):
+            user = self.ids[first + int(bad[0])]
+            raise UserError(
+                f"{self._path}: the logits of user {user!r} are no finite numbers ({len(bad)} such users): the file is "
+                "damaged. Copy it again, or fit its users again."
+            )
 
 
 def check_shapes(shapes: dict[str, tuple[int, ...]], num_users: int, num_prototypes: int) -> None:

@@ -84,3 +84,56 @@ def test_a_dotted_key_beside_its_whole_is_refused_by_prepare(tmp_path):
     path.write_text("data: {path: D}\nhead: PalA\noptim.learning_rate: 1\noptim: {weight_decay: 1}")
     with pytest.raises(UserError, match=r".yaml:4: the key .optim. stands on line 3 already"):
         prepare(path)
+
+
+ODD = ["010", "-017", "1:30", "1_0", "0b11", "1_0.5", "190:20:30.15", "1_0e1"]
+
+
+@pytest.mark.parametrize("number", ODD)
+def test_numbers_that_others_read_otherwise_are_refused(number, tmp_path, capsys):
+    from pal_ds.cli.main import main
+
+    path = tmp_path / "recipe.yaml"
+    text = "head: PalA\n# a comment\ndata:\n  path: D\n  test_fraction: "
+    path.write_text(text + number)
+    said = f"recipe.yaml:5: data.test_fraction: {number} is another number"
+    for read in (
+        lambda: read_yaml(path),
+        lambda: read_recipe([f"--config={path}"]),
+        lambda: load_recipe(path),
+        lambda: prepare(path),
+    ):
+        with pytest.raises(UserError, match=said):
+            read()
+    with pytest.raises(SystemExit):
+        main(["prepare", "--config", str(path)])
+    assert said in capsys.readouterr().err
+    with pytest.raises(UserError, match="test_fraction"):
+        read_recipe(["--head=PalA", "--data.path=D", f"--data.test_fraction={number}"])
+
+
+def test_odd_numbers_as_keys_in_lists_and_in_files_of_groups(tmp_path):
+    for text in ("a: [1, 010]", "a:\n  010: x", "a: {b: &c 010, d: *c}"):
+        with pytest.raises(UserError, match=r"x:\d: a[.\w]*: 010 is another"):
+            parse_yaml(text, "x")
+    (tmp_path / "optim.yaml").write_text("learning_rate: 1_0")
+    words = ["--head=PalA", "--data.path=D"]
+    with pytest.raises(UserError, match="1_0"):
+        read_recipe([*words, f"--optim={tmp_path}/optim.yaml"])
+
+
+def test_numbers_of_plain_digits_and_texts_in_quotes_are_read(tmp_path):
+    numbers = "[0, -3, 10, 0.5, .5, 5., 1.e3, 1.0e-3, 1e-3, 0x10, 00.5, 2001-01-01]"
+    assert parse_yaml(f"a: {numbers}\nb: '010'\nc: \"1:30\"\nd: 10:ab\ne: a_1", "x")
+    path = tmp_path / "recipe.yaml"
+    path.write_text("head: PalA\ndata: {path: '010', test_fraction: 1e-1, separator: '1:30'}")
+    config, resolved = read_recipe([f"--config={path}"])
+    assert (config.data.path, config.data.separator) == ("010", "1:30")
+    (tmp_path / "config.yaml").write_text(resolved)
+    assert load_recipe(tmp_path / "config.yaml").data.separator == "1:30"
+
+
+def test_a_text_on_the_command_line_has_any_spelling():
+    words = ["--head=PalA", "--data.path=010", "--data.separator=1:30"]
+    config, _ = read_recipe(words)
+    assert (config.data.path, config.data.separator) == ("010", "1:30")

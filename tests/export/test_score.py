@@ -103,7 +103,10 @@ def test_messages_are_texts_too(runs: Path, capsys, tmp_path) -> None:
         ),
         ({"prompt": "a", "response": "b", "text": "c"}, "holds both 'text' and 'prompt'"),
         ({"prompt": "a", "response": "b", "userId": "u0"}, "it is 'user_id' that is. Rename it"),
-        ({"prompt": "a", "response": "b", "system": "c"}, "it is 'prompt' that is. Rename it"),
+        (
+            {"prompt": "a", "response": "b", "system": "c"},
+            "message is the first message of 'prompt'",
+        ),
         ({"prompt": "a", "response": "b", "Group": "g"}, "it is 'group' that is. Rename it"),
         ({"prompt": "a", "response": "b", "group_id": 3}, "it is 'group' that is. Rename it"),
         ({"prompt": "a", "response": "b", "mixture": [1]}, "it is --mixture of the command, or"),
@@ -272,5 +275,7 @@ def test_it_reads_what_it_writes(runs: Path, capsys, tmp_path, break_: str) -> N
     where = ["--run_dir", runs / "llama_pal_a_full"]
     line = {"prompt": "a", "response": f"b{break_}c"}
     (first,) = score(capsys, tmp_path, [f"\ufeff{json.dumps(line)}"], *where)[1]
-    (again,) = score(capsys, tmp_path, [json.dumps(first, ensure_ascii=False)], *where)[1]
+    # A score is not replaced: the line goes in as it was before.
+    own = {key: value for key, value in first.items() if key != "score"}
+    (again,) = score(capsys, tmp_path, [json.dumps(own, ensure_ascii=False)], *where)[1]
     assert again == first and first["response"] == line["response"]

@@ -2,7 +2,7 @@
 
 import csv
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +25,19 @@ class _Row(NamedTuple):
     lines: list[bytes]
 
 
+def refuse_other_delimiter(names: Sequence[str], where: Path | str, delimiter: str) -> None:
+    """Raise UserError where a header is one name, with what separates columns elsewhere in it."""
+    if len(names) != 1:
+        return
+    others = {";": "semicolons", "\t": "tabs", "|": "bars", ",": "commas"}
+    most = max(others.keys() - {delimiter}, key=names[0].count)
+    if most in names[0]:
+        raise UserError(
+            f"{where}: its columns seem to be separated by {others[most]}, which is not what is read here; save it as "
+            ".csv with commas, or as .tsv with tabs"
+        )
+
+
 class CsvRows:
     """The rows of one file, under the names of its first row.
 
@@ -42,6 +55,7 @@ class CsvRows:
         if first is not None and first.error is not None:
             raise first.error
         self.names = first.cells if first is not None else []
+        refuse_other_delimiter(self.names, path, delimiter)
         self.repeated = {name for name in self.names if self.names.count(name) > 1}
         """Names of several columns, of which no row tells anything."""
 

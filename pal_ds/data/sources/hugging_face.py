@@ -11,7 +11,7 @@ from pal_ds.data.parse import KNOWN_KEYS, nearest, parse_record
 from pal_ds.data.records import Record
 from pal_ds.data.sources.base import Source, check_files, describe_files
 from pal_ds.data.sources.hub_source import rows_of
-from pal_ds.data.sources.open_split import open_split
+from pal_ds.data.sources.open_split import ALIASES, open_split
 from pal_ds.data.sources.table_files import TableFiles, as_number, as_truth, is_table_file
 from pal_ds.errors import UserError
 from pal_ds.io.text_files import parse_json
@@ -33,8 +33,8 @@ class HuggingFace(Source):
         columns: our key -> their column, for example {prompt: instruction, chosen: best}. A key
             that is not named here is read from the column of its own name, if there is one; all
             other columns are ignored.
-        data_files: files inside `path`, or for the builder `path` (parquet, csv, json): one, several, or those of
-            each split. They may be addresses (https://, hf://), which `datasets` reads.
+        data_files: files inside `path`, or for the kind `path` (parquet, csv, tsv, json, jsonl): one, several, or
+            those of each split. They may be addresses (https://, hf://), which `datasets` reads.
         revision: commit or tag of a hub dataset.
         licence: recorded in dataset.json.
     """
@@ -123,10 +123,10 @@ class HuggingFace(Source):
         files = self.data_files
         names = _names_of(files.get(self.split) if isinstance(files, dict) else files)
         is_here = not any("://" in name for name in names)
-        if self.path in ("csv", "json") and names and is_here:
+        if self.path in ("csv", "json", *ALIASES) and names and is_here:
             given = [str(path) for path in check_files(names)]
-            if all(map(is_table_file, given)):
-                return TableFiles(given)
+            if self.path == "tsv" or all(map(is_table_file, given)):
+                return TableFiles(given, have_tabs=self.path == "tsv")
         return open_split(
             self.path,
             self.split,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Literal
 
 from pal_ds.data.parse import is_list, pairs_of_list, parse_record
 from pal_ds.data.records import Record
@@ -11,7 +11,6 @@ from pal_ds.errors import UserError
 from pal_ds.io.text_files import byte_lines
 
 
-@final
 @dataclass(eq=False)
 class Jsonl(Source):
     """Comparisons in pal_ds's own form, one JSON object a line; texts, chat messages or vectors.
@@ -49,9 +48,10 @@ class Jsonl(Source):
                         )
                 yield record
 
-        yield from self.each_row(self._lines(), comparisons)
+        yield from self.each_row(self.lines(), comparisons)
 
-    def _lines(self) -> Iterator[tuple[str, object]]:
+    def lines(self) -> Iterator[tuple[str, object]]:
+        """Yield (place, value) of each line, a UserError in place of what is no JSON."""
         for path in check_files(self.path):
             num_in_file = 0
             for where_and_fields in lines_or_errors(path):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pal_ds.data.sources.base import check_files
+from pal_ds.data.sources.csv_rows import refuse_other_delimiter
 from pal_ds.data.sources.table_files import kind_of
 from pal_ds.errors import UserError
 
@@ -19,6 +20,8 @@ BUILDERS = {
     ".json": "json",
     ".jsonl": "json",
 }
+ALIASES = {"tsv": "csv", "jsonl": "json"}
+"""Kinds of files that may stand for a dataset, beside those that `datasets` has a reader of."""
 HUB_TIMEOUT_S = 10.0
 
 
@@ -42,6 +45,8 @@ def open_split(
     """
     import datasets
 
+    if path in ALIASES and data_files is None and not Path(path).exists():
+        raise UserError(f"path: {path} says how files are read; name them in data_files")
     where, builder = path, builder_of(path)
     if builder and data_files is None:
         check_files(path)
@@ -68,6 +73,11 @@ def open_split(
                 "here and give it as path"
             ) from error
         reason = _first_cause(error)
+        if "corresponds to no data" in reason:
+            raise UserError(
+                f"{where}: split '{split}' holds no row; a file of it needs comparisons below its header, and a folder "
+                "at least one such file"
+            ) from error
         raise UserError(
             f"{where}: datasets cannot open split '{split}' ({reason}); check path, "
             "name, split and data_files, and that this machine can reach the hub"
@@ -75,14 +85,21 @@ def open_split(
 
 
 def _load(path: str, split: str, where: dict[str, Any]) -> "Dataset":
-    """Load a split with every column of CSV as text: pandas would guess 7 of 007, nothing of NA."""
+    """Load a split with every column of CSV as text: pandas would guess 7 of 007, nothing of NA.
+
+    Raises:
+        UserError: columns of CSV are separated by something else than its name says.
+    """
     import datasets
     from datasets.exceptions import DatasetGenerationError
 
     data_files = where["data_files"]
     given = data_files.get(split) if isinstance(data_files, dict) else data_files
     names = [given] if isinstance(given, str) else given or []
-    if path == "csv" and names and all(kind_of(name) == ".tsv" for name in names):
+    shown = ", ".join([path, *names])
+    has_tabs = path == "tsv" or (names and all(kind_of(name) == ".tsv" for name in names))
+    path = ALIASES.get(path, path)
+    if path == "csv" and has_tabs:
         where = {**where, "sep": "\t"}
     try:
         table = datasets.load_dataset(path, split=split, **where)
@@ -94,13 +111,14 @@ def _load(path: str, split: str, where: dict[str, Any]) -> "Dataset":
         names = _csv_columns(path, split, where)
         if not names:
             raise
+    refuse_other_delimiter(names, shown, where.get("sep", "," if ".tsv" not in shown else "\t"))
     return datasets.load_dataset(
         path,
         split=split,
         **where,
         features=datasets.Features({name: datasets.Value("string") for name in names}),
         keep_default_na=False,
-        na_values=[],
+        na_values=[""],
     )
 
 

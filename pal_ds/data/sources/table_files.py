@@ -33,19 +33,30 @@ class TableFiles:
     types it has.
     """
 
-    def __init__(self, paths: list[str]) -> None:
-        self.paths = check_files(paths)
+    def __init__(self, paths: list[str], *, have_tabs: bool = False) -> None:
+        """`have_tabs`: columns are separated by tabs, whatever the files' names end in."""
+        self.paths, self._have_tabs = check_files(paths), have_tabs
+
+    def _delimiter_of(self, path: Path) -> str | None:
+        """What separates the columns of a file; None where it is JSON."""
+        return "\t" if self._have_tabs else _DELIMITERS.get(kind_of(path))
 
     def rows(self) -> Iterator[tuple[str, Any]]:
         """(place, row as a dict) of each row; a UserError in place of one that cannot be read."""
         for path in self.paths:
-            delimiter = _DELIMITERS.get(kind_of(path))
-            yield from CsvRows(path, delimiter) if delimiter else json_list_or_errors(path)
+            delimiter = self._delimiter_of(path)
+            is_empty = True
+            for row in CsvRows(path, delimiter) if delimiter else json_list_or_errors(path):
+                is_empty = False
+                yield row
+            if is_empty:
+                rule = "a header and no row; its first line must name the columns, and each later one is a comparison"
+                raise UserError(f"{path}: holds {rule if delimiter else 'no row'}")
 
     def check_columns(self, needed: Collection[str]) -> None:
         """Raise UserError where a column that is needed has the name of another one."""
         for path in self.paths:
-            delimiter = _DELIMITERS.get(kind_of(path))
+            delimiter = self._delimiter_of(path)
             repeated = CsvRows(path, delimiter).repeated if delimiter else set()
             for name in sorted(repeated.intersection(needed)):
                 raise UserError(f"{path}:1: two columns are called {name!r}; rename one of them")
@@ -62,7 +73,7 @@ class TableFiles:
     def _facts(self) -> tuple[list[str], int]:
         names: dict[str, None] = {}
         for path in self.paths:
-            if delimiter := _DELIMITERS.get(kind_of(path)):
+            if delimiter := self._delimiter_of(path):
                 names.update(dict.fromkeys(CsvRows(path, delimiter).names))
         number = 0
         for _, row in self.rows():

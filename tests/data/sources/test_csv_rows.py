@@ -89,3 +89,56 @@ def test_columns_of_one_name_matter_where_they_are_read(tmp_path):
     assert len(list(HuggingFace(str(path)).records())) == 1
     with pytest.raises(UserError, match=r"a.csv:1: two columns are called 'note'; rename one"):
         list(HuggingFace(str(path), columns={"user_id": "note"}).records())
+
+
+ROWS = "user_id,prompt,chosen,rejected\n007,p,yes,no\n7,p,NA,no\n,p,yes,no\n"
+WAYS = ["{folder}", "{file}", "csv {file}", "{folder} {name}", "csv {folder}/*"]
+
+
+def written(place: Path, name: str, text: str) -> Path:
+    """A folder with nothing but one file: the cache of `datasets` lies beside it."""
+    (place / "repository").mkdir()
+    (place / "repository" / name).write_text(text)
+    return place / "repository"
+
+
+def source_of(way: str, folder: Path, name: str) -> HuggingFace:
+    path, _, files = way.format(folder=folder, file=folder / name, name=name).partition(" ")
+    return HuggingFace(path, data_files=files or None)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["train.csv", "train.tsv"])
+def test_cells_are_text_whichever_way_a_file_is_named(tmp_path, way, name):
+    text = ROWS.replace(",", "\t") if name.endswith("tsv") else ROWS
+    records = list(source_of(way, written(tmp_path, name, text), name).records())
+    assert [record.user_id for record in records] == ["007", "7", "population"]
+    assert [record.responses[0] for record in records] == ["yes", "NA", "yes"]
+
+
+@pytest.mark.parametrize("way", [*WAYS, "tsv {file}"])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (ROWS.replace(",", ";"), "its columns seem to be separated by semicolons"),
+        (ROWS.replace(",", "|"), "its columns seem to be separated by bars"),
+        (ROWS.partition("\n")[0].replace(",", "\t") + "\n", "no row"),
+    ],
+)
+def test_another_delimiter_and_a_header_alone_are_named(tmp_path, way, text, words):
+    folder = written(tmp_path, "train.tsv", text)
+    with pytest.raises(UserError) as refused:
+        list(source_of(way, folder, "train.tsv").records())
+    assert words in str(refused.value) and str(tmp_path) in str(refused.value)
+
+
+def test_tabs_and_lines_of_json_under_any_name(tmp_path):
+    (tmp_path / "a.txt").write_text(ROWS.replace(",", "\t"))
+    (record, *_) = HuggingFace("tsv", data_files=str(tmp_path / "a.txt")).records()
+    assert record.user_id == "007"
+    (tmp_path / "a.json").write_text('{"user_id": "007", "chosen": "a", "rejected": "b"}\n')
+    (record,) = HuggingFace("jsonl", data_files=str(tmp_path / "a.json")).records()
+    assert record.user_id == "007"
+    for kind in ("tsv", "jsonl"):
+        with pytest.raises(UserError, match=f"path: {kind} says how files are read; name them"):
+            list(HuggingFace(kind).records())
