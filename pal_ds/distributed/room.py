@@ -14,8 +14,13 @@ from pal_ds.errors import StorageError
 NUM_THREADS = 12
 """Threads that joining a process group and starting an engine add to a process, with some to spare."""
 ARENA_BYTES = 64 << 20
-"""Address space that glibc's malloc takes for each new thread."""
+"""Address space that glibc's malloc takes for a new thread, keeps, and gives to those after it."""
+SPARE_BYTES = 128 << 20
+"""For what the threads and libraries take beside it."""
 USUAL_STACK_BYTES = 8 << 20
+
+_num_arenas = 0
+"""Arenas that this process holds since it tried before."""
 
 
 def refuse_too_little_room(num_threads: int = NUM_THREADS) -> None:
@@ -24,9 +29,10 @@ def refuse_too_little_room(num_threads: int = NUM_THREADS) -> None:
     Raises:
         StorageError: its limits leave too little address space for them, or let it start fewer.
     """
+    global _num_arenas
     stack = resource.getrlimit(resource.RLIMIT_STACK)[0]
     stack = USUAL_STACK_BYTES if stack == resource.RLIM_INFINITY else stack
-    needed = num_threads * (stack + ARENA_BYTES)
+    needed = SPARE_BYTES + num_threads * stack + max(0, num_threads - _num_arenas) * ARENA_BYTES
     try:
         # Taken and not touched: it counts against the limit and costs no memory.
         mmap.mmap(-1, needed, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=0).close()
@@ -50,6 +56,7 @@ def refuse_too_little_room(num_threads: int = NUM_THREADS) -> None:
         may_end.set()
         for thread in threads:
             thread.join()
+        _num_arenas = max(_num_arenas, len(threads))
 
 
 def _taken() -> str:
