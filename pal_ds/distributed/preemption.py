@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from pal_ds.distributed import phase
 from pal_ds.distributed.interrupts import Interrupts, say_that_it_stops
+from pal_ds.distributed.terminal import leave_closed_terminal
 from pal_ds.errors import UnfinishedError
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ _counted: list[Interrupts] = []
 
 
 def _note(number: int, _: FrameType | None) -> None:
+    if number == signal.SIGHUP:
+        leave_closed_terminal()
     _noted.append(number)
 
 

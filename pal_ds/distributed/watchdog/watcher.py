@@ -217,7 +217,9 @@ class Watcher:
         # A rank that failed raises, with its own message or traceback.
         raises = kind == "failed" and rank in verdict.ranks
         if (rank == 0 or concerned) and not raises:
-            print(f"pal-ds: error: {verdict.text}", file=self._stderr or sys.__stderr__, flush=True)
+            with contextlib.suppress(OSError):  # its terminal was closed, and the end must go on
+                stream = self._stderr or sys.__stderr__
+                print(f"pal-ds: error: {verdict.text}", file=stream, flush=True)
 
     def _end(self, verdict: Verdict) -> None:
         """Write stacks, let the others hear, and end the process unless the main thread does."""
