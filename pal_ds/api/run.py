@@ -197,7 +197,8 @@ def train(
             # The watchdog ends processes that hang; alone there is nobody to wait for, and a notebook lives on.
             config = replace(config, train=replace(config.train, hang_minutes=0))
         if threading.current_thread() is threading.main_thread():
-            held.enter_context(listening(config.train.stop_signals))
+            launched = "RANK" in os.environ
+            held.enter_context(listening(config.train.stop_signals, may_end_process=launched))
         launch_training(
             config,
             text,

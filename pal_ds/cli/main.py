@@ -19,6 +19,7 @@ from pal_ds import __version__
 from pal_ds.cli.command_table import COMMANDS
 from pal_ds.cli.words import COMPLETION, as_declared
 from pal_ds.distributed import phase  # noqa: F401  (first of ours: its clock tells how long this process has run)
+from pal_ds.distributed.terminal import hangup_as_interrupt
 from pal_ds.errors import UserError, end_with
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def main(arguments: list[str] | None = None, program: str = PROGRAM) -> None:
     given = with_shipped_files(given)
     try:
         check_config_files(given)
-        with _allowed(given, config_files(given)) as check:
+        with hangup_as_interrupt(), _allowed(given, config_files(given)) as check:
             options = parsed(parser, given, name)
             check(options[name])
             _refuse_empty_paths(options[name])

@@ -52,7 +52,7 @@ class Embed:
         from pal_ds.distributed.preemption import listening
 
         recipe = as_recipe(options)
-        with listening(recipe.train.stop_signals):
+        with listening(recipe.train.stop_signals, may_end_process=True):
             from pal_ds.training.embed import embed
 
             came_to_the_end = embed(recipe, dump_recipe(unresolved))
@@ -82,7 +82,7 @@ class Train:
 
         recipe = as_recipe(options)
         # From here on a signal asks for a checkpoint first, even while modules are still being loaded.
-        with listening(recipe.train.stop_signals):
+        with listening(recipe.train.stop_signals, may_end_process=True):
             from pal_ds.training.launch import launch_training
 
             launch_training(
@@ -117,7 +117,8 @@ class Compare:
         out = Path(options.out)
         suite = suite_of(options, unresolved)
         chosen = only(suite, options.only)
-        with listening(chosen.planned[0].config.train.stop_signals):
+        signals = chosen.planned[0].config.train.stop_signals
+        with listening(signals, may_end_process=True):
             from pal_ds.compare.runs import compare
 
             stopped = compare(suite, chosen, out)

@@ -5,7 +5,6 @@ A signal may reach one rank or all of them, once or often, in the middle of a co
 
 import contextlib
 import logging
-import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,8 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from pal_ds.distributed import phase
+from pal_ds.distributed.interrupts import Interrupts, say_that_it_stops
+from pal_ds.distributed.terminal import leave_closed_terminal
 from pal_ds.errors import UnfinishedError
 
 if TYPE_CHECKING:
@@ -30,22 +31,26 @@ FROM_A_TERMINAL = ("INT", "HUP")
 """Ctrl-C, and the end of the terminal: requests to stop, too. A second Ctrl-C ends the process at once."""
 _noted: list[int] = []
 """Numbers of the stop signals that reached this process."""
+_counted: list[Interrupts] = []
+"""Of `listening` blocks that end the process."""
 
 
 def _note(number: int, _: FrameType | None) -> None:
+    if number == signal.SIGHUP:
+        leave_closed_terminal()
     _noted.append(number)
 
 
 def _note_once(number: int, frame: FrameType | None) -> None:
-    if number in _noted:
+    counted = _counted[-1] if _counted else None
+    # Two that arrive while native code runs call this once.
+    if number in _noted or (counted is not None and counted.num > 1):
+        if counted is not None:
+            counted.has_raised.set()
         signal.default_int_handler(number, frame)
     _noted.append(number)
-    if os.environ.get("RANK", "0") == "0":
-        # Not through a logger: a handler may run in the middle of one.
-        text = (
-            "\nstopping: saves what is made; the same command resumes. Ctrl-C again ends at once.\n"
-        )
-        os.write(2, text.encode())
+    if counted is None:
+        say_that_it_stops()
 
 
 def stop_is_requested() -> bool:
@@ -65,10 +70,12 @@ def refuse_to_go_on(what: str) -> None:
 
 
 @contextlib.contextmanager
-def listening(names: Sequence[str]) -> Iterator[None]:
+def listening(names: Sequence[str], *, may_end_process: bool = False) -> Iterator[None]:
     """Take, inside the block, signals of these names (`USR2`, `TERM`) as requests to stop; they end no process.
 
     So are Ctrl-C, once, and the end of the terminal, where the process did not ignore them before, as under `nohup`.
+    A second Ctrl-C raises KeyboardInterrupt; with `may_end_process`, it ends the process where native code keeps the
+    main thread from raising it. A notebook must live on.
     """
     numbers = [signal.Signals[f"SIG{name}"] for name in names]
     for number in (signal.Signals[f"SIG{name}"] for name in FROM_A_TERMINAL):
@@ -79,12 +86,16 @@ def listening(names: Sequence[str]) -> Iterator[None]:
         (number, signal.signal(number, _note_once if number == signal.SIGINT else _note))
         for number in numbers
     ]
-    try:
-        yield
-    finally:
+    with contextlib.ExitStack() as held:
+        held.callback(_noted.clear)
         for number, handler in before:
-            signal.signal(number, handler)
-        _noted.clear()
+            held.callback(signal.signal, number, handler)
+        if may_end_process:
+            interrupts = Interrupts()
+            held.enter_context(interrupts.counted())
+            _counted.append(interrupts)
+            held.callback(_counted.remove, interrupts)
+        yield
 
 
 def ignore_stop_signals(names: Sequence[str]) -> None:

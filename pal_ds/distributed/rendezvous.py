@@ -78,8 +78,8 @@ def _first_store(rank: int, timeout: datetime.timedelta) -> torch_dist.Store:
     except (torch_dist.DistError, OSError) as error:
         if holds and "EADDRINUSE" in str(error):
             raise LauncherError(
-                f"MASTER_PORT {port}: another program listens there on this machine, so the ranks cannot meet. Set "
-                "another port, or end that program (a launch of before?)."
+                f"MASTER_PORT {port}: another program listens there on this machine, so the ranks cannot meet at "
+                f"{host}:{port}. Set another port, or end that program (a launch of before?)."
             ) from None
         if (refused := storage_error(error)) is not None:
             raise refused from error

@@ -21,6 +21,7 @@ import torch.distributed as torch_dist
 
 from pal_ds.distributed import phase
 from pal_ds.distributed.rendezvous import met
+from pal_ds.distributed.room import refuse_too_little_room
 from pal_ds.distributed.watchdog import meeting
 from pal_ds.distributed.world import World
 from pal_ds.errors import LauncherError, UserError
@@ -73,8 +74,11 @@ def distributed(
 
     Raises:
         LauncherError: the environment, or the port in it, does not let ranks meet.
+        StorageError: this process cannot start the threads that it needs.
         RankLostError: another rank did not come, or hangs or ended before the end.
     """
+    # Before an hour of preparing, and in `_join` again: what is loaded in between takes room, too.
+    refuse_too_little_room()
     filled, excepthook = _fill_rank_variables(), sys.excepthook
     timeout = datetime.timedelta(minutes=timeout_minutes)
     # A world of one needs no port.
@@ -134,6 +138,7 @@ def _join(store: torch_dist.Store, timeout: datetime.timedelta) -> World:
         remove_stale_build_locks()
     backend = "nccl" if device.type == "cuda" else "gloo"
     rank, world_size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+    refuse_too_little_room()
     with meeting():
         torch_dist.init_process_group(
             backend, timeout=timeout, store=store, rank=rank, world_size=world_size

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pal_ds.config.run_config import OptimConfig
 from pal_ds.data.batch import Batch
+from pal_ds.distributed.room import refuse_too_little_room
 from pal_ds.engine.ds_config import DeepSpeedConfig, offloads_optimizer, zero_stage
 from pal_ds.engine.guard import UpdateGuard
 from pal_ds.engine.optim import ParamGroup, build_optimizer, parameter_groups
@@ -83,7 +84,10 @@ def start_training_engine(
 
     Raises:
         UserError: there is no parameter to train.
+        StorageError: this process cannot start the threads that it needs.
     """
+    # DeepSpeed makes groups of its own, and the weights have taken their room by now.
+    refuse_too_little_room()
     import deepspeed
 
     optimizer = build_optimizer(

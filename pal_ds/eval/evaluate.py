@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from pal_ds.config.run_config import TrainConfig
 from pal_ds.data.build import build_tables
 from pal_ds.data.records import Record
 from pal_ds.data.sources import Source, source_of_file
@@ -28,7 +27,7 @@ from pal_ds.eval.metrics import controversial
 from pal_ds.eval.prototype_examples import examples_of_prototypes
 from pal_ds.eval.results import SPLIT, EvalRequest, name_of, split_request, write_figures
 from pal_ds.eval.schema import EvaluationFigures
-from pal_ds.inference.load_run import OpenRun, restore
+from pal_ds.inference.load_run import OpenRun, limits_of, restore
 from pal_ds.inference.readers import KnownUsers, known_users, own_margins, reader_of, with_points
 from pal_ds.modeling.build import refuse_empty_prompts
 from pal_ds.runs.run_dir import RunDirectory
@@ -135,12 +134,13 @@ def restored_by_ranks(
     trust: bool = False,
     trust_code: bool = False,
 ) -> Iterator[tuple[World, OpenRun, KnownUsers]]:
-    """A run and whom it knows, on each rank of a launcher or alone; what hangs is found, as in a training."""
+    """A run and whom it knows, on each rank of a launcher or alone; what hangs is found, within the run's limits."""
     from pal_ds.engine.process_group import joined_or_alone
 
-    with joined_or_alone(hang_minutes=TrainConfig.hang_minutes) as world:
+    limits = limits_of(run)
+    with joined_or_alone(limits.timeout_minutes, limits.hang_minutes) as world:
         # Alone it waits for nobody; who started it sees whether it goes on.
-        minutes = TrainConfig.hang_minutes if world.world_size > 1 else 0
+        minutes = limits.hang_minutes if world.world_size > 1 else 0
         with watch(world, run.path / "stacks", minutes):
             leave = {"trust": trust, "trust_code": trust_code}
             restored = world.on_every_rank(lambda: restore(run, step, world.device, **leave))

@@ -14,7 +14,7 @@ from pal_ds.backbones.language import STATE_PREFIX
 from pal_ds.backbones.loading import empty_transformer
 from pal_ds.backbones.transformer import TransformerBackbone
 from pal_ds.config.recipe import load_recipe
-from pal_ds.config.run_config import RunConfig
+from pal_ds.config.run_config import RunConfig, TrainConfig
 from pal_ds.data.tables import PreparedData
 from pal_ds.data.verification import verify_tokenizer
 from pal_ds.engine.checkpoint.checkpoint import refuse_other_base
@@ -27,6 +27,7 @@ from pal_ds.engine.checkpoint.verify import (
     verify_checkpoint,
 )
 from pal_ds.errors import UserError
+from pal_ds.io.yaml_files import read_yaml
 from pal_ds.model import RewardModel
 from pal_ds.modeling.build import Parts, assemble, base_weights_of, load_backbone
 from pal_ds.runs.run_dir import RunDirectory
@@ -52,6 +53,20 @@ class OpenRun:
     def model(self) -> RewardModel:
         assert self.loaded is not None, "this run was opened without its weights; use `restore`"
         return self.loaded
+
+
+def limits_of(run: RunDirectory) -> TrainConfig:
+    """Return `train.timeout_minutes` and `train.hang_minutes` of a run's recipe, all else as by default.
+
+    For ranks that have not met yet. A recipe that cannot be read gives the defaults: `open_run` says what is wrong with
+    it, to ranks that have met and end together.
+    """
+    names = ("timeout_minutes", "hang_minutes")
+    try:
+        train = read_yaml(run.config_file).get("train", {})
+        return TrainConfig(**{name: train[name] for name in names if name in train})
+    except (UserError, TypeError):
+        return TrainConfig()
 
 
 def open_run(

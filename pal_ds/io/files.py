@@ -51,6 +51,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         sync_to_disk(temporary)
+        reached("file written")
         os.replace(temporary, path)
     except BaseException:
         # What did fit would take room for nothing.
@@ -160,6 +161,7 @@ def new_files(out: Path) -> Iterator[Path]:
             written = sorted(temporary.iterdir(), key=lambda path: path.stat().st_mtime_ns)
             for path in written:
                 sync_to_disk(path)
+            reached("files written")
             out.mkdir(exist_ok=True)
             for path in written:
                 os.replace(path, out / path.name)

@@ -1,13 +1,16 @@
 """Asked to stop, by whatever way, the ranks make one checkpoint at one update; started again, nothing was lost."""
 
 import json
+import os
 import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from pal_ds.distributed import phase, preemption
+from pal_ds.distributed.interrupts import Interrupts
 from pal_ds.distributed.preemption import StopWatch, listening
 from pal_ds.distributed.world import World
 from tests.distributed.stop_worker import IN_UPDATE, STOP_IN_UPDATE
@@ -112,11 +115,34 @@ def test_ctrl_c_and_a_closed_terminal_ask_for_a_stop(capfd: pytest.CaptureFixtur
     signal.signal(signal.SIGHUP, inherited)
 
 
-def test_a_second_ctrl_c_ends() -> None:
-    with listening(["USR2"]):
+@pytest.mark.parametrize("may_end_process", [False, True])
+def test_a_second_ctrl_c_ends(may_end_process: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    with listening(["USR2"], may_end_process=may_end_process):
         signal.raise_signal(signal.SIGINT)
+        assert preemption.stop_is_requested()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+    assert capfd.readouterr().err.count("Ctrl-C again ends at once") == 1
+    # The number of each signal goes nowhere any more, and nobody waits for one.
+    assert signal.set_wakeup_fd(-1) == -1
+    assert "interrupts" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_two_ctrl_c_for_which_the_handler_is_called_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are where both arrive while native code runs."""
+    interrupts = Interrupts()
+    interrupts.num = 2
+    monkeypatch.setattr(preemption, "_counted", [interrupts])
+    with listening(["USR2"]), pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_worker_writes_no_signals_to_its_parent() -> None:
+    with listening(["USR2"], may_end_process=True):
+        worker = os.fork()
+        if worker == 0:
+            os._exit(0 if signal.set_wakeup_fd(-1) == -1 else 1)
+        assert os.waitpid(worker, 0)[1] == 0
 
 
 def test_what_a_process_ignores_stays_ignored() -> None:

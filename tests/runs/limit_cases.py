@@ -54,8 +54,8 @@ def without_a_rank(words: list[str]) -> list[tuple[int, str]]:
     return _outcomes(2, command(*words), hook, grace=1)
 
 
-def on_a_port_that_is_taken(words: list[str]) -> list[tuple[int, str]]:
-    """Exit status and output of two ranks, where another program listens at their port."""
+def on_a_port_that_is_taken(words: list[str], num_ranks: int) -> list[tuple[int, str]]:
+    """Exit status and output of so many ranks, where another program listens at their port."""
     work = command(*words)
 
     def beside_another() -> None:
@@ -66,7 +66,7 @@ def on_a_port_that_is_taken(words: list[str]) -> list[tuple[int, str]]:
                 listener.listen()
             work()
 
-    return _outcomes(2, beside_another)
+    return _outcomes(num_ranks, beside_another)
 
 
 def _outcomes(

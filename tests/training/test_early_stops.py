@@ -49,3 +49,13 @@ def test_a_second_ctrl_c_ends_at_once(warm: WarmParent, folder: Path) -> None:
     assert "KeyboardInterrupt" in told["said"] and told["codes"][1] == 130, told["said"]
     assert told["status"] is None or told["status"]["state"] == "stopped"
     assert told["again"] == [0, 0] and told["status_again"]["state"] == "finished"
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_second_ctrl_c_ends_native_code(warm: WarmParent, folder: Path, num_ranks: int) -> None:
+    """The main thread of rank 0 never runs Python again; the first Ctrl-C alone would wait for it."""
+    ranks = warm("tests.training.stop_cases:interrupted_in_native_code", folder, num_ranks)
+    said = "".join(text for _, text in ranks)
+    assert [code for code, _ in ranks] == [130] * num_ranks, said
+    assert said.count("Ctrl-C again ends at once") == 1
+    assert said.count("interrupted; the same command goes on from what is saved") == 1, said

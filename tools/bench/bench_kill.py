@@ -16,8 +16,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tools.bench.forked_trainings import begin
 
 
 def main() -> None:
@@ -26,19 +26,11 @@ def main() -> None:
     parser.add_argument(
         "--kills_per_run", type=int, default=1, help="of training, before a run may end"
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/bench_kill"))
-    options = parser.parse_args()
-    shutil.rmtree(options.out, ignore_errors=True)
-    options.out.mkdir(parents=True)
+    options, folder, generator = begin(parser, "bench_kill")
 
     from tests.engine.kills import Harness, make_place
-    from tests.warm import warm_up
 
-    warm_up()
-    folder = options.out.resolve()
     harness = Harness(folder, make_place(folder))
-    generator = random.Random(options.seed)
     num_exports = options.num_kills // 5
     started = time.monotonic()
     figures = kill_trainings(

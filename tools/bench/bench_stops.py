@@ -9,8 +9,6 @@ blame, or where the run had done its work. Exits with 1 where one was not. Takes
 import argparse
 import json
 import os
-import random
-import shutil
 import signal
 import sys
 import time
@@ -19,8 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tools.bench.forked_trainings import begin
+
 HANG_SECONDS, SECONDS_TO_END = 30, 45
 NUM_RANKS = 3
 
@@ -108,17 +107,11 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=60, help="stops")
     parser.add_argument("--at_once", type=int, default=4, help="trainings at a time")
     parser.add_argument("--kills", type=float, default=0.25, help="share of SIGKILL among them")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/bench_stops"))
-    options = parser.parse_args()
-    shutil.rmtree(options.out, ignore_errors=True)
-    options.out.mkdir(parents=True)
+    options, folder, generator = begin(parser, "bench_stops")
 
     from tests.engine.kills import command, make_place
-    from tests.warm import fork_ranks, warm_up
+    from tests.warm import fork_ranks
 
-    warm_up()
-    folder, generator = options.out.resolve(), random.Random(options.seed)
     recipe = make_place(folder, hang_minutes=HANG_SECONDS / 60)
 
     def start(number: int) -> tuple[list[Any], Path]:

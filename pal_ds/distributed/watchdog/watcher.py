@@ -15,6 +15,7 @@ from pathlib import Path
 from torch.distributed import Store
 
 from pal_ds.distributed import phase
+from pal_ds.distributed.interrupts import before_a_sudden_end
 from pal_ds.distributed.watchdog.coordinator import Coordinator
 from pal_ds.distributed.watchdog.ending import forget, own_stderr, record, within
 from pal_ds.distributed.watchdog.heartbeat import Beat, Failure, Ledger, Verdict, look
@@ -89,11 +90,17 @@ def watch_from_the_start(world: World, hang_seconds: float, store: Store) -> Ite
     """
     watcher = Watcher(world, hang_seconds)
     watches.append(watcher)
+
+    def tell_of_interrupt() -> None:
+        watcher.cause_of(KeyboardInterrupt())
+
+    before_a_sudden_end.append(tell_of_interrupt)
     try:
         with _sharing(watcher):
             watcher.start_at(store)
             yield
     finally:
+        before_a_sudden_end.remove(tell_of_interrupt)
         watches.remove(watcher)
         watcher.close()
 
@@ -210,7 +217,9 @@ class Watcher:
         # A rank that failed raises, with its own message or traceback.
         raises = kind == "failed" and rank in verdict.ranks
         if (rank == 0 or concerned) and not raises:
-            print(f"pal-ds: error: {verdict.text}", file=self._stderr or sys.__stderr__, flush=True)
+            with contextlib.suppress(OSError):  # its terminal was closed, and the end must go on
+                stream = self._stderr or sys.__stderr__
+                print(f"pal-ds: error: {verdict.text}", file=stream, flush=True)
 
     def _end(self, verdict: Verdict) -> None:
         """Write stacks, let the others hear, and end the process unless the main thread does."""
