@@ -6,7 +6,15 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from pal_ds.data.records import CALL_KEYS, REASONING_KEYS, Message, Text, Tools, as_messages
+from pal_ds.data.records import (
+    CALL_KEYS,
+    OTHER_SHOWN_KEYS,
+    REASONING_KEYS,
+    Message,
+    Text,
+    Tools,
+    as_messages,
+)
 from pal_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -100,6 +108,12 @@ class ChatTemplate:
         plain = self.apply(question)
         if prompted is None or plain is None or PROBES[0] not in prompted:
             said = f" ({self.refusal})" if self.refusal else ""
+            if prompted and plain and _plain(PROBES[0]) in _plain(prompted):
+                raise UserError(
+                    f"tokenizer {self.name}: its chat template changes the letters or blank space of texts ({PROBES[0]!r} "
+                    f"is written as {prompted[:80]!r}), so nobody can tell where a text lies in it; mend the template, or "
+                    "set chat_template: never to use the separator instead"
+                )
             raise UserError(
                 f"tokenizer {self.name}: its chat template cannot render one user message{said}; set "
                 "chat_template: never to use the separator instead"
@@ -210,7 +224,12 @@ def not_shown(prompt: Text | None, response: Text, tools: Tools | None, text: st
     for message in (message for part in parts for message in part):
         content = (message["content"] or "").strip()
         if content and content not in text:
-            missing.add(f"message of role {message['role']}")
+            is_changed = _plain(content) in _plain(text)
+            how = "the letters or blank space of a " if is_changed else ""
+            missing.add(f"{how}message of role {message['role']}")
+        for key in OTHER_SHOWN_KEYS & message.keys():
+            if not all(_is_shown(leaf, text) for leaf in _call_leaves(message[key])):
+                missing.add(f"{key} of a message")
         for key in REASONING_KEYS:
             if str(message.get(key) or "").strip() not in text:
                 missing.add("reasoning")
@@ -221,6 +240,10 @@ def not_shown(prompt: Text | None, response: Text, tools: Tools | None, text: st
     if not all(name in text for name in names):
         missing.add("tools")
     return missing
+
+
+def _plain(text: str) -> str:
+    return "".join(text.lower().split())
 
 
 def _call_leaves(value: object, key: str = "") -> Iterator[object]:

@@ -75,13 +75,13 @@ def warn_of_gaps(data: PreparedData, options: SplitOptions) -> None:
 
 
 def _warn_of_alike(data: PreparedData, kind: str, ids: UserIds) -> None:
-    """Tell of ids that a reader takes for one: they differ in blank space around them or in their Unicode form alone."""
+    """Tell of ids that a reader takes for one: they differ in blank space around or in Unicode form alone."""
     alike = alike_ids(ids)
     if alike:
         first = "; ".join(" and ".join(map(repr, some)) for some in alike[:_NAMED])
         logger.warning(
-            "%s: %d %s have ids that differ in blank space around them or in their Unicode normal form alone, and count "
-            "as different ones: %s%s. If they are not, mend the ids and prepare again.",
+            "%s: %d %s have ids that differ in blank space around them or in their Unicode normal form alone, and "
+            "count as different ones: %s%s. If they are not, mend the ids and prepare again.",
             data.path,
             sum(map(len, alike)),
             kind,
