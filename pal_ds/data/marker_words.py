@@ -10,7 +10,7 @@ _TURNS = "turns that do not alternate, begin with the assistant or are a tool's"
 
 
 class Faults(NamedTuple):
-    """What was met while texts were rendered, each with the number of texts."""
+    """Faults that were met while texts were rendered, each with the number of texts."""
 
     refusal: str
     """What the template said of the first conversation that it refused; empty where it refused none."""
@@ -73,7 +73,7 @@ def refused(
 
 
 def _remedy(encoder: TextEncoder, reasons: Counter[str], faults: Faults) -> str:
-    """What mends the most frequent reason."""
+    """Say what mends the most frequent reason."""
     most = reasons.most_common(1)[0][0] if reasons else "boundary"
     if most == "template" and faults.refusal:
         return "Bring the conversations into the form that the template asks for"

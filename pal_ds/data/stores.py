@@ -104,7 +104,7 @@ class TokenStore:
 
     @property
     def faults(self) -> Faults:
-        """What was met while the texts were rendered."""
+        """Faults that were met while the texts were rendered."""
         return Faults(self.refusal, self.not_shown, self.special)
 
     def _append(self, item: _Pending, encoded: Encoded | None, failure: str) -> None:
