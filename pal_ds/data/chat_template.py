@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from pal_ds.data.call_arguments import Form, form_needed, with_arguments
 from pal_ds.data.records import (
     CALL_KEYS,
     OTHER_SHOWN_KEYS,
@@ -45,7 +46,11 @@ class ChatTemplate:
             freeze_clock(tokenizer, clock)
         self.refusal = ""
         """What the template said when it last refused a conversation."""
+        self.call_arguments: Form | None = None
+        """Form of the arguments of tool calls, where the template shows them well in one form alone."""
         self.header, self.after_plain = self._assistant_header()
+        self.call_arguments = form_needed(self.apply)
+        self.refusal = ""
 
     @property
     def reads_clock(self) -> bool:
@@ -60,6 +65,7 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
     ) -> str | None:
         """The rendered conversation; None where the template refuses it, and `refusal` says why."""
+        messages = with_arguments(messages, self.call_arguments)
         text = self._apply(messages, tools, add_generation_prompt)
         if all(message["content"] is not None for message in messages):
             return text
@@ -110,9 +116,9 @@ class ChatTemplate:
             said = f" ({self.refusal})" if self.refusal else ""
             if prompted and plain and _plain(PROBES[0]) in _plain(prompted):
                 raise UserError(
-                    f"tokenizer {self.name}: its chat template changes the letters or blank space of texts ({PROBES[0]!r} "
-                    f"is written as {prompted[:80]!r}), so nobody can tell where a text lies in it; mend the template, or "
-                    "set chat_template: never to use the separator instead"
+                    f"tokenizer {self.name}: its chat template changes the letters or blank space of texts "
+                    f"({PROBES[0]!r} is written as {prompted[:80]!r}), so nobody can tell where a text lies; mend "
+                    "the template, or set chat_template: never to use the separator instead"
                 )
             raise UserError(
                 f"tokenizer {self.name}: its chat template cannot render one user message{said}; set "

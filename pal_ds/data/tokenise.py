@@ -164,6 +164,11 @@ class TextEncoder:
             "chat_template": self.uses_template,
             **({"finished_header": True} if self.template and self.template.after_plain else {}),
             **(
+                {"call_arguments": self.template.call_arguments}
+                if self.template and self.template.call_arguments
+                else {}
+            ),
+            **(
                 {"clock": self.template.clock}
                 if self.template and self.template.reads_clock
                 else {}
@@ -199,7 +204,9 @@ class TextEncoder:
         return encoder
 
     def take_header(self, tokens: TokensInfo) -> None:
-        """Find a response's beginning where the data with this `tokens` entry have it."""
+        """Find a response's beginning, and write calls of tools, as the data with this `tokens` entry have them."""
+        if self.template:
+            self.template.call_arguments = tokens.get("call_arguments")
         if self.template and not tokens.get("finished_header", False):
             self.template.take_header_of_prompt()
             self.header = self.template.header

@@ -1,4 +1,4 @@
-"""Templates that change, refuse or leave out texts, and texts with special tokens: the message names what is at fault."""
+"""Templates that change, refuse or leave out texts, and texts with special tokens: messages name the fault."""
 
 import copy
 import logging
