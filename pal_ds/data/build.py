@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from pal_ds.data.bad_rows import BadRows
 from pal_ds.data.collect import Collector
+from pal_ds.data.marker_words import named_counts
 from pal_ds.data.ragged import Ragged
 from pal_ds.data.records import Record
 from pal_ds.data.sources.base import Source
@@ -128,6 +129,13 @@ def _write(
 
 
 def _warn_of_what_is_not_shown(store: TokenStore) -> None:
+    if store.special:
+        logger.warning(
+            "texts hold special tokens of tokenizer %s in their own contents (number of texts by token: %s): a model "
+            "reads them as it reads the ends of texts and turns. Take them out of the texts, unless they are meant so",
+            store.encoder.name,
+            named_counts(store.special),
+        )
     if store.not_shown:
         listed = ", ".join(f"{kind}: {count}" for kind, count in sorted(store.not_shown.items()))
         logger.warning(

@@ -6,7 +6,16 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from pal_ds.data.records import CALL_KEYS, REASONING_KEYS, Message, Text, Tools, as_messages
+from pal_ds.data.call_arguments import Form, form_needed, with_arguments
+from pal_ds.data.records import (
+    CALL_KEYS,
+    OTHER_SHOWN_KEYS,
+    REASONING_KEYS,
+    Message,
+    Text,
+    Tools,
+    as_messages,
+)
 from pal_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,7 +46,11 @@ class ChatTemplate:
             freeze_clock(tokenizer, clock)
         self.refusal = ""
         """What the template said when it last refused a conversation."""
+        self.call_arguments: Form | None = None
+        """Form of the arguments of tool calls, where the template shows them well in one form alone."""
         self.header, self.after_plain = self._assistant_header()
+        self.call_arguments = form_needed(self.apply)
+        self.refusal = ""
 
     @property
     def reads_clock(self) -> bool:
@@ -52,6 +65,7 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
     ) -> str | None:
         """The rendered conversation; None where the template refuses it, and `refusal` says why."""
+        messages = with_arguments(messages, self.call_arguments)
         text = self._apply(messages, tools, add_generation_prompt)
         if all(message["content"] is not None for message in messages):
             return text
@@ -100,6 +114,12 @@ class ChatTemplate:
         plain = self.apply(question)
         if prompted is None or plain is None or PROBES[0] not in prompted:
             said = f" ({self.refusal})" if self.refusal else ""
+            if prompted and plain and _plain(PROBES[0]) in _plain(prompted):
+                raise UserError(
+                    f"tokenizer {self.name}: its chat template changes the letters or blank space of texts "
+                    f"({PROBES[0]!r} is written as {prompted[:80]!r}), so nobody can tell where a text lies; mend "
+                    "the template, or set chat_template: never to use the separator instead"
+                )
             raise UserError(
                 f"tokenizer {self.name}: its chat template cannot render one user message{said}; set "
                 "chat_template: never to use the separator instead"
@@ -210,7 +230,12 @@ def not_shown(prompt: Text | None, response: Text, tools: Tools | None, text: st
     for message in (message for part in parts for message in part):
         content = (message["content"] or "").strip()
         if content and content not in text:
-            missing.add(f"message of role {message['role']}")
+            is_changed = _plain(content) in _plain(text)
+            how = "the letters or blank space of a " if is_changed else ""
+            missing.add(f"{how}message of role {message['role']}")
+        for key in OTHER_SHOWN_KEYS & message.keys():
+            if not all(_is_shown(leaf, text) for leaf in _call_leaves(message[key])):
+                missing.add(f"{key} of a message")
         for key in REASONING_KEYS:
             if str(message.get(key) or "").strip() not in text:
                 missing.add("reasoning")
@@ -221,6 +246,10 @@ def not_shown(prompt: Text | None, response: Text, tools: Tools | None, text: st
     if not all(name in text for name in names):
         missing.add("tools")
     return missing
+
+
+def _plain(text: str) -> str:
+    return "".join(text.lower().split())
 
 
 def _call_leaves(value: object, key: str = "") -> Iterator[object]:

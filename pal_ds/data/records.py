@@ -18,9 +18,14 @@ Text = str | list[Message]
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 CALL_KEYS = ("tool_calls", "function_call")
 """Keys of a message that say something beside its content, or in its place."""
+OTHER_SHOWN_KEYS = {
+    *("name", "tool_responses", "recipient", "channel"),
+    *("thought", "thoughts", "documents", "tools", "functions"),
+}
+"""Keys that say something as well, of which a template may show nothing."""
 _SHOWN_KEYS = {
-    *("role", "content", "name", "tool_call_id", "tool_responses", "recipient", "channel"),
-    *("thought", "thoughts", "prefix", "documents", "tools", "functions"),
+    *("role", "content", "tool_call_id", "prefix"),
+    *OTHER_SHOWN_KEYS,
     *REASONING_KEYS,
     *CALL_KEYS,
 }

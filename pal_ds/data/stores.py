@@ -9,6 +9,7 @@ import numpy as np
 import xxhash
 
 from pal_ds.data.kept_texts import SampleKeeper
+from pal_ds.data.marker_words import Faults, refused, why_unmarked
 from pal_ds.data.ragged import Ragged
 from pal_ds.data.records import Text, Tools, render_plain
 from pal_ds.data.response_markers import MIN_KEPT, common_marker, count_across, count_in_rows
@@ -57,6 +58,8 @@ class TokenStore:
         self.status, self.variant, self.has_prompt = array("b"), array("i"), array("b")
         self.not_shown: Counter[str] = Counter()
         """Texts in which the template leaves something out, by its kind."""
+        self.special: Counter[str] = Counter()
+        """Texts whose contents hold a special token of the tokenizer, by the token."""
         self.refusal = ""
         """What the template said of the first conversation that it refused."""
         self._variants: dict[tuple[int, ...], int] = {}
@@ -96,7 +99,13 @@ class TokenStore:
             self.not_shown.update(self.encoder.not_shown(prompt, response, tools, rendered))
         elif not self.refusal:
             self.refusal = self.encoder.refusal
+        self.special.update(self.encoder.special_in(prompt, response))
         return rendered
+
+    @property
+    def faults(self) -> Faults:
+        """Faults that were met while the texts were rendered."""
+        return Faults(self.refusal, self.not_shown, self.special)
 
     def _append(self, item: _Pending, encoded: Encoded | None, failure: str) -> None:
         self.has_prompt.append(item.prompt is not None)
@@ -170,10 +179,10 @@ class TokenStore:
             # The boundary is known where a text was rendered; only an exported model looks for the marker.
             logger.warning(
                 "%d of %d conversations do not show by the chat template's assistant header where the response begins "
-                "(turns that do not alternate, begin with the assistant or are a tool's): a head that reads the prompt "
-                "cannot be trained on these data, others can",
+                "(%s): a head that reads the prompt cannot be trained on these data, others can",
                 num_with_prompt - num_kept,
                 num_with_prompt,
+                why_unmarked(self.faults),
             )
             return tables._replace(marker_kept=num_kept / num_with_prompt)
         return tables._replace(
@@ -186,25 +195,8 @@ class TokenStore:
     def _refuse(
         self, num_kept: int, num_with_prompt: int, status: np.ndarray, marker: list[int] | None
     ) -> None:
-        encoder = self.encoder
-        key = "the chat template's assistant header" if encoder.uses_template else "data.separator"
-        text = encoder.header if encoder.uses_template else encoder.separator
         reasons = Counter(REASONS[code] for code in status.tolist() if code)
-        listed = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
-        listed += f"; the template says: {self.refusal}" if self.refusal else ""
-        for kind, count in self.not_shown.items():
-            listed += f"; the template leaves out: {kind} ({count} texts)"
-        tokens = "" if marker is None else f" (tokens {encoder.tokenizer.decode(marker)!r})"
-        remedy = (
-            "set data.chat_template: never"
-            if encoder.uses_template
-            else "choose a separator that no text contains and that ends in a newline"
-        )
-        raise UserError(
-            f"{key} {text!r}{tokens} marks the start of the response in only {num_kept} of "
-            f"{num_with_prompt} texts ({listed}); at least 99.9% must keep it, or no one can tell the "
-            f"prompt from the response. Strip blank space from the responses, or {remedy}"
-        )
+        raise refused(self.encoder, num_kept, reasons, num_with_prompt, marker, self.faults)
 
 
 class TokenTables(NamedTuple):

@@ -63,7 +63,7 @@ def warn_of_gaps(data: PreparedData, options: SplitOptions) -> None:
             data.path,
             POPULATION_USER,
         )
-    for kind, ids in (("users", data.users), ("groups", UserIds.of(data.groups))):
+    for kind, ids in (("users", UserIds.of(data.users)), ("groups", UserIds.of(data.groups))):
         _warn_of_alike(data, kind, ids)
     if options.unseen_user_fraction > 0 and not counts["unseen_users"]:
         logger.warning(

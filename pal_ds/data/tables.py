@@ -42,6 +42,8 @@ class TokensInfo(TypedDict):
     chat_template: bool
     finished_header: NotRequired[bool]
     """True where the assistant's header was read from a finished conversation; absent: from the generation prompt."""
+    call_arguments: NotRequired[Literal["object", "text"]]
+    """Form in which the chat template takes the arguments of tool calls; absent: as each record has them."""
     clock: NotRequired[str | None]
     """What the chat template takes for now, in ISO 8601; absent where it asks for no date."""
     special_tokens: bool

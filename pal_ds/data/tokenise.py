@@ -6,6 +6,7 @@ prompt (the separator, or the chat template's assistant header).
 
 import json
 import logging
+import re
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -84,6 +85,7 @@ class TextEncoder:
         if self.template and self.end_ids:
             self.end_ids, self.end_variants = turn_end(self.template, self._tokenise, self.end_ids)
         self.user_marker_ids = user_marker(self.template, self._tokenise) if self.template else None
+        self._special = _special_pattern(tokenizer)
         self._last_prompt: tuple[Text | None, object, str | None] = (None, None, None)
 
     @property
@@ -128,6 +130,15 @@ class TextEncoder:
         """Name the kinds of content that the rendered text leaves out."""
         return not_shown(prompt, response, tools, rendered.text)
 
+    def special_in(self, prompt: Text | None, response: Text) -> set[str]:
+        """The special tokens of the tokenizer that the contents themselves hold: it reads them as ends of turns."""
+        contents = (
+            message["content"] or ""
+            for text in (prompt, response)
+            for message in as_messages(text or "", "user")
+        )
+        return {token for content in contents for token in self._special.findall(content)}
+
     def encode(self, rendered: Sequence[Rendered]) -> list[Encoded | None]:
         """Canonical ids of each text; None where no token starts at the response."""
         batch = self._tokenise([item.text for item in rendered])
@@ -152,6 +163,11 @@ class TextEncoder:
             "separator": None if self.uses_template else self.separator,
             "chat_template": self.uses_template,
             **({"finished_header": True} if self.template and self.template.after_plain else {}),
+            **(
+                {"call_arguments": self.template.call_arguments}
+                if self.template and self.template.call_arguments
+                else {}
+            ),
             **(
                 {"clock": self.template.clock}
                 if self.template and self.template.reads_clock
@@ -188,7 +204,9 @@ class TextEncoder:
         return encoder
 
     def take_header(self, tokens: TokensInfo) -> None:
-        """Find a response's beginning where the data with this `tokens` entry have it."""
+        """Find a response's beginning, and write calls of tools, as the data with this `tokens` entry have them."""
+        if self.template:
+            self.template.call_arguments = tokens.get("call_arguments")
         if self.template and not tokens.get("finished_header", False):
             self.template.take_header_of_prompt()
             self.header = self.template.header
@@ -221,6 +239,15 @@ class TextEncoder:
         while first and offsets[first - 1][0] >= item.marker_start:
             first -= 1
         return Encoded(canonical[:num_prompt], response, tuple(ids[first:start]))
+
+
+def _special_pattern(tokenizer) -> re.Pattern[str]:
+    """A pattern of all special tokens that the tokenizer finds in a text."""
+    added = tokenizer.added_tokens_decoder.values()
+    tokens = {str(token) for token in added if token.special}
+    # Longest first; of a tokenizer without any, what no text matches.
+    longest = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest)) or "(?!)")
 
 
 def truncation_side(tokens: TokensInfo) -> Literal["left", "right"]:

@@ -38,7 +38,7 @@ class TableFiles:
         self.paths, self._have_tabs = check_files(paths), have_tabs
 
     def _delimiter_of(self, path: Path) -> str | None:
-        """What separates the columns of a file; None where it is JSON."""
+        """The character between the columns of a file; None where it is JSON."""
         return "\t" if self._have_tabs else _DELIMITERS.get(kind_of(path))
 
     def rows(self) -> Iterator[tuple[str, Any]]:

@@ -113,7 +113,8 @@ def test_cells_are_text_whichever_way_a_file_is_named(tmp_path, way, name):
     text = ROWS.replace(",", "\t") if name.endswith("tsv") else ROWS
     records = list(source_of(way, written(tmp_path, name, text), name).records())
     assert [record.user_id for record in records] == ["007", "7", "population"]
-    assert [record.responses[0] for record in records] == ["yes", "NA", "yes"]
+    answers = [record.responses[0] for record in records if record.responses]
+    assert answers == ["yes", "NA", "yes"]
 
 
 @pytest.mark.parametrize("way", [*WAYS, "tsv {file}"])
