@@ -66,7 +66,9 @@ def data_to_prepare(config: RunConfig) -> DataConfig:
 
 def length_of_texts(data: DataConfig, positions: int | None) -> int:
     """Return `data.max_length`, or what stands for it where it is not given."""
-    return data.max_length or min(DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)
+    if data.max_length is not None:
+        return data.max_length
+    return DEFAULT_MAX_LENGTH if positions is None else min(DEFAULT_MAX_LENGTH, positions)
 
 
 def check_length(max_length: int, positions: int | None) -> None:
