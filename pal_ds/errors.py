@@ -126,6 +126,16 @@ def storage_error(error: BaseException, path: Path | str | None = None) -> Stora
     )
 
 
+def without_stop(said: object) -> str:
+    """Return what was said without its full stop, to go on behind it.
+
+    >>> without_stop("It is empty."), without_stop("such as ...")
+    ('It is empty', 'such as ...')
+    """
+    text = str(said).rstrip()
+    return text if text.endswith("..") else text.removesuffix(".")
+
+
 def chain_of(error: BaseException) -> Iterator[BaseException]:
     """Yield an error and what led to it, each once: an error may be the context of its own cause."""
     seen: set[int] = set()

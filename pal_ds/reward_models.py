@@ -194,7 +194,7 @@ def _what_is_missing(folder: Path) -> str:
     if not folder.is_dir():
         return f"no such folder (looked from {Path.cwd()})."
     if (folder / "config.yaml").is_file():
-        return f"is a run and holds no {FACTS_NAME}; give it as --run_dir, or export it by `pal-ds consolidate`."
+        return f"no {FACTS_NAME} here; it is a run: give it as --run_dir, or export it by `pal-ds consolidate`."
     of_users = sorted(file.parent.name for file in folder.glob(f"*/{FACTS_NAME}"))
     if of_users:
         named = ", ".join(of_users[:5]) + (", ..." if len(of_users) > 5 else "")

@@ -13,9 +13,10 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
 
 from pal_ds.backbones.config import BackboneConfig, Pooling
+from pal_ds.backbones.fitness import refuse_type, refuse_unfit, refuse_unknown_type
 from pal_ds.backbones.language import LanguageHead
 from pal_ds.backbones.packed import (
     Layout,
@@ -122,11 +123,13 @@ def read_model_config(config: BackboneConfig, *, from_disk_only: bool = False) -
             local_files_only=from_disk_only,
         )
     except (OSError, ValueError) as error:
+        refuse_unknown_type(Path(config.path))
         raise UserError(
             f"backbone.path: transformers cannot open {config.path!r} ({str(error).splitlines()[0]}). "
             "Give a folder with config.json and weights, or a hub id that this machine can reach."
         ) from None
     text = whole.get_text_config()
+    refuse_unfit("backbone.path", whole, text, own_code=config.trust_remote_code)
     if text is not whole:
         text._commit_hash = getattr(whole, "_commit_hash", None)
     return text
@@ -140,12 +143,7 @@ def architecture_config(config: BackboneConfig, vocab_size: int) -> Any:
     """
     options = dict(config.architecture or {})
     model_type = str(options.pop("model_type", None))
-    if model_type not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING.keys()), n=3)
-        raise UserError(
-            f"backbone.architecture: model_type is {model_type}, which transformers does not know. "
-            f"Give one that it does, such as {', '.join(near or ('llama', 'qwen3', 'bert'))}."
-        )
+    refuse_type("backbone.architecture", model_type)
     # transformers takes any name and forgets it: a misspelt size would be the default one.
     known = AutoConfig.for_model(model_type)
     for key in options:
@@ -157,6 +155,7 @@ def architecture_config(config: BackboneConfig, vocab_size: int) -> Any:
         raise UserError(
             f"backbone.architecture: {model_type} reads more than text. Give its text part, {text.model_type}."
         )
+    refuse_unfit("backbone.architecture", known, known)
     try:
         return AutoConfig.for_model(model_type, **options, vocab_size=vocab_size)
     except (KeyError, ValueError, TypeError, StrictDataclassError) as error:

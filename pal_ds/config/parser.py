@@ -13,7 +13,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
 from pal_ds.distributed import phase  # noqa: F401  (first of ours: its clock tells how long this process has run)
-from pal_ds.errors import UserError, chain_of
+from pal_ds.errors import UserError, chain_of, without_stop
 from pal_ds.io.boundary import reason_of
 from pal_ds.io.yaml_files import is_odd_number, refuse_odd_numbers
 
@@ -115,7 +115,7 @@ def explained(message: str, parser: ArgumentParser) -> str:
 
         return f"{message.rstrip('. ')}. {where_looked()}"
     unknown = any(part in message for part in ("nrecognized arguments", "not accept"))
-    return message + (_suggestion(message, parser) if unknown else "")
+    return without_stop(message) + _suggestion(message, parser) if unknown else message
 
 
 def _suggestion(message: str, parser: ArgumentParser) -> str:

@@ -1,9 +1,10 @@
 """Rows that cannot be read: dropped and counted while they are few, refused where they are many."""
 
 import logging
+import re
 from collections import Counter
 
-from pal_ds.errors import UserError
+from pal_ds.errors import UserError, without_stop
 
 logger = logging.getLogger(__name__)
 
@@ -14,6 +15,17 @@ REASON = "bad_row"
 _FIRST = 100
 """Rows after which a file of nothing but bad rows is refused at once."""
 _SHOWN = 5
+_VALUE = re.compile(r"(?<= is )[^;]+(?=;)|(?<= holds )[^;]+(?=;)|\b0x[0-9a-f]+\b|-?\b\d+(?:\.\d+)?")
+"""Values within a reason, by which one reason would be as many as there are rows."""
+
+
+def _kind_of(reason: str) -> str:
+    """Take a reason without the values that a row brings: the same rule is broken in the same column.
+
+    >>> _kind_of("'y' is 'two'; it must be -1") == _kind_of("'y' is 0.5; it must be -1")
+    True
+    """
+    return _VALUE.sub("...", reason)
 
 
 class BadRows:
@@ -37,7 +49,7 @@ class BadRows:
     def add(self, where: str, error: UserError) -> None:
         """Count a row. Raises UserError where none may be bad, or where none of the first 100 is good."""
         message = str(error)
-        reason = message.removeprefix(f"{where}: ")
+        reason = _kind_of(message.removeprefix(f"{where}: "))
         self.num_bad += 1
         if len(self.reasons) < 1000 or reason in self.reasons:
             self.reasons[reason] += 1
@@ -54,7 +66,7 @@ class BadRows:
         """The reasons, each with its first row; the most frequent first."""
         common = self.reasons.most_common(_SHOWN)
         shown = [
-            f"{self._first[reason]}{f' ({count} such rows)' if count > 1 else ''}"
+            f"{without_stop(self._first[reason])}{f' ({count} such rows)' if count > 1 else ''}"
             for reason, count in common
         ]
         more = self.num_bad - sum(count for _, count in common)
@@ -76,11 +88,12 @@ class BadRows:
 
     def _refuse(self) -> None:
         first = next(iter(self._first.values()))
+        said = without_stop(first)
         total = self.num_good + self.num_bad
         if total == 1 or self.largest_share == 0:
             raise UserError(first)
         listed = "" if len(self.reasons) == 1 else f". By reason: {self.summary()}"
         raise UserError(
-            f"{first}. {self.num_bad} of {total} rows are bad; data.max_bad_rows, {self.largest_share:g}, is the "
+            f"{said}. {self.num_bad} of {total} rows are bad; data.max_bad_rows, {self.largest_share:g}, is the "
             f"largest share that is dropped{listed}"
         )

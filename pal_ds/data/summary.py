@@ -24,7 +24,7 @@ def print_summary(data: PreparedData) -> None:
     for name, count in info["counts"]["splits"].items():
         if count:
             bayes = info.get("bayes_accuracy", {}).get(name)
-            note = f" (best possible accuracy {bayes:.3f})" if bayes else ""
+            note = f" (best possible accuracy {bayes:.3f})" if bayes is not None else ""
             table.add_row(f"comparisons, {name}{note}", f"{count:,}")
     for name in ("prompts", "responses", "seen_users", "unseen_users"):
         table.add_row(name.replace("_", " "), f"{info['counts'][name]:,}")

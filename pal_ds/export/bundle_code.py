@@ -10,7 +10,7 @@ import transformers
 import pal_ds.heads
 import pal_ds.remote_code
 from pal_ds.config.own_code import source_files
-from pal_ds.errors import UserError
+from pal_ds.errors import UserError, without_stop
 from pal_ds.export.flatten import Import, Source, flatten
 from pal_ds.heads.base import Head
 
@@ -128,7 +128,7 @@ class _Own:
                 line = text.splitlines()[node.lineno - 1].strip()
                 raise UserError(
                     f"{file}:{node.lineno}: `{line}`: an exported folder holds the head's code without pal_ds around "
-                    f"it. {error}."
+                    f"it. {without_stop(error)}."
                 ) from None
 
         return Source(name, text, find)

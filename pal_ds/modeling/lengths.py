@@ -3,6 +3,7 @@
 import copy
 import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pal_ds.config.run_config import RunConfig
@@ -21,6 +22,8 @@ def num_positions(model_config: "PretrainedConfig") -> int | None:
 
     text = model_config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and positions < 1:
+        return None  # XLNet's way to say that there is no limit
     return _usable_positions(text) if positions and is_encoder(text) else positions
 
 
@@ -48,7 +51,7 @@ def data_to_prepare(config: RunConfig) -> DataConfig:
     Where the backbone's config is not at hand, the length is left as it is: `train` compares it with the data.
 
     Raises:
-        UserError: `data.max_length` is more than the backbone has positions for.
+        UserError: `data.max_length` is more than the backbone has positions for, or the backbone can be none.
     """
     data = config.data
     if data.source is None:
@@ -63,7 +66,9 @@ def data_to_prepare(config: RunConfig) -> DataConfig:
 
 def length_of_texts(data: DataConfig, positions: int | None) -> int:
     """Return `data.max_length`, or what stands for it where it is not given."""
-    return data.max_length or min(DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)
+    if data.max_length is not None:
+        return data.max_length
+    return DEFAULT_MAX_LENGTH if positions is None else min(DEFAULT_MAX_LENGTH, positions)
 
 
 def check_length(max_length: int, positions: int | None) -> None:
@@ -88,5 +93,7 @@ def _positions_of_backbone(config: RunConfig) -> int | None:
         from_disk_only = backbone.path != config.data.tokenizer
         return num_positions(read_model_config(backbone, from_disk_only=from_disk_only))
     except UserError as error:
+        if backbone.path is None or Path(backbone.path, "config.json").is_file():
+            raise
         logger.info("data.max_length was not compared with the backbone: %s", error)
         return None

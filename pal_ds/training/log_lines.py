@@ -68,7 +68,7 @@ class ProgressLines:
 def log_end(run: RunDirectory, best: BestEvaluation | None) -> None:
     """Log how a finished training ended, where things lie and what comes next. Rank 0 calls it."""
     found = (
-        "no evaluation on dev was made"
+        _why_none_is_best(run)
         if best is None
         else f"best accuracy on dev {best['dev_accuracy']:.4f}, at update {best['step']}"
     )
@@ -82,6 +82,19 @@ def log_end(run: RunDirectory, best: BestEvaluation | None) -> None:
         run.path,
         shlex.quote(str(run.path)),
         " --trust_code" if own or remote else "",
+    )
+
+
+def _why_none_is_best(run: RunDirectory) -> str:
+    """Say why no checkpoint is the best: an evaluation whose accuracy is 0 was one all the same."""
+    steps = [row["step"] for row in run.read_metrics() if row.get("dev_accuracy") is not None]
+    if not steps:
+        return "no evaluation on dev was made"
+    if max(steps) == 0:
+        return "dev was evaluated before the first update alone, so no checkpoint is the best"
+    return (
+        "no checkpoint is the best, as margins on dev were not finite in any evaluation: the training diverged, see "
+        "metrics.jsonl"
     )
 
 

@@ -1,6 +1,7 @@
 """One small trained run, and `refused`: a command must say one clear thing, exit with 2 and change no file."""
 
 import hashlib
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -100,6 +101,7 @@ def refused(
         assert end.value.code == 2, said
         assert "Traceback" not in said
         assert said.count("error: ") == 1, said
+        assert not re.search(r"[^./]\.\.(?:\s|$)|[.;]; |;\.|\.,\s", said), said
         assert contents(place.folder, tmp_path) == before
         return said[said.index("error: ") + len("error: ") :].strip()
 

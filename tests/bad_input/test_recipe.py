@@ -50,7 +50,8 @@ BERT = {
         (["--optim.warmup_fraction=2"], "optim.warmup_fraction is 2.0; it must be between 0"),
         (["--users.learning_rate=0"], "users.learning_rate is 0.0; it must be above 0"),
         (["--loss.kind=hing"], "loss.kind: it must be one of 'logistic', 'hinge'"),
-        (["--data.max_length=0"], "data.max_length)"),
+        (["--data.max_length=0"], "data.max_length is 0; it must be at least 1"),
+        (["--data.max_length=40"], "data.max_length)"),
         (["--train.ds_config=zero9"], "zero9.json. Give a path to a DeepSpeed JSON or one of: z"),
     ],
 )

@@ -173,3 +173,48 @@ def test_bad_comparisons_of_a_list_are_one_bad_row(bpe, tmp_path):
     data = build_tables(source.records(), tmp_path / "D", TextEncoder(bpe), source=source)
     assert len(data.comparisons) == 1998 and data.info["dropped"] == {"bad_row": 1}
     assert (source.bad_rows.num_good, source.bad_rows.num_bad) == (199, 1)
+
+
+REASONS = {
+    "'y' is {!r}; it must be -1 or 1": ("two", 0.5, 3, "a b"),
+    "{} cells under 3 columns; quote cells": (4, 5, 17),
+    "not valid JSON (Expecting value at column {}); every line": (1, 20, 300),
+    "not UTF-8 ('utf-8' codec can't decode byte {} in position 7)": ("0xe9", "0xff", "0x80"),
+    "'prompt' message {} is {{'role': 3}}; a message is an object.": (0, 1, 2),
+}
+
+
+@pytest.mark.parametrize(("rule", "values"), REASONS.items())
+def test_one_reason_with_other_values_is_one(rule, values):
+    bad_rows = BadRows(0.5)
+    bad_rows.num_good = 10
+    for number, value in enumerate(values, start=1):
+        bad_rows.add(f"x:{number}", UserError(f"x:{number}: {rule.format(value)}"))
+    assert len(bad_rows.reasons) == 1
+    first = f"x:1: {rule.format(values[0])}".removesuffix(".")
+    assert bad_rows.summary() == f"{first} ({len(values)} such rows)"
+
+
+def test_other_rules_and_columns_are_other_reasons():
+    bad_rows = BadRows(0.5)
+    for said in (
+        "'chosen' is empty; every response needs text",
+        "'rejected' is empty; every response needs text",
+        "'chosen' is int; it must be text",
+        "missing key 'chosen'",
+        "missing key 'prompt'",
+        "unknown key 'a'",
+    ):
+        bad_rows.num_good += 1
+        bad_rows.add("x", UserError(f"x: {said}."))
+    assert len(bad_rows.reasons) == 6 and ".;" not in bad_rows.summary()
+
+
+def test_a_message_that_ends_in_a_full_stop_gets_no_second_one():
+    bad_rows = BadRows()
+    bad_rows.num_good = 1
+    bad_rows.add("x:1", UserError("x:1: 'a' is 1. Mend it."))
+    bad_rows.add("x:2", UserError("x:2: 'b' is 1. Mend it."))
+    with pytest.raises(UserError) as refused:
+        bad_rows.check()
+    assert ".." not in str(refused.value) and ".;" not in str(refused.value)

@@ -9,6 +9,7 @@ import pytest
 from pal_ds.data.prepare import DataConfig, prepare
 from pal_ds.data.sources import Jsonl
 from pal_ds.data.summary import alike_ids
+from pal_ds.errors import UserError
 from pal_ds.users.ids import UserIds
 
 NFC, NFD = (unicodedata.normalize(form, "Zoë") for form in ("NFC", "NFD"))
@@ -56,3 +57,9 @@ def test_alike_users_and_groups_are_counted_and_shown(tmp_path, caplog) -> None:
     path.write_text("".join(json.dumps(line | {"group": "g"}) + "\n" for line in lines[:1]))
     prepare(DataConfig(path=str(tmp_path / "E"), source=Jsonl(str(path)), vocab_size=300))
     assert "blank space around" not in caplog.text
+
+
+@pytest.mark.parametrize("max_length", [0, -1])
+def test_a_length_of_none_is_no_default(tmp_path, max_length) -> None:
+    with pytest.raises(UserError, match=f"data.max_length is {max_length}; it must be at least 1"):
+        DataConfig(path=str(tmp_path / "D"), max_length=max_length)

@@ -101,7 +101,7 @@ def test_folders_of_users_are_named(runs: Path, tmp_path, capsys) -> None:
     export_users(run, out, ["u0", "u1"], ExportOptions(quiet=True))
     for where, words in (
         (out, f"it holds 3 exported models: _shared, u0, u1. Name one of them: --model {out}/u1"),
-        (run.path, "is a run and holds no export.json; give it as --run_dir"),
+        (run.path, "no export.json here; it is a run: give it as --run_dir"),
         (tmp_path / "none", "no such folder"),
     ):
         code, _, error = score(capsys, tmp_path, pairs(), "--model", where)

@@ -70,3 +70,27 @@ def test_what_comes_next_can_be_typed_as_it_is(
     first, second = caplog.messages
     assert first.endswith(f"`pal-ds evaluate --run_dir '{run.path}' --trust_code`")
     assert second.endswith(f"`pal-ds evaluate --run_dir '{run.path}'`")
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([{"step": 5, "loss": 0.0}], "no evaluation on dev was made"),
+        ([{"step": 5, "other_accuracy": 0.5}], "no evaluation on dev was made"),
+        ([{"step": 0, "dev_accuracy": 0.0}], "dev was evaluated before the first update alone"),
+        ([{"step": 0, "dev_accuracy": 0.5}, {"step": 5, "dev_accuracy": 0.0}], "not finite in any"),
+    ],
+)
+def test_why_no_checkpoint_is_the_best(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path, rows: list[dict[str, Any]], words: str
+) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.path.mkdir()
+    for row in rows:
+        run.append_metrics(row)
+    with caplog.at_level(logging.INFO, "pal_ds"):
+        log_end(run, None)
+        log_end(run, {"step": 5, "dev_accuracy": 0.0, "temperature": 1.0})
+    first, second = caplog.messages
+    assert words in first
+    assert "best accuracy on dev 0.0000, at update 5" in second

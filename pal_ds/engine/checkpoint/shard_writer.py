@@ -22,7 +22,7 @@ from pal_ds.engine.checkpoint.torch_archive import (
     foreign_object,
     load_archive,
 )
-from pal_ds.errors import StorageError, UserError, storage_error
+from pal_ds.errors import StorageError, UserError, storage_error, without_stop
 from pal_ds.io.fault_points import reached
 from pal_ds.io.sealed import FileEntry
 
@@ -107,7 +107,7 @@ class ShardFiles:
     def _note(self, error: OSError, path: str) -> None:
         """Keep the first failure as a StorageError, whatever it was: the ranks must agree on it."""
         known = storage_error(error, path)
-        remedy = f"{path}: cannot be written: {error}. Mend this and start again."
+        remedy = f"{path}: cannot be written: {without_stop(error)}. Mend this and start again."
         self.failure = self.failure or known or StorageError(remedy)
 
     # A tag's directory is there as it begins, the manifest says later whether it is whole, and no thread has to end.
