@@ -10,7 +10,7 @@
 | 5 | another rank died, hung or failed | yes, resumes |
 | 6 | another process writes to the run directory | later, as it is |
 | 75 | stopped on request before the end: `embed`, `compare` (what is done is kept), data in preparation | yes |
-| 130 | interrupted from the keyboard | yes, resumes |
+| 130 | interrupted from the keyboard, or its terminal was closed | yes, resumes |
 """
 
 import contextlib

@@ -47,8 +47,9 @@ def test_in_the_middle(
         status = run.status()
         assert status is not None and status["state"] == "stopped"
         assert run.complete_steps() == [status["step"]]
-    code, said = warm(CASE, words, "", 0)
-    assert code == 0, said
+    if number == signal.SIGINT:
+        code, said = warm(CASE, words, "", 0)
+        assert code == 0, said
 
 
 def test_all_commands_are_signalled() -> None:

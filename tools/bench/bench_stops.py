@@ -1,6 +1,6 @@
 """SIGSTOP or SIGKILL of a random rank at a random moment, from its start to its end: do the others end, naming it?
 
-    python tools/bench/bench_stops.py [--num 60] [--at_once 4] [--seed 0] [--kills 0.25] [--out runs/bench_stops]
+    python tools/bench/bench_stops.py [--num 60] [--at_once 4] [--seed 0] [--kills 0.25] [--until 1.1] [--out DIR]
 
 The hang limit is 30 seconds. A stop is good where all other ranks end within 45 seconds of it and say which rank is to
 blame, or where the run had done its work. Exits with 1 where one was not. Takes a minute for `at_once` stops.
@@ -107,6 +107,9 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=60, help="stops")
     parser.add_argument("--at_once", type=int, default=4, help="trainings at a time")
     parser.add_argument("--kills", type=float, default=0.25, help="share of SIGKILL among them")
+    parser.add_argument(
+        "--until", type=float, default=1.1, help="last stop, in lives of a training; 0.3: its start"
+    )
     options, folder, generator = begin(parser, "bench_stops")
 
     from tests.engine.kills import command, make_place
@@ -130,7 +133,10 @@ def main() -> None:
             while len(running) < min(options.at_once, options.num - len(stops)):
                 number += 1
                 ranks, log = start(number)
-                after, rank = generator.uniform(0, 1.1 * life), generator.randrange(NUM_RANKS)
+                after, rank = (
+                    generator.uniform(0, options.until * life),
+                    generator.randrange(NUM_RANKS),
+                )
                 kind = signal.SIGKILL if generator.random() < options.kills else signal.SIGSTOP
                 running.append(Started(ranks, log, after, rank, kind))
             for one in [one for one in running if not one.advance()]:
