@@ -20,6 +20,7 @@ def evaluate(
     name: str | None = None,
     users: str | os.PathLike[str] | None = None,
     best_of_n: bool = False,
+    num_example_pairs: int | None = None,
 ) -> dict[str, Any]:
     """Accuracy per user, exact at any number of ranks; also written to RUN/eval/NAME.json.
 
@@ -30,6 +31,7 @@ def evaluate(
         name: of the result; unset, the split, the file's stem, or `records` for comparisons in memory.
         users: new users that `adapt` fitted, beside or in place of the run's own.
         best_of_n: choosing among candidates instead: lines of `responses` and `scores`.
+        num_example_pairs: comparisons that each prototype scores for the report's examples; unset 200, 0 none.
 
     Returns:
         The figures of eval/NAME.json: `pairs`, `accuracy`, `accuracy_ci95`, `ece`, `users` by id, ...
@@ -40,7 +42,7 @@ def evaluate(
     from pal_ds.data.sources import Source
     from pal_ds.eval.best_of_n import NAME_PREFIX, rank_set
     from pal_ds.eval.evaluate import evaluate_set, restored_by_ranks
-    from pal_ds.eval.results import SPLIT, eval_requests, source_request
+    from pal_ds.eval.results import SPLIT, eval_requests, number_of_examples, source_request
 
     where, table = run_of(run), None if users is None else Path(users)
     if split is not None and data is not None:
@@ -52,6 +54,8 @@ def evaluate(
         else:
             files = [] if pairs is None else [pairs]
             (request,) = eval_requests(split or SPLIT, files, name, prefix)
+        examples = number_of_examples(num_example_pairs, best_of_n=best_of_n)
+        request = request._replace(num_example_pairs=examples)
         opening = restored_by_ranks(RunDirectory(where.path), where.step, table, **where.leave)
         with opening as (world, run_, known):
             measure = rank_set if best_of_n else evaluate_set

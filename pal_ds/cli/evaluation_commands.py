@@ -34,7 +34,7 @@ class Evaluate:
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
         from pal_ds.data.sources import Source
-        from pal_ds.eval.results import SPLIT
+        from pal_ds.eval.results import NUM_EXAMPLE_PAIRS, SPLIT
 
         add = parser.add_argument
         add_run_arguments(parser)
@@ -60,12 +60,22 @@ class Evaluate:
             action="store_true",
             help="choose among candidates: lines of responses and scores, or what users compared",
         )
+        add(
+            "--num_example_pairs",
+            type=int,
+            help=f"pairs that each prototype scores for examples (default: {NUM_EXAMPLE_PAIRS}); 0: none",
+        )
 
     @staticmethod
     def run(options: Namespace, _: Namespace) -> None:
         from pal_ds.eval.best_of_n import NAME_PREFIX, rank_set, ranking_line
         from pal_ds.eval.evaluate import evaluate_set, restored_by_ranks, summary_line
-        from pal_ds.eval.results import SPLIT, eval_requests, source_request
+        from pal_ds.eval.results import (
+            SPLIT,
+            eval_requests,
+            number_of_examples,
+            source_request,
+        )
 
         measure, line_of, prefix = evaluate_set, summary_line, ""
         if options.best_of_n:
@@ -73,6 +83,7 @@ class Evaluate:
         files = [Path(file) for file in split_words(options.data)]
         if files and options.source is not None:
             raise UserError("evaluate: give --data or --source, not both.")
+        examples = number_of_examples(options.num_example_pairs, best_of_n=options.best_of_n)
         if options.split is not None and (files or options.source is not None):
             raise UserError(
                 "evaluate: give --split, or --data or --source in place of a split, not both."
@@ -82,7 +93,8 @@ class Evaluate:
             if options.source is None
             else [source_request(options.source, options.name, prefix)]
         )
-        requests = [request._replace(out=as_path(options.out)) for request in requests]
+        more = {"out": as_path(options.out), "num_example_pairs": examples}
+        requests = [request._replace(**more) for request in requests]
         run, users = RunDirectory(options.run_dir), as_path(options.users)
         leave = leave_of(options)
         with restored_by_ranks(run, options.step, users, **leave) as (world, restored, known):

@@ -24,7 +24,7 @@ from pal_ds.errors import UserError, writing
 from pal_ds.eval.diagnostics import context_flip
 from pal_ds.eval.figures import dev_temperature, report_on
 from pal_ds.eval.metrics import controversial
-from pal_ds.eval.prototype_examples import examples_of_prototypes
+from pal_ds.eval.prototype_examples import evenly, examples_of_prototypes
 from pal_ds.eval.results import SPLIT, EvalRequest, name_of, split_request, write_figures
 from pal_ds.eval.schema import EvaluationFigures
 from pal_ds.inference.load_run import OpenRun, limits_of, restore
@@ -172,7 +172,8 @@ def evaluate_set(
             could_turn = np.isin(reader.collator.user_rows(rows), known.encoded_rows)
             disputed = controversial(data.comparisons[rows])
             figures["context_flip"] = context_flip(margins, turned, could_turn, disputed)
-        if (examples := examples_of_prototypes(restored, reader, rows, world)) is not None:
+        sample = evenly(rows, request.num_example_pairs)
+        if (examples := examples_of_prototypes(restored, reader, sample, world)) is not None:
             figures["prototype_examples"] = examples
         if request.pairs is not None:
             figures["dropped"] = data.info["dropped"]

@@ -8,15 +8,20 @@ import torch
 from pal_ds.data.tables import PreparedData
 from pal_ds.data.tokenise import load_tokenizer
 from pal_ds.distributed.world import World
+from pal_ds.eval.message_texts import TextsOfTokens
 from pal_ds.eval.schema import PrototypeExample
 from pal_ds.inference.load_run import OpenRun
 from pal_ds.inference.readers import Reader, reader_of
 
-NUM_SCORED = 200
-"""Comparisons, evenly among those of an evaluation, that are scored for each prototype."""
 NUM_EXAMPLES = 3
 MOST_CHARS = 300
 """Characters of a text that an example shows: the end of a prompt, the beginning of a response."""
+
+
+def evenly(rows: np.ndarray, most: int) -> np.ndarray:
+    """Return at most so many of some rows, evenly among them."""
+    places = np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int)
+    return rows[places]
 
 
 def examples_of_prototypes(
@@ -24,16 +29,16 @@ def examples_of_prototypes(
 ) -> list[list[PrototypeExample]] | None:
     """Return for each prototype the comparisons that tell it from the others, the clearest first, on every rank.
 
-    A comparison is scored for K users, the k-th of whom is all prototype k; a comparison tells k from the others by
-    how far its margin m_k lies from the mean of all m. Where `reader` encodes texts in each forward, those of the
-    `NUM_SCORED` comparisons are encoded once more, ahead of it. None where there is nothing to tell: fewer than two
-    prototypes, a head whose users are no mixtures, or vectors in place of texts.
+    Each of the comparisons `rows` is scored for K users, the k-th of whom is all prototype k; it tells k from others
+    by how far its margin m_k lies from the mean of all m. Where `reader` encodes texts in each forward, those of `rows`
+    are encoded once more, ahead of it. None where there is nothing to tell: no rows, fewer than two prototypes, a head
+    whose users are no mixtures, or vectors in place of texts.
     """
     data, num_prototypes = reader.collator.data, restored.users.num_prototypes
     if "logits" not in restored.model.head.needs or num_prototypes < 2 or data.prompts is None:
         return None
-    places = np.linspace(0, len(rows) - 1, min(NUM_SCORED, len(rows))).round().astype(int)
-    rows = rows[places]
+    if len(rows) == 0:
+        return None
     if not reader.collator.stored:
         everyone = np.zeros(len(data.users), np.int64)
         reader = reader_of(restored, data, rows, everyone, world, encode_ahead=True)
@@ -53,11 +58,11 @@ def _described(
     tokens = data.info["tokens"]
     assert data.prompts is not None and data.responses is not None and tokens is not None
     separator = (tokens["separator"] or "").strip()
-    tokenizer = load_tokenizer(str(data.tokenizer_path))
+    read = TextsOfTokens(load_tokenizer(str(data.tokenizer_path)), tokens)
     departure = np.nan_to_num(margins - margins.mean(1, keepdims=True))
 
     def text(ids: np.ndarray) -> str:
-        return tokenizer.decode(ids.tolist(), skip_special_tokens=True).strip()
+        return read.text(ids.tolist())
 
     examples: list[list[PrototypeExample]] = []
     for k in range(margins.shape[1]):

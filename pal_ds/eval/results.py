@@ -19,6 +19,8 @@ from pal_ds.runs.run_dir import RunDirectory
 
 SPLIT = "test"
 """What is evaluated where nothing is named."""
+NUM_EXAMPLE_PAIRS = 200
+"""Comparisons, evenly among those of an evaluation, that each prototype scores for examples of what it prefers."""
 USERS_IN_PARQUET_ABOVE = 10_000
 
 
@@ -30,6 +32,8 @@ class EvalRequest(NamedTuple):
     pairs: Path | Source | None
     out: Path | None = None
     """Folder for NAME.json in place of the run's eval."""
+    num_example_pairs: int = NUM_EXAMPLE_PAIRS
+    """Comparisons that each prototype scores for examples of what it prefers; 0: no examples."""
 
     def rows(self, data: PreparedData) -> np.ndarray:
         """Its comparisons, all those of the tables of a file or source. Raises UserError where a split has none."""
@@ -96,6 +100,17 @@ def eval_requests(
             "them one by one, each with a --name of its own."
         )
     return requests
+
+
+def number_of_examples(given: int | None, *, best_of_n: bool) -> int:
+    """Return how many pairs each prototype scores for examples. Raises UserError for a number that cannot be meant."""
+    if given is not None and best_of_n:
+        raise UserError(
+            "--num_example_pairs: --best_of_n gives no examples of prototypes; leave it out."
+        )
+    if given is not None and given < 0:
+        raise UserError(f"--num_example_pairs is {given}; it must be 0 (no examples) or more.")
+    return NUM_EXAMPLE_PAIRS if given is None else given
 
 
 def _refuse_name_of_split(request: EvalRequest) -> None:

@@ -272,6 +272,30 @@ def test_what_a_prototype_prefers_is_told_in_the_texts_of_the_data(
     assert f"| 2 | {clearest['prompt']} | {clearest['likes_more']} |" in page and margins in page
 
 
+def test_examples_of_prototypes_are_left_out_where_asked(
+    trained: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pal_ds.api import evaluate
+    from pal_ds.cli.main import main
+
+    usual = json.loads((trained.eval / "test.json").read_text())
+    out = tmp_path / "out"
+    words = ["evaluate", f"--run_dir={trained.path}", f"--out={out}"]
+    for name, num in (("none", 0), ("few", 1)):
+        main([*words, f"--name={name}", f"--num_example_pairs={num}"])
+    none, few = (json.loads((out / f"{name}.json").read_text()) for name in ("none", "few"))
+    assert "prototype_examples" not in none and none.keys() | {"prototype_examples"} == usual.keys()
+    assert [len(of_one) for of_one in few["prototype_examples"]] == [1, 1, 1]
+    assert none["accuracy"] == usual["accuracy"] == few["accuracy"]
+    run = shutil.copytree(trained.path, tmp_path / "run")
+    assert "prototype_examples" not in evaluate(run, num_example_pairs=0)
+    capsys.readouterr()
+    for more in (["--num_example_pairs=-1"], ["--best_of_n", "--num_example_pairs=0"]):
+        with pytest.raises(SystemExit) as stop:
+            main([*words, *more])
+        assert stop.value.code == 2 and "--num_example_pairs" in capsys.readouterr().err
+
+
 def test_texts_of_people_make_no_markdown(trained: RunDirectory, tmp_path: Path) -> None:
     run = RunDirectory(shutil.copytree(trained.path, tmp_path / "run"))
     figures = json.loads((run.eval / "test.json").read_text())
