@@ -2,9 +2,8 @@
 
 import difflib
 from pathlib import Path
-from typing import Any
 
-from transformers import CONFIG_MAPPING, MODEL_MAPPING
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, PretrainedConfig
 
 from pal_ds.errors import UserError
 from pal_ds.io.boundary import reading
@@ -13,7 +12,9 @@ from pal_ds.io.text_files import parse_json
 _RULE = "A backbone is a decoder (llama, qwen3, ...) or an encoder (bert, ...) that gives each token of a text a state"
 
 
-def refuse_unfit(key: str, whole: Any, text: Any, *, own_code: bool = False) -> None:
+def refuse_unfit(
+    key: str, whole: PretrainedConfig, text: PretrainedConfig, *, own_code: bool = False
+) -> None:
     """Raise UserError where a model of these configs is no decoder or encoder of text.
 
     Args:

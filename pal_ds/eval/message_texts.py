@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from pal_ds.data.tables import TokensInfo
 
@@ -16,7 +17,7 @@ _ROLE = re.compile(
 class TextsOfTokens:
     """Reads texts of prepared data back from their tokens."""
 
-    def __init__(self, tokenizer: Any, tokens: TokensInfo) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens: TokensInfo) -> None:
         """`tokenizer` and `tokens` are those of the prepared data."""
         self._tokenizer = tokenizer
         self._special = {*tokenizer.all_special_ids} | {
@@ -29,13 +30,16 @@ class TextsOfTokens:
     def text(self, ids: Sequence[int]) -> str:
         """Return the text of some tokens; of a conversation each message begins a line."""
         if not self._has_roles:
-            return self._tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+            return self._decoded(list(ids))
         said = []
         for part, is_behind_special in self._parts(ids):
-            text = self._tokenizer.decode(part, skip_special_tokens=True)
-            found = _ROLE.match(text) if is_behind_special else None
-            said.append(text[found.end() :].strip() if found else text.strip())
+            text = self._decoded(part)
+            role = _ROLE.match(text) if is_behind_special else None
+            said.append(text[role.end() :].strip() if role else text)
         return "\n".join(filter(None, said))
+
+    def _decoded(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def _parts(self, ids: Sequence[int]) -> list[tuple[list[int], bool]]:
         """(tokens between special ones and headers, whether a special one stands in front) in their order."""
