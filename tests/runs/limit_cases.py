@@ -6,6 +6,7 @@ import resource
 import signal
 import socket
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,6 +53,18 @@ def without_a_rank(words: list[str]) -> list[tuple[int, str]]:
             os.kill(os.getpid(), signal.SIGSTOP)
 
     return _outcomes(2, command(*words), hook, grace=1)
+
+
+def come_late(words: list[str]) -> list[tuple[int, str]]:
+    """Exit status and output of three ranks: the last dies as soon as it has come, the second comes seconds later."""
+
+    def hook(rank: int, moment: str) -> None:
+        if (rank, moment) == (1, "start"):
+            time.sleep(4)
+        if (rank, moment) == (2, "update: prepare"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return _outcomes(3, command(*words), hook, grace=40)
 
 
 def on_a_port_that_is_taken(words: list[str], num_ranks: int) -> list[tuple[int, str]]:

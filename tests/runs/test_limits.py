@@ -143,6 +143,17 @@ def test_a_rank_that_is_missing(name: str, place: Place, warm: WarmParent, tmp_p
     assert "Traceback" not in said and names_in(tmp_path) == before
 
 
+def test_a_rank_that_comes_late_hears_who_died(
+    place: Place, warm: WarmParent, tmp_path: Path
+) -> None:
+    """Rank 0 stays for it: it would look for a rank 0 that has left until the limit."""
+    words = [*words_of(place, tmp_path)["train"], "--train.hang_minutes=0.5"]
+    (first, said), (late, seen), (died, _) = warm(CASES + "come_late", words)
+    assert (first, late, died) == (5, 5, -9), f"{said}\n{seen}"
+    assert said.count("rank 2 on ") == 1 and "died without a word" in said
+    assert "could not meet" not in seen and "Traceback" not in said + seen, seen
+
+
 @pytest.mark.parametrize("name", JOINS_RANKS)
 def test_a_port_that_is_taken(name: str, place: Place, warm: WarmParent, tmp_path: Path) -> None:
     words = words_of_ranks(name, place, tmp_path)

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 
 SECONDS_TO_SHOW_TOKEN = 10.0
+SECONDS_FOR_LATE_RANKS = 12.0
+"""Time that rank 0, where the job ends, still waits for ranks that start: they would look for it until the limit."""
 MOST_STRANGERS = 64
 """Open connections that have shown no token, beyond one for each rank."""
 
@@ -87,8 +89,9 @@ class Coordinator:
         self._wake.send(b"!")
 
     def wait_for_verdict(self, seconds: float) -> None:
-        """Wait until the others have heard the verdict and left, at most so long."""
-        self._alone.wait(seconds)
+        """Wait until the others have heard the verdict and left, at most so long; longer where some are yet to come."""
+        is_early = self._ledger.awaits(self._clock.now)
+        self._alone.wait(max(seconds, SECONDS_FOR_LATE_RANKS) if is_early else seconds)
 
     def close(self) -> None:
         """Tell the others that the watch is over; from another thread."""
@@ -141,7 +144,8 @@ class Coordinator:
                 # Here first: others may leave at once, and launchers then end this process, too.
                 self._learn(self._verdict)
                 self._tell_all({"verdict": self._verdict})
-        if self._verdict is not None and not self._ranks:
+        is_alone = not self._ranks and not self._ledger.awaits(self._clock.now)
+        if self._verdict is not None and is_alone:
             self._alone.set()
 
     def _serve(self, ready: socket.socket) -> None:
@@ -192,7 +196,8 @@ class Coordinator:
 
     def _take(self, connection: socket.socket, message: Message) -> bool:
         """Take a message in; return True where the connection stays. The first must name a rank that has none yet."""
-        if connection not in self._ranks:
+        is_new = connection not in self._ranks
+        if is_new:
             rank = message["rank"]
             known = range(1, self._world_size)
             if type(rank) is not int or rank not in known or rank in self._ranks.values():
@@ -206,6 +211,8 @@ class Coordinator:
         if "failed" in message:
             self._ledger.failed(Failure(*message["failed"]), self._clock.now)
         self._tell(connection, {"beat": self._ledger.latest(0)})
+        if is_new and self._verdict is not None:
+            self._tell(connection, {"verdict": self._verdict})
         return True
 
     def _drop(self, connection: socket.socket) -> None:

@@ -108,6 +108,10 @@ class Ledger:
             self._progress_at = now
         self._beats[beat.rank] = (beat, now)
 
+    def awaits(self, now: float) -> bool:
+        """Return True while ranks that were not heard of yet may still come."""
+        return bool(self._awaited) and now <= self.hang_seconds
+
     def failed(self, failure: Failure, now: float) -> None:
         self._failures.setdefault(failure.rank, (failure, now))
 
