@@ -26,6 +26,9 @@ def print_summary(data: PreparedData) -> None:
             bayes = info.get("bayes_accuracy", {}).get(name)
             note = f" (best possible accuracy {bayes:.3f})" if bayes is not None else ""
             table.add_row(f"comparisons, {name}{note}", f"{count:,}")
+    for name in ("ties", "soft_labels"):
+        if count := info["counts"].get(name):
+            table.add_row(f"of these, {name.replace('_', ' ')}", f"{count:,}")
     for name in ("prompts", "responses", "seen_users", "unseen_users"):
         table.add_row(name.replace("_", " "), f"{info['counts'][name]:,}")
     if num_truncated := info.get("truncated_prompts"):
