@@ -82,7 +82,9 @@ def _write(
 ) -> DatasetInfo:
     table, content_prompt = collector.comparisons()
     users, seen = list(collector.members.users), collector.members.seen()
-    split = collector.members.prompt_splits()[content_prompt]
+    split = table["split"].copy()
+    if collector.members.options.split != "record":
+        split = collector.members.prompt_splits()[content_prompt]
     table["split"] = split + NUM_BASE_SPLITS * ~seen[table["user"]]
 
     store = collector.store

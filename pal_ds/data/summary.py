@@ -114,8 +114,8 @@ def alike_ids(ids: UserIds) -> list[list[str]]:
 
 def _remedy(name: str, options: SplitOptions) -> str:
     """Say how to get pairs into a split."""
-    if options.split == "field":
-        return "With data.split: field the records say it: their key `split`."
+    if options.split in ("field", "record"):
+        return f"With data.split: {options.split} the records say it: their key `split`."
     if name == "train":
         return "Lower data.dev_fraction and data.test_fraction, or give more prompts."
     return f"Raise data.{name}_fraction ({getattr(options, f'{name}_fraction'):g}), or give more prompts."
