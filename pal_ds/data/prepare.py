@@ -70,8 +70,7 @@ class DataConfig:
     special_tokens: bool = True
     """Prefix (BOS, CLS) and end tokens around each text; false: neither."""
     split: Literal["hash", "ordinal", "field", "record"] = "hash"
-    """By prompt: its hash, its order of first appearance, or the `split` that its records name; or by comparison, the
-    `split` of each record (`record`), where answers are held out and not prompts."""
+    """By prompt: its hash, its order of appearance, or the `split` that records name (`field`); or by `record`."""
     dev_fraction: float = 0.05
     """Share of the prompts in the dev split, on which a training evaluates."""
     test_fraction: float = 0.1
