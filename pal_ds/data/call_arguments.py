@@ -6,7 +6,7 @@ they write, and fail on an object.
 
 import json
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 from pal_ds.data.records import CALL_KEYS, Message
 
@@ -25,8 +25,8 @@ def form_needed(apply: Callable[[list[Message]], str | None]) -> Form | None:
         function = {"name": "look_up", "arguments": _ARGUMENTS}
         call = {"id": "call17abc", "type": "function", "function": function}
         answer: Message = {"role": "assistant", "content": None, "tool_calls": [call]}
-        asked: Message = {"role": "user", "content": "Look it up"}
-        text = apply(with_arguments([asked, answer], form))
+        question: Message = {"role": "user", "content": "Look it up"}
+        text = apply(with_arguments([question, answer], form))
         if text is not None and _shows_once(text):
             good.append(form)
     return good[0] if len(good) == 1 else None
@@ -47,7 +47,7 @@ def with_arguments(messages: list[Message], form: Form | None) -> list[Message]:
     ]
 
 
-def _in_form(calls: Any, form: Form) -> Any:
+def _in_form(calls: object, form: Form) -> object:
     """Calls, one call or its function, with their arguments in this form."""
     if isinstance(calls, list):
         return [_in_form(call, form) for call in calls]
@@ -59,7 +59,7 @@ def _in_form(calls: Any, form: Form) -> Any:
     return call
 
 
-def _converted(arguments: Any, form: Form) -> Any:
+def _converted(arguments: object, form: Form) -> object:
     if form == "text":
         is_object = isinstance(arguments, dict | list)
         return json.dumps(arguments, ensure_ascii=False) if is_object else arguments

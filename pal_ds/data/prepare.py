@@ -85,14 +85,12 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Raises UserError for a value out of range."""
-        if self.vocab_size < 1:
-            raise UserError(f"data.vocab_size is {self.vocab_size}; it must be at least 1.")
-        if self.max_length is not None and self.max_length < 1:
-            raise UserError(f"data.max_length is {self.max_length}; it must be at least 1.")
+        for name, value in (("vocab_size", self.vocab_size), ("max_length", self.max_length)):
+            if value is not None and value < 1:
+                raise UserError(f"data.{name} is {value}; it must be at least 1.")
         if not 0 <= self.max_bad_rows <= 1:
-            raise UserError(
-                f"data.max_bad_rows is {self.max_bad_rows}; it is a share of the rows, between 0 and 1."
-            )
+            shown = f"data.max_bad_rows is {self.max_bad_rows}"
+            raise UserError(f"{shown}; it is a share of the rows, between 0 and 1.")
 
     def split_options(self) -> SplitOptions:
         return SplitOptions(**{key.name: getattr(self, key.name) for key in fields(SplitOptions)})
