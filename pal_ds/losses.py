@@ -1,19 +1,20 @@
 """From margins to one loss per comparison: three loss shapes, three ways to weigh token positions.
 
 margin = reward of response_2 - reward of response_1, in log-odds; label +1 means response_2 is
-preferred, -1 response_1. Knows nothing of heads, users or batches. Axes: B comparisons, T
+preferred, -1 response_1, 0 neither. Knows nothing of heads, users or batches. Axes: B comparisons, T
 positions.
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from pal_ds.errors import UserError
 from pal_ds.heads.jaxtyping_fallback import Float, Int
+from pal_ds.tie_models import WITH_THRESHOLD, TieModel, tie_loss, win_loss
 
 LossKind = Literal["logistic", "hinge", "smooth_hinge"]
 TokenWeighting = Literal["last", "mean", "cumulative"]
@@ -59,7 +60,7 @@ class PairFacts(NamedTuple):
     """Facts about each comparison that a loss reads beside its margins."""
 
     label: Int[Tensor, "B"]
-    """+1 where response_2 is preferred, -1 where response_1."""
+    """+1 where response_2 is preferred, -1 where response_1, 0 where neither."""
     start: Int[Tensor, "B"]
     end: Int[Tensor, "B"]
     """The window of scored positions is [start, end); an empty one has loss 0."""
@@ -67,6 +68,8 @@ class PairFacts(NamedTuple):
     """How far apart the preferred response must be to satisfy the annotation."""
     weight: Float[Tensor, "B"]
     """Factor of the comparison's loss in the total; 0 for the stand-in of an empty run."""
+    target: Float[Tensor, "B"] | None = None
+    """Share of the preference that response_2 has, in [0, 1]; None where every label is sure (-1 or +1)."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,9 @@ class PreferenceLoss:
     too, given the prompt (decoders that are trained). The model adds it; 0 loads no output layer."""
     shape: MarginLoss | None = None
     """A loss of one's own in the signed margin, in place of `kind`: {class_path: my_loss.MyLoss, init_args: {}}."""
+    ties: TieModel = "half"
+    """What a tie says: `half` a preference each way, nothing (`drop`), or, with a learnt threshold and margins in
+    log-odds, as Rao and Kupper (`rao_kupper`) or Davidson (`davidson`) have it, see `tie_models.py`."""
 
     def __post_init__(self) -> None:
         """Raises UserError for an unknown choice."""
@@ -93,8 +99,18 @@ class PreferenceLoss:
         else:
             _choose("kind", self.kind, _LOSSES)
         _choose("token_weighting", self.token_weighting, _WEIGHTS)
+        _choose("ties", self.ties, dict.fromkeys(get_args(TieModel)))
+        if self.has_threshold and self.kind != "logistic":
+            raise UserError(
+                f"loss.ties: {self.ties} needs margins in log-odds. Set loss.kind to logistic, or loss.ties to half."
+            )
         if not self.lm_weight >= 0:
             raise UserError(f"loss.lm_weight is {self.lm_weight}; it must be 0 or more.")
+
+    @property
+    def has_threshold(self) -> bool:
+        """True where ties have a threshold that is learnt."""
+        return self.ties in WITH_THRESHOLD
 
     def __call__(
         self,
@@ -103,8 +119,14 @@ class PreferenceLoss:
         start: Int[Tensor, "B"],
         end: Int[Tensor, "B"],
         required_margin: Float[Tensor, "B"] | None = None,
+        *,
+        target: Float[Tensor, "B"] | None = None,
+        threshold: Float[Tensor, "1"] | None = None,
     ) -> Float[Tensor, "B"]:
         """sum_t weight_t * loss(label * margin_t - required_margin), fp32.
+
+        With `target`, the share of the preference that response_2 has, the loss of a comparison is the mean of both
+        labels' by their shares; a tie has the loss that `ties` says, under the given `threshold`.
 
         label is -1 or +1; the window is [start, end). required_margin is how far apart the
         preferred response must be to satisfy the annotation (0 where unset). Positions outside the
@@ -113,7 +135,7 @@ class PreferenceLoss:
         outside, weight = _window(self.token_weighting, start, end, margin.shape[1])
         margin, label = margin.float(), label.unsqueeze(-1)
         needed = None if required_margin is None else required_margin.float().unsqueeze(-1)
-        if self.kind == "hinge":
+        if self.kind == "hinge" and target is None:
             # w max(0, 1 + r - y m) = max(0, w (1 + r) - w y m) as w >= 0: two steps of the graph
             # in place of four, which is what a loss of four pairs costs. Linear up to the mask, so
             # that what lies outside, be it NaN, meets only finite factors on the way back.
@@ -121,11 +143,34 @@ class PreferenceLoss:
             slack = torch.addcmul(most, weight * label, margin, value=-1)
             return slack.masked_fill(outside, 0.0).relu().sum(-1)
         # Before anything is computed from them: what lies outside may be NaN, and 0 * NaN is NaN.
-        signed = label * margin.masked_fill(outside, 0.0)
+        margin, weight = margin.masked_fill(outside, 0.0), weight.masked_fill(outside, 0.0)
+        if target is not None or self.has_threshold:
+            return (weight * self._soft(margin, label, needed, target, threshold)).sum(-1)
+        signed = label * margin
         if needed is not None:
             signed = signed - needed
-        return (weight.masked_fill(outside, 0.0) * (self.shape or _LOSSES[self.kind])(signed)).sum(
-            -1
+        return (weight * (self.shape or _LOSSES[self.kind])(signed)).sum(-1)
+
+    def _soft(
+        self,
+        margin: Float[Tensor, "B T"],
+        label: Int[Tensor, "B one"],
+        needed: Float[Tensor, "B one"] | None,
+        target: Float[Tensor, "B"] | None,
+        threshold: Float[Tensor, "1"] | None,
+    ) -> Float[Tensor, "B T"]:
+        """The loss at each position of comparisons that may be ties, or have soft labels."""
+        second, first = (margin, -margin) if needed is None else (margin - needed, -margin - needed)
+        is_tie = label == 0
+        share = (label + 1) / 2 if target is None else target.float().unsqueeze(-1)
+        if not self.has_threshold:
+            shape = self.shape or _LOSSES[self.kind]
+            loss = share * shape(second) + (1 - share) * shape(first)
+            return loss.masked_fill(is_tie, 0.0) if self.ties == "drop" else loss
+        assert threshold is not None, "a model of ties needs its threshold"
+        up, down = (win_loss(lead, threshold, self.ties) for lead in (second, first))
+        return torch.where(
+            is_tie, tie_loss(margin, threshold, self.ties), share * up + (1 - share) * down
         )
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from pal_ds.data.batch import Batch
 from pal_ds.heads.base import Head, HeadOutput, PairLoss, UserState
 from pal_ds.heads.jaxtyping_fallback import Float
+from pal_ds.tie_models import TieThreshold
 
 
 def user_state(
@@ -32,20 +33,35 @@ def user_state(
 class RewardModel(nn.Module):
     """`forward` is the only way in: under ZeRO-3 parameters are gathered for the length of that call alone."""
 
-    def __init__(self, backbone: nn.Module, head: Head, lm_weight: float = 0.0) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: Head,
+        lm_weight: float = 0.0,
+        tie_threshold: TieThreshold | None = None,
+    ) -> None:
         """`lm_weight` > 0 needs a backbone with an output layer (`TransformerBackbone.language`)."""
         super().__init__()
         self.backbone = backbone
         self.head = head
         self.lm_weight = lm_weight
+        self.tie_threshold = tie_threshold
 
     def forward(
         self, batch: Batch, user: UserState, pair_loss: PairLoss | None = None
     ) -> HeadOutput:
         """Score a batch; in training with `lm_weight`, the penalty has the preferred responses' language-model loss."""
+        output = self._scored(batch, user, pair_loss)
+        if self.tie_threshold is None or not self.training:
+            return output
+        return output._replace(threshold=self.tie_threshold())
+
+    def _scored(self, batch: Batch, user: UserState, pair_loss: PairLoss | None) -> HeadOutput:
         if not (self.lm_weight and self.training):
             return self.head(self.backbone(batch), user, pair_loss)
         backbone: Any = self.backbone
         features, token_losses = backbone.with_token_losses(batch)
         output = self.head(features, user, pair_loss)
+        if batch.target is not None:
+            token_losses = token_losses * (batch.label != 0)  # a tie has no preferred response
         return output._replace(penalty=output.penalty + self.lm_weight * token_losses)

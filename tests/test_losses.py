@@ -6,7 +6,7 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from pal_ds.data.parse import pairs_of_list
+from pal_ds.data.parse_lists import pairs_of_list
 from pal_ds.errors import UserError
 from pal_ds.losses import (
     PreferenceLoss,

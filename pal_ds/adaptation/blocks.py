@@ -13,6 +13,7 @@ from torch import Tensor
 from pal_ds.heads.jaxtyping_fallback import Float, Int
 from pal_ds.heads.sufficient_statistics import MixtureStatistics
 from pal_ds.losses import PairFacts, TokenWeighting, token_weights
+from pal_ds.tie_models import TieModel
 
 FLOATS_PER_BLOCK = 2**20
 """Bytes of `linear` and `quadratic` in a block: 4 MB, so that steps are not memory-bound and calls are few."""
@@ -24,6 +25,8 @@ class UserComparisons(NamedTuple):
     user: Int[Tensor, "B"]
     """Index of the user who made the comparison."""
     facts: PairFacts
+    threshold: Float[Tensor, "1"] | None = None
+    """The threshold of ties, where the loss has one."""
 
 
 class Block(NamedTuple):
@@ -65,6 +68,39 @@ def padded_size(counts: Int[Tensor, "U"]) -> Int[Tensor, "U"]:
     """Each count rounded up by a quarter at most, so that few sizes occur; a function of the count alone."""
     step = torch.pow(2.0, (counts.clamp(min=1).float().log2().floor() - 2).clamp(min=0)).long()
     return (counts + step - 1) // step * step
+
+
+def with_sure_labels(
+    statistics: MixtureStatistics, comparisons: UserComparisons, ties: TieModel
+) -> tuple[MixtureStatistics, UserComparisons]:
+    """Comparisons with labels -1 and +1 whose weighted losses add up to those of the given ones, but for a constant.
+
+    A soft label is one each way, by its shares. So is a tie: halves, or under `rao_kupper` two whole ones; there each
+    needs a lead of the threshold.
+    """
+    facts, is_tie = comparisons.facts, comparisons.facts.label == 0
+    required = facts.required_margin
+    if ties == "rao_kupper":
+        assert comparisons.threshold is not None, "a model of ties needs its threshold"
+        required = required + comparisons.threshold
+    if facts.target is None:
+        return statistics, comparisons._replace(facts=facts._replace(required_margin=required))
+    shares = torch.stack([facts.target.float(), 1 - facts.target.float()])
+    if ties == "rao_kupper":
+        shares = torch.where(is_tie, 1.0, shares)
+    elif ties == "drop":
+        shares = shares.masked_fill(is_tie, 0.0)
+    both = facts._replace(
+        label=torch.cat([torch.ones_like(facts.label), -torch.ones_like(facts.label)]),
+        start=facts.start.repeat(2),
+        end=facts.end.repeat(2),
+        required_margin=required.repeat(2),
+        weight=(shares * facts.weight).flatten(),
+        target=None,
+    )
+    index = statistics.response_index.repeat(2, 1)
+    user = comparisons.user.repeat(2)
+    return statistics._replace(response_index=index), UserComparisons(user, both)
 
 
 def blocks(

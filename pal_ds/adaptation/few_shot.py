@@ -201,6 +201,7 @@ def few_shot_curve(
 def _fit_and_test_rows(data: PreparedData) -> tuple[np.ndarray, np.ndarray]:
     """Return the comparisons to fit and to test held-out users by. Raises UserError where there are none."""
     fit_rows, test_rows = data.rows("unseen_train"), data.rows("unseen_test")
+    test_rows = test_rows[data.comparisons["label"][test_rows] != 0]
     user_of = data.comparisons["user"]
     # Who has no pair to be tested on is not fitted either: the curve is about the users of `unseen_test`.
     fit_rows = fit_rows[np.isin(user_of[fit_rows], user_of[test_rows])]

@@ -101,7 +101,9 @@ def fit_users(
         batch = collator(rows[chosen], np.arange(len(chosen))).to(device)
         with torch.no_grad():
             features = model.backbone(batch)
-        chunk = _Chunk(model.head, features, batch, torch.from_numpy(index).to(device), len(users))
+            threshold = None if model.tie_threshold is None else model.tie_threshold()
+        owner = torch.from_numpy(index).to(device)
+        chunk = _Chunk(model.head, features, batch, owner, len(users), threshold)
         begins = None if initial is None else initial[users].to(device)
         fitted = _fit_chunk(chunk, loss, prior, solver, begins)
         logits[torch.from_numpy(users)] = fitted.cpu()
@@ -161,6 +163,7 @@ class _Chunk(NamedTuple):
     batch: Batch
     owner: Int[Tensor, "n"]
     num_users: int
+    threshold: Float[Tensor, "1"] | None
 
 
 def _fit_chunk(
@@ -170,11 +173,11 @@ def _fit_chunk(
     solver: Solver,
     initial: Float[Tensor, "U K"] | None,
 ) -> Float[Tensor, "U K"]:
-    head, features, batch, owner, num_users = chunk
+    head, features, batch, owner, num_users, threshold = chunk
     prior = prior.to(owner.device)
     with torch.no_grad():
         statistics = head.statistics(features)
-    comparisons = UserComparisons(owner, batch.facts())
+    comparisons = UserComparisons(owner, batch.facts(), threshold)
     if statistics is not None and loss.kind in SHAPES and solver in ("auto", "newton"):
         return solve(statistics, comparisons, num_users, prior, loss)
     losses = losses_of(margins_of(head, features, statistics, owner), loss, comparisons)

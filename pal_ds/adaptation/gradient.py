@@ -17,7 +17,7 @@ from pal_ds.heads.base import Features, Head, Placement, UserState
 from pal_ds.heads.geometry import unit
 from pal_ds.heads.jaxtyping_fallback import Float, Int
 from pal_ds.heads.sufficient_statistics import MixtureStatistics, combine
-from pal_ds.losses import PreferenceLoss
+from pal_ds.losses import PairFacts, PreferenceLoss
 
 NUM_KEPT = 3
 """Starts that are followed, per user: those with the lowest objective."""
@@ -105,10 +105,19 @@ def losses_of(margins: Margins, loss: PreferenceLoss, comparisons: UserCompariso
 
     def losses(logits: Float[Tensor, "S U K"], rows: Int[Tensor, "b"]) -> Float[Tensor, "S b"]:
         margin = margins(logits, rows).flatten(0, 1)
-        label, start, end, required_margin, weight = (
-            part[rows].repeat(len(logits)) for part in facts
+        of_rows = PairFacts._make(
+            None if part is None else part[rows].repeat(len(logits)) for part in facts
         )
-        return (weight * loss(margin, label, start, end, required_margin)).view(-1, len(rows))
+        each = loss(
+            margin,
+            of_rows.label,
+            of_rows.start,
+            of_rows.end,
+            of_rows.required_margin,
+            target=of_rows.target,
+            threshold=comparisons.threshold,
+        )
+        return (of_rows.weight * each).view(-1, len(rows))
 
     return losses
 

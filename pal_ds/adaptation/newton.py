@@ -19,8 +19,8 @@ positions of all their comparisons, padded), K prototypes.
 import torch
 from torch import Tensor
 
-from pal_ds.adaptation.blocks import UserComparisons, blocks
-from pal_ds.adaptation.objective import SHAPES, Objective, Point
+from pal_ds.adaptation.blocks import UserComparisons, blocks, with_sure_labels
+from pal_ds.adaptation.objective import Objective, Point, shape_of
 from pal_ds.adaptation.prior import LogitPrior, mean_over_components
 from pal_ds.distributed import phase
 from pal_ds.heads.jaxtyping_fallback import Float
@@ -50,8 +50,10 @@ def solve(
     features that are no numbers, gets the prior's mean. The kind of `loss` is one of SHAPES.
     """
     logits = prior.mean.repeat(num_users, 1)
+    shape = shape_of(loss, comparisons.threshold)
+    statistics, comparisons = with_sure_labels(statistics, comparisons, loss.ties)
     for block in blocks(statistics, comparisons, num_users, loss.token_weighting):
-        objective = Objective(block, statistics, SHAPES[loss.kind], prior)
+        objective = Objective(block, statistics, shape, prior)
         logits[block.users] = _descend(objective).T
     return logits
 

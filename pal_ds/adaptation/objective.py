@@ -13,6 +13,8 @@ from pal_ds.adaptation.blocks import Block
 from pal_ds.adaptation.prior import LogitPrior, Starts
 from pal_ds.heads.jaxtyping_fallback import Float, Int
 from pal_ds.heads.sufficient_statistics import SMALLEST_SQUARE, MixtureStatistics, combine
+from pal_ds.losses import PreferenceLoss
+from pal_ds.tie_models import win_loss
 
 SMALLEST_GAP = 1e-2
 """Closest to its kink that a hinge is taken to curve."""
@@ -40,6 +42,21 @@ def _smooth_hinge(m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 SHAPES: dict[str, Shape] = {"logistic": _logistic, "hinge": _hinge, "smooth_hinge": _smooth_hinge}
 """Value, slope and curvature of the losses that can be solved for, by their names in `losses`."""
+
+
+def shape_of(loss: PreferenceLoss, threshold: Float[Tensor, "1"] | None) -> Shape:
+    """The shape of a loss, under this threshold of ties."""
+    if loss.ties != "davidson" or threshold is None:
+        return SHAPES[loss.kind]
+
+    def davidson(m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # log z and its derivatives: the chances of losing and of a tie, which count m in full and by half.
+        value = win_loss(m, threshold, "davidson")
+        lost, tied = torch.exp(-m - value), threshold * torch.exp(-m / 2 - value)
+        slope = lost + tied / 2
+        return value, -slope, lost + tied / 4 - slope.square()
+
+    return davidson
 
 
 class Point(NamedTuple):

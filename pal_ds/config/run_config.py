@@ -29,7 +29,7 @@ class OptimConfig:
     prototype_learning_rate: float | None = None
     """Peak rate of the prototypes; unset: `learning_rate`."""
     scale_learning_rate: float | None = None
-    """Peak rate of the learnt scale of cosine rewards; unset: `learning_rate`."""
+    """Peak rate of the learnt scale of cosine rewards, and of the threshold of ties; unset: `learning_rate`."""
     weight_decay: float = 0.0
     """Of AdamW, decoupled from the gradient; the cosine scale and the users have none."""
     betas: tuple[float, float] = (0.9, 0.999)

@@ -86,6 +86,7 @@ class Batch(NamedTuple):
     window_start: Int[Tensor, "B"]
     window_end: Int[Tensor, "B"]
     label: Int[Tensor, "B"]
+    """+1 where response_2 is preferred, -1 where response_1, 0 for a tie."""
     required_margin: Float[Tensor, "B"]
     weight: Float[Tensor, "B"]
     """1, or 0 for the stand-in of an empty run: it keeps the collectives of all ranks in step and adds nothing."""
@@ -103,13 +104,16 @@ class Batch(NamedTuple):
     packing: Packing | None = None
     """Given where all texts lie in one row (N = 1): response_positions and prompt_rows are then columns of it, the
     latter of each prompt's first token."""
+    target: Float[Tensor, "B"] | None = None
+    """Share of the preference that response_2 has; None for data in which every label is sure."""
     answers: Answers | None = None
     """The tokens of preferred responses, where the loss asks how likely they are."""
 
     def facts(self, factor: float = 1.0) -> PairFacts:
         """Return what a loss reads of the comparisons, their weights times `factor`."""
         window = self.window_start, self.window_end
-        return PairFacts(self.label, *window, self.required_margin, self.weight * factor)
+        weight = self.weight * factor
+        return PairFacts(self.label, *window, self.required_margin, weight, self.target)
 
     def to(self, device: torch.device) -> "Batch":
         return _moved(self, device)

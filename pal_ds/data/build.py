@@ -13,13 +13,14 @@ import pyarrow as pa
 
 from pal_ds.data.bad_rows import BadRows
 from pal_ds.data.collect import Collector
+from pal_ds.data.dataset_info import Counts, DatasetInfo, SoftCounts
 from pal_ds.data.marker_words import named_counts
 from pal_ds.data.ragged import Ragged
 from pal_ds.data.records import Record
 from pal_ds.data.sources.base import Source
 from pal_ds.data.splits import NUM_BASE_SPLITS, SPLITS, SplitOptions
 from pal_ds.data.stores import CODE, REASONS, TokenStore, TokenTables
-from pal_ds.data.tables import FORMAT_VERSION, USERS_SCHEMA, Counts, DatasetInfo, PreparedData
+from pal_ds.data.tables import FORMAT_VERSION, USERS_SCHEMA, PreparedData
 from pal_ds.data.tokenise import TextEncoder
 from pal_ds.data.verification import INFO_NAME, hash_tables
 from pal_ds.errors import UserError
@@ -81,7 +82,9 @@ def _write(
 ) -> DatasetInfo:
     table, content_prompt = collector.comparisons()
     users, seen = list(collector.members.users), collector.members.seen()
-    split = collector.members.prompt_splits()[content_prompt]
+    split = table["split"].copy()
+    if collector.members.options.split != "record":
+        split = collector.members.prompt_splits()[content_prompt]
     table["split"] = split + NUM_BASE_SPLITS * ~seen[table["user"]]
 
     store = collector.store
@@ -250,7 +253,18 @@ def _counts(table: np.ndarray, seen: np.ndarray, num_prompts: int, num_responses
         "seen_users": int(seen.sum()),
         "unseen_users": int((~seen).sum()),
         "splits": dict(zip(SPLITS, by_split, strict=True)),
+        **_counts_beyond_hard(table),
     }
+
+
+def _counts_beyond_hard(table: np.ndarray) -> SoftCounts:
+    """Numbers of ties and of soft labels, where there are any."""
+    counts: SoftCounts = {}
+    if num_ties := int((table["label"] == 0).sum()):
+        counts["ties"] = num_ties
+    if "soft" in (table.dtype.names or ()):
+        counts["soft_labels"] = int(table["soft"].sum())
+    return counts
 
 
 def _bayes(table: np.ndarray) -> dict:

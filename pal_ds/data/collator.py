@@ -16,7 +16,7 @@ from pal_ds.data.draws import Contexts, Draws, preferred_first
 from pal_ds.data.features import MappedFeatures
 from pal_ds.data.packing import pack_joint, pack_pooled, pack_separate, pad_right
 from pal_ds.data.ragged import Ragged, windows_from_first_difference
-from pal_ds.data.tables import PreparedData
+from pal_ds.data.tables import PreparedData, targets
 from pal_ds.data.tokenise import truncation_side
 from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.remote_code.canonical import truncated
@@ -103,6 +103,7 @@ class Collator:
             window_start=torch.from_numpy(start),
             window_end=torch.from_numpy(end),
             label=torch.from_numpy(table["label"].astype(np.int64)),
+            target=None if self.data.is_hard else torch.from_numpy(targets(table)),
             required_margin=torch.from_numpy(table["margin"].astype(np.float32)),
             weight=torch.from_numpy(weight),
             user_row=torch.from_numpy(users),

@@ -8,9 +8,16 @@ import xxhash
 from pal_ds.data.bad_rows import BadRows
 from pal_ds.data.kept_texts import SampleKeeper
 from pal_ds.data.records import Record, is_empty
-from pal_ds.data.splits import Membership, SplitOptions, check_text, compared, content_digest
+from pal_ds.data.splits import (
+    NO_SPLIT,
+    Membership,
+    SplitOptions,
+    check_text,
+    compared,
+    content_digest,
+)
 from pal_ds.data.stores import TokenStore, VectorStore
-from pal_ds.data.tables import COMPARISON_DTYPE
+from pal_ds.data.tables import COMPARISON_DTYPE, SOFT_COMPARISON_DTYPE
 from pal_ds.data.tokenise import TextEncoder
 from pal_ds.errors import UserError
 
@@ -32,7 +39,7 @@ class Collector:
         self.num_records = self._num_seen = self._num_stored = 0
         self._responses: dict[bytes, int] = {}
         self._last_bad: str | None = None
-        names = ("user", "a", "b", "label", "group", "controversial", "prompt")
+        names = ("user", "a", "b", "label", "group", "controversial", "soft", "split", "prompt")
         self._columns: dict[str, array] = {name: array("q") for name in names}
         self._columns |= {name: array("f") for name in ("margin", "probability")}
 
@@ -57,7 +64,19 @@ class Collector:
         first, second = (self._add_response(key, prompt, record, i, where) for i in (0, 1))
         controversial = -1 if record.controversial is None else int(record.controversial)
         probability = np.nan if record.probability is None else record.probability
-        values = (user, first, second, record.label, group, controversial, prompt)
+        of_record = self.members.options.split == "record"
+        split = self.members.named_split(record, where) if of_record else NO_SPLIT
+        values = (
+            user,
+            first,
+            second,
+            record.label,
+            group,
+            controversial,
+            record.soft,
+            split,
+            prompt,
+        )
         values += (record.margin, probability)
         for column, value in zip(self._columns.values(), values, strict=True):
             column.append(value)
@@ -71,10 +90,16 @@ class Collector:
         self._last_bad = record.where
 
     def comparisons(self) -> tuple[np.ndarray, np.ndarray]:
-        """(table in COMPARISON_DTYPE, all in train so far; row of each comparison's prompt)."""
-        table = np.zeros(self.num_records, COMPARISON_DTYPE)
+        """(table, in SOFT_COMPARISON_DTYPE where a label is soft; prompt of each comparison).
+
+        Its `split` is the one that the record names, or NO_SPLIT.
+        """
         columns = {name: np.frombuffer(c, c.typecode) for name, c in self._columns.items()}
         prompts = columns.pop("prompt")
+        dtype = SOFT_COMPARISON_DTYPE if columns["soft"].any() else COMPARISON_DTYPE
+        if dtype is COMPARISON_DTYPE:
+            del columns["soft"]
+        table = np.zeros(self.num_records, dtype)
         for name, column in columns.items():
             table[name] = column
         return table, prompts
@@ -95,8 +120,10 @@ class Collector:
             raise UserError(
                 f"{where}: some records hold text, some vectors; a dataset holds one of them"
             )
-        if record.label not in (-1, 1):
-            raise UserError(f"{where}: label is {record.label!r}; it must be -1 or 1")
+        if record.label not in (-1, 0, 1):
+            raise UserError(f"{where}: label is {record.label!r}; it must be -1, 1, or 0 for a tie")
+        if record.soft and (record.probability is None or record.label == 0):
+            raise UserError(f"{where}: a soft label needs a probability, and is no tie")
         if is_text and any(map(is_empty, compared(record))):
             raise UserError(
                 f"{where}: a response is empty; every response needs text. Remove or mend the row"

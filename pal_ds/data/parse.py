@@ -1,4 +1,4 @@
-"""Parse a JSON object into a Record, or a list of scored responses into several.
+"""Parse a JSON object into a Record.
 
 An error says where, what, the rule and the remedy.
 """
@@ -6,8 +6,7 @@ An error says where, what, the rule and the remedy.
 import difflib
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import combinations
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from pal_ds.data.records import (
@@ -36,6 +35,7 @@ OPTIONAL_KEYS = (
     "margin",
     "split",
     "seen",
+    "tie",
 )
 FACT_KEYS = ("controversial", "probability")
 KNOWN_KEYS = tuple(
@@ -67,8 +67,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         f"give a non-empty text (or leave the key out for the one user '{POPULATION_USER}')",
     ),
     "y": (
-        lambda value: not isinstance(value, bool) and value in (-1, 1),
-        "it must be -1 (response_1 is preferred) or 1 (response_2 is preferred)",
+        lambda value: not isinstance(value, bool) and value in (-1, 0, 1),
+        "it must be -1 (response_1 is preferred), 1 (response_2 is preferred) or 0 (a tie)",
     ),
     "margin": (
         lambda value: is_number(value) and 0 <= value <= _LARGEST_FLOAT32,
@@ -81,6 +81,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "seen": (_is_true_or_false, "it must be true or false"),
     "controversial": (_is_true_or_false, "it must be true or false"),
+    "tie": (_is_true_or_false, "it must be true or false"),
     "probability": (
         lambda value: is_number(value) and 0 <= value <= 1,
         "it must be a finite number between 0 and 1",
@@ -107,10 +108,15 @@ def parse_record(fields: object, where: str, extra_keys: str = "error") -> Recor
             f"{', '.join(KNOWN_KEYS)}. Remove it or set extra_keys: ignore"
         )
     values = {key: _checked(fields, key, where) for key in _RULES if key != "y" or "y" in form}
-    user_id, label, group = values["user_id"], values.pop("y", -1), values["group"]
+    user_id, group = values["user_id"], values["group"]
+    y, tie = values.pop("y", None), values.pop("tie")
+    values |= _choice(y, tie, values["probability"], form, where)
+    if values["label"] == 0 and values["margin"]:
+        raise UserError(
+            f"{where}: 'margin' is {values['margin']} for a tie, which has none; leave it out"
+        )
     values |= {
         "user_id": POPULATION_USER if user_id is None else str(user_id),
-        "label": int(label),
         "margin": float(values["margin"] or 0.0),
         "group": None if group is None else str(group),
     }
@@ -122,6 +128,27 @@ def parse_record(fields: object, where: str, extra_keys: str = "error") -> Recor
     return Record(**values, prompt=prompt, responses=responses, tools=tools)
 
 
+def _choice(
+    y: float | None, tie: bool | None, probability: float | None, form: tuple[str, ...], where: str
+) -> dict[str, int]:
+    """(`label`, `soft`) of a record of this form. Raises UserError where its keys contradict each other."""
+    if "y" not in form:
+        if tie:
+            raise UserError(
+                f"{where}: 'tie' is true beside 'chosen' and 'rejected'; give the two of a tie as response_1 and "
+                "response_2"
+            )
+        return {"label": -1}
+    if tie is not None and y is not None and tie != (y == 0):
+        raise UserError(f"{where}: 'tie' is {str(tie).lower()} beside y {y}; leave one of them out")
+    if tie or y == 0:
+        return {"label": 0}
+    if y is not None:
+        return {"label": int(y)}
+    assert probability is not None, "a record that does not say which response is preferred"
+    return {"label": 1 if probability >= 0.5 else -1, "soft": True}
+
+
 def _choose_form(fields: Mapping, unknown: list[str], where: str) -> tuple[str, ...]:
     present = [key for key, value in fields.items() if value is not None]
     started = [form for form in REQUIRED_FORMS if any(k in present for k in form if k != "y")]
@@ -131,14 +158,15 @@ def _choose_form(fields: Mapping, unknown: list[str], where: str) -> tuple[str, 
             "keep one form"
         )
     form = started[0] if started else REQUIRED_FORMS[1 if "y" in present else 0]
+    is_answered = fields.get("tie") is True or "probability" in present
     for key in form:
-        if key not in present:
+        if key not in present and not (key == "y" and is_answered):
             others = [k for k in (unknown or fields) if k not in KNOWN_KEYS]
             written = difflib.get_close_matches(key, map(str, others), n=1)
             close = f" (did you mean '{key}' by '{written[0]}'?)" if written else ""
             raise UserError(
                 f"{where}: missing key '{key}'{close}; a record has prompt, chosen, rejected, or "
-                "prompt, response_1, response_2, y, or response_features, y"
+                "prompt, response_1, response_2, y, or response_features, y; in place of y, probability or tie"
             )
     return form
 
@@ -237,46 +265,3 @@ def _vectors(fields: Mapping[str, Any], where: str) -> dict:
             f"{where}: vectors of sizes {sizes} in one record; all vectors must have one size"
         )
     return {"prompt_features": prompt, "response_features": tuple(vectors)}
-
-
-def is_list(fields: object) -> bool:
-    """Return whether an object is a list of responses and not a comparison of two."""
-    return isinstance(fields, Mapping) and "scores" in fields
-
-
-def check_list(fields: Mapping[str, Any], where: str) -> tuple[str, list[Any], list[float]]:
-    """(the key of the responses, the responses, what the user thinks of each).
-
-    Raises:
-        UserError: fewer than two responses, another number of scores, or a score that is no finite number.
-    """
-    key = "response_features" if "response_features" in fields else "responses"
-    responses, scores = fields.get(key), fields.get("scores")
-    if not isinstance(responses, list) or len(responses) < 2:
-        raise UserError(f"{where}: '{key}' must be a list of two or more candidates.")
-    if not isinstance(scores, list) or len(scores) != len(responses):
-        raise UserError(
-            f"{where}: 'scores' must be a list of {len(responses)} numbers, what the user thinks of each candidate."
-        )
-    for score in scores:
-        if not is_number(score) or not math.isfinite(score):
-            raise UserError(f"{where}: 'scores' holds {score!r}; each must be a finite number.")
-    return key, responses, [float(score) for score in scores]
-
-
-def pairs_of_list(fields: Mapping[str, Any], where: str) -> Iterator[dict[str, object] | None]:
-    """Each two responses as a comparison's fields, in the order of the list; None for two of equal score.
-
-    The mean logistic loss over these pairs is the masked list-wise ranking loss of DSP (arXiv 2309.03126): a batch
-    holds each response once, so r of them cost r encodings, and `train.shuffle_unit: item` keeps them together.
-    """
-    key, responses, scores = check_list(fields, where)
-    rest = {name: value for name, value in fields.items() if name not in (key, "scores")}
-    for i, j in combinations(range(len(responses)), 2):
-        if scores[i] == scores[j]:
-            yield None
-            continue
-        pair = {"response_1": responses[i], "response_2": responses[j]}
-        if key == "response_features":
-            pair = {key: [responses[i], responses[j]]}
-        yield {**rest, **pair, "y": -1 if scores[i] > scores[j] else 1}

@@ -69,8 +69,8 @@ class DataConfig:
     """auto: the tokenizer's template where it has one; never; or the name of one of several."""
     special_tokens: bool = True
     """Prefix (BOS, CLS) and end tokens around each text; false: neither."""
-    split: Literal["hash", "ordinal", "field"] = "hash"
-    """By prompt: its hash, its order of first appearance, or the records' own `split`."""
+    split: Literal["hash", "ordinal", "field", "record"] = "hash"
+    """By prompt: its hash, its order of appearance, or the `split` that records name (`field`); or by `record`."""
     dev_fraction: float = 0.05
     """Share of the prompts in the dev split, on which a training evaluates."""
     test_fraction: float = 0.1

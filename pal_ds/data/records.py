@@ -36,7 +36,7 @@ _SHOWN_KEYS = {
 class Record:
     """`user_id` compared two responses to `prompt`. Texts, or vectors in their place, never both.
 
-    `label` is y of the field's triple: -1 when responses[0] is preferred, +1 when responses[1] is.
+    `label` is y of the field's triple: -1 when responses[0] is preferred, +1 when responses[1] is, 0 for a tie.
     """
 
     user_id: str
@@ -58,6 +58,9 @@ class Record:
     """True if the dataset's users disagree on this pair; None where its source cannot know."""
     probability: float | None = None
     """Known probability that responses[1] is preferred (synthetic worlds)."""
+    soft: bool = False
+    """True where `probability` is itself the annotation, say the share of annotators who chose responses[1]; `label`
+    is then the likelier choice (+1 at one half)."""
     where: str | None = field(default=None, compare=False, repr=False)
     """Place of the row that it was read from, for messages."""
 

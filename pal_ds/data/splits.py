@@ -22,15 +22,15 @@ NO_SPLIT = -1
 class SplitOptions:
     """Options of the split of prompts and users; the defaults put everything in train."""
 
-    split: Literal["hash", "ordinal", "field"] = "hash"
+    split: Literal["hash", "ordinal", "field", "record"] = "hash"
     dev_fraction: float = 0.0
     test_fraction: float = 0.0
     unseen_user_fraction: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.split not in ("hash", "ordinal", "field"):
-            raise UserError(f"split is '{self.split}'; it must be hash, ordinal or field")
+        if self.split not in ("hash", "ordinal", "field", "record"):
+            raise UserError(f"split is '{self.split}'; it must be hash, ordinal, field or record")
         for key in ("dev_fraction", "test_fraction", "unseen_user_fraction"):
             if not 0 <= getattr(self, key) <= 1:
                 raise UserError(f"{key} is {getattr(self, key)}; it must lie between 0 and 1")
@@ -126,15 +126,7 @@ class Membership:
         """(row, digest) of the record's prompt, under any split its records name."""
         key = prompt_digest(record, where)
         row = self.prompts.setdefault(key, len(self.prompts))
-        code = NO_SPLIT
-        if self.options.split == "field":
-            if record.split not in SPLIT_FIELD_NAMES:
-                close = nearest(str(record.split), SPLIT_FIELD_NAMES)
-                raise UserError(
-                    f"{where}: split is {record.split!r}{close}; under data.split: field every "
-                    f"record names one of {', '.join(SPLIT_FIELD_NAMES)}. Or use data.split: hash"
-                )
-            code = SPLIT_FIELD_NAMES.index(record.split)
+        code = self.named_split(record, where) if self.options.split == "field" else NO_SPLIT
         if row == len(self.prompt_field):
             self.prompt_field.append(code)
             self.prompt_fraction.append(keyed_fraction(self.options.seed, key))
@@ -142,9 +134,19 @@ class Membership:
             raise UserError(
                 f"{where}: its prompt is in split '{record.split}' here and in "
                 f"'{SPLIT_FIELD_NAMES[self.prompt_field[row]]}' before; all comparisons of a "
-                "prompt belong to one split"
+                "prompt belong to one split. Where answers are held out and not prompts: data.split: record"
             )
         return row, key
+
+    def named_split(self, record: Record, where: str) -> int:
+        """Code of the split that a record names. Raises UserError where it names none."""
+        if record.split not in SPLIT_FIELD_NAMES:
+            close = nearest(str(record.split), SPLIT_FIELD_NAMES)
+            raise UserError(
+                f"{where}: split is {record.split!r}{close}; under data.split: {self.options.split} every "
+                f"record names one of {', '.join(SPLIT_FIELD_NAMES)}. Or use data.split: hash"
+            )
+        return SPLIT_FIELD_NAMES.index(record.split)
 
     def add_user(self, record: Record, group: int = -1) -> int:
         """Row of the record's user, whose group is the first that is given."""

@@ -26,6 +26,9 @@ def print_summary(data: PreparedData) -> None:
             bayes = info.get("bayes_accuracy", {}).get(name)
             note = f" (best possible accuracy {bayes:.3f})" if bayes is not None else ""
             table.add_row(f"comparisons, {name}{note}", f"{count:,}")
+    for name in ("ties", "soft_labels"):
+        if count := info["counts"].get(name):
+            table.add_row(f"of these, {name.replace('_', ' ')}", f"{count:,}")
     for name in ("prompts", "responses", "seen_users", "unseen_users"):
         table.add_row(name.replace("_", " "), f"{info['counts'][name]:,}")
     if num_truncated := info.get("truncated_prompts"):
@@ -111,8 +114,8 @@ def alike_ids(ids: UserIds) -> list[list[str]]:
 
 def _remedy(name: str, options: SplitOptions) -> str:
     """Say how to get pairs into a split."""
-    if options.split == "field":
-        return "With data.split: field the records say it: their key `split`."
+    if options.split in ("field", "record"):
+        return f"With data.split: {options.split} the records say it: their key `split`."
     if name == "train":
         return "Lower data.dev_fraction and data.test_fraction, or give more prompts."
     return f"Raise data.{name}_fraction ({getattr(options, f'{name}_fraction'):g}), or give more prompts."

@@ -1,102 +1,23 @@
-"""Prepared data: dataset.json key by key, and the memory-mapped prompts, responses, comparisons and users."""
+"""Prepared data: the memory-mapped prompts, responses, comparisons and users of a folder."""
 
 import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict, cast
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
 
+from pal_ds.data.dataset_info import DatasetInfo, TokensInfo
 from pal_ds.data.ragged import Ragged
 from pal_ds.data.splits import SPLITS
 from pal_ds.data.verification import INFO_NAME, MEND, REMEDY, check_listing, check_tables
 from pal_ds.errors import UserError
 from pal_ds.io.arrow import values_of
 from pal_ds.io.boundary import check_form, reading
-from pal_ds.io.sealed import FileEntry, is_intact
+from pal_ds.io.sealed import is_intact
 from pal_ds.users.ids import UserIds
-
-
-class TokensInfo(TypedDict):
-    """The `tokens` entry, written by `TextEncoder.describe` and read by `TextEncoder.from_info`."""
-
-    tokenizer: str
-    """Folder or hub id, or "trained"."""
-    vocab_size: int
-    max_length: int
-    """Tokens of prompt + response at most."""
-    truncation_side: NotRequired[Literal["left", "right"]]
-    """Absent means left."""
-    prefix_ids: list[int]
-    end_ids: list[int]
-    end_variants: NotRequired[list[list[int]]]
-    """All that may stand for the end in a text. Absent: the end alone, and behind the template's own end of a turn."""
-    marker_ids: list[int] | None
-    """Tokens in front of every response; None where they are not always the same."""
-    user_marker_ids: list[int] | None
-    """Tokens in front of every message of the user; None as above."""
-    separator: str | None
-    """None where a chat template is used."""
-    chat_template: bool
-    finished_header: NotRequired[bool]
-    """True where the assistant's header was read from a finished conversation; absent: from the generation prompt."""
-    call_arguments: NotRequired[Literal["object", "text"]]
-    """Form in which the chat template takes the arguments of tool calls; absent: as each record has them."""
-    clock: NotRequired[str | None]
-    """What the chat template takes for now, in ISO 8601; absent where it asks for no date."""
-    special_tokens: bool
-    pad_token_id: int
-    marker_kept: NotRequired[float | None]
-    """Share of the texts with a prompt whose response marker is whole; null where none has a prompt."""
-
-
-class Counts(TypedDict):
-    """Sizes of the tables."""
-
-    comparisons: int
-    prompts: int
-    responses: int
-    users: int
-    seen_users: int
-    unseen_users: int
-    splits: dict[str, int]
-    """Number of comparisons by split."""
-
-
-class DatasetInfo(TypedDict):
-    """The whole of dataset.json."""
-
-    checksum: NotRequired[str]
-    """xxh3, 128 bits, of this file with zeros in its place; absent from format 2, as `files` is."""
-    format_version: int
-    files: NotRequired[dict[str, FileEntry]]
-    """Size and hash of every other file, the tokenizer's too, by its path from the folder."""
-    kind: Literal["tokens", "vectors"]
-    hash: str
-    """xxh3_128 over all table files."""
-    source: dict[str, Any] | None
-    """`Source.describe`; each source has keys of its own."""
-    licence: str | None
-    settings: NotRequired[dict[str, Any]]
-    """The recipe's `data` section and the raw files' hashes; absent from tables of an ad-hoc file."""
-    fingerprint: NotRequired[str]
-    """Hash of `settings`."""
-    counts: Counts
-    dropped: dict[str, int]
-    """Number of dropped comparisons by reason."""
-    groups: list[str]
-    tokens: TokensInfo
-    """Null where `kind` is "vectors": a reader looks at `kind` first."""
-    not_shown: NotRequired[dict[str, int]]
-    """Number of distinct texts in which the chat template leaves something out, by its kind."""
-    truncated_prompts: NotRequired[int]
-    vector_size: int
-    """Numbers of a vector; null where `kind` is "tokens"."""
-    bayes_accuracy: NotRequired[dict[str, float]]
-    """Best possible accuracy by split, where choice probabilities are known."""
-
 
 FORMAT_VERSION = 3
 """3 added sizes and hashes of all files, and dataset.json's own checksum. 2 is still read."""
@@ -117,8 +38,19 @@ COMPARISON_DTYPE = np.dtype(
         ("probability", np.float32),
     ]
 )
-"""label -1: a is preferred, +1: b; group -1: none; controversial 1: users disagree on the pair, 0:
+"""label -1: a is preferred, +1: b, 0: neither (a tie); group -1: none; controversial 1: users disagree on the pair, 0:
 they agree, -1: unknown; probability: that b is preferred, or NaN."""
+
+SOFT_COMPARISON_DTYPE = np.dtype([*COMPARISON_DTYPE.descr, ("soft", np.int8)])
+"""Of data with soft labels. soft 1: `probability` is itself the annotation, and label the likelier choice."""
+
+
+def targets(table: np.ndarray) -> np.ndarray:
+    """Return the share of the preference that b has, as annotated: 0, 1, 1/2 for a tie, or a soft label; fp32 [n]."""
+    shares = (table["label"].astype(np.float32) + 1) / 2
+    if "soft" not in (table.dtype.names or ()):
+        return shares
+    return np.where(table["soft"] == 1, table["probability"], shares).astype(np.float32)
 
 
 USERS_SCHEMA = pa.schema(
@@ -162,7 +94,8 @@ class PreparedData:
             check_listing(path, info["files"])
         users = _read_users(path)
         tables = {name: _map(path, name) for name in _names_of_tables(path, info)}
-        if tables["comparisons"].dtype != COMPARISON_DTYPE or tables["comparisons"].ndim != 1:
+        dtypes = (COMPARISON_DTYPE, SOFT_COMPARISON_DTYPE)
+        if tables["comparisons"].dtype not in dtypes or tables["comparisons"].ndim != 1:
             raise UserError(f"{path / 'comparisons.npy'}: is no table of comparisons; {REMEDY}.")
         check_tables(path, info, tables, len(users))
         rows = {
@@ -189,6 +122,16 @@ class PreparedData:
     def hash(self) -> str:
         """xxh3_128 over all table files."""
         return self.info["hash"]
+
+    @property
+    def num_ties(self) -> int:
+        """Comparisons in which neither response is preferred."""
+        return self.info["counts"].get("ties", 0)
+
+    @property
+    def is_hard(self) -> bool:
+        """True where every comparison prefers one response, with a probability of 1."""
+        return self.num_ties == 0 and "soft" not in (self.comparisons.dtype.names or ())
 
     @property
     def groups(self) -> list[str]:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple, cast
 
 from pal_ds.data.chat_template import ChatTemplate, choose_template, not_shown
+from pal_ds.data.dataset_info import TokensInfo
 from pal_ds.data.records import Text, Tools, as_messages, render_plain
 from pal_ds.data.special_tokens import special_ids, turn_end, user_marker
-from pal_ds.data.tables import TokensInfo
 from pal_ds.data.verification import MEND
 from pal_ds.errors import UserError
 from pal_ds.io.boundary import reading

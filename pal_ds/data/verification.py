@@ -187,8 +187,13 @@ def _comparison_problems(
     for key, (low, high) in limits.items():
         if not _within(table[key], low, high):
             yield "comparisons", f"has a value of {key!r} outside of [{low}, {high - 1}]"
-    if not table["label"].all():
-        yield "comparisons", "has a label 0; labels are -1 or 1"
+    num_ties = int((table["label"] == 0).sum())
+    if num_ties != info["counts"].get("ties", 0):
+        yield "comparisons", f"has {num_ties} labels 0 (ties), which is not what {INFO_NAME} says"
+    if "soft" in (table.dtype.names or ()):
+        is_soft = table["soft"] == 1
+        if not _within(table["soft"], 0, 2) or np.isnan(table["probability"][is_soft]).any():
+            yield "comparisons", "has a soft label without its probability"
     if not np.isfinite(table["margin"]).all():
         yield "comparisons", "has a margin that is no finite number"
     known = table["probability"][~np.isnan(table["probability"])]

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from pal_ds.data.tables import PreparedData, TokensInfo
+from pal_ds.data.dataset_info import TokensInfo
+from pal_ds.data.tables import PreparedData
 from pal_ds.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -13,17 +13,19 @@ ParamGroup = dict[str, Any]
 """A parameter group as torch has it: `params` beside the settings that the optimizer reads."""
 
 GROUPS = ("backbone", "prototypes", "scale", "projectors")
+_GROUP_OF_NAME = {"prototypes": "prototypes", "log_scale": "scale", "log_threshold": "scale"}
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[ParamGroup]:
     """Sort the trainable parameters into groups: backbone, prototypes, scale, projectors. Empty groups are dropped.
 
-    A head opts into a group by a parameter's last name, `prototypes` or `log_scale` (see docs/heads.md).
+    A head opts into a group by a parameter's last name, `prototypes` or `log_scale` (see docs/heads.md). The threshold
+    of ties is a scale.
     """
     members: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
     for name, parameter in model.named_parameters():
         last = name.rpartition(".")[2]
-        group = {"prototypes": "prototypes", "log_scale": "scale"}.get(last, "projectors")
+        group = _GROUP_OF_NAME.get(last, "projectors")
         if parameter.requires_grad:
             members["backbone" if name.startswith("backbone.") else group].append(parameter)
     return [

@@ -109,7 +109,8 @@ class Stepper:
     def _fused_pair_loss(self, batch: Batch, scale: float) -> PairLoss | None:
         """The fused loss of this batch, on hardware where it pays."""
         fused = FusedLoss.where_it_pays(self.loss, self.world.device)
-        if fused is None:
+        # The kernels know sure labels alone.
+        if fused is None or batch.target is not None or self.loss.has_threshold:
             return None
         facts = batch.facts(scale)
         return lambda placement: fused.compute(placement, facts)
@@ -123,7 +124,8 @@ class Stepper:
             scaled = output.total + (output.penalty * batch.weight).sum() * scale
             return scaled / scale, scaled
         window = batch.window_start, batch.window_end
-        per_pair = self.loss(output.margin, batch.label, *window, batch.required_margin)
+        soft = {"target": batch.target, "threshold": output.threshold}
+        per_pair = self.loss(output.margin, batch.label, *window, batch.required_margin, **soft)
         total = ((per_pair + output.penalty) * batch.weight).sum()
         return total, total * scale
 

@@ -37,6 +37,7 @@ class FormatBaseline:
     def of(cls, data: PreparedData) -> "FormatBaseline | None":
         """Counted over the train split; None where responses are vectors or nothing was trained on."""
         rows = data.rows("train")
+        rows = rows[data.comparisons["label"][rows] != 0]
         if data.responses is None or len(rows) == 0:
             return None
         table = data.comparisons[rows]

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from pal_ds.data.parse import check_list, parse_record
+from pal_ds.data.parse import parse_record
+from pal_ds.data.parse_lists import check_list
 from pal_ds.data.records import Record
 from pal_ds.data.sources.base import Source, check_files, read_lines
 from pal_ds.data.sources.given import GivenRecords
-from pal_ds.data.tables import COMPARISON_DTYPE, PreparedData
+from pal_ds.data.tables import COMPARISON_DTYPE, PreparedData, targets
 from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
 from pal_ds.eval.best_of_n_metrics import FIGURES, Lists, best_of_n_figures
@@ -171,14 +172,15 @@ def score_candidates(
 
 
 def compared_candidates(data: PreparedData, rows: np.ndarray) -> Candidates:
-    """Lists from comparisons: what one user compared for one prompt, with the share of comparisons each won."""
+    """Lists from comparisons: what one user compared for one prompt, with the share that each won (a tie: half)."""
     table = data.comparisons[rows]
     num_prompts, num_responses = int(data.response_prompt.max()) + 1, len(data.response_prompt)
     keys = table["user"] * num_prompts + data.response_prompt[table["a"]]
     lists, owner = np.unique(keys, return_inverse=True)
     sides = np.concatenate([owner * num_responses + table[side] for side in ("a", "b")])
     entries, entry = np.unique(sides, return_inverse=True)
-    won = np.concatenate([table["label"] < 0, table["label"] > 0]).astype(float)
+    share = targets(table).astype(float)
+    won = np.concatenate([1 - share, share])
     utility = np.bincount(entry, weights=won) / np.bincount(entry)
     owner, response = np.divmod(entries, num_responses)
     sizes = np.bincount(owner, minlength=len(lists))

@@ -27,6 +27,7 @@ from pal_ds.eval.metrics import controversial
 from pal_ds.eval.prototype_examples import evenly, examples_of_prototypes
 from pal_ds.eval.results import SPLIT, EvalRequest, name_of, split_request, write_figures
 from pal_ds.eval.schema import EvaluationFigures
+from pal_ds.eval.tie_figures import ThreeWay, fit_threshold
 from pal_ds.inference.load_run import OpenRun, limits_of, restore
 from pal_ds.inference.readers import KnownUsers, known_users, own_margins, reader_of, with_points
 from pal_ds.modeling.build import refuse_empty_prompts
@@ -161,10 +162,10 @@ def evaluate_set(
     with opened_pairs(restored, request.pairs, world, beside=request.out) as data:
         rows = request.rows(data)
         known = with_points(known, restored, data, world)
-        temperature = _temperature(restored, world)
+        calibration = _calibration(restored, world)
         reader = reader_of(restored, data, rows, known.table_rows(data), world)
         margins = reader.forwards(world, "scoring").margins(rows, known.mixtures)
-        figures = report_on(restored, known, reader, rows, margins, temperature, world)
+        figures = report_on(restored, known, reader, rows, margins, calibration, world)
         if known.encoded_rows is not None:
             other = with_points(known, restored, data, world, flipped=True)
             turned = reader.forwards(world).margins(rows, other.mixtures)
@@ -185,17 +186,23 @@ def evaluate_set(
     return figures
 
 
-def _temperature(restored: OpenRun, world: World) -> float:
-    """At the restored step, from the run's own users and dev pairs, whichever pairs and users are evaluated.
+def _calibration(restored: OpenRun, world: World) -> tuple[float, ThreeWay | None]:
+    """(temperature of margins, model of ties) at the restored step, from the run's own users and dev pairs.
 
-    Margins of the logistic loss are log-odds already: nothing is read or scored for it.
+    Whichever pairs and users are evaluated. Margins of the logistic loss are log-odds already: nothing is read or
+    scored for it, but where ties need a threshold that training did not learn.
     """
-    data, kind = restored.data, restored.config.loss.kind
+    data, loss, learnt = restored.data, restored.config.loss, restored.model.tie_threshold
+    if learnt is not None:
+        return 1.0, ThreeWay(loss.ties, float(learnt()), learnt=True)
     rows = data.rows("dev")
-    if kind == "logistic" or len(rows) == 0:
-        return 1.0
-    margins = own_margins(restored, rows, world)
-    return dev_temperature(margins, data.comparisons["label"][rows].astype(float), kind)
+    has_ties = bool((data.comparisons["label"][rows] == 0).any())
+    if len(rows) == 0 or (loss.kind == "logistic" and not has_ties):
+        return 1.0, None
+    margins, labels = own_margins(restored, rows, world), data.comparisons["label"][rows]
+    sure = labels != 0
+    temperature = dev_temperature(margins[sure], labels[sure].astype(float), loss.kind)
+    return temperature, fit_threshold(margins / temperature, labels.astype(float))
 
 
 def _num_seen_prompts(trained_on: PreparedData, data: PreparedData) -> int:

@@ -17,6 +17,7 @@ from pal_ds.eval.metrics import (
     fit_temperature,
 )
 from pal_ds.eval.schema import EvaluationFigures, MarginHistogram, PairFigures
+from pal_ds.eval.tie_figures import ThreeWay, tie_figures
 from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.inference.load_run import OpenRun
 from pal_ds.inference.readers import KnownUsers, Reader
@@ -31,7 +32,8 @@ def figures_of(
     temperature: float = 1.0,
     format_baseline: FormatBaseline | None = None,
 ) -> PairFigures:
-    """Compute the figures of `eval/NAME.json`; `format_baseline` was counted on the training data."""
+    """Compute the figures of `eval/NAME.json`, without ties; `format_baseline` was counted on the training data."""
+    rows, margins = without_ties(data, rows, margins)
     table = data.comparisons[rows]
     owners, owner = np.unique(table["user"], return_inverse=True)
     names = np.asarray([data.users[owner] for owner in owners], str)
@@ -47,6 +49,16 @@ def figures_of(
         margins, pairs, temperature=temperature, length_margins=lengths, format_margins=formats
     )
     return {**figures, "margins": margin_histogram(margins, pairs.labels)}
+
+
+def without_ties(
+    data: PreparedData, rows: np.ndarray, margins: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and margins of those of the comparisons `rows` that prefer one response."""
+    if data.num_ties == 0:
+        return rows, margins
+    is_sure = data.comparisons["label"][rows] != 0
+    return rows[is_sure], margins[is_sure]
 
 
 def margin_histogram(
@@ -90,14 +102,21 @@ def report_on(
     reader: Reader,
     rows: np.ndarray,
     margins: np.ndarray,
-    temperature: float,
+    calibration: tuple[float, ThreeWay | None],
     world: World,
 ) -> EvaluationFigures:
     """Compute the figures of comparisons that a run has scored, those of strangers under "unknown_users".
 
+    `calibration` is (the temperature of margins, the model of ties).
+
     Where the set holds both users that the run knows and strangers, warnings hold the former against baselines.
     """
-    data, table = reader.collator.data, reader.collator.data.comparisons[rows]
+    data, (temperature, three_way), of_ties = reader.collator.data, calibration, {}
+    if data.num_ties:
+        labels = data.comparisons["label"][rows].astype(float)
+        of_ties = {"ties": tie_figures(margins / temperature, labels, three_way)}
+    rows, margins = without_ties(data, rows, margins)
+    table = data.comparisons[rows]
     is_known = reader.collator.user_rows(rows) >= 0
     format_baseline = FormatBaseline.of(restored.data)
     figures, unknown = (
@@ -129,13 +148,14 @@ def report_on(
     elif known.encoded is not None:
         diagnostics = diagnose_latent(known.encoded)
     of_run = {"train_accuracy": trained, "diagnostics": diagnostics, "warnings": warnings}
-    return cast(EvaluationFigures, {**figures, "unknown_users": unknown, **of_run})
+    return cast(EvaluationFigures, {**figures, "unknown_users": unknown, **of_ties, **of_run})
 
 
 def scored_pairs(
     data: PreparedData, rows: np.ndarray, margins: np.ndarray
 ) -> sanity_checks.ScoredPairs:
-    """Comparisons of prepared data with the margins found for them."""
+    """Comparisons of prepared data, ties left out, with the margins found for them."""
+    rows, margins = without_ties(data, rows, margins)
     table = data.comparisons[rows]
     right = correctness(margins, table["label"].astype(float))
     return sanity_checks.ScoredPairs(right, data.response_prompt[table["a"]])

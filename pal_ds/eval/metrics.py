@@ -200,11 +200,15 @@ def controversial(table: np.ndarray) -> np.ndarray:
     """
     low, high = np.minimum(table["a"], table["b"]), np.maximum(table["a"], table["b"])
     pair = np.unique(low * (high.max(initial=0) + 1) + high, return_inverse=True)[1]
-    prefers_high = (table["label"] > 0) == (table["b"] == high)
+    # A tie takes no side.
+    sure, num_pairs = table["label"] != 0, pair.max(initial=-1) + 1
+    prefers_high = sure & ((table["label"] > 0) == (table["b"] == high))
     num_users = len(np.unique(table["user"]))
     user = np.unique(table["user"], return_inverse=True)[1]
-    judges = np.bincount(np.unique(pair * num_users + user) // max(num_users, 1))
-    share = np.bincount(pair, weights=prefers_high) / np.maximum(np.bincount(pair), 1)
+    decided = np.unique((pair * num_users + user)[sure]) // max(num_users, 1)
+    judges = np.bincount(decided, minlength=num_pairs)
+    counts = np.maximum(np.bincount(pair, weights=sure), 1)
+    share = np.bincount(pair, weights=prefers_high) / counts
     shown = ((judges > 1) & (share > 0) & (share < 1))[pair]
     said = table["controversial"]
     return np.where(said >= 0, said == 1, shown)

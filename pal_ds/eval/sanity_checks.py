@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pal_ds.data.tables import DatasetInfo
+from pal_ds.data.dataset_info import DatasetInfo
 from pal_ds.eval.metrics import clustered_standard_error
 
 SUSPICIOUS_ACCURACY = 0.95

@@ -42,6 +42,20 @@ class MarginHistogram(TypedDict):
     pairs: list[int]
 
 
+class TieFigures(TypedDict):
+    """Comparisons with ties among them; see `tie_figures.tie_figures`."""
+
+    pairs: int
+    """All comparisons, ties among them; those of the other figures are without."""
+    ties: int
+    log_loss: float | None
+    """Mean of -log of the probability of what each user said: one response, the other, or neither."""
+    model: str | None
+    threshold: float | None
+    learnt: bool | None
+    """False where the threshold was fitted on dev after training."""
+
+
 class PairFigures(MeanFigures, CalibrationFigures):
     """Figures of one set of pairs, made by `metrics.evaluation_figures`; null for an empty set."""
 
@@ -101,6 +115,8 @@ class EvaluationFigures(PairFigures):
     """The whole of eval/NAME.json for a set of pairs; its own entries are those of users that the run knows."""
 
     unknown_users: PairFigures
+    ties: NotRequired[TieFigures]
+    """Of sets in which users were undecided; every other figure leaves ties out."""
     train_accuracy: float | None
     diagnostics: PrototypeDiagnostics | LatentDiagnostics | None
     warnings: list[str]

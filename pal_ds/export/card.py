@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NotRequired, TypedDict, cast, final
 
-from pal_ds.data.tables import TokensInfo
+from pal_ds.data.dataset_info import TokensInfo
 from pal_ds.export.audience import Audience
 from pal_ds.inference.load_run import OpenRun
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, processors
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from pal_ds.data.tables import TokensInfo
+from pal_ds.data.dataset_info import TokensInfo
 from pal_ds.data.tokenise import Encoded, load_tokenizer
 from pal_ds.errors import UserError
 

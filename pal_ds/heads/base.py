@@ -68,6 +68,8 @@ class HeadOutput(NamedTuple):
     """The weighted sum of losses where a fused pair loss made it; reward and margin then carry no gradients."""
     point: Float[Tensor, "B K"] | None = None
     """Each user's point where the head made it from the context, without noise."""
+    threshold: Float[Tensor, "1"] | None = None
+    """The threshold of ties, which the model adds in training where the loss has one."""
 
 
 class Placement(NamedTuple):

@@ -31,6 +31,7 @@ from pal_ds.io.yaml_files import read_yaml
 from pal_ds.model import RewardModel
 from pal_ds.modeling.build import Parts, assemble, base_weights_of, load_backbone
 from pal_ds.runs.run_dir import RunDirectory
+from pal_ds.tie_models import TieThreshold
 from pal_ds.users import UserTable
 
 
@@ -176,7 +177,8 @@ def load_model(opened: OpenRun, *, defer_backbone: bool = False) -> RewardModel:
         backbone = DeferredBackbone(lambda: load_backbone(parts, config, gpu=False))
     else:
         backbone = load_backbone(parts, config, gpu=False)
-    model = RewardModel(backbone, opened.parts.head.float())
+    threshold = TieThreshold() if config.loss.has_threshold else None
+    model = RewardModel(backbone, opened.parts.head.float(), tie_threshold=threshold)
     _load_weights(model, opened.checkpoint)
     return model.eval().requires_grad_(False)
 

@@ -167,7 +167,10 @@ def encode_users(
 
     Of a user without comparisons: what the head makes of none. `flipped`: as if each had gone the other way.
     """
-    context, length = _by_user(rows, user_index, num_users)
+    is_sure = (
+        collator.data.comparisons["label"][rows] != 0
+    )  # a tie says nothing of what is preferred
+    context, length = _by_user(rows[is_sure], user_index[is_sure], num_users)
     share = max(1, PAIRS_PER_FORWARD // max(1, context.shape[1]))
     model.head.eval()
     points = [torch.empty(0, model.head.num_prototypes)]

@@ -77,7 +77,11 @@ def reader_of(
         )
     batch_texts = config.backbone.encode_batch_texts
     collator = encode_once(lambda: model.backbone, collator, rows, batch_texts, world, caches)
-    return Reader(collator, RewardModel(GivenStates(), model.head), config.train)
+    return Reader(
+        collator,
+        RewardModel(GivenStates(), model.head, tie_threshold=model.tie_threshold),
+        config.train,
+    )
 
 
 @dataclass(frozen=True)

@@ -111,8 +111,10 @@ def _check(
             f"point is {tuple(point.shape)}; it must be [{num_pairs}, 1 or 2, {dim}]: one row per "
             "comparison, or one per response."
         )
+    if facts.target is not None:
+        raise ValueError("facts.target is given; this loss knows sure labels, -1 and +1, alone.")
     for name, fact in zip(facts._fields, facts, strict=True):
-        if fact.shape != (num_pairs,):
+        if fact is not None and fact.shape != (num_pairs,):
             raise ValueError(f"{name} is {tuple(fact.shape)}; it must be [{num_pairs}].")
     for name, value, known in (("kind", kind, LossKind), ("weighting", weighting, TokenWeighting)):
         if value not in get_args(known):

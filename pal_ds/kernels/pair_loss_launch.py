@@ -121,7 +121,8 @@ def _gradient_buffers(
 
 def _for_kernel(facts: PairFacts) -> tuple[Tensor, ...]:
     integers = [part.long().contiguous() for part in facts[:3]]
-    return (*integers, *(part.float().contiguous() for part in facts[3:]))
+    floats = [part.float().contiguous() for part in (facts.required_margin, facts.weight)]
+    return (*integers, *floats)
 
 
 def sum_parts(parts: Tensor) -> Tensor:

@@ -172,7 +172,7 @@ def _describe_backbone(
 def _contexts(
     config: RunConfig, data: PreparedData, head: Head, backbone: BackboneConfig | None
 ) -> Contexts | None:
-    """Return the contexts, drawn from the train split, of a head that reads other comparisons of a user."""
+    """Return the contexts, drawn from train but for its ties, of a head that reads other comparisons of a user."""
     if "context" not in head.needs:
         return None
     trained = backbone is not None and backbone.tuning != "frozen"
@@ -181,7 +181,8 @@ def _contexts(
             "train.micro_batch_tokens: a budget counts the texts of comparisons, and this head reads those of "
             f"{head.num_context} others for each. Unset it; train.micro_batch_pairs bounds a micro-batch."
         )
-    return Contexts.of(data, data.rows("train"), config.train.seed)
+    rows = data.rows("train")
+    return Contexts.of(data, rows[data.comparisons["label"][rows] != 0], config.train.seed)
 
 
 def refuse_empty_prompts(collator: Collator, where: object) -> None:

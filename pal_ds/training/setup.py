@@ -41,6 +41,7 @@ from pal_ds.heads.base import Head
 from pal_ds.model import RewardModel
 from pal_ds.modeling.build import Parts, RunContext, base_weights_of, load_backbone
 from pal_ds.runs.run_dir import BestEvaluation
+from pal_ds.tie_models import TieThreshold, threshold_of_share
 from pal_ds.training.evaluation import EvalSet, open_eval_sets
 from pal_ds.training.init_from.copy import load_taken_over
 from pal_ds.training.log_lines import ProgressLines
@@ -143,8 +144,17 @@ def start_engine(
         # ZeRO-3 packs all weights into one buffer, so the head shares the backbone's dtype; masters stay fp32.
         head.to(torch.bfloat16)
     phase.enter("start the engine", patience=SLOW)
-    model = RewardModel(backbone, head, config.loss.lm_weight)
+    model = RewardModel(backbone, head, config.loss.lm_weight, first_threshold(context))
     return start_training_engine(model, config.optim, context.ds_config, guard)
+
+
+def first_threshold(context: RunContext) -> TieThreshold | None:
+    """The threshold of ties before training, from their share of the train split; None where the loss has none."""
+    loss, data = context.config.loss, context.data
+    if not loss.has_threshold:
+        return None
+    labels = data.comparisons["label"][data.rows("train")]
+    return TieThreshold(threshold_of_share(float((labels == 0).mean()), loss.ties))
 
 
 def log_size(state: Training, seconds: float) -> None:

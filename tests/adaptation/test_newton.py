@@ -63,7 +63,7 @@ def case(
 
 
 def taken(facts: PairFacts, rows: Tensor) -> PairFacts:
-    return PairFacts(*(part[rows] for part in facts))
+    return PairFacts._make(None if part is None else part[rows] for part in facts)
 
 
 def prior_of(num_prototypes: int) -> LogitPrior:

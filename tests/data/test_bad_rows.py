@@ -159,7 +159,7 @@ class Lists(Source):
     def records(self):
         def comparisons(where, row):
             for i in range(10):
-                label = 0 if row == 100 and i > 7 else -1
+                label = 7 if row == 100 and i > 7 else -1
                 yield Record("u", label, prompt=f"p {row}", responses=("yes", f"no {i}"))
 
         yield from self.each_row(((f"row {row}", row) for row in range(200)), comparisons)

@@ -182,7 +182,7 @@ def unsealed(folder: Path) -> None:
         ("user", 3, "a value of 'user' outside of"),
         ("a", 10_000, "a value of 'a' outside of"),
         ("b", -1, "a value of 'b' outside of"),
-        ("label", 0, "a label 0"),
+        ("label", 0, r"1 labels 0 \(ties\), which is not what"),
         ("label", 2, "a value of 'label' outside of"),
         ("group", 0, "a value of 'group' outside of"),
         ("split", 9, "a value of 'split' outside of"),

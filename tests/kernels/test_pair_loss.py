@@ -115,7 +115,7 @@ def test_a_pair_depends_on_neither_its_company_nor_the_padding() -> None:
         case.response[case.index[pair], : max(longest, 2)].clone(),
         torch.tensor([[0, 1]]),
         case.point[pair : pair + 1],
-        PairFacts(*(part[pair : pair + 1] for part in case.facts)),
+        PairFacts._make(None if part is None else part[pair : pair + 1] for part in case.facts),
         case.scale,
     )
     whole = case.compute("logistic", "cumulative", "triton")

@@ -185,7 +185,12 @@ def pairs(
         torch.randn(num_pairs, 1, dim),
     )
     response, index, point = (x.to(device) for x in made)
-    return response, index, point, PairFacts(*(x.to(device) for x in facts))
+    return (
+        response,
+        index,
+        point,
+        PairFacts._make(None if x is None else x.to(device) for x in facts),
+    )
 
 
 def fused(case: tuple, scale: Tensor | None, implementation: Implementation) -> Contestant:

@@ -12,11 +12,13 @@ from pal_ds.data.sources.persona import Persona
 from pal_ds.data.sources.personalllm import PersonalLlm
 from pal_ds.data.sources.pick_a_filter import PickAFilter
 from pal_ds.data.sources.pick_a_pic import PickAPic
+from pal_ds.data.sources.polis import Polis
 from pal_ds.data.sources.prism import Prism
 from pal_ds.data.sources.summarize_from_feedback import SummarizeFromFeedback
 from pal_ds.data.sources.synthetic import Synthetic
 from pal_ds.data.sources.table_files import kind_of
 from pal_ds.data.sources.text_score import TextScore
+from pal_ds.data.sources.ukp_conv_arg import UkpConvArg
 from pal_ds.data.sources.ultrafeedback_p import UltraFeedbackP
 from pal_ds.data.sources.vector_world import VectorWorld
 from pal_ds.data.sources.vpl_pets import VplPets
@@ -38,6 +40,8 @@ SOURCES: dict[str, type[Source]] = {
     "ultrafeedback_p": UltraFeedbackP,
     "prism": Prism,
     "personalllm": PersonalLlm,
+    "ukp_conv_arg": UkpConvArg,
+    "polis": Polis,
     "synthetic": Synthetic,
     "vector_world": VectorWorld,
 }

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from pal_ds.data.parse import is_list, pairs_of_list, parse_record
+from pal_ds.data.parse import parse_record
+from pal_ds.data.parse_lists import is_list, pairs_of_list
 from pal_ds.data.records import Record
 from pal_ds.data.sources.base import Source, check_files, describe_files, lines_or_errors
 from pal_ds.errors import UserError

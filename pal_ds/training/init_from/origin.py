@@ -14,7 +14,7 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, 
 
 from pal_ds.backbones.language import STATE_PREFIX, output_layer_of
 from pal_ds.backbones.transformer import read_model_config
-from pal_ds.data.tables import DatasetInfo
+from pal_ds.data.dataset_info import DatasetInfo
 from pal_ds.engine.checkpoint.verify import refuse_strangers
 from pal_ds.errors import UserError
 from pal_ds.export.card import FACTS_NAME

@@ -76,7 +76,10 @@ BAD = [
     ({"prompt": "p"}, "missing key 'chosen'"),
     ({**PAIR, "y": None}, "missing key 'y'"),
     ({**PAIR, "chosen": "c"}, "keys of two record forms at once"),
-    ({**PAIR, "y": 0}, r"'y' is 0; it must be -1 \(response_1 is preferred\) or 1"),
+    (
+        {**PAIR, "y": 2},
+        r"'y' is 2; it must be -1 \(response_1 is preferred\), 1 \(response_2 is preferred\) or 0",
+    ),
     ({**PAIR, "y": True}, "'y' is True"),
     ({**PAIR, "y": "1"}, "'y' is '1'"),
     ({**GOOD, "chosen": ""}, "'chosen' is empty; every response needs text"),

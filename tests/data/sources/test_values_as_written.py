@@ -81,7 +81,7 @@ def test_numbers_are_read_where_a_number_is_meant(tmp_path):
     ("column", "cell", "rule"),
     [
         ("y", "two", "'y' is 'two'; it must be a finite number"),
-        ("y", "0", "'y' is 0.0; it must be -1"),
+        ("y", "2", "'y' is 2.0; it must be -1"),
         ("y", "1_0", "'y' is '1_0'; it must be a finite number, of digits"),
         ("margin", "٣", "'margin' is '٣'; it must be a finite number"),
         ("margin", "nan", "'margin' is 'nan'; it must be a finite number"),

@@ -1,0 +1,52 @@
+"""A list of scored responses to one prompt, as the comparisons of each two of them."""
+
+import math
+from collections.abc import Iterator, Mapping
+from itertools import combinations
+from typing import Any
+
+from pal_ds.data.parse import is_number
+from pal_ds.errors import UserError
+
+
+def is_list(fields: object) -> bool:
+    """Return whether an object is a list of responses and not a comparison of two."""
+    return isinstance(fields, Mapping) and "scores" in fields
+
+
+def check_list(fields: Mapping[str, Any], where: str) -> tuple[str, list[Any], list[float]]:
+    """(the key of the responses, the responses, what the user thinks of each).
+
+    Raises:
+        UserError: fewer than two responses, another number of scores, or a score that is no finite number.
+    """
+    key = "response_features" if "response_features" in fields else "responses"
+    responses, scores = fields.get(key), fields.get("scores")
+    if not isinstance(responses, list) or len(responses) < 2:
+        raise UserError(f"{where}: '{key}' must be a list of two or more candidates.")
+    if not isinstance(scores, list) or len(scores) != len(responses):
+        raise UserError(
+            f"{where}: 'scores' must be a list of {len(responses)} numbers, what the user thinks of each candidate."
+        )
+    for score in scores:
+        if not is_number(score) or not math.isfinite(score):
+            raise UserError(f"{where}: 'scores' holds {score!r}; each must be a finite number.")
+    return key, responses, [float(score) for score in scores]
+
+
+def pairs_of_list(fields: Mapping[str, Any], where: str) -> Iterator[dict[str, object] | None]:
+    """Each two responses as a comparison's fields, in the order of the list; None for two of equal score.
+
+    The mean logistic loss over these pairs is the masked list-wise ranking loss of DSP (arXiv 2309.03126): a batch
+    holds each response once, so r of them cost r encodings, and `train.shuffle_unit: item` keeps them together.
+    """
+    key, responses, scores = check_list(fields, where)
+    rest = {name: value for name, value in fields.items() if name not in (key, "scores")}
+    for i, j in combinations(range(len(responses)), 2):
+        if scores[i] == scores[j]:
+            yield None
+            continue
+        pair = {"response_1": responses[i], "response_2": responses[j]}
+        if key == "response_features":
+            pair = {key: [responses[i], responses[j]]}
+        yield {**rest, **pair, "y": -1 if scores[i] > scores[j] else 1}

@@ -1,0 +1,159 @@
+"""Polis conversations: participants agree and disagree with statements that others wrote."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal, final
+
+from pal_ds.data.records import Record
+from pal_ds.data.sources.base import Source, check_files, describe_files, stable_fraction
+from pal_ds.data.sources.csv_rows import CsvRows
+from pal_ds.errors import UserError
+
+VOTES, STATEMENTS = "participants-votes.csv", "comments.csv"
+AGREE, DISAGREE, PASS = "1", "-1", "0"
+SPLITS = ("test", "dev", "train")
+
+
+@final
+@dataclass(eq=False)
+class Polis(Source):
+    """A user prefers a statement agreed with to one disagreed with; the prompt is the name of the conversation.
+
+    Reads folders of compdemocracy/openData as they are: participants-votes.csv, a row per participant and a column per
+    statement (1 agree, -1 disagree, 0 pass), and comments.csv with the texts. Users are CONVERSATION/PARTICIPANT.
+
+    Two protocols of what is held out, both with `data.split: record`; pairs of statements of two splits are left out:
+        votes       a share of each participant's votes: the users' side, statements are known
+        statements  a share of the statements, with all votes on them: the texts' side
+    Passes are left out and counted, as statements without a text are.
+
+    Args:
+        path: folder of a conversation, or of several.
+        protocol: votes or statements.
+        dev_fraction: share of the votes, or of the statements, of the split `dev`.
+        test_fraction: the same of `test`.
+        pairs_per_participant: most comparisons of a participant in a split, drawn by (seed, participant, pair).
+        seed: of what is held out and drawn.
+    """
+
+    licence = "CC BY 4.0 (compdemocracy/openData)"
+
+    path: str
+    protocol: Literal["votes", "statements"] = "votes"
+    dev_fraction: float = 0.1
+    test_fraction: float = 0.2
+    pairs_per_participant: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.protocol not in ("votes", "statements"):
+            raise UserError(f"polis: protocol is '{self.protocol}'; it must be votes or statements")
+        fractions = (self.dev_fraction, self.test_fraction)
+        if min(fractions) < 0 or sum(fractions) > 1:
+            raise UserError(
+                f"polis: dev_fraction and test_fraction are {fractions}; both are 0 or more, 1 together"
+            )
+        if self.pairs_per_participant < 1:
+            raise UserError(
+                f"polis: pairs_per_participant is {self.pairs_per_participant}; it must be 1 or more"
+            )
+
+    def records(self) -> Iterator[Record]:
+        """Conversation by conversation, participant by participant."""
+        self.dropped.clear()
+        yield from self.each_row(self._rows(), self._comparisons)
+
+    def describe(self) -> dict:
+        files = [folder / name for folder in self._folders for name in (VOTES, STATEMENTS)]
+        keys = ("protocol", "dev_fraction", "test_fraction", "pairs_per_participant", "seed")
+        options = {key: getattr(self, key) for key in keys}
+        return {"class": "Polis", "files": describe_files(check_files(files)), **options}
+
+    @cached_property
+    def _folders(self) -> list[Path]:
+        path = Path(self.path).expanduser()
+        folders = (
+            [path]
+            if (path / VOTES).is_file()
+            else sorted(p.parent for p in path.glob(f"*/{VOTES}"))
+        )
+        if not folders:
+            raise UserError(f"polis: neither {path} nor a folder in it holds {VOTES}")
+        return folders
+
+    def _rows(self) -> Iterator[tuple[str, Any]]:
+        """(place, (conversation, texts of its statements, row) or UserError) of each participant."""
+        for folder in self._folders:
+            texts = _texts_of(folder / STATEMENTS)
+            (file,) = check_files(folder / VOTES)
+            rows = CsvRows(file, ",")
+            if "participant" not in rows.names:
+                raise UserError(f"{file}: has no column 'participant'; it is no {VOTES} of Polis")
+            for where, row in rows:
+                yield where, row if isinstance(row, UserError) else (folder.name, texts, row)
+
+    def _comparisons(
+        self, where: str, voted: tuple[str, dict[str, str], dict[str, str | None]]
+    ) -> Iterator[Record]:
+        conversation, texts, row = voted
+        user = f"{conversation}/{row['participant']}"
+        sides: dict[str, dict[str, list[str]]] = {
+            split: {AGREE: [], DISAGREE: []} for split in SPLITS
+        }
+        for statement, vote in row.items():
+            if not statement.isdigit() or vote is None:
+                continue
+            if vote not in (AGREE, DISAGREE, PASS):
+                raise UserError(
+                    f"{where}: the vote on statement {statement} is {vote!r}; it must be 1, -1 or 0"
+                )
+            if vote == PASS or statement not in texts:
+                self.dropped["pass" if vote == PASS else "no_text"] += 1
+                continue
+            sides[self._split_of(conversation, user, statement)][vote].append(statement)
+        for split, of_split in sides.items():
+            pairs = [*product(of_split[AGREE], of_split[DISAGREE])]
+            if len(pairs) > self.pairs_per_participant:
+                pairs.sort(key=lambda pair: stable_fraction(self.seed, user, *pair))
+                self.dropped["beyond_pairs_per_participant"] += (
+                    len(pairs) - self.pairs_per_participant
+                )
+            for liked, other in pairs[: self.pairs_per_participant]:
+                # In the order of their numbers: the place of a response says nothing.
+                is_first = int(liked) < int(other)
+                responses = (
+                    (texts[liked], texts[other]) if is_first else (texts[other], texts[liked])
+                )
+                yield Record(
+                    user_id=user,
+                    label=-1 if is_first else 1,
+                    prompt=" ".join(conversation.replace(".", " ").replace("-", " ").split()),
+                    responses=responses,
+                    split=split,
+                )
+
+    def _split_of(self, conversation: str, user: str, statement: str) -> str:
+        whose = user if self.protocol == "votes" else conversation
+        place = stable_fraction(self.seed, self.protocol, whose, statement)
+        return SPLITS[
+            (place >= self.test_fraction) + (place >= self.test_fraction + self.dev_fraction)
+        ]
+
+
+def _texts_of(path: Path) -> dict[str, str]:
+    """Text of each statement by its number."""
+    (file,) = check_files(path)
+    rows = CsvRows(file, ",")
+    if missing := {"comment-id", "comment-body"} - {*rows.names}:
+        raise UserError(f"{file}: has no column '{min(missing)}'; it is no {STATEMENTS} of Polis")
+    texts = {}
+    for _, row in rows:
+        if isinstance(row, UserError):
+            raise row
+        number, text = row["comment-id"], (row["comment-body"] or "").strip()
+        if number is not None and text:
+            texts[number] = text
+    return texts
