@@ -175,7 +175,7 @@ class Score:
     def run(options: Namespace, _: Namespace) -> None:
         with imports_at_once():
             from pal_ds.inference.score_texts import write_scores
-            from pal_ds.inference.text_rows import read_rows, refuse_scored
+            from pal_ds.inference.text_rows import read_rows, warn_of_scored
             from pal_ds.io.files import replacing
             from pal_ds.reward_models import Whom, scorer_of_export, scorer_of_run
             from pal_ds.runs.run_dir import RunDirectory
@@ -192,7 +192,7 @@ class Score:
         if are_files and output.samefile(source):
             raise UserError(f"--output {output}: is the --input. Name another file.")
         rows = read_rows(source)
-        refuse_scored(rows)
+        warn_of_scored(rows)
         whom = Whom(options.user, options.mixture, options.group, as_path(options.users))
         if options.model is None:
             run = RunDirectory(options.run_dir)

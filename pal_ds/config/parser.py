@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import mmap
 import re
 import sys
 from argparse import ArgumentError
@@ -13,10 +14,12 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
 from pal_ds.distributed import phase  # noqa: F401  (first of ours: its clock tells how long this process has run)
-from pal_ds.errors import UserError, chain_of, without_stop
+from pal_ds.errors import UserError, chain_of, storage_error, without_stop
 from pal_ds.io.boundary import reason_of
 from pal_ds.io.yaml_files import is_odd_number, refuse_odd_numbers
 
+_LEAST_BYTES = 32 << 20
+"""Memory that a command takes at the least once its options are read."""
 _LONG_VALUE = re.compile(r"((?:Given|Got) value: .{200}).+")
 """A value that a message repeats, which may be all of somebody's data."""
 _read_yaml = get_loader("yaml")
@@ -108,7 +111,12 @@ def objects_of(parser: ArgumentParser, options: Namespace) -> Namespace:
 
 
 def explained(message: str, parser: ArgumentParser) -> str:
-    """Reword a message of jsonargparse: without its Python types, and with the nearest option for a typo."""
+    """Reword a message of jsonargparse: without its Python types, and with the nearest option for a typo.
+
+    Raises:
+        StorageError: this process gets no more memory, for want of which a class may not have been read.
+    """
+    _refuse_without_memory()
     message = _LONG_VALUE.sub(r"\1 ...", _without_noise(message))
     if "No module named" in message:
         from pal_ds.config.own_code import where_looked
@@ -116,6 +124,14 @@ def explained(message: str, parser: ArgumentParser) -> str:
         return f"{message.rstrip('. ')}. {where_looked()}"
     unknown = any(part in message for part in ("nrecognized arguments", "not accept"))
     return without_stop(message) + _suggestion(message, parser) if unknown else message
+
+
+def _refuse_without_memory() -> None:
+    try:
+        # Taken and not touched: it counts against a limit and costs nothing.
+        mmap.mmap(-1, _LEAST_BYTES).close()
+    except OSError as error:
+        raise storage_error(error) or error from error
 
 
 def _suggestion(message: str, parser: ArgumentParser) -> str:

@@ -1,5 +1,6 @@
 """Texts to score, read from JSON Lines or from memory: every key that looks as if it mattered is read or refused."""
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,6 +11,8 @@ from pal_ds.data.records import Text, Tools, check_tools
 from pal_ds.data.sources.base import check_files, read_lines
 from pal_ds.errors import UserError
 from pal_ds.io.text_files import refuse_halves, refuse_non_finite
+
+logger = logging.getLogger(__name__)
 
 STANDARD_INPUT = Path("/dev/stdin")
 _READ = ("prompt", "response", "text", "tools", "user_id", "group")
@@ -71,14 +74,16 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def refuse_scored(rows: Iterable[Row]) -> None:
-    """Raise UserError for a line with a "score" of its own, whose place a score that is written would take."""
-    for row in rows:
-        if "score" in row.record:
-            raise UserError(
-                f"{row.where}: has a key 'score' already, and the model's would take its place. Rename it, as in "
-                "old_score."
-            )
+def warn_of_scored(rows: Iterable[Row]) -> None:
+    """Tell of lines with a "score" of their own, such as this command's output has: the new one takes its place."""
+    scored = [row.where for row in rows if "score" in row.record]
+    if scored:
+        logger.warning(
+            "%s and %d other lines have a 'score' already; what is written has the model's in its place. Rename "
+            "the key to keep both.",
+            scored[0],
+            len(scored) - 1,
+        )
 
 
 def rows_of(records: Iterable[Mapping[str, Any]]) -> list[Row]:

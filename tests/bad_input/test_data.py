@@ -28,7 +28,7 @@ def lines(*rows: dict) -> str:
         ("[1]\n", "raw.jsonl:1: expected an object, found list"),
         (lines(GOOD, {"prompt": "a", "chosen": "b"}), "raw.jsonl:2: missing key 'rejected'"),
         (lines({**GOOD, "promt": "x"}), "unknown key 'promt' (did you mean 'prompt'?)"),
-        (lines({**TRIPLE, "y": 0}), "raw.jsonl:1: 'y' is 0; it must be -1 (response_1 is prefer"),
+        (lines({**TRIPLE, "y": 2}), "raw.jsonl:1: 'y' is 2; it must be -1 (response_1 is prefer"),
         (lines({**TRIPLE, "y": "1"}), "raw.jsonl:1: 'y' is '1'; it must be -1"),
         (lines(GOOD, {**GOOD, "chosen": " "}), "raw.jsonl:2: 'chosen' is empty; every response"),
         (lines({**GOOD, "user_id": ""}), "raw.jsonl:1: 'user_id' is ''; give a non-empty text"),

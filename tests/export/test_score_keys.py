@@ -27,8 +27,6 @@ PAIR = {"prompt": "a", "response": "b"}
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ({**PAIR, "score": 0.5}, "in.jsonl:2: has a key 'score' already"),
-        ({**PAIR, "score": None}, "in.jsonl:2: has a key 'score' already"),
         ({**PAIR, "group": "g"}, "in.jsonl:2: names a group, and this model reads the user_id"),
         ({"messages": []}, "the messages before the answer as 'prompt', and the answer, the last"),
         ({"prompt": "a", "responses": ["b"]}, "one answer, as 'response'. Write a line for each"),
@@ -154,6 +152,15 @@ def test_an_audience_that_is_not_finite_is_no_traceback() -> None:
     for whom in named:
         with pytest.raises(UserError, match="holds numbers that are not finite"):
             choose_audience(PalA(8, num_prototypes=3), table, **whom)
+
+
+def test_a_score_that_is_replaced_is_told(runs: Path, capsys, tmp_path, caplog) -> None:
+    where = ["--run_dir", runs / "gpt2_bt_full"]
+    (plain, _) = score(capsys, tmp_path, [pairs()[0], pairs()[1]], *where)[1]
+    assert "have a 'score' already" not in caplog.text
+    _, scored, _ = score(capsys, tmp_path, [{**pairs()[0], "score": 9.5}, pairs()[1]], *where)
+    assert scored[0] == plain
+    assert "in.jsonl:1 and 0 other lines have a 'score' already" in caplog.text
 
 
 def test_a_record_in_memory_may_have_a_score(tmp_path) -> None:

@@ -24,7 +24,17 @@ def little_memory(spare: int) -> None:
     """From now on this process may take so many MiB more of address space."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limit = used + (spare << 20)
+    held, ballast = bytearray(spare << 20), []
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    # What the parent freed still lies in the heap, and would be given out beyond the limit.
+    with contextlib.suppress(MemoryError):
+        while True:
+            ballast.append(bytearray(1 << 16))
+    del held
+    _KEPT.extend(ballast)
+
+
+_KEPT: list[bytearray] = []
 
 
 LIMITS: dict[str, Callable[[int], None]] = {"handles": few_handles, "memory": little_memory}
