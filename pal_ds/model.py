@@ -1,11 +1,12 @@
 """The one module the engine shards: a backbone and a head, reached through a single forward."""
 
+import functools
 from typing import Any
 
 from torch import Tensor, nn
 
 from pal_ds.data.batch import Batch
-from pal_ds.heads.base import Head, HeadOutput, PairLoss, UserState
+from pal_ds.heads.base import Features, Head, HeadOutput, PairLoss, UserState
 from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.tie_models import TieThreshold
 
@@ -39,13 +40,18 @@ class RewardModel(nn.Module):
         head: Head,
         lm_weight: float = 0.0,
         tie_threshold: TieThreshold | None = None,
+        feature_dropout: float = 0.0,
     ) -> None:
-        """`lm_weight` > 0 needs a backbone with an output layer (`TransformerBackbone.language`)."""
+        """`lm_weight` > 0 needs a backbone with an output layer (`TransformerBackbone.language`).
+
+        `feature_dropout` is the share of each state's numbers that the head does not see, in training.
+        """
         super().__init__()
         self.backbone = backbone
         self.head = head
         self.lm_weight = lm_weight
         self.tie_threshold = tie_threshold
+        self.feature_dropout = feature_dropout
 
     def forward(
         self, batch: Batch, user: UserState, pair_loss: PairLoss | None = None
@@ -58,10 +64,18 @@ class RewardModel(nn.Module):
 
     def _scored(self, batch: Batch, user: UserState, pair_loss: PairLoss | None) -> HeadOutput:
         if not (self.lm_weight and self.training):
-            return self.head(self.backbone(batch), user, pair_loss)
+            return self.head(self._dropped(self.backbone(batch)), user, pair_loss)
         backbone: Any = self.backbone
         features, token_losses = backbone.with_token_losses(batch)
-        output = self.head(features, user, pair_loss)
+        output = self.head(self._dropped(features), user, pair_loss)
         if batch.target is not None:
             token_losses = token_losses * (batch.label != 0)  # a tie has no preferred response
         return output._replace(penalty=output.penalty + self.lm_weight * token_losses)
+
+    def _dropped(self, features: Features) -> Features:
+        """The features as the head sees them in training; each distinct text loses the same for all who read it."""
+        if not (self.feature_dropout and self.training):
+            return features
+        drop = functools.partial(nn.functional.dropout, p=self.feature_dropout)
+        prompt = None if features.prompt is None else drop(features.prompt)
+        return features._replace(response=drop(features.response), prompt=prompt)

@@ -8,7 +8,7 @@ from pal_ds.config.run_config import KEYS_THAT_DO_NOT_ALTER_RESULTS
 from pal_ds.errors import UserError
 from pal_ds.io.yaml_files import flattened, parse_yaml
 
-_WAS_WRITTEN = {"data.max_length": 1024, "loss.ties": "half"}
+_WAS_WRITTEN = {"data.max_length": 1024, "loss.ties": "half", "train.feature_dropout": 0.0}
 """What recipes of before have, or mean, at keys that are null by default now or were not there; where data were made,
 those say what holds."""
 

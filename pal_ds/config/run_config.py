@@ -75,6 +75,8 @@ class TrainConfig:
     their keys and values are copied; padded ones of responses with their prompts elsewhere."""
     num_workers: int = 0
     """Processes per rank that build batches ahead of the updates; 0: the rank itself. Results do not depend on it."""
+    feature_dropout: float = 0.0
+    """Share of the numbers of each hidden state that the head does not see, in training; for any head."""
     gradient_clipping: float = 1.0
     """Global norm bound of the engine's gradients; 0 is off. User rows are outside it."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -130,6 +132,8 @@ class TrainConfig:
         ):
             value = getattr(self, name)
             check_range(f"train.{name}", value, value >= 0, "0 or more")
+        share = self.feature_dropout
+        check_range("train.feature_dropout", share, 0 <= share < 1, "at least 0 and below 1")
         for name in ("time_limit_minutes", "skip_spikes_sigmas"):
             value = getattr(self, name)
             check_range(f"train.{name}", value, value is None or value > 0, "above 0")

@@ -67,6 +67,12 @@ class Projector(nn.Module):
         return x + y if self.residual else y
 
 
+def has_inert_dropout(head: nn.Module) -> bool:
+    """Return whether a head has a projector with dropout and without an activation that it would follow."""
+    projectors = (part for part in head.modules() if isinstance(part, Projector))
+    return any(part.dropout.p > 0 and len(part.layers) == 1 for part in projectors)
+
+
 class StackedProjector(Projector):
     """K independent Projectors of one input, each layer's parameters in one tensor."""
 

@@ -38,6 +38,7 @@ from pal_ds.errors import UserError
 from pal_ds.feature_cache.encode import encode_once
 from pal_ds.feature_cache.folders import cache_folders
 from pal_ds.heads.base import Head
+from pal_ds.heads.projector import has_inert_dropout
 from pal_ds.model import RewardModel
 from pal_ds.modeling.build import Parts, RunContext, base_weights_of, load_backbone
 from pal_ds.runs.run_dir import BestEvaluation
@@ -144,7 +145,13 @@ def start_engine(
         # ZeRO-3 packs all weights into one buffer, so the head shares the backbone's dtype; masters stay fp32.
         head.to(torch.bfloat16)
     phase.enter("start the engine", patience=SLOW)
-    model = RewardModel(backbone, head, config.loss.lm_weight, first_threshold(context))
+    model = RewardModel(
+        backbone,
+        head,
+        config.loss.lm_weight,
+        tie_threshold=first_threshold(context),
+        feature_dropout=config.train.feature_dropout,
+    )
     return start_training_engine(model, config.optim, context.ds_config, guard)
 
 
@@ -179,6 +186,11 @@ def check_before_loading(config: RunConfig, parts: Parts, data: PreparedData) ->
         raise UserError(
             "train.micro_batch_tokens: updates read no tokens here, as the backbone is frozen or the records are "
             "vectors. Unset it; train.micro_batch_pairs bounds a micro-batch."
+        )
+    if has_inert_dropout(parts.head):
+        logger.warning(
+            "head: its dropout follows activations, of which num_layers: 1 has none, so it does nothing. "
+            "train.feature_dropout drops what the head reads, whatever its layers."
         )
 
 
