@@ -188,11 +188,13 @@ def train(
         UserError: a key that no recipe has, keys that contradict each other or the data, a run that was started with
             other values, or updates that could not be made (NumericError).
     """
+    from pal_ds.config.changes import refuse_unknown_keys
     from pal_ds.distributed.preemption import listening
     from pal_ds.training.launch import launch_training
 
     with for_people(), contextlib.ExitStack() as held:
         config, text = read(recipe, overrides, trust_code=trust_code)
+        refuse_unknown_keys(allow_change, text)
         if "RANK" not in os.environ:
             # The watchdog ends processes that hang; alone there is nobody to wait for, and a notebook lives on.
             config = replace(config, train=replace(config.train, hang_minutes=0))

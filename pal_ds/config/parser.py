@@ -15,7 +15,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, get_loader
 from pal_ds.distributed import phase  # noqa: F401  (first of ours: its clock tells how long this process has run)
 from pal_ds.errors import UserError, chain_of, without_stop
 from pal_ds.io.boundary import reason_of
-from pal_ds.io.yaml_files import is_odd_number, refuse_odd_numbers
+from pal_ds.io.yaml_files import is_odd_number, refuse_expansion, refuse_odd_numbers
 
 _LONG_VALUE = re.compile(r"((?:Given|Got) value: .{200}).+")
 """A value that a message repeats, which may be all of somebody's data."""
@@ -26,6 +26,8 @@ def _load_value(text: str) -> object:
     """Read a value of the command line, or a file, as jsonargparse does; numbers in odd spellings are no YAML."""
     try:
         refuse_odd_numbers(text, "line")
+        if "*" in text and "&" in text:
+            refuse_expansion(yaml.compose(text, Loader=yaml.SafeLoader), "line")
     except UserError as error:
         raise yaml.YAMLError(str(error)) from None
     return _read_yaml(text)
