@@ -1,9 +1,11 @@
 """A key that stands twice in a recipe, a suite or a run's config is an error with both lines."""
 
+from pathlib import Path
+
 import pytest
 
 from pal_ds.api import prepare
-from pal_ds.config.recipe import load_recipe, read_recipe
+from pal_ds.config.recipe import load_recipe, read_recipe, recipe_from_arguments
 from pal_ds.errors import UserError
 from pal_ds.io.yaml_files import parse_yaml, read_yaml
 
@@ -165,5 +167,5 @@ def test_a_few_aliases_are_read_and_one_of_itself_is_not(tmp_path: Path) -> None
     assert len(read_yaml(path)["a2"]) == 9
     for text in ("a: &a [*a]\n", "a: &a {b: {c: *a}}\n"):
         path.write_text(text)
-        with pytest.raises(UserError, match="recipe.yaml:1: the value stands within itself"):
+        with pytest.raises(UserError, match=r"recipe\.yaml:1: the value stands within itself"):
             read_yaml(path)
