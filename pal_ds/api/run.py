@@ -118,6 +118,11 @@ def path_or_list(records: Records, name: str) -> Path | list[Mapping[str, Any]]:
         if any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts):
             raise UserError(f"{name}: no path is so long: {str(path)[:40]}...")
         return path
+    if hasattr(records, "columns"):
+        kind = type(records).__name__
+        raise UserError(
+            f"{name}: is a {kind}; give a list of dicts (of pandas: {name}.to_dict('records')), or the path of a file."
+        )
     if isinstance(records, Mapping) or not isinstance(records, Iterable):
         raise UserError(
             f"{name}: is of type {type(records).__name__}; give a list of dicts, or the path of a file."
