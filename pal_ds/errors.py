@@ -5,7 +5,7 @@
 | 0 | finished, or stopped on request after saving (`status.json` of the run says which) | resumes, if stopped |
 | 1 | a bug: the traceback says where | |
 | 2 | bad input, recipe or command line | after mending it |
-| 3 | too many updates in a row had to be skipped (loss or gradients not finite, or spikes) | after mending the recipe |
+| 3 | too many updates skipped (not finite, or spikes), or the last weights are not finite | after mending the recipe |
 | 4 | a file could not be written (full, quota, read-only), or handles or memory ran out | once there is room |
 | 5 | another rank died, hung or failed | yes, resumes |
 | 6 | another process writes to the run directory | later, as it is |

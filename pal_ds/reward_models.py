@@ -3,6 +3,7 @@
 The names that users of PAL know, `load_pal_rm_a` and `load_pal_rm_b`, check the kind and are otherwise the same.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,12 +28,15 @@ from pal_ds.export.contents import verify_export
 from pal_ds.export.tokenizer import open_tokenizer
 from pal_ds.export.weights import plain_backbone
 from pal_ds.heads.base import Head
+from pal_ds.inference.fitted_to import FittedTo, refuse_other_table
 from pal_ds.inference.load_run import OpenRun, load_model, open_run
 from pal_ds.inference.score_texts import Scorer
 from pal_ds.io.boundary import reading
 from pal_ds.remote_code.modeling_pal import PalForSequenceClassification
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.users import UserTable
+
+logger = logging.getLogger(__name__)
 
 
 def load_reward_model(
@@ -114,6 +118,8 @@ def scorer_of_run(
     opened = open_run(run, step, trust=trust, trust_code=trust_code)
     model = model_of_run(opened)
     groups, users = opened.data.groups, opened.users
+    if model.head.has_points:
+        opened.refuse_other_table(whom.users_dir, model.head)
     audience = choose_audience(model.head, users, groups=groups, **vars(whom))
     model.config.mixture = audience.mixture
     encoder = TextEncoder.from_info(opened.data.info["tokens"], opened.data.tokenizer_path)
@@ -175,6 +181,7 @@ def scorer_of_export(
             raise UserError(
                 f"{folder}: {facts['head']} has one reward for everyone: leave out --user."
             )
+        _refuse_other_table(folder, facts, whom.users_dir)
         if whom.user is not None:
             audience = choose_audience(model.head, UserTable.load(whom.users_dir), **vars(whom))
             model.config.mixture = audience.mixture
@@ -187,6 +194,23 @@ def scorer_of_export(
         is_for_one=whom.is_named,
         needs_names=whom.users_dir is not None and whom.user is None,
     )
+
+
+def _refuse_other_table(folder: Path, facts: dict[str, Any], users_dir: Path) -> None:
+    """Raise UserError where users were fitted to another model than the one that was exported."""
+    if "head_hash" not in facts:
+        logger.warning(
+            "%s: an older version exported it, so nothing says whether the users of %s were fitted to its run and step",
+            folder,
+            users_dir,
+        )
+        return
+    model: FittedTo = {
+        "run": f"the run behind {folder}",
+        "step": facts.get("step", 0),
+        "head": facts["head_hash"],
+    }
+    refuse_other_table(users_dir, model, adapt_to=f"--run_dir RUN --step {model['step']}")
 
 
 def _what_is_missing(folder: Path) -> str:

@@ -206,8 +206,9 @@ train() { # RECIPE RUN_DIR [words of `pal-ds train`]
   disown
   [ -z "$prepare_lock" ] || prepare
   limit=$(minutes_left)
+  # A limit among the given words wins.
+  case " ${words[*]}" in *" --train.time"[_-]"limit"[_-]"minutes"*) limit="" ;; esac
   say "$SLURM_NTASKS ranks on $SLURM_JOB_NODELIST${limit:+, $limit minutes}: $run_dir"
-  # Before the given words, among which a limit wins.
   run_ranks train --config="$record/recipe.yaml" --run_dir="$run_dir" \
     ${limit:+--train.time_limit_minutes="$limit"} "${words[@]}"
   finish

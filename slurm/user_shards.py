@@ -35,12 +35,21 @@ def merge(out: Path) -> None:
 
     from pal_ds.adaptation.result import read_report
     from pal_ds.eval.results import write_user_figures
+    from pal_ds.inference.fitted_to import read_record, write_record
     from pal_ds.users import UserTable
 
     folders = sorted(
         (path for path in (out / "shards").iterdir() if (path / "report.json").is_file()),
         key=lambda path: int(path.name),
     )
+    records = [read_record(folder) for folder in folders]
+    if apart := [folder for folder, one in zip(folders, records, strict=True) if one != records[0]]:
+        print(
+            f"{apart[0]}: its users were fitted to another run or step than those of {folders[0]}. Delete it, and "
+            f"submit its number again (--array={apart[0].name}) with the run and --step of the others.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     tables = [UserTable.load(folder) for folder in folders]
     merged = UserTable(tables[0].num_prototypes)
     states = [table.state_dict() for table in tables]
@@ -55,6 +64,8 @@ def merge(out: Path) -> None:
     # Beside their names first: another task may be doing the same.
     part = out / f"merge.{os.getpid()}"
     merged.save(part)
+    if records[0] is not None:
+        write_record(part, records[0])
     for path in part.iterdir():
         path.replace(out / path.name)
     part.rmdir()

@@ -9,6 +9,7 @@ import torch
 from pal_ds.adaptation.new_users import FOLDER, FittedShard, ShardFolder
 from pal_ds.errors import UserError
 from pal_ds.eval.results import read_user_figures
+from pal_ds.inference.fitted_to import FittedTo, read_record, write_record
 from pal_ds.inference.load_run import OpenRun
 from pal_ds.inference.mixtures import user_mixtures
 from pal_ds.runs.lock import LOCK
@@ -60,7 +61,7 @@ def read_report(out: Path) -> AdaptReport:
     return cast(AdaptReport, read_user_figures(out / REPORT, AdaptFigures, remedy))
 
 
-def fitted_before(out: Path, folder: ShardFolder) -> AdaptReport | None:
+def fitted_before(out: Path, folder: ShardFolder, fitted_to: FittedTo) -> AdaptReport | None:
     """Return the report of the same fit, or None where there is none. Raises UserError where `out` has another one."""
     if not (out / REPORT).is_file():
         return None
@@ -71,6 +72,9 @@ def fitted_before(out: Path, folder: ShardFolder) -> AdaptReport | None:
             "Name an empty or new directory."
         )
     logger.info("%s: holds the users of these pairs and options; reusing them", out)
+    if read_record(out) is None:
+        # An older version wrote it, and these inputs name the checkpoint.
+        write_record(out, fitted_to)
     folder.remove()  # where the fit was killed after its report
     return report
 

@@ -34,6 +34,7 @@ from pal_ds.eval.metrics import correctness
 from pal_ds.eval.results import write_user_figures
 from pal_ds.heads.base import UserState
 from pal_ds.heads.jaxtyping_fallback import Float
+from pal_ds.inference.fitted_to import write_record
 from pal_ds.inference.load_run import OpenRun, restore
 from pal_ds.inference.readers import Reader, reader_of
 from pal_ds.inference.scoring import Forwards
@@ -116,7 +117,8 @@ def _adapt(run: RunDirectory, out: Path, options: AdaptOptions) -> AdaptReport:
         _warn_of_known(restored, users.ids)
         inputs = _inputs(restored, data, users, solver, seed, world)
         folder = ShardFolder(out, inputs)
-        if (made := fitted_before(out, folder)) is not None:
+        fitted_to = restored.fitted_to(restored.model.head)
+        if (made := fitted_before(out, folder, fitted_to)) is not None:
             return made
         folder.begin()
         table = UserTable(
@@ -129,6 +131,7 @@ def _adapt(run: RunDirectory, out: Path, options: AdaptOptions) -> AdaptReport:
     report: AdaptReport = {"inputs": folder.key, **figures_of_fit(restored, table, shards)}
     with new_files(out) as aside:
         table.save(aside)
+        write_record(aside, fitted_to)
         write_user_figures(aside / REPORT, report)
     folder.remove()
     return report

@@ -118,6 +118,11 @@ def path_or_list(records: Records, name: str) -> Path | list[Mapping[str, Any]]:
         if any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts):
             raise UserError(f"{name}: no path is so long: {str(path)[:40]}...")
         return path
+    if hasattr(records, "columns"):
+        kind = type(records).__name__
+        raise UserError(
+            f"{name}: is a {kind}; give a list of dicts (of pandas: {name}.to_dict('records')), or the path of a file."
+        )
     if isinstance(records, Mapping) or not isinstance(records, Iterable):
         raise UserError(
             f"{name}: is of type {type(records).__name__}; give a list of dicts, or the path of a file."
@@ -188,11 +193,13 @@ def train(
         UserError: a key that no recipe has, keys that contradict each other or the data, a run that was started with
             other values, or updates that could not be made (NumericError).
     """
+    from pal_ds.config.changes import refuse_unknown_keys
     from pal_ds.distributed.preemption import listening
     from pal_ds.training.launch import launch_training
 
     with for_people(), contextlib.ExitStack() as held:
         config, text = read(recipe, overrides, trust_code=trust_code)
+        refuse_unknown_keys(allow_change, text)
         if "RANK" not in os.environ:
             # The watchdog ends processes that hang; alone there is nobody to wait for, and a notebook lives on.
             config = replace(config, train=replace(config.train, hang_minutes=0))

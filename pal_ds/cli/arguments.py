@@ -85,8 +85,10 @@ class Shown:
 
 def _keys(text: str | list[str]) -> list[str]:
     """Names separated by commas, in brackets or not."""
-    if not isinstance(text, str):
+    if isinstance(text, list) and all(isinstance(name, str) for name in text):
         return text
+    if not isinstance(text, str):
+        raise ValueError(f"{text!r} is no list of names, as in a,b")
     return [name.strip() for name in text.strip("[] ").split(",") if name.strip()]
 
 
@@ -112,11 +114,11 @@ def whole_numbers(option: str, words: list[str]) -> list[int]:
 
 def _mixture(text: str | list[float]) -> list[float]:
     """Weights separated by commas, `0.2,0.8`; whether they fit a head is checked where one is."""
-    if not isinstance(text, str):
+    if isinstance(text, list) and all(type(part) in (int, float) for part in text):
         # jsonargparse runs the type once more over what it gave.
         return text
     try:
-        return [float(part) for part in text.split(",")]
+        return [float(part) for part in str(text).split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no list of numbers separated by commas, as in 0.2,0.8"

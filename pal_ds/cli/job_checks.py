@@ -63,7 +63,7 @@ def check_recipe(options: Namespace, recipe: str, run_dir: Path, words: list[str
     Raises:
         UserError: the recipe, its ds_config, its data or the run's earlier checkpoints do not fit the request.
     """
-    from pal_ds.config.changes import refuse_changes
+    from pal_ds.config.changes import refuse_changes, refuse_unknown_keys
     from pal_ds.config.consent import Consent
     from pal_ds.config.parser import objects_of, parsed
     from pal_ds.config.recipe import as_recipe, dump_recipe
@@ -78,6 +78,7 @@ def check_recipe(options: Namespace, recipe: str, run_dir: Path, words: list[str
         consent.check(given["train"])
         config = as_recipe(objects_of(parser, given)["train"])
         resolved = dump_recipe(given["train"])
+    refuse_unknown_keys(given["train"].allow_change, resolved)
     world_size = options.nodes * options.ntasks_per_node
     ds_config_of(config.train, world_size)
     if config.train.batch_pairs < world_size:

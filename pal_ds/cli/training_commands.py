@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import ArgumentParser, Namespace
 
 from pal_ds.cli.arguments import STEP, TRUST, keys
+from pal_ds.config.changes import refuse_unknown_keys
 from pal_ds.config.recipe import add_recipe_arguments, as_recipe, dump_recipe
 from pal_ds.config.run_config import RunConfig
 from pal_ds.errors import UnfinishedError, UserError
@@ -80,14 +81,15 @@ class Train:
     def run(options: Namespace, unresolved: Namespace) -> None:
         from pal_ds.distributed.preemption import listening
 
-        recipe = as_recipe(options)
+        recipe, resolved = as_recipe(options), dump_recipe(unresolved)
+        refuse_unknown_keys(options.allow_change, resolved)
         # From here on a signal asks for a checkpoint first, even while modules are still being loaded.
         with listening(recipe.train.stop_signals, may_end_process=True):
             from pal_ds.training.launch import launch_training
 
             launch_training(
                 recipe,
-                dump_recipe(unresolved),
+                resolved,
                 Path(options.run_dir),
                 fresh=options.fresh,
                 allow_change=options.allow_change,

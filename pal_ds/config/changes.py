@@ -1,10 +1,12 @@
 """The keys in which two recipes differ, and the refusal of those that would make a resumed run another one."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
 
-from pal_ds.config.run_config import KEYS_THAT_DO_NOT_ALTER_RESULTS
+from pal_ds.config.run_config import KEYS_THAT_DO_NOT_ALTER_RESULTS, RunConfig
+from pal_ds.data.parse import nearest
 from pal_ds.errors import UserError
 from pal_ds.io.yaml_files import flattened, parse_yaml
 
@@ -28,6 +30,22 @@ def changed_keys(old: str, new: str) -> list[str]:
     # A section without a value counts as its keys do.
     free = KEYS_THAT_DO_NOT_ALTER_RESULTS
     return sorted(key for key in differing if not f"{key}.".startswith(free))
+
+
+def refuse_unknown_keys(allowed: Iterable[str], recipe: str) -> None:
+    """Raise UserError for a key of `--allow_change` that no recipe has; `recipe` is a resolved one, YAML."""
+    known = set(RunConfig.__dataclass_fields__)
+    for key in flattened(yaml.safe_load(recipe)):
+        parts = key.split(".")
+        known |= {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
+    for key in allowed:
+        # Of a key whose value is a class, or null, what stands below is not in this recipe; its section is.
+        is_open = key.startswith(("head.", "data.source.", "loss.shape.", "backbone.architecture."))
+        if key not in known and not is_open:
+            raise UserError(
+                f"--allow_change {key}: a recipe has no such key{nearest(key, known)}. Name a key with its section, as "
+                "train.seed."
+            )
 
 
 def refuse_changes(run_config_file: Path, new: str, allowed: list[str]) -> None:

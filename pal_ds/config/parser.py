@@ -5,18 +5,18 @@ import inspect
 import mmap
 import re
 import sys
-from argparse import ArgumentError
+from argparse import ArgumentError, _AppendAction
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, get_loader, set_loader
 
 from pal_ds.distributed import phase  # noqa: F401  (first of ours: its clock tells how long this process has run)
 from pal_ds.errors import UserError, chain_of, storage_error, without_stop
 from pal_ds.io.boundary import reason_of
-from pal_ds.io.yaml_files import is_odd_number, refuse_odd_numbers
+from pal_ds.io.yaml_files import is_odd_number, refuse_expansion, refuse_odd_numbers
 
 _LEAST_BYTES = 32 << 20
 """Memory that a command takes at the least once its options are read."""
@@ -29,6 +29,8 @@ def _load_value(text: str) -> object:
     """Read a value of the command line, or a file, as jsonargparse does; numbers in odd spellings are no YAML."""
     try:
         refuse_odd_numbers(text, "line")
+        if "*" in text and "&" in text:
+            refuse_expansion(yaml.compose(text, Loader=yaml.SafeLoader), "line")
     except UserError as error:
         raise yaml.YAMLError(str(error)) from None
     return _read_yaml(text)
@@ -74,6 +76,7 @@ class Parser(ArgumentParser):
 def parsed(parser: ArgumentParser, words: Sequence[str], where: str) -> Namespace:
     """Parse words; the parser's own errors pass. Raises UserError for a value at which it fails, as a huge number."""
     try:
+        _refuse_repeated(parser, words)
         options = parser.parse_args([*words])
         _refuse_odd_words(options, words)
         return options
@@ -83,6 +86,37 @@ def parsed(parser: ArgumentParser, words: Sequence[str], where: str) -> Namespac
         raise UserError(
             f"{where}: a value cannot be read ({reason_of(error)}). Mend it."
         ) from error
+
+
+def _refuse_repeated(parser: ArgumentParser, words: Sequence[str]) -> None:
+    """Raise UserError for an option that stands twice, of which argparse takes the last value and says nothing.
+
+    Options that add up, as `--config`, may; so may switches, whose second says what the first did.
+    """
+    actions = [*parser._actions]
+    for action in parser._actions:
+        for command in (getattr(action, "_name_parser_map", None) or {}).values():
+            actions += command._actions
+    several = {
+        name
+        for action in actions
+        if action.nargs == 0 or isinstance(action, _AppendAction | ActionConfigFile)
+        for name in action.option_strings
+    }
+    takes_list = {n for action in actions if action.nargs == "+" for n in action.option_strings}
+    met: set[str] = set()
+    for word in words[: [*words, "--"].index("--")]:
+        written = word.partition("=")[0]
+        # KEY+ adds to a list; init_args may be left out of a key.
+        if not written.startswith("--") or written.endswith("+") or written in several:
+            continue
+        name = written.replace(".init_args.", ".")
+        if name in met:
+            remedy = f"Give all values at once: {written} A B." if written in takes_list else ""
+            raise UserError(
+                f"{written} is given twice, and only one of the two could count. {remedy or 'Give it once.'}"
+            )
+        met.add(name)
 
 
 def _refuse_odd_words(options: Namespace, words: Sequence[str]) -> None:

@@ -134,6 +134,10 @@ class TrainConfig:
             check_range(f"train.{name}", value, value >= 0, "0 or more")
         share = self.feature_dropout
         check_range("train.feature_dropout", share, 0 <= share < 1, "at least 0 and below 1")
+        workers = self.num_workers
+        check_range(
+            "train.num_workers", workers, workers <= MOST_WORKERS, f"{MOST_WORKERS} at most"
+        )
         for name in ("time_limit_minutes", "skip_spikes_sigmas"):
             value = getattr(self, name)
             check_range(f"train.{name}", value, value is None or value > 0, "above 0")
@@ -144,6 +148,10 @@ class TrainConfig:
         for name in self.stop_signals:
             known = f"SIG{name}" in signal.Signals.__members__ and name not in ("KILL", "STOP")
             check_range("train.stop_signals", name, known, "a signal's name such as USR2 or TERM")
+
+
+MOST_WORKERS = 1024
+"""Processes that read batches for one rank; no machine has cores for more."""
 
 
 def check_range(key: str, value: object, in_range: bool, rule: str) -> None:

@@ -156,6 +156,12 @@ def choose_template(tokenizer: "PreTrainedTokenizerBase", name: str, wanted: str
         UserError: it has none of that name, or several without a default.
     """
     templates = tokenizer.chat_template
+    texts = templates.values() if isinstance(templates, dict) else [templates]
+    if odd := [text for text in texts if not isinstance(text, str | None)]:
+        raise UserError(
+            f"tokenizer {name}: its chat_template holds {odd[0]!r:.60}, which is no text; a chat template is one. Mend "
+            "chat_template in its tokenizer_config.json"
+        )
     named = templates if isinstance(templates, dict) else {}
     if wanted == "never" or (wanted == "auto" and (not named or "default" in named)):
         return

@@ -120,6 +120,8 @@ class Collector:
             raise UserError(
                 f"{where}: some records hold text, some vectors; a dataset holds one of them"
             )
+        if self.members.options.split in ("field", "record"):
+            self.members.named_split(record, where)
         if record.label not in (-1, 0, 1):
             raise UserError(f"{where}: label is {record.label!r}; it must be -1, 1, or 0 for a tie")
         if record.soft and (record.probability is None or record.label == 0):

@@ -99,7 +99,10 @@ def nearest(name: str, names: Iterable[str]) -> str:
 def parse_record(fields: object, where: str, extra_keys: str = "error") -> Record:
     """Check one object of a form that REQUIRED_FORMS lists. Raises UserError with `where`, the rule and the remedy."""
     if not isinstance(fields, Mapping):
-        raise UserError(f"{where}: expected an object, found {type(fields).__name__}")
+        raise UserError(
+            f"{where}: expected an object, found {type(fields).__name__}; JSON Lines hold one object a line. Of a file "
+            "that is one list: jq -c '.[]' FILE > LINES.jsonl"
+        )
     unknown = [key for key in fields if key not in KNOWN_KEYS]
     form = _choose_form(fields, unknown, where)
     if unknown and extra_keys != "ignore":

@@ -260,13 +260,13 @@ def _records(source: Source) -> Iterator[Record]:
 def _train_texts(config: DataConfig, source: Source, quiet: bool) -> Iterator[str]:
     """Each distinct text that seen users judged in the train split, and the separator."""
     plan = Membership(config.split_options())
-    for record in _tracked(_records(source), source.num_records(), "reading", quiet):
+    records = _tracked(_records(source), source.num_records(), "reading", quiet)
+    for record in filter(plan.has_split, records):
         plan.add_user(record)
-        plan.add_prompt(record)
-    codes = plan.prompt_splits()
+        plan.add_prompt(record, record.where or "record")
+    codes, done = plan.prompt_splits(), set[bytes]()
     seen = dict(zip(plan.users, plan.seen(), strict=True))
-    done: set[bytes] = set()
-    for record in _records(source):
+    for record in filter(plan.has_split, _records(source)):
         if not seen[record.user_id] or codes[plan.prompts[prompt_digest(record)]] != 0:
             continue
         for text in (record.prompt, *compared(record)):

@@ -138,6 +138,10 @@ class Membership:
             )
         return row, key
 
+    def has_split(self, record: Record) -> bool:
+        """Return False for a record that should name its split and does not: a bad row, which `Collector` counts."""
+        return self.options.split != "field" or record.split in SPLIT_FIELD_NAMES
+
     def named_split(self, record: Record, where: str) -> int:
         """Code of the split that a record names. Raises UserError where it names none."""
         if record.split not in SPLIT_FIELD_NAMES:

@@ -66,6 +66,17 @@ def warn_of_gaps(data: PreparedData, options: SplitOptions) -> None:
             data.path,
             POPULATION_USER,
         )
+    elif POPULATION_USER in [*data.users]:
+        nobody = [*data.users].index(POPULATION_USER)
+        logger.warning(
+            "%s: %d of %d comparisons name no user (or are of a user `%s`): all of them are of one, `%s`, who stands "
+            "for everybody who is unknown. Give these records their `user_id`, or leave them out.",
+            data.path,
+            int((data.comparisons["user"] == nobody).sum()),
+            len(data.comparisons),
+            POPULATION_USER,
+            POPULATION_USER,
+        )
     for kind, ids in (("users", UserIds.of(data.users)), ("groups", UserIds.of(data.groups))):
         _warn_of_alike(data, kind, ids)
     if options.unseen_user_fraction > 0 and not counts["unseen_users"]:

@@ -24,7 +24,7 @@ from pal_ds.distributed.rendezvous import met
 from pal_ds.distributed.room import refuse_too_little_room
 from pal_ds.distributed.watchdog import meeting
 from pal_ds.distributed.world import World
-from pal_ds.errors import LauncherError, UserError
+from pal_ds.errors import LauncherError, StorageError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,12 @@ def _fill_rank_variables() -> list[str]:
         logger.info("LOCAL_RANK is not set: taken as 0, one process in each container")
         os.environ["LOCAL_RANK"] = "0"
         return []
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise LauncherError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} in the environment, and RANK is not set: nothing says which "
+            "rank this process is. Let a launcher (torchrun, deepspeed, srun) set RANK, WORLD_SIZE, MASTER_ADDR and "
+            "MASTER_PORT, or unset WORLD_SIZE for a single process."
+        )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -143,7 +149,8 @@ def _join(store: torch_dist.Store, timeout: datetime.timedelta) -> World:
         torch_dist.init_process_group(
             backend, timeout=timeout, store=store, rank=rank, world_size=world_size
         )
-        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+        with operators_have_a_place():
+            deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
         control = torch_dist.new_group(backend="gloo", timeout=timeout)
     return World(rank, world_size, device, control)
 
@@ -158,17 +165,37 @@ def joined_or_alone(timeout_minutes: int = 30, hang_minutes: float = 0.0) -> Ite
     yield World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+@contextlib.contextmanager
+def operators_have_a_place() -> Iterator[None]:
+    """Raise StorageError where the block fails to make the folder into which torch builds DeepSpeed's operators."""
+    try:
+        yield
+    except OSError as error:
+        root = _folder_of_operators()
+        failed = Path(str(error.filename))
+        if error.filename is None or not (failed.is_relative_to(root) or failed in root.parents):
+            raise
+        raise StorageError(
+            f"{root}: cannot be made or written ({error.strerror}), and torch builds DeepSpeed's operators there. Name "
+            "a folder that this user may write: TORCH_EXTENSIONS_DIR."
+        ) from error
+
+
+def _folder_of_operators() -> Path:
+    """Return torch's folder of built operators, as torch.utils.cpp_extension (a slow import) has it."""
+    from torch._appdirs import user_cache_dir
+
+    root = os.environ.get("TORCH_EXTENSIONS_DIR", user_cache_dir(appname="torch_extensions"))
+    return Path(root)
+
+
 STALE_AFTER_SECONDS = 180.0
 """Seconds without a change in a lock's folder: a build on another node is not seen here, but it writes files there."""
 
 
 def remove_stale_build_locks(stale_after: float = STALE_AFTER_SECONDS) -> None:
     """Remove, with a warning, locks that no process here holds after `stale_after` seconds without a change."""
-    from torch._appdirs import user_cache_dir
-
-    # As torch.utils.cpp_extension (a slow import) has it: a folder per Python and accelerator; all are looked at.
-    root = os.environ.get("TORCH_EXTENSIONS_DIR", user_cache_dir(appname="torch_extensions"))
-    for lock in Path(root).glob("**/lock"):
+    for lock in _folder_of_operators().glob("**/lock"):
         _wait_or_remove(lock, stale_after)
 
 

@@ -90,11 +90,14 @@ def start_training_engine(
     refuse_too_little_room()
     import deepspeed
 
-    optimizer = build_optimizer(
-        parameter_groups(model, config), config, offload=offloads_optimizer(ds_config)
-    )
-    guard.attach(optimizer)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    from pal_ds.engine.process_group import operators_have_a_place
+
+    with operators_have_a_place():
+        optimizer = build_optimizer(
+            parameter_groups(model, config), config, offload=offloads_optimizer(ds_config)
+        )
+        guard.attach(optimizer)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     return cast(TrainingEngine, engine)
 
 

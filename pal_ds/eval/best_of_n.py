@@ -19,6 +19,7 @@ from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
 from pal_ds.eval.best_of_n_metrics import FIGURES, Lists, best_of_n_figures
 from pal_ds.eval.evaluate import opened_pairs
+from pal_ds.eval.figures import refuse_no_numbers
 from pal_ds.eval.results import EvalRequest, write_figures
 from pal_ds.eval.schema import BestOfNFigures, RankingFigures
 from pal_ds.inference.load_run import OpenRun
@@ -117,6 +118,7 @@ def rank_set(
             )
         known = with_points(known, restored, data, world)
         scores = score_candidates(restored, known, data, candidates, world)
+        refuse_no_numbers(scores, restored)
         ranking, unknown = _figures(data, candidates, scores, known.table_rows(data))
     made = {**ranking, "unknown_users": unknown, **dropped, "step": restored.step}
     figures = cast(BestOfNFigures, made)
@@ -237,7 +239,10 @@ def _line(fields: object, where: str) -> Line:
     if isinstance(fields, UserError):
         raise fields
     if not isinstance(fields, dict):
-        raise UserError(f"{where}: expected an object, found {type(fields).__name__}")
+        raise UserError(
+            f"{where}: expected an object, found {type(fields).__name__}; JSON Lines hold one object a line. Of a file "
+            "that is one list: jq -c '.[]' FILE > LINES.jsonl"
+        )
     if unknown := [key for key in fields if key not in _KEYS]:
         raise UserError(f"{where}: unknown key '{unknown[0]}'; a list has {', '.join(_KEYS)}.")
     _, responses, scores = check_list(fields, where)

@@ -22,7 +22,7 @@ from pal_ds.distributed.watchdog import watch
 from pal_ds.distributed.world import World
 from pal_ds.errors import UserError, writing
 from pal_ds.eval.diagnostics import context_flip
-from pal_ds.eval.figures import dev_temperature, report_on
+from pal_ds.eval.figures import dev_temperature, refuse_no_numbers, report_on
 from pal_ds.eval.metrics import controversial
 from pal_ds.eval.prototype_examples import evenly, examples_of_prototypes
 from pal_ds.eval.results import SPLIT, EvalRequest, name_of, split_request, write_figures
@@ -165,6 +165,7 @@ def evaluate_set(
         calibration = _calibration(restored, world)
         reader = reader_of(restored, data, rows, known.table_rows(data), world)
         margins = reader.forwards(world, "scoring").margins(rows, known.mixtures)
+        refuse_no_numbers(margins, restored)
         figures = report_on(restored, known, reader, rows, margins, calibration, world)
         if known.encoded_rows is not None:
             other = with_points(known, restored, data, world, flipped=True)

@@ -6,6 +6,7 @@ import numpy as np
 
 from pal_ds.data.tables import PreparedData
 from pal_ds.distributed.world import World
+from pal_ds.errors import UserError
 from pal_ds.eval import sanity_checks
 from pal_ds.eval.baselines import FormatBaseline, length_margins
 from pal_ds.eval.diagnostics import diagnose, diagnose_latent
@@ -141,6 +142,7 @@ def report_on(
             else []
         ),
         *sanity_checks.no_better_than_surface(subject, *baselines),
+        *sanity_checks.without_a_number(margins),
     ]
     diagnostics = None
     if restored.parts.needs_users and known.own is not None:
@@ -149,6 +151,16 @@ def report_on(
         diagnostics = diagnose_latent(known.encoded)
     of_run = {"train_accuracy": trained, "diagnostics": diagnostics, "warnings": warnings}
     return cast(EvaluationFigures, {**figures, "unknown_users": unknown, **of_ties, **of_run})
+
+
+def refuse_no_numbers(scores: np.ndarray, restored: OpenRun) -> None:
+    """Raise UserError where a model gives no finite number at all: no figure would say anything of it."""
+    if scores.size and not np.isfinite(scores).any():
+        raise UserError(
+            f"{restored.run.checkpoint(restored.step)}: none of its scores is a finite number: the training had "
+            "diverged by then (see metrics.jsonl), or the weights are damaged. Take an earlier --step, or train "
+            "again with a lower learning rate."
+        )
 
 
 def scored_pairs(

@@ -1,6 +1,7 @@
 """Pictures of a report: curves of all runs together, and a panel per run of its users, mixtures and calibration."""
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,10 +64,13 @@ def draw_per_run(
 
 def save_figure(figure: Figure, path: Path, shown: bool = True) -> None:
     """Write a picture, unless there is nothing to show, and forget it."""
-    figure.tight_layout()
-    if shown:
-        with writing(path):
-            figure.savefig(path, dpi=120)
+    with warnings.catch_warnings():
+        # Ids of users may hold signs that the font has not: a box stands for each, and nobody could mend it.
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
+        figure.tight_layout()
+        if shown:
+            with writing(path):
+                figure.savefig(path, dpi=120)
     plt.close(figure)
 
 

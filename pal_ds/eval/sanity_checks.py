@@ -88,6 +88,14 @@ def no_better_than_surface(
     return warnings
 
 
+def without_a_number(margins: np.ndarray) -> list[str]:
+    """A warning where scores of some comparisons are no finite numbers."""
+    num_lost = int((~np.isfinite(margins)).sum())
+    return [
+        f"{num_lost} of {len(margins)} comparisons have scores that are no finite numbers; they count as wrong"
+    ][: num_lost > 0]
+
+
 def training_accuracy(metrics: Sequence[Mapping[str, Any]], step: int) -> float | None:
     """Accuracy while training over the last quarter of an epoch before `step`: mean of those lines of metrics.jsonl.
 

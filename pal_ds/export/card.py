@@ -6,6 +6,7 @@ from typing import NotRequired, TypedDict, cast, final
 
 from pal_ds.data.dataset_info import TokensInfo
 from pal_ds.export.audience import Audience
+from pal_ds.inference.fitted_to import head_hash
 from pal_ds.inference.load_run import OpenRun
 
 FACTS_NAME = "export.json"
@@ -33,6 +34,8 @@ class ExportFacts(TypedDict):
     """transformers' own class that opens the folder; None for ours."""
     audience: str
     mixture: list[float] | None
+    head_hash: NotRequired[str]
+    """Hash of the head's tensors, by which tables of users know it; of an older version, none."""
     licence: str | None
     backbone: str
     dtype: str
@@ -89,6 +92,7 @@ def describe(
         "stock_class": stock,
         "audience": audience.description,
         "mixture": audience.mixture,
+        "head_hash": head_hash(parts.head),
         "step": opened.step,
         "dataset_hash": data["hash"],
         "licence": data.get("licence"),

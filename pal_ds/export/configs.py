@@ -142,6 +142,17 @@ def write_config(
     config.problem_type = "regression"
     config.save_pretrained(folder)
     _change_config(folder, _with_older_names)
+    if "AutoConfig" in auto_map:
+        _change_config(
+            folder, lambda content: {**content, "tokenizer_class": _tokenizer_class(folder)}
+        )
+
+
+def _tokenizer_class(folder: Path) -> str:
+    """Name of the tokenizer's class: transformers 4 gives a pipeline no tokenizer where a config of ours names none."""
+    file = folder / "tokenizer_config.json"
+    named = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return str(named.get("tokenizer_class") or "PreTrainedTokenizerFast")
 
 
 def add_probe(folder: Path, probe: Mapping[str, object]) -> None:

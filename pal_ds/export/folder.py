@@ -95,6 +95,8 @@ def fill_folder(folder: Path, opened: OpenRun, options: ExportOptions) -> card.R
     """Put an exported model into an empty folder, check it against the run, and return its facts."""
     weights = weights_of(opened)
     head = weights.head
+    if head.has_points:
+        opened.refuse_other_table(options.users_dir, head)
     audience = choose_audience(
         head,
         opened.users,

@@ -27,6 +27,8 @@ from pal_ds.engine.checkpoint.verify import (
     verify_checkpoint,
 )
 from pal_ds.errors import UserError
+from pal_ds.heads.base import Head
+from pal_ds.inference.fitted_to import FittedTo, head_hash, refuse_other_table
 from pal_ds.io.yaml_files import read_yaml
 from pal_ds.model import RewardModel
 from pal_ds.modeling.build import Parts, assemble, base_weights_of, load_backbone
@@ -54,6 +56,16 @@ class OpenRun:
     def model(self) -> RewardModel:
         assert self.loaded is not None, "this run was opened without its weights; use `restore`"
         return self.loaded
+
+    def fitted_to(self, head: Head) -> FittedTo:
+        """The record of users who are fitted to this run; `head` is its own, with the trained weights."""
+        return {"run": self.run.path.resolve().name, "step": self.step, "head": head_hash(head)}
+
+    def refuse_other_table(self, users: Path | None, head: Head) -> None:
+        """Raise UserError where the users in a folder were fitted to another model than this; None is no folder."""
+        if users is not None:
+            adapt_to = f"--run_dir {self.run.path} --step {self.step}"
+            refuse_other_table(users, self.fitted_to(head), adapt_to=adapt_to)
 
 
 def limits_of(run: RunDirectory) -> TrainConfig:

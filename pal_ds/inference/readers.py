@@ -125,6 +125,7 @@ def known_users(restored: OpenRun, adapted: Path | None) -> KnownUsers:
     mixtures = user_mixtures(head, restored.users)
     if adapted is None:
         return KnownUsers([restored.users.ids], mixtures)
+    restored.refuse_other_table(adapted, head)
     table = UserTable.load(adapted)
     if table.num_prototypes != restored.users.num_prototypes:
         raise UserError(

@@ -28,6 +28,9 @@ _NO_TEXT = {
     b"ARROW1": "is an Arrow file; write it as Parquet or JSON Lines",
     b"PK\x03\x04": "is a ZIP archive (or a workbook of a spreadsheet); unpack it, or save it as CSV",
     b"\x93NUMPY": "is a numpy array; write its rows as JSON Lines",
+    # Before UTF-16, whose mark is the beginning of this one.
+    codecs.BOM_UTF32_LE: "is UTF-32; save the file as UTF-8",
+    codecs.BOM_UTF32_BE: "is UTF-32; save the file as UTF-8",
     codecs.BOM_UTF16_LE: "is UTF-16; save the file as UTF-8",
     codecs.BOM_UTF16_BE: "is UTF-16; save the file as UTF-8",
 }

@@ -28,6 +28,8 @@ _PLAIN_NUMBER = re.compile(
 """Numbers of which YAML 1.1 and 1.2 make the same."""
 _SIGN_OF_ODD_NUMBER = re.compile(r"[0-9][_:]|\._|0[0-9bx]", re.IGNORECASE)
 """What no text is without that holds a number in another spelling: a look that costs little."""
+MOST_ALIASED = 10_000
+"""Values that the aliases of one text may add to those that are written."""
 _NAMES_BELOW = ("methods", "init_args")
 """Keys below which names of people's own stand, in which a dot is a letter."""
 
@@ -50,6 +52,7 @@ def parse_yaml(text: str, where: str) -> object:
     """The value of a YAML text. Raises UserError as `read_yaml` does."""
     try:
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        refuse_expansion(tree, where)
         for first, second in () if tree is None else _repeated(tree):
             before, line = (node.start_mark.line + 1 for node in (first, second))
             written = "" if second.value == first.value else f", as '{first.value}'"
@@ -67,6 +70,44 @@ def parse_yaml(text: str, where: str) -> object:
             raise
         reason = " ".join(str(error).split())
         raise UserError(f"{where}: not valid YAML ({reason}). Mend it.") from None
+
+
+def refuse_expansion(tree: yaml.Node | None, where: str) -> None:
+    """Raise UserError where aliases (`*NAME`) make far more of a YAML text than is written, or a value part of itself.
+
+    Ten levels of nine aliases each are a kilobyte, and three thousand million values to whoever goes through them.
+    """
+    sizes: dict[int, int] = {}
+    above: set[int] = set()
+    todo = [] if tree is None else [(tree, False)]
+    while todo:
+        node, is_counted = todo.pop()
+        parts = _parts(node)
+        if is_counted:
+            above.discard(id(node))
+            sizes[id(node)] = 1 + sum(sizes[id(part)] for part in parts)
+        elif id(node) not in sizes:
+            above.add(id(node))
+            todo.append((node, True))
+            for part in parts:
+                if id(part) in above:
+                    line = part.start_mark.line + 1
+                    raise UserError(
+                        f"{where}:{line}: the value stands within itself, by an alias (*NAME). Write it out."
+                    )
+                todo.append((part, False))
+    if tree is not None and sizes[id(tree)] - len(sizes) > MOST_ALIASED:
+        raise UserError(
+            f"{where}: aliases (*NAME) make {sizes[id(tree)]:,} values of the {len(sizes):,} that are written; at most "
+            f"{MOST_ALIASED:,} more are read. Write out what is meant."
+        )
+
+
+def _parts(node: yaml.Node) -> list[yaml.Node]:
+    """Return the nodes right below a node."""
+    if isinstance(node, yaml.MappingNode):
+        return [part for pair in node.value for part in pair]
+    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
 
 
 def refuse_odd_numbers(text: str, where: str) -> None:

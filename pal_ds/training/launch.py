@@ -23,7 +23,7 @@ from pal_ds.engine.checkpoint.manifest import read_manifest
 from pal_ds.engine.checkpoint.verify import refuse_strangers_run
 from pal_ds.engine.ds_config import DeepSpeedConfig, check_zero_section, ds_config_of
 from pal_ds.engine.process_group import distributed
-from pal_ds.errors import UnfinishedError, UserError, mendable, writing
+from pal_ds.errors import LauncherError, UnfinishedError, UserError, mendable, writing
 from pal_ds.io.files import new_folder, write_json
 from pal_ds.modeling.build import Parts, RunContext, assemble
 from pal_ds.modeling.lengths import data_to_prepare
@@ -59,7 +59,10 @@ class TrainingRequest:
 
 def world_size_of_launch() -> int:
     """Return the number of ranks that the launcher starts, before they have met; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if not world_size.isdecimal() or int(world_size) < 1:
+        raise LauncherError(f"WORLD_SIZE is {world_size!r} in the environment, no number of ranks.")
+    return int(world_size)
 
 
 def launch_training(
@@ -107,12 +110,9 @@ def train_among(
         from pal_ds.training.loop import train
 
         # First of all: what differs here would train other weights in silence, or wait for a collective for ever.
-        cli = {
-            "--fresh": request.fresh,
-            "--allow_change": list(request.allow_change),
-            "--trust_checkpoint": request.trust_checkpoint,
-            "--trust_code": request.trust_code,
-        }
+        names = ("fresh", "allow_change", "trust_checkpoint", "trust_code")
+        cli: dict[str, object] = {f"--{name}": getattr(request, name) for name in names}
+        cli["--run_dir"] = str(run.path.absolute())
         agree_on_start(world, request.recipe, request.ds_config, cli)
         check_zero_section(request.ds_config, config.train.ds_config)
         with meeting():

@@ -65,20 +65,26 @@ class ProgressLines:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
 
-def log_end(run: RunDirectory, best: BestEvaluation | None) -> None:
+def log_end(run: RunDirectory, best: BestEvaluation | None, num_skipped: int = 0) -> None:
     """Log how a finished training ended, where things lie and what comes next. Rank 0 calls it."""
     found = (
         _why_none_is_best(run)
         if best is None
         else f"best accuracy on dev {best['dev_accuracy']:.4f}, at update {best['step']}"
     )
+    skipped = (
+        f"; {num_skipped} updates were skipped (skipped_updates in metrics.jsonl)"
+        if num_skipped
+        else ""
+    )
     recipe = yaml.safe_load(run.config_file.read_text()) if run.config_file.is_file() else {}
     own = import_paths({key: recipe.get(key) for key in ("head", "loss")})
     remote = (recipe.get("backbone") or {}).get("trust_remote_code")
     logger.info(
-        "finished: %s. Everything is in %s; figures per update in metrics.jsonl. "
+        "finished: %s%s. Everything is in %s; figures per update in metrics.jsonl. "
         "Next: `pal-ds evaluate --run_dir %s%s`",
         found,
+        skipped,
         run.path,
         shlex.quote(str(run.path)),
         " --trust_code" if own or remote else "",

@@ -4,6 +4,7 @@ import datetime
 import functools
 import logging
 
+from pal_ds.config.changes import changed_keys
 from pal_ds.config.recipe import record_recipe
 from pal_ds.data.collator import Collator
 from pal_ds.data.loader import UpdateInputs, updates_from
@@ -21,6 +22,7 @@ from pal_ds.io.files import write_json
 from pal_ds.modeling.build import Parts, RunContext
 from pal_ds.progress import progress_bar
 from pal_ds.runs.run_dir import RunDirectory, RunState, Status
+from pal_ds.training.divergence import refuse_lost
 from pal_ds.training.evaluation import evaluate_in_training
 from pal_ds.training.log_lines import log_end
 from pal_ds.training.setup import start_training
@@ -51,7 +53,8 @@ def train(
         return None
     try:
         if recipe is not None:
-            world.from_rank_zero(lambda: record_start(run, recipe))
+            is_over = state.step == state.num_updates and not state.owes_evaluation
+            world.from_rank_zero(lambda: record_start(run, recipe, is_over=is_over))
         run_updates(state)
     except KeyboardInterrupt:
         if world.is_rank_zero:
@@ -72,8 +75,20 @@ def train(
     return state.collator
 
 
-def record_start(run: RunDirectory, recipe: str) -> None:
-    """Write down what is about to be trained and what trains it. Raises StorageError where it cannot be written."""
+def record_start(run: RunDirectory, recipe: str, *, is_over: bool = False) -> None:
+    """Write down what is about to be trained and what trains it; of a run that is over, nothing is.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    if is_over and run.config_file.is_file():
+        if changed := changed_keys(run.config_file.read_text(encoding="utf-8"), recipe):
+            logger.warning(
+                "%s: all updates are made, so nothing is trained with the other values of %s; config.yaml stays",
+                run.path,
+                ", ".join(changed),
+            )
+        return
     record_recipe(run, recipe)
     now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     run.write_installation({"started": now, **own_version(), **installation_facts()})
@@ -131,9 +146,11 @@ def run_updates(state: Training) -> None:
             state.watch.begin_lap()
     metrics.close()
     if state.step == state.num_updates and not state.owes_evaluation:
+        # Also of an end that an older version saved.
+        refuse_lost(state)
         write_status(state, "finished")
         if state.world.is_rank_zero:
-            log_end(state.run, state.best)
+            log_end(state.run, state.best, state.guard.num_skipped)
     else:
         write_status(state, "stopped", stop or "stop_after")
 
@@ -191,6 +208,8 @@ def log_evaluate_save(state: Training, stop: str | None) -> str | None:
     config = state.config.train
     if state.step % config.log_every == 0 or state.step == state.num_updates:
         state.metrics.log(state.step, state.step / state.plan.updates_per_epoch)
+    if state.step == state.num_updates or stop == "stop_after":
+        refuse_lost(state)
     improved = False
     state.owes_evaluation = state.due(config.eval_every)
     if state.owes_evaluation and stop in (None, "stop_after"):

@@ -31,11 +31,13 @@ from pal_ds.eval import results
 from pal_ds.eval.evaluate import evaluate_run, summary_line
 from pal_ds.eval.results import split_request
 from pal_ds.inference import readers as reading_module
+from pal_ds.inference.fitted_to import RECORD
 from pal_ds.inference.load_run import OpenRun, restore
 from pal_ds.inference.mixtures import user_mixtures
 from pal_ds.inference.readers import known_users, reader_of
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.users import UserTable
+from pal_ds.users.files import USER_FILES
 from pal_ds.users.ids import UserIds
 from slurm import user_shards
 from tests.near import margin_bound, room
@@ -460,7 +462,7 @@ def test_shards_of_other_inputs_are_not_taken(
     small_shards.clear()
     report = adapt_run(run, out, AdaptOptions(num_pairs=3, solver="reference"))
     assert sum(small_shards) == len(report["users"])
-    assert files_in(out).keys() == {"users.safetensors", "users.arrow", "report.json"}
+    assert files_in(out).keys() == {*USER_FILES, RECORD, "report.json"}
 
 
 def test_newton_is_refused_before_any_text_is_read(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from pal_ds.api import adapt, evaluate, prepare, score
+from pal_ds.api.run import path_or_list
 from pal_ds.cli.main import main
 from pal_ds.data.sources.given import GivenRecords
 from pal_ds.errors import UserError
@@ -152,3 +153,10 @@ def test_the_result_of_a_pattern_has_a_plain_name(pattern: str, name: str, tmp_p
     (folder / pattern).touch()
     (request,) = eval_requests("test", [folder / pattern], None)
     assert request.name == Path(pattern).stem, "a file of this very name is no pattern"
+
+
+def test_a_table_of_pandas_is_named_with_its_remedy() -> None:
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame([{"prompt": "p", "chosen": "a", "rejected": "b"}])
+    with pytest.raises(UserError, match=r"data: is a DataFrame.*data\.to_dict\('records'\)"):
+        path_or_list(table, "data")

@@ -25,7 +25,7 @@ def lines(*rows: dict) -> str:
         (json.dumps(GOOD, indent=1), "raw.jsonl: begins with an object of JSON over several lines"),
         (json.dumps([GOOD], indent=1), "one object a line. Write it so: jq -c '.[]' raw.jsonl"),
         ('{"user_id": \n"x"', "raw.jsonl:1: not valid JSON"),
-        ("[1]\n", "raw.jsonl:1: expected an object, found list"),
+        ("[1]\n", "raw.jsonl:1: expected an object, found list; JSON Lines hold one object a line"),
         (lines(GOOD, {"prompt": "a", "chosen": "b"}), "raw.jsonl:2: missing key 'rejected'"),
         (lines({**GOOD, "promt": "x"}), "unknown key 'promt' (did you mean 'prompt'?)"),
         (lines({**TRIPLE, "y": 2}), "raw.jsonl:1: 'y' is 2; it must be -1 (response_1 is prefer"),
@@ -46,6 +46,18 @@ def test_raw_file(
         assert message in refused(*place.train(*data, run=tmp_path / "new"))
     else:
         assert message in refused("prepare", f"--config={place.recipe}", *data)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-16-be", "utf-32-be"])
+def test_raw_file_with_a_mark_of_its_encoding(
+    place: Place, refused: Refused, tmp_path: Path, encoding: str
+):
+    raw = tmp_path / "raw.jsonl"
+    mark = "" if encoding in ("utf-16", "utf-32") else "\ufeff"
+    raw.write_bytes((mark + lines(GOOD)).encode(encoding))
+    data = [f"--data.source.path={raw}", f"--data.path={tmp_path / 'data'}"]
+    said = refused("prepare", f"--config={place.recipe}", *data)
+    assert f"{raw}: is {encoding[:6].upper()}; save the file as UTF-8" in said
 
 
 def test_raw_file_of_another_encoding(place: Place, refused: Refused, tmp_path: Path):

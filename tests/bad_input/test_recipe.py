@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from pal_ds.data.prepare import DataConfig, prepare
 from pal_ds.data.sources import Jsonl
 from pal_ds.engine.ds_config import load_ds_config
 from tests.bad_input.conftest import Place, Refused
+from tests.spawn import ROOT, environment
 from tests.tiny import change_info
 
 BERT = {
@@ -39,7 +42,6 @@ BERT = {
         ),
         (["--optim.learning_rate=.inf"], "optim.learning_rate is inf; it must be finite."),
         (["--train.eval_sets={false: x.jsonl}"], "train.eval_sets is False; it must be names of"),
-        (["--run_dir="], "--run_dir: is empty (a variable of the shell that is not set?)"),
         (["--train.batch_pairs=0"], "train.batch_pairs is 0; it must be at least 1."),
         (["--train.log_every=0"], "train.log_every is 0; it must be at least 1."),
         (["--train.stop_signals=[USR9]"], "train.stop_signals is USR9; it must be a signal's name"),
@@ -57,6 +59,58 @@ BERT = {
 )
 def test_options(place: Place, refused: Refused, tmp_path: Path, options: list, message: str):
     assert message in refused(*place.train(*options, run=tmp_path / "new"))
+
+
+def test_an_empty_run_dir(place: Place, refused: Refused):
+    said = refused("train", f"--config={place.recipe}", "--run_dir=")
+    assert "--run_dir: is empty (a variable of the shell that is not set?)" in said
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("allow_change: 0.5", "allow_change: 0.5 is no list of names, as in a,b"),
+        ("allow_change: [1]", "allow_change: [1] is no list of names, as in a,b"),
+        (
+            "allow_change: [train.sed]",
+            "--allow_change train.sed: a recipe has no such key (did you",
+        ),
+        ("train.num_workers: 1000000000000000000000000000000", "it must be 1024 at most"),
+    ],
+)
+def test_values_of_another_kind_in_a_file(
+    place: Place, refused: Refused, tmp_path: Path, lines: str, message: str
+):
+    (tmp_path / "more.yaml").write_text(lines + "\n")
+    more = f"--config={tmp_path / 'more.yaml'}"
+    assert message in refused(*place.train(more, run=tmp_path / "new"))
+
+
+def test_a_world_of_ranks_without_a_rank(
+    place: Place, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = refused(*place.train(run=tmp_path / "new"))
+    assert "WORLD_SIZE is 2 in the environment, and RANK is not set" in said
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    assert "WORLD_SIZE is 'two'" in refused(*place.train(run=tmp_path / "new"))
+
+
+def test_operators_that_have_no_place(place: Place, tmp_path: Path):
+    """The exit code of storage, whatever number the system gives for the place."""
+    (tmp_path / "file").write_text("")
+    for folder in ("/proc/none", tmp_path / "file" / "below"):
+        words = ("train", f"--config={place.recipe}", f"--run_dir={tmp_path / 'new'}")
+        done = subprocess.run(
+            [sys.executable, "-m", "pal_ds", *words],
+            env={**environment(), "TORCH_EXTENSIONS_DIR": str(folder)},
+            cwd=ROOT,
+            text=True,
+            capture_output=True,
+            timeout=120,
+        )
+        assert done.returncode == 4 and "Traceback" not in done.stderr, done.stderr
+        assert str(folder) in done.stderr and "TORCH_EXTENSIONS_DIR" in done.stderr
 
 
 @pytest.mark.parametrize(

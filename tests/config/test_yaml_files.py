@@ -1,9 +1,11 @@
 """A key that stands twice in a recipe, a suite or a run's config is an error with both lines."""
 
+from pathlib import Path
+
 import pytest
 
 from pal_ds.api import prepare
-from pal_ds.config.recipe import load_recipe, read_recipe
+from pal_ds.config.recipe import load_recipe, read_recipe, recipe_from_arguments
 from pal_ds.errors import UserError
 from pal_ds.io.yaml_files import parse_yaml, read_yaml
 
@@ -137,3 +139,33 @@ def test_a_text_on_the_command_line_has_any_spelling():
     words = ["--head=PalA", "--data.path=010", "--data.separator=1:30"]
     config, _ = read_recipe(words)
     assert (config.data.path, config.data.separator) == ("010", "1:30")
+
+
+def _nested_aliases(levels: int) -> str:
+    """Lists of nine aliases each of the list before."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    for level in range(1, levels + 1):
+        lines.append(f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("levels", [4, 9, 200])
+def test_aliases_that_make_far_more_of_a_file_are_refused(tmp_path: Path, levels: int) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(_nested_aliases(levels))
+    with pytest.raises(UserError, match=r"recipe\.yaml: aliases \(\*NAME\) make [\d,]+ values of"):
+        read_yaml(path)
+    with pytest.raises(UserError, match="aliases"):
+        recipe_from_arguments([f"--config={path}", "--head=BradleyTerry"])
+    with pytest.raises(UserError, match="aliases"):
+        recipe_from_arguments(["--head=BradleyTerry", f"--data={_nested_aliases(levels)}"])
+
+
+def test_a_few_aliases_are_read_and_one_of_itself_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(_nested_aliases(2))
+    assert len(read_yaml(path)["a2"]) == 9
+    for text in ("a: &a [*a]\n", "a: &a {b: {c: *a}}\n"):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"recipe\.yaml:1: the value stands within itself"):
+            read_yaml(path)

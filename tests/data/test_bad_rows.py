@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import pytest
 
@@ -39,6 +40,24 @@ def test_one_bad_row_of_300_is_left_out_and_named(write_lines, tmp_path, caplog,
     assert data.info["dropped"] == {"bad_row": 1} and len(data.comparisons) == 299
     assert "1 of 300 rows are bad" in caplog.text
     assert "data.jsonl:171: " in caplog.text and rule in caplog.text
+
+
+@pytest.mark.parametrize("split", ["field", "record"])
+@pytest.mark.parametrize("bad", [{}, {"split": "validation"}, {"split": None}])
+def test_a_row_that_names_no_split_is_a_bad_row(write_lines, tmp_path, caplog, split, bad):
+    lines = [{**GOOD, "prompt": f"p {i}", "split": "train"} for i in range(299)]
+    lines.insert(170, {**GOOD, "prompt": "q", **bad})
+    source = Jsonl(write_lines(lines))
+    config = DataConfig(path=str(tmp_path / "D"), source=source, vocab_size=300, split=split)
+    with caplog.at_level(logging.WARNING):
+        data = prepare(config, quiet=True)
+    assert data.info["dropped"] == {"bad_row": 1} and len(data.comparisons) == 299
+    assert re.search(r"data\.jsonl:171: '?split'? is ", caplog.text)
+    config = DataConfig(
+        path=str(tmp_path / "E"), source=source, vocab_size=300, split=split, max_bad_rows=0
+    )
+    with pytest.raises(UserError, match=r"data\.jsonl:171: '?split'? is "):
+        prepare(config, quiet=True)
 
 
 def test_more_than_the_share_are_refused_with_reasons(write_lines, tmp_path):

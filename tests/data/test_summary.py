@@ -63,3 +63,18 @@ def test_alike_users_and_groups_are_counted_and_shown(tmp_path, caplog) -> None:
 def test_a_length_of_none_is_no_default(tmp_path, max_length) -> None:
     with pytest.raises(UserError, match=f"data.max_length is {max_length}; it must be at least 1"):
         DataConfig(path=str(tmp_path / "D"), max_length=max_length)
+
+
+@pytest.mark.parametrize("num_nameless", [0, 3])
+def test_records_without_a_user_among_others_are_counted(tmp_path, caplog, num_nameless) -> None:
+    lines = [{"prompt": f"p {i}", "chosen": "a", "rejected": "b"} for i in range(30)]
+    lines = [
+        line | ({"user_id": f"u{i % 4}"} if i >= num_nameless else {})
+        for i, line in enumerate(lines)
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = DataConfig(path=str(tmp_path / "D"), source=Jsonl(str(path)), vocab_size=300)
+    with caplog.at_level(logging.WARNING):
+        prepare(config, quiet=True)
+    assert ("3 of 30 comparisons name no user" in caplog.text) == (num_nameless > 0)

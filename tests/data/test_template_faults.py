@@ -5,6 +5,7 @@ import logging
 
 import pytest
 
+from pal_ds.data.chat_template import choose_template
 from pal_ds.data.prepare import DataConfig, prepare
 from pal_ds.data.sources import Jsonl
 from pal_ds.data.tokenise import TextEncoder
@@ -137,3 +138,12 @@ def test_what_a_message_says_beside_its_content_is_counted(chatml, key, value):
     encoder = TextEncoder(shows)
     rendered = encoder.render(prompt, "Yes.")
     assert rendered is not None and not encoder.not_shown(prompt, "Yes.", None, rendered)
+
+
+@pytest.mark.parametrize("template", [123, ["a"], {"default": 1}, True])
+def test_a_template_that_is_no_text_is_named(chatml, template):
+    tokenizer = copy.deepcopy(chatml)
+    tokenizer.chat_template = template
+    for wanted in ("auto", "never"):
+        with pytest.raises(UserError, match=r"tokenizer mine: its chat_template holds .* no text"):
+            choose_template(tokenizer, "mine", wanted)

@@ -340,3 +340,13 @@ def test_a_damaged_record_of_the_start_is_named(tmp_path: Path, content: str) ->
     (tmp_path / "installation.json").write_text(content)
     with pytest.raises(UserError, match=r"installation\.json.*Delete it"):
         RunDirectory(tmp_path).installation()
+
+
+def test_signs_that_the_font_has_not_are_no_warning(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    figure, axes = plt.subplots()
+    axes.set_title("\U0001f600 Zo\u00eb")
+    pictures.save_figure(figure, tmp_path / "a.png")
+    assert not [one for one in recwarn if "Glyph" in str(one.message)]
+    assert (tmp_path / "a.png").is_file()

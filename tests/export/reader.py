@@ -68,6 +68,11 @@ def main(jobs_file, results_file):
         if job.get("pipeline"):
             classify = pipeline("text-classification", model=model, tokenizer=tokenizer)
             results[-1]["pipeline"] = [row["score"] for row in classify(job["texts"])]
+            # From paths alone, as a manual shows it; transformers finds the tokenizer by itself, or by the same path.
+            for more in ({}, {"tokenizer": job["folder"]}):
+                classify = pipeline("text-classification", model=job["folder"], **more, **options)
+                same = [row["score"] for row in classify(job["texts"])]
+                assert same == results[-1]["pipeline"] or job["mixture"], (job["folder"], same)
     with open(results_file, "w") as stream:
         json.dump(results, stream)
 

@@ -20,6 +20,8 @@ CHANGED_WORDS = {
 
 def differ(case: str) -> list[str]:
     """Make this rank another one; return the words that it gets beyond those of all."""
+    if case in ("none", "run directory"):
+        return []
     if case in CHANGED_WORDS:
         return [CHANGED_WORDS[case]]
     if case == "code":
@@ -35,4 +37,6 @@ def differ(case: str) -> list[str]:
 
 if __name__ == "__main__":
     case, *words = sys.argv[1:]
+    if case == "run directory" and os.environ["RANK"] == "1":
+        words, case = [f"{w}_other" if w.startswith("--run_dir") else w for w in words], "none"
     main([*words, *(differ(case) if os.environ["RANK"] == "1" else [])])

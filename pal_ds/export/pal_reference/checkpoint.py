@@ -28,6 +28,7 @@ from pal_ds.heads.pal_reference import (
     head_from_reference,
     merge_copies,
 )
+from pal_ds.inference.fitted_to import head_hash, write_record
 from pal_ds.io.files import new_folder, refuse_existing
 from pal_ds.io.yaml_files import read_yaml
 from pal_ds.remote_code.encoding import hidden_size_of
@@ -91,6 +92,8 @@ def import_checkpoint(checkpoint: Path, out: Path, options: ImportOptions) -> ca
         if options.users_out is not None:
             with writing(options.users_out):
                 users.save(options.users_out)
+                head = head_hash(imported.head)
+                write_record(options.users_out, {"run": checkpoint.name, "step": 0, "head": head})
     return facts
 
 
@@ -174,6 +177,7 @@ def _fill(
         "stock_class": None,
         "audience": audience.description,
         "mixture": audience.mixture,
+        "head_hash": head_hash(head),
         "licence": None,
         "backbone": _read_config(options.config).get("llm_name", "not stated"),
         "dtype": options.dtype,
