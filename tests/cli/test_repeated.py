@@ -52,7 +52,7 @@ def test_the_message_says_what_to_do(
 
 
 def test_what_adds_up_may_stand_twice(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["plan", "--config=quickstart", "--config", "quickstart_pal_a", "--quiet", "--quiet"]
+    words = ["plan", "--config=quickstart", "--config", "quickstart_pal_a", *["--trust_code"] * 2]
     main([*words, "--num_gpus=1", "--data.vocab_size=400"])
     said = refused(["consolidate", "r", "o", "--users=a,b", "--users=c,d"], capsys)
     assert "give at most one folder and one file or list" in said

@@ -231,7 +231,7 @@ def vectors(num_comparisons: int, hidden: int) -> PreparedData:
     owners = np.zeros(1000, np.int64)
     return PreparedData(
         Path(),
-        cast(Any, {}),
+        cast(Any, {"counts": {}}),
         comparisons,
         owners,
         [],

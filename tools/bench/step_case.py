@@ -194,7 +194,9 @@ def prepared(case: Case) -> PreparedData:
     }
     return PreparedData(
         case.scratch,
-        cast(Any, {"kind": "tokens", "tokens": tokens, "hash": "0" * 32, "groups": []}),
+        cast(
+            Any, {"kind": "tokens", "tokens": tokens, "hash": "0" * 32, "groups": [], "counts": {}}
+        ),
         table,
         np.repeat(np.arange(len(prompts)), 2),
         [f"u{user}" for user in range(len(prompts))],

@@ -419,8 +419,13 @@ def test_checkpoints_that_cannot_be_are_named(backbones: Path, tmp_path: Path, c
     assert "the exported model needs shape" in said({}, backbone="bert")
     assert "unknown user 'nobody'" in said({}, "--user", "nobody")
     assert "--max_shard_size 4" in said({}, "--max_shard_size", "4")
-    assert "--backbone nowhere: cannot be opened" in said({}, "--backbone", "nowhere")
-    assert "config nowhere: no such file" in said({}, "--config", "nowhere")
+    nowhere = run_tool(tmp_path, Path("nowhere"), good, capsys)
+    assert "--backbone nowhere: cannot be opened" in nowhere
+    with pytest.raises(SystemExit):
+        main = import_reference.main
+        files = ["--config", "nowhere", "--backbone", str(backbones / "gpt2")]
+        main([str(tmp_path / "best.ckpt"), str(tmp_path / "out"), *files])
+    assert "config nowhere: no such file" in capsys.readouterr().err
     for content, words in (({"a.b": torch.ones(1)}, "no user_learner"), ([1], "no state dict")):
         assert words in run_tool(tmp_path, backbones / "gpt2", content, capsys)
     for content in (b"\x80rubbish", (tmp_path / "best.ckpt").read_bytes()[:-30]):
