@@ -40,7 +40,7 @@ def win_loss(
 def tie_loss(
     margin: Float[Tensor, "*n"], threshold: Float[Tensor, "*#n"] | float, model: TieModel
 ) -> Float[Tensor, "*n"]:
-    """-log of the probability that neither response is preferred."""
+    """-log of the probability that neither response is preferred, at a margin without a required lead."""
     both = win_loss(margin, threshold, model) + win_loss(-margin, threshold, model)
     threshold = torch.as_tensor(threshold, dtype=margin.dtype, device=margin.device)
     if model == "rao_kupper":

@@ -54,3 +54,14 @@ def data_keys(folder: Path, num_pairs: int, **options: Any) -> dict[str, Any]:
     source = {"class_path": "Jsonl", "init_args": {"path": str(pairs)}}
     sizes = {"vocab_size": 400, "max_length": 64}
     return {"path": str(folder / "data"), "source": source, **sizes, **options}
+
+
+def data_options(folder: Path, pairs: Path) -> list[str]:
+    """Options of a command that prepares tiny pairs in `folder`, with a tokenizer of their own."""
+    return [
+        f"--data.path={folder / 'data'}",
+        "--data.source=Jsonl",
+        f"--data.source.path={pairs}",
+        "--data.vocab_size=400",
+        "--data.max_length=64",
+    ]

@@ -42,7 +42,7 @@ from pal_ds.users.ids import UserIds
 from slurm import user_shards
 from tests.near import margin_bound, room
 from tests.spawn import run_command
-from tests.tiny import LLAMA, write_pairs
+from tests.tiny import LLAMA, data_options, write_pairs
 
 ALONE = World(0, 1, torch.device("cpu"))
 RECIPES = {
@@ -63,11 +63,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDirectory]:
     for head, options in RECIPES.items():
         run_command(
             "train",
-            f"--data.path={folder / 'data'}",
-            "--data.source=Jsonl",
-            f"--data.source.path={pairs}",
-            "--data.vocab_size=400",
-            "--data.max_length=64",
+            *data_options(folder, pairs),
             "--data.dev_fraction=0",
             "--data.test_fraction=0.2",
             "--data.unseen_user_fraction=0.5",

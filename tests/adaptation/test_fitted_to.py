@@ -12,7 +12,7 @@ from pal_ds.inference.fitted_to import RECORD, read_record
 from pal_ds.runs.run_dir import RunDirectory
 from slurm import user_shards
 from tests.spawn import run_command
-from tests.tiny import LLAMA, write_pairs
+from tests.tiny import LLAMA, data_options, write_pairs
 
 EARLY, LAST = 3, 6
 
@@ -26,11 +26,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, name in enumerate(("one", "two")):
         run_command(
             "train",
-            f"--data.path={folder / 'data'}",
-            "--data.source=Jsonl",
-            f"--data.source.path={pairs}",
-            "--data.vocab_size=400",
-            "--data.max_length=64",
+            *data_options(folder, pairs),
             "--data.dev_fraction=0",
             f"--backbone.architecture={json.dumps(LLAMA)}",
             "--head=PalA",

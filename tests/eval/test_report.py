@@ -24,7 +24,7 @@ from pal_ds.eval.results import file_request, split_request
 from pal_ds.inference.load_run import open_run, restore
 from pal_ds.runs.run_dir import RunDirectory
 from tests.spawn import run_command
-from tests.tiny import LLAMA, write_pairs
+from tests.tiny import LLAMA, data_options, write_pairs
 
 ALONE = World(0, 1, torch.device("cpu"))
 PNG = b"\x89PNG\r\n"
@@ -37,11 +37,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     pairs = write_pairs(folder / "pairs.jsonl", 96, num_users=12)
     run_command(
         "train",
-        f"--data.path={folder / 'data'}",
-        "--data.source=Jsonl",
-        f"--data.source.path={pairs}",
-        "--data.vocab_size=400",
-        "--data.max_length=64",
+        *data_options(folder, pairs),
         "--data.dev_fraction=0.2",
         "--data.test_fraction=0.3",
         "--data.unseen_user_fraction=0.4",

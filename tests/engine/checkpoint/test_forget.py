@@ -30,7 +30,7 @@ from pal_ds.runs.run_dir import RunDirectory
 from tests.bad_input.conftest import contents
 from tests.engine.newest import newest_intact
 from tests.spawn import run_command
-from tests.tiny import LLAMA, write_pairs
+from tests.tiny import LLAMA, data_options, write_pairs
 
 ALONE = World(0, 1, torch.device("cpu"))
 USER = "u1"
@@ -44,11 +44,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     pairs = write_pairs(folder / "pairs.jsonl", 60, num_users=5)
     run_command(
         "train",
-        f"--data.path={folder / 'data'}",
-        "--data.source=Jsonl",
-        f"--data.source.path={pairs}",
-        "--data.vocab_size=400",
-        "--data.max_length=64",
+        *data_options(folder, pairs),
         "--data.test_fraction=0.3",
         f"--backbone.architecture={json.dumps(LLAMA)}",
         "--head=PalA",
