@@ -104,6 +104,7 @@ def parse_record(fields: object, where: str, extra_keys: str = "error") -> Recor
             "that is one list: jq -c '.[]' FILE > LINES.jsonl"
         )
     unknown = [key for key in fields if key not in KNOWN_KEYS]
+    _checked(fields, "tie", where)  # it may stand for y
     form = _choose_form(fields, unknown, where)
     if unknown and extra_keys != "ignore":
         raise UserError(
@@ -112,7 +113,7 @@ def parse_record(fields: object, where: str, extra_keys: str = "error") -> Recor
         )
     values = {key: _checked(fields, key, where) for key in _RULES if key != "y" or "y" in form}
     user_id, group = values["user_id"], values["group"]
-    y, tie = values.pop("y", None), values.pop("tie")
+    y, tie = values.pop("y", fields.get("y")), values.pop("tie")
     values |= _choice(y, tie, values["probability"], form, where)
     if values["label"] == 0 and values["margin"]:
         raise UserError(
@@ -136,10 +137,15 @@ def _choice(
 ) -> dict[str, int]:
     """(`label`, `soft`) of a record of this form. Raises UserError where its keys contradict each other."""
     if "y" not in form:
-        if tie:
+        if tie or (y is not None and y == 0):
+            said = "'tie' is true" if tie else f"'y' is {y!r}, a tie,"
             raise UserError(
-                f"{where}: 'tie' is true beside 'chosen' and 'rejected'; give the two of a tie as response_1 and "
-                "response_2"
+                f"{where}: {said} beside 'chosen' and 'rejected'; give the two of a tie as response_1 and response_2"
+            )
+        if y is not None:
+            raise UserError(
+                f"{where}: 'y' is {y!r} beside 'chosen' and 'rejected', which say already what is preferred; leave 'y' "
+                "out"
             )
         return {"label": -1}
     if tie is not None and y is not None and tie != (y == 0):

@@ -5,20 +5,32 @@ from collections.abc import Iterator, Mapping
 from itertools import combinations
 from typing import Any
 
-from pal_ds.data.parse import is_number
+from pal_ds.data.parse import is_number, text_of_field
+from pal_ds.data.records import is_empty
 from pal_ds.errors import UserError
+
+_OF_PAIRS = ("chosen", "rejected", "response_1", "response_2")
+_SAID_BY_SCORES = (*_OF_PAIRS, "y", "tie", "probability")
+"""Keys of a comparison of two that a list has no use for: its scores say what is preferred."""
 
 
 def is_list(fields: object) -> bool:
-    """Return whether an object is a list of responses and not a comparison of two."""
-    return isinstance(fields, Mapping) and "scores" in fields
+    """Return whether an object is a list of responses and not a comparison of two.
+
+    >>> is_list({"responses": ["a", "b"]}), is_list({"chosen": "a", "rejected": "b", "responses": 2})
+    (True, False)
+    """
+    if not isinstance(fields, Mapping):
+        return False
+    return "scores" in fields or ("responses" in fields and not any(k in fields for k in _OF_PAIRS))
 
 
 def check_list(fields: Mapping[str, Any], where: str) -> tuple[str, list[Any], list[float]]:
     """(the key of the responses, the responses, what the user thinks of each).
 
     Raises:
-        UserError: fewer than two responses, another number of scores, or a score that is no finite number.
+        UserError: fewer than two responses, another number of scores, a response that is no text, or a score that is
+            no finite number.
     """
     key = "response_features" if "response_features" in fields else "responses"
     responses, scores = fields.get(key), fields.get("scores")
@@ -31,6 +43,12 @@ def check_list(fields: Mapping[str, Any], where: str) -> tuple[str, list[Any], l
     for score in scores:
         if not is_number(score) or not math.isfinite(score):
             raise UserError(f"{where}: 'scores' holds {score!r}; each must be a finite number.")
+    for place, response in enumerate(responses if key == "responses" else ()):
+        # Their names in a comparison, response_1 and response_2, say nothing of the place in a list.
+        if is_empty(text_of_field(response, where, f"responses[{place}]")):
+            raise UserError(
+                f"{where}: 'responses[{place}]' is empty; every response needs text. Remove or mend the record"
+            )
     return key, responses, [float(score) for score in scores]
 
 
@@ -39,8 +57,16 @@ def pairs_of_list(fields: Mapping[str, Any], where: str) -> Iterator[dict[str, o
 
     The mean logistic loss over these pairs is the masked list-wise ranking loss of DSP (arXiv 2309.03126): a batch
     holds each response once, so r of them cost r encodings, and `train.shuffle_unit: item` keeps them together.
+
+    Raises:
+        UserError: as `check_list` does, or a key that says otherwise what is preferred.
     """
     key, responses, scores = check_list(fields, where)
+    for other in _SAID_BY_SCORES:
+        if fields.get(other) is not None:
+            raise UserError(
+                f"{where}: '{other}' beside 'scores', which say what is preferred in a list; leave one of them out"
+            )
     rest = {name: value for name, value in fields.items() if name not in (key, "scores")}
     for i, j in combinations(range(len(responses)), 2):
         if scores[i] == scores[j]:

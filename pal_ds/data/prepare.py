@@ -23,7 +23,7 @@ from pal_ds.data.build import build_tables
 from pal_ds.data.chat_template import choose_template
 from pal_ds.data.records import Record, render_plain
 from pal_ds.data.sources import Source
-from pal_ds.data.splits import Membership, SplitOptions, compared, content_digest, prompt_digest
+from pal_ds.data.splits import Membership, SplitOptions, compared, content_digest
 from pal_ds.data.summary import print_summary, warn_of_gaps
 from pal_ds.data.tables import INFO_NAME, PreparedData, read_info
 from pal_ds.data.tokenise import DEFAULT_SEPARATOR, TextEncoder, load_tokenizer, train_tokenizer
@@ -264,11 +264,8 @@ def _train_texts(config: DataConfig, source: Source, quiet: bool) -> Iterator[st
     for record in filter(plan.has_split, records):
         plan.add_user(record)
         plan.add_prompt(record, record.where or "record")
-    codes, done = plan.prompt_splits(), set[bytes]()
-    seen = dict(zip(plan.users, plan.seen(), strict=True))
-    for record in filter(plan.has_split, _records(source)):
-        if not seen[record.user_id] or codes[plan.prompts[prompt_digest(record)]] != 0:
-            continue
+    done = set[bytes]()
+    for record in filter(plan.trained_on(), filter(plan.has_split, _records(source))):
         for text in (record.prompt, *compared(record)):
             digest = content_digest(text)
             if text is not None and digest not in done:

@@ -2,6 +2,7 @@
 
 import json
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -140,7 +141,21 @@ class Membership:
 
     def has_split(self, record: Record) -> bool:
         """Return False for a record that should name its split and does not: a bad row, which `Collector` counts."""
-        return self.options.split != "field" or record.split in SPLIT_FIELD_NAMES
+        names_none = self.options.split not in ("field", "record")
+        return names_none or record.split in SPLIT_FIELD_NAMES
+
+    def trained_on(self) -> Callable[[Record], bool]:
+        """Once every record was noted: say of a record whether it is of the train split, and of a seen user."""
+        codes, seen = self.prompt_splits(), dict(zip(self.users, self.seen(), strict=True))
+
+        def is_trained_on(record: Record) -> bool:
+            if self.options.split == "record":
+                is_train = record.split == SPLITS[0]
+            else:
+                is_train = codes[self.prompts[prompt_digest(record)]] == 0
+            return bool(is_train and seen[record.user_id])
+
+        return is_trained_on
 
     def named_split(self, record: Record, where: str) -> int:
         """Code of the split that a record names. Raises UserError where it names none."""

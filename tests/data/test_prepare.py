@@ -303,6 +303,22 @@ def test_reuse_and_refusal_to_overwrite(write_lines, tmp_path):
     assert len(prepare(replace(config, path=str(tmp_path / "empty")), quiet=True).comparisons) == 31
 
 
+def test_a_tokenizer_is_trained_on_the_records_of_train_where_records_say_their_split(
+    write_lines, tmp_path
+):
+    """All answers are to one prompt, which a hash would put into the test split as a whole."""
+    lines = [
+        {"prompt": "q", "chosen": f"{word} {i}", "rejected": f"no {word}", "split": split}
+        for i in range(30)
+        for word, split in (("zebra", "train"), ("quagga", "test"))
+    ]
+    source = Jsonl(write_lines(lines))
+    config = DataConfig(path=str(tmp_path / "D"), source=source, vocab_size=600, split="record")
+    prepare(replace(config, dev_fraction=0.0, test_fraction=1.0), quiet=True)
+    vocabulary = (tmp_path / "D/tokenizer/tokenizer.json").read_text()
+    assert "zebra" in vocabulary and "quagga" not in vocabulary
+
+
 def test_nothing_half_written_stays(write_lines, tmp_path):
     path = write_lines([*rows(5), {"prompt": "x", "chosen": "y"}])
     with pytest.raises(UserError, match=r"data.jsonl:6: missing key 'rejected'"):

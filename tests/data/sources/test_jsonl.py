@@ -188,12 +188,40 @@ def test_a_list_is_its_untied_pairs(write_lines):
         ({"responses": ["a"], "scores": [1]}, "two or more"),
         ({"responses": ["a", "b"], "scores": [1]}, "2 numbers"),
         ({"responses": ["a", "b"], "scores": [1, "x"]}, "finite number"),
-        ({"responses": ["a", "b"], "scores": [1, 2], "chosen": "a"}, "two record forms"),
+        ({"responses": ["a", "b"]}, "'scores' must be a list of 2 numbers"),
+        ({"responses": ["a", None, "c"], "scores": [1, 2, 3]}, r"'responses\[1\]' is NoneType"),
+        ({"responses": ["a", " ", "c"], "scores": [1, 1, 3]}, r"'responses\[1\]' is empty"),
+        *(
+            ({"responses": ["a", "b"], "scores": [1, 2], key: value}, f"'{key}' beside 'scores'")
+            for key, value in (("chosen", "a"), ("response_1", "a"), ("y", 1), ("tie", False))
+        ),
+        ({"responses": ["a", "b"], "scores": [1, 2], "probability": 0.7}, "'probability' beside"),
     ],
 )
 def test_a_bad_list_is_named(write_lines, fields, text):
     path = write_lines([fields])
     with pytest.raises(UserError, match=text):
+        list(Jsonl(str(path)).records())
+
+
+@pytest.mark.parametrize(
+    ("said", "text"),
+    [
+        ({"y": 0}, "'y' is 0, a tie, beside 'chosen' and 'rejected'; give the two of a tie"),
+        ({"y": 1}, "'y' is 1 beside 'chosen' and 'rejected'.* leave 'y' out"),
+        ({"y": "x"}, "'y' is 'x' beside"),
+        ({"tie": 1}, "'tie' is 1; it must be true or false"),
+    ],
+)
+def test_a_preference_that_is_said_twice_is_refused(write_lines, said, text):
+    path = write_lines([{"prompt": "p", "chosen": "c", "rejected": "r", **said}])
+    with pytest.raises(UserError, match=text):
+        list(Jsonl(str(path)).records())
+
+
+def test_a_tie_that_is_no_truth_is_named_by_its_key(write_lines):
+    path = write_lines([{"prompt": "p", "response_1": "c", "response_2": "r", "tie": "true"}])
+    with pytest.raises(UserError, match="'tie' is 'true'; it must be true or false"):
         list(Jsonl(str(path)).records())
 
 
