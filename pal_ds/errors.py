@@ -78,6 +78,7 @@ _REMEDIES = {
     errno.EACCES: _THIS_USER_MAY_NOT,
     errno.EPERM: _THIS_USER_MAY_NOT,
     errno.ENOTDIR: "A part of that path is a file: name another place",
+    errno.EEXIST: "A file is where a folder is to be: name another place",
     errno.EIO: "The device or its network failed: see the system's log",
     errno.EFBIG: "The file would be larger than allowed there: see `ulimit -f`",
     errno.EMFILE: "Allow more of them with `ulimit -n`",
@@ -88,7 +89,7 @@ _REMEDIES = {
 _OF_PROCESS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _OF_READERS = (*_OF_PROCESS, errno.EIO, errno.ENOSPC, errno.EDQUOT)
 """What no file is to blame for, though its reader found that it cannot be read."""
-_UNSAID = (errno.EPERM, errno.EIO, errno.ENOTDIR)
+_UNSAID = (errno.EPERM, errno.EIO, errno.ENOTDIR, errno.EEXIST)
 """Numbers whose words a library may say of something else."""
 _NUMBERS_OF_TEXTS = {
     r"\d+ requested and \d+ written|PytorchStreamWriter failed writing": errno.ENOSPC,

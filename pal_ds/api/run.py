@@ -14,6 +14,7 @@ from pal_ds.config.recipe import Recipe, asks_for_code, read
 from pal_ds.data.prepare import prepare as prepare_data
 from pal_ds.data.tables import PreparedData
 from pal_ds.errors import UserError, mendable
+from pal_ds.io.files import at_home
 from pal_ds.modeling.lengths import data_to_prepare
 from pal_ds.runs.run_dir import RunDirectory
 
@@ -38,7 +39,7 @@ class Run:
 
     def __post_init__(self) -> None:
         """Takes a path of any kind."""
-        object.__setattr__(self, "path", Path(self.path))
+        object.__setattr__(self, "path", at_home(self.path))
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -110,7 +111,7 @@ def path_or_list(records: Records, name: str) -> Path | list[Mapping[str, Any]]:
         UserError: they are neither a path nor several records.
     """
     if isinstance(records, str | os.PathLike):
-        path = Path(records)
+        path = at_home(records)
         if isinstance(records, str) and (records.lstrip()[:1] in ("{", "[") or "\n" in records):
             raise UserError(
                 f"{name}: is a text of JSON. Give a list of dicts, or the path of a file."
@@ -209,7 +210,7 @@ def train(
         launch_training(
             config,
             text,
-            Path(run_dir),
+            at_home(run_dir),
             fresh=fresh,
             allow_change=list(allow_change),
             trust_checkpoint=trust_checkpoint,
@@ -217,4 +218,4 @@ def train(
         )
         # What was allowed here is allowed to whoever uses the run that it gave.
         own = trust_code or asks_for_code(text)
-        return Run(Path(run_dir), trust_checkpoint=trust_checkpoint, trust_code=own)
+        return Run(at_home(run_dir), trust_checkpoint=trust_checkpoint, trust_code=own)

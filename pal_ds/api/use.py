@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pal_ds.api.run import AnyRun, Records, as_pairs, for_people, path_or_list, run_of
 from pal_ds.errors import UserError
+from pal_ds.io.files import at_home
 from pal_ds.runs.run_dir import RunDirectory
 
 
@@ -44,7 +45,7 @@ def evaluate(
     from pal_ds.eval.evaluate import evaluate_set, restored_by_ranks
     from pal_ds.eval.results import SPLIT, eval_requests, number_of_examples, source_request
 
-    where, table = run_of(run), None if users is None else Path(users)
+    where, table = run_of(run), None if users is None else at_home(users)
     if split is not None and data is not None:
         raise UserError("evaluate: give `split`, or `data` in place of a split, not both.")
     with for_people():
@@ -142,7 +143,7 @@ def adapt(
     """
     from pal_ds.adaptation.run import AdaptOptions, adapt_run
 
-    where, folder = run_of(run), Path(out)
+    where, folder = run_of(run), at_home(out)
     with for_people():
         options = AdaptOptions(
             pairs=as_pairs(pairs, "pairs"),
@@ -192,7 +193,7 @@ def score(
     from pal_ds.reward_models import Whom, scorer_of_export, scorer_of_run
 
     where = run_of(model)
-    whom = Whom(user, mixture, group, None if users is None else Path(users))
+    whom = Whom(user, mixture, group, None if users is None else at_home(users))
     with for_people():
         of_caller = path_or_list(texts, "texts")
         rows = read_rows(of_caller) if isinstance(of_caller, Path) else rows_of(of_caller)
@@ -241,7 +242,7 @@ def consolidate(
                 f"consolidate: {name} is {given!r:.60}. `users` is a folder that `adapt` wrote, and `user_ids` a list "
                 "of ids."
             )
-    where, folder = run_of(run), Path(out)
+    where, folder = run_of(run), at_home(out)
     known = {field.name for field in fields(ExportOptions)} - {"step", "users_dir"}
     if unknown := options.keys() - known:
         raise UserError(
@@ -251,7 +252,7 @@ def consolidate(
     chosen = ExportOptions(
         **{"quiet": True, **leave, **options},
         step=str(where.step),
-        users_dir=None if users is None else Path(users),
+        users_dir=None if users is None else at_home(users),
     )
     with for_people():
         directory = RunDirectory(where.path)

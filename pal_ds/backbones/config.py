@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pal_ds.io.files import expand_home
+
 Pooling = Literal["last", "mean", "max"]
 """Pooling to one state for a text: that of its last token, or the mean or largest entry over all of them."""
 
@@ -56,3 +58,7 @@ class BackboneConfig:
     """Texts per forward when a frozen backbone encodes each distinct text once."""
     cache: str | None = None
     """Folder where a frozen backbone's states outlive the run (`pal-ds embed` fills it); null keeps them in memory."""
+
+    def __post_init__(self) -> None:
+        """Take `~` for the home folder."""
+        expand_home(self, "path", "cache")

@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from pal_ds.cli.command_table import COMMANDS
 from pal_ds.errors import UserError
+from pal_ds.io.files import at_home
 from pal_ds.io.yaml_files import read_yaml
 
 STEP: dict[str, Any] = {"type": str, "default": "latest", "help": "a number, latest or best"}
@@ -66,7 +67,7 @@ def options_of(cls: type, options: Namespace, **others: object) -> Any:
 
 def as_path(text: str | None) -> Path | None:
     """None stays None."""
-    return None if text is None else Path(text)
+    return None if text is None else at_home(text)
 
 
 @dataclass(frozen=True, repr=False)

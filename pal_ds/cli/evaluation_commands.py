@@ -19,6 +19,7 @@ from pal_ds.cli.arguments import (
     whole_numbers,
 )
 from pal_ds.errors import UserError
+from pal_ds.io.files import at_home
 from pal_ds.runs.run_dir import RunDirectory
 
 SOLVER: dict[str, Any] = {
@@ -80,7 +81,7 @@ class Evaluate:
         measure, line_of, prefix = evaluate_set, summary_line, ""
         if options.best_of_n:
             measure, line_of, prefix = rank_set, ranking_line, NAME_PREFIX
-        files = [Path(file) for file in split_words(options.data)]
+        files = [at_home(file) for file in split_words(options.data)]
         if files and options.source is not None:
             raise UserError("evaluate: give --data or --source, not both.")
         examples = number_of_examples(options.num_example_pairs, best_of_n=options.best_of_n)
@@ -158,7 +159,7 @@ class Adapt:
         from pal_ds.adaptation.run import AdaptOptions, adapt_run
 
         chosen = options_of(AdaptOptions, options, pairs=as_path(options.pairs))
-        report = adapt_run(RunDirectory(options.run_dir), Path(options.out), chosen)
+        report = adapt_run(RunDirectory(options.run_dir), at_home(options.out), chosen)
         print(f"{len(report['users'])} users from {report['pairs']} pairs -> {options.out}")
 
 
@@ -223,7 +224,7 @@ class Report:
         for run in runs.values():
             run.require_run()
         trust, code = options.trust_checkpoint, options.trust_code
-        print(write_report(runs, Path(options.out), trust=trust, trust_code=code))
+        print(write_report(runs, at_home(options.out), trust=trust, trust_code=code))
 
 
 class Retention:
@@ -253,7 +254,7 @@ class Retention:
                 refuse_strangers_run(run)
         rows = retention(runs[0], runs[1], options.sets)
         if options.out:
-            out = Path(options.out)
+            out = at_home(options.out)
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / "retention.json", rows)
             write_atomically(out / "retention.md", table(rows))

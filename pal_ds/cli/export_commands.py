@@ -15,6 +15,7 @@ from pal_ds.cli.arguments import (
     options_of,
 )
 from pal_ds.errors import UserError, writing
+from pal_ds.io.files import at_home
 
 
 class Consolidate:
@@ -58,9 +59,9 @@ class Consolidate:
             from pal_ds.export import ExportOptions, export, export_users, read_user_list, users_of
             from pal_ds.runs.run_dir import RunDirectory
 
-        run, out = RunDirectory(options.run), Path(options.out)
+        run, out = RunDirectory(options.run), at_home(options.out)
         adapted, listed = split_users(options.users)
-        data_path = Path(options.data) if options.data else None
+        data_path = at_home(options.data) if options.data else None
         chosen = options_of(ExportOptions, options, users_dir=adapted, data_path=data_path)
         one = options.user, options.group, options.mixture, options.population, options.with_users
         user_ids = [] if listed is None else read_user_list(listed)
@@ -139,10 +140,10 @@ class ImportReference:
     def run(options: Namespace, _: Namespace) -> None:
         from pal_ds.export.pal_reference.checkpoint import ImportOptions, import_checkpoint
 
-        out = Path(options.out)
+        out = at_home(options.out)
         paths = {name: as_path(options[name]) for name in ("config", "backbone", "users_out")}
         chosen = options_of(ImportOptions, options, **paths)
-        facts = import_checkpoint(Path(options.checkpoint), out, chosen)
+        facts = import_checkpoint(at_home(options.checkpoint), out, chosen)
         print(f"{out}: {facts['head']}, scores for {facts['audience']}")
 
 
@@ -184,10 +185,10 @@ class Score:
             raise UserError("score: give exactly one of --model and --run_dir.")
         if options.batch_texts < 1:
             raise UserError(f"--batch_texts is {options.batch_texts}; it must be at least 1.")
-        output = Path(options.output)
+        output = at_home(options.output)
         if options.output != "-" and (output.is_dir() or not output.parent.is_dir()):
             raise UserError(f"--output {output}: must be a file in a folder that exists.")
-        source = Path(options.input).expanduser()
+        source = at_home(options.input)
         are_files = options.output != "-" and source.is_file() and output.is_file()
         if are_files and output.samefile(source):
             raise UserError(f"--output {output}: is the --input. Name another file.")
@@ -199,7 +200,7 @@ class Score:
             scorer = scorer_of_run(run, whom, options.step, **leave_of(options))
         else:
             scorer = scorer_of_export(
-                Path(options.model),
+                at_home(options.model),
                 whom,
                 trust_remote_code=options.trust_remote_code,
                 verify=options.verify or None,

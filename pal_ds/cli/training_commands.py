@@ -11,6 +11,7 @@ from pal_ds.config.changes import refuse_unknown_keys
 from pal_ds.config.recipe import add_recipe_arguments, as_recipe, dump_recipe
 from pal_ds.config.run_config import RunConfig
 from pal_ds.errors import UnfinishedError, UserError
+from pal_ds.io.files import at_home
 
 if TYPE_CHECKING:
     from pal_ds.compare.suite import Suite
@@ -90,7 +91,7 @@ class Train:
             launch_training(
                 recipe,
                 resolved,
-                Path(options.run_dir),
+                at_home(options.run_dir),
                 fresh=options.fresh,
                 allow_change=options.allow_change,
                 trust_checkpoint=options.trust_checkpoint,
@@ -116,7 +117,7 @@ class Compare:
         from pal_ds.compare.suite import only
         from pal_ds.distributed.preemption import listening
 
-        out = Path(options.out)
+        out = at_home(options.out)
         suite = suite_of(options, unresolved)
         chosen = only(suite, options.only)
         signals = chosen.planned[0].config.train.stop_signals
@@ -142,7 +143,7 @@ def suite_of(options: Namespace, unresolved: Namespace) -> "Suite":
     settings = SuiteConfig(**{name: options[name] for name in SuiteConfig.__dataclass_fields__})
     name = Path(str(options.config[0])).stem
     shared = dump_recipe(unresolved)
-    return read_suite(name, settings, shared, Path(options.out), trust_code=options.trust_code)
+    return read_suite(name, settings, shared, at_home(options.out), trust_code=options.trust_code)
 
 
 class Plan:

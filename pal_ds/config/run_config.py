@@ -14,6 +14,7 @@ from pal_ds.backbones.config import BackboneConfig
 from pal_ds.data.prepare import DataConfig
 from pal_ds.errors import UserError
 from pal_ds.heads.base import Head
+from pal_ds.io.files import expand_home
 from pal_ds.losses import PreferenceLoss
 from pal_ds.users import UsersConfig
 
@@ -119,6 +120,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Raises UserError for a value out of range."""
+        expand_home(self, "init_from", "ds_config")
         counts = ("epochs", "batch_pairs", "micro_batch_pairs", "log_every", "timeout_minutes")
         for name in (*counts, "stop_after", "micro_batch_tokens", "max_skips_in_a_row"):
             value = getattr(self, name)

@@ -239,7 +239,8 @@ def _write_users(folder: Path, ids: list[str], seen: np.ndarray, groups: list) -
         },
         schema=USERS_SCHEMA,
     )
-    with pa.ipc.new_file(str(folder / "users.arrow"), table.schema) as writer:
+    # pyarrow puts the home folder for a `~` in front.
+    with pa.ipc.new_file(str((folder / "users.arrow").absolute()), table.schema) as writer:
         writer.write_table(table)
 
 

@@ -30,7 +30,7 @@ from pal_ds.data.tokenise import DEFAULT_SEPARATOR, TextEncoder, load_tokenizer,
 from pal_ds.distributed import phase
 from pal_ds.distributed.preemption import refuse_to_go_on
 from pal_ds.errors import UserError
-from pal_ds.io.files import clear_aside, is_free
+from pal_ds.io.files import clear_aside, expand_home, is_free, refuse_existing
 from pal_ds.progress import is_quiet
 from pal_ds.runs.lock import LOCK, held
 
@@ -85,6 +85,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Raises UserError for a value out of range."""
+        expand_home(self, "path", "tokenizer")
         for key, value in (("vocab_size", self.vocab_size), ("max_length", self.max_length)):
             if value is not None and value < 1:
                 raise UserError(f"data.{key} is {value}; it must be at least 1.")
@@ -101,6 +102,8 @@ def prepare(config: DataConfig, *, quiet: bool = False, again: bool = False) -> 
     path = Path(config.path)
     if config.source is None:
         return PreparedData.open(path)
+    if is_free(path):
+        refuse_existing(path)
     if config.max_length is None:
         config = replace(config, max_length=DEFAULT_MAX_LENGTH)
     if not (again or is_free(path)):

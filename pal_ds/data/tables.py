@@ -16,6 +16,7 @@ from pal_ds.data.verification import INFO_NAME, MEND, REMEDY, check_listing, che
 from pal_ds.errors import UserError
 from pal_ds.io.arrow import values_of
 from pal_ds.io.boundary import check_form, reading
+from pal_ds.io.files import at_home
 from pal_ds.io.sealed import is_intact
 from pal_ds.users.ids import UserIds
 
@@ -83,7 +84,7 @@ class PreparedData:
         Raises:
             UserError: a file is missing, damaged or of another version; the message names it.
         """
-        path = Path(path)
+        path = at_home(path)
         info = read_info(path)
         with reading(path, "prepared data", MEND):
             return cls._opened(path, info)
@@ -226,7 +227,7 @@ def _map(path: Path, name: str) -> np.ndarray:
 def _read_users(path: Path) -> pa.Table:
     file = path / "users.arrow"
     with reading(file, "table of users", MEND):
-        with pa.memory_map(str(file)) as source, pa.ipc.open_file(source) as reader:
+        with pa.memory_map(str(file.absolute())) as source, pa.ipc.open_file(source) as reader:
             table = reader.read_all()
         table.validate(full=True)
         if table.schema != USERS_SCHEMA:

@@ -10,6 +10,7 @@ from pal_ds.data.parse import check_name, check_response, text_of_field
 from pal_ds.data.records import Text, Tools, check_tools
 from pal_ds.data.sources.base import check_files, read_lines
 from pal_ds.errors import UserError
+from pal_ds.io.files import at_home
 from pal_ds.io.text_files import refuse_halves, refuse_non_finite
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         UserError: the file is missing or empty, or a line is no such record; names file and line.
     """
-    path = STANDARD_INPUT if str(path) == "-" else path.expanduser()
+    path = STANDARD_INPUT if str(path) == "-" else at_home(path)
     if not path.exists():
         raise UserError(f"--input {path}: no such file (looked from {Path.cwd()}).")
     if path.is_dir():

@@ -33,6 +33,25 @@ def shipped_folder(name: str, pattern: str) -> Path:
     return next((place for place in places if any(place.glob(pattern))), places[2])
 
 
+def at_home(path: str | os.PathLike[str]) -> Path:
+    """Return a path as a person means it: `~` is the home folder, which no shell puts into a recipe or into Python.
+
+    >>> at_home("runs/~mine"), at_home("~nobody-of-this-name/x")
+    (PosixPath('runs/~mine'), PosixPath('~nobody-of-this-name/x'))
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)  # nobody of this name has a home
+
+
+def expand_home(config: object, *names: str) -> None:
+    """Put the home folder for `~` into these fields of a frozen dataclass; a text without it, or None, stays."""
+    for name in names:
+        if str(path := getattr(config, name)).startswith("~"):
+            object.__setattr__(config, name, str(at_home(path)))
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file's text: it holds the old text or the new one, never a part (written beside it, fsync, rename).
 
@@ -107,9 +126,13 @@ def clear_aside(out: Path) -> None:
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise UserError where `out` holds something."""
+    """Raise UserError where `out` holds something, or is the current directory, from which paths are read."""
     if not is_free(out):
         raise UserError(f"{out}: exists and is not empty. Name another folder, or remove it first.")
+    if out.exists() and out.samefile(Path.cwd()):
+        raise UserError(
+            f"{out}: is the current directory, and what is made there would take its place. Name a folder in it."
+        )
 
 
 @contextlib.contextmanager
@@ -173,6 +196,7 @@ def new_files(out: Path) -> Iterator[Path]:
 
 def folder_aside(out: Path) -> Path:
     """Make a folder beside `out`, in place of those that killed writers on this machine left."""
+    out = out if out.name else out.resolve()  # `.` has no name
     prefix = f"{out.name}.tmp-{socket.gethostname()}-"
     out.parent.mkdir(parents=True, exist_ok=True)
     for left in out.parent.glob(f"{glob.escape(prefix)}*"):

@@ -15,7 +15,7 @@ from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from pal_ds.errors import UserError, writing
 from pal_ds.io.boundary import read_object
-from pal_ds.io.files import write_atomically, write_json
+from pal_ds.io.files import at_home, write_atomically, write_json
 
 SECONDS_TO_EVALUATE = 3600.0
 """Time after which a temporary file was left by a killed writer: far longer than an evaluation takes to write."""
@@ -83,7 +83,7 @@ class RunDirectory:
     """Names and small files of one run."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = at_home(path)
         self.checkpoints = self.path / "checkpoints"
         self.config_file = self.path / "config.yaml"
         self.metrics_file = self.path / "metrics.jsonl"

@@ -20,7 +20,7 @@ from pal_ds.data.bad_rows import BadRows
 from pal_ds.data.records import Record
 from pal_ds.errors import UserError
 from pal_ds.io.boundary import reading
-from pal_ds.io.files import feed
+from pal_ds.io.files import at_home, feed
 from pal_ds.io.text_files import as_text, byte_lines, open_bytes, parse_json
 from pal_ds.users.ids import POPULATION_USER
 
@@ -133,7 +133,7 @@ def check_files(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     given = [paths] if isinstance(paths, str | Path) else list(paths)
     if not given:
         raise UserError("no file is given: the list of paths is empty; name at least one file")
-    files = [file for path in given for file in _files_of(Path(path).expanduser())]
+    files = [file for path in given for file in _files_of(at_home(path))]
     for path in files:
         if not path.exists():
             raise UserError(f"{path}: no such file; check the path (it is read from {Path.cwd()})")

@@ -11,6 +11,7 @@ from pal_ds.data.records import Record
 from pal_ds.data.sources.base import Source, check_files, describe_files, stable_fraction
 from pal_ds.data.sources.csv_rows import CsvRows
 from pal_ds.errors import UserError
+from pal_ds.io.files import at_home
 
 VOTES, STATEMENTS = "participants-votes.csv", "comments.csv"
 AGREE, DISAGREE, PASS = "1", "-1", "0"
@@ -74,7 +75,7 @@ class Polis(Source):
 
     @cached_property
     def _folders(self) -> list[Path]:
-        path = Path(self.path).expanduser()
+        path = at_home(self.path)
         folders = (
             [path]
             if (path / VOTES).is_file()

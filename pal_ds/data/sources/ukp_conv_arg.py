@@ -11,6 +11,7 @@ from pal_ds.data.records import Record
 from pal_ds.data.sources.base import Source, check_files, describe_files, read_lines
 from pal_ds.data.sources.csv_rows import CsvRows
 from pal_ds.errors import UserError
+from pal_ds.io.files import at_home
 from pal_ds.io.text_files import as_text, byte_lines
 
 LABELS = {"a1": -1, "a2": 1, "equal": 0}
@@ -68,13 +69,13 @@ class UkpConvArg(Source):
 
     @property
     def _is_folder(self) -> bool:
-        return Path(self.path).expanduser().is_dir()
+        return at_home(self.path).is_dir()
 
     @cached_property
     def _files(self) -> list[Path]:
         if not self._is_folder:
             return check_files([self.path, str(self.arguments)])
-        files = sorted(Path(self.path).expanduser().glob("*.csv"))
+        files = sorted(at_home(self.path).glob("*.csv"))
         if not files:
             raise UserError(f"ukp_conv_arg: {self.path} holds no TOPIC.csv; give their folder")
         return files
