@@ -41,9 +41,15 @@ def evaluate(
         UserError: no such run, step or split, or comparisons that cannot be read.
     """
     from pal_ds.data.sources import Source
-    from pal_ds.eval.best_of_n import NAME_PREFIX, rank_set
+    from pal_ds.eval.best_of_n import rank_set
     from pal_ds.eval.evaluate import evaluate_set, restored_by_ranks
-    from pal_ds.eval.results import SPLIT, eval_requests, number_of_examples, source_request
+    from pal_ds.eval.results import (
+        NAME_PREFIX,
+        SPLIT,
+        eval_requests,
+        number_of_examples,
+        source_request,
+    )
 
     where, table = run_of(run), None if users is None else at_home(users)
     if split is not None and data is not None:
@@ -51,7 +57,7 @@ def evaluate(
     with for_people():
         pairs, prefix = as_pairs(data, "data"), NAME_PREFIX if best_of_n else ""
         if isinstance(pairs, Source):
-            request = source_request(pairs, name or "records")
+            request = source_request(pairs, name or f"{prefix}records", prefix)
         else:
             files = [] if pairs is None else [pairs]
             (request,) = eval_requests(split or SPLIT, files, name, prefix)

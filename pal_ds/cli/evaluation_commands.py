@@ -69,9 +69,10 @@ class Evaluate:
 
     @staticmethod
     def run(options: Namespace, _: Namespace) -> None:
-        from pal_ds.eval.best_of_n import NAME_PREFIX, rank_set, ranking_line
+        from pal_ds.eval.best_of_n import rank_set, ranking_line
         from pal_ds.eval.evaluate import evaluate_set, restored_by_ranks, summary_line
         from pal_ds.eval.results import (
+            NAME_PREFIX,
             SPLIT,
             eval_requests,
             number_of_examples,

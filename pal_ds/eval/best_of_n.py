@@ -25,7 +25,6 @@ from pal_ds.eval.schema import BestOfNFigures, RankingFigures
 from pal_ds.inference.load_run import OpenRun
 from pal_ds.inference.readers import KnownUsers, reader_of, with_points
 
-NAME_PREFIX = "best_of_n_"
 FEWEST_COMPARED = 3
 """Responses of a list from a split: two are a pair, of which accuracy tells."""
 _KEYS = ("user_id", "prompt", "responses", "prompt_features", "response_features", "scores")

@@ -22,6 +22,14 @@ SPLIT = "test"
 NUM_EXAMPLE_PAIRS = 200
 """Comparisons, evenly among those of an evaluation, that each prototype scores for examples of what it prefers."""
 USERS_IN_PARQUET_ABOVE = 10_000
+NAME_PREFIX = "best_of_n_"
+"""In front of the name of a result of `--best_of_n`."""
+_TAKEN = {
+    "few_shot": "of held-out users",
+    **{split: f"of the run's own split {split}" for split in SPLITS},
+    **{NAME_PREFIX + split: f"of choices in the run's own split {split}" for split in SPLITS},
+}
+"""Names of results that only one evaluation may write, and whose figures they are."""
 
 
 class EvalRequest(NamedTuple):
@@ -75,7 +83,7 @@ def source_request(source: Source, name: str | None = None, prefix: str = "") ->
     """Ask for all pairs of a source; unless it has a name, the result has that of the class."""
     _check_name(name)
     request = EvalRequest(name or prefix + type(source).__name__, SPLIT, source)
-    _refuse_name_of_split(request)
+    _refuse_taken(request, prefix)
     return request
 
 
@@ -85,15 +93,14 @@ def eval_requests(
     """Ask for the split, or each of the files, under `name` or else PREFIX and the split or the file's name.
 
     Raises:
-        UserError: a name that is none, or two results of one name.
+        UserError: a name that is none or belongs to another result, or two results of one name.
     """
     _check_name(name)
-    if not files:
-        return [EvalRequest(name or prefix + split, split, None)]
     requests = [EvalRequest(name or prefix + name_of(file), split, file) for file in files]
+    requests = requests or [EvalRequest(name or prefix + split, split, None)]
     names = [one.name for one in requests]
     for one in requests:
-        _refuse_name_of_split(one)
+        _refuse_taken(one, prefix)
     if len(set(names)) < len(names):
         raise UserError(
             f"--data: the results of these files would go to one eval/NAME.json ({', '.join(names)}). Evaluate "
@@ -113,12 +120,14 @@ def number_of_examples(given: int | None, *, best_of_n: bool) -> int:
     return NUM_EXAMPLE_PAIRS if given is None else given
 
 
-def _refuse_name_of_split(request: EvalRequest) -> None:
-    """Raise UserError where pairs from elsewhere would take the place of a split's figures."""
-    if request.name in SPLITS:
+def _refuse_taken(request: EvalRequest, prefix: str) -> None:
+    """Raise UserError where figures of one thing would take the place of those of another that a report reads."""
+    is_own = request.pairs is None and request.name == prefix + request.split
+    if request.name in _TAKEN and not is_own:
+        what = f"--split {request.split}" if request.pairs is None else request.pairs
         raise UserError(
-            f"{request.pairs}: its figures would go to eval/{request.name}.json, where those of the run's own split "
-            f"{request.name} belong. Give another --name."
+            f"{what}: its figures would go to eval/{request.name}.json, where those {_TAKEN[request.name]} belong. "
+            "Give another --name."
         )
 
 

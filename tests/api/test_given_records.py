@@ -155,6 +155,30 @@ def test_the_result_of_a_pattern_has_a_plain_name(pattern: str, name: str, tmp_p
     assert request.name == Path(pattern).stem, "a file of this very name is no pattern"
 
 
+@pytest.mark.parametrize(
+    ("split", "files", "name", "whose"),
+    [
+        ("dev", [], "test", "own split test"),
+        ("test", [], "few_shot", "held-out users"),
+        ("test", [], "best_of_n_test", "choices in the run's own split test"),
+        ("test", ["few_shot.jsonl"], None, "held-out users"),
+        ("test", ["best_of_n_dev.jsonl"], None, "choices in the run's own split dev"),
+    ],
+)
+def test_no_result_takes_the_name_of_another(
+    split: str, files: list[str], name: str | None, whose: str
+) -> None:
+    with pytest.raises(UserError, match=f"{whose} belong. Give another --name"):
+        eval_requests(split, [Path(file) for file in files], name)
+    assert eval_requests("test", [], "test")[0].name == "test"
+
+
+def test_candidates_in_memory_have_a_result_of_their_own(run: Path) -> None:
+    lists = [{"user_id": "u0", "prompt": "p", "responses": ["a", "b c", "d"], "scores": [1, 3, 2]}]
+    assert evaluate(run, data=lists, best_of_n=True)["lists"] == 1
+    assert "regret" in json.loads((run / "eval/best_of_n_records.json").read_text())
+
+
 def test_a_table_of_pandas_is_named_with_its_remedy() -> None:
     pandas = pytest.importorskip("pandas")
     table = pandas.DataFrame([{"prompt": "p", "chosen": "a", "rejected": "b"}])
