@@ -15,6 +15,7 @@ from pal_ds.errors import UserError
 from pal_ds.export import card, contents
 from pal_ds.export.audience import mixtures_of
 from pal_ds.export.folder import ExportOptions, fill_folder, open_for_export
+from pal_ds.inference.load_run import trained_head
 from pal_ds.io.files import new_folder
 from pal_ds.io.text_files import text_lines
 from pal_ds.progress import progress_bar
@@ -46,7 +47,7 @@ def export_users(
             "and --with_users."
         )
     opened = open_for_export(run, out, options)
-    head = opened.parts.head
+    head = trained_head(opened)
     if not head.is_personal:
         raise UserError(
             f"{type(head).__name__} has one reward for everyone: leave out the list of users."

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from pal_ds.errors import UserError
 from pal_ds.heads.base import Head
-from pal_ds.inference.load_run import OpenRun, load_model
+from pal_ds.inference.load_run import OpenRun, load_model, trained_head
 from pal_ds.model import RewardModel
 from pal_ds.progress import progress_bar
 
@@ -68,21 +68,6 @@ def plain_backbone(model: RewardModel) -> torch.nn.Module:
     backbone: Any = model.backbone
     inner = backbone.model
     return inner.merge_and_unload() if hasattr(inner, "merge_and_unload") else inner
-
-
-@torch.no_grad()
-def trained_head(opened: OpenRun) -> Head:
-    """Return the head of an open run with its trained weights, in eval mode. Raises UserError where they do not fit."""
-    head = opened.parts.head
-    for name, tensor in head.state_dict().items():
-        full = f"head.{name}"
-        if full not in opened.checkpoint or opened.checkpoint.shape(full) != tuple(tensor.shape):
-            raise UserError(
-                f"{opened.checkpoint.path}: {full} is missing or has another shape than "
-                "config.yaml of the run describes."
-            )
-        tensor.copy_(opened.checkpoint.tensor(full))
-    return head.eval().requires_grad_(False)
 
 
 class Layout(NamedTuple):

@@ -225,3 +225,24 @@ def _load_weights(model: RewardModel, checkpoint: ShardedCheckpoint) -> None:
                 f"config.yaml describes has {tuple(own[name].shape)}."
             )
         own[name].copy_(checkpoint.tensor(name))
+
+
+@torch.no_grad()
+def trained_head(opened: OpenRun) -> Head:
+    """Return the head of an open run with its trained weights, in eval mode, without reading the backbone's.
+
+    What a head makes of users may depend on them: a temperature that it learnt, say.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    head = opened.parts.head
+    for name, tensor in head.state_dict().items():
+        full = f"head.{name}"
+        if full not in opened.checkpoint or opened.checkpoint.shape(full) != tuple(tensor.shape):
+            raise UserError(
+                f"{opened.checkpoint.path}: {full} is missing or has another shape than "
+                "config.yaml of the run describes."
+            )
+        tensor.copy_(opened.checkpoint.tensor(full))
+    return head.eval().requires_grad_(False)

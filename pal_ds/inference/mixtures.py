@@ -16,7 +16,7 @@ from pal_ds.engine.checkpoint.forget import finish_interrupted_removal
 from pal_ds.engine.checkpoint.verify import refuse_strangers_run
 from pal_ds.heads.base import Head, UserState
 from pal_ds.heads.jaxtyping_fallback import Float
-from pal_ds.inference.load_run import open_run
+from pal_ds.inference.load_run import open_run, trained_head
 from pal_ds.inference.scoring import Forward
 from pal_ds.model import RewardModel, user_state
 from pal_ds.runs.run_dir import RunDirectory
@@ -213,7 +213,7 @@ def list_users(
         refuse_strangers_run(run)
     finish_interrupted_removal(run)
     opened = open_run(run, step, trust=trust, trust_code=trust_code)
-    head = opened.parts.head
+    head = trained_head(opened)
     if head.is_personal and "logits" not in head.needs:
         return [(user_id, None) for user_id in opened.users.ids]
     mixtures = user_mixtures(head, opened.users)[:-1]

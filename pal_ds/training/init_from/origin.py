@@ -19,10 +19,10 @@ from pal_ds.engine.checkpoint.verify import refuse_strangers
 from pal_ds.errors import UserError
 from pal_ds.export.card import FACTS_NAME
 from pal_ds.export.contents import verify_export
-from pal_ds.export.weights import Tensors, trained_head, weights_of
+from pal_ds.export.weights import Tensors, weights_of
 from pal_ds.heads.base import Head, UserState
 from pal_ds.heads.jaxtyping_fallback import Float
-from pal_ds.inference.load_run import OpenRun, open_run
+from pal_ds.inference.load_run import OpenRun, open_run, trained_head
 from pal_ds.io.boundary import reading
 from pal_ds.runs.run_dir import OriginSource, RunDirectory
 from pal_ds.users.ids import UserIds
