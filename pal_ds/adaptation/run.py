@@ -26,7 +26,7 @@ from pal_ds.adaptation.result import (
     refuse_foreign,
 )
 from pal_ds.data.sources.base import Source
-from pal_ds.data.tables import PreparedData
+from pal_ds.data.tables import PreparedData, preferences
 from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
 from pal_ds.eval.evaluate import opened_pairs
@@ -248,7 +248,7 @@ class Fitting:
         num_pairs = pairs_per_chunk(head, collator, rows)
         forwards = Forwards(reader.model, collator, num_pairs, self.world)
         margins = forwards.margins(rows, mixtures)
-        right = correctness(margins, self.data.comparisons["label"][rows].astype(float))
+        right = correctness(margins, preferences(self.data.comparisons[rows]).astype(float))
         return FittedShard(
             logits,
             torch.from_numpy(np.bincount(owner, minlength=end - begin)),

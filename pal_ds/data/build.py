@@ -20,7 +20,7 @@ from pal_ds.data.records import Record
 from pal_ds.data.sources.base import Source
 from pal_ds.data.splits import NUM_BASE_SPLITS, SPLITS, SplitOptions
 from pal_ds.data.stores import CODE, REASONS, TokenStore, TokenTables
-from pal_ds.data.tables import FORMAT_VERSION, USERS_SCHEMA, PreparedData
+from pal_ds.data.tables import FORMAT_VERSION, USERS_SCHEMA, PreparedData, best_accuracy
 from pal_ds.data.tokenise import TextEncoder
 from pal_ds.data.verification import INFO_NAME, hash_tables
 from pal_ds.errors import UserError
@@ -270,8 +270,8 @@ def _counts_beyond_hard(table: np.ndarray) -> SoftCounts:
 
 def _bayes(table: np.ndarray) -> dict:
     """Best possible accuracy per split, where the choice probabilities are known."""
-    known = ~np.isnan(table["probability"])
-    best = np.maximum(table["probability"], 1 - table["probability"]).astype(np.float64)
-    chosen = {name: known & (table["split"] == code) for code, name in enumerate(SPLITS)}
-    figures = {name: float(best[rows].mean()) for name, rows in chosen.items() if rows.any()}
+    of_splits = {
+        name: best_accuracy(table[table["split"] == code]) for code, name in enumerate(SPLITS)
+    }
+    figures = {name: best for name, best in of_splits.items() if best is not None}
     return {"bayes_accuracy": figures} if figures else {}

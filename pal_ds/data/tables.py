@@ -54,6 +54,32 @@ def targets(table: np.ndarray) -> np.ndarray:
     return np.where(table["soft"] == 1, table["probability"], shares).astype(np.float32)
 
 
+def preferences(table: np.ndarray) -> np.ndarray:
+    """Return which response each comparison prefers: -1 a, +1 b, 0 neither (a tie, a soft label of one half); int8 [n].
+
+    >>> table = np.zeros(3, SOFT_COMPARISON_DTYPE)
+    >>> table["label"], table["soft"], table["probability"] = 1, (0, 1, 1), (0.5, 0.5, 0.6)
+    >>> preferences(table).tolist()
+    [1, 0, 1]
+    """
+    if "soft" not in (table.dtype.names or ()):
+        return table["label"]
+    return np.where((table["soft"] == 1) & (table["probability"] == 0.5), 0, table["label"])
+
+
+def best_accuracy(table: np.ndarray) -> float | None:
+    """Return the best possible accuracy on comparisons whose label was drawn by a known probability.
+
+    None unless all of those that prefer one response are such: a soft label says the likelier response itself.
+    """
+    table = table[preferences(table) != 0]
+    chances = table["probability"].astype(np.float64)
+    is_soft = "soft" in (table.dtype.names or ()) and bool(table["soft"].any())
+    if is_soft or not len(table) or np.isnan(chances).any():
+        return None
+    return float(np.maximum(chances, 1 - chances).mean())
+
+
 USERS_SCHEMA = pa.schema(
     [("id", pa.string()), ("row", pa.int64()), ("seen", pa.bool_()), ("group", pa.string())]
 )

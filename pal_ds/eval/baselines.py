@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pal_ds.data.ragged import Ragged
-from pal_ds.data.tables import PreparedData
+from pal_ds.data.tables import PreparedData, preferences
 
 
 def length_margins(data: PreparedData, table: np.ndarray) -> np.ndarray | None:
@@ -37,7 +37,7 @@ class FormatBaseline:
     def of(cls, data: PreparedData) -> "FormatBaseline | None":
         """Counted over the train split; None where responses are vectors or nothing was trained on."""
         rows = data.rows("train")
-        rows = rows[data.comparisons["label"][rows] != 0]
+        rows = rows[preferences(data.comparisons[rows]) != 0]
         if data.responses is None or len(rows) == 0:
             return None
         table = data.comparisons[rows]

@@ -14,7 +14,7 @@ import numpy as np
 from pal_ds.data.build import build_tables
 from pal_ds.data.records import Record
 from pal_ds.data.sources import Source, source_of_file
-from pal_ds.data.tables import PreparedData
+from pal_ds.data.tables import PreparedData, preferences
 from pal_ds.data.tokenise import TextEncoder
 from pal_ds.data.verification import verify_content
 from pal_ds.distributed.agreement import installation_facts, refuse_disagreement
@@ -201,7 +201,7 @@ def _calibration(restored: OpenRun, world: World) -> tuple[float, ThreeWay | Non
     if len(rows) == 0 or (loss.kind == "logistic" and not has_ties):
         return 1.0, None
     margins, labels = own_margins(restored, rows, world), data.comparisons["label"][rows]
-    sure = labels != 0
+    sure = preferences(data.comparisons[rows]) != 0
     temperature = dev_temperature(margins[sure], labels[sure].astype(float), loss.kind)
     return temperature, fit_threshold(margins / temperature, labels.astype(float))
 

@@ -4,7 +4,7 @@ from typing import cast
 
 import numpy as np
 
-from pal_ds.data.tables import PreparedData
+from pal_ds.data.tables import PreparedData, best_accuracy, preferences
 from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
 from pal_ds.eval import sanity_checks
@@ -43,6 +43,7 @@ def figures_of(
         user_ids=names[owner],
         prompts=data.response_prompt[table["a"]],
         probabilities=table["probability"].astype(float),
+        best_accuracy=best_accuracy(table),
         controversial=controversial(table),
     )
     lengths, formats = _baseline_margins(data, table, format_baseline)
@@ -56,9 +57,9 @@ def without_ties(
     data: PreparedData, rows: np.ndarray, margins: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows and margins of those of the comparisons `rows` that prefer one response."""
-    if data.num_ties == 0:
+    if data.is_hard:
         return rows, margins
-    is_sure = data.comparisons["label"][rows] != 0
+    is_sure = preferences(data.comparisons[rows]) != 0
     return rows[is_sure], margins[is_sure]
 
 

@@ -6,6 +6,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, log_expit
 
+from pal_ds.data.tables import preferences
 from pal_ds.eval.schema import (
     CalibrationFigures,
     MeanFigures,
@@ -201,7 +202,7 @@ def controversial(table: np.ndarray) -> np.ndarray:
     low, high = np.minimum(table["a"], table["b"]), np.maximum(table["a"], table["b"])
     pair = np.unique(low * (high.max(initial=0) + 1) + high, return_inverse=True)[1]
     # A tie takes no side.
-    sure, num_pairs = table["label"] != 0, pair.max(initial=-1) + 1
+    sure, num_pairs = preferences(table) != 0, pair.max(initial=-1) + 1
     prefers_high = sure & ((table["label"] > 0) == (table["b"] == high))
     num_users = len(np.unique(table["user"]))
     user = np.unique(table["user"], return_inverse=True)[1]
@@ -227,6 +228,8 @@ class LabelledPairs(NamedTuple):
     """Known probability that response_2 is preferred, NaN where unknown; fp64 [n]."""
     controversial: np.ndarray | None = None
     """Pairs on which users disagree; bool [n]."""
+    best_accuracy: float | None = None
+    """The best that is possible on all of them, where labels were drawn by these probabilities."""
 
 
 def evaluation_figures(
@@ -246,7 +249,7 @@ def evaluation_figures(
         length_margins: how much longer response_2 is, in characters; fp64 [n].
         format_margins: how much likelier response_2 is preferred by its first and last token; fp64 [n].
     """
-    labels, user_ids, prompts, probabilities, controversial = pairs
+    labels, user_ids, prompts, probabilities, controversial, best = pairs
     if len(margins) == 0:
         return cast(PairFigures, {"pairs": 0, **dict.fromkeys(FIGURES), "users": {}})
     right = correctness(margins, labels)
@@ -254,13 +257,10 @@ def evaluation_figures(
     accuracies = np.sort([user["accuracy"] for user in users.values()])
     (calibration,) = calibrations(margins / temperature, labels, np.zeros(len(margins), int))
     disputed = np.zeros(len(margins), bool) if controversial is None else controversial
-    known = {}
+    known = {} if best is None else {"bayes_accuracy": best}
     if probabilities is not None and np.isfinite(probabilities).all():
         error = np.abs(expit(margins / temperature) - probabilities).mean()
-        known = {
-            "bayes_accuracy": float(np.maximum(probabilities, 1 - probabilities).mean()),
-            "probability_mae": None if np.isnan(error) else float(error),
-        }
+        known["probability_mae"] = None if np.isnan(error) else float(error)
     figures = {
         **mean_figures(right, prompts),
         "user_accuracy_mean": float(accuracies.mean()),

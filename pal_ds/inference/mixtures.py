@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pal_ds.data.collator import Collator
+from pal_ds.data.tables import preferences
 from pal_ds.distributed import phase
 from pal_ds.distributed.world import World
 from pal_ds.engine.checkpoint.forget import finish_interrupted_removal
@@ -167,9 +168,8 @@ def encode_users(
 
     Of a user without comparisons: what the head makes of none. `flipped`: as if each had gone the other way.
     """
-    is_sure = (
-        collator.data.comparisons["label"][rows] != 0
-    )  # a tie says nothing of what is preferred
+    # A tie says nothing of what is preferred.
+    is_sure = preferences(collator.data.comparisons[rows]) != 0
     context, length = _by_user(rows[is_sure], user_index[is_sure], num_users)
     share = max(1, PAIRS_PER_FORWARD // max(1, context.shape[1]))
     model.head.eval()

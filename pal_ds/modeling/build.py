@@ -16,7 +16,7 @@ from pal_ds.backbones.given import GivenStates
 from pal_ds.config.run_config import RunConfig
 from pal_ds.data.collator import Collator
 from pal_ds.data.draws import Contexts
-from pal_ds.data.tables import PreparedData
+from pal_ds.data.tables import PreparedData, preferences
 from pal_ds.distributed.world import World
 from pal_ds.engine.ds_config import DeepSpeedConfig, ds_config_of
 from pal_ds.errors import UserError
@@ -182,7 +182,7 @@ def _contexts(
             f"{head.num_context} others for each. Unset it; train.micro_batch_pairs bounds a micro-batch."
         )
     rows = data.rows("train")
-    return Contexts.of(data, rows[data.comparisons["label"][rows] != 0], config.train.seed)
+    return Contexts.of(data, rows[preferences(data.comparisons[rows]) != 0], config.train.seed)
 
 
 def refuse_empty_prompts(collator: Collator, where: object) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from pal_ds.data.collator import Collator
-from pal_ds.data.tables import PreparedData, group_codes
+from pal_ds.data.tables import PreparedData, group_codes, preferences
 from pal_ds.data.vocabulary import refuse_other_tokenizer
 from pal_ds.distributed import phase
 from pal_ds.errors import UserError
@@ -73,7 +73,7 @@ def evaluate_in_training(state: Training, *, at_start: bool = False) -> bool:
     with state.watch.timed("evaluation"):
         if len(rows):
             margins = _margins(state, state.collator, rows)
-            labels = state.data.comparisons["label"][rows].astype(float)
+            labels = preferences(state.data.comparisons[rows]).astype(float)
             temperature = dev_temperature(margins, labels, state.config.loss.kind)
             figures["dev"] = figures_of(state.data, rows, margins, temperature)
         for other in sets:

@@ -45,6 +45,7 @@ def test_figures_by_hand() -> None:
             prompts=np.array([0, 1, 2, 3]),
             probabilities=np.array([0.9, 0.5, 0.2, 0.7]),
             controversial=np.array([True, True, False, True]),
+            best_accuracy=0.725,
         ),
         length_margins=np.array([3.0, 1.0, 1.0, 1.0]),
         format_margins=np.array([3.0, -1.0, 0.0, 0.0]),
@@ -64,14 +65,17 @@ def test_figures_by_hand() -> None:
     assert figures["user_accuracy_mean"] == pytest.approx(0.375)
     assert figures["worst_decile_user_accuracy"] == pytest.approx(0.25)
     assert figures["length_baseline_accuracy"] == pytest.approx(0.75)
-    assert figures["bayes_accuracy"] == pytest.approx((0.9 + 0.5 + 0.8 + 0.7) / 4)
+    assert figures["bayes_accuracy"] == 0.725
 
 
 def test_empty_set() -> None:
     empty = np.empty(0)
     figures = evaluation_figures(empty, LabelledPairs(empty, empty, empty))
     full = evaluation_figures(
-        np.ones(2), LabelledPairs(np.ones(2), np.array(["a", "b"]), np.arange(2), np.ones(2))
+        np.ones(2),
+        LabelledPairs(
+            np.ones(2), np.array(["a", "b"]), np.arange(2), np.ones(2), best_accuracy=1.0
+        ),
     )
     assert list(figures) == list(full)
     assert figures == {**dict.fromkeys(full), "pairs": 0, "users": {}}

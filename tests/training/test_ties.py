@@ -14,7 +14,13 @@ from pal_ds.data.draws import preferred_first
 from pal_ds.data.parse import parse_record
 from pal_ds.data.prepare import DataConfig, prepare
 from pal_ds.data.sources import Jsonl
-from pal_ds.data.tables import PreparedData, targets
+from pal_ds.data.tables import (
+    SOFT_COMPARISON_DTYPE,
+    PreparedData,
+    best_accuracy,
+    preferences,
+    targets,
+)
 from pal_ds.data.verification import check_tables
 from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
@@ -202,6 +208,24 @@ def test_soft_labels_are_prepared(tmp_path: Path) -> None:
     order = np.argsort(data.comparisons["a"])
     assert targets(data.comparisons[order]).tolist() == pytest.approx([0.9, 0.5, 0.0, 0.25])
     assert data.info["counts"].get("soft_labels") == 2 and data.num_ties == 1
+    # The likelier response is always named: no chance draws it, and every comparison can be right.
+    assert "bayes_accuracy" not in data.info
+
+
+def test_a_soft_label_of_one_half_prefers_neither() -> None:
+    table = np.zeros(4, SOFT_COMPARISON_DTYPE)
+    table["label"], table["probability"] = [1, 1, -1, 1], [0.5, 0.5, 0.2, 0.9]
+    table["soft"] = [0, 1, 0, 0]
+    assert preferences(table).tolist() == [1, 0, -1, 1]
+    table["controversial"], table["user"], table["b"] = -1, [0, 1, 2, 3], 1
+    table["b"][2:] = 2
+    assert controversial(table).tolist() == [False, False, True, True]
+    table["soft"] = 0
+    assert best_accuracy(table) == pytest.approx((0.5 + 0.5 + 0.8 + 0.9) / 4)
+    table["soft"][3] = 1
+    assert best_accuracy(table) is None
+    table["label"] = 0
+    assert best_accuracy(table) is None
 
 
 def test_a_tie_takes_no_side(data: PreparedData) -> None:
