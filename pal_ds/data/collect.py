@@ -7,6 +7,7 @@ import xxhash
 
 from pal_ds.data.bad_rows import BadRows
 from pal_ds.data.kept_texts import SampleKeeper
+from pal_ds.data.record_checks import fault_of
 from pal_ds.data.records import Record, is_empty
 from pal_ds.data.splits import (
     NO_SPLIT,
@@ -47,6 +48,10 @@ class Collector:
         """Take a record; one that is bad by itself is left out, and counts among the bad rows."""
         self._num_seen += 1
         where = record.where or f"record {self._num_seen} (user '{record.user_id}')"
+        if fault := fault_of(record):
+            error = UserError(f"{where}: {fault}; mend or leave out the record")
+            self._add_bad(record, where, error)
+            return
         if self.store is None:
             self.store = self._open_store(record, where)
         try:
@@ -122,10 +127,6 @@ class Collector:
             )
         if self.members.options.split in ("field", "record"):
             self.members.named_split(record, where)
-        if record.label not in (-1, 0, 1):
-            raise UserError(f"{where}: label is {record.label!r}; it must be -1, 1, or 0 for a tie")
-        if record.soft and (record.probability is None or record.label == 0):
-            raise UserError(f"{where}: a soft label needs a probability, and is no tie")
         if is_text and any(map(is_empty, compared(record))):
             raise UserError(
                 f"{where}: a response is empty; every response needs text. Remove or mend the row"
@@ -147,5 +148,5 @@ class Collector:
             if isinstance(self.store, TokenStore):
                 self.store.add(prompt, record.prompt, response, record.tools)
             elif self.store is not None:
-                self.store.add(prompt, record.prompt_features, response)
+                self.store.add(prompt, record.prompt_features, response, where)
         return row

@@ -4,11 +4,11 @@ An error says where, what, the rule and the remedy.
 """
 
 import difflib
-import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from pal_ds.data.record_checks import LARGEST_FLOAT32
 from pal_ds.data.records import (
     Record,
     Text,
@@ -59,8 +59,6 @@ def _is_true_or_false(value: object) -> bool:
     return isinstance(value, bool)
 
 
-_LARGEST_FLOAT32 = 3.4028234663852886e38
-"""A larger margin would be infinite in the tables."""
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "user_id": (
         _is_name,
@@ -71,8 +69,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "it must be -1 (response_1 is preferred), 1 (response_2 is preferred) or 0 (a tie)",
     ),
     "margin": (
-        lambda value: is_number(value) and 0 <= value <= _LARGEST_FLOAT32,
-        f"it must be a finite number between 0 and {_LARGEST_FLOAT32:g}",
+        lambda value: is_number(value) and 0 <= value <= LARGEST_FLOAT32,
+        f"it must be a finite number between 0 and {LARGEST_FLOAT32:g}",
     ),
     "group": (_is_name, "give a non-empty text or leave the key out"),
     "split": (
@@ -251,8 +249,10 @@ def _agree(prompt: Text | None, implicit: list, where: str) -> Text:
 def _vector(value: Any, where: str, key: str) -> tuple[float, ...]:
     if not isinstance(value, list | tuple) or not value or not all(map(is_number, value)):
         raise UserError(f"{where}: '{key}' must be a non-empty list of numbers")
-    if not all(map(math.isfinite, value)):
-        raise UserError(f"{where}: '{key}' holds a number that is not finite; mend or drop the row")
+    if not all(abs(number) <= LARGEST_FLOAT32 for number in value):
+        raise UserError(
+            f"{where}: '{key}' holds a number that is not finite in float32; mend or drop the row"
+        )
     return tuple(map(float, value))
 
 

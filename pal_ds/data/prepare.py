@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import time
-import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
@@ -21,6 +20,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from pal_ds.data.bad_rows import MAX_BAD_ROWS
 from pal_ds.data.build import build_tables
 from pal_ds.data.chat_template import choose_template
+from pal_ds.data.reading import description_of, records_of
+from pal_ds.data.record_checks import fault_of
 from pal_ds.data.records import Record, render_plain
 from pal_ds.data.sources import Source
 from pal_ds.data.splits import Membership, SplitOptions, compared, content_digest
@@ -131,12 +132,12 @@ def _make(path: Path, config: DataConfig, quiet: bool) -> PreparedData:
     source.bad_rows.largest_share = config.max_bad_rows
     encoder = _encoder(config, source, quiet)
     extra = {
-        "source": source.describe(),
+        "source": description_of(source),
         "licence": source.licence,
         "settings": settings,
         "fingerprint": xxhash.xxh3_128_hexdigest(json.dumps(settings, sort_keys=True).encode()),
     }
-    records = _tracked(_records(source), source.num_records(), "preparing", quiet)
+    records = _tracked(records_of(source), source.num_records(), "preparing", quiet)
     return build_tables(records, path, encoder, options, source=source, extra_info=extra)
 
 
@@ -162,7 +163,7 @@ def settings_of(config: DataConfig, read_source: bool = True) -> dict:
     described = {
         "class": type(source).__name__,
         "init": {key: v for key, v in vars(source).items() if key[0] != "_" and key not in _COUNTS},
-        "data": source.describe() if read_source else None,
+        "data": description_of(source) if read_source else None,
     }
     return json.loads(json.dumps({**own, "source": described}, default=str, sort_keys=True))
 
@@ -214,7 +215,7 @@ def _changed_keys(old: dict, new: dict, prefix: str = "") -> Iterator[str]:
 
 def _encoder(config: DataConfig, source: Source, quiet: bool) -> TextEncoder | None:
     """The tokenizer of the config, or one trained on the train split; None for vector records."""
-    first = next(iter(_records(source)), None)
+    first = next((record for record in records_of(source) if not fault_of(record)), None)
     if first is not None and first.response_features is not None:
         return None
     if config.tokenizer is not None:
@@ -236,39 +237,15 @@ def _encoder(config: DataConfig, source: Source, quiet: bool) -> TextEncoder | N
     return encoder
 
 
-def _records(source: Source) -> Iterator[Record]:
-    """Yield a source's records; what a source of one's own does wrong is told with the place in its file."""
-    kind, num_yielded = type(source), 0
-    try:
-        for record in source.records():
-            if not isinstance(record, Record):
-                raise UserError(
-                    f"{kind.__name__}.records() yields {type(record).__name__}; a source yields "
-                    "pal_ds.data.records.Record(user_id=..., prompt=..., responses=(..., ...), label=-1 or 1)."
-                )
-            num_yielded += 1
-            yield record
-    except (UserError, OSError):
-        raise
-    except Exception as error:
-        if kind.__module__.partition(".")[0] == "pal_ds":
-            raise
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(
-            f"data.source: {kind.__module__}.{kind.__name__}.records() raised {type(error).__name__} ({error}) at "
-            f"{place.filename}:{place.lineno}, after {num_yielded} records. Mend the source or what it reads."
-        ) from error
-
-
 def _train_texts(config: DataConfig, source: Source, quiet: bool) -> Iterator[str]:
     """Each distinct text that seen users judged in the train split, and the separator."""
     plan = Membership(config.split_options())
-    records = _tracked(_records(source), source.num_records(), "reading", quiet)
+    records = _tracked(records_of(source), source.num_records(), "reading", quiet)
     for record in filter(plan.has_split, records):
         plan.add_user(record)
         plan.add_prompt(record, record.where or "record")
     done = set[bytes]()
-    for record in filter(plan.trained_on(), filter(plan.has_split, _records(source))):
+    for record in filter(plan.trained_on(), filter(plan.has_split, records_of(source))):
         for text in (record.prompt, *compared(record)):
             digest = content_digest(text)
             if text is not None and digest not in done:

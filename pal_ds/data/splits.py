@@ -10,6 +10,7 @@ import numpy as np
 import xxhash
 
 from pal_ds.data.parse import SPLIT_FIELD_NAMES, nearest
+from pal_ds.data.record_checks import fault_of
 from pal_ds.data.records import Record, Text, shown
 from pal_ds.errors import UserError
 
@@ -140,7 +141,9 @@ class Membership:
         return row, key
 
     def has_split(self, record: Record) -> bool:
-        """Return False for a record that should name its split and does not: a bad row, which `Collector` counts."""
+        """Return False for a record without a split: a bad row, or one that should name it; `Collector` counts them."""
+        if fault_of(record):
+            return False
         names_none = self.options.split not in ("field", "record")
         return names_none or record.split in SPLIT_FIELD_NAMES
 

@@ -250,10 +250,14 @@ class VectorStore:
         self._has_prompts: bool | None = None
 
     def add(
-        self, prompt_row: int, prompt: tuple[float, ...] | None, vector: tuple[float, ...]
+        self,
+        prompt_row: int,
+        prompt: tuple[float, ...] | None,
+        vector: tuple[float, ...],
+        where: str = "record",
     ) -> None:
-        """Append a response, and its prompt when that is new."""
-        has_prompt, where = prompt is not None, f"response {len(self.response_prompt)}"
+        """Append a response, and its prompt when that is new. Raises UserError, naming `where`, for another size."""
+        has_prompt = prompt is not None
         if self.size is None:
             self.size, self._has_prompts = len(vector), has_prompt
         if has_prompt != self._has_prompts:

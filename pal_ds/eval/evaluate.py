@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pal_ds.data.build import build_tables
+from pal_ds.data.reading import records_of
 from pal_ds.data.records import Record
 from pal_ds.data.sources import Source, source_of_file
 from pal_ds.data.tables import PreparedData, preferences
@@ -67,7 +68,7 @@ def opened_pairs(
                 encoder = TextEncoder.from_info(tokens, restored.data.tokenizer_path)
             if read is None:
                 source = file if isinstance(file, Source) else source_of_file(file)
-                build_tables(source.records(), folder, encoder, check_marker=False, source=source)
+                build_tables(records_of(source), folder, encoder, check_marker=False, source=source)
             else:
                 build_tables(read(file), folder, encoder, check_marker=False)
         except BaseException:
