@@ -29,6 +29,7 @@ from pal_ds.modeling.combination_checks import (
     is_packed,
     pooling_of,
 )
+from pal_ds.modeling.own_classes import told, try_head, try_loss
 from pal_ds.runs.run_dir import RunDirectory
 
 if TYPE_CHECKING:
@@ -109,12 +110,17 @@ def assemble(
         # A stream of its own: a backbone's random initialisation does not shift it.
         torch.manual_seed(config.train.seed + 1)
         try:
-            head = config.head(hidden_size)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"head: {error}") from None
+            with told("head: its constructor", None):
+                head = config.head(hidden_size)
+        except UserError as error:
+            if isinstance(error.__cause__, ValueError | TypeError):
+                raise UserError(f"head: {error.__cause__}") from None
+            raise
+    weighting = config.loss.token_weighting
+    try_head(head, hidden_size, 1 if weighting == "last" else 3)
+    try_loss(config.loss.shape)
     with_prompt = "prompt" in head.needs
     encoding = encoding_of(config.backbone.encoding, encoder, with_prompt)
-    weighting = config.loss.token_weighting
     pooling = pooling_of(config.backbone.pooling, encoder, data)
     if weighting != "last" and (pooling != "last" or backbone is None):
         reason = "vector data have one vector per response"
