@@ -143,8 +143,8 @@ def _block(
 ) -> Block:
     rows = statistics.response_index.T[:, pair]
     linear = statistics.linear[rows, position].permute(0, 3, 1, 2).contiguous()
-    if not statistics.by_distance and _matrices_per_comparison(statistics) < 2:
-        # Both cosines have one denominator: the margin is the difference over it.
+    if statistics.shape != "distance" and _matrices_per_comparison(statistics) < 2:
+        # Both cosines have one denominator: the margin is the difference over it. A linear one has none.
         linear = linear[1:] - linear[:1]
     quadratic, comparison = _quadratic(statistics, pair, rows)
     return Block(

@@ -176,7 +176,7 @@ def few_shot_curve(
     everything = np.union1d(fit_rows, test_rows)
     reader = reader_of(restored, data, everything, table_rows, world, encode_ahead=True)
     population = user_mixtures(restored.model.head, restored.users)[-1:]
-    prior = LogitPrior.of(restored.users)
+    prior = LogitPrior.of(restored.users, restored.model.head.space)
     draws = [(count, seed) for count in dict.fromkeys(num_comparisons) for seed in seeds]
     drawn = [few_per_user(data, fit_rows, count, seed) for count, seed in draws]
     # Each (k, seed, user) is fitted as a user of its own, all of them in one go.

@@ -188,7 +188,7 @@ class Fitting:
         if shards:
             logger.info("%d of %d shards are there already", len(shards), len(users.spans))
         common = self._common_reader(missing, positions)
-        prior = LogitPrior.of(self.restored.users)
+        prior = LogitPrior.of(self.restored.users, self.restored.model.head.space)
         if prior.num_components > 1:
             logger.info("prior: the run's users fall into %d clusters", prior.num_components - 1)
         with progress_bar("fitting users", len(missing), shown=True, unit="users") as advance:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .jaxtyping_fallback import Float, Int
-from .sufficient_statistics import MixtureStatistics
+from .sufficient_statistics import MixtureStatistics, PointSpace
 
 
 class Features(NamedTuple):
@@ -97,10 +97,10 @@ class Head(nn.Module, ABC):
     """Names under which `reward_models.py` makes this head."""
     num_prototypes: int
     """K, the width of a user's point and logits; 1 for a head without users."""
-    on_simplex: ClassVar[bool] = True
-    """True if users' points are mixtures, at least 0 and summing to 1; else they are any K numbers."""
+    space: PointSpace = "simplex"
+    """Where users' points lie: mixtures, at least 0 and summing to 1; weights that sum to 1; or any K numbers."""
     temperature: float = 1.0
-    """tau of s_u = softmax(w_u / tau), for a head whose points are mixtures of logits."""
+    """tau of `mixture.py`, for a head whose points are made of logits."""
     has_statistics: bool = False
     """True if the rewards depend on a mixture through K numbers per position, whatever the features."""
     num_context: int = 0
@@ -116,6 +116,11 @@ class Head(nn.Module, ABC):
     def is_personal(self) -> bool:
         """True if rewards depend on a point of K numbers."""
         return not self.needs.isdisjoint({"logits", "context", "group"})
+
+    @property
+    def on_simplex(self) -> bool:
+        """True if users' points are mixtures."""
+        return self.space == "simplex"
 
     @property
     def has_points(self) -> bool:

@@ -1,4 +1,4 @@
-"""LoRe: a user mixes K linear rewards of one feature space (arXiv 2504.14439)."""
+"""LoRe: a user mixes K linear rewards of one feature space, or adds them with any sign (arXiv 2504.14439)."""
 
 import math
 from typing import ClassVar, final
@@ -16,7 +16,10 @@ from .sufficient_statistics import MixtureStatistics
 
 @final
 class Lore(Head):
-    """sum_k s_uk <v_k, h(x)> with s_u = softmax(w_u / tau): PAL with a linear map; K = 1 is Bradley-Terry."""
+    """sum_k s_uk <v_k, h(x)> with s_u of `mixture.py`: PAL with a linear map; K = 1 is Bradley-Terry.
+
+    Signed weights reach users who are against what the population is for; a mixture never is.
+    """
 
     needs: frozenset[str] = frozenset({"logits"})
     family: ClassVar[str] = "lore"
@@ -36,7 +39,7 @@ class Lore(Head):
             hidden_size: H.
             num_prototypes: K, the rank of all users' rewards. Each v_k starts as N(0, 1/H) per coordinate.
             temperature: tau of the mixture.
-            mixture: `softmax` or `gumbel`.
+            mixture: `softmax`, `gumbel` or `signed`.
             evaluation: `soft`, or `hard` for the largest logit alone.
         """
         super().__init__()
@@ -46,7 +49,7 @@ class Lore(Head):
         self.basis = nn.Parameter(torch.randn(num_prototypes, hidden_size) / math.sqrt(hidden_size))
         self.temperature = temperature
         self.mixture = Mixture(temperature, mixture, evaluation)
-        self.needs = self.mixture.needs
+        self.needs, self.space = self.mixture.needs, self.mixture.space
 
     def mixture_weights(self, user: UserState) -> Float[Tensor, "B K"]:
         """s_u, fp32."""
@@ -58,12 +61,12 @@ class Lore(Head):
         return torch.einsum("bk,brtk->brt", self.mixture(user), scores)
 
     def statistics(self, features: Features) -> MixtureStatistics:
-        """The K rewards of each response; s^T 1 s = 1 for every mixture, so the quadratic form drops out."""
+        """The K rewards of each response."""
         scores = self._scores(features)
-        ones = scores.new_ones(1, self.num_prototypes, self.num_prototypes)
+        unread = scores.new_ones(1, self.num_prototypes, self.num_prototypes)
         shared = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
         index, tau = features.response_index, self.temperature
-        return MixtureStatistics(scores, index, ones, shared, False, tau)
+        return MixtureStatistics(scores, index, unread, shared, "linear", tau, self.space)
 
     def _scores(self, features: Features) -> Float[Tensor, "R T K"]:
         return features.response.float() @ self.basis.float().T
