@@ -146,7 +146,7 @@ def report_on(
     ]
     diagnostics = None
     if restored.parts.needs_users and known.own is not None:
-        diagnostics = diagnose(restored.model.head, known.own)
+        diagnostics = diagnose(head, known.own[:, : head.num_prototypes])
     elif known.encoded is not None:
         diagnostics = diagnose_latent(known.encoded)
     of_run = {"train_accuracy": trained, "diagnostics": diagnostics, "warnings": warnings}

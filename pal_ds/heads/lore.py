@@ -18,7 +18,8 @@ from .sufficient_statistics import MixtureStatistics
 class Lore(Head):
     """sum_k s_uk <v_k, h(x)> with s_u of `mixture.py`: PAL with a linear map; K = 1 is Bradley-Terry.
 
-    Signed weights reach users who are against what the population is for; a mixture never is.
+    Signed weights reach users who are against what the population is for; a mixture never is. With `free`, a new user's
+    reward is <sum_k s_uk v_k + e_u, h(x)>, e_u their own.
     """
 
     needs: frozenset[str] = frozenset({"logits"})
@@ -39,7 +40,7 @@ class Lore(Head):
             hidden_size: H.
             num_prototypes: K, the rank of all users' rewards. Each v_k starts as N(0, 1/H) per coordinate.
             temperature: tau of the mixture.
-            mixture: `softmax`, `gumbel` or `signed`.
+            mixture: `softmax`, `gumbel`, `signed` or `free`; the last two train alike.
             evaluation: `soft`, or `hard` for the largest logit alone.
         """
         super().__init__()
@@ -50,15 +51,29 @@ class Lore(Head):
         self.temperature = temperature
         self.mixture = Mixture(temperature, mixture, evaluation)
         self.needs, self.space = self.mixture.needs, self.mixture.space
+        self.residual_size = hidden_size if mixture == "free" else 0
 
     def mixture_weights(self, user: UserState) -> Float[Tensor, "B K"]:
-        """s_u, fp32."""
-        return self.mixture(user)
+        """s_u, and e_u where the state has it; fp32."""
+        if user.mixture is not None or user.logits is None:
+            return self.mixture(user)
+        logits, residual = user.logits.split_with_sizes(self._sizes(user.logits), -1)
+        return torch.cat([self.mixture(user._replace(logits=logits)), residual.float()], -1)
 
     def reward(self, features: Features, user: UserState) -> Float[Tensor, "B r T"]:
-        """Each distinct response meets the basis once; fp32."""
-        scores = take(self._scores(features), features.response_index)
-        return torch.einsum("bk,brtk->brt", self.mixture(user), scores)
+        """Each distinct response meets the basis once; fp32. Raises ValueError for a point of another size."""
+        index = features.response_index
+        scores, point = take(self._scores(features), index), self.mixture_weights(user)
+        weights, residual = point.split_with_sizes(self._sizes(point), -1)
+        reward = torch.einsum("bk,brtk->brt", weights, scores)
+        if not residual.shape[-1]:
+            return reward
+        response = take(features.response.float(), index)
+        return reward + torch.einsum("bh,brth->brt", residual, response)
+
+    def residual_features(self, features: Features) -> Float[Tensor, "R T H"]:
+        """h(x), fp32."""
+        return features.response.float()
 
     def statistics(self, features: Features) -> MixtureStatistics:
         """The K rewards of each response."""
@@ -67,6 +82,16 @@ class Lore(Head):
         shared = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
         index, tau = features.response_index, self.temperature
         return MixtureStatistics(scores, index, unread, shared, "linear", tau, self.space)
+
+    def _sizes(self, point: Tensor) -> list[int]:
+        """Numbers of a point that weigh the basis, and those of a direction of the user's own."""
+        size = point.shape[-1] - self.num_prototypes
+        if size not in (0, self.residual_size):
+            raise ValueError(
+                f"a user's point has {point.shape[-1]} numbers; this head's have {self.num_prototypes}"
+                + (f", or {self.residual_size} more." if self.residual_size else ".")
+            )
+        return [self.num_prototypes, size]
 
     def _scores(self, features: Features) -> Float[Tensor, "R T K"]:
         return features.response.float() @ self.basis.float().T

@@ -1,8 +1,8 @@
 """From a user's logits w_u to the point s_u over K prototypes: a mixture, or weights of any sign.
 
-softmax   s = softmax(w / tau)                       of the simplex
-signed    s = (1 + w / tau) / K                      of the span; its tangent at even weights, where w = 0
-          s = (1 + (w - mean(w)) / tau) / K          of the affine hull, for a head whose weights must sum to 1
+Of the kinds, `softmax` is s = softmax(w / tau), a point of the simplex. `signed` is its tangent at even weights, where
+w = 0: s = (1 + w / tau) / K, or with w - mean(w) in place of w for a head whose weights must sum to 1. `free` is
+signed, and a new user may have a direction of their own beside the K: K weights, then d numbers.
 """
 
 from typing import Literal, get_args
@@ -14,7 +14,7 @@ from .checks import check_choice, check_positive
 from .jaxtyping_fallback import Float
 from .sufficient_statistics import PointSpace, point_of
 
-MixtureKind = Literal["softmax", "gumbel", "signed"]
+MixtureKind = Literal["softmax", "gumbel", "signed", "free"]
 MixtureEvaluation = Literal["soft", "hard"]
 
 
@@ -38,9 +38,9 @@ class Mixture(nn.Module):
         check_positive("temperature", temperature)
         check_choice("mixture", kind, get_args(MixtureKind))
         check_choice("evaluation", evaluation, get_args(MixtureEvaluation))
-        if kind == "signed" and evaluation == "hard":
+        if kind in ("signed", "free") and evaluation == "hard":
             raise ValueError(
-                "evaluation is 'hard', the largest weight alone, which is no approximation of signed weights: "
+                f"evaluation is 'hard', the largest weight alone, which is no approximation of {kind} weights: "
                 "set evaluation to soft, or mixture to softmax or gumbel."
             )
         self.needs = frozenset({"logits", "gumbel"} if kind == "gumbel" else {"logits"})
@@ -50,7 +50,7 @@ class Mixture(nn.Module):
         self.evaluation = evaluation
         self.space: PointSpace = "simplex"
         """Where points lie, as in `Head.space`."""
-        if kind == "signed":
+        if kind in ("signed", "free"):
             self.space = "affine" if sums_to_one else "linear"
 
     def forward(self, user: UserState) -> Float[Tensor, "B K"]:
@@ -68,3 +68,12 @@ class Mixture(nn.Module):
         elif self.evaluation == "hard":
             return nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
         return point_of(logits, self.space, self.temperature)
+
+
+def refuse_free(kind: MixtureKind) -> None:
+    """Raise ValueError for `free`, in a head whose reward is not linear in the user's vector."""
+    if kind == "free":
+        raise ValueError(
+            "mixture is 'free', a direction of the user's own, which this head has no room for: its reward is not "
+            "linear in the user's vector. Use signed here, or the head Lore."
+        )

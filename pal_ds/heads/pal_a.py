@@ -15,7 +15,7 @@ from .base import Features, Head, Placement, UserState
 from .checks import check_choice, check_positive
 from .geometry import bounded_scale, distance, new_log_scale, take, unit
 from .jaxtyping_fallback import Float
-from .mixture import Mixture, MixtureEvaluation, MixtureKind
+from .mixture import Mixture, MixtureEvaluation, MixtureKind, refuse_free
 from .projector import Activation, Projector
 from .sufficient_statistics import MixtureStatistics, cosine_statistics, distance_statistics
 
@@ -86,6 +86,7 @@ class PalA(Head):
         # `f(Pw)` mixes before f, of which one layer is affine, and weights that sum to 1 pass through it; more are not.
         self.has_statistics = user_point != "f(Pw)" or num_layers == 1
         sums_to_one = similarity == "distance" or user_point == "f(Pw)"
+        refuse_free(mixture)
         self.mixture = Mixture(temperature, mixture, evaluation, sums_to_one=sums_to_one)
         self.needs, self.space = self.mixture.needs, self.mixture.space
         width = dim if user_point == "Pw" else hidden_size
