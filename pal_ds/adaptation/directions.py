@@ -4,8 +4,8 @@ A user's reward is linear in K weights s and a residual e of d numbers (`heads.b
     s ~ N(level m, spread^2 C + along^2 m m^T)        e ~ N(0, residual^2 I)
 with m and C the mean and covariance of the run's users' weights. The four numbers are those under which the run's
 users' own comparisons are likeliest, each user met as a new one, of whom m and C know nothing (empirical Bayes by
-leave-one-out evidence). A negative level says that the run's users are against whom they have not met: writers who each
-prefer their own answer to all others', say.
+leave-one-out evidence, under a weak prior over the four). A negative level says that the run's users are against whom
+they have not met: writers who each prefer their own answer to all others', say.
 """
 
 import math
@@ -30,6 +30,9 @@ BYTES_PER_BLOCK = 2**28
 MOST_LEFT_OUT = 64
 """Of more users each changes mean and covariance too little to matter, and is left in."""
 MAX_EVALUATIONS = 120
+HYPERPRIOR_SPREADS = (3.0, 1.0, 1.0, 1.0)
+"""Standard deviations of the strengths about (1, log 1, log 1, a residual that moves margins by a half). Where users
+never contradict themselves, evidence alone would let all strengths grow without bound."""
 FIRST_STEPS = (0.5, 0.7, 0.7, 1.0)
 """How far each of the four strengths is varied at first: the level, and three logarithms."""
 EVIDENCE_TOLERANCE = 1e-3
@@ -182,11 +185,14 @@ def learn_prior(
     scale = _residual_scale(grams)
 
     def cost(numbers: Sequence[float]) -> float:
-        level, *logs = numbers
-        strengths = _Strengths(level, *(min(max(log, -12.0), 6.0) for log in logs))
-        return -sum(each.evidence(strengths, shape) for each in grams)
+        away = [(n - m) / s for n, m, s in zip(numbers, expected, HYPERPRIOR_SPREADS, strict=True)]
+        strengths = _Strengths(*numbers)
+        evidence = sum(each.evidence(strengths, shape) for each in grams)
+        return 0.5 * math.fsum(a * a for a in away) - evidence
 
-    starts = [[level, 0.0, -1.0, scale] for level in (1.0, 0.0, -1.0)]
+    expected = [1.0, 0.0, 0.0, scale]
+
+    starts = [[level, *expected[1:]] for level in (1.0, 0.0, -1.0)]
     best = min(starts, key=cost) if grams else starts[0]
     if grams:
         corners = [best] + [

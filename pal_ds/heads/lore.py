@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Features, Head, UserState
-from .checks import check_positive
+from .checks import check_not_negative, check_positive
 from .geometry import take
 from .jaxtyping_fallback import Float
 from .mixture import Mixture, MixtureEvaluation, MixtureKind
@@ -33,6 +33,7 @@ class Lore(Head):
         temperature: float = 1.0,
         mixture: MixtureKind = "softmax",
         evaluation: MixtureEvaluation = "soft",
+        length_weight: float = 0.0,
     ):
         """Raises ValueError for an impossible size or an unknown choice.
 
@@ -42,13 +43,16 @@ class Lore(Head):
             temperature: tau of the mixture.
             mixture: `softmax`, `gumbel`, `signed` or `free`; the last two train alike.
             evaluation: `soft`, or `hard` for the largest logit alone.
+            length_weight: penalty per comparison of half the squared length of the user's vector sum_k s_uk v_k: for a
+                user of n comparisons a ridge of n times this. Unlike weight decay, it is what Adam's steps settle at.
         """
         super().__init__()
+        check_not_negative("length_weight", length_weight)
         check_positive("hidden_size", hidden_size)
         check_positive("num_prototypes", num_prototypes)
         self.num_prototypes = num_prototypes
         self.basis = nn.Parameter(torch.randn(num_prototypes, hidden_size) / math.sqrt(hidden_size))
-        self.temperature = temperature
+        self.temperature, self.length_weight = temperature, length_weight
         self.mixture = Mixture(temperature, mixture, evaluation)
         self.needs, self.space = self.mixture.needs, self.mixture.space
         self.residual_size = hidden_size if mixture == "free" else 0
@@ -74,6 +78,14 @@ class Lore(Head):
     def residual_features(self, features: Features) -> Float[Tensor, "R T H"]:
         """h(x), fp32."""
         return features.response.float()
+
+    def penalty(self, user: UserState, reward: Float[Tensor, "B r T"]) -> Float[Tensor, "B"]:
+        """length_weight / 2 ||sum_k s_uk v_k||^2 per comparison, from the K x K inner products of the basis."""
+        if not self.length_weight:
+            return super().penalty(user, reward)
+        basis, weights = self.basis.float(), self.mixture_weights(user)[:, : self.num_prototypes]
+        square = ((weights @ (basis @ basis.T)) * weights).sum(-1)
+        return 0.5 * self.length_weight * square
 
     def statistics(self, features: Features) -> MixtureStatistics:
         """The K rewards of each response."""
