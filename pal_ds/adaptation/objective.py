@@ -16,6 +16,7 @@ from pal_ds.heads.sufficient_statistics import (
     SMALLEST_SQUARE,
     MixtureStatistics,
     PointSpace,
+    RewardShape,
     combine,
     point_of,
 )
@@ -91,7 +92,8 @@ class Objective:
         self, block: Block, statistics: MixtureStatistics, shape: Shape, prior: LogitPrior
     ) -> None:
         self.block, self.shape, self.prior = block, shape, prior
-        self.reward_shape, self.space = statistics.shape, statistics.space
+        self.reward_shape: RewardShape = statistics.shape
+        self.space: PointSpace = statistics.space
         self.temperature = statistics.temperature
         self.own = _OwnPrior.of(prior, None)
 

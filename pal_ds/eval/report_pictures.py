@@ -119,7 +119,7 @@ def simplex(axes: Axes, opened: OpenRun | None, groups: dict[str, str | None]) -
         return False
     angles = np.pi / 2 + 2 * np.pi * np.arange(num_prototypes) / num_prototypes
     corners = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    places = user_mixtures(head, opened.users)[:-1].cpu().numpy() @ corners
+    places = user_mixtures(opened.parts.head, opened.users)[:-1].cpu().numpy() @ corners
     outline = np.concatenate([corners, corners[:1]])
     axes.plot(outline[:, 0], outline[:, 1], color="0.7", linewidth=1)
     for index, (x, y) in enumerate(corners):
@@ -191,7 +191,7 @@ def mixtures(axes: Axes, opened: OpenRun | None) -> bool:
     """Draw the weight of each prototype for each user, by name; users of one prototype lie together."""
     if opened is None or "logits" not in opened.parts.head.needs or opened.users.num_prototypes < 2:
         return False
-    weights = user_mixtures(head, opened.users)[:-1].cpu().numpy()
+    weights = user_mixtures(opened.parts.head, opened.users)[:-1].cpu().numpy()
     order = np.lexsort((-weights.max(1), weights.argmax(1)))
     if len(order) > MOST_NAMES:
         # Evenly among them, so that every kind is there.

@@ -57,14 +57,16 @@ def curve_of(arguments: argparse.Namespace, domain: str, mixture: str, seed: int
     keys = recipe(arguments, domain)
     own = {"num_prototypes": arguments.num_prototypes, "mixture": mixture}
     keys |= {"head.init_args": own, "train.seed": seed}
-    name = "_".join([domain, mixture, str(seed), *(pair.replace("/", "-") for pair in arguments.set)])
+    name = "_".join(
+        [domain, mixture, str(seed), *(pair.replace("/", "-") for pair in arguments.set)]
+    )
     run = pal_ds.train({}, f"{arguments.work}/runs/{name}", **keys)
     figures = pal_ds.few_shot(run, NUM_COMPARISONS, arguments.num_draws)
     return [row["accuracy"] for row in figures["curve"]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", required=True)
     parser.add_argument("--encoder", required=True)
     parser.add_argument("--work", required=True)
