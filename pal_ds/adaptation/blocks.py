@@ -103,6 +103,46 @@ def with_sure_labels(
     return statistics._replace(response_index=index), UserComparisons(user, both)
 
 
+class PaddedTerms(NamedTuple):
+    """Terms of users who have about as many; those of weight 0 are padding."""
+
+    users: Int[Tensor, "U"]
+    pair: Int[Tensor, "N U"]
+    """Comparison of each term."""
+    position: Int[Tensor, "N U"]
+    weight: Float[Tensor, "N U"]
+
+
+def padded_terms(
+    comparisons: UserComparisons,
+    num_users: int,
+    weighting: TokenWeighting,
+    *,
+    num_positions: int,
+    floats_per_term: int,
+    floats_per_block: int = FLOATS_PER_BLOCK,
+) -> Iterator[PaddedTerms]:
+    """Every user with at least one term, each in one part of about `floats_per_block` floats at most."""
+    facts = comparisons.facts
+    weight = token_weights(weighting, facts.start, facts.end, num_positions) * facts.weight[:, None]
+    pair, position = weight.nonzero(as_tuple=True)
+    order = torch.argsort(comparisons.user[pair], stable=True)
+    pair, position = pair[order], position[order]
+    counts = torch.bincount(comparisons.user[pair], minlength=num_users)
+    first = counts.cumsum(0) - counts
+    sizes = padded_size(counts)
+    for size in sizes.unique().tolist():
+        users = (sizes == size).nonzero().squeeze(1)
+        per_block = max(1, floats_per_block // (floats_per_term * max(size, 1)))
+        for part in users.split(per_block) if size else ():
+            place = torch.arange(size, device=pair.device)[:, None]
+            valid = place < counts[part]
+            term = torch.where(valid, first[part] + place, first[part])
+            rows, columns = pair[term], position[term]
+            counted = torch.where(valid, weight[rows, columns], 0.0)
+            yield PaddedTerms(part, rows, columns, counted)
+
+
 def blocks(
     statistics: MixtureStatistics,
     comparisons: UserComparisons,
@@ -110,27 +150,16 @@ def blocks(
     weighting: TokenWeighting,
 ) -> Iterator[Block]:
     """Every user with at least one term, each in one block."""
-    facts, length = comparisons.facts, statistics.linear.shape[1]
-    weight = token_weights(weighting, facts.start, facts.end, length) * facts.weight[:, None]
-    pair, position = weight.nonzero(as_tuple=True)
-    order = torch.argsort(comparisons.user[pair], stable=True)
-    pair, position = pair[order], position[order]
-    counts = torch.bincount(comparisons.user[pair], minlength=num_users)
-    first = counts.cumsum(0) - counts
-    sizes = padded_size(counts)
     _, num_positions, num_prototypes = statistics.linear.shape
     own = _matrices_per_comparison(statistics) if num_positions == 1 else 0
-    floats_per_term = num_prototypes * (2 + num_prototypes * own)
-    for size in sizes.unique().tolist():
-        users = (sizes == size).nonzero().squeeze(1)
-        per_block = max(1, FLOATS_PER_BLOCK // (floats_per_term * max(size, 1)))
-        for part in users.split(per_block) if size else ():
-            place = torch.arange(size, device=pair.device)[:, None]
-            valid = place < counts[part]
-            term = torch.where(valid, first[part] + place, first[part])
-            rows, columns = pair[term], position[term]
-            counted = torch.where(valid, weight[rows, columns], 0.0)
-            yield _block(statistics, facts, part, rows, columns, counted)
+    for terms in padded_terms(
+        comparisons,
+        num_users,
+        weighting,
+        num_positions=num_positions,
+        floats_per_term=num_prototypes * (2 + num_prototypes * own),
+    ):
+        yield _block(statistics, comparisons.facts, *terms)
 
 
 def _block(
@@ -143,8 +172,8 @@ def _block(
 ) -> Block:
     rows = statistics.response_index.T[:, pair]
     linear = statistics.linear[rows, position].permute(0, 3, 1, 2).contiguous()
-    if not statistics.by_distance and _matrices_per_comparison(statistics) < 2:
-        # Both cosines have one denominator: the margin is the difference over it.
+    if statistics.shape != "distance" and _matrices_per_comparison(statistics) < 2:
+        # Both cosines have one denominator: the margin is the difference over it. A linear one has none.
         linear = linear[1:] - linear[:1]
     quadratic, comparison = _quadratic(statistics, pair, rows)
     return Block(

@@ -7,9 +7,9 @@ import torch
 import xxhash
 from torch import Tensor
 
-from pal_ds.adaptation.fit import Solver, UserPairs, fit_users, pairs_per_chunk, refuse_newton
+from pal_ds.adaptation.fit import Solver, UserPairs, fit_users, pairs_per_chunk, refuse_solver
 from pal_ds.adaptation.new_users import few_per_user
-from pal_ds.adaptation.prior import LogitPrior
+from pal_ds.adaptation.run_users import prior_of
 from pal_ds.config.run_config import check_range
 from pal_ds.data.tables import PreparedData
 from pal_ds.data.verification import verify_content
@@ -28,7 +28,7 @@ from pal_ds.eval.schema import CurvePoint, FewShotFigures
 from pal_ds.heads.base import UserState
 from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.inference.load_run import OpenRun, open_run, with_weights
-from pal_ds.inference.mixtures import user_mixtures
+from pal_ds.inference.mixtures import user_mixtures, widened
 from pal_ds.inference.readers import Reader, own_margins, reader_of
 from pal_ds.inference.scoring import Forwards
 from pal_ds.progress import progress_bar
@@ -79,7 +79,7 @@ def evaluate_few_shot(
     opened = open_run(run) if isinstance(run, RunDirectory) else run
     if solver != "auto" and not opened.parts.head.has_points:
         raise UserError(f"--solver {solver}: this run's head has no users to fit. Leave it out.")
-    refuse_newton(solver, opened.parts.head, opened.config.loss)
+    refuse_solver(solver, opened.parts.head, opened.config.loss)
     _fit_and_test_rows(opened.data)
     restored = world.on_every_rank(lambda: with_weights(opened, world.device))
     verify_content(restored.data.path, restored.data.info, world)
@@ -175,8 +175,9 @@ def few_shot_curve(
     table_rows[owners] = np.arange(len(owners))
     everything = np.union1d(fit_rows, test_rows)
     reader = reader_of(restored, data, everything, table_rows, world, encode_ahead=True)
-    population = user_mixtures(restored.model.head, restored.users)[-1:]
-    prior = LogitPrior.of(restored.users)
+    head = restored.model.head
+    population = widened(user_mixtures(head, restored.users)[-1:], head)
+    prior = prior_of(restored, world)
     draws = [(count, seed) for count in dict.fromkeys(num_comparisons) for seed in seeds]
     drawn = [few_per_user(data, fit_rows, count, seed) for count, seed in draws]
     # Each (k, seed, user) is fitted as a user of its own, all of them in one go.

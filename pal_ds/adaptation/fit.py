@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pal_ds.adaptation.blocks import UserComparisons
+from pal_ds.adaptation.directions import DirectionPrior, fit_directions
 from pal_ds.adaptation.gradient import adam, losses_of, margins_of, reference_adamw
 from pal_ds.adaptation.newton import solve
 from pal_ds.adaptation.objective import SHAPES
@@ -38,8 +39,18 @@ Solver = Literal["auto", "newton", "adam", "reference"]
 """`newton`: `newton.solve`. `adam`: the same objective by Adam. `reference`: early-stopped AdamW without a prior."""
 
 
-def refuse_newton(solver: Solver, head: Head, loss: PreferenceLoss) -> None:
-    """Raises UserError where `newton` is asked for by name and cannot be."""
+UserPrior = LogitPrior | DirectionPrior
+"""Density of new users: over K logits, or with a direction of their own beside them."""
+
+
+def refuse_solver(solver: Solver, head: Head, loss: PreferenceLoss) -> None:
+    """Raises UserError where a solver is named that cannot be, or none can."""
+    if head.residual_size and (solver in ("adam", "reference") or loss.kind not in SHAPES):
+        raise UserError(
+            f"--solver {solver}, loss {loss.kind}: users with a direction of their own (head.mixture free) are fitted "
+            f"by newton alone, under one of the losses {', '.join(SHAPES)}. Use --solver auto and one of these, or a "
+            "run with mixture: signed."
+        )
     if solver == "newton" and not (head.has_statistics and loss.kind in SHAPES):
         raise UserError(
             "--solver newton: this run's head gives no statistics of a mixture (its users' points do not lie in the "
@@ -63,11 +74,11 @@ def fit_users(
     pairs: UserPairs,
     *,
     loss: PreferenceLoss,
-    prior: LogitPrior,
+    prior: UserPrior,
     solver: Solver = "auto",
     initial: Float[Tensor, "U K"] | None = None,
 ) -> Float[Tensor, "U K"]:
-    """Fit the logits of all users of `pairs`; fp32 [U, K] on the CPU.
+    """Fit the logits of all users of `pairs`; fp32 [U, K] on the CPU, or [U, K + d] with directions of their own.
 
     Users are independent of each other: they are fitted in chunks, and which share a chunk changes no result but
     its rounding. One without comparisons gets the prior's mean.
@@ -80,7 +91,7 @@ def fit_users(
     """
     rows, user_index, num_users = pairs
     device = next(model.head.parameters()).device
-    refuse_newton(solver, model.head, loss)
+    refuse_solver(solver, model.head, loss)
     if "context" in model.head.needs:
         if solver != "auto":
             raise UserError(
@@ -169,15 +180,18 @@ class _Chunk(NamedTuple):
 def _fit_chunk(
     chunk: _Chunk,
     loss: PreferenceLoss,
-    prior: LogitPrior,
+    prior: UserPrior,
     solver: Solver,
     initial: Float[Tensor, "U K"] | None,
 ) -> Float[Tensor, "U K"]:
     head, features, batch, owner, num_users, threshold = chunk
+    comparisons = UserComparisons(owner, batch.facts(), threshold)
+    if isinstance(prior, DirectionPrior):
+        with torch.no_grad():
+            return fit_directions(head, features, comparisons, num_users, prior=prior, loss=loss)
     prior = prior.to(owner.device)
     with torch.no_grad():
         statistics = head.statistics(features)
-    comparisons = UserComparisons(owner, batch.facts(), threshold)
     if statistics is not None and loss.kind in SHAPES and solver in ("auto", "newton"):
         return solve(statistics, comparisons, num_users, prior, loss)
     losses = losses_of(margins_of(head, features, statistics, owner), loss, comparisons)

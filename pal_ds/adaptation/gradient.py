@@ -52,7 +52,7 @@ def margins_of(
 def _by_statistics(statistics: MixtureStatistics, owner: Tensor) -> Margins:
     def margins(logits: Tensor, rows: Tensor) -> Tensor:
         part = statistics._replace(response_index=statistics.response_index[rows])
-        mixture = torch.softmax(logits / part.temperature, -1).index_select(1, owner[rows])
+        mixture = part.points(logits).index_select(1, owner[rows])
         reward = torch.stack([part.reward(of_start) for of_start in mixture])
         return reward[:, :, 1] - reward[:, :, 0]
 

@@ -1,6 +1,7 @@
 """The mixtures of many new users at once, from the statistics of their comparisons alone, by damped Newton steps.
 
-Minimised per user over logits w, with s = softmax(w / tau):  sum_i loss(label_i margin_i(s)) + prior(w).
+Minimised per user over logits w, with s the point that they stand for (`heads/mixture.py`: softmax(w / tau), or signed
+weights):  sum_i loss(label_i margin_i(s)) + prior(w).
 Margins are differences of rewards by `heads.sufficient_statistics`, so a step costs K numbers per scored position. They
 are not convex in s (distances, cosines), and a softmax has no finite minimiser where the comparisons can be separated:
 hence several starts, and a prior that makes the objective coercive. Where the prior has clusters, few comparisons may

@@ -12,7 +12,14 @@ from torch import Tensor
 from pal_ds.adaptation.blocks import Block
 from pal_ds.adaptation.prior import LogitPrior, Starts
 from pal_ds.heads.jaxtyping_fallback import Float, Int
-from pal_ds.heads.sufficient_statistics import SMALLEST_SQUARE, MixtureStatistics, combine
+from pal_ds.heads.sufficient_statistics import (
+    SMALLEST_SQUARE,
+    MixtureStatistics,
+    PointSpace,
+    RewardShape,
+    combine,
+    point_of,
+)
 from pal_ds.losses import PreferenceLoss
 from pal_ds.tie_models import win_loss
 
@@ -85,7 +92,9 @@ class Objective:
         self, block: Block, statistics: MixtureStatistics, shape: Shape, prior: LogitPrior
     ) -> None:
         self.block, self.shape, self.prior = block, shape, prior
-        self.by_distance, self.temperature = statistics.by_distance, statistics.temperature
+        self.reward_shape: RewardShape = statistics.shape
+        self.space: PointSpace = statistics.space
+        self.temperature = statistics.temperature
         self.own = _OwnPrior.of(prior, None)
 
     def follow(self, component: Int[Tensor, "n U"]) -> None:
@@ -99,27 +108,24 @@ class Objective:
 
     def values_of_all(self, starts: Starts) -> Float[Tensor, "S U"]:
         """The objective of every user at the same few starts: two products with all their statistics."""
-        block, mixture = self.block, torch.softmax(starts.points / self.temperature, 1)
+        block, mixture = self.block, point_of(starts.points, self.space, self.temperature)
         linear = (mixture @ block.linear.flatten(2)).unflatten(2, block.linear.shape[2:])
-        squares = (mixture[:, :, None] * mixture[:, None]).flatten(1)
-        form = squares @ block.quadratic.flatten(1, 2).flatten(2)
-        form = form.unflatten(2, block.quadratic.shape[3:])
-        if block.comparison is not None:
+        form = linear
+        if self.reward_shape != "linear":
+            squares = (mixture[:, :, None] * mixture[:, None]).flatten(1)
+            form = squares @ block.quadratic.flatten(1, 2).flatten(2)
+            form = form.unflatten(2, block.quadratic.shape[3:])
+        if block.comparison is not None and self.reward_shape != "linear":
             form = form.gather(2, block.comparison.expand(*form.shape[:2], *block.comparison.shape))
-        margin = _between(combine(linear, form, self.by_distance))
+        margin = _between(combine(linear, form, self.reward_shape))
         value = self.shape(block.label * margin - block.required)[0]
         cost = self.prior.penalty(starts.points[starts.point_index], starts.component)
         return (block.weight * value).sum(1)[starts.point_index] + cost[:, None]
 
     def __call__(self, logits: Float[Tensor, "K L"]) -> Point:
         """The objective with its gradient and its Gauss-Newton curvature in the logits."""
-        block, mixture = self.block, torch.softmax(logits / self.temperature, 0)
-        product, form = self._form(mixture)
-        reward = combine(weighted_sum(block.linear, mixture), form, self.by_distance)
-        of_linear, of_product = self._slopes(reward, form)
-        # d margin / d mixture; response_1 counts against.
-        side = (block.linear * of_linear[:, None]).addcmul_(product, of_product[:, None])
-        jacobian = _between(side)
+        block, mixture = self.block, point_of(logits, self.space, self.temperature, 0)
+        reward, jacobian = self._rewards(mixture)
         signed = block.label * _between(reward) - block.required
         value, slope, bend = self.shape(signed)
         gradient = (jacobian * (block.weight * slope * block.label)).sum(1)
@@ -129,17 +135,23 @@ class Objective:
         for k in range(num_prototypes):
             row = (weighed[k] * jacobian[k:]).sum(1)
             curvature[k, k:], curvature[k:, k] = row, row
-        # Through the softmax, whose Jacobian is (diag s - s s^T) / tau, on both sides.
-        through = mixture / self.temperature
-        gradient = through * (gradient - (mixture * gradient).sum(0))
-        curvature = through * (curvature - (mixture * curvature).sum(1, keepdim=True))
-        curvature = through[:, None] * (curvature - (mixture[:, None] * curvature).sum(0))
-        cross = through[:, None] * gradient
-        curvature -= cross + cross.transpose(0, 1)
-        curvature.diagonal(0, 0, 1).T.add_(gradient / self.temperature)
+        gradient, curvature = through_point(
+            gradient, curvature, mixture, space=self.space, temperature=self.temperature
+        )
         penalty, pull = self.own.penalty(logits)
         total = (block.weight * value).sum(0) + penalty
         return Point(logits, total, gradient + pull, curvature + self.own.precision)
+
+    def _rewards(self, mixture: Float[Tensor, "K L"]) -> tuple[Tensor, Tensor]:
+        """Rewards [r, N, L] and d margin / d mixture [K, N, L]; response_0 counts against."""
+        block, linear = self.block, weighted_sum(self.block.linear, mixture)
+        if self.reward_shape == "linear":
+            return linear, _between(block.linear)
+        product, form = self._form(mixture)
+        reward = combine(linear, form, self.reward_shape)
+        of_linear, of_product = self._slopes(reward, form)
+        side = (block.linear * of_linear[:, None]).addcmul_(product, of_product[:, None])
+        return reward, _between(side)
 
     def _form(self, mixture: Float[Tensor, "K L"]) -> tuple[Tensor, Tensor]:
         """quadratic s and s^T quadratic s at every term: [1 or 2, K, 1 or N, L] and [1 or 2, 1 or N, L]."""
@@ -156,12 +168,41 @@ class Objective:
 
     def _slopes(self, reward: Tensor, form: Tensor) -> tuple[Tensor, Tensor]:
         """d reward / d (s . linear), and the factor of `quadratic s` in d reward / d s."""
-        if self.by_distance:
+        if self.reward_shape == "distance":
             flat = reward.square() <= SMALLEST_SQUARE
             half = torch.where(flat, 0.0, 0.5 / reward.clamp(max=-(SMALLEST_SQUARE**0.5)))
             return half, -half
         inverse = torch.where(form > SMALLEST_SQUARE, form.clamp(min=SMALLEST_SQUARE).rsqrt(), 0.0)
         return inverse, -reward * inverse.square()
+
+
+def through_point(
+    gradient: Float[Tensor, "K L"],
+    curvature: Float[Tensor, "K K L"],
+    mixture: Float[Tensor, "K L"],
+    *,
+    space: PointSpace,
+    temperature: float,
+) -> tuple[Float[Tensor, "K L"], Float[Tensor, "K K L"]]:
+    """Gradient and curvature in the logits from those in the point, exactly: the map's own curvature is in it.
+
+    The Jacobian of a softmax is (diag s - s s^T) / tau; of `linear` 1 / (K tau), of `affine` that of centred logits.
+    """
+    if space != "simplex":
+        factor = 1 / (len(mixture) * temperature)
+        if space == "affine":
+            gradient = gradient - gradient.mean(0)
+            curvature = curvature - curvature.mean(0)
+            curvature = curvature - curvature.mean(1, keepdim=True)
+        return gradient * factor, curvature * factor**2
+    through = mixture / temperature
+    gradient = through * (gradient - (mixture * gradient).sum(0))
+    curvature = through * (curvature - (mixture * curvature).sum(1, keepdim=True))
+    curvature = through[:, None] * (curvature - (mixture[:, None] * curvature).sum(0))
+    cross = through[:, None] * gradient
+    curvature -= cross + cross.transpose(0, 1)
+    curvature.diagonal(0, 0, 1).T.add_(gradient / temperature)
+    return gradient, curvature
 
 
 class _OwnPrior(NamedTuple):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pal_ds.adaptation.gaussian_mixture import find_clusters, shrunk
 from pal_ds.heads.jaxtyping_fallback import Float, Int
+from pal_ds.heads.sufficient_statistics import PointSpace, point_of
 from pal_ds.users import UserTable
 from pal_ds.users.ids import generic_row_of
 from pal_ds.users.rows import BLOCK_ROWS
@@ -31,40 +32,51 @@ class Starts(NamedTuple):
 
 @dataclass(frozen=True)
 class LogitPrior:
-    """Over centred logits: a softmax ignores a shift. Axes: M components, the first of which is everybody."""
+    """Over logits, centred where a shift of all K changes no point: all but signed weights of any sum (`linear`).
+
+    Axes: M components, the first of which is everybody.
+    """
 
     means: Float[Tensor, "M K"]
-    """Centred. The first is the typical user, whom one without comparisons gets."""
+    """The first is the typical user, whom one without comparisons gets."""
     precisions: Float[Tensor, "P K K"]
-    """Precision of everybody, and if M > 1 the one that all clusters share. Orthogonal to the constant direction but
-    for a curvature of 1 along it, which keeps them regular."""
+    """Precision of everybody, and if M > 1 the one that all clusters share. Of centred logits: orthogonal to the
+    constant direction but for a curvature of 1 along it, which keeps them regular."""
     heights: Float[Tensor, "M"]
     """Log density at the mean, up to a constant of all."""
+    space: PointSpace = "simplex"
+    """Where the logits' points lie."""
 
     @staticmethod
-    def gaussian(mean: Float[Tensor, "K"], precision: Float[Tensor, "K K"]) -> "LogitPrior":
+    def gaussian(
+        mean: Float[Tensor, "K"], precision: Float[Tensor, "K K"], space: PointSpace = "simplex"
+    ) -> "LogitPrior":
         """Make the prior of one Gaussian, of all users."""
-        centring = torch.eye(len(mean)) - 1 / len(mean)
-        precisions = (centring @ precision @ centring + 1 / len(mean))[None]
-        return LogitPrior((mean - mean.mean())[None], precisions, torch.zeros(1))
+        if space != "linear":
+            centring = torch.eye(len(mean)) - 1 / len(mean)
+            precision = centring @ precision @ centring + 1 / len(mean)
+            mean = mean - mean.mean()
+        return LogitPrior(mean[None], precision[None], torch.zeros(1), space)
 
     @staticmethod
-    def of(users: UserTable) -> "LogitPrior":
-        """Estimate the prior from the run's users.
+    def of(users: UserTable, space: PointSpace = "simplex") -> "LogitPrior":
+        """Estimate the prior from the run's users, whose points lie in `space`.
 
         Where the run has a generic user, who is what users get at zero comparisons, everybody is centred there.
         """
         num_users, num_prototypes = users.logits.shape
-        basis = _basis(num_prototypes)
+        basis = _basis(num_prototypes, space)
         # Block by block: of a table of millions one copy in fp64 is enough.
         blocks_of = [block.cpu().double() @ basis for block in users.logits.split(BLOCK_ROWS)]
-        points = torch.cat(blocks_of) if blocks_of else basis.new_empty(0, num_prototypes - 1)
+        points = torch.cat(blocks_of) if blocks_of else basis.new_empty(0, basis.shape[1])
         generic, generic_row = None, generic_row_of(users.ids)
         if generic_row >= 0 and num_users > 1:
             generic, num_users = points[generic_row].clone(), num_users - 1
             points = torch.cat([points[:generic_row], points[generic_row + 1 :]])
         if num_users == 0:
-            return LogitPrior.gaussian(torch.zeros(num_prototypes), torch.eye(num_prototypes))
+            return LogitPrior.gaussian(
+                torch.zeros(num_prototypes), torch.eye(num_prototypes), space
+            )
         mean = points.mean(0) if generic is None else generic
         spread = points.sub_(mean)
         covariances = [shrunk(spread.T @ spread / num_users, num_users)]
@@ -76,8 +88,10 @@ class LogitPrior:
         inverses = torch.linalg.inv(torch.stack(covariances))
         roots = 0.5 * torch.logdet(inverses)
         heights = weights.log() + torch.cat([roots[:1], roots[-1:].expand(len(means) - 1)])
-        precisions = basis @ inverses @ basis.T + 1 / num_prototypes
-        return LogitPrior(means.float(), precisions.float(), heights.float())
+        precisions = basis @ inverses @ basis.T
+        if space != "linear":
+            precisions = precisions + 1 / num_prototypes
+        return LogitPrior(means.float(), precisions.float(), heights.float(), space)
 
     @property
     def mean(self) -> Float[Tensor, "K"]:
@@ -121,7 +135,9 @@ class LogitPrior:
         self, logits: Float[Tensor, "*n K"], component: Int[Tensor, "*n"]
     ) -> Float[Tensor, "*n"]:
         """Minus the log density of logits in a component, up to a constant of all."""
-        away = logits - logits.mean(-1, keepdim=True) - self.means[component]
+        away = logits - self.means[component]
+        if self.space != "linear":
+            away = away - logits.mean(-1, keepdim=True)
         costs = torch.stack([0.5 * ((away @ each) * away).sum(-1) for each in self.precisions])
         cost = costs[0] if len(costs) == 1 else torch.where(component > 0, costs[1], costs[0])
         return cost - self.heights[component]
@@ -135,7 +151,7 @@ def mean_over_components(
     logits: Float[Tensor, "K n U"],
     evidence: Float[Tensor, "n U"],
 ) -> Float[Tensor, "K U"]:
-    """The mean mixture of each user over the components of a prior with clusters, as centred logits.
+    """The mean point of each user over the components of a prior with clusters, as logits.
 
     Of components that were followed, the best lane; of clusters that were not, the cluster's mean, whose value there
     is taken to be as far from its evidence as those of the lanes that were followed are, on the mean. A user whose
@@ -143,7 +159,7 @@ def mean_over_components(
 
     Args:
         prior: whose `starts` these are.
-        temperature: tau of mixtures.
+        temperature: tau of points.
         values: objective at each start; inf where it is no number.
         order: which n starts were followed.
         logits: where that ended.
@@ -162,16 +178,21 @@ def mean_over_components(
     clusters = starts.points[-num_clusters:].T[:, :, None].expand(-1, -1, rest.shape[1])
     candidates = torch.cat([logits, clusters], 1).transpose(0, 1)
     log_evidence = torch.cat([evidence, rest]).nan_to_num(nan=torch.finfo(rest.dtype).min)
-    logits = posterior_mean(candidates, log_evidence, temperature)
+    logits = posterior_mean(candidates, log_evidence, temperature, prior.space)
     return torch.where(begun.isfinite().any(0), logits, prior.mean[:, None])
 
 
 def posterior_mean(
-    logits: Float[Tensor, "n K *U"], log_evidence: Float[Tensor, "n *U"], temperature: float
+    logits: Float[Tensor, "n K *U"],
+    log_evidence: Float[Tensor, "n *U"],
+    temperature: float,
+    space: PointSpace = "simplex",
 ) -> Float[Tensor, "K *U"]:
-    """Centred logits of the mean mixture of n candidates for each user, weighted by their evidence."""
+    """Logits of the mean point of n candidates for each user, weighted by their evidence; centred for a mixture."""
     weight = torch.softmax(log_evidence, 0).unsqueeze(1)
-    mixture = (weight * torch.softmax(logits / temperature, 1)).sum(0)
+    if space != "simplex":
+        return (weight * logits).sum(0)
+    mixture = (weight * point_of(logits, space, temperature, 1)).sum(0)
     logits = temperature * mixture.clamp(min=torch.finfo(mixture.dtype).tiny).log()
     return logits - logits.mean(0, keepdim=True)
 
@@ -189,7 +210,9 @@ def without_repetition(
     return distinct
 
 
-def _basis(num_prototypes: int) -> Float[Tensor, "K D"]:
-    """Orthonormal, of what is orthogonal to the constant direction; D is K - 1, fp64."""
+def _basis(num_prototypes: int, space: PointSpace) -> Float[Tensor, "K D"]:
+    """Orthonormal, fp64, of what moves a point: all (D = K), or all but the constant direction (D = K - 1)."""
+    if space == "linear":
+        return torch.eye(num_prototypes, dtype=torch.float64)
     centring = torch.eye(num_prototypes, dtype=torch.float64) - 1 / num_prototypes
     return torch.linalg.qr(centring[:, 1:]).Q

@@ -9,7 +9,14 @@ import torch
 import xxhash
 
 from pal_ds.adaptation import new_users
-from pal_ds.adaptation.fit import Solver, UserPairs, fit_users, pairs_per_chunk, refuse_newton
+from pal_ds.adaptation.fit import (
+    Solver,
+    UserPairs,
+    UserPrior,
+    fit_users,
+    pairs_per_chunk,
+    refuse_solver,
+)
 from pal_ds.adaptation.new_users import (
     FittedShard,
     NewUsers,
@@ -17,7 +24,6 @@ from pal_ds.adaptation.new_users import (
     few_per_user,
     num_positions,
 )
-from pal_ds.adaptation.prior import LogitPrior
 from pal_ds.adaptation.result import (
     REPORT,
     AdaptReport,
@@ -25,6 +31,7 @@ from pal_ds.adaptation.result import (
     fitted_before,
     refuse_foreign,
 )
+from pal_ds.adaptation.run_users import prior_of
 from pal_ds.data.sources.base import Source
 from pal_ds.data.tables import PreparedData, preferences
 from pal_ds.distributed.world import World
@@ -105,7 +112,7 @@ def _adapt(run: RunDirectory, out: Path, options: AdaptOptions) -> AdaptReport:
         raise UserError(
             f"{run.path}: its head has no users to adapt; every user gets the same scores."
         )
-    refuse_newton(solver, restored.model.head, restored.config.loss)
+    refuse_solver(solver, restored.model.head, restored.config.loss)
     with opened_pairs(restored, pairs, world, beside=out) as data:
         rows = data.rows(split) if pairs is None else np.arange(len(data.comparisons))
         if num_pairs is not None:
@@ -121,9 +128,9 @@ def _adapt(run: RunDirectory, out: Path, options: AdaptOptions) -> AdaptReport:
         if (made := fitted_before(out, folder, fitted_to)) is not None:
             return made
         folder.begin()
-        table = UserTable(
-            restored.users.num_prototypes, users.ids, restored.config.users, seed=seed
-        )
+        head = restored.model.head
+        width = head.num_prototypes + head.residual_size
+        table = UserTable(width, users.ids, restored.config.users, seed=seed)
         fitting = Fitting(restored, data, users, table.logits, solver, world)
         shards = fitting.all_shards(folder, positions)
     table.logits.copy_(torch.cat([shard.logits for shard in shards]))
@@ -188,9 +195,7 @@ class Fitting:
         if shards:
             logger.info("%d of %d shards are there already", len(shards), len(users.spans))
         common = self._common_reader(missing, positions)
-        prior = LogitPrior.of(self.restored.users)
-        if prior.num_components > 1:
-            logger.info("prior: the run's users fall into %d clusters", prior.num_components - 1)
+        prior = prior_of(self.restored, self.world)
         with progress_bar("fitting users", len(missing), shown=True, unit="users") as advance:
             for number in missing:
                 shards[number] = self._shard(users.spans[number], common, prior)
@@ -223,9 +228,7 @@ class Fitting:
             encode_ahead=True,
         )
 
-    def _shard(
-        self, span: tuple[int, int], common: Reader | None, prior: LogitPrior
-    ) -> FittedShard:
+    def _shard(self, span: tuple[int, int], common: Reader | None, prior: UserPrior) -> FittedShard:
         """Fits the users of a span and scores the pairs they were fitted from as an evaluation would."""
         begin, end = span
         rows = self.users.rows_of(span)

@@ -145,9 +145,9 @@ def report_on(
         *sanity_checks.no_better_than_surface(subject, *baselines),
         *sanity_checks.without_a_number(margins),
     ]
-    diagnostics = None
+    diagnostics, model_head = None, restored.model.head
     if restored.parts.needs_users and known.own is not None:
-        diagnostics = diagnose(restored.model.head, known.own)
+        diagnostics = diagnose(model_head, known.own[:, : model_head.num_prototypes])
     elif known.encoded is not None:
         diagnostics = diagnose_latent(known.encoded)
     of_run = {"train_accuracy": trained, "diagnostics": diagnostics, "warnings": warnings}

@@ -114,7 +114,8 @@ def simplex(axes: Axes, opened: OpenRun | None, groups: dict[str, str | None]) -
     if opened is None:
         return False
     num_prototypes = opened.users.num_prototypes
-    if num_prototypes < 2 or "logits" not in opened.parts.head.needs:
+    head = opened.parts.head
+    if num_prototypes < 2 or "logits" not in head.needs or not head.on_simplex:
         return False
     angles = np.pi / 2 + 2 * np.pi * np.arange(num_prototypes) / num_prototypes
     corners = np.stack([np.cos(angles), np.sin(angles)], axis=1)

@@ -66,7 +66,7 @@ def choose_audience(
         return Audience(None, "everyone (this reward knows no users)")
     if mixture is not None:
         try:
-            point = check_point(mixture, head.num_prototypes, head.on_simplex)
+            point = check_point(mixture, head.point_sizes, head.on_simplex)
             return Audience(point, "the mixture it was given")
         except ValueError as error:
             raise UserError(f"--mixture: {error}") from None
@@ -119,13 +119,13 @@ def mixtures_of(
     table = users
     if users_dir is not None:
         table = UserTable.load(users_dir)
-        if table.num_prototypes != head.num_prototypes:
+        if table.num_prototypes not in head.point_sizes:
             raise UserError(
                 f"{users_dir}: its users have {table.num_prototypes} prototypes, the run has "
                 f"{head.num_prototypes}. Adapt them to this run."
             )
     rows = torch.from_numpy(table.ids.find(user_ids))
-    logits = torch.empty(len(rows), head.num_prototypes)
+    logits = torch.zeros(len(rows), table.num_prototypes)
     adapted = rows >= 0
     logits[adapted] = table.logits[rows[adapted]]
     others = [user_id for user_id, row in zip(user_ids, rows.tolist(), strict=True) if row < 0]
@@ -135,6 +135,7 @@ def mixtures_of(
             f"--user {of_run[0]}: {type(head).__name__} makes a user's point from comparisons. Run `adapt` with some "
             "of this user's and give its folder as --users."
         )
-    logits[~adapted] = users.logits[users.rows(others)]
+    # Who is known to the run alone has no direction of their own.
+    logits[~adapted, : head.num_prototypes] = users.logits[users.rows(others)]
     with torch.no_grad():
         return head.eval().mixture_weights(UserState(logits))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .jaxtyping_fallback import Float, Int
-from .sufficient_statistics import MixtureStatistics
+from .sufficient_statistics import MixtureStatistics, PointSpace
 
 
 class Features(NamedTuple):
@@ -43,7 +43,8 @@ class UserState(NamedTuple):
     """Standard Gumbel noise, keyed by (seed, update, comparison); given in training only."""
     mixture: Float[Tensor, "B K"] | None = None
     """The user's point, in place of what a head would make of the rest: scoring and export. For most heads a point of
-    the simplex, in place of softmax(w_u / tau)."""
+    the simplex, in place of softmax(w_u / tau). K + `Head.residual_size` numbers where users have directions of their
+    own."""
     context: Int[Tensor, "B N 2"] | None = None
     """Other comparisons of the user: rows of `Features.response` that were preferred and rejected."""
     context_length: Int[Tensor, "B"] | None = None
@@ -97,10 +98,13 @@ class Head(nn.Module, ABC):
     """Names under which `reward_models.py` makes this head."""
     num_prototypes: int
     """K, the width of a user's point and logits; 1 for a head without users."""
-    on_simplex: ClassVar[bool] = True
-    """True if users' points are mixtures, at least 0 and summing to 1; else they are any K numbers."""
+    space: PointSpace = "simplex"
+    """Where users' points lie: mixtures, at least 0 and summing to 1; weights that sum to 1; or any K numbers."""
     temperature: float = 1.0
-    """tau of s_u = softmax(w_u / tau), for a head whose points are mixtures of logits."""
+    """tau of `mixture.py`, for a head whose points are made of logits."""
+    residual_size: int = 0
+    """d, where new users may have a direction of their own: their logits and points are K + d numbers, of which the
+    latter are that direction."""
     has_statistics: bool = False
     """True if the rewards depend on a mixture through K numbers per position, whatever the features."""
     num_context: int = 0
@@ -116,6 +120,17 @@ class Head(nn.Module, ABC):
     def is_personal(self) -> bool:
         """True if rewards depend on a point of K numbers."""
         return not self.needs.isdisjoint({"logits", "context", "group"})
+
+    @property
+    def point_sizes(self) -> tuple[int, ...]:
+        """How many numbers a user's point may have: K, or K + d with a direction of the user's own."""
+        sizes = (self.num_prototypes, self.num_prototypes + self.residual_size)
+        return sizes if self.residual_size else sizes[:1]
+
+    @property
+    def on_simplex(self) -> bool:
+        """True if users' points are mixtures."""
+        return self.space == "simplex"
 
     @property
     def has_points(self) -> bool:
@@ -155,6 +170,10 @@ class Head(nn.Module, ABC):
 
     def statistics(self, features: Features) -> MixtureStatistics | None:
         """These numbers, in place of features, for a head that has them; else None. Without dropout: in eval mode."""
+        return None
+
+    def residual_features(self, features: Features) -> Float[Tensor, "R T d"] | None:
+        """What a user's own direction is multiplied by, of each distinct response; for a head with `residual_size`."""
         return None
 
     def locate(self, user: UserState) -> Float[Tensor, "B d"] | None:

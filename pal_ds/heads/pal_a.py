@@ -15,7 +15,7 @@ from .base import Features, Head, Placement, UserState
 from .checks import check_choice, check_positive
 from .geometry import bounded_scale, distance, new_log_scale, take, unit
 from .jaxtyping_fallback import Float
-from .mixture import Mixture, MixtureEvaluation, MixtureKind
+from .mixture import Mixture, MixtureEvaluation, MixtureKind, refuse_free
 from .projector import Activation, Projector
 from .sufficient_statistics import MixtureStatistics, cosine_statistics, distance_statistics
 
@@ -64,7 +64,7 @@ class PalA(Head):
             prototype_std: prototypes start as N(0, std^2) per coordinate. 1 is the scale of hidden states after a
                 final norm; for embeddings of length 1 take 1 / sqrt(H), lest every response look equally far.
             temperature: tau of the mixture.
-            mixture: `softmax` or `gumbel`.
+            mixture: `softmax`, `gumbel` or `signed`; signed weights sum to 1 but for cosines with `Pw` or `f(P)w`.
             evaluation: `soft`, or `hard` for the largest logit alone.
             bound: penalise user points longer than this; unset means no penalty.
             bound_weight: penalty per unit of excess length and comparison.
@@ -85,8 +85,10 @@ class PalA(Head):
         self.projector = Projector(hidden_size, dim, num_layers, activation, dropout, residual)
         # `f(Pw)` mixes before f, of which one layer is affine, and weights that sum to 1 pass through it; more are not.
         self.has_statistics = user_point != "f(Pw)" or num_layers == 1
-        self.mixture = Mixture(temperature, mixture, evaluation)
-        self.needs = self.mixture.needs
+        sums_to_one = similarity == "distance" or user_point == "f(Pw)"
+        refuse_free(mixture)
+        self.mixture = Mixture(temperature, mixture, evaluation, sums_to_one=sums_to_one)
+        self.needs, self.space = self.mixture.needs, self.mixture.space
         width = dim if user_point == "Pw" else hidden_size
         self.prototypes = nn.Parameter(prototype_std * torch.randn(num_prototypes, width))
         self.log_scale = new_log_scale() if similarity == "cosine" else None
@@ -124,12 +126,12 @@ class PalA(Head):
         if not self.has_statistics:
             return None
         points = self.prototypes if self.user_point == "Pw" else self.projector(self.prototypes)
-        response, tau = self.projector(features.response), self.temperature
+        response, index = self.projector(features.response), features.response_index
+        tau, space = self.temperature, self.space
         if self.log_scale is None:
-            return distance_statistics(response, features.response_index, points, tau)
-        owner = features.response_index.new_zeros(len(response))
-        scale = bounded_scale(self.log_scale)
-        return cosine_statistics(response, features.response_index, points[None], owner, scale, tau)
+            return distance_statistics(response, index, points, tau, space)
+        owner, scale = index.new_zeros(len(response)), bounded_scale(self.log_scale)
+        return cosine_statistics(response, index, points[None], owner, scale, tau, space)
 
     def penalty(self, user: UserState, reward: Float[Tensor, "B r T"]) -> Float[Tensor, "B"]:
         """bound_weight * max(0, ||a_u||_2 - bound) per comparison; zeros where no bound is set.

@@ -13,7 +13,7 @@ from .base import Features, Head, Placement, UserState
 from .checks import check_choice, check_positive
 from .geometry import bounded_scale, new_log_scale, take, unit
 from .jaxtyping_fallback import Float, Int
-from .mixture import Mixture, MixtureEvaluation, MixtureKind
+from .mixture import Mixture, MixtureEvaluation, MixtureKind, refuse_free
 from .projector import Activation, Projector, StackedProjector
 from .sufficient_statistics import MixtureStatistics, cosine_statistics
 
@@ -54,7 +54,7 @@ class PalB(Head):
             prompt_position: `last`, or `aligned` (response position t looks at prompt position t, and at the prompt's
                 last one from there on) for parity with the reference. The scale's t starts at log(1 / 0.07).
             temperature: tau of the mixture.
-            mixture: `softmax` or `gumbel`.
+            mixture: `softmax`, `gumbel` or `signed`.
             evaluation: `soft`, or `hard` for the largest logit alone.
         """
         super().__init__()
@@ -75,8 +75,9 @@ class PalB(Head):
         self.prompt_projectors = StackedProjector(num_prototypes, **shape)
         self.has_statistics = prompt_position == "last"  # aligned positions have K maps per token
         self.temperature = temperature
+        refuse_free(mixture)
         self.mixture = Mixture(temperature, mixture, evaluation)
-        self.needs = self.needs | self.mixture.needs
+        self.needs, self.space = self.needs | self.mixture.needs, self.mixture.space
         self.log_scale = new_log_scale()
 
     def mixture_weights(self, user: UserState) -> Float[Tensor, "B K"]:
@@ -114,7 +115,7 @@ class PalB(Head):
         pairs, index = torch.unique(keys, return_inverse=True)
         projected = self.response_projector(features.response)[pairs // len(maps)]
         scale, tau = bounded_scale(self.log_scale), self.temperature
-        return cosine_statistics(projected, index, maps, pairs % len(maps), scale, tau)
+        return cosine_statistics(projected, index, maps, pairs % len(maps), scale, tau, self.space)
 
     def direction(self, features: Features, user: UserState) -> Float[Tensor, "B r C d"]:
         """z_u at every given prompt position, fp32."""

@@ -35,7 +35,7 @@ class Vpl(Head):
 
     needs: frozenset[str] = frozenset({"context", "normal"})
     family: ClassVar[str] = "vpl"
-    on_simplex: ClassVar[bool] = False
+    space = "linear"
 
     def __init__(
         self,

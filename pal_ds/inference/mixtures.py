@@ -39,6 +39,12 @@ def user_mixtures(head: Head, users: UserTable) -> Float[Tensor, "U+1 K"]:
     return torch.cat([mixtures, population_mixture(mixtures, generic_row_of(users.ids))])
 
 
+def widened(points: Float[Tensor, "n K"], head: Head) -> Float[Tensor, "n K+d"]:
+    """The same users as points of K + `residual_size` numbers: who has no direction of their own has zeros there."""
+    missing = head.num_prototypes + head.residual_size - points.shape[1]
+    return torch.nn.functional.pad(points, (0, max(0, missing)))
+
+
 @dataclass(frozen=True)
 class MixtureSource:
     """Source of the users' mixtures for an evaluation during training."""

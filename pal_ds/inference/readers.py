@@ -17,7 +17,7 @@ from pal_ds.feature_cache.encode import encode_once
 from pal_ds.feature_cache.folders import restored_cache_folders
 from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.inference.load_run import OpenRun
-from pal_ds.inference.mixtures import encode_users, user_mixtures
+from pal_ds.inference.mixtures import encode_users, user_mixtures, widened
 from pal_ds.inference.scoring import Forwards
 from pal_ds.model import RewardModel
 from pal_ds.users import UserTable
@@ -127,14 +127,14 @@ def known_users(restored: OpenRun, adapted: Path | None) -> KnownUsers:
         return KnownUsers([restored.users.ids], mixtures)
     restored.refuse_other_table(adapted, head)
     table = UserTable.load(adapted)
-    if table.num_prototypes != restored.users.num_prototypes:
+    if table.num_prototypes not in head.point_sizes:
         raise UserError(
-            f"--users {adapted}: {table.num_prototypes} prototypes, the run has {restored.users.num_prototypes}. "
+            f"--users {adapted}: {table.num_prototypes} prototypes, the run has {head.num_prototypes}. "
             "Adapt the users to this run."
         )
+    parts = [mixtures[:-1], user_mixtures(head, table)[:-1], mixtures[-1:]]
     return KnownUsers(
-        [restored.users.ids, table.ids],
-        torch.cat([mixtures[:-1], user_mixtures(head, table)[:-1], mixtures[-1:]]),
+        [restored.users.ids, table.ids], torch.cat([widened(part, head) for part in parts])
     )
 
 

@@ -114,9 +114,8 @@ class PalForSequenceClassification(WholeWeights, PreTrainedModel):
         self.head = build_head(head["name"], hidden_size_of(config.text_config), head["init"])
         self.reads_prompt = "prompt" in self.head.needs
         if self.head.is_personal:
-            config.mixture = check_point(
-                config.mixture, self.head.num_prototypes, self.head.on_simplex
-            )
+            sizes, on_simplex = self.head.point_sizes, self.head.on_simplex
+            config.mixture = check_point(config.mixture, sizes, on_simplex)
         self.post_init()
 
     def forward(

@@ -6,14 +6,20 @@ from collections.abc import Sequence
 TOLERANCE = 1e-4
 
 
-def check_point(point: Sequence[float] | None, num: int, on_simplex: bool) -> list[float]:
-    """The point as floats; ValueError unless it is a mixture or, off the simplex, `num` finite numbers."""
+def check_point(
+    point: Sequence[float] | None, sizes: Sequence[int], on_simplex: bool
+) -> list[float]:
+    """The point as floats; ValueError unless it is a mixture of K, the first of `sizes`.
+
+    Off the simplex it must be finite numbers, as many as one of `sizes`.
+    """
     if on_simplex:
-        return check_mixture(point, num)
+        return check_mixture(point, sizes[0])
     numbers = [] if point is None else [float(number) for number in point]
-    if len(numbers) != num or not all(map(math.isfinite, numbers)):
+    if len(numbers) not in sizes or not all(map(math.isfinite, numbers)):
+        wanted = " or ".join(map(str, sizes))
         raise ValueError(
-            f"mixture has {len(numbers)} finite numbers; this head's users are points of {num}."
+            f"mixture has {len(numbers)} numbers, which must all be finite; this head's users are points of {wanted}."
         )
     return numbers
 

@@ -317,7 +317,7 @@ def test_adaptation_reads_ties(runs: dict[str, RunDirectory], tmp_path: Path) ->
     index = torch.arange(2 * num_pairs).view(num_pairs, 2)
     quadratic = torch.ones(1, num_prototypes, num_prototypes)
     zeros = torch.zeros(2 * num_pairs, dtype=torch.int64)
-    statistics = MixtureStatistics(linear, index, quadratic, zeros, False, 1.0)
+    statistics = MixtureStatistics(linear, index, quadratic, zeros, "cosine", 1.0)
     label = torch.tensor([1, -1, 0, 0, 1, -1, 0, 1])
     target = torch.where(label == 0, 0.5, (label + 1) / 2)
     target[4] = 0.8

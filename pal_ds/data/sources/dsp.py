@@ -29,12 +29,15 @@ class Dsp(Source):
     Args:
         path: the raw JSON list of {"query", "responses": {domain: text}}.
         users: the domains whose preferences are yielded, against the answers of all; null for all.
+        new_users: those of them who are held out whole, as users whom a trained run meets for the first time. Their
+            answers stay, as answers that all others reject.
     """
 
     licence = "CC BY-NC 4.0 (Linear95/DSP)"
 
     path: str
     users: list[str] | None = None
+    new_users: list[str] | None = None
 
     def records(self) -> Iterator[Record]:
         """Queries x domains x (domains - 1) comparisons, query by query."""
@@ -43,12 +46,13 @@ class Dsp(Source):
 
     def _pairs(self, where: str, item: object) -> Iterator[Record]:
         query, responses = self._check(where, item)
-        for user in self.users or ():
-            if user not in responses:
-                raise UserError(
-                    f"{where}: has no response of '{user}'{nearest(user, responses)}, who is "
-                    f"among `users`; there are {', '.join(responses)}"
-                )
+        for key, users in (("users", self.users), ("new_users", self.new_users)):
+            for user in users or ():
+                if user not in responses:
+                    raise UserError(
+                        f"{where}: has no response of '{user}'{nearest(user, responses)}, who is "
+                        f"among `{key}`; there are {', '.join(responses)}"
+                    )
         for user, other in permutations(responses, 2):
             own, text = responses[user], responses[other]
             if user not in (self.users or responses):
@@ -63,6 +67,7 @@ class Dsp(Source):
                 prompt=query,
                 responses=(own, text) if own_first else (text, own),
                 group=user,
+                seen=False if user in (self.new_users or ()) else None,
             )
 
     def describe(self) -> dict:

@@ -58,11 +58,17 @@ class Origin:
 
 
 def logits_of(head: Head, mixtures: Float[Tensor, "U K"]) -> Float[Tensor, "U K"] | None:
-    """Return logits that this head turns into these mixtures if s = softmax(w / tau), up to a constant; else None.
+    """Return logits that this head turns into these points, up to a constant; None where it makes points otherwise.
 
-    tau is read off what the head makes of the logits (1, 0, .., 0).
+    For mixtures, tau of s = softmax(w / tau) is read off what the head makes of the logits (1, 0, .., 0); of signed
+    weights it is the head's `temperature`.
     """
     head = head.eval()
+    if not head.on_simplex and "logits" in head.needs:
+        logits = (mixtures * mixtures.shape[1] - 1) * head.temperature
+        with torch.no_grad():
+            roundtrip = head.mixture_weights(UserState(logits))
+        return logits if torch.allclose(roundtrip, mixtures, atol=1e-5) else None
     probe = torch.zeros(1, mixtures.shape[1])
     probe[0, 0] = 1.0
     with torch.no_grad():
