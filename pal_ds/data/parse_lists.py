@@ -1,14 +1,17 @@
 """A list of scored responses to one prompt, as the comparisons of each two of them."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import combinations
 from typing import Any
 
-from pal_ds.data.parse import is_number, text_of_field
-from pal_ds.data.records import is_empty
+from pal_ds.data.parse import is_number, parse_record, text_of_field
+from pal_ds.data.records import Record, is_empty
 from pal_ds.errors import UserError
 
+LIST_KEYS = ("responses", "scores")
+"""Keys of a list beside those of a comparison."""
 _OF_PAIRS = ("chosen", "rejected", "response_1", "response_2")
 _SAID_BY_SCORES = (*_OF_PAIRS, "y", "tie", "probability")
 """Keys of a comparison of two that a list has no use for: its scores say what is preferred."""
@@ -23,6 +26,24 @@ def is_list(fields: object) -> bool:
     if not isinstance(fields, Mapping):
         return False
     return "scores" in fields or ("responses" in fields and not any(k in fields for k in _OF_PAIRS))
+
+
+def records_of_fields(
+    fields: object, where: str, dropped: Counter[str], extra_keys: str = "error"
+) -> Iterator[Record]:
+    """The comparison that an object describes, or several of a list; ties of a list are counted in `dropped`.
+
+    Raises:
+        UserError: as `parse_record` and `pairs_of_list` do.
+    """
+    if not isinstance(fields, Mapping) or not is_list(fields):
+        yield parse_record(fields, where, extra_keys)
+        return
+    for pair in pairs_of_list(fields, where):
+        if pair is None:
+            dropped["tie"] += 1
+        else:
+            yield parse_record(pair, where, extra_keys)
 
 
 def check_list(fields: Mapping[str, Any], where: str) -> tuple[str, list[Any], list[float]]:

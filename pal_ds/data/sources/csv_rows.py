@@ -118,7 +118,11 @@ class CsvRows:
         except StopIteration:
             return None
         except csv.Error as fault:
-            error = UserError(f"{self.path}:{begin}: not valid CSV ({fault}); mend the quotes")
+            remedy = "mend the quotes"
+            if "new-line" in str(fault):
+                remedy = "a line ends in a carriage return alone: save the file with line feeds, or quote such cells"
+                fault = csv.Error("a carriage return outside of quotes")
+            error = UserError(f"{self.path}:{begin}: not valid CSV ({fault}); {remedy}")
         if cells and begin > 1 and len(cells) != len(self.names):
             error = UserError(
                 f"{self.path}:{begin}: {len(cells)} cells under {len(self.names)} columns; quote cells that hold a "

@@ -7,7 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
-from pal_ds.data.parse import KNOWN_KEYS, nearest, parse_record
+from pal_ds.data.parse import KNOWN_KEYS, nearest
+from pal_ds.data.parse_lists import LIST_KEYS, records_of_fields
 from pal_ds.data.records import Record
 from pal_ds.data.sources.base import Source, check_files, describe_files
 from pal_ds.data.sources.hub_source import rows_of
@@ -27,7 +28,8 @@ class HuggingFace(Source):
 
     Args:
         path: hub id, folder, or one parquet, csv, tsv or json file. Cells of csv and tsv are text, as they were
-            written, but for y, margin, probability, seen and controversial; an empty cell is no value.
+            written, but for y, margin, probability, tie, seen and controversial; an empty cell is no value. Vectors,
+            `responses` and `scores` stand in a cell as JSON.
         split: which split to read.
         name: configuration of a hub dataset.
         columns: our key -> their column, for example {prompt: instruction, chosen: best}. A key
@@ -50,20 +52,21 @@ class HuggingFace(Source):
     def __post_init__(self) -> None:
         self.columns = self.columns or {}
         for key in self.columns:
-            if key not in KNOWN_KEYS:
+            known = (*KNOWN_KEYS, *LIST_KEYS)
+            if key not in known:
                 raise UserError(
-                    f"columns: unknown key '{key}'{nearest(key, KNOWN_KEYS)}; the keys are "
-                    f"{', '.join(KNOWN_KEYS)}, the values are names of the dataset's columns"
+                    f"columns: unknown key '{key}'{nearest(key, known)}; the keys are "
+                    f"{', '.join(known)}, the values are names of the dataset's columns"
                 )
 
     def records(self) -> Iterator[Record]:
         keys = self._keys()
         self.dropped.clear()
 
-        def comparison(where: str, row: object) -> list[Record]:
-            return [parse_record(_fields(row, keys, where), where)]
+        def comparisons(where: str, row: object) -> Iterator[Record]:
+            return records_of_fields(_fields(row, keys, where), where, self.dropped)
 
-        yield from self.each_row(self._rows(keys), comparison)
+        yield from self.each_row(self._rows(keys), comparisons)
 
     def _rows(self, keys: dict[str, str]) -> Iterator[tuple[str, object]]:
         if isinstance(self._dataset, TableFiles):
@@ -98,6 +101,9 @@ class HuggingFace(Source):
                     f"{nearest(column, columns)}; it has {', '.join(columns)}"
                 )
         keys = {key: key for key in KNOWN_KEYS if key in columns} | renamed
+        if not keys.keys() & {"y", "chosen", "rejected", "response_1", "response_2"}:
+            # Beside a comparison they are no keys of ours.
+            keys |= {key: key for key in LIST_KEYS if key in columns and key not in renamed}
         if isinstance(self._dataset, TableFiles):
             self._dataset.check_columns(keys.values())
         if not keys:
@@ -151,9 +157,9 @@ def _fields(row: object, keys: dict[str, str], where: str) -> object:
             continue
         if key in ("y", "margin", "probability"):
             value = as_number(value, where, column)
-        elif key in ("seen", "controversial"):
+        elif key in ("seen", "controversial", "tie"):
             value = as_truth(value, where, column)
-        elif key in ("response_features", "prompt_features") and isinstance(value, str):
+        elif key in ("response_features", "prompt_features", *LIST_KEYS) and isinstance(value, str):
             value = parse_json(value, f"{where}: '{column}'")
         elif isinstance(value, datetime | date):
             raise UserError(

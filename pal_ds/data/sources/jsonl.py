@@ -1,11 +1,10 @@
 """Preference records in JSON Lines files: `{"user_id", "prompt", "chosen", "rejected"}` and kin."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from pal_ds.data.parse import parse_record
-from pal_ds.data.parse_lists import is_list, pairs_of_list
+from pal_ds.data.parse_lists import records_of_fields
 from pal_ds.data.records import Record
 from pal_ds.data.sources.base import Source, check_files, describe_files, lines_or_errors
 from pal_ds.errors import UserError
@@ -38,7 +37,7 @@ class Jsonl(Source):
         self.dropped.clear()
 
         def comparisons(where: str, fields: object) -> Iterator[Record]:
-            for record in self._comparisons(where, fields):
+            for record in records_of_fields(fields, where, self.dropped, self.extra_keys):
                 if record.response_features is not None:
                     size = len(record.response_features[0])
                     vector_sizes[:] = vector_sizes or [size]
@@ -60,17 +59,6 @@ class Jsonl(Source):
                 yield where_and_fields
             if not num_in_file:
                 raise UserError(f"{path}: holds no record, only blank lines")
-
-    def _comparisons(self, where: str, fields: object) -> Iterator[Record]:
-        """The comparison of a line, or several of a list; ties are counted."""
-        if not isinstance(fields, Mapping) or not is_list(fields):
-            yield parse_record(fields, where, self.extra_keys)
-            return
-        for pair in pairs_of_list(fields, where):
-            if pair is None:
-                self.dropped["tie"] += 1
-            else:
-                yield parse_record(pair, where, self.extra_keys)
 
     def describe(self) -> dict:
         return {"class": "Jsonl", "files": describe_files(check_files(self.path))}

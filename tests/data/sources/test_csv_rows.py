@@ -3,9 +3,12 @@
 import logging
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pal_ds.data.prepare import DataConfig, prepare
+from pal_ds.data.records import Record
 from pal_ds.data.sources import HuggingFace
 from pal_ds.data.sources.csv_rows import CsvRows
 from pal_ds.errors import UserError
@@ -32,7 +35,7 @@ def rows_of(path: Path, text: str | bytes) -> tuple[list[str], list[int]]:
         (b'"p" x,yes,no\n', "not valid CSV (',' expected after '\"')"),
         (b'p,"yes,no\n', "not valid CSV (unexpected end of data)"),
         (b"p,ol\xe9,no\n", "not UTF-8"),
-        (b"p,yes\rmore,no\n", "not valid CSV (new-line character"),
+        (b"p,yes\rmore,no\n", "not valid CSV (a carriage return outside of quotes"),
         (b"p,yes,no,more\n", "4 cells under 3 columns"),
     ],
 )
@@ -143,3 +146,40 @@ def test_tabs_and_lines_of_json_under_any_name(tmp_path):
     for kind in ("tsv", "jsonl"):
         with pytest.raises(UserError, match=f"path: {kind} says how files are read; name them"):
             list(HuggingFace(kind).records())
+
+
+def records_of(path: Path, kind: str = "csv") -> list[Record]:
+    source = HuggingFace(path=kind, data_files=str(path))
+    source.bad_rows.largest_share = 1.0
+    return list(source.records())
+
+
+def test_ties_and_lists_are_read_from_tables(tmp_path: Path) -> None:
+    ties, lists = tmp_path / "ties.csv", tmp_path / "lists.csv"
+    ties.write_text(
+        "user_id,prompt,response_1,response_2,y,tie\na,p,x,z,,true\na,p,x,z,1,FALSE\na,p,x,z,0,\n"
+    )
+    assert [record.label for record in records_of(ties)] == [0, 1, 0]
+    lists.write_text('prompt,responses,scores\np,"[""x"",""y"",""z""]","[1,2,2]"\n')
+    expected = [(("x", "y"), 1), (("x", "z"), 1)]
+    assert [(r.responses, r.label) for r in records_of(lists)] == expected
+    table = pa.table({"prompt": ["p"], "responses": [["x", "y", "z"]], "scores": [[1.0, 2.0, 2.0]]})
+    pq.write_table(table, tmp_path / "lists.parquet")
+    found = records_of(tmp_path / "lists.parquet", "parquet")
+    assert [(r.responses, r.label) for r in found] == expected
+    # Beside a comparison they are columns like any other.
+    pq.write_table(
+        table.append_column("chosen", [["a"]]).append_column("rejected", [["b"]]),
+        tmp_path / "pairs.parquet",
+    )
+    found = records_of(tmp_path / "pairs.parquet", "parquet")
+    assert [(r.responses, r.label) for r in found] == [(("a", "b"), -1)]
+
+
+def test_lines_that_end_in_carriage_returns_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "old.csv"
+    path.write_bytes(b"prompt,chosen,rejected\rp,x,y\r")
+    with pytest.raises(
+        UserError, match=r"old.csv:1: .* a line ends in a carriage return alone: save"
+    ):
+        records_of(path)
