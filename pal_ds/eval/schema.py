@@ -190,6 +190,14 @@ class CurvePoint(TypedDict):
     bayes_accuracy: NotRequired[float]
 
 
+class ScratchPoint(CurvePoint):
+    """The same new users by a regression from scratch on the same comparisons."""
+
+    gain: float
+    """Accuracy of the run less this one's, on the same test pairs."""
+    gain_ci95: list[float]
+
+
 class FewShotFigures(TypedDict):
     """The whole of eval/few_shot.json. It stands here because the report, which reads it, lies below adaptation."""
 
@@ -197,4 +205,8 @@ class FewShotFigures(TypedDict):
     curve: list[CurvePoint]
     monotone_within_ci95: bool
     seen: MeanFigures
+    scratch: NotRequired[list[ScratchPoint]]
+    """In the order of `curve`. Missing from evaluations of an earlier version, as `length_baseline_accuracy` is."""
+    length_baseline_accuracy: NotRequired[float | None]
+    """Of the new users' test pairs; null for vectors."""
     warnings: list[str]
