@@ -111,6 +111,16 @@ class PrototypeExample(TypedDict):
     """Mean over the prototypes."""
 
 
+class PromptCounts(TypedDict):
+    """Comparisons of each prompt, ties left out; of all users, whether the run knows them or not."""
+
+    prompts: list[int]
+    """Rows of the data's prompts."""
+    pairs: list[int]
+    right: list[float]
+    """Those that are ranked rightly; equal rewards count half."""
+
+
 class EvaluationFigures(PairFigures):
     """The whole of eval/NAME.json for a set of pairs; its own entries are those of users that the run knows."""
 
@@ -124,6 +134,8 @@ class EvaluationFigures(PairFigures):
     """By prototype, the clearest first; of heads with mixtures, on texts."""
     context_flip: NotRequired[dict[str, float | None]]
     """{"all", "controversial"}, of heads that encode comparisons."""
+    by_prompt: NotRequired[PromptCounts]
+    """Where the request asks for it, as `compare` does."""
     dropped: NotRequired[dict[str, int]]
     """Number of dropped rows by reason, of a file."""
     prompts_seen_in_training: NotRequired[int]
