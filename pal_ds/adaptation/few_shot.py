@@ -1,5 +1,6 @@
 """Few-shot curve: accuracy for new users after k comparisons, by which few-shot adaptation is judged."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -7,6 +8,12 @@ import torch
 import xxhash
 from torch import Tensor
 
+from pal_ds.adaptation.few_shot_scratch import (
+    beside,
+    length_baseline,
+    scratch_lines,
+    scratch_right,
+)
 from pal_ds.adaptation.fit import Solver, UserPairs, fit_users, pairs_per_chunk, refuse_solver
 from pal_ds.adaptation.new_users import few_per_user
 from pal_ds.adaptation.run_users import prior_of
@@ -24,7 +31,7 @@ from pal_ds.eval.metrics import (
 )
 from pal_ds.eval.results import write_figures
 from pal_ds.eval.sanity_checks import ScoredPairs, unseen_above_seen
-from pal_ds.eval.schema import CurvePoint, FewShotFigures
+from pal_ds.eval.schema import CurvePoint, FewShotFigures, ScratchPoint
 from pal_ds.heads.base import UserState
 from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.inference.load_run import OpenRun, open_run, with_weights
@@ -46,6 +53,8 @@ class Curve(NamedTuple):
     """Prompt of each test pair, int64 [n]."""
     users: np.ndarray
     """User of each test pair, int64 [n]."""
+    scratch: Sequence[ScratchPoint] = ()
+    """The same draws and test pairs by each user's own regression, see `eval/scratch_users.py`."""
 
     @property
     def num_clusters(self) -> int:
@@ -66,7 +75,8 @@ def evaluate_few_shot(
     Of a run directory the last checkpoint is taken; an open run names its own. `solver` is that of `fit_users`.
 
     {"step", "curve": rows of `few_shot_curve`, "monotone_within_ci95": see `is_monotone`, "seen": {"pairs", "accuracy",
-    "accuracy_ci95"} of the run's own users on `test`, "warnings": where the last k is served better than they are}.
+    "accuracy_ci95"} of the run's own users on `test`, "scratch": the same curve of each user's own regression, with the
+    run's gain over it, "warnings": where the last k is served better than they are}.
     Ranks of a `world` share texts and scoring out, and each fits all users; without one this process is alone.
 
     Raises:
@@ -80,7 +90,7 @@ def evaluate_few_shot(
     if solver != "auto" and not opened.parts.head.has_points:
         raise UserError(f"--solver {solver}: this run's head has no users to fit. Leave it out.")
     refuse_solver(solver, opened.parts.head, opened.config.loss)
-    _fit_and_test_rows(opened.data)
+    _, test_rows = _fit_and_test_rows(opened.data)
     restored = world.on_every_rank(lambda: with_weights(opened, world.device))
     verify_content(restored.data.path, restored.data.info, world)
     seeds = tuple(range(num_draws))
@@ -91,6 +101,8 @@ def evaluate_few_shot(
         "curve": curve.rows,
         "monotone_within_ci95": is_monotone(curve),
         "seen": mean_figures(*seen),
+        "scratch": [*curve.scratch],
+        "length_baseline_accuracy": length_baseline(restored.data, test_rows),
         "warnings": unseen_above_seen(seen, ScoredPairs(curve.right[-1], curve.prompts)),
     }
 
@@ -108,6 +120,7 @@ def few_shot_lines(figures: FewShotFigures) -> list[str]:
             f"{row['num_comparisons']:4d} comparisons (mean {row['mean_comparisons']:.1f}): "
             f"accuracy {row['accuracy']:.4f} [{low:.4f}, {high:.4f}]"
         )
+    lines += scratch_lines(figures)
     if seen["pairs"]:
         lines.append(f"seen users: accuracy {seen['accuracy']:.4f}")
     if not figures["monotone_within_ci95"]:
@@ -196,7 +209,20 @@ def few_shot_curve(
     # Each rank fitted them, and which draws are alike decides which are scored, together: to the bit or not at all.
     mixtures = world.from_rank_zero(lambda: mixtures)
     right = _right(restored, reader, test_rows, mixtures.split(len(owners)), population, world)
-    return _curve(data, test_rows, right.reshape(-1, len(seeds), len(test_rows)), draws, drawn)
+    from_scratch = scratch_right(
+        reader.collator,
+        rows=rows,
+        owner=owner,
+        num_draws=len(draws),
+        test_rows=test_rows,
+        test_owner=table_rows[user_of[test_rows]],
+    )
+    curve, scratch = (
+        _curve(data, test_rows, part.reshape(-1, len(seeds), len(test_rows)), draws, drawn)
+        for part in (right, from_scratch)
+    )
+    gains = curve.right - scratch.right
+    return curve._replace(scratch=beside(scratch.rows, gains, curve.users, curve.prompts))
 
 
 def _fit_and_test_rows(data: PreparedData) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,8 @@ from typing import cast
 import numpy as np
 from matplotlib import pyplot as plt
 
-from pal_ds.compare.table import Table, any_few_shot
+from pal_ds.compare.page import all_rows, any_few_shot, has_folds
+from pal_ds.compare.schema import Table
 from pal_ds.eval.report_pictures import save_figure
 
 
@@ -20,23 +21,25 @@ def draw(table: Table, out: Path) -> None:
 
 
 def draw_bars(table: Table, path: Path) -> None:
-    """Accuracy per method with a dot per seed, its interval over seeds (black) and that within a seed (grey)."""
-    methods = table["methods"]
+    """Accuracy per method with a dot per seed; intervals over seeds (black), and over folds or within a seed (grey)."""
+    methods = all_rows(table)
+    spread = "ci95_over_folds" if has_folds(table) else "ci95_within_seed"
     figure, axes = plt.subplots(figsize=(6.5, 1.2 + 0.42 * len(methods)))
     for place, row in enumerate(methods.values()):
         accuracy = row["accuracy"]
         mean, by_seed = accuracy["mean"], accuracy["by_seed"]
         axes.barh(place, mean, height=0.7, color="tab:blue", alpha=0.6)
-        for name, colour in (("ci95_within_seed", "0.5"), ("ci95_over_seeds", "black")):
-            if accuracy[name] is not None:
-                axes.plot(accuracy[name], [place] * 2, color=colour, marker="|", linewidth=1)
+        for name, colour in ((spread, "0.5"), ("ci95_over_seeds", "black")):
+            if (interval := accuracy.get(name)) is not None:
+                axes.plot(interval, [place] * 2, color=colour, marker="|", linewidth=1)
         axes.scatter(by_seed, [place] * len(by_seed), color="black", s=8, zorder=3)
         if "bayes_accuracy" in row:
             axes.plot([row["bayes_accuracy"]["mean"]] * 2, [place - 0.35, place + 0.35], "k--")
     axes.axvline(0.5, color="0.5", linewidth=1, linestyle=":")
     axes.set_yticks(range(len(methods)), list(methods))
     axes.invert_yaxis()
-    label = f"accuracy on {table['split']}, seen users (95%: black over seeds, grey within)"
+    grey = "over folds" if has_folds(table) else "within"
+    label = f"accuracy on {table['split']}, seen users (95%: black over seeds, grey {grey})"
     axes.set(xlim=(0, 1), xlabel=label, title=table["suite"])
     save_figure(figure, path)
 
@@ -44,8 +47,10 @@ def draw_bars(table: Table, path: Path) -> None:
 def draw_curves(table: Table, path: Path) -> None:
     """Accuracy on new users' pairs at evenly spaced ticks; the band is the interval over seeds, else within a seed."""
     figure, axes = plt.subplots(figsize=(6.5, 4))
-    for method, row in table["methods"].items():
+    for method, row in all_rows(table).items():
         curve = row["few_shot"]
+        if not curve:
+            continue
         places = np.arange(len(curve))
         means = [point["accuracy"]["mean"] for point in curve]
         (line,) = axes.plot(places, means, marker="o", label=method)

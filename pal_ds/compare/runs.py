@@ -10,15 +10,11 @@ import os
 from pathlib import Path
 
 from pal_ds.adaptation.few_shot import evaluate_few_shot
+from pal_ds.compare.evaluations import evaluation_of, few_shot_of, is_evaluated, is_finished
+from pal_ds.compare.page import write_table
+from pal_ds.compare.scratch import make_scratch
 from pal_ds.compare.suite import PlannedRun, Suite
-from pal_ds.compare.table import (
-    evaluation_of,
-    few_shot_of,
-    is_evaluated,
-    is_finished,
-    tabulate,
-    write_table,
-)
+from pal_ds.compare.table import tabulate
 from pal_ds.config.changes import changed_keys
 from pal_ds.config.recipe import asks_for_code
 from pal_ds.data.collator import Collator
@@ -65,16 +61,28 @@ def compare(whole: Suite, chosen: Suite, out: Path) -> str | None:
         for planned in chosen.planned
     }
     more = f" (Suite {whole.name} needs {needs})" if needs else ""
-    with joined_with_data(config, more) as (world, tables):
-        data = world.on_every_rank(tables)
+    configs = {planned.fold: planned.config for planned in reversed(chosen.planned)}
+    others = [of_fold for of_fold in configs.values() if of_fold is not config]
+    with joined_with_data(config, more, others) as (world, tables):
+        data = {chosen.planned[0].fold: world.on_every_rank(tables)}
+        for fold in chosen.folds:
+            if fold not in data:
+                path = configs[fold].data.path
+                data[fold] = world.on_every_rank(lambda path=path: PreparedData.open(path))
         reading = world.from_rank_zero(lambda: check_everything(chosen, data))
         reason = make_runs(chosen, reading, data, world, requests)
         if reason is None:
+            for fold, of_fold in data.items():
+                make_scratch(chosen, fold, of_fold, world)
             world.from_rank_zero(lambda: publish(whole, data, out))
     return reason
 
 
-def check_everything(suite: Suite, data: PreparedData) -> dict[str, str]:
+Reading = dict[tuple[str, str], str]
+"""By fold and method: what decides the states that a training reads."""
+
+
+def check_everything(suite: Suite, data: dict[str, PreparedData]) -> Reading:
     """Check that every run can start; write nothing. Methods with equal values read equal states of a frozen backbone.
 
     Raises:
@@ -83,16 +91,18 @@ def check_everything(suite: Suite, data: PreparedData) -> dict[str, str]:
     """
     settings = suite.settings
     new_users = ("unseen_train", "unseen_test") if settings.few_shot else ()
-    for split in ("train", settings.split, *new_users):
-        if len(data.rows(split)) == 0:
-            raise UserError(
-                f"{data.path}: its split {split} is empty, and suite {suite.name} needs it; there are "
-                f"{data.info['counts']['splits']}. Change the fractions of `data`, `split` or `few_shot`."
-            )
-    reading = {}
+    for of_fold in data.values():
+        for split in ("train", settings.split, *new_users):
+            if len(of_fold.rows(split)) == 0:
+                raise UserError(
+                    f"{of_fold.path}: its split {split} is empty, and suite {suite.name} needs it; there are "
+                    f"{of_fold.info['counts']['splits']}. Change the fractions of `data`, `split` or `few_shot`."
+                )
+    reading: Reading = {}
     for planned in suite.planned:
-        if planned.method not in reading:
-            reading[planned.method] = _reading(planned, data, trust_code=suite.trust_code)
+        key = planned.fold, planned.method
+        if key not in reading:
+            reading[key] = _reading(planned, data[planned.fold], trust_code=suite.trust_code)
         file = planned.run.config_file
         changed = changed_keys(file.read_text(), planned.recipe) if file.is_file() else []
         if changed:
@@ -120,13 +130,14 @@ def _reading(planned: PlannedRun, data: PreparedData, *, trust_code: bool) -> st
 
 def make_runs(
     suite: Suite,
-    reading: dict[str, str],
-    data: PreparedData,
+    reading: Reading,
+    data: dict[str, PreparedData],
     world: World,
     requests: dict[Path, TrainingRequest],
 ) -> str | None:
     """Trains and evaluates what is not yet; the reason, where a training stopped on request."""
     encoded: dict[str, Collator] = {}
+    fold = None
     places = world.from_rank_zero(
         lambda: [i for i, one in enumerate(suite.planned) if not is_evaluated(one, suite)]
     )
@@ -140,13 +151,18 @@ def make_runs(
     ) as advance:
         for planned in [suite.planned[place] for place in places]:
             logger.info("%s, seed %d: %s", planned.method, planned.seed, planned.run.path)
+            if planned.fold != fold:
+                # Stores are of one fold's tables; the cache on disk serves all of them.
+                encoded.clear()
+                fold = planned.fold
             # A training sees to it itself; here it may have come while a run was evaluated.
             if world.any_rank(stop_is_requested())[0]:
                 return f"stopped before {planned.method}, seed {planned.seed} (signal)"
             stopped = None
             if not world.from_rank_zero(lambda planned=planned: is_finished(planned)):
                 request = requests[planned.run.path]
-                stopped = train_one(planned, request, reading[planned.method], data, world, encoded)
+                own, states = data[fold], reading[fold, planned.method]
+                stopped = train_one(planned, request, states, own, world, encoded)
             if stopped is not None:
                 return stopped
             evaluate_one(planned, suite, world)
@@ -190,18 +206,18 @@ def evaluate_one(planned: PlannedRun, suite: Suite, world: World) -> None:
     minutes = planned.config.train.hang_minutes if world.world_size > 1 else 0
     if world.from_rank_zero(lambda: evaluation_of(planned, settings.split)) is None:
         with watch(world, planned.run.path / "stacks", minutes):
-            request = split_request(settings.split)
+            request = split_request(settings.split)._replace(by_prompt=True)
             evaluate_run(planned.run, world, request=request, trust_code=own)
     if settings.few_shot and world.from_rank_zero(lambda: few_shot_of(planned, suite)) is None:
         opened = world.on_every_rank(lambda: open_run(planned.run, trust_code=own))
         evaluate_few_shot(opened, settings.few_shot, settings.num_draws, world=world)
 
 
-def publish(suite: Suite, data: PreparedData, out: Path) -> None:
+def publish(suite: Suite, data: dict[str, PreparedData], out: Path) -> None:
     """OUT/table.md, table.json, table.png and few_shot.png, of all that is finished by now."""
     from pal_ds.compare.pictures import draw
 
-    table = tabulate(suite, {"path": str(data.path), "hash": data.hash})
+    table = tabulate(suite, data)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         draw(table, out)

@@ -3,10 +3,9 @@
 import difflib
 import re
 from argparse import ArgumentError
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -35,6 +34,15 @@ class SuiteConfig:
     """Comparisons that held-out users are fitted to, one value after the other; empty: nobody is held out."""
     num_draws: int = 20
     """Random draws of these comparisons."""
+    folds: dict[str, RecipeKeys] = field(default_factory=dict)
+    """Name -> keys of `data` laid over the shared ones: every method is trained once on each fold's data, which hold
+    out another part, and figures are means over folds. Tables of a fold lie in data.path/NAME. Empty: one dataset."""
+    reference: str | None = None
+    """Method that the others are held against, pair by pair; unset: the first."""
+    scratch: bool = True
+    """Add a row in which each user has a logistic regression from scratch, where features are frozen."""
+    users_above: list[int] = field(default_factory=list)
+    """Add a column of users with more than so many comparisons in the data, for each number."""
     about: str = ""
     """What is compared on what, for the head of the table."""
     needs: str = ""
@@ -48,17 +56,43 @@ class SuiteConfig:
             values = getattr(self, name)
             sound = min(values, default=0) >= 0 and len(set(values)) == len(values)
             check_range(name, values, sound, "different numbers, 0 or more")
+        numbers = self.users_above
+        check_range("users_above", numbers, min(numbers, default=0) >= 0, "numbers of 0 or more")
+        named = self.reference is None or self.reference in self.methods
+        check_range("reference", self.reference, named, f"one of {', '.join(self.methods)}")
         check_range("num_draws", self.num_draws, self.num_draws >= 1, "at least 1")
         for name, keys in self.methods.items():
             _check_method(name, keys)
+        for name, keys in self.folds.items():
+            _check_fold(name, keys)
+
+    @property
+    def reference_method(self) -> str:
+        """Method that the others are held against."""
+        return self.reference or next(iter(self.methods))
+
+
+def _check_name(key: str, name: str) -> None:
+    """Raises UserError for a name that is no folder's."""
+    if re.fullmatch(r"[\w=+-][\w.=+-]*", name) is None:
+        raise UserError(
+            f"{key}: {name!r} names a folder and a row of the table; use letters, digits and . _ = + - alone."
+        )
+
+
+def _check_fold(name: str, keys: RecipeKeys) -> None:
+    """Raises UserError for a name that is no folder's, or keys beyond those of the data."""
+    _check_name("folds", name)
+    if not isinstance(keys, dict) or [*keys] != ["data"] or not isinstance(keys["data"], dict):
+        raise UserError(
+            f"folds.{name}: must hold keys of `data` and nothing else, such as {{data: {{seed: 1}}}}; whatever else "
+            "differs between runs is a method's."
+        )
 
 
 def _check_method(name: str, keys: RecipeKeys) -> None:
     """Raises UserError for a name that is no folder's, or keys that are not the method's to choose."""
-    if re.fullmatch(r"[\w=+-][\w.=+-]*", name) is None:
-        raise UserError(
-            f"methods: {name!r} names a folder and a row of the table; use letters, digits and . _ = + - alone."
-        )
+    _check_name("methods", name)
     if "data" in keys:
         raise UserError(
             f"methods.{name}: has data of its own, and a suite compares on one dataset. Move it to the shared keys, "
@@ -79,6 +113,8 @@ class PlannedRun:
     recipe: str
     """The recipe as YAML, for config.yaml."""
     run: RunDirectory
+    fold: str = ""
+    """Name of the fold on whose data it is trained; empty where the suite has none."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +124,20 @@ class Suite:
     name: str
     settings: SuiteConfig
     planned: list[PlannedRun]
+    """Runs by fold, method and seed."""
+    out: Path
     trust_code: bool = False
     """Import the classes that the runs of `train.init_from` name beyond pal_ds's own."""
 
-    def of(self, method: str) -> list[PlannedRun]:
-        return [planned for planned in self.planned if planned.method == method]
+    @property
+    def folds(self) -> list[str]:
+        """Names of the folds, or the empty one of all data."""
+        return [*self.settings.folds] or [""]
+
+    def of(self, method: str, fold: str = "") -> list[PlannedRun]:
+        """Runs of a method on the data of a fold, by seed."""
+        runs = (planned for planned in self.planned if planned.method == method)
+        return [planned for planned in runs if planned.fold == fold]
 
 
 def read_suite(
@@ -100,11 +145,12 @@ def read_suite(
 ) -> Suite:
     """Resolve every method and seed of a suite, so that a mistake in the last is told before the first is trained.
 
-    `shared` are the recipe keys of all methods (YAML), with or without a head; runs lie in OUT/runs/METHOD/seed_N. What
-    `shared` asks for was allowed; what a method asks for beyond it needs `trust_code`.
+    `shared` are the recipe keys of all methods (YAML), with or without a head; runs lie in OUT/runs/METHOD/seed_N, or
+    OUT/runs/METHOD/FOLD/seed_N. What `shared` asks for was allowed; what a method or a fold asks for beyond it needs
+    `trust_code`.
 
     Raises:
-        UserError: a method with keys, classes or values that no recipe has, or without a head.
+        UserError: a method or fold with keys, classes or values that no recipe has, or a method without a head.
     """
     parser, common = recipe_parser(), yaml.safe_load(shared)
     if common.get("head") is None:
@@ -112,43 +158,58 @@ def read_suite(
     if common["backbone"]["tuning"] == "frozen":
         # Without a cache every run and every evaluation would encode all texts again.
         common["backbone"].setdefault("cache", str(out / "cache"))
-    planned = [
-        PlannedRun(
-            method, seed, config, recipe, RunDirectory(out / "runs" / method / f"seed_{seed}")
-        )
+    resolver = _Resolver(parser, common, settings.seeds, Consent(trust_code, spoken=common))
+    of_methods = {
+        method: resolver.runs([keys], f"methods.{method}")
         for method, keys in settings.methods.items()
-        for seed, config, recipe in _resolve(
-            parser, common, method, keys, settings.seeds, trust_code=trust_code
-        )
-    ]
-    return Suite(name, settings, planned, trust_code)
+    }
+    planned = []
+    for fold, keys in settings.folds.items() or [("", {})]:
+        data = None
+        if fold:
+            place = {"data": {"path": str(Path(common["data"]["path"], fold))}}
+            # A recipe needs some head; that of the first method is as good as any.
+            layers = [place, keys, next(iter(settings.methods.values()))]
+            _, config, recipe = resolver.runs(layers, f"folds.{fold}")[0]
+            data = config.data, yaml.safe_load(recipe)["data"]
+        for method, runs in of_methods.items():
+            for seed, config, recipe in runs:
+                if data is not None:
+                    config = replace(config, data=data[0])
+                    tree = {**yaml.safe_load(recipe), "data": data[1]}
+                    recipe = yaml.safe_dump(tree, sort_keys=False)
+                run = RunDirectory(out / "runs" / method / fold / f"seed_{seed}")
+                planned.append(PlannedRun(method, seed, config, recipe, run, fold))
+    return Suite(name, settings, planned, out, trust_code)
 
 
-def _resolve(
-    parser: ArgumentParser,
-    common: RecipeKeys,
-    method: str,
-    keys: RecipeKeys,
-    seeds: list[int],
-    *,
-    trust_code: bool,
-) -> Iterator[tuple[int, RunConfig, str]]:
-    """Yield seed, recipe and the recipe's YAML, for each seed."""
-    from pal_ds.config.parser import explained, parsed
+class _Resolver(NamedTuple):
+    """Makes recipes from layers over the keys that all methods share."""
 
-    if "head" not in {**common, **keys}:
-        raise UserError(f"methods.{method}: has no head, and the shared keys have none either.")
-    layers = [f"--config={yaml.safe_dump(layer)}" for layer in (common, keys) if layer]
-    consent = Consent(trust_code, spoken=common)
-    try:
-        options = parsed(parser, layers, "recipe")
-        for seed in seeds:
-            options["train.seed"] = seed
-            yield seed, made(parser, options, consent), dump_recipe(options)
-    except ArgumentError as error:
-        raise UserError(f"methods.{method}: {explained(str(error), parser)}") from None
-    except UserError as error:
-        raise UserError(f"methods.{method}: {error}") from None
+    parser: ArgumentParser
+    common: RecipeKeys
+    seeds: list[int]
+    consent: Consent
+
+    def runs(self, layers: list[RecipeKeys], where: str) -> list[tuple[int, RunConfig, str]]:
+        """Return seed, recipe and the recipe's YAML, for each seed; `where` stands before what is wrong with them."""
+        from pal_ds.config.parser import explained, parsed
+
+        if all("head" not in layer for layer in (self.common, *layers)):
+            raise UserError(f"{where}: has no head, and the shared keys have none either.")
+        words = [f"--config={yaml.safe_dump(layer)}" for layer in (self.common, *layers) if layer]
+        made_runs = []
+        try:
+            options = parsed(self.parser, words, "recipe")
+            for seed in self.seeds:
+                options["train.seed"] = seed
+                recipe = dump_recipe(options, self.parser)
+                made_runs.append((seed, made(self.parser, options, self.consent), recipe))
+        except ArgumentError as error:
+            raise UserError(f"{where}: {explained(str(error), self.parser)}") from None
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        return made_runs
 
 
 def only(suite: Suite, methods: list[str]) -> Suite:

@@ -75,10 +75,13 @@ def recipe_parser(*, require_head: bool = True) -> ArgumentParser:
     return parser
 
 
-def dump_recipe(options: Namespace) -> str:
-    """Return the resolved recipe as YAML; `--config` on it gives the same run again."""
+def dump_recipe(options: Namespace, parser: ArgumentParser | None = None) -> str:
+    """Return the resolved recipe as YAML; `--config` on it gives the same run again.
+
+    `parser` is that of `recipe_parser`, for whoever has made one already: making it takes most of a second.
+    """
     chosen = Namespace(**{name: options[name] for name in RunConfig.__dataclass_fields__})
-    return recipe_parser().dump(chosen, skip_validation=True)
+    return (parser or recipe_parser()).dump(chosen, skip_validation=True)
 
 
 def read_recipe(arguments: list[str]) -> tuple[RunConfig, str]:

@@ -23,7 +23,12 @@ from pal_ds.distributed.watchdog import watch
 from pal_ds.distributed.world import World
 from pal_ds.errors import UserError, writing
 from pal_ds.eval.diagnostics import context_flip
-from pal_ds.eval.figures import dev_temperature, refuse_no_numbers, report_on
+from pal_ds.eval.figures import (
+    dev_temperature,
+    prompt_counts,
+    refuse_no_numbers,
+    report_on,
+)
 from pal_ds.eval.metrics import controversial
 from pal_ds.eval.prototype_examples import evenly, examples_of_prototypes
 from pal_ds.eval.results import SPLIT, EvalRequest, name_of, split_request, write_figures
@@ -175,6 +180,8 @@ def evaluate_set(
             could_turn = np.isin(reader.collator.user_rows(rows), known.encoded_rows)
             disputed = controversial(data.comparisons[rows])
             figures["context_flip"] = context_flip(margins, turned, could_turn, disputed)
+        if request.by_prompt:
+            figures["by_prompt"] = prompt_counts(data, rows, margins)
         sample = evenly(rows, request.num_example_pairs)
         if (examples := examples_of_prototypes(restored, reader, sample, world)) is not None:
             figures["prototype_examples"] = examples

@@ -17,7 +17,7 @@ from pal_ds.eval.metrics import (
     evaluation_figures,
     fit_temperature,
 )
-from pal_ds.eval.schema import EvaluationFigures, MarginHistogram, PairFigures
+from pal_ds.eval.schema import EvaluationFigures, MarginHistogram, PairFigures, PromptCounts
 from pal_ds.eval.tie_figures import ThreeWay, tie_figures
 from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.inference.load_run import OpenRun
@@ -51,6 +51,19 @@ def figures_of(
         margins, pairs, temperature=temperature, length_margins=lengths, format_margins=formats
     )
     return {**figures, "margins": margin_histogram(margins, pairs.labels)}
+
+
+def prompt_counts(data: PreparedData, rows: np.ndarray, margins: np.ndarray) -> PromptCounts:
+    """Count the comparisons `rows` of each prompt, and those that their margins rank rightly."""
+    rows, margins = without_ties(data, rows, margins)
+    table = data.comparisons[rows]
+    prompts, index = np.unique(data.response_prompt[table["a"]], return_inverse=True)
+    right = correctness(margins, table["label"].astype(float))
+    return {
+        "prompts": prompts.tolist(),
+        "pairs": np.bincount(index).tolist(),
+        "right": np.bincount(index, weights=right).tolist(),
+    }
 
 
 def without_ties(

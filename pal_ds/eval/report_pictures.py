@@ -263,9 +263,12 @@ def prototypes(axes: Axes, run: RunDirectory) -> bool:
 
 
 def new_users(path: Path, runs: dict[str, RunDirectory]) -> bool:
-    """All runs in one picture; few-shot accuracy at 0, 1, 2, 4, ... comparisons on evenly spaced ticks."""
-    curves = {name: figures_of(run, "few_shot") for name, run in runs.items()}
-    curves = {name: curve["curve"] for name, curve in curves.items() if curve}
+    """All runs in one picture; few-shot accuracy at 0, 1, 2, 4, ... comparisons on evenly spaced ticks.
+
+    Dotted: each user's own regression from scratch on the states of the run of that colour.
+    """
+    figures_by_run = {name: figures_of(run, "few_shot") for name, run in runs.items()}
+    curves = {name: figures["curve"] for name, figures in figures_by_run.items() if figures}
     figure, axes = plt.subplots(figsize=(5.5, 3.8))
     counts = sorted({row["num_comparisons"] for curve in curves.values() for row in curve})
     axes.set_xticks(range(len(counts)), [str(count) for count in counts])
@@ -277,6 +280,10 @@ def new_users(path: Path, runs: dict[str, RunDirectory]) -> bool:
         if all("accuracy_ci95" in row for row in curve):
             low, high = zip(*(row["accuracy_ci95"] for row in curve), strict=True)
             axes.fill_between(places, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        # Runs on the same states have the same regressions, one line above the other.
+        scratch = [row["accuracy"] for row in figures_by_run[name].get("scratch", ())]
+        if scratch:
+            axes.plot(places, scratch, color=line.get_color(), linewidth=1, linestyle=":")
         if "bayes_accuracy" in curve[-1]:
             axes.axhline(curve[-1]["bayes_accuracy"], color="black", linewidth=1, linestyle="--")
     axes.set(xlabel="comparisons per new user", ylabel="accuracy on their test pairs")

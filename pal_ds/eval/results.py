@@ -42,6 +42,8 @@ class EvalRequest(NamedTuple):
     """Folder for NAME.json in place of the run's eval."""
     num_example_pairs: int = NUM_EXAMPLE_PAIRS
     """Comparisons that each prototype scores for examples of what it prefers; 0: no examples."""
+    by_prompt: bool = False
+    """Also write how many comparisons of each prompt are ranked rightly, by which runs are paired."""
 
     def rows(self, data: PreparedData) -> np.ndarray:
         """Its comparisons, all those of the tables of a file or source. Raises UserError where a split has none."""

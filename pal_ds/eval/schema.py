@@ -111,6 +111,16 @@ class PrototypeExample(TypedDict):
     """Mean over the prototypes."""
 
 
+class PromptCounts(TypedDict):
+    """Comparisons of each prompt, ties left out; of all users, whether the run knows them or not."""
+
+    prompts: list[int]
+    """Rows of the data's prompts."""
+    pairs: list[int]
+    right: list[float]
+    """Those that are ranked rightly; equal rewards count half."""
+
+
 class EvaluationFigures(PairFigures):
     """The whole of eval/NAME.json for a set of pairs; its own entries are those of users that the run knows."""
 
@@ -124,6 +134,8 @@ class EvaluationFigures(PairFigures):
     """By prototype, the clearest first; of heads with mixtures, on texts."""
     context_flip: NotRequired[dict[str, float | None]]
     """{"all", "controversial"}, of heads that encode comparisons."""
+    by_prompt: NotRequired[PromptCounts]
+    """Where the request asks for it, as `compare` does."""
     dropped: NotRequired[dict[str, int]]
     """Number of dropped rows by reason, of a file."""
     prompts_seen_in_training: NotRequired[int]
@@ -190,6 +202,14 @@ class CurvePoint(TypedDict):
     bayes_accuracy: NotRequired[float]
 
 
+class ScratchPoint(CurvePoint):
+    """The same new users by a regression from scratch on the same comparisons."""
+
+    gain: float
+    """Accuracy of the run less this one's, on the same test pairs."""
+    gain_ci95: list[float]
+
+
 class FewShotFigures(TypedDict):
     """The whole of eval/few_shot.json. It stands here because the report, which reads it, lies below adaptation."""
 
@@ -197,4 +217,8 @@ class FewShotFigures(TypedDict):
     curve: list[CurvePoint]
     monotone_within_ci95: bool
     seen: MeanFigures
+    scratch: NotRequired[list[ScratchPoint]]
+    """In the order of `curve`. Missing from evaluations of an earlier version, as `length_baseline_accuracy` is."""
+    length_baseline_accuracy: NotRequired[float | None]
+    """Of the new users' test pairs; null for vectors."""
     warnings: list[str]

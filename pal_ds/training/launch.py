@@ -194,21 +194,21 @@ def record_end(run: RunDirectory, state: RunState, reason: str) -> None:
 
 @contextlib.contextmanager
 def joined_with_data(
-    config: RunConfig, needs: str = ""
+    config: RunConfig, needs: str = "", others: Sequence[RunConfig] = ()
 ) -> Iterator[tuple[World, Callable[[], PreparedData]]]:
     """Prepare the data where this launch is a single node, then join the ranks; yields them and what opens the data.
 
-    `needs` says what else to get for it, where preparing fails. Alone, that is raised before DeepSpeed is loaded.
+    The data of `others` are prepared, too. `needs` says what else to get, where preparing fails. Alone, that is raised
+    before DeepSpeed is loaded.
     """
     failures: list[UserError] = []
 
     def make() -> None:
-        failure = prepare_before_processes_meet(config)
+        failure = next(filter(None, map(prepare_before_processes_meet, (config, *others))), None)
         if failure is not None:
             failures.append(type(failure)(f"{failure}{needs}") if needs else failure)
 
-    alone = world_size_of_launch() == 1
-    if alone:
+    if alone := world_size_of_launch() == 1:
         make()
         if failures:
             raise failures[0]

@@ -13,6 +13,7 @@ from pal_ds.cli.training_commands import suite_of
 from pal_ds.compare.suite import Suite
 from pal_ds.config.changes import changed_keys
 from pal_ds.config.recipe import dump_recipe
+from pal_ds.data.sources import UkpConvArg
 from tests.compare.cases import METHODS, write_suite
 from tests.spawn import ROOT
 
@@ -33,7 +34,7 @@ def test_shipped_suites_resolve(name: str) -> None:
     suite = read(name)
     settings = suite.settings
     assert suite.name == name and settings.about and settings.needs
-    assert len(suite.planned) == len(settings.methods) * len(settings.seeds)
+    assert len(suite.planned) == len(suite.folds) * len(settings.methods) * len(settings.seeds)
     assert len(settings.seeds) >= 3, "fewer have no interval"
     assert not settings.few_shot or settings.num_draws >= 20
     assert len({planned.run.path for planned in suite.planned}) == len(suite.planned)
@@ -43,9 +44,25 @@ def test_shipped_suites_resolve(name: str) -> None:
 
 def test_the_seeds_experiments_are_there() -> None:
     wanted = {"dsp_five_users", "dsp_four_domains", "persona_groups", "pets", "tldr", "prism"}
-    assert wanted | {"ultrafeedback_p2", "ultrafeedback_p4", "pick_a_pic"} == set(SHIPPED)
+    wanted |= {"ultrafeedback_p2", "ultrafeedback_p4", "pick_a_pic", "community_alignment"}
+    of_people = {"ukp_leave_one_topic_out", "polis_held_out_votes", "polis_held_out_statements"}
+    assert wanted | of_people == set(SHIPPED)
     curves = [f"{kind}K={k}" for kind in ("", "hard-") for k in range(1, 9)]
-    assert [*read("persona_groups").settings.methods] == curves
+    assert [*read("persona_groups").settings.methods] == [*curves, "per-group"]
+
+
+def test_each_topic_is_left_out_once() -> None:
+    suite = read("ukp_leave_one_topic_out")
+    assert len(suite.folds) == 24
+    for fold in suite.folds:
+        for planned in suite.of("LoRe", fold):
+            source = planned.config.data.source
+            assert isinstance(source, UkpConvArg) and source.test_topics == [fold]
+            recipe = yaml.safe_load(planned.recipe)
+            assert recipe["data"]["source"]["init_args"]["test_topics"] == [fold]
+            assert recipe["data"]["path"] == planned.config.data.path == f"runs/ukp/data/{fold}"
+            assert planned.run.path == Path("runs/x/runs/LoRe", fold, f"seed_{planned.seed}")
+            assert recipe["train"]["seed"] == planned.seed
 
 
 @pytest.mark.parametrize(
@@ -110,6 +127,15 @@ def test_a_methods_keys_lie_over_the_shared_ones(tmp_path: Path) -> None:
         ({"seeds": []}, [], "seeds is empty; it must be at least one number"),
         ({"seeds": [1, 1]}, [], "seeds is [1, 1]; it must be different numbers, 0 or more"),
         ({"num_draws": 0}, [], "num_draws is 0; it must be at least 1"),
+        ({"reference": "BT"}, [], "reference is BT; it must be one of BTL, PAL."),
+        ({"users_above": [-1]}, [], "users_above is [-1]; it must be numbers of 0 or more."),
+        ({"folds": {"a": {"optim": {}}}}, [], "folds.a: must hold keys of `data` and nothing else"),
+        ({"folds": {"a/b": {"data": {}}}}, [], "folds: 'a/b' names a folder"),
+        (
+            {"folds": {"a": {"data": {"seed": 1}}, "b": {"data": {"sead": 1}}}},
+            [],
+            "folds.b: does not accept option 'data.sead'. Did you mean data.seed?",
+        ),
         ({"split": "train"}, [], "split: it must be one of 'dev', 'test'"),
         (
             {"methods": {**METHODS, "last": {"head": {"class_path": "PalC"}}}},

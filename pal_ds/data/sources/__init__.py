@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from pal_ds.data.sources.base import Source, check_files
+from pal_ds.data.sources.community_alignment import CommunityAlignment
 from pal_ds.data.sources.dsp import Dsp
 from pal_ds.data.sources.gpt4llm import Gpt4Llm
 from pal_ds.data.sources.hh_rlhf import HhRlhf
@@ -40,6 +41,7 @@ SOURCES: dict[str, type[Source]] = {
     "ultrafeedback_p": UltraFeedbackP,
     "prism": Prism,
     "personalllm": PersonalLlm,
+    "community_alignment": CommunityAlignment,
     "ukp_conv_arg": UkpConvArg,
     "polis": Polis,
     "synthetic": Synthetic,

@@ -1,12 +1,13 @@
 """Polis conversations: participants agree and disagree with statements that others wrote."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, final
 
+from pal_ds.data.parse import nearest
 from pal_ds.data.records import Record
 from pal_ds.data.sources.base import Source, check_files, describe_files, stable_fraction
 from pal_ds.data.sources.csv_rows import CsvRows
@@ -33,6 +34,7 @@ class Polis(Source):
 
     Args:
         path: folder of a conversation, or of several.
+        conversations: names of those to read, of several; none named: all of them.
         protocol: votes or statements.
         dev_fraction: share of the votes, or of the statements, of the split `dev`.
         test_fraction: the same of `test`.
@@ -43,6 +45,7 @@ class Polis(Source):
     licence = "CC BY 4.0 (compdemocracy/openData)"
 
     path: str
+    conversations: list[str] = field(default_factory=list)
     protocol: Literal["votes", "statements"] = "votes"
     dev_fraction: float = 0.1
     test_fraction: float = 0.2
@@ -83,7 +86,14 @@ class Polis(Source):
         )
         if not folders:
             raise UserError(f"polis: neither {path} nor a folder in it holds {VOTES}")
-        return folders
+        known = [folder.name for folder in folders]
+        for name in self.conversations:
+            if name not in known:
+                raise UserError(
+                    f"polis: there is no conversation '{name}'{nearest(name, known)} in {path}; there are "
+                    f"{', '.join(known)}"
+                )
+        return [folder for folder in folders if folder.name in (self.conversations or known)]
 
     def _rows(self) -> Iterator[tuple[str, Any]]:
         """(place, (conversation, texts of its statements, row) or UserError) of each participant."""

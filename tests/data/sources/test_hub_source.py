@@ -20,6 +20,7 @@ HUB_SOURCES = {
     "WebGpt": {},
     "UltraFeedbackP": {},
     "Prism": {},
+    "CommunityAlignment": {},
     "PersonalLlm": {},
     "PickAPic": {"images": "i.npy", "captions": "c.npy"},
     "PickAFilter": {

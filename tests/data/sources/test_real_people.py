@@ -162,6 +162,15 @@ def test_impossible_protocols(tmp_path: Path, keys: dict, reason: str) -> None:
         Polis(path=str(tmp_path), **keys)
 
 
+def test_some_conversations(tmp_path: Path) -> None:
+    for name in ("on.tea", "on.rain"):
+        write_conversation(tmp_path / name, {"7": "1,-1"}, 2)
+    source = Polis(str(tmp_path), ["on.rain"], dev_fraction=0, test_fraction=0)
+    assert {record.user_id for record in source.records()} == {"on.rain/7"}
+    with pytest.raises(UserError, match=r"no conversation 'on.rein' \(did you mean 'on.rain'\?\)"):
+        [*Polis(str(tmp_path), ["on.rein"]).records()]
+
+
 def test_a_vote_of_another_kind_is_a_bad_row(tmp_path: Path) -> None:
     folder = write_conversation(tmp_path / "tea", {"7": "1,-1", "8": "1,2"}, 2)
     source = Polis(path=str(folder), dev_fraction=0, test_fraction=0)
