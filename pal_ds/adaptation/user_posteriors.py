@@ -1,5 +1,7 @@
 """Posteriors of the users whom `fit_users` fitted, from the same comparisons."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -12,26 +14,26 @@ from pal_ds.adaptation.posterior import Posterior, Simplex, posterior_of, users_
 from pal_ds.adaptation.prior import LogitPrior
 from pal_ds.data.collator import Collator
 from pal_ds.distributed import phase
-from pal_ds.errors import UserError
-from pal_ds.heads.base import Head
-from pal_ds.heads.jaxtyping_fallback import Float
+from pal_ds.heads.base import Head, UserState
+from pal_ds.heads.jaxtyping_fallback import Float, Int
 from pal_ds.heads.sufficient_statistics import MixtureStatistics
-from pal_ds.losses import PreferenceLoss
+from pal_ds.inference.posterior_file import axes_of
+from pal_ds.losses import PreferenceLoss, decision_margin
 from pal_ds.model import RewardModel
 
 
-def refuse_no_posterior(head: Head, loss: PreferenceLoss) -> None:
-    """Raise UserError for a head or a loss whose users have no posterior: nothing is fitted, or no likelihood is."""
-    if "logits" not in head.needs:
-        raise UserError(
-            "--posterior: this run's head makes users' points from their comparisons or groups; no posterior of "
-            "fitted points exists. Leave --posterior out."
-        )
-    if loss.kind != "logistic":
-        raise UserError(
-            f"--posterior: the loss of this run is {loss.kind!r}, whose margins are no log-odds, so that comparisons "
-            "have no likelihood. Train with loss.kind: logistic, or leave --posterior out."
-        )
+class UserPosteriors(NamedTuple):
+    """Posteriors of all users of a fit, on the CPU."""
+
+    covariance: Float[Tensor, "U K K"]
+    """See `posterior.Posterior`."""
+    margin_std: Float[Tensor, "U"]
+    """Mean standard deviation of the margins of a user's own comparisons; 0 for one without."""
+
+
+def has_posterior(head: Head, loss: PreferenceLoss) -> bool:
+    """True where users are fitted, from comparisons that have a likelihood: margins that are log-odds."""
+    return "logits" in head.needs and head.on_simplex and loss.kind == "logistic"
 
 
 def posterior_of_users(
@@ -42,34 +44,32 @@ def posterior_of_users(
     *,
     loss: PreferenceLoss,
     prior: LogitPrior,
-) -> Posterior:
-    """The posterior of every user of `pairs`, on the CPU; that of a user without comparisons is the prior.
+) -> UserPosteriors:
+    """The posterior of every user of `pairs`; that of a user without comparisons is the prior.
 
     Args:
-        model: the run's model.
+        model: the run's model, for which `has_posterior` is true.
         collator: reads the comparisons.
         pairs: what the users were fitted from.
         fitted: the logits that `fit_users` gave them, fp32.
         loss: the run's loss.
         prior: the prior of the fit.
-
-    Raises:
-        UserError: see `refuse_no_posterior`.
     """
-    refuse_no_posterior(model.head, loss)
     device = next(model.head.parameters()).device
     prior = prior.to(device)
     coordinates = Simplex(model.head.temperature)
-    unknown = posterior_of(_Nothing(), prior.mean[None], prior, coordinates)
-    whole = Posterior(
-        *(part.cpu().repeat(pairs.num_users, *[1] * (part.ndim - 1)) for part in unknown)
-    )
+    unknown = posterior_of(_Nothing(), prior.mean[None], prior, coordinates).covariance
+    covariance = unknown.cpu().repeat(pairs.num_users, 1, 1)
+    margin_std = torch.zeros(pairs.num_users)
     for users, chunk in chunks_of(model, collator, pairs):
         own = fitted[users].to(device)
-        for part, posterior in _of_chunk(chunk, own, loss, prior):
-            for all_users, some in zip(whole, posterior, strict=True):
-                all_users[users[part.cpu()]] = some.cpu()
-    return whole
+        with torch.no_grad():
+            statistics = chunk.head.statistics(chunk.features)
+        of_chunk = _of_chunk(chunk, statistics, own, loss, prior)
+        covariance[users] = of_chunk.cpu()
+        spread = _margin_std(chunk, statistics, coordinates.point(own), of_chunk)
+        margin_std[users] = spread.cpu()
+    return UserPosteriors(covariance, margin_std)
 
 
 class _Nothing:
@@ -85,19 +85,22 @@ class _Nothing:
 
 
 def _of_chunk(
-    chunk: Chunk, fitted: Float[Tensor, "U K"], loss: PreferenceLoss, prior: LogitPrior
-) -> list[tuple[Tensor, Posterior]]:
-    """(users, their posterior), together all of the chunk's."""
-    with torch.no_grad():
-        statistics = chunk.head.statistics(chunk.features)
+    chunk: Chunk,
+    statistics: MixtureStatistics | None,
+    fitted: Float[Tensor, "U K"],
+    loss: PreferenceLoss,
+    prior: LogitPrior,
+) -> Float[Tensor, "U K K"]:
     comparisons = UserComparisons(chunk.owner, chunk.batch.facts(), chunk.threshold)
     if statistics is None:
         margins = margins_of(chunk.head, chunk.features, None, chunk.owner)
         likelihood = ByLosses(losses_of(margins, loss, comparisons), chunk.owner)
-        everyone = torch.arange(chunk.num_users, device=fitted.device)
         coordinates = Simplex(chunk.head.temperature)
-        return [(everyone, posterior_of(likelihood, fitted, prior, coordinates))]
-    return posteriors_by_statistics(statistics, comparisons, fitted, prior, loss)
+        return posterior_of(likelihood, fitted, prior, coordinates).covariance
+    covariance = fitted.new_zeros(*fitted.shape, fitted.shape[1])
+    for users, posterior in posteriors_by_statistics(statistics, comparisons, fitted, prior, loss):
+        covariance[users] = posterior.covariance
+    return covariance
 
 
 @torch.no_grad()
@@ -107,8 +110,8 @@ def posteriors_by_statistics(
     fitted: Float[Tensor, "U K"],
     prior: LogitPrior,
     loss: PreferenceLoss,
-) -> list[tuple[Tensor, Posterior]]:
-    """(users int64 [u], their posterior): together all who have comparisons, as rows of `fitted`."""
+) -> list[tuple[Int[Tensor, "u"], Posterior]]:
+    """Some users, as rows of `fitted`, with their posteriors; together all who have comparisons to score."""
     coordinates = Simplex(statistics.temperature)
     shape = shape_of(loss, comparisons.threshold)
     statistics, comparisons = with_sure_labels(statistics, comparisons, loss.ties)
@@ -123,3 +126,27 @@ def posteriors_by_statistics(
             own = fitted[part.users]
             posteriors.append((part.users, posterior_of(likelihood, own, prior, coordinates)))
     return posteriors
+
+
+@torch.no_grad()
+def _margin_std(
+    chunk: Chunk,
+    statistics: MixtureStatistics | None,
+    point: Float[Tensor, "U K"],
+    covariance: Float[Tensor, "U K K"],
+) -> Float[Tensor, "U"]:
+    """Mean over a user's comparisons of the standard deviation of the margin that decides each."""
+    owner, end = chunk.owner, chunk.batch.window_end
+
+    def margin(points: Float[Tensor, "U K"]) -> Float[Tensor, "B"]:
+        if statistics is None:
+            user = UserState(None, None, points[owner])
+            return decision_margin(chunk.head(chunk.features, user).margin, end)
+        reward = statistics.reward(points[owner])
+        return decision_margin(reward[:, 1] - reward[:, 0], end)
+
+    variance = torch.zeros(len(owner), device=point.device)
+    for axis in axes_of(covariance).unbind(1):
+        variance += ((margin(point + axis) - margin(point - axis)) / 2).square()
+    total = variance.sqrt().new_zeros(len(point)).index_add(0, owner, variance.sqrt())
+    return total / torch.bincount(owner, minlength=len(point))
