@@ -23,7 +23,7 @@ from pal_ds.eval.evaluate import opened_pairs
 from pal_ds.heads.jaxtyping_fallback import Bool
 from pal_ds.inference.load_run import OpenRun, restore
 from pal_ds.inference.mixtures import user_mixtures
-from pal_ds.inference.posterior_file import posterior_of_known
+from pal_ds.inference.posterior_file import known_posterior
 from pal_ds.inference.readers import reader_of
 from pal_ds.inference.rewards_at import scored_pairs
 from pal_ds.io.files import replacing
@@ -121,7 +121,7 @@ def _users(restored: OpenRun, options: AskOptions) -> Users:
             f"--user {unknown[0]}: not among the {len(table.ids)} users of {options.users}. Fit this user with "
             "`pal-ds adapt` first."
         )
-    posterior = posterior_of_known(options.users, ids, "ask")
+    posterior = known_posterior(options.users, "ask")(ids)
     point = user_mixtures(head, table)[:-1][table.rows(ids)]
     return Users(ids, point, posterior.covariance)
 

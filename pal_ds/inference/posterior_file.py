@@ -1,7 +1,7 @@
 """How sure a fit is of each user, beside the user table on disk: covariances of points, bound to it by a hash."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,11 +76,11 @@ def read_posterior(folder: Path, num_users: int, num_prototypes: int) -> StoredP
     return StoredPosterior(covariance.float())
 
 
-def posterior_of_known(folder: Path, user_ids: Sequence[str], what: str) -> StoredPosterior:
-    """Read the posterior of the named users of a table, in this order; `what` asks for it, as in `--std`.
+def known_posterior(folder: Path, what: str) -> Callable[[Sequence[str]], StoredPosterior]:
+    """Read a table's posterior once; returns that of the named users, in their order. `what` is who asks: `--std`.
 
     Raises:
-        UserError: a user who is not in the table, or a table without a posterior.
+        UserError: a table without a posterior; from the returned function, a user who is not in the table.
     """
     table = UserTable.load(folder)
     stored = read_posterior(folder, len(table.ids), table.num_prototypes)
@@ -89,7 +89,8 @@ def posterior_of_known(folder: Path, user_ids: Sequence[str], what: str) -> Stor
             f"{what}: {folder} holds no {POSTERIOR}: an older version fitted its users, or the run's loss gives "
             f"comparisons no likelihood. {_REMEDY}"
         )
-    return StoredPosterior(stored.covariance[table.rows(user_ids)])
+    covariance = stored.covariance
+    return lambda user_ids: StoredPosterior(covariance[table.rows(user_ids)])
 
 
 def axes_of(covariance: Float[Tensor, "U K K"]) -> Float[Tensor, "U D K"]:
