@@ -15,8 +15,9 @@ __version__ = "0.1.0"
 
 _MODULE_OF = {
     **dict.fromkeys(
-        ("Run", "adapt", "consolidate", "evaluate", "few_shot", "prepare", "score", "train"), "api"
+        ("Run", "adapt", "ask", "consolidate", "evaluate", "few_shot", "prepare"), "api"
     ),
+    **dict.fromkeys(("score", "score_with_std", "train"), "api"),
     **dict.fromkeys(("load_pal_rm_a", "load_pal_rm_b", "load_reward_model"), "reward_models"),
     "Head": "heads.base",
     "MarginLoss": "losses",
@@ -31,6 +32,7 @@ __all__ = [
     "Source",
     "UserError",
     "adapt",
+    "ask",
     "consolidate",
     "evaluate",
     "few_shot",
@@ -39,11 +41,23 @@ __all__ = [
     "load_reward_model",
     "prepare",
     "score",
+    "score_with_std",
     "train",
 ]
 
 if TYPE_CHECKING:
-    from pal_ds.api import Run, adapt, consolidate, evaluate, few_shot, prepare, score, train
+    from pal_ds.api import (
+        Run,
+        adapt,
+        ask,
+        consolidate,
+        evaluate,
+        few_shot,
+        prepare,
+        score,
+        score_with_std,
+        train,
+    )
     from pal_ds.data.sources.base import Source
     from pal_ds.errors import UserError
     from pal_ds.heads.base import Head

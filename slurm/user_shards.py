@@ -36,6 +36,7 @@ def merge(out: Path) -> None:
     from pal_ds.adaptation.result import read_report
     from pal_ds.eval.results import write_user_figures
     from pal_ds.inference.fitted_to import read_record, write_record
+    from pal_ds.inference.posterior_file import read_posterior, write_posterior
     from pal_ds.users import UserTable
 
     folders = sorted(
@@ -64,6 +65,13 @@ def merge(out: Path) -> None:
     # Beside their names first: another task may be doing the same.
     part = out / f"merge.{os.getpid()}"
     merged.save(part)
+    stored = [
+        read_posterior(folder, len(table.ids), table.num_prototypes)
+        for folder, table in zip(folders, tables, strict=True)
+    ]
+    known = [one.covariance for one in stored if one is not None]
+    if len(known) == len(folders):
+        write_posterior(part, torch.cat(known))
     if records[0] is not None:
         write_record(part, records[0])
     for path in part.iterdir():

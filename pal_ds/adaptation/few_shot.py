@@ -1,22 +1,28 @@
 """Few-shot curve: accuracy for new users after k comparisons, by which few-shot adaptation is judged."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import xxhash
-from torch import Tensor
 
+from pal_ds.adaptation.active import (
+    NewUsersPool,
+    against_random,
+    refuse_strategies,
+    strategy_lines,
+)
+from pal_ds.adaptation.curve_scores import right_of_draws
 from pal_ds.adaptation.few_shot_scratch import (
     beside,
     length_baseline,
     scratch_lines,
     scratch_right,
 )
-from pal_ds.adaptation.fit import Solver, UserPairs, fit_users, pairs_per_chunk, refuse_solver
+from pal_ds.adaptation.fit import Solver, refuse_solver
 from pal_ds.adaptation.new_users import few_per_user
-from pal_ds.adaptation.run_users import prior_of
+from pal_ds.adaptation.strategies import Strategy
 from pal_ds.config.run_config import check_range
 from pal_ds.data.tables import PreparedData
 from pal_ds.data.verification import verify_content
@@ -32,13 +38,8 @@ from pal_ds.eval.metrics import (
 from pal_ds.eval.results import write_figures
 from pal_ds.eval.sanity_checks import ScoredPairs, unseen_above_seen
 from pal_ds.eval.schema import CurvePoint, FewShotFigures, ScratchPoint
-from pal_ds.heads.base import UserState
-from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.inference.load_run import OpenRun, open_run, with_weights
-from pal_ds.inference.mixtures import user_mixtures, widened
-from pal_ds.inference.readers import Reader, own_margins, reader_of
-from pal_ds.inference.scoring import Forwards
-from pal_ds.progress import progress_bar
+from pal_ds.inference.readers import own_margins, reader_of
 from pal_ds.runs.run_dir import RunDirectory
 
 
@@ -68,6 +69,7 @@ def evaluate_few_shot(
     num_draws: int,
     *,
     solver: Solver = "auto",
+    strategies: tuple[Strategy, ...] = ("random",),
     world: World | None = None,
 ) -> FewShotFigures:
     """Measure the few-shot curve, write eval/few_shot.json and return its content.
@@ -78,9 +80,10 @@ def evaluate_few_shot(
     "accuracy_ci95"} of the run's own users on `test`, "scratch": the same curve of each user's own regression, with the
     run's gain over it, "warnings": where the last k is served better than they are}.
     Ranks of a `world` share texts and scoring out, and each fits all users; without one this process is alone.
+    "strategies" has the curves of those of `strategies` that are not random, beside the random one; see `active.py`.
 
     Raises:
-        UserError: no k or no draw, or a negative k; or see `few_shot_curve`.
+        UserError: no k or no draw, or a negative k; a strategy for users without posteriors; or see `few_shot_curve`.
     """
     sound = bool(num_comparisons) and min(num_comparisons) >= 0
     check_range("num_comparisons", num_comparisons, sound, "numbers of 0 or more, at least one")
@@ -90,11 +93,16 @@ def evaluate_few_shot(
     if solver != "auto" and not opened.parts.head.has_points:
         raise UserError(f"--solver {solver}: this run's head has no users to fit. Leave it out.")
     refuse_solver(solver, opened.parts.head, opened.config.loss)
+    refuse_strategies(opened, strategies)
     _, test_rows = _fit_and_test_rows(opened.data)
     restored = world.on_every_rank(lambda: with_weights(opened, world.device))
     verify_content(restored.data.path, restored.data.info, world)
     seeds = tuple(range(num_draws))
-    curve = few_shot_curve(restored, num_comparisons, world, seeds=seeds, solver=solver)
+    names: tuple[Strategy, ...] = tuple(dict.fromkeys(("random", *strategies)))
+    curves = few_shot_curves(
+        restored, num_comparisons, world, seeds=seeds, solver=solver, strategies=names
+    )
+    curve = curves.pop("random")
     seen = _seen(restored, world)
     figures: FewShotFigures = {
         "step": restored.step,
@@ -105,7 +113,13 @@ def evaluate_few_shot(
         "length_baseline_accuracy": length_baseline(restored.data, test_rows),
         "warnings": unseen_above_seen(seen, ScoredPairs(curve.right[-1], curve.prompts)),
     }
-
+    if curves:
+        figures["strategies"] = {
+            name: against_random(
+                own.rows, own.right, curve.right, partial(_standard_error, curve=curve)
+            )
+            for name, own in curves.items()
+        }
     world.from_rank_zero(lambda: write_figures(opened.run, "few_shot", figures))
     return figures
 
@@ -121,6 +135,8 @@ def few_shot_lines(figures: FewShotFigures) -> list[str]:
             f"accuracy {row['accuracy']:.4f} [{low:.4f}, {high:.4f}]"
         )
     lines += scratch_lines(figures)
+    for name, own in figures.get("strategies", {}).items():
+        lines += strategy_lines(name, own)
     if seen["pairs"]:
         lines.append(f"seen users: accuracy {seen['accuracy']:.4f}")
     if not figures["monotone_within_ci95"]:
@@ -180,6 +196,23 @@ def few_shot_curve(
     Raises:
         UserError: no unseen user of the data can be fitted and tested.
     """
+    return few_shot_curves(restored, num_comparisons, world, seeds=seeds, solver=solver)["random"]
+
+
+def few_shot_curves(
+    restored: OpenRun,
+    num_comparisons: list[int],
+    world: World,
+    *,
+    seeds: tuple[int, ...] = (0,),
+    solver: Solver = "auto",
+    strategies: tuple[Strategy, ...] = ("random",),
+) -> dict[Strategy, Curve]:
+    """`few_shot_curve` for each strategy by which the k comparisons are chosen, on the same test pairs.
+
+    Raises:
+        UserError: no unseen user of the data can be fitted and tested.
+    """
     data = restored.data
     fit_rows, test_rows = _fit_and_test_rows(data)
     user_of = data.comparisons["user"]
@@ -188,41 +221,25 @@ def few_shot_curve(
     table_rows[owners] = np.arange(len(owners))
     everything = np.union1d(fit_rows, test_rows)
     reader = reader_of(restored, data, everything, table_rows, world, encode_ahead=True)
-    head = restored.model.head
-    population = widened(user_mixtures(head, restored.users)[-1:], head)
-    prior = prior_of(restored, world)
+    pool = NewUsersPool(restored, reader, fit_rows, len(owners), solver)
     draws = [(count, seed) for count in dict.fromkeys(num_comparisons) for seed in seeds]
-    drawn = [few_per_user(data, fit_rows, count, seed) for count, seed in draws]
-    # Each (k, seed, user) is fitted as a user of its own, all of them in one go.
-    rows = np.concatenate(drawn)
-    parts = [draw * len(owners) + table_rows[user_of[part]] for draw, part in enumerate(drawn)]
-    owner = np.concatenate(parts)
-    mixtures = population.repeat(len(draws) * len(owners), 1)
-    if restored.model.head.has_points and len(rows):
-        pairs, loss = UserPairs(rows, owner, len(mixtures)), restored.config.loss
-        logits = fit_users(
-            reader.model, reader.collator, pairs, loss=loss, prior=prior, solver=solver
-        )
-        fitted = np.unique(owner)
-        restored.model.head.eval()
-        mixtures[fitted] = restored.model.head.mixture_weights(UserState(logits[fitted]))
-    # Each rank fitted them, and which draws are alike decides which are scored, together: to the bit or not at all.
-    mixtures = world.from_rank_zero(lambda: mixtures)
-    right = _right(restored, reader, test_rows, mixtures.split(len(owners)), population, world)
-    from_scratch = scratch_right(
-        reader.collator,
-        rows=rows,
-        owner=owner,
-        num_draws=len(draws),
-        test_rows=test_rows,
-        test_owner=table_rows[user_of[test_rows]],
-    )
-    curve, scratch = (
-        _curve(data, test_rows, part.reshape(-1, len(seeds), len(test_rows)), draws, drawn)
-        for part in (right, from_scratch)
-    )
-    gains = curve.right - scratch.right
-    return curve._replace(scratch=beside(scratch.rows, gains, curve.users, curve.prompts))
+    shape = -1, len(seeds), len(test_rows)
+    curves: dict[Strategy, Curve] = {}
+    for strategy in strategies:
+        if strategy == "random":
+            drawn = [few_per_user(data, fit_rows, count, seed) for count, seed in draws]
+        else:
+            drawn = pool.drawn(strategy, draws)
+        right = right_of_draws(pool, test_rows, drawn, world)
+        curve = _curve(data, test_rows, right.reshape(shape), draws, drawn)
+        if strategy == "random":
+            from_scratch = scratch_right(pool, test_rows, drawn).reshape(shape)
+            scratch = _curve(data, test_rows, from_scratch, draws, drawn)
+            gains = curve.right - scratch.right
+            points = beside(scratch.rows, gains, curve.users, curve.prompts)
+            curve = curve._replace(scratch=points)
+        curves[strategy] = curve
+    return curves
 
 
 def _fit_and_test_rows(data: PreparedData) -> tuple[np.ndarray, np.ndarray]:
@@ -268,32 +285,3 @@ def _curve(
             point["bayes_accuracy"] = float(np.maximum(probability, 1 - probability).mean())
         curve.rows.append(point)
     return curve
-
-
-def _right(
-    restored: OpenRun,
-    reader: Reader,
-    rows: np.ndarray,
-    per_draw: tuple[Float[Tensor, "U K"], ...],
-    population: Float[Tensor, "one K"],
-    world: World,
-) -> np.ndarray:
-    """`metrics.correctness` of the test pairs under the mixtures of each draw, fp64 [draws, n]."""
-    correct = np.empty((len(per_draw), len(rows)))
-    num_pairs = pairs_per_chunk(restored.model.head, reader.collator, rows)
-    forwards = Forwards(reader.model, reader.collator, num_pairs, world)
-    scored: dict[bytes, np.ndarray] = {}
-    # Where users are their groups, a comparison's own is known, of whomever it is.
-    by_group = "group" in restored.model.head.needs
-    with progress_bar("testing new users", len(per_draw), shown=True, unit="pairs") as advance:
-        for index, mixtures in enumerate(per_draw):
-            of_draw = torch.cat([mixtures, population])
-            # Without comparisons, or without users, all draws are alike.
-            key = xxhash.xxh3_128_digest(of_draw.cpu().numpy().tobytes())
-            if key not in scored:
-                points = None if by_group else of_draw.to(world.device)
-                margins = forwards.margins(rows, points)
-                scored[key] = scored_pairs(restored.data, rows, margins).right
-            correct[index] = scored[key]
-            advance(len(rows))
-    return correct

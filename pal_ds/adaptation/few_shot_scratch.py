@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pal_ds.data.collator import Collator
+from pal_ds.adaptation.active import NewUsersPool
 from pal_ds.data.tables import PreparedData
 from pal_ds.eval.baselines import length_margins
 from pal_ds.eval.metrics import clustered_standard_error, correctness
@@ -14,30 +14,20 @@ from pal_ds.heads.jaxtyping_fallback import Float
 
 
 def scratch_right(
-    collator: Collator,
-    *,
-    rows: np.ndarray,
-    owner: np.ndarray,
-    num_draws: int,
-    test_rows: np.ndarray,
-    test_owner: np.ndarray,
+    pool: NewUsersPool, test_rows: np.ndarray, drawn: list[np.ndarray]
 ) -> Float[np.ndarray, "draws n"]:
     """`metrics.correctness` of the test pairs after each draw, by regressions on the draw's comparisons alone.
 
-    Args:
-        collator: with stored states, or data of vectors.
-        rows: comparisons of all draws, one after the other.
-        owner: draw * number of users + user of each.
-        num_draws: how many draws there are.
-        test_rows: comparisons that are scored after every draw.
-        test_owner: user of each, 0..number of users - 1.
+    The pool's reader has stored states, or data of vectors.
     """
-    num_users = int(test_owner.max()) + 1
+    collator, num_users, num_draws = pool.reader.collator, pool.num_users, len(drawn)
+    test_owner = collator.user_rows(test_rows)
+    owners = [draw * num_users + collator.user_rows(part) for draw, part in enumerate(drawn)]
     draws = np.repeat(np.arange(num_draws), len(test_rows))
     margins = scratch_margins(
         collator,
-        fit_rows=rows,
-        fit_owner=owner,
+        fit_rows=np.concatenate(drawn),
+        fit_owner=np.concatenate(owners),
         num_users=num_draws * num_users,
         test_rows=np.tile(test_rows, num_draws),
         test_owner=draws * num_users + np.tile(test_owner, num_draws),

@@ -7,6 +7,7 @@ to infinity. Who maximises it is the solver's choice: `newton.py` from statistic
 """
 
 import math
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -99,11 +100,24 @@ def fit_users(
                 "Leave --solver out."
             )
         return encode_users(model, collator, rows, user_index, num_users, device)
+    logits = prior.mean.repeat(num_users, 1)
+    for users, chunk in chunks_of(model, collator, pairs):
+        begins = None if initial is None else initial[users].to(device)
+        fitted = _fit_chunk(chunk, loss, prior, solver, begins)
+        logits[users] = fitted.cpu()
+    return logits
+
+
+def chunks_of(
+    model: RewardModel, collator: Collator, pairs: UserPairs
+) -> Iterator[tuple[Int[Tensor, "u"], "Chunk"]]:
+    """The users of `pairs` who have comparisons, some at a time, with all that a head reads of them."""
+    rows, user_index, _ = pairs
+    device = next(model.head.parameters()).device
     model.eval()
     for module in model.head.modules():
         # A hard mixture has no gradient; without dropout and noise, training mode is the soft one.
         module.train(not isinstance(module, nn.Dropout))
-    logits = prior.mean.repeat(num_users, 1)
     order = np.argsort(user_index, kind="stable")
     chunks = _chunks(user_index[order], pairs_per_chunk(model.head, collator, rows))
     for begin, end in chunks:
@@ -114,12 +128,9 @@ def fit_users(
             features = model.backbone(batch)
             threshold = None if model.tie_threshold is None else model.tie_threshold()
         owner = torch.from_numpy(index).to(device)
-        chunk = _Chunk(model.head, features, batch, owner, len(users), threshold)
-        begins = None if initial is None else initial[users].to(device)
-        fitted = _fit_chunk(chunk, loss, prior, solver, begins)
-        logits[torch.from_numpy(users)] = fitted.cpu()
+        chunk = Chunk(model.head, features, batch, owner, len(users), threshold)
+        yield torch.from_numpy(users), chunk
     model.eval()
-    return logits
 
 
 def pairs_per_chunk(head: Head, collator: Collator, rows: np.ndarray) -> int:
@@ -166,7 +177,7 @@ def _chunks(sorted_users: np.ndarray, num_pairs: int) -> list[tuple[int, int]]:
     return chunks
 
 
-class _Chunk(NamedTuple):
+class Chunk(NamedTuple):
     """Comparisons of some users with what a head reads of them."""
 
     head: Head
@@ -178,7 +189,7 @@ class _Chunk(NamedTuple):
 
 
 def _fit_chunk(
-    chunk: _Chunk,
+    chunk: Chunk,
     loss: PreferenceLoss,
     prior: UserPrior,
     solver: Solver,

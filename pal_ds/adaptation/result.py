@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import NotRequired, TypedDict, cast
 
 import torch
 
@@ -29,6 +29,8 @@ class AdaptedUser(TypedDict):
     """Share of the pairs that the fit explains; optimistic, since it was fitted to them."""
     mixture: list[float]
     """Weight of each prototype; K numbers that sum to 1."""
+    margin_std: NotRequired[float]
+    """Mean over these pairs of the standard deviation of the margin, in the margin's units: how sure the fit is."""
 
 
 class AdaptFigures(TypedDict):
@@ -91,6 +93,10 @@ def figures_of_fit(restored: OpenRun, table: UserTable, shards: list[FittedShard
             table.ids, num_pairs.tolist(), accuracy, mixtures, strict=True
         )
     }
+    if all(shard.covariance.shape[1] for shard in shards):
+        margin_std = torch.cat([shard.margin_std for shard in shards]).tolist()
+        for entry, std in zip(users.values(), margin_std, strict=True):
+            entry["margin_std"] = std
     total = int(num_pairs.sum())
     return {
         "step": restored.step,

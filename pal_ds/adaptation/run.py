@@ -24,6 +24,7 @@ from pal_ds.adaptation.new_users import (
     few_per_user,
     num_positions,
 )
+from pal_ds.adaptation.prior import LogitPrior
 from pal_ds.adaptation.result import (
     REPORT,
     AdaptReport,
@@ -32,6 +33,7 @@ from pal_ds.adaptation.result import (
     refuse_foreign,
 )
 from pal_ds.adaptation.run_users import prior_of
+from pal_ds.adaptation.user_posteriors import has_posterior, posterior_of_users
 from pal_ds.data.sources.base import Source
 from pal_ds.data.tables import PreparedData, preferences
 from pal_ds.distributed.world import World
@@ -43,6 +45,7 @@ from pal_ds.heads.base import UserState
 from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.inference.fitted_to import write_record
 from pal_ds.inference.load_run import OpenRun, restore
+from pal_ds.inference.posterior_file import write_posterior
 from pal_ds.inference.readers import Reader, reader_of
 from pal_ds.inference.scoring import Forwards
 from pal_ds.io.files import new_files
@@ -73,6 +76,8 @@ class AdaptOptions:
     """A number, latest or best."""
     seed: int = 0
     solver: Solver = "auto"
+    posterior: bool = True
+    """Write the posterior of each user's point, where comparisons have a likelihood."""
     trust_checkpoint: bool = False
     """Read runs of another owner."""
     trust_code: bool = False
@@ -123,6 +128,8 @@ def _adapt(run: RunDirectory, out: Path, options: AdaptOptions) -> AdaptReport:
         users = NewUsers.of(data, rows, positions)
         _warn_of_known(restored, users.ids)
         inputs = _inputs(restored, data, users, solver, seed, world)
+        if not options.posterior:
+            inputs["posterior"] = False
         folder = ShardFolder(out, inputs)
         fitted_to = restored.fitted_to(restored.model.head)
         if (made := fitted_before(out, folder, fitted_to)) is not None:
@@ -131,13 +138,16 @@ def _adapt(run: RunDirectory, out: Path, options: AdaptOptions) -> AdaptReport:
         head = restored.model.head
         width = head.num_prototypes + head.residual_size
         table = UserTable(width, users.ids, restored.config.users, seed=seed)
-        fitting = Fitting(restored, data, users, table.logits, solver, world)
+        sure = options.posterior and has_posterior(head, restored.config.loss)
+        fitting = Fitting(restored, data, users, table.logits, solver, world, sure)
         shards = fitting.all_shards(folder, positions)
     table.logits.copy_(torch.cat([shard.logits for shard in shards]))
     table.seen.fill_(True)
     report: AdaptReport = {"inputs": folder.key, **figures_of_fit(restored, table, shards)}
     with new_files(out) as aside:
         table.save(aside)
+        if sure:
+            write_posterior(aside, torch.cat([shard.covariance for shard in shards]))
         write_record(aside, fitted_to)
         write_user_figures(aside / REPORT, report)
     folder.remove()
@@ -185,6 +195,7 @@ class Fitting:
     """Logits that the users would start with in training."""
     solver: Solver
     world: World
+    has_posterior: bool
 
     def all_shards(self, folder: ShardFolder, positions: np.ndarray) -> list[FittedShard]:
         """Every shard: read where an earlier start left it, else fitted and written."""
@@ -236,10 +247,11 @@ class Fitting:
         collator = replace(reader.collator, table_rows=self.users.table_rows - begin)
         owner = collator.user_rows(rows)
         loss, device = self.restored.config.loss, self.world.device
+        pairs = UserPairs(rows, owner, end - begin)
         logits = fit_users(
             reader.model,
             collator,
-            UserPairs(rows, owner, end - begin),
+            pairs,
             loss=loss,
             prior=prior,
             solver=self.solver,
@@ -252,8 +264,16 @@ class Fitting:
         forwards = Forwards(reader.model, collator, num_pairs, self.world)
         margins = forwards.margins(rows, mixtures)
         right = correctness(margins, preferences(self.data.comparisons[rows]).astype(float))
+        covariance, margin_std = logits.new_zeros(len(logits), 0, 0), logits.new_zeros(len(logits))
+        if self.has_posterior:
+            assert isinstance(prior, LogitPrior), "directions of users' own have no posterior yet"
+            covariance, margin_std = posterior_of_users(
+                reader.model, collator, pairs, logits, loss=loss, prior=prior
+            )
         return FittedShard(
             logits,
             torch.from_numpy(np.bincount(owner, minlength=end - begin)),
             torch.from_numpy(np.bincount(owner, weights=right, minlength=end - begin)),
+            covariance,
+            margin_std,
         )

@@ -6,16 +6,19 @@ wrote, as a path or as the `Run` that `train` returned.
 """
 
 from pal_ds.api.run import Run, prepare, train
-from pal_ds.api.use import AdaptedUsers, adapt, consolidate, evaluate, few_shot, score
+from pal_ds.api.scores import ask, score, score_with_std
+from pal_ds.api.use import AdaptedUsers, adapt, consolidate, evaluate, few_shot
 
 __all__ = [
     "AdaptedUsers",
     "Run",
     "adapt",
+    "ask",
     "consolidate",
     "evaluate",
     "few_shot",
     "prepare",
     "score",
+    "score_with_std",
     "train",
 ]

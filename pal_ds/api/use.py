@@ -1,13 +1,12 @@
-"""Uses of a trained run from Python: evaluations, new users, scores, exported models."""
+"""Uses of a trained run from Python: evaluations, new users, exported models."""
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from pal_ds.api.run import AnyRun, Records, as_pairs, for_people, path_or_list, run_of
+from pal_ds.api.run import AnyRun, Records, as_pairs, for_people, run_of
 from pal_ds.errors import UserError
 from pal_ds.io.files import at_home
 from pal_ds.runs.run_dir import RunDirectory
@@ -93,6 +92,7 @@ def few_shot(
     num_draws: int = 20,
     *,
     solver: Literal["auto", "newton", "adam", "reference"] = "auto",
+    strategies: Sequence[Literal["random", "d_optimal", "bald", "thompson"]] = ("random",),
 ) -> dict[str, Any]:
     """Accuracy of held-out users after k comparisons each; also written to RUN/eval/few_shot.json.
 
@@ -101,6 +101,8 @@ def few_shot(
         num_comparisons: values of k.
         num_draws: random draws of the k comparisons.
         solver: as for `adapt`.
+        strategies: how the k are chosen; each but `random` has a curve of its own in `strategies`, with the paired
+            difference from random.
 
     Returns:
         `curve`, one row per k with `accuracy` and its interval, `seen` users beside, and `monotone_within_ci95`.
@@ -119,7 +121,13 @@ def few_shot(
             trust=where.trust_checkpoint,
             trust_code=where.trust_code,
         )
-        figures = evaluate_few_shot(opened, list(num_comparisons), num_draws, solver=solver)
+        figures = evaluate_few_shot(
+            opened,
+            list(num_comparisons),
+            num_draws,
+            solver=solver,
+            strategies=tuple(strategies),
+        )
         return dict(figures)
 
 
@@ -163,51 +171,6 @@ def adapt(
         )
         report = adapt_run(RunDirectory(where.path), folder, options)
         return AdaptedUsers(folder, dict(report))
-
-
-def score(
-    model: AnyRun,
-    texts: Records,
-    *,
-    user: str | None = None,
-    mixture: Sequence[float] | None = None,
-    group: str | None = None,
-    users: str | os.PathLike[str] | None = None,
-    trust_remote_code: bool = False,
-) -> list[float]:
-    """Scalar rewards of texts, by a run or by a folder that `consolidate` wrote; in one process.
-
-    Args:
-        model: the run or the folder.
-        texts: records of `prompt` and `response` (strings or chat messages), or of `text`; one with a `user_id` is
-            scored for that user.
-        user: id of a user of the run, or of `users`, for all texts; without any of these three, the average user for
-            texts that name none.
-        mixture: a point of K numbers in place of a user.
-        group: a group of the run's data, for a head that asks for it.
-        users: new users that `adapt` fitted, among whom `user` is looked up first.
-        trust_remote_code: run the code that lies in an exported folder; see `load_reward_model`.
-
-    Returns:
-        One reward for each text, in order; NaN, with a warning, for a response longer than the model's max_length.
-
-    Raises:
-        UserError: no such model or user, two of user, mixture and group, or a text that cannot be read.
-    """
-    from pal_ds.export.card import FACTS_NAME
-    from pal_ds.inference.text_rows import read_rows, rows_of
-    from pal_ds.reward_models import Whom, scorer_of_export, scorer_of_run
-
-    where = run_of(model)
-    whom = Whom(user, mixture, group, None if users is None else at_home(users))
-    with for_people():
-        of_caller = path_or_list(texts, "texts")
-        rows = read_rows(of_caller) if isinstance(of_caller, Path) else rows_of(of_caller)
-        if (where.path / FACTS_NAME).is_file():
-            scorer = scorer_of_export(where.path, whom, trust_remote_code=trust_remote_code)
-        else:
-            scorer = scorer_of_run(RunDirectory(where.path), whom, str(where.step), **where.leave)
-        return [math.nan if score is None else score for score in scorer.score_all(rows)]
 
 
 def consolidate(

@@ -54,6 +54,10 @@ COMMANDS = {
         "evaluation_commands:FewShot",
         "Accuracy of held-out users after k comparisons, for several k; result goes to eval/few_shot.json.",
     ),
+    "ask": Entry(
+        "ask:Ask",
+        "Choose for each fitted user the comparisons, out of a pool, whose answers would tell most.",
+    ),
     "users": Entry("evaluation_commands:Users", "List the users of a run, or make it forget one."),
     "score": Entry(
         "export_commands:Score",

@@ -124,6 +124,12 @@ class FewShot:
         )
         add("--num_draws", type=int, default=20, help="random draws of the k comparisons")
         add("--solver", **SOLVER)
+        add(
+            "--strategy",
+            type=keys,
+            default=["random"],
+            help="how the k are chosen: random,d_optimal,bald,thompson; each beside random",
+        )
 
     @staticmethod
     def run(options: Namespace, _: Namespace) -> None:
@@ -133,7 +139,13 @@ class FewShot:
         counts = whole_numbers("--num_comparisons", options.num_comparisons)
         run, (trust, code) = RunDirectory(options.run_dir), leave_of(options).values()
         opened = open_run(run, options.step, trust=trust, trust_code=code)
-        figures = evaluate_few_shot(opened, counts, options.num_draws, solver=options.solver)
+        figures = evaluate_few_shot(
+            opened,
+            counts,
+            options.num_draws,
+            solver=options.solver,
+            strategies=tuple(options.strategy),
+        )
         print("\n".join(few_shot_lines(figures)))
 
 
@@ -153,13 +165,15 @@ class Adapt:
         add("--num_pairs", type=int, help="comparisons to keep per user; unset keeps all")
         add("--seed", type=int, default=0, help="of the draw of comparisons")
         add("--solver", **SOLVER)
+        add("--no_posterior", action="store_true", help="leave out how sure each user's fit is")
         add("--out", type=str, required=True, help="directory for the user table and its report")
 
     @staticmethod
     def run(options: Namespace, _: Namespace) -> None:
         from pal_ds.adaptation.run import AdaptOptions, adapt_run
 
-        chosen = options_of(AdaptOptions, options, pairs=as_path(options.pairs))
+        more = {"pairs": as_path(options.pairs), "posterior": not options.no_posterior}
+        chosen = options_of(AdaptOptions, options, **more)
         report = adapt_run(RunDirectory(options.run_dir), at_home(options.out), chosen)
         print(f"{len(report['users'])} users from {report['pairs']} pairs -> {options.out}")
 

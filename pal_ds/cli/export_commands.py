@@ -166,6 +166,8 @@ class Score:
         add("--user", type=str, help="user id of the run, or of --users")
         add("--group", type=str, help="group of the run's data, of --run_dir")
         add("--users", type=str, help="users that `adapt` fitted")
+        add("--std", action="store_true", help="add reward_std, how sure each score is of its user")
+        add("--pessimism", type=float, help="standard deviations to take off each score")
         add("--step", **STEP)
         add("--batch_texts", type=int, default=16, help="texts per forward")
         add_trust(parser)
@@ -176,6 +178,7 @@ class Score:
     def run(options: Namespace, _: Namespace) -> None:
         with imports_at_once():
             from pal_ds.inference.score_texts import write_scores
+            from pal_ds.inference.sure_scores import with_posterior
             from pal_ds.inference.text_rows import read_rows, warn_of_scored
             from pal_ds.io.files import replacing
             from pal_ds.reward_models import Whom, scorer_of_export, scorer_of_run
@@ -205,6 +208,9 @@ class Score:
                 trust_remote_code=options.trust_remote_code,
                 verify=options.verify or None,
             )
+        if options.std or options.pessimism is not None:
+            c = options.pessimism or 0.0
+            scorer = with_posterior(scorer, whom.users_dir, options.user, pessimism=c)
         if options.output == "-":
             write_scores(scorer, rows, sys.stdout, options.batch_texts)
             return

@@ -38,8 +38,12 @@ OPTIONAL_KEYS = (
     "tie",
 )
 FACT_KEYS = ("controversial", "probability")
+NOTE_KEYS = ("gain", "rank")
+"""Keys that `ask` leaves in its lines; nothing reads them."""
 KNOWN_KEYS = tuple(
-    dict.fromkeys([*OPTIONAL_KEYS, *FACT_KEYS, *(k for form in REQUIRED_FORMS for k in form)])
+    dict.fromkeys(
+        [*OPTIONAL_KEYS, *FACT_KEYS, *NOTE_KEYS, *(k for form in REQUIRED_FORMS for k in form)]
+    )
 )
 SPLIT_FIELD_NAMES = ("train", "dev", "test")
 

@@ -210,12 +210,34 @@ class ScratchPoint(CurvePoint):
     gain_ci95: list[float]
 
 
+class GainOverRandom(TypedDict):
+    """Accuracy of a strategy less that of random choices, on the same test pairs."""
+
+    num_comparisons: int
+    difference: float
+    difference_ci95: list[float]
+    """[low, high], paired by test pair, clustered by user or by prompt, whichever is wider."""
+
+
+class StrategyFigures(TypedDict):
+    """New users whose comparisons a strategy chose."""
+
+    curve: list[CurvePoint]
+    against_random: list[GainOverRandom]
+    comparisons_to_reach: float | None
+    """Comparisons after which it has nine tenths of the gain that random choices have at the largest k; null for
+    never."""
+    random_comparisons_to_reach: float | None
+
+
 class FewShotFigures(TypedDict):
     """The whole of eval/few_shot.json. It stands here because the report, which reads it, lies below adaptation."""
 
     step: int
     curve: list[CurvePoint]
     monotone_within_ci95: bool
+    strategies: NotRequired[dict[str, StrategyFigures]]
+    """By strategy, but for `random`, whose curve is `curve`."""
     seen: MeanFigures
     scratch: NotRequired[list[ScratchPoint]]
     """In the order of `curve`. Missing from evaluations of an earlier version, as `length_baseline_accuracy` is."""

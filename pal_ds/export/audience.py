@@ -13,6 +13,7 @@ from pal_ds.errors import UserError
 from pal_ds.heads.base import Head, UserState
 from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.inference.mixtures import user_mixtures
+from pal_ds.inference.posterior_file import read_posterior
 from pal_ds.remote_code.simplex import check_point
 from pal_ds.users import UserTable
 from pal_ds.users.ids import POPULATION_USER, generic_row_of
@@ -139,3 +140,21 @@ def mixtures_of(
     logits[~adapted, : head.num_prototypes] = users.logits[users.rows(others)]
     with torch.no_grad():
         return head.eval().mixture_weights(UserState(logits))
+
+
+def posteriors_of(
+    user_ids: Sequence[str], mixtures: Sequence[list[float] | None], users_dir: Path | None
+) -> list[dict[str, object] | None]:
+    """Return what `PalRewardConfig.posterior` holds of each user; None for those whom `adapt` left no posterior of."""
+    none: list[dict[str, object] | None] = [None] * len(user_ids)
+    if users_dir is None:
+        return none
+    table = UserTable.load(users_dir)
+    stored = read_posterior(users_dir, len(table.ids), table.num_prototypes)
+    if stored is None:
+        return none
+    rows = table.ids.find(user_ids).tolist()
+    return [
+        None if row < 0 else {"mixture": mixture, "covariance": stored.covariance[row].tolist()}
+        for row, mixture in zip(rows, mixtures, strict=True)
+    ]

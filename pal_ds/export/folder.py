@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from pal_ds.data.tokenise import truncation_side
 from pal_ds.errors import UserError
 from pal_ds.export import bundle_code, card, configs, contents, tokenizer
-from pal_ds.export.audience import Audience, choose_audience
+from pal_ds.export.audience import Audience, choose_audience, posteriors_of
 from pal_ds.export.parity import Probe, exported_scores, probe_of, read_samples, trainer_scores
 from pal_ds.export.weights import DTYPES, Layout, Weights, parse_size, weights_of, write_weights
 from pal_ds.heads.base import Head
@@ -117,6 +117,10 @@ def fill_folder(folder: Path, opened: OpenRun, options: ExportOptions) -> card.R
         stock = configs.stock_class(configs.backbone_config(opened))
     if stock is None or linear is None:
         config = configs.pal_config(opened, audience.mixture)
+        if options.user is not None and options.users_dir is not None:
+            (config.posterior,) = posteriors_of(
+                [options.user], [audience.mixture], options.users_dir
+            )
         config.reward_mean, config.reward_std = options.reward_mean, options.reward_std
         tokenizer.copy_tokenizer(opened.data.tokenizer_path, folder)
         layout = configs.pal_layout(folder, config, weights)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pal_ds.errors import UserError
 from pal_ds.export import card, contents
-from pal_ds.export.audience import mixtures_of
+from pal_ds.export.audience import mixtures_of, posteriors_of
 from pal_ds.export.folder import ExportOptions, fill_folder, open_for_export
 from pal_ds.inference.load_run import trained_head
 from pal_ds.io.files import new_folder
@@ -53,6 +53,7 @@ def export_users(
             f"{type(head).__name__} has one reward for everyone: leave out the list of users."
         )
     mixtures = mixtures_of(head, opened.users, user_ids, options.users_dir).tolist()
+    posteriors = posteriors_of(user_ids, mixtures, options.users_dir)
     folders = {user_id: folder_name(user_id) for user_id in user_ids}
     assert len(set(folders.values())) == len(user_ids), "folder names must tell users apart"
     with new_folder(out) as folder:
@@ -60,8 +61,10 @@ def export_users(
         shared.mkdir()
         facts = fill_folder(shared, opened, options)
         with progress_bar("users", len(user_ids), shown=not options.quiet, unit="users") as advance:
-            for name, mixture in zip(folders.values(), mixtures, strict=True):
-                _write_user(folder / name, shared, facts, mixture)
+            for name, mixture, posterior in zip(
+                folders.values(), mixtures, posteriors, strict=True
+            ):
+                _write_user(folder / name, shared, facts, mixture, posterior)
                 advance(1)
         text = json.dumps(folders, indent=1, ensure_ascii=False)
         (folder / INDEX).write_text(text + "\n", encoding="utf-8")
@@ -119,14 +122,20 @@ def users_of(adapted: Path) -> list[str]:
 
 
 def _write_user(
-    folder: Path, shared: Path, shared_facts: card.RunExport, mixture: list[float]
+    folder: Path,
+    shared: Path,
+    shared_facts: card.RunExport,
+    mixture: list[float],
+    posterior: dict[str, object] | None,
 ) -> None:
     folder.mkdir()
     for file in shared.iterdir():
         if file.name not in _OWN:
             (folder / file.name).symlink_to(Path("..") / SHARED / file.name)
-    config = json.loads((shared / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"mixture": mixture}, indent=2) + "\n")
+    config = json.loads((shared / "config.json").read_text()) | {"mixture": mixture}
+    if posterior is not None:
+        config["posterior"] = posterior
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     facts: card.RunExport = {
         **shared_facts,
         "audience": "one user",

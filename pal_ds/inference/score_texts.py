@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import torch
 from transformers import PreTrainedModel
@@ -26,6 +26,18 @@ _CUT_TEXT = (
 )
 
 
+Covariance = list[list[float]]
+"""Of a user's point, [K][K]."""
+
+
+class Score(NamedTuple):
+    """A text's score, and how sure it is."""
+
+    score: float
+    std: float | None = None
+    """Standard deviation of the reward under the user's posterior, in the score's units; None where not wanted."""
+
+
 @dataclass(frozen=True)
 class Scorer:
     """A reward model and how its texts are rendered."""
@@ -40,6 +52,11 @@ class Scorer:
     """True where the caller named one user, mixture or group for all lines."""
     needs_names: bool = False
     """True where a table of users was given, which only lines that name users can refer to."""
+    covariance_of: Callable[[str | None], Covariance] | None = None
+    """Covariance of the point of a user whom lines name, or of the one user of all (None); given where scores come with
+    a standard deviation."""
+    pessimism: float = 0.0
+    """Standard deviations that are taken off each reward."""
     counts: Counter[str] = field(default_factory=Counter)
     """Texts that did not fit, by what was done."""
 
@@ -95,11 +112,15 @@ class Scorer:
 
     def score_all(self, rows: list[Row], batch_texts: int = 16) -> list[float | None]:
         """One score per row, `batch_texts` rows in a forward; None where a response is too long."""
+        return [None if s is None else s.score for s in self.score_all_with_std(rows, batch_texts)]
+
+    def score_all_with_std(self, rows: list[Row], batch_texts: int = 16) -> list[Score | None]:
+        """`score_all`, with the standard deviation of each where `covariance_of` is given."""
         points = self.points(rows)
-        scores: list[float | None] = []
+        scores: list[Score | None] = []
         for start in range(0, len(rows), batch_texts):
             stop = start + batch_texts
-            scores += self.score(rows[start:stop], points[start:stop])
+            scores += self.score_with_std(rows[start:stop], points[start:stop])
         self.warn()
         return scores
 
@@ -172,47 +193,72 @@ class Scorer:
         Raises:
             UserError: a row that the model cannot read, or whose score is not finite.
         """
+        return [
+            None if score is None else score.score for score in self.score_with_std(rows, points)
+        ]
+
+    def score_with_std(
+        self, rows: list[Row], points: Sequence[list[float] | None] | None = None
+    ) -> list[Score | None]:
+        """`score`, with the standard deviation of each where `covariance_of` is given."""
         items = [self.tokenise(row) for row in rows]
         points = points or [None] * len(rows)
-        scores: list[float | None] = [None] * len(rows)
-        kinds: dict[tuple[bool, tuple[float, ...] | None], list[int]] = {}
+        scores: list[Score | None] = [None] * len(rows)
+        kinds: dict[tuple[bool, tuple[float, ...] | None, str | None], list[int]] = {}
         for i, (item, point) in enumerate(zip(items, points, strict=True)):
             if item is not None:
                 # Rows whose boundary was given and rows whose marker must be found go apart, as users do.
-                kind = item[1] is not None, None if point is None else tuple(point)
+                own = None if point is None or self.covariance_of is None else self._name(rows[i])
+                kind = item[1] is not None, None if point is None else tuple(point), own
                 kinds.setdefault(kind, []).append(i)
-        own = getattr(self.model.config, "mixture", None)
+        config = self.model.config
+        before = {name: getattr(config, name, None) for name in ("mixture", "posterior")}
         try:
-            for (given, point), chosen in kinds.items():
+            for (given, point, name), chosen in kinds.items():
                 if point is not None:
-                    self.model.config.mixture = list(point)
-                for i, value in zip(chosen, self._forward(rows, items, chosen, given), strict=True):
-                    scores[i] = value
+                    config.mixture = list(point)
+                if self.covariance_of is not None:
+                    covariance = self.covariance_of(name)
+                    config.posterior = {"mixture": config.mixture, "covariance": covariance}
+                for i, score in zip(chosen, self._forward(rows, items, chosen, given), strict=True):
+                    scores[i] = score
                 if point is not None:
-                    self.model.config.mixture = own
+                    config.mixture = before["mixture"]
         finally:
-            if own is not None:
-                self.model.config.mixture = own
+            for key, value in before.items():
+                if value is not None:
+                    setattr(config, key, value)
         return scores
+
+    def _name(self, row: Row) -> str:
+        return str(getattr(row, self.line_key))
 
     def _forward(
         self, rows: list[Row], items: Sequence[Any], chosen: list[int], given: bool
-    ) -> list[float]:
+    ) -> list[Score]:
         ids, mask = pad_right([items[i][0] for i in chosen], 0, self.model.device)
-        extra = {"prompt_lengths": [items[i][1] for i in chosen]} if given else {}
+        extra: dict[str, object] = {}
+        if given:
+            extra["prompt_lengths"] = [items[i][1] for i in chosen]
+        if self.covariance_of is not None:
+            extra["return_std"] = True
         try:
             with torch.no_grad():
-                logits = self.model(input_ids=ids, attention_mask=mask, **extra).logits
+                output = self.model(input_ids=ids, attention_mask=mask, **extra)
         except ValueError as error:
             raise UserError(f"{rows[chosen[0]].where} or near it: {error}") from None
-        values = logits[:, 0].tolist()
+        values = output.logits[:, 0].tolist()
+        stds = output.std[:, 0].tolist() if self.covariance_of is not None else [None] * len(values)
         for i, value in zip(chosen, values, strict=True):
             if not math.isfinite(value):
                 raise UserError(
                     f"{rows[i].where}: its score is {value}, no finite number; the model's weights are damaged, or "
                     "too large for its dtype."
                 )
-        return values
+        return [
+            Score(value - self.pessimism * (std or 0.0), std)
+            for value, std in zip(values, stds, strict=True)
+        ]
 
     def warn(self) -> None:
         """Tell of texts that did not fit."""
@@ -228,9 +274,11 @@ def write_scores(scorer: Scorer, rows: list[Row], stream: TextIO, batch_texts: i
     with progress_bar("scoring", len(starts), shown=True) as advance:
         for start in starts:
             batch = rows[start : start + batch_texts]
-            scores = scorer.score(batch, points[start : start + batch_texts])
+            scores = scorer.score_with_std(batch, points[start : start + batch_texts])
             for row, score in zip(batch, scores, strict=True):
-                line = {**row.record, "score": score}
+                line = {**row.record, "score": None if score is None else score.score}
+                if scorer.covariance_of is not None:
+                    line["reward_std"] = None if score is None else score.std
                 stream.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
             advance(len(batch))
     scorer.warn()

@@ -4,17 +4,18 @@ An exported model folder carries this code in one file, so it needs torch and tr
 the trainer did, however it was tokenised: with or without special tokens, padded on either side, alone or in a batch.
 """
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .canonical import canonical_ids, find_prompt_length, num_leading, truncated
+from .deviation import RewardOutput, standard_deviation
 from .encoding import drop_unused_modules, hidden_size_of, hidden_states, read_states
 from .exported_head import Features, UserState, build_head
-from .rows import pad_right, spread, token_mask
+from .rows import Text, pad_right, spread, token_mask
 from .simplex import check_point
 from .versions import known_config
 from .whole_weights import WholeWeights
@@ -44,6 +45,7 @@ class PalRewardConfig(PretrainedConfig):
         truncation_side: str = "left",
         reward_mean: float | None = None,
         reward_std: float | None = None,
+        posterior: dict | None = None,
         **kwargs: Any,
     ) -> None:
         """Keeps what it is given; the model checks it, since `from_pretrained` may set keys later.
@@ -64,6 +66,7 @@ class PalRewardConfig(PretrainedConfig):
                 join an end with what precedes it).
             reward_mean, reward_std: of the rewards on the run's own data, for whoever wants to
                 normalise; logits are as the trainer scored.
+            posterior: {"mixture", "covariance"} of the user whom `return_std` is for, K and K x K numbers.
         """
         if isinstance(text_config, dict):
             text_config = known_config(text_config, kwargs.get("transformers_version"))
@@ -82,6 +85,7 @@ class PalRewardConfig(PretrainedConfig):
         self.prompt_end_replaces = prompt_end_replaces
         self.reward_mean = reward_mean
         self.reward_std = reward_std
+        self.posterior = posterior
         if text_config is not None:
             kwargs.setdefault("hidden_size", hidden_size_of(text_config))
         if kwargs.get("id2label") is None:
@@ -124,8 +128,9 @@ class PalForSequenceClassification(WholeWeights, PreTrainedModel):
         attention_mask: Tensor | None = None,
         prompt_lengths: Tensor | list[int] | None = None,
         return_token_scores: bool = False,
+        return_std: bool = False,
         **kwargs: Any,
-    ) -> SequenceClassifierOutput:
+    ) -> RewardOutput:
         """fp32 logits [B, 1] of token rows [B, L].
 
         Args:
@@ -135,6 +140,7 @@ class PalForSequenceClassification(WholeWeights, PreTrainedModel):
                 Where the model must know the prompt, this goes before the response marker.
             return_token_scores: logits [B, L] instead: the score of the text as if it ended at each
                 token; 0 on padding and on what was cut to fit. Not where a text is pooled.
+            return_std: also `std` [B, 1], how sure the rewards are of this user (`config.posterior`).
 
         Raises:
             ValueError: a row without tokens, padding that cannot be told, a boundary that cannot be
@@ -153,14 +159,18 @@ class PalForSequenceClassification(WholeWeights, PreTrainedModel):
         rows = [canonical_ids(ids, config.prefix_ids, *ends) for ids in given]
         texts = self._texts(rows, self._response_starts(given, rows, prompt_lengths))
         if not return_token_scores:
-            rewards = self._rewards(texts, [[len(text.ids) - 1] for text in texts])
-            return SequenceClassifierOutput(logits=rewards)
+            features = self._read(texts, [[len(text.ids) - 1] for text in texts])
+            reward = partial(self._reward, features)
+            if not return_std:
+                return RewardOutput(logits=reward(config.mixture))
+            std = standard_deviation(reward, config.mixture, getattr(config, "posterior", None))
+            return RewardOutput(logits=reward(config.mixture), std=std)
         places = [
             [self._place(token, ids, row, text) for token in range(len(ids))]
             for ids, row, text in zip(given, rows, texts, strict=True)
         ]
-        rewards = self._rewards(texts, places)
-        return SequenceClassifierOutput(logits=spread(rewards, places, mask))
+        rewards = self._reward(self._read(texts, places), config.mixture)
+        return RewardOutput(logits=spread(rewards, places, mask))
 
     def _response_starts(
         self, given: list[list[int]], rows: list[list[int]], prompt_lengths: Any
@@ -198,7 +208,7 @@ class PalForSequenceClassification(WholeWeights, PreTrainedModel):
             starts.append(len(config.prefix_ids) + max(length - num_leads, 0))
         return starts
 
-    def _texts(self, rows: list[list[int]], starts: list[int] | None) -> list["_Text"]:
+    def _texts(self, rows: list[list[int]], starts: list[int] | None) -> list[Text]:
         """Cut each canonical row to what the backbone reads."""
         num_prefix = len(self.config.prefix_ids)
         texts = []
@@ -209,12 +219,12 @@ class PalForSequenceClassification(WholeWeights, PreTrainedModel):
                 prompt = row[: start - self.config.prompt_end_replaces]
                 prompt = prompt + self.config.prompt_end_ids
                 prompt, _ = self._cut(prompt, len(prompt))
-                texts.append(_Text(ids, num_prefix, len(row) - len(ids), prompt, 0))
+                texts.append(Text(ids, num_prefix, len(row) - len(ids), prompt, 0))
             else:
                 ids, first_cut = self._cut(row, start)
                 num_cut = len(row) - len(ids)
                 length = max(start - num_cut, num_prefix, 1)
-                texts.append(_Text(ids, first_cut, num_cut, [], length))
+                texts.append(Text(ids, first_cut, num_cut, [], length))
         return texts
 
     def _is_long(self, row: list[int]) -> bool:
@@ -236,7 +246,7 @@ class PalForSequenceClassification(WholeWeights, PreTrainedModel):
             first, last = truncated(len(row), num_prefix, limit, 0, "left")
         return row[:first] + row[last:], first
 
-    def _place(self, token: int, given: list[int], row: list[int], text: "_Text") -> int:
+    def _place(self, token: int, given: list[int], row: list[int], text: Text) -> int:
         """Index in `text.ids` of a token of the row as passed; -1 where it is not read there."""
         prefix_ids = self.config.prefix_ids
         num_leads = num_leading(given, prefix_ids)
@@ -248,8 +258,8 @@ class PalForSequenceClassification(WholeWeights, PreTrainedModel):
             return kept
         return kept - text.num_cut if kept >= text.first_cut + text.num_cut else -1
 
-    def _rewards(self, texts: list["_Text"], positions: list[list[int]]) -> Tensor:
-        """fp32 [B, T]: each text's reward at these positions of its ids; shorter rows repeat."""
+    def _read(self, texts: list[Text], positions: list[list[int]]) -> Features:
+        """What the head reads of each text at T positions of its ids; shorter rows repeat."""
         device = self.device
         width = max(map(len, positions))
         columns = [[max(p, 0) for p in row] + [0] * (width - len(row)) for row in positions]
@@ -273,26 +283,15 @@ class PalForSequenceClassification(WholeWeights, PreTrainedModel):
             prompt_tokens=False,
         )
         index = index[:, None]
-        features = Features(response, index, prompt, index, prompt_length)
-        mixture = None
+        return Features(response, index, prompt, index, prompt_length)
+
+    def _reward(self, features: Features, point: list[float] | Tensor | None) -> Tensor:
+        """fp32 [B, T] for the user at this point."""
+        index = features.response_index
         if self.head.is_personal:
-            weights = torch.tensor(self.config.mixture, device=device)
-            mixture = weights.expand(len(texts), -1)
-        return self.head.reward(features, UserState(None, None, mixture))[:, 0]
-
-
-class _Text(NamedTuple):
-    """A text as the backbone reads it."""
-
-    ids: list[int]
-    """The row that holds the response."""
-    first_cut: int
-    num_cut: int
-    """Ids of the canonical row that are missing from `first_cut` on."""
-    prompt: list[int]
-    """The prompt's own row (separate encoding)."""
-    prompt_length: int
-    """The prompt's length within `ids` (joint encoding)."""
+            weights = torch.as_tensor(point, device=index.device).expand(len(index), -1)
+            return self.head.reward(features, UserState(None, None, weights))[:, 0]
+        return self.head.reward(features, UserState())[:, 0]
 
 
 # Not registered with AutoConfig: a folder of another head would then be opened with this one's code.

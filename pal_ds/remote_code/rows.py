@@ -4,6 +4,7 @@ An exported model folder carries this very file.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,3 +70,17 @@ def spread(rewards: Tensor, places: list[list[int]], mask: Tensor) -> Tensor:
         values = torch.where(read, rewards[row, : len(place)], 0.0)
         scores[row, mask[row].to(rewards.device)] = values
     return scores
+
+
+class Text(NamedTuple):
+    """A text as the backbone reads it."""
+
+    ids: list[int]
+    """The row that holds the response."""
+    first_cut: int
+    num_cut: int
+    """Ids of the canonical row that are missing from `first_cut` on."""
+    prompt: list[int]
+    """The prompt's own row (separate encoding)."""
+    prompt_length: int
+    """The prompt's length within `ids` (joint encoding)."""

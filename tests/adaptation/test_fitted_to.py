@@ -4,12 +4,18 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from pal_ds.api import score_with_std
 from pal_ds.cli.main import main
 from pal_ds.inference.fitted_to import RECORD, read_record
+from pal_ds.inference.posterior_file import read_posterior
+from pal_ds.reward_models import load_reward_model
 from pal_ds.runs.run_dir import RunDirectory
+from pal_ds.users import UserTable
 from slurm import user_shards
 from tests.spawn import run_command
 from tests.tiny import LLAMA, data_options, write_pairs
@@ -158,3 +164,53 @@ def test_a_job_array_keeps_the_record_and_refuses_shards_of_two_models(
     with pytest.raises(SystemExit) as stop:
         user_shards.merge(tmp_path / "array")
     assert stop.value.code == 2 and "array=1" in capsys.readouterr().err
+
+
+def test_scores_say_how_sure_they_are(place: Path, tmp_path: Path, capsys: Any) -> None:
+    """By a run, by an export of the user, in Python and by differences of scores: the same."""
+    users, texts = place / f"users_{LAST}", tmp_path / "texts.jsonl"
+    records = [{"prompt": "Tell me about tea.", "response": text} for text in ("Tea.", "No, no.")]
+    texts.write_text("".join(json.dumps(record) + "\n" for record in records))
+    of_user = [f"--users={users}", "--user=u1"]
+    given = ["score", f"--run_dir={place / 'one'}", f"--input={texts}"]
+
+    def lines(*words: str) -> list[dict[str, Any]]:
+        capsys.readouterr()
+        main([*words])
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    sure, lower = lines(*given, *of_user, "--std"), lines(*given, *of_user, "--pessimism=2")
+    exported = tmp_path / "exported"
+    main(["consolidate", str(place / "one"), str(exported), *of_user])
+    again = lines("score", f"--model={exported}", f"--input={texts}", "--std")
+    rewards, stds = score_with_std(place / "one", texts, users, user="u1")
+    mixture = UserTable.load(users).mixtures()[UserTable.load(users).rows(["u1"])[0]].tolist()
+    posterior = read_posterior(users, 2, 2)
+    assert posterior is not None
+    spread = float(posterior.covariance[UserTable.load(users).rows(["u1"])[0], 0, 0]) ** 0.5
+    step = min(1e-2, *mixture)
+    up, down = (
+        lines(*given, f"--mixture={mixture[0] + sign * step},{mixture[1] - sign * step}")
+        for sign in (1, -1)
+    )
+    for number, line in enumerate(sure):
+        std = line["reward_std"]
+        assert std > 0 and std == pytest.approx(stds[number], rel=1e-4)
+        assert again[number]["reward_std"] == pytest.approx(std, rel=1e-3)
+        assert rewards[number] == pytest.approx(line["score"], abs=1e-5)
+        assert lower[number]["score"] == pytest.approx(line["score"] - 2 * std, abs=1e-5)
+        slope = abs(up[number]["score"] - down[number]["score"]) / (2 * step)
+        assert std == pytest.approx(slope * spread, rel=0.3)
+
+
+def test_a_posterior_is_of_one_user(place: Path, tmp_path: Path) -> None:
+    users, out = place / f"users_{LAST}", tmp_path / "out"
+    main(["consolidate", str(place / "one"), str(out), f"--users={users}"])
+    folders = json.loads((out / "users.json").read_text())
+    ids = torch.tensor([[5, 6, 7]])
+    for user, name in folders.items():
+        model = load_reward_model(out / name)
+        assert model(ids, torch.ones_like(ids), return_std=True).std > 0, user
+        model.config.mixture = [0.25, 0.75]
+        with pytest.raises(ValueError, match="nothing is known of how sure"):
+            model(ids, torch.ones_like(ids), return_std=True)

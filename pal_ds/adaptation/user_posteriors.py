@@ -1,0 +1,152 @@
+"""Posteriors of the users whom `fit_users` fitted, from the same comparisons."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pal_ds.adaptation.blocks import UserComparisons, blocks, with_sure_labels
+from pal_ds.adaptation.fit import Chunk, UserPairs, chunks_of
+from pal_ds.adaptation.gradient import losses_of, margins_of
+from pal_ds.adaptation.likelihoods import ByLosses, ByStatistics
+from pal_ds.adaptation.objective import shape_of
+from pal_ds.adaptation.posterior import Posterior, Simplex, posterior_of, users_at_once
+from pal_ds.adaptation.prior import LogitPrior
+from pal_ds.data.collator import Collator
+from pal_ds.distributed import phase
+from pal_ds.heads.base import Head, UserState
+from pal_ds.heads.jaxtyping_fallback import Float, Int
+from pal_ds.heads.sufficient_statistics import MixtureStatistics
+from pal_ds.inference.posterior_file import axes_of
+from pal_ds.losses import PreferenceLoss, decision_margin
+from pal_ds.model import RewardModel
+
+
+class UserPosteriors(NamedTuple):
+    """Posteriors of all users of a fit, on the CPU."""
+
+    covariance: Float[Tensor, "U K K"]
+    """See `posterior.Posterior`."""
+    margin_std: Float[Tensor, "U"]
+    """Mean standard deviation of the margins of a user's own comparisons; 0 for one without."""
+
+
+def has_posterior(head: Head, loss: PreferenceLoss) -> bool:
+    """True where users are fitted, from comparisons that have a likelihood: margins that are log-odds."""
+    return "logits" in head.needs and head.on_simplex and loss.kind == "logistic"
+
+
+def posterior_of_users(
+    model: RewardModel,
+    collator: Collator,
+    pairs: UserPairs,
+    fitted: Float[Tensor, "U K"],
+    *,
+    loss: PreferenceLoss,
+    prior: LogitPrior,
+) -> UserPosteriors:
+    """The posterior of every user of `pairs`; that of a user without comparisons is the prior.
+
+    Args:
+        model: the run's model, for which `has_posterior` is true.
+        collator: reads the comparisons.
+        pairs: what the users were fitted from.
+        fitted: the logits that `fit_users` gave them, fp32.
+        loss: the run's loss.
+        prior: the prior of the fit.
+    """
+    device = next(model.head.parameters()).device
+    prior = prior.to(device)
+    coordinates = Simplex(model.head.temperature)
+    unknown = posterior_of(_Nothing(), prior.mean[None], prior, coordinates).covariance
+    covariance = unknown.cpu().repeat(pairs.num_users, 1, 1)
+    margin_std = torch.zeros(pairs.num_users)
+    for users, chunk in chunks_of(model, collator, pairs):
+        own = fitted[users].to(device)
+        with torch.no_grad():
+            statistics = chunk.head.statistics(chunk.features)
+        of_chunk = _of_chunk(chunk, statistics, own, loss, prior)
+        covariance[users] = of_chunk.cpu()
+        spread = _margin_std(chunk, statistics, coordinates.point(own), of_chunk)
+        margin_std[users] = spread.cpu()
+    return UserPosteriors(covariance, margin_std)
+
+
+class _Nothing:
+    """The likelihood of a user without comparisons."""
+
+    def log_value(
+        self, fitted: Float[Tensor, "U M K"], point: Float[Tensor, "U M K"]
+    ) -> Float[Tensor, "U M"]:
+        return fitted.new_zeros(fitted.shape[:2])
+
+    def curvature(self, fitted: Float[Tensor, "U K"]) -> Float[Tensor, "U K K"]:
+        return fitted.new_zeros(*fitted.shape, fitted.shape[1])
+
+
+def _of_chunk(
+    chunk: Chunk,
+    statistics: MixtureStatistics | None,
+    fitted: Float[Tensor, "U K"],
+    loss: PreferenceLoss,
+    prior: LogitPrior,
+) -> Float[Tensor, "U K K"]:
+    comparisons = UserComparisons(chunk.owner, chunk.batch.facts(), chunk.threshold)
+    if statistics is None:
+        margins = margins_of(chunk.head, chunk.features, None, chunk.owner)
+        likelihood = ByLosses(losses_of(margins, loss, comparisons), chunk.owner)
+        coordinates = Simplex(chunk.head.temperature)
+        return posterior_of(likelihood, fitted, prior, coordinates).covariance
+    covariance = fitted.new_zeros(*fitted.shape, fitted.shape[1])
+    for users, posterior in posteriors_by_statistics(statistics, comparisons, fitted, prior, loss):
+        covariance[users] = posterior.covariance
+    return covariance
+
+
+@torch.no_grad()
+def posteriors_by_statistics(
+    statistics: MixtureStatistics,
+    comparisons: UserComparisons,
+    fitted: Float[Tensor, "U K"],
+    prior: LogitPrior,
+    loss: PreferenceLoss,
+) -> list[tuple[Int[Tensor, "u"], Posterior]]:
+    """Some users, as rows of `fitted`, with their posteriors; together all who have comparisons to score."""
+    coordinates = Simplex(statistics.temperature)
+    shape = shape_of(loss, comparisons.threshold)
+    statistics, comparisons = with_sure_labels(statistics, comparisons, loss.ties)
+    posteriors = []
+    for block in blocks(statistics, comparisons, len(fitted), loss.token_weighting):
+        sides, width, num_terms, num_users = block.linear.shape
+        size = users_at_once(sides * num_terms, width)
+        for lanes in torch.arange(num_users, device=fitted.device).split(size):
+            phase.progress()
+            part = block.take(lanes)
+            likelihood = ByStatistics(part, statistics, shape, prior)
+            own = fitted[part.users]
+            posteriors.append((part.users, posterior_of(likelihood, own, prior, coordinates)))
+    return posteriors
+
+
+@torch.no_grad()
+def _margin_std(
+    chunk: Chunk,
+    statistics: MixtureStatistics | None,
+    point: Float[Tensor, "U K"],
+    covariance: Float[Tensor, "U K K"],
+) -> Float[Tensor, "U"]:
+    """Mean over a user's comparisons of the standard deviation of the margin that decides each."""
+    owner, end = chunk.owner, chunk.batch.window_end
+
+    def margin(points: Float[Tensor, "U K"]) -> Float[Tensor, "B"]:
+        if statistics is None:
+            user = UserState(None, None, points[owner])
+            return decision_margin(chunk.head(chunk.features, user).margin, end)
+        reward = statistics.reward(points[owner])
+        return decision_margin(reward[:, 1] - reward[:, 0], end)
+
+    variance = torch.zeros(len(owner), device=point.device)
+    for axis in axes_of(covariance).unbind(1):
+        variance += ((margin(point + axis) - margin(point - axis)) / 2).square()
+    total = variance.sqrt().new_zeros(len(point)).index_add(0, owner, variance.sqrt())
+    return total / torch.bincount(owner, minlength=len(point))
