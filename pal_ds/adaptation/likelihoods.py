@@ -36,7 +36,8 @@ class ByStatistics(NamedTuple):
         sides, width, num_terms, num_users = block.linear.shape
         table = block.linear.permute(3, 1, 0, 2).reshape(num_users, width, sides * num_terms)
         linear = torch.bmm(point, table).unflatten(2, (sides, num_terms))
-        reward = combine(linear, self._form(point), self.statistics.by_distance)
+        form = linear if self.statistics.shape == "linear" else self._form(point)
+        reward = combine(linear, form, self.statistics.shape)
         margin = reward[:, :, 1] - reward[:, :, 0] if sides == 2 else reward[:, :, 0]
         label, required, weight = (
             part.T[:, None] for part in (block.label, block.required, block.weight)

@@ -26,7 +26,7 @@ TOLERANCE = 1e-6
 
 
 class Labels(NamedTuple):
-    """What users said of their terms; fp64."""
+    """Labels that users gave their terms; fp64."""
 
     label: Float[Tensor, "U n"]
     required: Float[Tensor, "U n"]

@@ -1,4 +1,4 @@
-"""What the run's own users say of a new one: the prior of `adapt` and `few_shot`."""
+"""The prior of `adapt` and `few_shot`: what the run's own users say of a new one."""
 
 import logging
 

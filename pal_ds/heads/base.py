@@ -173,7 +173,7 @@ class Head(nn.Module, ABC):
         return None
 
     def residual_features(self, features: Features) -> Float[Tensor, "R T d"] | None:
-        """What a user's own direction is multiplied by, of each distinct response; for a head with `residual_size`."""
+        """Features that a user's own direction is multiplied by, of each response; for a head with `residual_size`."""
         return None
 
     def locate(self, user: UserState) -> Float[Tensor, "B d"] | None:

@@ -53,7 +53,7 @@ class Lore(Head):
         self.num_prototypes = num_prototypes
         self.basis = nn.Parameter(torch.randn(num_prototypes, hidden_size) / math.sqrt(hidden_size))
         self.temperature, self.length_weight = temperature, length_weight
-        self.mixture = Mixture(temperature, mixture, evaluation)
+        self.mixture = Mixture(temperature, mixture, evaluation, is_linear=True)
         self.needs, self.space = self.mixture.needs, self.mixture.space
         self.residual_size = hidden_size if mixture == "free" else 0
 

@@ -32,8 +32,12 @@ class Mixture(nn.Module):
         evaluation: MixtureEvaluation = "soft",
         *,
         sums_to_one: bool = False,
+        is_linear: bool = False,
     ):
-        """`sums_to_one`: signed weights do, too. Raises ValueError for a choice that is unknown or makes no sense."""
+        """`sums_to_one`: signed weights do, too. `is_linear`: the head's reward is linear in the user's vector.
+
+        Raises ValueError for a choice that is unknown or makes no sense.
+        """
         super().__init__()
         check_positive("temperature", temperature)
         check_choice("mixture", kind, get_args(MixtureKind))
@@ -42,6 +46,11 @@ class Mixture(nn.Module):
             raise ValueError(
                 f"evaluation is 'hard', the largest weight alone, which is no approximation of {kind} weights: "
                 "set evaluation to soft, or mixture to softmax or gumbel."
+            )
+        if kind == "free" and not is_linear:
+            raise ValueError(
+                "mixture is 'free', a direction of the user's own, which this head has no room for: its reward is not "
+                "linear in the user's vector. Use signed here, or the head Lore."
             )
         self.needs = frozenset({"logits", "gumbel"} if kind == "gumbel" else {"logits"})
         """Entries that the user state must carry, as in `Head.needs`."""
@@ -68,12 +77,3 @@ class Mixture(nn.Module):
         elif self.evaluation == "hard":
             return nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
         return point_of(logits, self.space, self.temperature)
-
-
-def refuse_free(kind: MixtureKind) -> None:
-    """Raise ValueError for `free`, in a head whose reward is not linear in the user's vector."""
-    if kind == "free":
-        raise ValueError(
-            "mixture is 'free', a direction of the user's own, which this head has no room for: its reward is not "
-            "linear in the user's vector. Use signed here, or the head Lore."
-        )

@@ -15,7 +15,7 @@ from .base import Features, Head, Placement, UserState
 from .checks import check_choice, check_positive
 from .geometry import bounded_scale, distance, new_log_scale, take, unit
 from .jaxtyping_fallback import Float
-from .mixture import Mixture, MixtureEvaluation, MixtureKind, refuse_free
+from .mixture import Mixture, MixtureEvaluation, MixtureKind
 from .projector import Activation, Projector
 from .sufficient_statistics import MixtureStatistics, cosine_statistics, distance_statistics
 
@@ -74,20 +74,18 @@ class PalA(Head):
         check_positive("prototype_std", prototype_std)
         check_choice("user_point", user_point, get_args(UserPoint))
         check_choice("similarity", similarity, get_args(Similarity))
-        if bound is not None:
-            check_positive("bound", bound)
-            check_positive("bound_weight", bound_weight)
+        check_positive("bound", 1.0 if bound is None else bound)
+        check_positive("bound_weight", bound_weight)
         dim = hidden_size if dim is None else dim
         residual = dim == hidden_size if residual is None else residual
         self.num_prototypes, self.temperature = num_prototypes, temperature
-        self.user_point, self.similarity = user_point, similarity
-        self.bound, self.bound_weight = bound, bound_weight
+        self.user_point, self.similarity, self.bound = user_point, similarity, bound
+        self.bound_weight = bound_weight
         self.projector = Projector(hidden_size, dim, num_layers, activation, dropout, residual)
         # `f(Pw)` mixes before f, of which one layer is affine, and weights that sum to 1 pass through it; more are not.
         self.has_statistics = user_point != "f(Pw)" or num_layers == 1
-        sums_to_one = similarity == "distance" or user_point == "f(Pw)"
-        refuse_free(mixture)
-        self.mixture = Mixture(temperature, mixture, evaluation, sums_to_one=sums_to_one)
+        needs_sum = similarity == "distance" or user_point == "f(Pw)"
+        self.mixture = Mixture(temperature, mixture, evaluation, sums_to_one=needs_sum)
         self.needs, self.space = self.mixture.needs, self.mixture.space
         width = dim if user_point == "Pw" else hidden_size
         self.prototypes = nn.Parameter(prototype_std * torch.randn(num_prototypes, width))

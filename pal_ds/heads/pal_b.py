@@ -13,7 +13,7 @@ from .base import Features, Head, Placement, UserState
 from .checks import check_choice, check_positive
 from .geometry import bounded_scale, new_log_scale, take, unit
 from .jaxtyping_fallback import Float, Int
-from .mixture import Mixture, MixtureEvaluation, MixtureKind, refuse_free
+from .mixture import Mixture, MixtureEvaluation, MixtureKind
 from .projector import Activation, Projector, StackedProjector
 from .sufficient_statistics import MixtureStatistics, cosine_statistics
 
@@ -75,7 +75,6 @@ class PalB(Head):
         self.prompt_projectors = StackedProjector(num_prototypes, **shape)
         self.has_statistics = prompt_position == "last"  # aligned positions have K maps per token
         self.temperature = temperature
-        refuse_free(mixture)
         self.mixture = Mixture(temperature, mixture, evaluation)
         self.needs, self.space = self.needs | self.mixture.needs, self.mixture.space
         self.log_scale = new_log_scale()

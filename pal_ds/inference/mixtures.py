@@ -40,7 +40,7 @@ def user_mixtures(head: Head, users: UserTable) -> Float[Tensor, "U+1 K"]:
 
 
 def widened(points: Float[Tensor, "n K"], head: Head) -> Float[Tensor, "n K+d"]:
-    """The same users as points of K + `residual_size` numbers: who has no direction of their own has zeros there."""
+    """Return the users as points of K + `residual_size` numbers: who has no direction of their own has zeros there."""
     missing = head.num_prototypes + head.residual_size - points.shape[1]
     return torch.nn.functional.pad(points, (0, max(0, missing)))
 

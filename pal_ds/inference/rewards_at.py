@@ -15,7 +15,7 @@ from pal_ds.distributed import phase
 from pal_ds.heads.base import Features, Head, UserState
 from pal_ds.heads.geometry import unit
 from pal_ds.heads.jaxtyping_fallback import Float, Int
-from pal_ds.heads.sufficient_statistics import combine
+from pal_ds.heads.sufficient_statistics import RewardShape, combine
 from pal_ds.model import RewardModel
 
 
@@ -33,15 +33,17 @@ class ByStatistics(NamedTuple):
     linear: Float[Tensor, "R K"]
     quadratic: Float[Tensor, "Q K K"]
     quadratic_index: Int[Tensor, "R"]
-    by_distance: bool
+    shape: RewardShape
 
     def at(self, points: Float[Tensor, "B K"]) -> Float[Tensor, "B R"]:
         linear = points @ self.linear.T
+        if self.shape == "linear":
+            return linear
         squares = (points[:, :, None] * points[:, None]).flatten(1)
         form = squares @ self.quadratic.flatten(1).T
         if form.shape[1] > 1:
             form = form[:, self.quadratic_index]
-        return combine(linear, form, self.by_distance)
+        return combine(linear, form, self.shape)
 
 
 class ByPlaces(NamedTuple):
@@ -65,7 +67,7 @@ class ByPlaces(NamedTuple):
         if self.by_distance:
             linear = self.response.square().sum(1) + form - 2 * linear
             form = torch.zeros_like(form)
-        return combine(linear, form, self.by_distance)
+        return combine(linear, form, "distance" if self.by_distance else "cosine")
 
 
 class ByHead(NamedTuple):
@@ -163,12 +165,13 @@ def table_of(head: Head, parts: list[tuple[Features, Int[Tensor, "r"]]]) -> Rewa
         head: in eval mode.
         parts: features of some responses, each with its own prompt as a comparison of one, and their last positions.
     """
-    linear, matrices, indices, num_matrices, by_distance = [], [], [], 0, False
+    shape: RewardShape = "linear"
+    linear, matrices, indices, num_matrices = [], [], [], 0
     for features, last in parts:
         statistics = head.statistics(features)
         if statistics is None:
             return _by_places(head, parts) or ByHead(head, parts)
-        rows, by_distance = statistics.response_index[:, 0], statistics.by_distance
+        rows, shape = statistics.response_index[:, 0], statistics.shape
         linear.append(statistics.linear[rows, last])
         indices.append(statistics.quadratic_index[rows] + num_matrices)
         matrices.append(statistics.quadratic)
@@ -176,7 +179,7 @@ def table_of(head: Head, parts: list[tuple[Features, Int[Tensor, "r"]]]) -> Rewa
     quadratic, index = torch.cat(matrices), torch.cat(indices)
     if all(len(one) == 1 and torch.equal(one, matrices[0]) for one in matrices):
         quadratic, index = matrices[0], torch.zeros_like(index)
-    return ByStatistics(torch.cat(linear), quadratic, index, by_distance)
+    return ByStatistics(torch.cat(linear), quadratic, index, shape)
 
 
 def _by_places(head: Head, parts: list[tuple[Features, Int[Tensor, "r"]]]) -> ByPlaces | None:
