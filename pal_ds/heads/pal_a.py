@@ -74,13 +74,13 @@ class PalA(Head):
         check_positive("prototype_std", prototype_std)
         check_choice("user_point", user_point, get_args(UserPoint))
         check_choice("similarity", similarity, get_args(Similarity))
-        check_positive("bound", 1.0 if bound is None else bound)
-        check_positive("bound_weight", bound_weight)
+        if bound is not None:
+            check_positive("bound", bound)
+            check_positive("bound_weight", bound_weight)
         dim = hidden_size if dim is None else dim
         residual = dim == hidden_size if residual is None else residual
-        self.num_prototypes, self.temperature = num_prototypes, temperature
-        self.user_point, self.similarity, self.bound = user_point, similarity, bound
-        self.bound_weight = bound_weight
+        self.num_prototypes, self.temperature, self.bound = num_prototypes, temperature, bound
+        self.user_point, self.similarity, self.bound_weight = user_point, similarity, bound_weight
         self.projector = Projector(hidden_size, dim, num_layers, activation, dropout, residual)
         # `f(Pw)` mixes before f, of which one layer is affine, and weights that sum to 1 pass through it; more are not.
         self.has_statistics = user_point != "f(Pw)" or num_layers == 1
