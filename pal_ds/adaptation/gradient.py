@@ -79,7 +79,7 @@ def _by_points(head: Head, placement: Placement, centre: Tensor, owner: Tensor) 
         linear = torch.bmm(pairs[rows], point.permute(1, 2, 0)).permute(2, 0, 1)
         if scale is None:
             linear, form = squares[rows] + form - 2 * linear, torch.zeros_like(form)
-        reward = combine(linear, form, scale is None)
+        reward = combine(linear, form, "distance" if scale is None else "cosine")
         return reward[..., num_positions:] - reward[..., :num_positions]
 
     return margins

@@ -107,6 +107,8 @@ class FittedShard(NamedTuple):
     num_pairs: Int[Tensor, "U"]
     num_right: Float[Tensor, "U"]
     """Pairs that the fit explains, fp64; a tie counts half."""
+    num_right_before: Float[Tensor, "U"]
+    """Pairs that the population's point explains, which is what the users got before."""
     covariance: Float[Tensor, "U c c"]
     """Covariance of each user's point (c is K), see `posterior.py`; c is 0 where nothing gives users a posterior."""
     margin_std: Float[Tensor, "U"]

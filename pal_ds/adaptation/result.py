@@ -27,8 +27,10 @@ class AdaptedUser(TypedDict):
     pairs: int
     accuracy_on_these_pairs: float
     """Share of the pairs that the fit explains; optimistic, since it was fitted to them."""
+    accuracy_before: NotRequired[float]
+    """The same share for the population's point, which the user got before; missing from fits of an earlier version."""
     mixture: list[float]
-    """Weight of each prototype; K numbers that sum to 1."""
+    """The user's point: K weights that sum to 1, or what else the head's users are."""
     margin_std: NotRequired[float]
     """Mean over these pairs of the standard deviation of the margin, in the margin's units: how sure the fit is."""
 
@@ -87,12 +89,19 @@ def figures_of_fit(restored: OpenRun, table: UserTable, shards: list[FittedShard
     num_pairs = torch.cat([shard.num_pairs for shard in shards])
     num_right = torch.cat([shard.num_right for shard in shards])
     accuracy = (num_right / num_pairs).tolist()
+    before = torch.cat([shard.num_right_before for shard in shards]) / num_pairs
     users: dict[str, AdaptedUser] = {
-        user: {"pairs": count, "accuracy_on_these_pairs": share, "mixture": mixture}
-        for user, count, share, mixture in zip(
-            table.ids, num_pairs.tolist(), accuracy, mixtures, strict=True
+        user: {
+            "pairs": count,
+            "accuracy_on_these_pairs": share,
+            "accuracy_before": share_before,
+            "mixture": mixture,
+        }
+        for user, count, share, share_before, mixture in zip(
+            table.ids, num_pairs.tolist(), accuracy, before.tolist(), mixtures, strict=True
         )
     }
+    _warn_of_worse(users)
     if all(shard.covariance.shape[1] for shard in shards):
         margin_std = torch.cat([shard.margin_std for shard in shards]).tolist()
         for entry, std in zip(users.values(), margin_std, strict=True):
@@ -104,3 +113,23 @@ def figures_of_fit(restored: OpenRun, table: UserTable, shards: list[FittedShard
         "accuracy_on_these_pairs": float(num_right.sum()) / total,
         "users": users,
     }
+
+
+def _warn_of_worse(users: dict[str, AdaptedUser]) -> None:
+    """Warn of users whose own comparisons the fit explains less well than what they got before it."""
+    worse = [
+        name
+        for name, entry in users.items()
+        if entry["accuracy_on_these_pairs"] < entry.get("accuracy_before", 0.0)
+    ]
+    if worse:
+        logger.warning(
+            "%d of %d users are served worse by their fit than by the population's point, on the very pairs that they "
+            "were fitted to (%s%s; `accuracy_before` in the report). No point that the head's users may have serves "
+            "them: they may be unlike all of the run's users (head Lore with mixture: free reaches such ones), or "
+            "their pairs contradict each other",
+            len(worse),
+            len(users),
+            ", ".join(worse[:3]),
+            ", ..." if len(worse) > 3 else "",
+        )

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,7 @@ from pal_ds.heads.base import UserState
 from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.inference.fitted_to import write_record
 from pal_ds.inference.load_run import OpenRun, restore
+from pal_ds.inference.mixtures import user_mixtures, widened
 from pal_ds.inference.posterior_file import write_posterior
 from pal_ds.inference.readers import Reader, reader_of
 from pal_ds.inference.scoring import Forwards
@@ -214,6 +216,12 @@ class Fitting:
                 advance(len(shards[number].logits))
         return [shards[number] for number in range(len(users.spans))]
 
+    @cached_property
+    def _population(self) -> Float[torch.Tensor, "1 K"]:
+        """The point of a user of whom nothing is known."""
+        head = self.restored.model.head
+        return widened(user_mixtures(head, self.restored.users)[-1:], head)
+
     def _common_reader(self, missing: list[int], positions: np.ndarray) -> Reader | None:
         """Make one reader for all shards, each text encoded once, where states have room together or lie on disk."""
         if not missing:
@@ -262,8 +270,9 @@ class Fitting:
             mixtures = head.mixture_weights(UserState(logits.to(device)))
         num_pairs = pairs_per_chunk(head, collator, rows)
         forwards = Forwards(reader.model, collator, num_pairs, self.world)
-        margins = forwards.margins(rows, mixtures)
-        right = correctness(margins, preferences(self.data.comparisons[rows]).astype(float))
+        labels = preferences(self.data.comparisons[rows]).astype(float)
+        points = mixtures, self._population.to(device).expand_as(mixtures)
+        right, right_before = (correctness(forwards.margins(rows, p), labels) for p in points)
         covariance, margin_std = logits.new_zeros(len(logits), 0, 0), logits.new_zeros(len(logits))
         if self.has_posterior:
             assert isinstance(prior, LogitPrior), "directions of users' own have no posterior yet"
@@ -274,6 +283,7 @@ class Fitting:
             logits,
             torch.from_numpy(np.bincount(owner, minlength=end - begin)),
             torch.from_numpy(np.bincount(owner, weights=right, minlength=end - begin)),
+            torch.from_numpy(np.bincount(owner, weights=right_before, minlength=end - begin)),
             covariance,
             margin_std,
         )

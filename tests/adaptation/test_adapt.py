@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pal_ds.adaptation import gradient
+from pal_ds.adaptation import gradient, result
 from pal_ds.adaptation.blocks import UserComparisons
 from pal_ds.adaptation.fit import UserPairs, fit_users
 from pal_ds.adaptation.gradient import margins_of
@@ -245,3 +245,18 @@ def test_the_prior_is_centred_on_the_generic_user() -> None:
     alone = UserTable(3, ["population"])
     alone.logits.copy_(table.logits[1:2])
     torch.testing.assert_close(LogitPrior.of(alone).mean, prior.mean)
+
+
+def test_users_whom_the_fit_serves_worse_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    entry: result.AdaptedUser = {
+        "pairs": 8,
+        "accuracy_on_these_pairs": 0.5,
+        "accuracy_before": 0.75,
+        "mixture": [1.0],
+    }
+    better: result.AdaptedUser = {**entry, "accuracy_before": 0.25}
+    result._warn_of_worse({"ann": entry, "bob": better, "eve": entry})
+    assert "2 of 3 users are served worse" in caplog.text and "(ann, eve;" in caplog.text
+    caplog.clear()
+    result._warn_of_worse({"bob": better})
+    assert not caplog.text

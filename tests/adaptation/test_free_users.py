@@ -58,7 +58,9 @@ def test_table_holds_weights_and_directions(place: Path) -> None:
     assert table.logits.shape == (2, NUM_PROTOTYPES + WIDTH)
     assert table.logits[:, NUM_PROTOTYPES:].norm(dim=1).min() > 0
     report = read_report(place / "fitted")
-    assert len(report["users"]["new0"]["mixture"]) == NUM_PROTOTYPES + WIDTH
+    entry = report["users"]["new0"]
+    assert len(entry["mixture"]) == NUM_PROTOTYPES + WIDTH
+    assert entry["accuracy_before"] <= entry["accuracy_on_these_pairs"]
 
 
 def test_scores_are_those_of_the_export(place: Path, tmp_path: Path) -> None:
