@@ -165,10 +165,10 @@ def test_the_pairs_of_a_list_have_the_masked_listwise_loss() -> None:
                     total = total - torch.nn.functional.logsigmoid(difference * sign)
                     count += 1
         own = [float(score) for score in scores[row] if score >= 0]
-        fields = {"prompt": "p", "responses": list(range(len(own))), "scores": own}
+        fields = {"prompt": "p", "responses": [*map(str, range(len(own)))], "scores": own}
         pairs += [(row, pair) for pair in pairs_of_list(fields, "here") if pair is not None]
     margin = torch.stack(
-        [reward[r, p["response_2"]] - reward[r, p["response_1"]] for r, p in pairs]
+        [reward[r, int(p["response_2"])] - reward[r, int(p["response_1"])] for r, p in pairs]
     )
     label = torch.tensor([pair["y"] for _, pair in pairs])
     ends = torch.ones_like(label)

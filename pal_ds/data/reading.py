@@ -3,7 +3,7 @@
 import json
 import traceback
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from pal_ds.data.records import Record
 from pal_ds.data.sources.base import Source
@@ -28,7 +28,7 @@ def records_of(source: Source) -> Iterator[Record]:
         _tell(source, "records", error, f", after {num_yielded} records")
 
 
-def description_of(source: Source) -> dict[str, Any]:
+def description_of(source: Source) -> dict[str, object]:
     """Return what a source says of itself. Raises UserError for what JSON cannot hold, and for what it raises."""
     named = f"data.source: {type(source).__name__}.describe()"
     try:

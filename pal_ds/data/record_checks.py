@@ -1,4 +1,4 @@
-"""What a record must be, whoever made it: a source of somebody's own may put anything into its fields."""
+"""Checks of records, whoever made them: a source of somebody's own may put anything into their fields."""
 
 from collections.abc import Iterator
 from numbers import Real

@@ -29,7 +29,7 @@ from pal_ds.modeling.combination_checks import (
     is_packed,
     pooling_of,
 )
-from pal_ds.modeling.own_classes import told, try_head, try_loss
+from pal_ds.modeling.own_classes import naming_place, try_head, try_loss
 from pal_ds.runs.run_dir import RunDirectory
 
 if TYPE_CHECKING:
@@ -106,19 +106,7 @@ def assemble(
         hidden_size, encoder = hidden_size_of(model_config), is_encoder(model_config)
         check_sizes(model_config, data)
         packed = is_packed(config.backbone, model_config)
-    with torch.random.fork_rng(devices=[]):
-        # A stream of its own: a backbone's random initialisation does not shift it.
-        torch.manual_seed(config.train.seed + 1)
-        try:
-            with told("head: its constructor", None):
-                head = config.head(hidden_size)
-        except UserError as error:
-            if isinstance(error.__cause__, ValueError | TypeError):
-                raise UserError(f"head: {error.__cause__}") from None
-            raise
-    weighting = config.loss.token_weighting
-    try_head(head, hidden_size, 1 if weighting == "last" else 3)
-    try_loss(config.loss.shape)
+    weighting, head = config.loss.token_weighting, _head_of(config, hidden_size)
     with_prompt = "prompt" in head.needs
     encoding = encoding_of(config.backbone.encoding, encoder, with_prompt)
     pooling = pooling_of(config.backbone.pooling, encoder, data)
@@ -145,6 +133,25 @@ def assemble(
     )
     refuse_empty_prompts(collator, data.path)
     return Parts(head, collator, backbone, pooling, prompt_tokens="prompt_tokens" in head.needs)
+
+
+def _head_of(config: RunConfig, hidden_size: int) -> Head:
+    """Make the head, seeded. Raises UserError where it, or an own loss, breaks the contract of its kind."""
+    with torch.random.fork_rng(devices=[]):
+        # A stream of its own: a backbone's random initialisation does not shift it.
+        torch.manual_seed(config.train.seed + 1)
+        try:
+            with naming_place("head: its constructor", None):
+                head = config.head(hidden_size)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"head: {error}") from None
+        except UserError as error:
+            if isinstance(error.__cause__, ValueError | TypeError):
+                raise UserError(f"head: {error.__cause__}") from None
+            raise
+    try_head(head, hidden_size, 1 if config.loss.token_weighting == "last" else 3)
+    try_loss(config.loss.shape)
+    return head
 
 
 def _describe_backbone(

@@ -28,7 +28,7 @@ def is_own(value: object) -> bool:
 
 
 @contextmanager
-def told(what: str, cls: type | None) -> Iterator[None]:
+def naming_place(what: str, cls: type | None) -> Iterator[None]:
     """Raise UserError for what somebody's own code raises in the block, with the place in the file of `cls`.
 
     Where no class is known, what pal_ds raises itself goes on as it is.
@@ -66,12 +66,12 @@ def try_head(head: Head, hidden_size: int, num_positions: int) -> None:
         torch.manual_seed(0)
         features = _features(head, hidden_size, num_positions)
         user, trial = _user(head), copy.deepcopy(head)
-        with told(f"{name}, on drawn states in training,", cls), torch.enable_grad():
+        with naming_place(f"{name}, on drawn states in training,", cls), torch.enable_grad():
             reward = trial.train().reward(features, user)
             _check_reward(reward, name, num_positions)
             output = trial(features, user)
         _check_output(output, user, name, num_positions)
-        with told(f"{name}, on drawn states in evaluation,", cls), torch.no_grad():
+        with naming_place(f"{name}, on drawn states in evaluation,", cls), torch.no_grad():
             _check_mixture(trial.eval(), features, user, name)
 
 
@@ -82,7 +82,7 @@ def try_loss(loss: MarginLoss | None) -> None:
     cls = type(loss)
     name = f"loss.shape: {cls.__module__}.{cls.__qualname__}"
     margins = torch.linspace(-3, 3, 6)[:, None].requires_grad_()
-    with told(f"{name}, on drawn margins,", cls), torch.enable_grad():
+    with naming_place(f"{name}, on drawn margins,", cls), torch.enable_grad():
         values = loss(margins)
     _check_tensor(values, margins.shape, f"{name} returns", "one loss for each margin")
     if not values.requires_grad:
@@ -167,8 +167,8 @@ def _check_mixture(trial: Head, features: Features, user: UserState, name: str) 
         return
     reads_context = "context" in trial.needs
     method = "encode" if reads_context else "mixture_weights"
-    asked = user._replace(gumbel=None, normal=None, update=None)
-    points = getattr(trial, method)(*([features] if reads_context else []), asked)
+    in_evaluation = user._replace(gumbel=None, normal=None, update=None)
+    points = getattr(trial, method)(*([features] if reads_context else []), in_evaluation)
     width = _NUM_PAIRS, trial.num_prototypes
     _check_tensor(points, width, f"{name}.{method}() returns", "[B, K], a user's point each")
     rewards = trial.reward(features, UserState(mixture=points))
@@ -180,7 +180,7 @@ def _check_mixture(trial: Head, features: Features, user: UserState, name: str) 
         )
     if reads_context:
         return
-    directly = trial.reward(features, asked)
+    directly = trial.reward(features, in_evaluation)
     if not torch.allclose(rewards, directly, rtol=_TOLERANCE, atol=_TOLERANCE):
         raise UserError(
             f"{name}.reward() gives other rewards where user.mixture, as evaluation and exports have it, takes the "
