@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 from pal_ds.config.consent import Consent
 from pal_ds.config.recipe import dump_recipe, made, recipe_parser
 from pal_ds.config.run_config import RunConfig, check_range
+from pal_ds.data.prepare import DataConfig
 from pal_ds.errors import UserError
 from pal_ds.runs.run_dir import RunDirectory
 
@@ -158,46 +159,75 @@ def read_suite(
     if common["backbone"]["tuning"] == "frozen":
         # Without a cache every run and every evaluation would encode all texts again.
         common["backbone"].setdefault("cache", str(out / "cache"))
-    resolver = _Resolver(parser, common, settings.seeds, Consent(trust_code, spoken=common))
-    of_methods = {
-        method: resolver.runs([keys], f"methods.{method}")
-        for method, keys in settings.methods.items()
-    }
+    consent = Consent(trust_code, spoken=common)
+    resolver = _Resolver(parser, common, settings.seeds, consent)
+    of_methods = {method: resolver.runs(method, keys) for method, keys in settings.methods.items()}
     planned = []
-    for fold, keys in settings.folds.items() or [("", {})]:
-        data = None
-        if fold:
-            place = {"data": {"path": str(Path(common["data"]["path"], fold))}}
-            # A recipe needs some head; that of the first method is as good as any.
-            layers = [place, keys, next(iter(settings.methods.values()))]
-            _, config, recipe = resolver.runs(layers, f"folds.{fold}")[0]
-            data = config.data, yaml.safe_load(recipe)["data"]
+    for fold, data in _data_of_folds(settings.folds, common, consent).items() or [("", None)]:
         for method, runs in of_methods.items():
             for seed, config, recipe in runs:
-                if data is not None:
-                    config = replace(config, data=data[0])
-                    tree = {**yaml.safe_load(recipe), "data": data[1]}
-                    recipe = yaml.safe_dump(tree, sort_keys=False)
                 run = RunDirectory(out / "runs" / method / fold / f"seed_{seed}")
+                if data is not None:
+                    config = replace(config, data=data.config)
+                    tree = {**yaml.safe_load(recipe), "data": data.keys}
+                    recipe = yaml.safe_dump(tree, sort_keys=False)
                 planned.append(PlannedRun(method, seed, config, recipe, run, fold))
     return Suite(name, settings, planned, out, trust_code)
 
 
+class _FoldData(NamedTuple):
+    """Section `data` of a fold's recipes: as an object, and as YAML says it."""
+
+    config: DataConfig
+    keys: RecipeKeys
+
+
+def _data_of_folds(
+    folds: dict[str, RecipeKeys], common: RecipeKeys, consent: Consent
+) -> dict[str, _FoldData]:
+    """Resolve the data of each fold. Raises UserError for keys or values that `data` does not have."""
+    from pal_ds.config.parser import explained, objects_of, parsed
+
+    parser, resolved = _data_parser(), {}
+    for fold, own in folds.items():
+        place = {"data": {"path": str(Path(common["data"]["path"], fold))}}
+        layers = ({"data": common["data"]}, place, own)
+        try:
+            words = [f"--config={yaml.safe_dump(layer)}" for layer in layers]
+            options = parsed(parser, words, "recipe")
+            consent.check(options)
+            keys = yaml.safe_load(parser.dump(options, skip_validation=True))["data"]
+            resolved[fold] = _FoldData(objects_of(parser, options)["data"], keys)
+        except ArgumentError as error:
+            raise UserError(f"folds.{fold}: {explained(str(error), parser)}") from None
+        except UserError as error:
+            raise UserError(f"folds.{fold}: {error}") from None
+    return resolved
+
+
+def _data_parser() -> ArgumentParser:
+    """Return a parser of the keys of `data` alone, as they stand in a recipe; raises as `recipe_parser`'s does."""
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(DataConfig, "data")
+    return parser
+
+
 class _Resolver(NamedTuple):
-    """Makes recipes from layers over the keys that all methods share."""
+    """Makes the recipes of methods from the keys that all of them share."""
 
     parser: ArgumentParser
     common: RecipeKeys
     seeds: list[int]
     consent: Consent
 
-    def runs(self, layers: list[RecipeKeys], where: str) -> list[tuple[int, RunConfig, str]]:
-        """Return seed, recipe and the recipe's YAML, for each seed; `where` stands before what is wrong with them."""
+    def runs(self, method: str, keys: RecipeKeys) -> list[tuple[int, RunConfig, str]]:
+        """Return seed, recipe and the recipe's YAML, for each seed. Raises UserError for what no recipe has."""
         from pal_ds.config.parser import explained, parsed
 
-        if all("head" not in layer for layer in (self.common, *layers)):
-            raise UserError(f"{where}: has no head, and the shared keys have none either.")
-        words = [f"--config={yaml.safe_dump(layer)}" for layer in (self.common, *layers) if layer]
+        if "head" not in {**self.common, **keys}:
+            raise UserError(f"methods.{method}: has no head, and the shared keys have none either.")
+        words = [f"--config={yaml.safe_dump(layer)}" for layer in (self.common, keys) if layer]
         made_runs = []
         try:
             options = parsed(self.parser, words, "recipe")
@@ -206,9 +236,9 @@ class _Resolver(NamedTuple):
                 recipe = dump_recipe(options, self.parser)
                 made_runs.append((seed, made(self.parser, options, self.consent), recipe))
         except ArgumentError as error:
-            raise UserError(f"{where}: {explained(str(error), self.parser)}") from None
+            raise UserError(f"methods.{method}: {explained(str(error), self.parser)}") from None
         except UserError as error:
-            raise UserError(f"{where}: {error}") from None
+            raise UserError(f"methods.{method}: {error}") from None
         return made_runs
 
 

@@ -200,7 +200,9 @@ def test_names(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         main(["compare", "--config=dsp_five_user", f"--out={tmp_path}"])
     said = capsys.readouterr().err
-    assert "--config dsp_five_user: no such file" in said and "Shipped are dsp_five_users" in said
+    assert (
+        "--config dsp_five_user: no such file" in said and "Shipped are community_alignment" in said
+    )
     with pytest.raises(SystemExit):
         main(["compare", f"--out={tmp_path}", "--data.path=x"])
     assert "give --config SUITE" in capsys.readouterr().err
