@@ -55,7 +55,7 @@ class AskOptions:
 
 
 class AskResult(NamedTuple):
-    """What `ask_run` wrote."""
+    """Numbers of what `ask_run` wrote."""
 
     num_users: int
     num_candidates: int
@@ -144,16 +144,16 @@ class _Pool(NamedTuple):
         codes = np.array([place.get(user, -1) for user in data.users], np.int64)
         is_common = np.array([user == POPULATION_USER for user in data.users], bool)
         owner = np.where(is_common[table["user"]], -1, codes[table["user"]])
-        for_asked = is_common[table["user"]] | (owner >= 0)
-        stranger = data.users[int(table["user"][for_asked.argmin()])]
-        if lost := int((~for_asked).sum()):
+        is_wanted = is_common[table["user"]] | (owner >= 0)
+        stranger = data.users[int(table["user"][is_wanted.argmin()])]
+        if lost := int((~is_wanted).sum()):
             logger.warning(
                 "%d candidates are for users who are not asked (%s): left out", lost, stranger
             )
         pairs = np.sort(np.stack([table["a"], table["b"]], 1), 1)
-        keys = np.concatenate([owner[:, None], pairs], 1)[for_asked]
+        keys = np.concatenate([owner[:, None], pairs], 1)[is_wanted]
         _, first = np.unique(keys, axis=0, return_index=True)
-        rows = np.flatnonzero(for_asked)[np.sort(first)]
+        rows = np.flatnonzero(is_wanted)[np.sort(first)]
         if repeated := len(keys) - len(rows):
             logger.warning("%d candidates are there more than once: each is asked once", repeated)
         if dropped := len(source.questions) - len(table):
@@ -168,7 +168,7 @@ class _Pool(NamedTuple):
         return _Pool(rows, questions, user_ids, owner[rows])
 
     def available(self, part: slice) -> Bool[np.ndarray, "u C"]:
-        """Whether each of these users may be asked each candidate."""
+        """Tell which candidates each of these users may be asked."""
         place = np.arange(len(self.user_ids))[part, None]
         return (self.owner == -1) | (self.owner == place)
 

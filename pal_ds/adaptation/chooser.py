@@ -17,7 +17,7 @@ from pal_ds.adaptation.strategies import (
 )
 from pal_ds.data.plan import keyed_generator
 from pal_ds.heads.jaxtyping_fallback import Bool, Float
-from pal_ds.inference.posterior_file import axes_of
+from pal_ds.inference.posterior_file import REACH, axes_of
 from pal_ds.inference.rewards_at import ScoredPairs
 
 NUM_DRAWS = 32
@@ -75,8 +75,9 @@ class Chooser(NamedTuple):
 def margins_with_slopes(
     scored: ScoredPairs, point: Float[Tensor, "U K"], axes: Float[Tensor, "U D K"]
 ) -> tuple[Float[Tensor, "U C"], Float[Tensor, "U D C"]]:
-    """Margins at the users' points, and half their difference between the ends of each axis."""
-    places = torch.cat([point[:, None], point[:, None] + axes, point[:, None] - axes], 1)
+    """Margins at the users' points, and how much they change along each axis."""
+    far = REACH * axes
+    places = torch.cat([point[:, None], point[:, None] + far, point[:, None] - far], 1)
     margins = scored.margins(places.flatten(0, 1)).unflatten(0, places.shape[:2])
     up, down = margins[:, 1:].chunk(2, 1)
-    return margins[:, 0], (up - down).div_(2)
+    return margins[:, 0], (up - down).div_(2 * REACH)

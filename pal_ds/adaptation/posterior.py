@@ -250,7 +250,7 @@ def _of_moments(
 
 
 def _normals(count: int, width: int) -> Float[Tensor, "M D"]:
-    """The same standard normal numbers at each call: Sobol's sequence, scrambled, through the normal's quantiles."""
+    """Standard normal numbers, equal at each call: Sobol's sequence, scrambled, through the normal's quantiles."""
     engine = torch.quasirandom.SobolEngine(width, scramble=True, seed=0)
     level = engine.draw(count, dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
     return torch.special.ndtri(level).float()

@@ -17,7 +17,7 @@ from pal_ds.distributed import phase
 from pal_ds.heads.base import Head, UserState
 from pal_ds.heads.jaxtyping_fallback import Float, Int
 from pal_ds.heads.sufficient_statistics import MixtureStatistics
-from pal_ds.inference.posterior_file import axes_of
+from pal_ds.inference.posterior_file import REACH, axes_of
 from pal_ds.losses import PreferenceLoss, decision_margin
 from pal_ds.model import RewardModel
 
@@ -147,6 +147,7 @@ def _margin_std(
 
     variance = torch.zeros(len(owner), device=point.device)
     for axis in axes_of(covariance).unbind(1):
-        variance += ((margin(point + axis) - margin(point - axis)) / 2).square()
+        up, down = (margin(point + reach * axis) for reach in (REACH, -REACH))
+        variance += ((up - down) / (2 * REACH)).square()
     total = variance.sqrt().new_zeros(len(point)).index_add(0, owner, variance.sqrt())
     return total / torch.bincount(owner, minlength=len(point))

@@ -94,7 +94,7 @@ def score_with_std(
 def _scorer_of(
     where: Run, texts: Records, whom: Mapping[str, Any], trust_remote_code: bool
 ) -> tuple["Scorer", list["Row"]]:
-    """What scores, and what is scored; `whom` as `score` takes it."""
+    """Open what scores, and read what is scored; `whom` as `score` takes it."""
     from pal_ds.export.card import FACTS_NAME
     from pal_ds.inference.text_rows import read_rows, rows_of
     from pal_ds.reward_models import Whom, scorer_of_export, scorer_of_run
@@ -120,7 +120,7 @@ def ask(
     *,
     strategy: Literal["random", "d_optimal", "bald", "thompson"] = "bald",
     seed: int = 0,
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """Choose for each fitted user the comparisons, out of a pool, whose answers would tell most.
 
     Args:

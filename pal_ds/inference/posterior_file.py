@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 POSTERIOR = "posterior.safetensors"
 """Name of the file beside a user table."""
+REACH = 3**0.5
+"""Standard deviations from the fitted point at which the slope along an axis is taken: the outer nodes of Gauss and
+Hermite's three. A reward that bends moves less out there than its derivative says."""
 _FORMAT = "pal_ds.posterior/1"
 _REMEDY = "Fit the users again with `pal-ds adapt`."
 

@@ -45,7 +45,6 @@ class PalRewardConfig(PretrainedConfig):
         truncation_side: str = "left",
         reward_mean: float | None = None,
         reward_std: float | None = None,
-        posterior: dict | None = None,
         **kwargs: Any,
     ) -> None:
         """Keeps what it is given; the model checks it, since `from_pretrained` may set keys later.
@@ -57,7 +56,7 @@ class PalRewardConfig(PretrainedConfig):
             encoding: `joint` (the response after its prompt in one pass) or `separate`.
             pooling: a score reads a row's last token, or the mean or largest entry over the row.
             prefix_ids, end_ids: special tokens around every text.
-            kwargs: `end_variants`, all that may stand for the end; without, the end alone. `probe`: see check_probe.
+            kwargs: `end_variants`, all that may stand for the end; `probe`: check_probe; `posterior`: see `forward`.
             marker_ids, user_marker_ids: tokens that open a response, and a user's message.
             max_tokens, truncation_side: longer texts lose the beginning of their prompt, or (`right`)
                 its end in front of the response marker.
@@ -66,7 +65,6 @@ class PalRewardConfig(PretrainedConfig):
                 join an end with what precedes it).
             reward_mean, reward_std: of the rewards on the run's own data, for whoever wants to
                 normalise; logits are as the trainer scored.
-            posterior: {"mixture", "covariance"} of the user whom `return_std` is for, K and K x K numbers.
         """
         if isinstance(text_config, dict):
             text_config = known_config(text_config, kwargs.get("transformers_version"))
@@ -85,7 +83,6 @@ class PalRewardConfig(PretrainedConfig):
         self.prompt_end_replaces = prompt_end_replaces
         self.reward_mean = reward_mean
         self.reward_std = reward_std
-        self.posterior = posterior
         if text_config is not None:
             kwargs.setdefault("hidden_size", hidden_size_of(text_config))
         if kwargs.get("id2label") is None:
@@ -140,7 +137,8 @@ class PalForSequenceClassification(WholeWeights, PreTrainedModel):
                 Where the model must know the prompt, this goes before the response marker.
             return_token_scores: logits [B, L] instead: the score of the text as if it ended at each
                 token; 0 on padding and on what was cut to fit. Not where a text is pooled.
-            return_std: also `std` [B, 1], how sure the rewards are of this user (`config.posterior`).
+            return_std: also `std` [B, 1], how sure rewards are of the user of `config.posterior`, whose `mixture` and
+                `covariance` that is.
 
         Raises:
             ValueError: a row without tokens, padding that cannot be told, a boundary that cannot be
@@ -259,7 +257,7 @@ class PalForSequenceClassification(WholeWeights, PreTrainedModel):
         return kept - text.num_cut if kept >= text.first_cut + text.num_cut else -1
 
     def _read(self, texts: list[Text], positions: list[list[int]]) -> Features:
-        """What the head reads of each text at T positions of its ids; shorter rows repeat."""
+        """Features of each text at T positions of its ids; shorter rows repeat."""
         device = self.device
         width = max(map(len, positions))
         columns = [[max(p, 0) for p in row] + [0] * (width - len(row)) for row in positions]

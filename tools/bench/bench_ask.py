@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from pal_ds.adaptation.chooser import Chooser, Users
 from pal_ds.adaptation.strategies import STRATEGIES, Prompts
 from pal_ds.inference.rewards_at import ScoredPairs, table_of
-from tools.bench.bench_posterior import HEADS, make_world
 from tools.bench.environment import describe_environment
+from tools.bench.planted_users import HEADS, make_world
 
 FLOOR = 60.0
 """Seconds for 10,000 users and 1,000 candidates."""

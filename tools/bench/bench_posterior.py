@@ -7,20 +7,18 @@
 Without a run: planted worlds, as in `bench_adapt.py`, but at the last position alone. A head with random prototypes is
 the truth, 1,000 users of a population make the prior, and new users of the same population compare responses by the
 truth's own log-odds; `scale` is the standard deviation of margins over pairs and users. Per k = 2, 5, 10, 50
-comparisons: the share of held-out pairs whose true margin lies within 1.645 standard deviations of the fitted one, by
-the delta method in the point. Beside it: the same from Laplace's Gaussian alone through the softmax's Jacobian, the
+comparisons: the share of held-out pairs whose true margin lies within 1.645 standard deviations of the fitted one, as
+`score --std` has them. Beside it: the same from Laplace's Gaussian alone through the softmax's Jacobian, the
 root of the mean squared error with the mean standard deviation (which should agree), and users per second of
 processor time.
 With a run: its held-out users, whose true margins are the log-odds of `probability` in the records (Synthetic,
-VectorWorld), fitted from k of their `unseen_train` pairs, judged on `unseen_test`; there the head's own error counts.
+VectorWorld), fitted from k of their `unseen_train` pairs, tested on `unseen_test`; there the head's own error counts.
 """
 
 import argparse
 import json
-import math
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,91 +29,32 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pal_ds.adaptation.blocks import UserComparisons, blocks
+from pal_ds.adaptation.chooser import margins_with_slopes
+from pal_ds.adaptation.fit import UserPairs, fit_users
 from pal_ds.adaptation.gradient import adam, losses_of, margins_of
 from pal_ds.adaptation.likelihoods import ByLosses, ByStatistics
+from pal_ds.adaptation.new_users import few_per_user
 from pal_ds.adaptation.newton import solve
 from pal_ds.adaptation.objective import shape_of
 from pal_ds.adaptation.posterior import Posterior, Simplex, posterior_of
 from pal_ds.adaptation.prior import LogitPrior
-from pal_ds.adaptation.user_posteriors import posteriors_by_statistics
-from pal_ds.heads import Features, Head, Lore, PalA, PalB, UserState
+from pal_ds.adaptation.user_posteriors import posterior_of_users, posteriors_by_statistics
+from pal_ds.distributed.world import World
+from pal_ds.heads import UserState
+from pal_ds.inference.load_run import restore
+from pal_ds.inference.posterior_file import REACH, axes_of
+from pal_ds.inference.readers import reader_of
+from pal_ds.inference.rewards_at import scored_pairs
 from pal_ds.losses import PairFacts, PreferenceLoss
-from pal_ds.users import UserTable
+from pal_ds.runs.run_dir import RunDirectory
 from tools.bench.environment import describe_environment
+from tools.bench.planted_users import HEADS, Planted, make_world
 
-HIDDEN = 32
 NUM_TEST = 40
 COUNTS = (2, 5, 10, 50)
 WIDTH = 1.6449
 """Standard deviations on either side of a 90% interval."""
-HEADS: dict[str, Callable[[int], Head]] = {
-    "LoRe": lambda k: Lore(HIDDEN, k),
-    "Pw distance": lambda k: PalA(HIDDEN, k, HIDDEN, 1, residual=False, user_point="Pw"),
-    "Pw cosine": lambda k: PalA(
-        HIDDEN, k, HIDDEN, 1, residual=False, user_point="Pw", similarity="cosine"
-    ),
-    "PAL-B": lambda k: PalB(HIDDEN, k, HIDDEN, 1),
-    "f(Pw) distance": lambda k: PalA(HIDDEN, k, HIDDEN, 3),
-}
 LOSS = PreferenceLoss("logistic", "last")
-
-
-def logits_of(population: str, num_prototypes: int, num_users: int) -> Tensor:
-    """[num_users, K]"""
-    if population == "clusters":
-        draw = torch.Generator().manual_seed(7)
-        centres = 2 * torch.randn(6, num_prototypes, generator=draw)
-        own = centres[torch.randint(6, (num_users,))]
-        return own + 0.3 * torch.randn_like(own)
-    dirichlet = torch.distributions.Dirichlet(torch.full((num_prototypes,), 0.5))
-    return dirichlet.sample((num_users,)).clamp(min=1e-3).log()
-
-
-class World(NamedTuple):
-    """New users of a known truth."""
-
-    head: Head
-    prior: LogitPrior
-    truth: Tensor
-    """Points [U, K]."""
-    stretch: float
-    """Factor of features, at which margins have the scale that was asked for."""
-
-    def pairs(self, count: int) -> tuple[Features, Tensor]:
-        """`count` pairs of each user and whose they are."""
-        owner = torch.arange(len(self.truth)).repeat_interleave(count)
-        index = torch.arange(2 * len(owner)).view(-1, 2)
-        states = self.stretch * torch.randn(2 * len(owner), 1, HIDDEN)
-        prompts = torch.arange(len(owner))[:, None].expand(-1, 2)
-        return Features(states, index, torch.randn(len(owner), 1, HIDDEN), prompts), owner
-
-    def margins(self, features: Features, point: Tensor) -> Tensor:
-        reward = self.head.reward(features, UserState(None, None, point))[..., 0]
-        return reward[:, 1] - reward[:, 0]
-
-
-def make_world(
-    name: str, num_prototypes: int, num_users: int, population: str, scale: float
-) -> World:
-    torch.manual_seed(0)
-    head = HEADS[name](num_prototypes).eval().requires_grad_(False)
-    seen = UserTable(num_prototypes, [f"seen {number}" for number in range(1000)])
-    seen.logits.copy_(logits_of(population, num_prototypes, 1000))
-    truth = torch.softmax(logits_of(population, num_prototypes, num_users), 1)
-    world = World(head, LogitPrior.of(seen), truth, 1.0)
-    for _ in range(4):
-        # Distances and projectors are not linear in the scale: a few steps of a fixed-point iteration.
-        features, owner = world.pairs(20)
-        spread = float(world.margins(features, truth[owner]).std())
-        by_cosine = getattr(head, "log_scale", None)
-        if by_cosine is not None:
-            by_cosine += math.log(scale / spread)
-        else:
-            world = world._replace(stretch=world.stretch * scale / spread)
-            prototypes = getattr(head, "prototypes", None)
-            if prototypes is not None:
-                prototypes.mul_(scale / spread)
-    return world
 
 
 class Fit(NamedTuple):
@@ -128,7 +67,7 @@ class Fit(NamedTuple):
     users_per_second: float
 
 
-def fit(world: World, count: int) -> Fit:
+def fit(world: Planted, count: int) -> Fit:
     features, owner = world.pairs(count)
     probability = torch.sigmoid(world.margins(features, world.truth[owner]))
     label = torch.where(torch.rand(len(owner)) < probability, 1, -1)
@@ -165,19 +104,22 @@ def fit(world: World, count: int) -> Fit:
     return Fit(logits, posterior, jacobian @ inverse @ jacobian, num_users / seconds)
 
 
-def measure(world: World, count: int) -> dict[str, float]:
+def measure(world: Planted, count: int) -> dict[str, float]:
     torch.manual_seed(count)
     fitted = fit(world, count)
     features, owner = world.pairs(NUM_TEST)
     point = torch.softmax(fitted.logits / world.head.temperature, 1)
-    leaf = point[owner].requires_grad_()
-    with torch.enable_grad():
-        margin = world.margins(features, leaf)
-        (slope,) = torch.autograd.grad(margin.sum(), leaf)
-    error = (margin.detach() - world.margins(features, world.truth[owner])).abs()
+    margin = world.margins(features, point[owner])
+    error = (margin - world.margins(features, world.truth[owner])).abs()
 
     def deviation(covariance: Tensor) -> Tensor:
-        return ((covariance[owner] @ slope[:, :, None])[..., 0] * slope).sum(1).clamp(min=0).sqrt()
+        """Along each axis of the covariance, as `score --std` and `ask` have it."""
+        variance = torch.zeros(len(owner))
+        for axis in axes_of(covariance).unbind(1):
+            far = REACH * axis
+            up, down = (world.margins(features, (point + away)[owner]) for away in (far, -far))
+            variance += ((up - down) / (2 * REACH)).square()
+        return variance.sqrt()
 
     own, laplace = deviation(fitted.posterior.covariance), deviation(fitted.laplace)
     return {
@@ -189,6 +131,53 @@ def measure(world: World, count: int) -> dict[str, float]:
         "effective_draws": float(fitted.posterior.effective_draws.median()),
         "users_per_second": fitted.users_per_second,
     }
+
+
+def measure_run(run: Path, num_draws: int) -> list[dict[str, float]]:
+    """A trained run's held-out users; each draw of their comparisons is a user of its own."""
+    restored = restore(RunDirectory(run), trust_code=True)
+    data, model = restored.data, restored.model
+    fit_rows, test_rows = (data.rows(split) for split in ("unseen_train", "unseen_test"))
+    user_of = data.comparisons["user"]
+    owners = np.unique(user_of[test_rows])
+    table_rows = np.full(len(data.users), -1, np.int64)
+    table_rows[owners] = np.arange(len(owners))
+    everything = np.union1d(fit_rows, test_rows)
+    alone = World(0, 1, torch.device("cpu"))
+    reader = reader_of(restored, data, everything, table_rows, alone, encode_ahead=True)
+    prior, loss = LogitPrior.of(restored.users), restored.config.loss
+    tests = scored_pairs(reader.model, reader.collator, test_rows, 1024)
+    owner = table_rows[user_of[test_rows]]
+    probability = data.comparisons["probability"][test_rows].astype(float)
+    truth = torch.from_numpy(np.log(probability) - np.log1p(-probability)).float()
+    results = []
+    for count in COUNTS:
+        drawn = [few_per_user(data, fit_rows, count, seed) for seed in range(num_draws)]
+        users = [n * len(owners) + table_rows[user_of[part]] for n, part in enumerate(drawn)]
+        pairs = UserPairs(np.concatenate(drawn), np.concatenate(users), num_draws * len(owners))
+        logits = fit_users(reader.model, reader.collator, pairs, loss=loss, prior=prior)
+        begin = time.process_time()
+        sure = posterior_of_users(
+            reader.model, reader.collator, pairs, logits, loss=loss, prior=prior
+        )
+        seconds = time.process_time() - begin
+        model.head.eval()
+        point = model.head.mixture_weights(UserState(logits))
+        margin, slopes = margins_with_slopes(tests, point, axes_of(sure.covariance))
+        own = torch.from_numpy(np.arange(len(point))[:, None] % len(owners) == owner)
+        std = slopes.square().sum(1).sqrt()
+        error = (margin - truth).abs()
+        results.append(
+            {
+                "num_comparisons": count,
+                "coverage": float((error <= WIDTH * std)[own].double().mean()),
+                "root_mean_square_error": float(error[own].square().mean().sqrt()),
+                "root_mean_square_std": float(std[own].square().mean().sqrt()),
+                "std_of_truth": float(truth.std()),
+                "users_per_second": len(point) / seconds,
+            }
+        )
+    return results
 
 
 def show(title: str, rows: list[dict[str, float]]) -> None:
@@ -218,10 +207,15 @@ def main() -> None:
     parser.add_argument("--num_prototypes", type=int, nargs="+", default=[3, 8])
     parser.add_argument("--scales", type=float, nargs="+", default=[0.5, 2.0, 5.0])
     parser.add_argument("--out", type=Path, help="JSON of all figures")
+    parser.add_argument("--run_dir", type=Path, help="a run with held-out users, and known truth")
+    parser.add_argument("--num_draws", type=int, default=5, help="of a run's users' comparisons")
     options = parser.parse_args()
     torch.set_num_threads(1)
     environment = describe_environment()
     print(json.dumps({"environment": environment}, indent=1))
+    if options.run_dir is not None:
+        show(str(options.run_dir), measure_run(options.run_dir, options.num_draws))
+        return
     results = []
     for population in options.population:
         for num_prototypes in options.num_prototypes:
