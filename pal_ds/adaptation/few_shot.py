@@ -24,7 +24,7 @@ from pal_ds.adaptation.fit import Solver, refuse_solver
 from pal_ds.adaptation.new_users import few_per_user
 from pal_ds.adaptation.strategies import Strategy
 from pal_ds.config.run_config import check_range
-from pal_ds.data.tables import PreparedData
+from pal_ds.data.tables import PreparedData, preferences
 from pal_ds.data.verification import verify_content
 from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
@@ -245,7 +245,7 @@ def few_shot_curves(
 def _fit_and_test_rows(data: PreparedData) -> tuple[np.ndarray, np.ndarray]:
     """Return the comparisons to fit and to test held-out users by. Raises UserError where there are none."""
     fit_rows, test_rows = data.rows("unseen_train"), data.rows("unseen_test")
-    test_rows = test_rows[data.comparisons["label"][test_rows] != 0]
+    test_rows = test_rows[preferences(data.comparisons[test_rows]) != 0]
     user_of = data.comparisons["user"]
     # Who has no pair to be tested on is not fitted either: the curve is about the users of `unseen_test`.
     fit_rows = fit_rows[np.isin(user_of[fit_rows], user_of[test_rows])]
