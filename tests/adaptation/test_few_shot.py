@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from pal_ds.adaptation import few_shot, gradient, new_users
+from pal_ds.adaptation import curve_scores, few_shot, gradient, new_users
 from pal_ds.adaptation import run as adapt_run_module
+from pal_ds.adaptation.active import NewUsersPool, comparisons_to_reach
 from pal_ds.adaptation.few_shot import (
     Curve,
     evaluate_few_shot,
@@ -98,13 +99,13 @@ def test_everyone_is_fitted_from_their_own_pairs(
     data = restored.data
     owners = users_of(data, "unseen_test")
     assert len(strays(data)) >= 1 and len(owners) >= 3
-    fit, calls = few_shot.fit_users, []
+    fit, calls = curve_scores.fit_users, []
 
     def recording(*arguments: Any, **options: Any) -> torch.Tensor:
         calls.append(arguments)
         return fit(*arguments, **options)
 
-    monkeypatch.setattr(few_shot, "fit_users", recording)
+    monkeypatch.setattr(curve_scores, "fit_users", recording)
     few_shot_curve(restored, [0, 1, 100], ALONE, seeds=(0, 1))
     ((_, _, (rows, owner, num_users)),) = calls
     assert num_users == 3 * 2 * len(owners)
@@ -162,13 +163,13 @@ def test_values_that_say_nothing_are_refused(
 def test_the_solver_is_the_persons_choice(
     runs: dict[str, RunDirectory], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fit, solvers = few_shot.fit_users, []
+    fit, solvers = curve_scores.fit_users, []
 
     def recording(*arguments: Any, solver: Any, **options: Any) -> torch.Tensor:
         solvers.append(solver)
         return fit(*arguments, solver=solver, **options)
 
-    monkeypatch.setattr(few_shot, "fit_users", recording)
+    monkeypatch.setattr(curve_scores, "fit_users", recording)
     evaluate_few_shot(runs["PalA"], [2], 1, solver="reference")
     evaluate_few_shot(runs["PalA"], [2], 1)
     assert solvers == ["reference", "auto"]
@@ -536,3 +537,49 @@ def test_many_users_are_reported_in_a_table_beside(
     assert merged["pairs"] == 2 * report["pairs"]
     assert merged["accuracy_on_these_pairs"] == pytest.approx(report["accuracy_on_these_pairs"])
     assert merged["users"] == report["users"]
+
+
+def test_strategies_read_no_label_before_it_is_asked(restored: OpenRun) -> None:
+    """Two comparisons are chosen alike whatever the answers to all others are; a strategy asks what random may."""
+    pool, draws = _pool(restored), [(1, 0), (2, 0), (100, 0)]
+    first, second, everything = pool.drawn("bald", draws)
+    assert set(first) < set(second) and sorted(everything) == sorted(pool.rows)
+    owner = restored.data.comparisons["user"]
+    assert (np.bincount(owner[second])[np.unique(owner[pool.rows])] == 2).all()
+    table = restored.data.comparisons.copy()
+    unread = np.setdiff1d(pool.rows, first)
+    table["label"][unread] *= -1
+    data = replace(restored.data, comparisons=table)
+    turned = _pool(replace(restored, data=data)).drawn("bald", draws)
+    assert [*map(sorted, turned[:2])] == [sorted(first), sorted(second)]
+
+
+def _pool(restored: OpenRun) -> NewUsersPool:
+    data = restored.data
+    rows = data.rows("unseen_train")
+    owners = np.unique(data.comparisons["user"][rows])
+    table_rows = np.full(len(data.users), -1, np.int64)
+    table_rows[owners] = np.arange(len(owners))
+    reader = reader_of(restored, data, rows, table_rows, ALONE, encode_ahead=True)
+    return NewUsersPool(restored, reader, rows, len(owners), "auto")
+
+
+def test_strategies_have_curves_beside_random(runs: dict[str, RunDirectory]) -> None:
+    figures = evaluate_few_shot(runs["PalA"], [0, 2, 100], 2, strategies=("thompson", "d_optimal"))
+    assert figures["strategies"].keys() == {"thompson", "d_optimal"}
+    for own in figures["strategies"].values():
+        assert [point["num_comparisons"] for point in own["curve"]] == [0, 2, 100]
+        # Nobody known, and everything answered: the same users whoever chose.
+        first, _, last = own["against_random"]
+        assert first["difference"] == last["difference"] == 0.0
+    assert any("chosen by thompson" in line for line in few_shot_lines(figures))
+    with pytest.raises(UserError, match="no posterior"):
+        evaluate_few_shot(runs["BradleyTerry"], [0, 2], 2, strategies=("bald",))
+
+
+def test_comparisons_that_a_gain_takes() -> None:
+    counts, random = [0, 10, 20], np.array([0.5, 0.6, 0.7])
+    assert comparisons_to_reach(counts, np.array([0.5, 0.68, 0.7]), random) == 10.0
+    assert comparisons_to_reach(counts, random, random) == pytest.approx(18.0)
+    assert comparisons_to_reach(counts, np.full(3, 0.5), random) is None
+    assert comparisons_to_reach(counts, random, np.full(3, 0.5)) is None
