@@ -257,7 +257,7 @@ def evaluation_figures(
     accuracies = np.sort([user["accuracy"] for user in users.values()])
     (calibration,) = calibrations(margins / temperature, labels, np.zeros(len(margins), int))
     disputed = np.zeros(len(margins), bool) if controversial is None else controversial
-    known = {} if best is None else {"bayes_accuracy": best}
+    known: dict[str, float | None] = {} if best is None else {"bayes_accuracy": best}
     if probabilities is not None and np.isfinite(probabilities).all():
         error = np.abs(expit(margins / temperature) - probabilities).mean()
         known["probability_mae"] = None if np.isnan(error) else float(error)

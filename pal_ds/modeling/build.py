@@ -143,12 +143,12 @@ def _head_of(config: RunConfig, hidden_size: int) -> Head:
         try:
             with naming_place("head: its constructor", None):
                 head = config.head(hidden_size)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"head: {error}") from None
         except UserError as error:
             if isinstance(error.__cause__, ValueError | TypeError):
                 raise UserError(f"head: {error.__cause__}") from None
             raise
+        except (ValueError, TypeError) as error:
+            raise UserError(f"head: {error}") from None
     try_head(head, hidden_size, 1 if config.loss.token_weighting == "last" else 3)
     try_loss(config.loss.shape)
     return head
