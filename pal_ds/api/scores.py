@@ -140,8 +140,9 @@ def ask(
         UserError: candidates that cannot be read, or fewer than `num`; users without a posterior.
     """
     from pal_ds.adaptation.ask import AskOptions, ask_run
-    from pal_ds.data.sources import GivenRecords, Jsonl
+    from pal_ds.data.sources import Jsonl
     from pal_ds.data.sources.base import read_lines
+    from pal_ds.data.sources.given import GivenRecords
 
     where, file = run_of(run), Path(out)
     with for_people():
