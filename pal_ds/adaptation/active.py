@@ -93,6 +93,8 @@ class NewUsersPool(NamedTuple):
                 order = np.broadcast_to(num_chosen + np.arange(size), answered.shape)
                 place[rows[candidates.numpy()[answered]]] = order[answered]
             num_chosen += num
+            if place.max() < num_chosen:
+                break  # everything is answered
             if num_chosen < most:
                 users = self._fitted(users.ids, np.flatnonzero(place < num_chosen))
         return place

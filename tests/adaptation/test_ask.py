@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from pal_ds import api
 from pal_ds.cli.main import main
 from pal_ds.errors import UserError
 from pal_ds.heads import PalA, PalB, UserState
@@ -109,7 +110,8 @@ def test_the_first_is_the_one_whose_answer_tells_most(place: Path, tmp_path: Pat
         (slope,) = torch.autograd.grad(margin.sum(), point)
         covariance = posterior.covariance[row].expand(NUM_CANDIDATES, -1, -1)
         std = posterior._replace(covariance=covariance).standard_deviation(slope)
-        exact = [quadrature(float(m), float(s) ** 2)[0] for m, s in zip(margin, std, strict=True)]
+        values = margin.detach().tolist(), std.detach().tolist()
+        exact = [quadrature(m, s**2)[0] for m, s in zip(*values, strict=True)]
         (line,) = lines[user]
         first = [pair.tolist() for pair in states].index(
             torch.tensor(line["response_features"]).tolist()
@@ -182,6 +184,12 @@ def test_lists_answers_and_pools_of_ones_own(place: Path, tmp_path: Path, caplog
             assert sorted(features) == sorted(expected)
     assert "1 candidates are for users who are not asked (stranger)" in caplog.text
     assert "1 candidates are there more than once" in caplog.text
+
+
+def test_in_memory(place: Path, tmp_path: Path) -> None:
+    pool = read_lines(place / "pool.jsonl")
+    lines = api.ask(place / "run", pool, place / "users", tmp_path / "out.jsonl", num=2)
+    assert lines == ask(place, tmp_path / "again.jsonl", "--num=2")
 
 
 PAIRS = ((0, 1), (0, 2), (1, 2))

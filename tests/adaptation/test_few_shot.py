@@ -541,7 +541,7 @@ def test_many_users_are_reported_in_a_table_beside(
 
 def test_strategies_read_no_label_before_it_is_asked(restored: OpenRun) -> None:
     """Two comparisons are chosen alike whatever the answers to all others are; a strategy asks what random may."""
-    pool, draws = _pool(restored), [(1, 0), (2, 0), (100, 0)]
+    pool, draws = _pool(restored), [(1, 0), (2, 0), (9, 0)]
     first, second, everything = pool.drawn("bald", draws)
     assert set(first) < set(second) and sorted(everything) == sorted(pool.rows)
     owner = restored.data.comparisons["user"]
@@ -565,10 +565,10 @@ def _pool(restored: OpenRun) -> NewUsersPool:
 
 
 def test_strategies_have_curves_beside_random(runs: dict[str, RunDirectory]) -> None:
-    figures = evaluate_few_shot(runs["PalA"], [0, 2, 100], 2, strategies=("thompson", "d_optimal"))
-    assert figures["strategies"].keys() == {"thompson", "d_optimal"}
+    figures = evaluate_few_shot(runs["PalA"], [0, 2, 9], 1, strategies=("thompson",))
+    assert figures["strategies"].keys() == {"thompson"}
     for own in figures["strategies"].values():
-        assert [point["num_comparisons"] for point in own["curve"]] == [0, 2, 100]
+        assert [point["num_comparisons"] for point in own["curve"]] == [0, 2, 9]
         # Nobody known, and everything answered: the same users whoever chose.
         first, _, last = own["against_random"]
         assert first["difference"] == last["difference"] == 0.0
@@ -579,7 +579,7 @@ def test_strategies_have_curves_beside_random(runs: dict[str, RunDirectory]) -> 
 
 def test_comparisons_that_a_gain_takes() -> None:
     counts, random = [0, 10, 20], np.array([0.5, 0.6, 0.7])
-    assert comparisons_to_reach(counts, np.array([0.5, 0.68, 0.7]), random) == 10.0
+    assert comparisons_to_reach(counts, np.array([0.5, 0.68, 0.7]), random) == pytest.approx(10.0)
     assert comparisons_to_reach(counts, random, random) == pytest.approx(18.0)
     assert comparisons_to_reach(counts, np.full(3, 0.5), random) is None
     assert comparisons_to_reach(counts, random, np.full(3, 0.5)) is None
