@@ -52,7 +52,9 @@ def make_scratch(suite: Suite, fold: str, data: PreparedData, world: World) -> N
         path = scratch_file(suite, fold)
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, _figures(suite, data, tested, margins))
+        # Those whom the run knows, so that all rows of the table are about the same pairs.
+        is_known = restored.users.ids.find(data.users)[owner[tested]] >= 0
+        write_json(path, _figures(suite, data, tested, margins, is_known))
 
     world.from_rank_zero(write)
 
@@ -65,10 +67,10 @@ def _place_of_reader(suite: Suite, fold: str, data: PreparedData) -> int | None:
     return next((place for place in places if is_finished(suite.planned[place])), None)
 
 
-def _figures(suite: Suite, data: PreparedData, rows: np.ndarray, margins: np.ndarray) -> dict:
+def _figures(
+    suite: Suite, data: PreparedData, rows: np.ndarray, margins: np.ndarray, is_known: np.ndarray
+) -> dict:
     """Figures of an evaluation, without those of single users; strangers have no comparisons, and a coin decides."""
-    trained = np.unique(data.comparisons["user"][data.rows("train")])
-    is_known = np.isin(data.comparisons["user"][rows], trained)
     format_baseline = FormatBaseline.of(data)
     known, strangers = (
         dict(figures_of(data, rows[who], margins[who], 1.0, format_baseline))
