@@ -47,7 +47,7 @@ def scratch_file(suite: Suite, fold: str) -> Path:
 
 
 def scratch_of(suite: Suite, fold: str, data: PreparedData | None) -> Evaluation | None:
-    """Return the figures of the regressions from scratch on these data, or None where they, or columns, are not made."""
+    """Return the figures of the regressions from scratch on these data, or None where a part is not there yet."""
     path = scratch_file(suite, fold)
     if not path.is_file():
         return None
