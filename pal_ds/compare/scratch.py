@@ -73,15 +73,15 @@ def _figures(
     """Figures of an evaluation, without those of single users; strangers have no comparisons, and a coin decides."""
     format_baseline = FormatBaseline.of(data)
     known, strangers = (
-        dict(figures_of(data, rows[who], margins[who], 1.0, format_baseline))
+        figures_of(data, rows[who], margins[who], 1.0, format_baseline)
         for who in (is_known, ~is_known)
     )
-    users = [entry for side in (known, strangers) for entry in side.pop("users").items()]
+    users = [entry for side in (known, strangers) for entry in side["users"].items()]
     above = users_above(suite, data)
     pairs = known["pairs"] + strangers["pairs"]
     right = known["pairs"] * (known["accuracy"] or 0.0) + strangers["pairs"] * 0.5
     return {
-        **known,
+        **{key: value for key, value in known.items() if key != "users"},
         "everyone": right / pairs if strangers["pairs"] else known["accuracy"],
         "users_above": {number: accuracy_of(users, ids) for number, ids in above.items()},
         "by_prompt": prompt_counts(data, rows, margins),
