@@ -47,12 +47,13 @@ def scratch_file(suite: Suite, fold: str) -> Path:
 
 
 def scratch_of(suite: Suite, fold: str, data: PreparedData | None) -> Evaluation | None:
-    """Return the figures of the regressions from scratch on these data, or None where they were not made yet."""
+    """Return the figures of the regressions from scratch on these data, or None where a part is not there yet."""
     path = scratch_file(suite, fold)
     if not path.is_file():
         return None
     figures = json.loads(path.read_text())
-    return figures if data is None or figures["data"] == data.hash else None
+    has_columns = {*figures["users_above"]} == {*map(str, suite.settings.users_above)}
+    return figures if has_columns and (data is None or figures["data"] == data.hash) else None
 
 
 def is_finished(planned: PlannedRun) -> bool:

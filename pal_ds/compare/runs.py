@@ -161,7 +161,7 @@ def make_runs(
             stopped = None
             if not world.from_rank_zero(lambda planned=planned: is_finished(planned)):
                 request = requests[planned.run.path]
-                own, states = data[fold], reading[fold, planned.method]
+                own, states = data[planned.fold], reading[planned.fold, planned.method]
                 stopped = train_one(planned, request, states, own, world, encoded)
             if stopped is not None:
                 return stopped

@@ -52,7 +52,9 @@ def make_scratch(suite: Suite, fold: str, data: PreparedData, world: World) -> N
         path = scratch_file(suite, fold)
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, _figures(suite, data, tested, margins))
+        # Those whom the run knows, so that all rows of the table are about the same pairs.
+        is_known = restored.users.ids.find(data.users)[owner[tested]] >= 0
+        write_json(path, _figures(suite, data, tested, margins, is_known))
 
     world.from_rank_zero(write)
 
@@ -65,21 +67,21 @@ def _place_of_reader(suite: Suite, fold: str, data: PreparedData) -> int | None:
     return next((place for place in places if is_finished(suite.planned[place])), None)
 
 
-def _figures(suite: Suite, data: PreparedData, rows: np.ndarray, margins: np.ndarray) -> dict:
+def _figures(
+    suite: Suite, data: PreparedData, rows: np.ndarray, margins: np.ndarray, is_known: np.ndarray
+) -> dict:
     """Figures of an evaluation, without those of single users; strangers have no comparisons, and a coin decides."""
-    trained = np.unique(data.comparisons["user"][data.rows("train")])
-    is_known = np.isin(data.comparisons["user"][rows], trained)
     format_baseline = FormatBaseline.of(data)
     known, strangers = (
-        dict(figures_of(data, rows[who], margins[who], 1.0, format_baseline))
+        figures_of(data, rows[who], margins[who], 1.0, format_baseline)
         for who in (is_known, ~is_known)
     )
-    users = [entry for side in (known, strangers) for entry in side.pop("users").items()]
+    users = [entry for side in (known, strangers) for entry in side["users"].items()]
     above = users_above(suite, data)
     pairs = known["pairs"] + strangers["pairs"]
     right = known["pairs"] * (known["accuracy"] or 0.0) + strangers["pairs"] * 0.5
     return {
-        **known,
+        **{key: value for key, value in known.items() if key != "users"},
         "everyone": right / pairs if strangers["pairs"] else known["accuracy"],
         "users_above": {number: accuracy_of(users, ids) for number, ids in above.items()},
         "by_prompt": prompt_counts(data, rows, margins),

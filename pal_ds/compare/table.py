@@ -89,10 +89,10 @@ def _gain(
     )
     if by_fold is not None and of_reference is not None:
         return gain_over_folds(by_fold, of_reference, over)
-    counts = [[figures.get("by_prompt") for figures in side[""]] for side in (own, others)]
     # Evaluations of an earlier version do not say.
-    if not all(all(side) for side in counts):
+    if not all("by_prompt" in figures for side in (own, others) for figures in side[""]):
         return None
+    counts = [[figures["by_prompt"] for figures in side[""]] for side in (own, others)]
     return gain_by_prompt(counts[0], counts[1], over)
 
 
@@ -174,10 +174,13 @@ def _warnings(seeds: list[int], *evaluations: Evaluations) -> list[Warned]:
                 for text in figures.get("warnings", ()):
                     of_text = given.setdefault(text, ({}, {}))
                     of_text[0][seed] = of_text[1][fold] = None
-    return [
-        {"seeds": sorted(by), "text": text, **({"folds": [*of]} if [*of] != [""] else {})}
-        for text, (by, of) in given.items()
-    ]
+    warnings: list[Warned] = []
+    for text, (by_seed, by_fold) in given.items():
+        warning: Warned = {"seeds": sorted(by_seed), "text": text}
+        if [*by_fold] != [""]:
+            warning["folds"] = [*by_fold]
+        warnings.append(warning)
+    return warnings
 
 
 def _row(evaluations: Evaluations) -> MethodRow:
