@@ -35,6 +35,7 @@ from pal_ds.inference import readers as reading_module
 from pal_ds.inference.fitted_to import RECORD
 from pal_ds.inference.load_run import OpenRun, restore
 from pal_ds.inference.mixtures import user_mixtures
+from pal_ds.inference.posterior_file import POSTERIOR
 from pal_ds.inference.readers import known_users, reader_of
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.users import UserTable
@@ -459,7 +460,7 @@ def test_shards_of_other_inputs_are_not_taken(
     small_shards.clear()
     report = adapt_run(run, out, AdaptOptions(num_pairs=3, solver="reference"))
     assert sum(small_shards) == len(report["users"])
-    assert files_in(out).keys() == {*USER_FILES, RECORD, "report.json"}
+    assert files_in(out).keys() == {*USER_FILES, RECORD, POSTERIOR, "report.json"}
 
 
 def test_newton_is_refused_before_any_text_is_read(
@@ -502,7 +503,7 @@ def test_many_users_are_reported_in_a_table_beside(
     assert written == {**report, "users": "report.parquet"}
     assert read_report(tmp_path / "users") == report
     entry = next(iter(report["users"].values()))
-    assert entry.keys() == {"pairs", "accuracy_on_these_pairs", "mixture"}
+    assert entry.keys() == {"pairs", "accuracy_on_these_pairs", "mixture", "margin_std"}
     # The shards of a job array are put together whatever form their reports have.
     for number in (0, 1):
         shutil.copytree(tmp_path / "users", tmp_path / "array" / "shards" / str(number))
