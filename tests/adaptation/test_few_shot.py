@@ -35,7 +35,7 @@ from pal_ds.inference import readers as reading_module
 from pal_ds.inference.fitted_to import RECORD
 from pal_ds.inference.load_run import OpenRun, restore
 from pal_ds.inference.mixtures import user_mixtures
-from pal_ds.inference.posterior_file import POSTERIOR
+from pal_ds.inference.posterior_file import POSTERIOR, read_posterior, write_posterior
 from pal_ds.inference.readers import known_users, reader_of
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.users import UserTable
@@ -507,10 +507,16 @@ def test_many_users_are_reported_in_a_table_beside(
     # The shards of a job array are put together whatever form their reports have.
     for number in (0, 1):
         shutil.copytree(tmp_path / "users", tmp_path / "array" / "shards" / str(number))
-    table = UserTable.load(tmp_path / "array" / "shards" / "1")
+    shard = tmp_path / "array" / "shards" / "1"
+    table = UserTable.load(shard)
+    posterior = read_posterior(shard, len(table.ids), 3)
+    assert posterior is not None
     table.ids = UserIds.of(f"{user}-too" for user in table.ids)
-    table.save(tmp_path / "array" / "shards" / "1")
+    table.save(shard)
+    write_posterior(shard, posterior.covariance)
     user_shards.merge(tmp_path / "array")
+    both = read_posterior(tmp_path / "array", 2 * len(table.ids), 3)
+    assert both is not None and torch.equal(both.covariance, posterior.covariance.repeat(2, 1, 1))
     merged = read_report(tmp_path / "array")
     assert merged["pairs"] == 2 * report["pairs"]
     assert merged["accuracy_on_these_pairs"] == pytest.approx(report["accuracy_on_these_pairs"])
