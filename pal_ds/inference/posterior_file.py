@@ -49,7 +49,8 @@ def write_posterior(folder: Path, covariance: Float[Tensor, "U K K"]) -> None:
     """
     path = folder / POSTERIOR
     with writing(path), replacing(path) as aside:
-        metadata = {"format": _FORMAT, "users": _hash_of_table(folder)}
+        # One key: the writer of safetensors puts several in any order, and the same fit has the same bytes.
+        metadata = {_FORMAT: _hash_of_table(folder)}
         save_file({"covariance": covariance.float().contiguous()}, aside, metadata)
 
 
@@ -66,9 +67,9 @@ def read_posterior(folder: Path, num_users: int, num_prototypes: int) -> StoredP
         with safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}
             covariance = file.get_tensor("covariance")
-        if metadata.get("format") != _FORMAT:
+        if _FORMAT not in metadata:
             raise ValueError(f"is of another format than {_FORMAT}")
-        if metadata.get("users") != _hash_of_table(folder):
+        if metadata[_FORMAT] != _hash_of_table(folder):
             raise UserError(
                 f"{path}: belongs to another user table than the one beside it: one of the two was replaced. {_REMEDY}"
             )

@@ -35,6 +35,7 @@ from pal_ds.inference import readers as reading_module
 from pal_ds.inference.fitted_to import RECORD
 from pal_ds.inference.load_run import OpenRun, restore
 from pal_ds.inference.mixtures import user_mixtures
+from pal_ds.inference.posterior_file import POSTERIOR, read_posterior, write_posterior
 from pal_ds.inference.readers import known_users, reader_of
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.users import UserTable
@@ -478,7 +479,7 @@ def test_shards_of_other_inputs_are_not_taken(
     small_shards.clear()
     report = adapt_run(run, out, AdaptOptions(num_pairs=3, solver="reference"))
     assert sum(small_shards) == len(report["users"])
-    assert files_in(out).keys() == {*USER_FILES, RECORD, "report.json"}
+    assert files_in(out).keys() == {*USER_FILES, RECORD, POSTERIOR, "report.json"}
 
 
 def test_newton_is_refused_before_any_text_is_read(
@@ -521,19 +522,26 @@ def test_many_users_are_reported_in_a_table_beside(
     assert written == {**report, "users": "report.parquet"}
     assert read_report(tmp_path / "users") == report
     entry = next(iter(report["users"].values()))
-    assert entry.keys() - {"margin_std"} == {
+    assert entry.keys() == {
         "pairs",
         "accuracy_on_these_pairs",
         "accuracy_before",
         "mixture",
+        "margin_std",
     }
     # The shards of a job array are put together whatever form their reports have.
     for number in (0, 1):
         shutil.copytree(tmp_path / "users", tmp_path / "array" / "shards" / str(number))
-    table = UserTable.load(tmp_path / "array" / "shards" / "1")
+    shard = tmp_path / "array" / "shards" / "1"
+    table = UserTable.load(shard)
+    posterior = read_posterior(shard, len(table.ids), 3)
+    assert posterior is not None
     table.ids = UserIds.of(f"{user}-too" for user in table.ids)
-    table.save(tmp_path / "array" / "shards" / "1")
+    table.save(shard)
+    write_posterior(shard, posterior.covariance)
     user_shards.merge(tmp_path / "array")
+    both = read_posterior(tmp_path / "array", 2 * len(table.ids), 3)
+    assert both is not None and torch.equal(both.covariance, posterior.covariance.repeat(2, 1, 1))
     merged = read_report(tmp_path / "array")
     assert merged["pairs"] == 2 * report["pairs"]
     assert merged["accuracy_on_these_pairs"] == pytest.approx(report["accuracy_on_these_pairs"])

@@ -151,7 +151,7 @@ def planted(num_users: int, num_comparisons: int) -> tuple[float, float]:
         index = torch.arange(2 * len(owner)).view(-1, 2)
         ones = torch.ones(1, width, width)
         first = torch.zeros(len(linear), dtype=torch.int64)
-        return MixtureStatistics(linear, index, ones, first, False, 1.0), owner
+        return MixtureStatistics(linear, index, ones, first, "cosine", 1.0), owner
 
     def margins(statistics: MixtureStatistics, point: Tensor) -> Tensor:
         reward = statistics.reward(point)[..., 0]

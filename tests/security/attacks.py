@@ -185,6 +185,10 @@ def reading(command: str, stranger: Stranger, run: Path) -> Words:
         "evaluate": ["evaluate", "--run_dir", run, "--split=train"],
         "few_shot": ["few_shot", "--run_dir", run],
         "adapt": ["adapt", "--run_dir", run, "--split=train", "--out", out],
+        "ask": [
+            *("ask", "--run_dir", run, "--users", out, "--out", out),
+            *("--candidates", stranger.texts()),
+        ],
         "score": ["score", "--run_dir", run, "--input", stranger.texts()],
         "consolidate": ["consolidate", run, out],
         "retention": ["retention", run, run, "test"],
@@ -202,6 +206,7 @@ READING = (
     "evaluate",
     "few_shot",
     "adapt",
+    "ask",
     "score",
     "consolidate",
     "init_from",
