@@ -216,12 +216,11 @@ def few_shot_curve(
         test_rows=test_rows,
         test_owner=table_rows[user_of[test_rows]],
     )
-    curve, scratch = (
-        _curve(data, test_rows, part.reshape(-1, len(seeds), len(test_rows)), draws, drawn)
-        for part in (right, from_scratch)
-    )
-    gains = curve.right - scratch.right
-    return curve._replace(scratch=beside(scratch.rows, gains, curve.users, curve.prompts))
+    shape = -1, len(seeds), len(test_rows)
+    curve = _curve(data, test_rows, right.reshape(shape), draws, drawn)
+    own = _curve(data, test_rows, from_scratch.reshape(shape), draws, drawn)
+    points = beside(own.rows, curve.right - own.right, own.users, own.prompts)
+    return curve._replace(scratch=points)
 
 
 def _fit_and_test_rows(data: PreparedData) -> tuple[np.ndarray, np.ndarray]:
