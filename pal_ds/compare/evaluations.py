@@ -1,4 +1,4 @@
-"""What the runs of a suite left behind for its table: evaluations, few-shot curves, regressions from scratch."""
+"""Reads what the runs of a suite left behind for its table: evaluations, few-shot curves, regressions from scratch."""
 
 import json
 from collections.abc import Iterable, Mapping

@@ -203,7 +203,7 @@ class CurvePoint(TypedDict):
 
 
 class ScratchPoint(CurvePoint):
-    """The same new users by a regression from scratch on the same comparisons."""
+    """Accuracy of the new users of a `CurvePoint` by regressions from scratch on the same comparisons."""
 
     gain: float
     """Accuracy of the run less this one's, on the same test pairs."""
