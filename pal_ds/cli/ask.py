@@ -1,11 +1,11 @@
 """The command that chooses what to ask users next."""
 
-from pathlib import Path
 from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
 from pal_ds.cli.arguments import add_run_arguments, options_of
+from pal_ds.io.files import at_home
 from pal_ds.runs.run_dir import RunDirectory
 
 
@@ -46,13 +46,13 @@ class Ask:
         from pal_ds.data.sources import Jsonl
 
         more = {
-            "candidates": Jsonl(options.candidates),
-            "users": Path(options.users),
+            "candidates": Jsonl(str(at_home(options.candidates))),
+            "users": at_home(options.users),
             "only": tuple(options.user),
         }
         result = ask_run(
             RunDirectory(options.run_dir),
-            Path(options.out),
+            at_home(options.out),
             options_of(AskOptions, options, **more),
         )
         print(

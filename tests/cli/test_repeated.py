@@ -8,7 +8,7 @@ from pal_ds.config.recipe import recipe_from_arguments
 from pal_ds.errors import UserError
 from tests.tiny import LLAMA
 
-ADD_UP = {"config", "consolidate.users"}
+ADD_UP = {"config", "consolidate.users", "ask.user"}
 
 
 def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
