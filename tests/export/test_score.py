@@ -263,8 +263,8 @@ def test_a_score_that_is_no_number_is_never_written(runs: Path, capsys, tmp_path
 
     monkeypatch.setattr(
         PalForSequenceClassification,
-        "_rewards",
-        lambda self, texts, _: torch.full((len(texts), 1), torch.nan),
+        "_reward",
+        lambda _, features, __: torch.full((len(features.response_index), 1), torch.nan),
     )
     code, scored, error = score(capsys, tmp_path, pairs(), "--run_dir", runs / "llama_pal_a_full")
     assert code == 2 and scored == [] and "in.jsonl:1: its score is nan, no finite number" in error

@@ -5,8 +5,9 @@
 
 Four writers each prefer their own answer to all five's; LoRe is trained on them, with the fifth writer's answers among
 the rejected. The fifth is then fitted from k = 2, 5, 10, 20, 50 of their comparisons on the queries of training, and
-tested on queries that nobody has met: accuracy per domain, and the mean of five, for every kind of weights. FOLDER
-holds all-MiniLM-L6-v2; states are encoded once, into DIR/cache. `--set` changes a key of the recipe for all.
+tested on queries that nobody has met: accuracy per domain, and the mean of five, for every kind of weights.
+`regression` is each writer's own, from the same comparisons alone. FOLDER holds all-MiniLM-L6-v2; states are encoded
+once, into DIR/cache. `--set` changes a key of the recipe for all.
 """
 
 import argparse
@@ -52,8 +53,13 @@ def recipe(arguments: argparse.Namespace, domain: str) -> dict[str, Any]:
     return keys | dict(pair.split("=", 1) for pair in arguments.set)
 
 
-def curve_of(arguments: argparse.Namespace, domain: str, mixture: str, seed: int) -> list[float]:
-    """Accuracy of the domain's writer after each number of comparisons; a run that is there is gone on with."""
+def curves_of(
+    arguments: argparse.Namespace, domain: str, mixture: str, seed: int
+) -> tuple[list[float], list[float]]:
+    """Accuracy of the domain's writer after each number of comparisons, by the run and by a regression from scratch.
+
+    A run that is there is gone on with.
+    """
     keys = recipe(arguments, domain)
     own = {"num_prototypes": arguments.num_prototypes, "mixture": mixture}
     keys |= {"head.init_args": own, "train.seed": seed}
@@ -62,7 +68,8 @@ def curve_of(arguments: argparse.Namespace, domain: str, mixture: str, seed: int
     )
     run = pal_ds.train({}, f"{arguments.work}/runs/{name}", **keys)
     figures = pal_ds.few_shot(run, NUM_COMPARISONS, arguments.num_draws)
-    return [row["accuracy"] for row in figures["curve"]]
+    own, scratch = figures["curve"], figures["scratch"]
+    return [row["accuracy"] for row in own], [row["accuracy"] for row in scratch]
 
 
 def main() -> None:
@@ -82,10 +89,12 @@ def main() -> None:
     print("k".ljust(32) + "".join(f"{k:>8}" for k in NUM_COMPARISONS), flush=True)
     for mixture in arguments.mixture:
         for domain in arguments.domains:
-            curves = [curve_of(arguments, domain, mixture, seed) for seed in arguments.seeds]
-            figures.setdefault(mixture, {})[domain] = curves
-            _show(f"{mixture}, {domain}", np.mean(curves, 0))
-        _show(f"{mixture}, mean", np.mean(list(figures[mixture].values()), (0, 1)))
+            both = [curves_of(arguments, domain, mixture, seed) for seed in arguments.seeds]
+            for name, curves in zip((mixture, "regression"), zip(*both, strict=True), strict=True):
+                figures.setdefault(name, {})[domain] = curves
+                _show(f"{name}, {domain}", np.mean(curves, 0))
+        for name in (mixture, "regression"):
+            _show(f"{name}, mean", np.mean(list(figures[name].values()), (0, 1)))
     if arguments.out:
         report = {"environment": describe_environment(), "accuracy": figures}
         arguments.out.write_text(json.dumps(report, indent=2) + "\n")
