@@ -293,7 +293,8 @@ def test_a_comparison_checks_a_stage_before_anything_is_taken_over(
         config = recipe(str(stages.other), "pal", kind, str(stages.out / origin), None)
         planned = PlannedRun("stage", 0, config, "", run)
         settings = SuiteConfig(methods={"stage": {}}, split="dev")
-        assert list(check_everything(Suite("stages", settings, [planned]), data)) == ["stage"]
+        suite = Suite("stages", settings, [planned], tmp_path / "out")
+        assert [method for _, method in check_everything(suite, {"": data})] == ["stage"]
     assert not run.path.exists()
 
 
