@@ -14,6 +14,7 @@ from pal_ds.inference.load_run import OpenRun
 from pal_ds.inference.mixtures import user_mixtures
 from pal_ds.runs.lock import LOCK
 from pal_ds.users import UserTable
+from pal_ds.users.ids import named
 
 logger = logging.getLogger(__name__)
 
@@ -125,11 +126,10 @@ def _warn_of_worse(users: dict[str, AdaptedUser]) -> None:
     if worse:
         logger.warning(
             "%d of %d users are served worse by their fit than by the population's point, on the very pairs that they "
-            "were fitted to (%s%s; `accuracy_before` in the report). No point that the head's users may have serves "
+            "were fitted to (%s; `accuracy_before` in the report). No point that the head's users may have serves "
             "them: they may be unlike all of the run's users (head Lore with mixture: free reaches such ones), or "
             "their pairs contradict each other",
             len(worse),
             len(users),
-            ", ".join(worse[:3]),
-            ", ..." if len(worse) > 3 else "",
+            named(worse),
         )

@@ -55,6 +55,7 @@ from pal_ds.progress import progress_bar
 from pal_ds.runs.lock import LOCK, held
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.users import UserTable
+from pal_ds.users.ids import named
 
 logger = logging.getLogger(__name__)
 
@@ -160,12 +161,11 @@ def _warn_of_known(restored: OpenRun, ids: list[str]) -> None:
     known = sorted(user for user in ids if user in restored.users)
     if known:
         logger.warning(
-            "%d of %d users are in the run already (%s%s): fitted from these pairs alone, and with --users this "
+            "%d of %d users are in the run already (%s): fitted from these pairs alone, and with --users this "
             "fit stands for them in place of the trained one",
             len(known),
             len(ids),
-            ", ".join(known[:3]),
-            ", ..." if len(known) > 3 else "",
+            named(known),
         )
 
 

@@ -256,7 +256,7 @@ def test_users_whom_the_fit_serves_worse_are_named(caplog: pytest.LogCaptureFixt
     }
     better: result.AdaptedUser = {**entry, "accuracy_before": 0.25}
     result._warn_of_worse({"ann": entry, "bob": better, "eve": entry})
-    assert "2 of 3 users are served worse" in caplog.text and "(ann, eve;" in caplog.text
+    assert "2 of 3 users are served worse" in caplog.text and "('ann', 'eve';" in caplog.text
     caplog.clear()
     result._warn_of_worse({"bob": better})
     assert not caplog.text

@@ -95,6 +95,16 @@ def test_reward_is_that_of_weights_and_own_direction() -> None:
         head.reward(features, UserState(None, None, torch.zeros(1, 5)))
 
 
+def test_length_weight_is_a_ridge_on_the_users_vector() -> None:
+    head, (features, comparisons) = head_of(length_weight=0.3), world()
+    logits = torch.randn(len(comparisons.user), NUM_PROTOTYPES, requires_grad=True)
+    output = head.compare(features, UserState(logits))
+    vector = (1 + logits) / NUM_PROTOTYPES @ head.basis
+    torch.testing.assert_close(output.penalty, 0.15 * vector.square().sum(1))
+    with pytest.raises(ValueError, match="length_weight"):
+        Lore(WIDTH, length_weight=-1.0)
+
+
 def test_evidence_is_the_probability_of_labels() -> None:
     """One comparison: the integral over its margin, by a fine sum. Laplace errs by below 0.01 nats."""
     variance, mean = 1.0, 0.4

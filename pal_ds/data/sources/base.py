@@ -227,3 +227,11 @@ def json_list_or_errors(path: Path) -> Iterator[tuple[str, Any]]:
     rule = "; the file must hold one JSON list, or one JSON object a line"
     for number, entry in enumerate(parse_json(text, str(path), rule)):
         yield f"{path}, entry {number}", entry
+
+
+def check_shares(source: str, dev: float, test: float, *, of: str) -> None:
+    """Raise UserError where a source's own dev and test fractions are no shares `of` what it splits."""
+    if min(dev, test) < 0 or dev + test > 1:
+        raise UserError(
+            f"{source}: dev_fraction {dev} and test_fraction {test} must be shares of the {of}, their sum at most 1"
+        )

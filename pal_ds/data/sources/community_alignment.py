@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from pal_ds.data.records import Message, Record
-from pal_ds.data.sources.base import stable_fraction
+from pal_ds.data.sources.base import check_shares, stable_fraction
 from pal_ds.data.sources.hub_source import HubPath, HubRows, HubSource, id_of, text_of
 from pal_ds.errors import UserError
 
@@ -62,12 +62,9 @@ class CommunityAlignment(HubSource):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        dev, test = self.dev_fraction, self.test_fraction
-        if min(dev, test) < 0 or dev + test > 1:
-            raise UserError(
-                f"community_alignment: dev_fraction {dev} and test_fraction {test} must be shares of the "
-                "conversations, their sum at most 1"
-            )
+        check_shares(
+            "community_alignment", self.dev_fraction, self.test_fraction, of="conversations"
+        )
         if not 1 <= self.num_turns <= len(TURNS):
             raise UserError(
                 f"community_alignment: num_turns is {self.num_turns}; it must be 1 to {len(TURNS)}"

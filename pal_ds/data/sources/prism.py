@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any, final
 
 from pal_ds.data.records import Message, Record
-from pal_ds.data.sources.base import stable_fraction
+from pal_ds.data.sources.base import check_shares, stable_fraction
 from pal_ds.data.sources.hub_source import HubPath, HubRows, HubSource, text_of
 from pal_ds.errors import UserError
 
@@ -46,12 +46,7 @@ class Prism(HubSource):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        dev, test = self.dev_fraction, self.test_fraction
-        if min(dev, test) < 0 or dev + test > 1:
-            raise UserError(
-                f"prism: dev_fraction {dev} and test_fraction {test} must be shares of the "
-                "dialogues, their sum at most 1"
-            )
+        check_shares("prism", self.dev_fraction, self.test_fraction, of="dialogues")
         columns = ("conversation_id", "user_id", "conversation_history")
         self._rows = HubRows(self.path, ("train",), columns, name="conversations")
 
