@@ -32,6 +32,19 @@ from tests.warm import WarmParent, keep_recipe_parser, warm_parent  # noqa: E402
 keep_recipe_parser()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Sends whole files to workers (`pytest -n`), since tests of a file share fixtures; those of SLURM all to one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            # They share a cluster, of which a machine has one.
+            return "tests/slurm" if nodeid.startswith("tests/slurm/") else nodeid.split("::")[0]
+
+    return ByFile(config, log)
+
+
 @pytest.fixture(autouse=True)
 def _log_as_rank_zero() -> None:
     """Gives each test our logger as rank 0 has it: a command run as another rank leaves its level in the process."""

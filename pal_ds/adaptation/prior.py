@@ -16,6 +16,7 @@ from pal_ds.heads.jaxtyping_fallback import Float, Int
 from pal_ds.heads.sufficient_statistics import PointSpace, point_of
 from pal_ds.users import UserTable
 from pal_ds.users.ids import generic_row_of
+from pal_ds.users.row_prior import basis_of
 from pal_ds.users.rows import BLOCK_ROWS
 
 VERTEX_LOGIT = 2.0
@@ -65,7 +66,7 @@ class LogitPrior:
         Where the run has a generic user, who is what users get at zero comparisons, everybody is centred there.
         """
         num_users, num_prototypes = users.logits.shape
-        basis = _basis(num_prototypes, space)
+        basis = basis_of(num_prototypes, space)
         # Block by block: of a table of millions one copy in fp64 is enough.
         blocks_of = [block.cpu().double() @ basis for block in users.logits.split(BLOCK_ROWS)]
         points = torch.cat(blocks_of) if blocks_of else basis.new_empty(0, basis.shape[1])
@@ -208,11 +209,3 @@ def without_repetition(
             distinct[first] = torch.where(same & worse, -torch.inf, distinct[first])
             distinct[second] = torch.where(same & ~worse, -torch.inf, distinct[second])
     return distinct
-
-
-def _basis(num_prototypes: int, space: PointSpace) -> Float[Tensor, "K D"]:
-    """Orthonormal, fp64, of what moves a point: all (D = K), or all but the constant direction (D = K - 1)."""
-    if space == "linear":
-        return torch.eye(num_prototypes, dtype=torch.float64)
-    centring = torch.eye(num_prototypes, dtype=torch.float64) - 1 / num_prototypes
-    return torch.linalg.qr(centring[:, 1:]).Q

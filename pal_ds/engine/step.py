@@ -22,7 +22,7 @@ from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.kernels.fused_loss import FusedLoss
 from pal_ds.losses import PreferenceLoss, decision_margin
 from pal_ds.model import user_state
-from pal_ds.users import TrainedUsers
+from pal_ds.users import RowPrior, TrainedUsers
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Stepper:
     seed: int
     needs_users: bool
     guard: UpdateGuard
+    prior: RowPrior | None = None
+    """Pulls the rows of an update, where the recipe has one."""
 
     def run(
         self, update: int, batches: list[Batch], runs: list[list[np.ndarray]], user_rows: np.ndarray
@@ -99,7 +101,11 @@ class Stepper:
                 loss_sum = loss_sum + total.detach()
         phase.enter("step")
         rate = self.users_learning_rate * factor
-        applied, grad_norm = self._apply(update, loss_sum, leaves, runs, user_rows, rate)
+        gradients = self.user_gradients(leaves, runs) if at_hand is not None else None
+        if at_hand is not None and gradients is not None and self.prior is not None:
+            rows = torch.from_numpy(user_rows).to(gradients.device)
+            gradients = gradients + self.prior.pull(at_hand.leaf(rows).detach(), rows) / num_pairs
+        applied, grad_norm = self._apply(update, loss_sum, gradients, user_rows, rate)
         if not applied:
             loss_sum, correct = torch.zeros_like(loss_sum), torch.zeros_like(correct)
         num_made = num_pairs if applied else 0
@@ -133,13 +139,11 @@ class Stepper:
         self,
         update: int,
         loss_sum: Float[Tensor, ""],
-        leaves: list[Tensor],
-        runs: list[list[np.ndarray]],
+        gradients: Float[Tensor, "n K"] | None,
         user_rows: np.ndarray,
         users_rate: float,
     ) -> tuple[bool, float | Tensor | None]:
         """Make the engine's step and the users', or neither; return (made or not, gradient norm before clipping)."""
-        gradients = self.user_gradients(leaves, runs) if self.needs_users else None
         finite = torch.ones((), dtype=torch.bool, device=loss_sum.device)
         if gradients is not None:
             finite = gradients.isfinite().all()

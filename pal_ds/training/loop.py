@@ -27,6 +27,7 @@ from pal_ds.training.evaluation import evaluate_in_training
 from pal_ds.training.log_lines import log_end
 from pal_ds.training.setup import start_training
 from pal_ds.training.state import Training, plan_of
+from pal_ds.users.row_prior import LEARN_EVERY
 
 logger = logging.getLogger(__name__)
 
@@ -180,8 +181,23 @@ def make_update(state: Training, stepper: Stepper, inputs: UpdateInputs) -> Upda
             f"{error} (Update {index} of epoch {epoch}: rows {rows} of {state.data.path}/comparisons.npy.)"
         ) from None
     state.step += 1
+    learn_prior_of_rows(state)
     phase.enter("build batches", state.step)
     return stats
+
+
+def learn_prior_of_rows(state: Training) -> None:
+    """Learn the prior of users' rows from the table anew, where that is due."""
+    prior = state.prior
+    if prior is None or state.step % LEARN_EVERY:
+        return
+    phase.enter("learn the prior of users", state.step)
+    records = state.users.records_of(prior.sample())
+    num_comparisons = len(state.plan.comparisons) * state.config.train.batch_pairs / state.step
+    beta2 = state.config.users.betas[1]
+    learnt = state.world.from_rank_zero(lambda: prior.estimate(records, num_comparisons, beta2))
+    if learnt is not None:
+        prior.load_state_dict(learnt)
 
 
 def agree_on_stop(state: Training) -> str | None:
@@ -246,6 +262,7 @@ def save(state: Training) -> None:
         "base_weights": state.base_weights,
         "init_from": state.origin,
         "guard": state.guard.state_dict(),
+        "users_prior": None if state.prior is None else state.prior.state_dict(),
         "owes_evaluation": state.owes_evaluation,
         "save_seconds": state.watch.save_seconds,
         "unlogged": list(state.metrics.unlogged()),

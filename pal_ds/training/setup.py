@@ -39,6 +39,7 @@ from pal_ds.feature_cache.encode import encode_once
 from pal_ds.feature_cache.folders import cache_folders
 from pal_ds.heads.base import Head
 from pal_ds.heads.projector import has_inert_dropout
+from pal_ds.io.boundary import reading
 from pal_ds.model import RewardModel
 from pal_ds.modeling.build import Parts, RunContext, base_weights_of, load_backbone
 from pal_ds.runs.run_dir import BestEvaluation
@@ -47,8 +48,9 @@ from pal_ds.training.evaluation import EvalSet, open_eval_sets
 from pal_ds.training.init_from.copy import load_taken_over
 from pal_ds.training.log_lines import ProgressLines
 from pal_ds.training.metrics_logger import MetricsLogger
-from pal_ds.training.state import Training, plan_of, seen_users
+from pal_ds.training.state import Training, plan_of, prior_of_rows, seen_users
 from pal_ds.training.trackers import check_trackers
+from pal_ds.users import RowPriorState
 from pal_ds.users.ids import UserIds
 
 logger = logging.getLogger(__name__)
@@ -109,6 +111,7 @@ def start_training(
         guard=guard,
         watch=watch,
         metrics=MetricsLogger(context.run, config, world, ProgressLines(world, num_updates)),
+        prior=prior_of_rows(config, data, parts.head, table_rows, world.device),
         eval_sets=sets,
         origin=origin,
         base_weights=base_weights,
@@ -263,6 +266,7 @@ def resume(state: Training, *, trust: bool) -> None:
     state.step = int(manifest["step"])
     state.owes_evaluation = manifest["owes_evaluation"]
     state.guard.load_state_dict(manifest["guard"])
+    restore_prior(state, manifest.get("users_prior"))
     state.metrics.resume(manifest["unlogged"])
     state.watch.save_seconds = manifest["save_seconds"]
     # Last of all: a start that is refused changes nothing.
@@ -271,3 +275,18 @@ def resume(state: Training, *, trust: bool) -> None:
     )
     if world.is_rank_zero:
         logger.warning("resuming from %s at update %d of %d", path, state.step, state.num_updates)
+
+
+def restore_prior(state: Training, stored: RowPriorState | None) -> None:
+    """Take over the prior of the table's rows from a checkpoint; one that an earlier version wrote has none."""
+    if state.prior is None:
+        return
+    if stored is None:
+        logger.warning(
+            "users.prior: the checkpoint holds no prior, which is learnt anew from the users that it holds"
+        )
+        return
+    with reading(
+        state.run.path, "prior of users in a checkpoint", "Take another checkpoint of the run."
+    ):
+        state.prior.load_state_dict(stored)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 
 from pal_ds.config.run_config import RunConfig
 from pal_ds.data.collator import Collator
@@ -20,7 +21,7 @@ from pal_ds.heads.base import Head
 from pal_ds.modeling.build import Parts, RunContext
 from pal_ds.runs.run_dir import BestEvaluation, OriginFacts, RunDirectory
 from pal_ds.training.metrics_logger import MetricsLogger
-from pal_ds.users import Shard, TrainedUsers, trained_users
+from pal_ds.users import RowPrior, Shard, TrainedUsers, trained_users
 from pal_ds.users.ids import POPULATION_USER, UserIds, generic_row_of
 
 
@@ -47,6 +48,8 @@ class Training:
     guard: UpdateGuard
     watch: StopWatch
     metrics: MetricsLogger
+    prior: RowPrior | None = None
+    """Prior of the table's rows, where the recipe has one."""
     step: int = 0
     best: BestEvaluation | None = None
     """Step and accuracy of the best dev evaluation so far."""
@@ -120,6 +123,7 @@ class Training:
             seed=self.config.train.seed,
             needs_users=self.parts.needs_users,
             guard=self.guard,
+            prior=self.prior,
         )
 
 
@@ -163,3 +167,15 @@ def seen_users(
     settings = (users, config.train.seed, world.device, shard)
     table = trained_users(head.num_prototypes, ids, *settings)
     return table, table_rows.astype(np.int64), generic_row_of(ids)
+
+
+def prior_of_rows(
+    config: RunConfig, data: PreparedData, head: Head, table_rows: np.ndarray, device: torch.device
+) -> RowPrior | None:
+    """The prior of the table's rows before the first update; None where the recipe or the head has none."""
+    users = config.users
+    if users.prior == "none" or "logits" not in head.needs or head.num_prototypes == 1:
+        return None
+    rows = table_rows[data.comparisons["user"][data.rows("train")]]
+    count = np.bincount(rows[rows >= 0], minlength=len(ids_of_table(config, data)))
+    return RowPrior.fresh(head.num_prototypes, count, head.space, users.init_std, device)

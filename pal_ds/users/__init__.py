@@ -11,9 +11,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pal_ds.users.config import RowPriorState as RowPriorState
     from pal_ds.users.config import UsersConfig as UsersConfig
     from pal_ds.users.files import USER_FILES as USER_FILES
     from pal_ds.users.files import StoredUsers as StoredUsers
+    from pal_ds.users.row_prior import RowPrior as RowPrior
     from pal_ds.users.sharded import Shard as Shard
     from pal_ds.users.sharded import ShardedUserTable as ShardedUserTable
     from pal_ds.users.sharded import TrainedUsers as TrainedUsers
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 _MODULE_OF = {
     "USER_FILES": "files",
+    "RowPrior": "row_prior",
+    "RowPriorState": "config",
     "Shard": "sharded",
     "ShardedUserTable": "sharded",
     "StoredUsers": "files",

@@ -2,11 +2,19 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal, TypedDict
 
 from pal_ds.errors import UserError
 
 BYTES_REPLICATED = 2**31
 """A table of up to so many bytes is held whole by every rank, unless the recipe says how many rows may be."""
+
+
+class RowPriorState(TypedDict):
+    """Everything of the prior of `row_prior.py` that a resumed run needs."""
+
+    mean: list[float]
+    precision: list[list[float]]
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,9 @@ class UsersConfig:
     max_row_norm: float | None = None
     """Bound on the norm of a user's summed gradient in one update; unset means no bound. Adam
     divides by the gradient's scale, so this matters only against outliers."""
+    prior: Literal["none", "learnt"] = "none"
+    """`learnt`: rows are pulled towards the mean of all, the more the fewer comparisons a user has and the less users
+    differ (empirical Bayes); see `row_prior.py`. `none`: each row is fitted to its comparisons alone."""
     generic_fraction: float = 0.0
     """Probability that a comparison is also trained for the user `population`, who is what users of whom nothing is
     known get (arXiv 2402.05133); 0: they get the mean of all mixtures."""

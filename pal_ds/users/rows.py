@@ -26,6 +26,13 @@ class UserRows:
         self.num_prototypes = num_prototypes
         self.records = torch.zeros(num_rows, width_of(num_prototypes), device=device)
 
+    @staticmethod
+    def of(records: Float[Tensor, "U R"], num_prototypes: int) -> "UserRows":
+        """Rows that are these records."""
+        rows = UserRows(0, num_prototypes, records.device)
+        rows.records = records
+        return rows
+
     @property
     def logits(self) -> Float[Tensor, "U K"]:
         return self.records[:, : self.num_prototypes]

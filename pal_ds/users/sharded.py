@@ -89,6 +89,18 @@ class ShardedUserTable:
         )
         return FetchedRows(self._to_device(wanted), values)
 
+    def records_of(self, rows: Int[Tensor, "n"]) -> UserRows:
+        """These rows on every rank, moments and counts included, by one collective; `rows` are distinct."""
+        wanted = rows.cpu()
+        mine = torch.nonzero((self.begin <= wanted) & (wanted < self.end)).flatten()
+        records = self._from_all(
+            len(wanted),
+            mine,
+            lambda: self.own.records.index_select(0, (wanted[mine] - self.begin).to(self.device)),
+            width_of(self.num_prototypes),
+        )
+        return UserRows.of(records, self.num_prototypes)
+
     def apply(
         self,
         rows: Int[Tensor, "n"],

@@ -89,6 +89,12 @@ class UserTable:
         """A copy of the rows' logits that gathers gradients: what enters the model."""
         return self._rows.logits_of(rows).requires_grad_()
 
+    def records_of(self, rows: Int[Tensor, "n"]) -> UserRows:
+        """A copy of these rows, moments and counts included."""
+        return UserRows.of(
+            self._rows.records.index_select(0, rows.to(self.device)), self.num_prototypes
+        )
+
     def mixtures(self, temperature: float = 1.0) -> Float[Tensor, "U K"]:
         """softmax(w_u / temperature) of every user, fp32."""
         return torch.softmax(self.logits / temperature, dim=-1)

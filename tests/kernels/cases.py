@@ -98,13 +98,20 @@ def comparisons(
 def check_errors(
     kernel: dict[str, Tensor], eager: dict[str, Tensor], oracle: dict[str, Tensor]
 ) -> None:
-    """Against fp64: at most twice the error of eager torch in the same dtype, plus 1e-6."""
+    """Against fp64: at most twice the error of eager torch in the same dtype, plus 1e-6, plus a unit in the last place.
+
+    The latter as eager torch's error may happen to be near 0: rounding a reward is half a unit in its last place, and a
+    margin and its loss have that of two.
+    """
+    of_rewards = {"margin", "loss", "total"} if "reward" in oracle else set()
     assert kernel.keys() == oracle.keys()
     for name, truth in oracle.items():
         assert kernel[name].shape == truth.shape and kernel[name].dtype == eager[name].dtype, name
         assert bool(kernel[name].isfinite().all()), name
         errors = [float((made[name].double() - truth).abs().max()) for made in (kernel, eager)]
-        assert errors[0] <= 2 * errors[1] + 1e-6, f"{name}: {errors[0]:.2e}, eager {errors[1]:.2e}"
+        largest = float(oracle["reward" if name in of_rewards else name].abs().max())
+        bound = 2 * errors[1] + 1e-6 + 2.0**-23 * largest
+        assert errors[0] <= bound, f"{name}: {errors[0]:.2e}, eager {errors[1]:.2e}"
 
 
 def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

@@ -13,6 +13,8 @@ from pal_ds.distributed.world import leave
 from pal_ds.engine.process_group import distributed
 from pal_ds.heads import PalA
 from pal_ds.runs.run_dir import RunDirectory
+from pal_ds.training import loop
+from pal_ds.users import UsersConfig
 from tests.one_training import train
 
 # About 50 training pairs in updates of 16: four updates an epoch, the last a short one.
@@ -21,14 +23,21 @@ NUM_UPDATES = 8
 
 
 def recipe(
-    data: str, base: str, tuning: str, *, dropout: float = 0.1, mixture: str = "gumbel"
+    data: str,
+    base: str,
+    tuning: str,
+    *,
+    dropout: float = 0.1,
+    mixture: str = "gumbel",
+    prior: str = "learnt",
 ) -> RunConfig:
-    """Dropout in backbone and head and Gumbel noise, so that a lost generator state would show."""
+    """Dropout in backbone and head, Gumbel noise and a prior, so that a state that was lost would show."""
     return RunConfig(
         data=DataConfig(path=data, source=None),
         head=lambda hidden_size: PalA(
             hidden_size, num_prototypes=3, dropout=dropout, mixture=mixture
         ),
+        users=UsersConfig(prior=prior),
         backbone=BackboneConfig(path=base, tuning=tuning, lora=LoraOptions(rank=4, dropout=0.1)),
         optim=OptimConfig(learning_rate=3e-3, backbone_learning_rate=1e-3),
         train=TrainConfig(
@@ -43,6 +52,8 @@ def recipe(
 
 
 def main(data_path: str, base: str, out: str) -> None:
+    # The prior changes between a checkpoint and the next, and before and after it.
+    loop.LEARN_EVERY = 3
     data = PreparedData.open(data_path)
     with distributed() as world:
 
@@ -51,6 +62,7 @@ def main(data_path: str, base: str, out: str) -> None:
 
         run_once(recipe(data_path, base, "full", dropout=0.0), Path(out) / "full_no_dropout")
         run_once(recipe(data_path, base, "full", mixture="softmax"), Path(out) / "full_no_gumbel")
+        run_once(recipe(data_path, base, "full", prior="none"), Path(out) / "full_no_prior")
         for tuning, stops in STOPS.items():
             config = recipe(data_path, base, tuning)
             run_once(config, Path(out) / f"{tuning}_whole")

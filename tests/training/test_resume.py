@@ -39,6 +39,15 @@ def test_noise_and_dropout_are_at_work(runs: Path, without: str) -> None:
     assert first != figures(runs / f"full_no_{without}")[0]["loss"]
 
 
+def test_the_prior_is_at_work(runs: Path) -> None:
+    with_prior, without = (
+        [line["loss"] for line in figures(runs / name) if "loss" in line]
+        for name in ("full_whole", "full_no_prior")
+    )
+    assert with_prior[0] == without[0]
+    assert with_prior[-1] != without[-1]
+
+
 def test_retention_keeps_the_newest_and_the_best(runs: Path) -> None:
     run = RunDirectory(runs / "full_whole")
     best = run.pointer("best")

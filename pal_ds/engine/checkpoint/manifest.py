@@ -13,6 +13,7 @@ from pal_ds.io.boundary import check_form, reading
 from pal_ds.io.files import sync_to_disk, write_atomically
 from pal_ds.io.sealed import FileEntry, hash_of, is_intact, seal
 from pal_ds.runs.run_dir import BestEvaluation, OriginFacts
+from pal_ds.users import RowPriorState
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,8 @@ class TrainingFacts(TypedDict):
     """Fingerprint of the frozen weights that no checkpoint holds; None where all weights are trained."""
     init_from: OriginFacts | None
     guard: GuardState
+    users_prior: RowPriorState | None
+    """The prior of the table's rows; None where the recipe has none."""
     owes_evaluation: bool
     save_seconds: float | None
     """Longest time that a save has taken; None before the first."""
