@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 FUZZ_SECONDS ?= 600
+# Processes that share the tests; each takes up to 3 GB.
+TEST_WORKERS ?= 2
 
 .PHONY: install quickstart test fuzz check spell types docs containers clean
 
@@ -44,7 +46,7 @@ containers: install
 	$(BIN)/hadolint containers/Dockerfile
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_WORKERS)
 
 # Damaged files against every reader, so many seconds for each of the eight (tests/fuzz).
 fuzz: install

@@ -148,21 +148,18 @@ def report_on(
         lambda: sanity_checks.training_accuracy(restored.run.read_metrics(), restored.step)
     )
     held_out = not (data is restored.data and (table["split"] == 0).all())
-    warnings = [
-        *sanity_checks.unseen_above_seen(seen, unseen),
-        *(
-            sanity_checks.both_nearly_perfect(trained, subject, restored.data.info)
-            if held_out
-            else []
-        ),
-        *sanity_checks.no_better_than_surface(subject, *baselines),
-        *sanity_checks.without_a_number(margins),
-    ]
-    diagnostics, model_head = None, restored.model.head
+    diagnostics, model_head, collapsed = None, restored.model.head, []
     if restored.parts.needs_users and known.own is not None:
         diagnostics = diagnose(model_head, known.own[:, : model_head.num_prototypes])
     elif known.encoded is not None:
         diagnostics = diagnose_latent(known.encoded)
+        collapsed = sanity_checks.no_unit_in_use(diagnostics["active_units"])
+    warnings = sanity_checks.unseen_above_seen(seen, unseen)
+    if held_out:
+        warnings += sanity_checks.both_nearly_perfect(trained, subject, restored.data.info)
+        warnings += sanity_checks.learnt_by_heart(trained, seen)
+    warnings += sanity_checks.no_better_than_surface(subject, *baselines)
+    warnings += [*sanity_checks.without_a_number(margins), *collapsed]
     of_run = {"train_accuracy": trained, "diagnostics": diagnostics, "warnings": warnings}
     return cast(EvaluationFigures, {**figures, "unknown_users": unknown, **of_ties, **of_run})
 

@@ -11,6 +11,8 @@ from pal_ds.eval.metrics import clustered_standard_error
 SUSPICIOUS_ACCURACY = 0.95
 """People disagree with themselves more often than once in twenty."""
 LAST_PART_OF_EPOCH = 0.25
+LARGEST_GAP = 0.2
+"""Of accuracies in training and on held-out pairs: beyond it most of what was learnt holds for the former alone."""
 
 
 class ScoredPairs(NamedTuple):
@@ -24,9 +26,16 @@ class ScoredPairs(NamedTuple):
         return float(self.right.mean())
 
     @property
-    def half_width(self) -> float:
-        """Half of the 95% interval, clustered by prompt and not cut at 0 or 1."""
-        return 1.96 * clustered_standard_error(self.right, self.prompts)
+    def half_width(self) -> float | None:
+        """Half of the 95% interval, clustered by prompt and not cut at 0 or 1; None where all are of one prompt."""
+        return clustered_half_width(self.right, self.prompts)
+
+
+def clustered_half_width(values: np.ndarray, prompts: np.ndarray) -> float | None:
+    """Half of the 95% interval of the mean of values [n], clustered by prompt [n]; None where all are of one prompt."""
+    if len(prompts) == 0 or (prompts == prompts[0]).all():
+        return None
+    return 1.96 * clustered_standard_error(values, prompts)
 
 
 def unseen_above_seen(seen: ScoredPairs, unseen: ScoredPairs) -> list[str]:
@@ -34,8 +43,11 @@ def unseen_above_seen(seen: ScoredPairs, unseen: ScoredPairs) -> list[str]:
     if len(seen.right) == 0 or len(unseen.right) == 0:
         return []
     gap = unseen.accuracy - seen.accuracy
+    halves = seen.half_width, unseen.half_width
+    if halves[0] is None or halves[1] is None:
+        return []
     # As if independent: they share no comparison, and at most some prompts.
-    half = float(np.hypot(seen.half_width, unseen.half_width))
+    half = float(np.hypot(halves[0], halves[1]))
     if gap <= half:
         return []
     return [
@@ -61,6 +73,36 @@ def both_nearly_perfect(
     ]
 
 
+def learnt_by_heart(train_accuracy: float | None, held_out: ScoredPairs) -> list[str]:
+    """A warning where the accuracy in training is far above that of held-out pairs, and by more than its interval."""
+    if train_accuracy is None or len(held_out.right) == 0:
+        return []
+    gap = train_accuracy - held_out.accuracy
+    if gap <= max(LARGEST_GAP, held_out.half_width or 0.0):
+        return []
+    return [parted(train_accuracy, held_out.accuracy, "these pairs")]
+
+
+def parted(train_accuracy: float, held_out_accuracy: float, pairs: str) -> str:
+    """The text of that warning; `pairs` names the held-out ones."""
+    return (
+        f"accuracy in training ({train_accuracy:.3f}) and on {pairs} ({held_out_accuracy:.3f}) part by "
+        f"{100 * (train_accuracy - held_out_accuracy):.0f} points: the model knows its training pairs by heart. Train "
+        "for fewer epochs or regularise: train.feature_dropout, optim.weight_decay, users.prior; prompt_dropout for a "
+        "head that reads prompts"
+    )
+
+
+def no_unit_in_use(active_units: float | None) -> list[str]:
+    """A warning where no latent unit varies over users: a collapsed posterior, see `diagnostics.diagnose_latent`."""
+    if active_units is None or active_units > 0:
+        return []
+    return [
+        "no latent unit varies over users, so all of them get the same rewards: the head has collapsed to one taste. "
+        "Lower its kl_weight, train for longer, or take symmetry: odd and reward_form: bilinear"
+    ]
+
+
 def no_better_than_surface(
     pairs: ScoredPairs, length_right: np.ndarray | None, format_right: np.ndarray | None
 ) -> list[str]:
@@ -79,11 +121,16 @@ def no_better_than_surface(
     warnings = []
     for rule, right in baselines.items():
         difference = pairs.right - right
-        half = 1.96 * clustered_standard_error(difference, pairs.prompts)
-        if difference.mean() <= half:
+        half = clustered_half_width(difference, pairs.prompts)
+        if difference.mean() <= (half or 0.0):
+            least = (
+                "; there is no interval, as all are of one prompt"
+                if half is None
+                else f" by more than the interval of +-{half:.3f}"
+            )
             warnings.append(
                 f"accuracy {pairs.accuracy:.3f} is not above that of a baseline that does not read ({rule}: "
-                f"{right.mean():.3f}) by more than the interval of +-{half:.3f}"
+                f"{right.mean():.3f}){least}"
             )
     return warnings
 

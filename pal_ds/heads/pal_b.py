@@ -40,6 +40,7 @@ class PalB(Head):
         temperature: float = 1.0,
         mixture: MixtureKind = "softmax",
         evaluation: MixtureEvaluation = "soft",
+        prompt_dropout: float = 0.5,
     ):
         """Raises ValueError for an impossible size or an unknown choice.
 
@@ -56,10 +57,17 @@ class PalB(Head):
             temperature: tau of the mixture.
             mixture: `softmax`, `gumbel` or `signed`.
             evaluation: `soft`, or `hard` for the largest logit alone.
+            prompt_dropout: share of prompts that the head does not see, in training: it reads zeros in their place.
+                Users who have prompts of their own are otherwise known by them, and what is learnt is each prompt's
+                own direction, which says nothing of others. The paper's form is 0.
         """
         super().__init__()
         check_positive("num_prototypes", num_prototypes)
         check_choice("prompt_position", prompt_position, get_args(PromptPosition))
+        if not 0 <= prompt_dropout < 1:
+            raise ValueError(
+                f"prompt_dropout is {prompt_dropout}; it must be at least 0 and below 1."
+            )
         dim = hidden_size if dim is None else dim
         shape: dict[str, Any] = {
             "input_size": hidden_size,
@@ -68,7 +76,7 @@ class PalB(Head):
         }
         shape |= {"num_layers": num_layers, "activation": activation, "dropout": dropout}
         self.num_prototypes = num_prototypes
-        self.prompt_position = prompt_position
+        self.prompt_position, self.prompt_dropout = prompt_position, prompt_dropout
         if prompt_position == "aligned":
             self.needs = self.needs | {"prompt_tokens"}
         self.response_projector = Projector(**shape)
@@ -132,7 +140,12 @@ class PalB(Head):
                 f"prompt_position is 'last' but the features hold {num_positions} positions per "
                 "prompt: give the last token only, or set prompt_position to 'aligned'."
             )
-        return self.prompt_projectors(features.prompt).float(), features.prompt_index
+        prompt = features.prompt
+        if self.training and self.prompt_dropout:
+            # All positions of a prompt or none; not rescaled, as a bias alone is what an unseen prompt leaves.
+            seen = torch.rand(len(prompt), 1, 1, device=prompt.device) >= self.prompt_dropout
+            prompt = prompt * seen
+        return self.prompt_projectors(prompt).float(), features.prompt_index
 
 
 def _align(

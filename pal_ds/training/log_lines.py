@@ -14,6 +14,7 @@ from rich.console import Console
 
 from pal_ds.config.consent import import_paths
 from pal_ds.distributed.world import World
+from pal_ds.eval.sanity_checks import LARGEST_GAP, parted, training_accuracy
 from pal_ds.runs.run_dir import BestEvaluation, MetricsRow, RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,16 @@ def log_end(run: RunDirectory, best: BestEvaluation | None, num_skipped: int = 0
         shlex.quote(str(run.path)),
         " --trust_code" if own or remote else "",
     )
+
+
+def warn_of_gap(run: RunDirectory, best: BestEvaluation | None) -> None:
+    """Warn where the best accuracy on dev is far below that in training at the end. Rank 0 calls it."""
+    metrics = run.read_metrics()
+    trained = training_accuracy(metrics, max((row["step"] for row in metrics), default=0))
+    if best is None or trained is None:
+        return
+    if trained - best["dev_accuracy"] > LARGEST_GAP:
+        logger.warning("%s", parted(trained, best["dev_accuracy"], "dev"))
 
 
 def _why_none_is_best(run: RunDirectory) -> str:

@@ -24,7 +24,7 @@ from pal_ds.progress import progress_bar
 from pal_ds.runs.run_dir import RunDirectory, RunState, Status
 from pal_ds.training.divergence import refuse_lost
 from pal_ds.training.evaluation import evaluate_in_training
-from pal_ds.training.log_lines import log_end
+from pal_ds.training.log_lines import log_end, warn_of_gap
 from pal_ds.training.setup import start_training
 from pal_ds.training.state import Training, plan_of
 from pal_ds.users.row_prior import LEARN_EVERY
@@ -152,6 +152,7 @@ def run_updates(state: Training) -> None:
         write_status(state, "finished")
         if state.world.is_rank_zero:
             log_end(state.run, state.best, state.guard.num_skipped)
+            warn_of_gap(state.run, state.best)
     else:
         write_status(state, "stopped", stop or "stop_after")
 

@@ -90,7 +90,7 @@ class RowPrior:
         basis = basis_of(rows.num_prototypes, self.space)
         step = rows.step[trained].cpu().double()[:, None]
         square = rows.exp_avg_sq[trained].cpu().double() / (1 - beta2**step)
-        # The moment is of gradients of a mean over B comparisons; of all in `step` updates, n_u t B / N were the user's.
+        # The moment is of gradients of a mean over B; of all that `step` updates held, n_u t B / N were the user's.
         fisher = torch.einsum("kd,uk,ke->ude", basis, num_comparisons * step * square, basis)
         points = rows.logits[trained].cpu().double() @ basis
         mean, size = points.mean(0), points.shape[1]

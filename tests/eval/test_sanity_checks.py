@@ -7,7 +7,9 @@ import numpy as np
 from pal_ds.eval.sanity_checks import (
     ScoredPairs,
     both_nearly_perfect,
+    learnt_by_heart,
     no_better_than_surface,
+    no_unit_in_use,
     training_accuracy,
     unseen_above_seen,
 )
@@ -79,3 +81,30 @@ def test_accuracy_in_training_is_of_the_end() -> None:
     assert training_accuracy(rows, 4) == 0.7
     assert training_accuracy(rows, 5) == 1.0
     assert training_accuracy(rows, 0) is None
+
+
+def test_pairs_of_one_prompt_have_no_interval() -> None:
+    """Clustered by prompt it would be 0, and any difference at all more than that."""
+    one = ScoredPairs(scored_pairs(75).right, np.zeros(100))
+    assert one.half_width is None
+    assert (
+        unseen_above_seen(scored_pairs(60), one) == unseen_above_seen(one, scored_pairs(90)) == []
+    )
+    (warning,) = no_better_than_surface(one, scored_pairs(80).right, None)
+    assert "there is no interval, as all are of one prompt" in warning and "+-" not in warning
+    assert no_better_than_surface(one, scored_pairs(70).right, None) == []
+
+
+def test_learnt_by_heart() -> None:
+    (warning,) = learnt_by_heart(0.985, scored_pairs(55))
+    assert "(0.985)" in warning and "(0.550)" in warning and "part by 43 points" in warning
+    assert learnt_by_heart(0.75, scored_pairs(55)) == learnt_by_heart(0.5, scored_pairs(80)) == []
+    assert learnt_by_heart(None, scored_pairs(55)) == []
+    # Four pairs, of which two are right: the interval is as wide as the gap.
+    assert learnt_by_heart(0.95, scored_pairs(2, 4)) == []
+
+
+def test_collapsed_units() -> None:
+    (warning,) = no_unit_in_use(0.0)
+    assert "no latent unit varies over users" in warning
+    assert no_unit_in_use(0.25) == no_unit_in_use(None) == []

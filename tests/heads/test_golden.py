@@ -61,7 +61,14 @@ def _head(case: dict) -> Head:
     layers = {"num_layers": 3, "activation": case["name"].split(".")[-2]}
     if case["model"] == "pal_b":
         layers["residual"] = "residual" in case["projector"]
-        head = PalB(_META["h"], _META["K"], _META["d"], prompt_position="aligned", **layers)
+        head = PalB(
+            _META["h"],
+            _META["K"],
+            _META["d"],
+            prompt_position="aligned",
+            prompt_dropout=0.0,
+            **layers,
+        )
     else:
         assert case["projector"].endswith("residual")
         point = case["user_point"]

@@ -53,8 +53,10 @@ ONE_PROTOTYPE = [
         for p in USER_POINTS
         for s in ("distance", "cosine")
     ),
-    lambda: PalB(H, 1, temperature=0.3),
-    lambda: PalB(H, 1, temperature=0.3, prompt_position="aligned", mixture="gumbel"),
+    lambda: PalB(H, 1, temperature=0.3, prompt_dropout=0.0),
+    lambda: PalB(
+        H, 1, temperature=0.3, prompt_position="aligned", mixture="gumbel", prompt_dropout=0.0
+    ),
 ]
 
 
@@ -73,7 +75,8 @@ def test_one_prototype_is_homogeneous_to_the_bit(build) -> None:
 
 
 @pytest.mark.parametrize(
-    "head", [PalA(H, 3), PalA(H, 3, similarity="cosine"), PalB(H, 3), BradleyTerry(H)]
+    "head",
+    [PalA(H, 3), PalA(H, 3, similarity="cosine"), PalB(H, 3, prompt_dropout=0.0), BradleyTerry(H)],
 )
 def test_bf16_parameters_only_cost_their_own_rounding(head: Head) -> None:
     torch.manual_seed(0)
@@ -97,3 +100,18 @@ def test_distance_survives_cancellation() -> None:
     response[..., 0] += 0.0625
     features = Features(response, torch.tensor([[0, 0]]))
     assert head.reward(features, UserState(torch.zeros(1, 1))).flatten().tolist() == [-0.0625] * 2
+
+
+def test_prompt_dropout_hides_whole_prompts_in_training() -> None:
+    torch.manual_seed(0)
+    head = PalB(H, 3, prompt_position="aligned", prompt_dropout=0.5)
+    features = _features(C)._replace(prompt=torch.randn(40, C, H))
+    shown, _ = head.eval().maps(features)
+    nothing, _ = head.maps(features._replace(prompt=torch.zeros(40, C, H)))
+    made, _ = head.train().maps(features)
+    is_shown = (made - shown).abs().amax((1, 2, 3)) < 1e-6
+    expected = torch.where(is_shown[:, None, None, None], shown, nothing)
+    assert torch.allclose(made, expected)
+    assert 10 < int(is_shown.sum()) < 30
+    with pytest.raises(ValueError, match=r"prompt_dropout is 1\.0"):
+        PalB(H, prompt_dropout=1.0)

@@ -98,7 +98,7 @@ def test_pal_b_end_to_end(request: pytest.FixtureRequest, implementation: str) -
     if implementation == "triton":
         request.getfixturevalue("interpreter")
     features, user, facts = world()
-    head = PalB(H, K, temperature=0.8)
+    head = PalB(H, K, temperature=0.8, prompt_dropout=0.0)
     maps = head.prompt_projectors(features.prompt)[:, 0]
     rows = torch.arange(B).repeat_interleave(2)
     prompts = features.prompt_index.flatten()

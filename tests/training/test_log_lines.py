@@ -1,5 +1,6 @@
 """Lines of a training in a log: one per line of metrics.jsonl where no bar is drawn, and one at the end."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 
 from pal_ds.distributed.world import World
 from pal_ds.runs.run_dir import RunDirectory
-from pal_ds.training.log_lines import ProgressLines, log_end
+from pal_ds.training.log_lines import ProgressLines, log_end, warn_of_gap
 
 ROW: dict[str, Any] = {
     "step": 20,
@@ -94,3 +95,16 @@ def test_why_no_checkpoint_is_the_best(
     first, second = caplog.messages
     assert words in first
     assert "best accuracy on dev 0.0000, at update 5" in second
+
+
+def test_a_gap_of_train_and_dev_is_warned_of(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    run = RunDirectory(tmp_path)
+    lines = [{**ROW, "accuracy": accuracy, "epoch": 1.0, "step": 1} for accuracy in (0.98, 0.96)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for accuracy in (0.8, 0.55):
+        warn_of_gap(run, {"step": 1, "dev_accuracy": accuracy, "temperature": 1.0})
+    warn_of_gap(run, None)
+    (message,) = caplog.messages
+    assert "accuracy in training (0.970) and on dev (0.550) part by 42 points" in message

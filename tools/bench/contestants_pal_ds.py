@@ -31,8 +31,8 @@ Packing = Literal["padded", "packed"]
 # The reference's defaults for opt-350m: K 2, three linear layers, hinge or cross-entropy, cumulative weights.
 HEADS: dict[str, Any] = {
     "pal_a": lambda size: PalA(size, 2, residual=True),
-    "pal_b": lambda size: PalB(size, 2),
-    "pal_b_aligned": lambda size: PalB(size, 2, prompt_position="aligned"),
+    "pal_b": lambda size: PalB(size, 2, prompt_dropout=0.0),
+    "pal_b_aligned": lambda size: PalB(size, 2, prompt_position="aligned", prompt_dropout=0.0),
     "bradley_terry": BradleyTerry,
 }
 LOSSES = {
