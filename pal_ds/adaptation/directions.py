@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pal_ds.adaptation.blocks import UserComparisons, padded_terms, with_sure_labels
 from pal_ds.adaptation.objective import Shape, shape_of
-from pal_ds.adaptation.reward_vectors import Labels, most_likely
+from pal_ds.adaptation.reward_vectors import Labels, most_likely, most_likely_coordinates
 from pal_ds.heads.base import Features, Head
 from pal_ds.heads.jaxtyping_fallback import Float, Int
 from pal_ds.heads.sufficient_statistics import MixtureStatistics
@@ -84,17 +84,33 @@ def fit_directions(
     point, factors = prior.point.to(device), prior.factors.to(device)
     shape = shape_of(loss, comparisons.threshold)
     for terms in terms_by_user(head, features, comparisons, num_users, loss):
-        along = terms.scores @ factors.mT
-        gram = along @ along.mT
-        gram += prior.residual_variance * (terms.difference @ terms.difference.mT)
-        alpha = most_likely(gram, terms.scores @ point, terms.labels, shape).alpha.unsqueeze(-2)
-        weights = point + (alpha @ along).squeeze(-2) @ factors
-        residual = prior.residual_variance * (alpha @ terms.difference).squeeze(-2)
+        weights, residual = _most_likely_direction(terms, point, factors, prior, shape)
         fitted = torch.cat([_logits_of(weights, head), residual], -1)
         # Comparisons whose features are no numbers say nothing.
         sound = fitted.isfinite().all(-1, keepdim=True)
         logits[terms.users] = torch.where(sound, fitted.float(), logits[terms.users])
     return logits
+
+
+def _most_likely_direction(
+    terms: Terms,
+    point: Float[Tensor, "K"],
+    factors: Float[Tensor, "r K"],
+    prior: DirectionPrior,
+    shape: Shape,
+) -> tuple[Float[Tensor, "U K"], Float[Tensor, "U d"]]:
+    """Weights and residual of each user of `terms`, sought where there are fewer numbers: of terms or of directions."""
+    along, expected = terms.scores @ factors.mT, terms.scores @ point
+    num_factors, variance = len(factors), prior.residual_variance
+    if along.shape[1] > num_factors + terms.difference.shape[-1]:
+        coordinates = torch.cat([along, variance**0.5 * terms.difference], -1)
+        best = most_likely_coordinates(coordinates, expected, terms.labels, shape)
+        weights = point + best[:, :num_factors] @ factors
+        return weights, variance**0.5 * best[:, num_factors:]
+    gram = along @ along.mT + variance * (terms.difference @ terms.difference.mT)
+    alpha = most_likely(gram, expected, terms.labels, shape).alpha.unsqueeze(-2)
+    weights = point + (alpha @ along).squeeze(-2) @ factors
+    return weights, variance * (alpha @ terms.difference).squeeze(-2)
 
 
 def terms_by_user(

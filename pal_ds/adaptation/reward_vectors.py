@@ -5,11 +5,13 @@ of F along what the run's users differ in. Its most likely value after a user's 
     a_u = mean + (F^T F + s^2 I) D^T alpha
 with D the differences of features in them: a Gaussian process over comparisons with a linear kernel (Rasmussen and
 Williams 2006, section 3.4, Laplace's approximation), which costs n numbers per user in place of d. Few comparisons move
-a_u within what is known of the run's users, many move it anywhere.
+a_u within what is known of the run's users, many move it anywhere. Where n is above r + d, the same is sought among the
+r + d coordinates b of a_u = mean + (F^T, s I) b, of which b ~ N(0, I).
 
 Axes: U users, n terms of a user (scored positions of all comparisons, padded), d width of the features, r factors.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -59,6 +61,11 @@ def most_likely(
     a convex loss of the signed margin with its slope and curvature, see `objective.SHAPES`; `begin` the alpha to start
     from.
     """
+
+    def value_of(alpha: Tensor) -> Tensor:
+        away = times(gram, alpha)
+        return _loss(labels, shape, expected + away)[0] + 0.5 * (alpha * away).sum(-1)
+
     alpha = torch.zeros_like(expected) if begin is None else begin
     away = times(gram, alpha)
     objective, slope, bend = _loss(labels, shape, expected + away)
@@ -71,7 +78,7 @@ def most_likely(
         aim = bend * times(gram, alpha) - slope
         solved = torch.cholesky_solve((root * times(gram, aim)).unsqueeze(-1), factor)
         trial = aim - root * solved.squeeze(-1)
-        best, total = _halved(gram, expected, labels, shape, Fit(alpha, objective), trial)
+        best, total = _halved(value_of, alpha, objective, trial)
         gained = (objective - total).max()
         alpha, objective = best, total
         _, slope, bend = _loss(labels, shape, expected + times(gram, alpha))
@@ -83,23 +90,46 @@ def most_likely(
     return Fit(alpha, -objective - volume)
 
 
+def most_likely_coordinates(
+    features: Float[Tensor, "U n m"], expected: Float[Tensor, "U n"], labels: Labels, shape: Shape
+) -> Float[Tensor, "U m"]:
+    """Maximise the likelihood of margins expected + features b times the density N(0, I) of b.
+
+    The other arguments and the steps are those of `most_likely`, whose gram is features features^T.
+    """
+
+    def value_of(point: Tensor) -> Tensor:
+        value = _loss(labels, shape, expected + times(features, point))[0]
+        return value + 0.5 * point.square().sum(-1)
+
+    point = features.new_zeros(features.shape[0], features.shape[2])
+    objective = value_of(point)
+    eye = torch.eye(features.shape[2], dtype=features.dtype, device=features.device)
+    for _ in range(MAX_STEPS):
+        phase.progress()
+        _, slope, bend = _loss(labels, shape, expected + times(features, point))
+        curvature = features.mT @ (bend.unsqueeze(-1) * features) + eye
+        downhill = times(features.mT, slope) + point
+        step = torch.cholesky_solve(downhill.unsqueeze(-1), torch.linalg.cholesky(curvature))
+        point, total = _halved(value_of, point, objective, point - step.squeeze(-1))
+        gained, objective = (objective - total).max(), total
+        if gained < TOLERANCE:
+            break
+    return point
+
+
 def _halved(
-    gram: Tensor,
-    expected: Tensor,
-    labels: Labels,
-    shape: Shape,
-    begun: Fit,
+    value_of: Callable[[Tensor], Tensor],
+    alpha: Float[Tensor, "U n"],
+    objective: Float[Tensor, "U"],
     trial: Float[Tensor, "U n"],
 ) -> tuple[Float[Tensor, "U n"], Float[Tensor, "U"]]:
     """The trial where the objective is no worse there, else a point on the way to it; with the objective."""
-    alpha, objective = begun
     size = torch.ones_like(objective)
     total, point = objective, alpha
     for _ in range(MAX_HALVINGS):
         point = alpha + size.unsqueeze(-1) * (trial - alpha)
-        away = times(gram, point)
-        value, _, _ = _loss(labels, shape, expected + away)
-        total = value + 0.5 * (point * away).sum(-1)
+        total = value_of(point)
         worse = ~(total <= objective)
         if not worse.any():
             break

@@ -1,6 +1,7 @@
 """Users with a direction of their own: the fit against a generic optimiser, evidence against quadrature, the prior."""
 
 import math
+import resource
 
 import pytest
 import torch
@@ -47,9 +48,10 @@ def prior_of(head: Lore, residual_variance: float) -> DirectionPrior:
 
 
 @pytest.mark.parametrize("kind", ["logistic", "smooth_hinge"])
-def test_fit_is_the_most_likely_direction(kind: str) -> None:
+@pytest.mark.parametrize("num_pairs", [NUM_PAIRS, 3 * WIDTH])
+def test_fit_is_the_most_likely_direction(num_pairs: int, kind: str) -> None:
     """Minus log posterior in coordinates z ~ N(0, I), s = point + z F, e = s_e y, by LBFGS in fp64."""
-    head, (features, comparisons) = head_of(temperature=0.7), world()
+    head, (features, comparisons) = head_of(temperature=0.7), world(num_pairs=num_pairs)
     prior, loss = prior_of(head, 0.3), PreferenceLoss(kind)
     fitted = fit_directions(head, features, comparisons, NUM_USERS + 1, prior=prior, loss=loss)
     assert torch.equal(fitted[-1], prior.mean)  # who said nothing
@@ -148,3 +150,15 @@ def test_prior_of_users_of_the_span_has_less_residual() -> None:
     within = learnt(points @ basis, basis, points)
     beyond = learnt(points @ basis + own, basis, points)
     assert within.residual_variance < 0.1 < 0.5 < beyond.residual_variance < 2.0
+
+
+def test_a_user_of_many_comparisons_costs_no_matrix_of_their_number() -> None:
+    weights = torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(5))
+    head, (features, comparisons) = head_of(), world(1, 20_000, weights)
+    prior, loss = prior_of(head, 1.0), PreferenceLoss()
+    started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    fitted = fit_directions(head, features, comparisons, 1, prior=prior, loss=loss)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - started) * 1024
+    assert grown < 20_000**2 * 8 / 4
+    direction = (fitted[0, :3] / head.temperature + 1) / 3 @ head.basis.detach() + fitted[0, 3:]
+    assert torch.nn.functional.cosine_similarity(direction, weights[0], dim=0) > 0.99
