@@ -14,7 +14,7 @@ from pal_ds.adaptation.chooser import Chooser, Users
 from pal_ds.adaptation.fit import Solver, UserPairs, fit_users, pairs_per_chunk
 from pal_ds.adaptation.prior import LogitPrior
 from pal_ds.adaptation.strategies import STRATEGIES, Prompts, Strategy
-from pal_ds.adaptation.user_posteriors import has_posterior, posterior_of_users
+from pal_ds.adaptation.user_posteriors import posterior_of_users, why_no_posterior
 from pal_ds.errors import UserError
 from pal_ds.eval.schema import CurvePoint, GainOverRandom, StrategyFigures
 from pal_ds.heads.base import UserState
@@ -38,10 +38,13 @@ def refuse_strategies(restored: OpenRun, strategies: Sequence[Strategy]) -> None
         if name not in STRATEGIES:
             raise UserError(f"--strategy {name}: must be of {', '.join(STRATEGIES)}.")
     chosen = [name for name in strategies if name != "random"]
-    if chosen and not has_posterior(restored.parts.head, restored.config.loss):
+    if len({*strategies}) < len(strategies):
         raise UserError(
-            f"--strategy {chosen[0]}: this run's users have no posterior: its head fits no users, or its loss gives "
-            "comparisons no likelihood. Leave --strategy out."
+            f"--strategy {','.join(strategies)}: names one of them twice. Name each once."
+        )
+    if chosen and (reason := why_no_posterior(restored.parts.head, restored.config.loss)):
+        raise UserError(
+            f"--strategy {chosen[0]}: this run's users have no posterior: {reason}. Leave --strategy out."
         )
 
 

@@ -15,6 +15,7 @@ from pal_ds.adaptation.chooser import Chooser, Users
 from pal_ds.adaptation.fit import pairs_per_chunk
 from pal_ds.adaptation.strategies import STRATEGIES, Choice, Prompts, Strategy
 from pal_ds.data.sources import Jsonl
+from pal_ds.data.sources.base import check_files
 from pal_ds.data.tables import PreparedData
 from pal_ds.distributed import phase
 from pal_ds.distributed.world import World
@@ -77,6 +78,8 @@ def ask_run(run: RunDirectory, out: Path, options: AskOptions) -> AskResult:
         raise UserError(f"--num is {options.num}; it must be at least 1.")
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"--out {out}: must be a file in a folder that exists.")
+    if out.exists() and any(out.samefile(path) for path in check_files(options.candidates.path)):
+        raise UserError(f"--out {out}: is one of the --candidates. Name another file.")
     world = World(0, 1, torch.device("cpu"))
     leave = {"trust": options.trust_checkpoint, "trust_code": options.trust_code}
     restored = restore(run, options.step, world.device, **leave)
@@ -94,15 +97,22 @@ def ask_run(run: RunDirectory, out: Path, options: AskOptions) -> AskResult:
         for side, code in enumerate(codes):
             prompts[scored.sides[:, side]] = torch.from_numpy(data.response_prompt[code])
     pool.refuse_too_few(options.num)
+    largest = 0.0
     chooser = Chooser(options.strategy, options.num, options.seed, scored, Prompts.of(prompts))
     with writing(out), replacing(out) as aside, open(aside, "w", encoding="utf-8") as stream:
         for part, choice in choices(chooser, users, pool):
+            largest = max(largest, float(choice.gain.max()))
             for user, places, gains in zip(
                 users.ids[part], choice.candidate.tolist(), choice.gain.tolist(), strict=True
             ):
                 for rank, (place, gain) in enumerate(zip(places, gains, strict=True), start=1):
                     line = {**pool.questions[place], "user_id": user, "gain": gain, "rank": rank}
                     stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+    if options.strategy in ("bald", "d_optimal") and largest <= 0:
+        logger.warning(
+            "no answer would tell anything of these users: all gains are 0, as with one prototype, or where the "
+            "responses of every candidate score alike for everyone"
+        )
     return AskResult(len(users.ids), len(rows))
 
 
@@ -115,7 +125,7 @@ def _users(restored: OpenRun, options: AskOptions) -> Users:
         )
     restored.refuse_other_table(options.users, head)
     table = UserTable.load(options.users)
-    ids = list(options.only) or list(table.ids)
+    ids = list(dict.fromkeys(options.only)) or list(table.ids)
     if unknown := [user for user in ids if user not in table]:
         raise UserError(
             f"--user {unknown[0]}: not among the {len(table.ids)} users of {options.users}. Fit this user with "
@@ -151,10 +161,15 @@ class _Pool(NamedTuple):
                 "%d candidates are for users who are not asked (%s): left out", lost, stranger
             )
         pairs = np.sort(np.stack([table["a"], table["b"]], 1), 1)
-        keys = np.concatenate([owner[:, None], pairs], 1)[is_wanted]
-        _, first = np.unique(keys, axis=0, return_index=True)
-        rows = np.flatnonzero(is_wanted)[np.sort(first)]
-        if repeated := len(keys) - len(rows):
+        # Everyone's first: what a user shares with everyone is asked once, too.
+        wanted = np.flatnonzero(is_wanted)
+        wanted = wanted[np.argsort(owner[wanted] >= 0, kind="stable")]
+        _, pair = np.unique(pairs[wanted], axis=0, return_inverse=True)
+        common = np.isin(pair, pair[owner[wanted] < 0])
+        keys = np.where(common, -1, owner[wanted]), pair
+        _, first = np.unique(np.stack(keys, 1), axis=0, return_index=True)
+        rows = np.sort(wanted[first])
+        if repeated := len(wanted) - len(rows):
             logger.warning("%d candidates are there more than once: each is asked once", repeated)
         if dropped := len(source.questions) - len(table):
             listed = ", ".join(f"{name} {count}" for name, count in data.info["dropped"].items())

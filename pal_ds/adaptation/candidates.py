@@ -30,6 +30,11 @@ class Candidates(Source):
         self.questions: list[dict[str, object]] = []
         """The candidates of the last `records()`, as lines to be answered; `margin` of a record is its place here."""
 
+    def __str__(self) -> str:
+        """The files, as messages name them."""
+        path = self.of.path
+        return path if isinstance(path, str) else ", ".join(path)
+
     def records(self) -> Iterator[Record]:
         self.questions = []
         yield from self.each_row(self.of.lines(), self._of_line)

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from pal_ds.data.plan import keyed_generator
+from pal_ds.data.sources import Source
 from pal_ds.data.tables import PreparedData
 from pal_ds.errors import writing
 from pal_ds.heads.jaxtyping_fallback import Float, Int
 from pal_ds.inference.load_run import OpenRun
 from pal_ds.io.files import replacing
+from pal_ds.users.ids import POPULATION_USER, named
 
 logger = logging.getLogger(__name__)
 
@@ -170,3 +172,23 @@ def _hash_of(shard: FittedShard) -> bytes:
     for part in shard:
         digest.update(part.contiguous().numpy().tobytes())
     return digest.digest()
+
+
+def warn_of_names(ids: list[str], restored: OpenRun, pairs: Path | Source | None) -> None:
+    """Warn of users whom the run has, too, and of comparisons from `pairs` that name nobody."""
+    known = sorted(user for user in ids if user in restored.users)
+    if known:
+        logger.warning(
+            "%d of %d users are in the run already (%s): fitted from these pairs alone, and with --users this "
+            "fit stands for them in place of the trained one",
+            len(known),
+            len(ids),
+            named(known),
+        )
+    if pairs is not None and POPULATION_USER in ids:
+        logger.warning(
+            "%s: some comparisons name no user_id, and are fitted together as the user %r. Lines to score that name "
+            "none still get the rewards of the run's average user",
+            pairs,
+            POPULATION_USER,
+        )

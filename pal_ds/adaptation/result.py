@@ -1,6 +1,7 @@
 """The result of `adapt`: its report, and what a command finds at OUT that another one made or began."""
 
 import logging
+import math
 from pathlib import Path
 from typing import NotRequired, TypedDict, cast
 
@@ -32,7 +33,7 @@ class AdaptedUser(TypedDict):
     """The same share for the population's point, which the user got before; missing from fits of an earlier version."""
     mixture: list[float]
     """The user's point: K weights that sum to 1, or what else the head's users are."""
-    margin_std: NotRequired[float]
+    margin_std: NotRequired[float | None]
     """Mean over these pairs of the standard deviation of the margin, in the margin's units: how sure the fit is."""
 
 
@@ -106,7 +107,7 @@ def figures_of_fit(restored: OpenRun, table: UserTable, shards: list[FittedShard
     if all(shard.covariance.shape[1] for shard in shards):
         margin_std = torch.cat([shard.margin_std for shard in shards]).tolist()
         for entry, std in zip(users.values(), margin_std, strict=True):
-            entry["margin_std"] = std
+            entry["margin_std"] = std if math.isfinite(std) else None
     total = int(num_pairs.sum())
     return {
         "step": restored.step,
@@ -126,9 +127,8 @@ def _warn_of_worse(users: dict[str, AdaptedUser]) -> None:
     if worse:
         logger.warning(
             "%d of %d users are served worse by their fit than by the population's point, on the very pairs that they "
-            "were fitted to (%s; `accuracy_before` in the report). No point that the head's users may have serves "
-            "them: they may be unlike all of the run's users (head Lore with mixture: free reaches such ones), or "
-            "their pairs contradict each other",
+            "were fitted to (%s; `accuracy_before` in the report): their pairs contradict each other, or they are "
+            "unlike all of the run's users, whom mixtures do not reach (head.mixture signed or free does)",
             len(worse),
             len(users),
             named(worse),

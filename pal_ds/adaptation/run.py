@@ -24,6 +24,7 @@ from pal_ds.adaptation.new_users import (
     ShardFolder,
     few_per_user,
     num_positions,
+    warn_of_names,
 )
 from pal_ds.adaptation.prior import LogitPrior
 from pal_ds.adaptation.result import (
@@ -34,7 +35,7 @@ from pal_ds.adaptation.result import (
     refuse_foreign,
 )
 from pal_ds.adaptation.run_users import prior_of
-from pal_ds.adaptation.user_posteriors import has_posterior, posterior_of_users
+from pal_ds.adaptation.user_posteriors import posterior_of_users, why_no_posterior
 from pal_ds.data.sources.base import Source
 from pal_ds.data.tables import PreparedData, preferences
 from pal_ds.distributed.world import World
@@ -55,7 +56,6 @@ from pal_ds.progress import progress_bar
 from pal_ds.runs.lock import LOCK, held
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.users import UserTable
-from pal_ds.users.ids import named
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def _adapt(run: RunDirectory, out: Path, options: AdaptOptions) -> AdaptReport:
     restored = restore(run, options.step, world.device, **leave)
     if not restored.model.head.has_points:
         raise UserError(
-            f"{run.path}: its head has no users to adapt; every user gets the same scores."
+            f"{run.path}: its head has no users to adapt: it scores alike for everyone, or for all of one group."
         )
     refuse_solver(solver, restored.model.head, restored.config.loss)
     with opened_pairs(restored, pairs, world, beside=out) as data:
@@ -126,10 +126,13 @@ def _adapt(run: RunDirectory, out: Path, options: AdaptOptions) -> AdaptReport:
         if num_pairs is not None:
             rows = few_per_user(data, rows, num_pairs, seed)
         if len(rows) == 0:
-            raise UserError(f"{pairs or f'--split {split}'}: no pairs to adapt to.")
+            raise UserError(
+                f"{pairs or f'--split {split}'}: no pairs to adapt to. Give --pairs, comparisons of new users; the "
+                "split unseen_train has some where data.unseen_user_fraction holds users out."
+            )
         positions = num_positions(restored, data)
         users = NewUsers.of(data, rows, positions)
-        _warn_of_known(restored, users.ids)
+        warn_of_names(users.ids, restored, pairs)
         inputs = _inputs(restored, data, users, solver, seed, world)
         if not options.posterior:
             inputs["posterior"] = False
@@ -141,7 +144,12 @@ def _adapt(run: RunDirectory, out: Path, options: AdaptOptions) -> AdaptReport:
         head = restored.model.head
         width = head.num_prototypes + head.residual_size
         table = UserTable(width, users.ids, restored.config.users, seed=seed)
-        sure = options.posterior and has_posterior(head, restored.config.loss)
+        reason = why_no_posterior(head, restored.config.loss)
+        if options.posterior and reason:
+            logger.warning(
+                "how sure the fit is of each user is not written (`score --std`, `ask`): %s", reason
+            )
+        sure = options.posterior and reason is None
         fitting = Fitting(restored, data, users, table.logits, solver, world, sure)
         shards = fitting.all_shards(folder, positions)
     table.logits.copy_(torch.cat([shard.logits for shard in shards]))
@@ -155,18 +163,6 @@ def _adapt(run: RunDirectory, out: Path, options: AdaptOptions) -> AdaptReport:
         write_user_figures(aside / REPORT, report)
     folder.remove()
     return report
-
-
-def _warn_of_known(restored: OpenRun, ids: list[str]) -> None:
-    known = sorted(user for user in ids if user in restored.users)
-    if known:
-        logger.warning(
-            "%d of %d users are in the run already (%s): fitted from these pairs alone, and with --users this "
-            "fit stands for them in place of the trained one",
-            len(known),
-            len(ids),
-            named(known),
-        )
 
 
 def _inputs(

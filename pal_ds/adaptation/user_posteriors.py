@@ -31,9 +31,23 @@ class UserPosteriors(NamedTuple):
     """Mean standard deviation of the margins of a user's own comparisons; 0 for one without."""
 
 
+def why_no_posterior(head: Head, loss: PreferenceLoss) -> str | None:
+    """The reason that a run's users have no posterior; None where they have one.
+
+    They have one where they are fitted as points of the simplex, from comparisons with a likelihood.
+    """
+    if "logits" not in head.needs:
+        return "its head fits no users' points"
+    if not head.on_simplex:
+        return "its users have weights of any sign (head.mixture signed or free), of which none is made so far"
+    if loss.kind != "logistic":
+        return f"its loss is {loss.kind}, under which margins are no log-odds"
+    return None
+
+
 def has_posterior(head: Head, loss: PreferenceLoss) -> bool:
-    """True where users are fitted, from comparisons that have a likelihood: margins that are log-odds."""
-    return "logits" in head.needs and head.on_simplex and loss.kind == "logistic"
+    """True where users have a posterior, see `why_no_posterior`."""
+    return why_no_posterior(head, loss) is None
 
 
 def posterior_of_users(
@@ -65,7 +79,7 @@ def posterior_of_users(
         own = fitted[users].to(device)
         with torch.no_grad():
             statistics = chunk.head.statistics(chunk.features)
-        of_chunk = _of_chunk(chunk, statistics, own, loss, prior)
+        of_chunk = _of_chunk(chunk, statistics, own, loss, prior, unknown)
         covariance[users] = of_chunk.cpu()
         spread = _margin_std(chunk, statistics, coordinates.point(own), of_chunk)
         margin_std[users] = spread.cpu()
@@ -90,6 +104,7 @@ def _of_chunk(
     fitted: Float[Tensor, "U K"],
     loss: PreferenceLoss,
     prior: LogitPrior,
+    unknown: Float[Tensor, "1 K K"],
 ) -> Float[Tensor, "U K K"]:
     comparisons = UserComparisons(chunk.owner, chunk.batch.facts(), chunk.threshold)
     if statistics is None:
@@ -97,7 +112,8 @@ def _of_chunk(
         likelihood = ByLosses(losses_of(margins, loss, comparisons), chunk.owner)
         coordinates = Simplex(chunk.head.temperature)
         return posterior_of(likelihood, fitted, prior, coordinates).covariance
-    covariance = fitted.new_zeros(*fitted.shape, fitted.shape[1])
+    # Whose comparisons all count for nothing, such as ties that the loss drops, is as unknown as without them.
+    covariance = unknown.repeat(len(fitted), 1, 1)
     for users, posterior in posteriors_by_statistics(statistics, comparisons, fitted, prior, loss):
         covariance[users] = posterior.covariance
     return covariance

@@ -194,7 +194,7 @@ def console() -> NoReturn:
         code = end.code
     except KeyboardInterrupt:
         # Checkpoints are published whole, so there is nothing to tidy up.
-        print("pal-ds: interrupted; the same command resumes a training.", file=sys.stderr)
+        print("pal-ds: interrupted; the same command goes on, or begins anew.", file=sys.stderr)
         code = 130
     except BrokenPipeError:
         # Whoever read our output has had enough; what is left of it has nowhere to go.

@@ -152,6 +152,8 @@ def _choice(
         return {"label": -1}
     if tie is not None and y is not None and tie != (y == 0):
         raise UserError(f"{where}: 'tie' is {str(tie).lower()} beside y {y}; leave one of them out")
+    if tie and probability is not None:
+        raise UserError(f"{where}: 'tie' is true beside a probability; leave one of them out")
     if tie or y == 0:
         return {"label": 0}
     if y is not None:

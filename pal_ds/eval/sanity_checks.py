@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pal_ds.data.dataset_info import DatasetInfo
-from pal_ds.eval.metrics import clustered_standard_error
+from pal_ds.eval.metrics import MIN_CLUSTERS, clustered_standard_error
 
 SUSPICIOUS_ACCURACY = 0.95
 """People disagree with themselves more often than once in twenty."""
@@ -27,13 +27,13 @@ class ScoredPairs(NamedTuple):
 
     @property
     def half_width(self) -> float | None:
-        """Half of the 95% interval, clustered by prompt and not cut at 0 or 1; None where all are of one prompt."""
+        """Half of the 95% interval, clustered by prompt and not cut at 0 or 1; None where prompts are too few."""
         return clustered_half_width(self.right, self.prompts)
 
 
 def clustered_half_width(values: np.ndarray, prompts: np.ndarray) -> float | None:
-    """Half of the 95% interval of the mean of values [n], clustered by prompt [n]; None where all are of one prompt."""
-    if len(prompts) == 0 or (prompts == prompts[0]).all():
+    """Half of the 95% interval of the mean of values [n], clustered by prompt [n]; None for too few prompts."""
+    if len(np.unique(prompts)) < MIN_CLUSTERS:
         return None
     return 1.96 * clustered_standard_error(values, prompts)
 
@@ -77,8 +77,8 @@ def learnt_by_heart(train_accuracy: float | None, held_out: ScoredPairs) -> list
     """A warning where the accuracy in training is far above that of held-out pairs, and by more than its interval."""
     if train_accuracy is None or len(held_out.right) == 0:
         return []
-    gap = train_accuracy - held_out.accuracy
-    if gap <= max(LARGEST_GAP, held_out.half_width or 0.0):
+    gap, half = train_accuracy - held_out.accuracy, held_out.half_width
+    if half is None or gap <= max(LARGEST_GAP, half):
         return []
     return [parted(train_accuracy, held_out.accuracy, "these pairs")]
 
@@ -124,7 +124,7 @@ def no_better_than_surface(
         half = clustered_half_width(difference, pairs.prompts)
         if difference.mean() <= (half or 0.0):
             least = (
-                "; there is no interval, as all are of one prompt"
+                f"; there is no interval, as there are fewer than {MIN_CLUSTERS} prompts"
                 if half is None
                 else f" by more than the interval of +-{half:.3f}"
             )

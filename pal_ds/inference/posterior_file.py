@@ -17,6 +17,7 @@ from pal_ds.io.boundary import reading
 from pal_ds.io.files import feed, replacing
 from pal_ds.users import UserTable
 from pal_ds.users.files import USER_FILES
+from pal_ds.users.ids import named
 
 logger = logging.getLogger(__name__)
 
@@ -90,11 +91,21 @@ def known_posterior(folder: Path, what: str) -> Callable[[Sequence[str]], Stored
     stored = read_posterior(folder, len(table.ids), table.num_prototypes)
     if stored is None:
         raise UserError(
-            f"{what}: {folder} holds no {POSTERIOR}: an older version fitted its users, or the run's loss gives "
-            f"comparisons no likelihood. {_REMEDY}"
+            f"{what}: {folder} holds no {POSTERIOR}, which `pal-ds adapt` writes for runs with a logistic loss whose "
+            "users are mixtures: not with --no_posterior, nor where head.mixture is signed or free, nor did older "
+            "versions. If this run is such a one, fit the users again."
         )
     covariance = stored.covariance
-    return lambda user_ids: StoredPosterior(covariance[table.rows(user_ids)])
+
+    def of_users(user_ids: Sequence[str]) -> StoredPosterior:
+        if unknown := [user for user in user_ids if user not in table]:
+            raise UserError(
+                f"{what}: nothing says how sure user {named(unknown)} is, who is not among the {len(table)} users of "
+                f"{folder}: `pal-ds adapt` writes it of those whom it fits."
+            )
+        return StoredPosterior(covariance[table.rows(user_ids)])
+
+    return of_users
 
 
 def axes_of(covariance: Float[Tensor, "U K K"]) -> Float[Tensor, "U D K"]:

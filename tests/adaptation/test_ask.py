@@ -22,6 +22,24 @@ from pal_ds.users import UserTable
 from tests.adaptation.test_strategies import quadrature
 
 SIZE, NUM_CANDIDATES = 4, 40
+TRAIN = [
+    "train",
+    "--data.source=VectorWorld",
+    "--data.source.num_users=12",
+    f"--data.source.feature_size={SIZE}",
+    "--data.source.comparisons_per_user=40",
+    "--data.source.test_comparisons_per_user=1",
+    "--data.split=field",
+    "--head=PalA",
+    "--head.num_prototypes=3",
+    "--head.num_layers=1",
+    "--head.user_point=Pw",
+    "--head.residual=false",
+    "--train.ds_config=zero0",
+    "--train.batch_pairs=64",
+    "--train.epochs=4",
+    "--optim.learning_rate=3e-2",
+]
 
 
 def vectors(draw: np.random.Generator) -> dict[str, Any]:
@@ -41,28 +59,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on vectors, users with one to six comparisons, and a pool."""
     folder, draw = tmp_path_factory.mktemp("ask"), np.random.default_rng(0)
-    main(
-        [
-            "train",
-            f"--data.path={folder / 'data'}",
-            "--data.source=VectorWorld",
-            "--data.source.num_users=12",
-            f"--data.source.feature_size={SIZE}",
-            "--data.source.comparisons_per_user=40",
-            "--data.source.test_comparisons_per_user=1",
-            "--data.split=field",
-            "--head=PalA",
-            "--head.num_prototypes=3",
-            "--head.num_layers=1",
-            "--head.user_point=Pw",
-            "--head.residual=false",
-            "--train.ds_config=zero0",
-            "--train.batch_pairs=64",
-            "--train.epochs=4",
-            "--optim.learning_rate=3e-2",
-            f"--run_dir={folder / 'run'}",
-        ]
-    )
+    main([*TRAIN, f"--data.path={folder / 'data'}", f"--run_dir={folder / 'run'}"])
     lines = [
         {**vectors(draw), "y": int(draw.choice([-1, 1])), "user_id": f"new {user}"}
         for user in range(6)
@@ -246,3 +243,31 @@ def test_a_posterior_of_another_table_is_refused(place: Path, tmp_path: Path) ->
         read_posterior(users, 6, 3)
     (users / POSTERIOR).unlink()
     assert read_posterior(users, 6, 3) is None
+
+
+def test_nothing_is_asked_twice(place: Path, tmp_path: Path) -> None:
+    """Neither what a user shares with everyone, either way round, nor of a user who is named twice."""
+    pool = [vectors(np.random.default_rng(seed)) for seed in range(3)]
+    first, second = pool[0]["response_features"]
+    pool += [{**pool[1], "user_id": "new 4"}]
+    pool += [{"response_features": [second, first], "user_id": "new 4"}]
+    write_lines(tmp_path / "pool.jsonl", pool)
+    options = [f"--candidates={tmp_path / 'pool.jsonl'}", "--num=3", "--user=new 4"]
+    lines = ask(place, tmp_path / "out.jsonl", *options, "--user=new 4")
+    asked = {json.dumps(sorted(line["response_features"])) for line in lines}
+    assert [line["rank"] for line in lines] == [1, 2, 3] and len(asked) == 3
+
+
+def test_pairs_that_count_for_nothing_leave_a_user_unknown(place: Path, tmp_path: Path) -> None:
+    """Ties that the loss drops: the posterior is the prior's, and not that of somebody known for sure."""
+    draw, run, users = np.random.default_rng(1), tmp_path / "run", tmp_path / "users"
+    main([*TRAIN, f"--data.path={place / 'data'}", "--loss.ties=drop", f"--run_dir={run}"])
+    ties = [{**vectors(draw), "y": 0, "user_id": "tied"} for _ in range(4)]
+    one = {**vectors(draw), "y": 1, "user_id": "sure"}
+    pairs = write_lines(tmp_path / "pairs.jsonl", [*ties, one])
+    main(["adapt", f"--run_dir={run}", f"--pairs={pairs}", f"--out={users}"])
+    table = UserTable.load(users)
+    posterior = read_posterior(users, 2, 3)
+    assert posterior is not None
+    tied, sure = posterior.covariance[table.rows(["tied", "sure"])].diagonal(dim1=1, dim2=2).sum(1)
+    assert 0.5 * sure < tied

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from pal_ds.cli.main import main
+from pal_ds.errors import UserError
+from pal_ds.inference.posterior_file import known_posterior
 from tests.bad_input.conftest import Place, Refused
 
 
@@ -46,6 +48,9 @@ def test_numbers_users_and_places(place: Place, refused: Refused, users: Path, p
     assert "nowhere/users.safetensors is missing" in said
     said = refused(*words(place, users, pool, "--strategy=best"))
     assert "best" in said and "thompson" in said
+    kept = pool.read_bytes()
+    said = refused(*words(place, users, pool)[:-2], f"--out={pool}", "--num=1")
+    assert f"--out {pool}: is one of the --candidates" in said and pool.read_bytes() == kept
     missing = pool.parent / "none.jsonl"
     assert f"{missing}: no such file" in refused(*words(place, users, missing))
 
@@ -59,7 +64,7 @@ def test_numbers_users_and_places(place: Place, refused: Refused, users: Path, p
         ('{"prompt": "a", "responses": ["b"]}\n', ":1: 'responses' must be a list of two or more"),
         ('{"prompt": "a", "response_1": "b", "response_2": "b"}\n', "identical 1"),
         ("[1, 2]\n", ":1: expected an object"),
-        ('{"response_features": [[0.1], [0.2]]}\n', "holds vectors, and the run was trained on"),
+        ('{"response_features": [[0.1], [0.2]]}\n', "pool.jsonl: holds vectors, and the run was"),
         (
             '{"prompt": "a", "response_1": "b", "response_2": "c", "user_id": "stranger"}\n',
             "all are for users who are not asked (stranger)",
@@ -91,5 +96,9 @@ def test_users_without_a_posterior(
     assert "nothing says how sure this user is. Give --users" in refused(*score, "--std")
     said = refused(*score, f"--users={users}", "--user=u1", "--pessimism=-1")
     assert "--pessimism is -1.0; it must be a finite number, 0 or more" in said
+    with pytest.raises(UserError, match="how sure user 'alice' is, who is not among the 3 users"):
+        known_posterior(users, "--std")(["alice"])
+    said = refused("few_shot", f"--run_dir={place.run}", "--strategy=bald,bald")
+    assert "--strategy bald,bald: names one of them twice" in said
     said = refused("few_shot", f"--run_dir={place.run}", "--strategy=best")
     assert "--strategy best: must be of random, d_optimal, bald, thompson" in said

@@ -83,15 +83,16 @@ def test_accuracy_in_training_is_of_the_end() -> None:
     assert training_accuracy(rows, 0) is None
 
 
-def test_pairs_of_one_prompt_have_no_interval() -> None:
-    """Clustered by prompt it would be 0, and any difference at all more than that."""
+def test_pairs_of_few_prompts_have_no_interval() -> None:
+    """Clustered by prompt that of one is 0, and any difference at all more than that."""
     one = ScoredPairs(scored_pairs(75).right, np.zeros(100))
     assert one.half_width is None
     assert (
         unseen_above_seen(scored_pairs(60), one) == unseen_above_seen(one, scored_pairs(90)) == []
     )
     (warning,) = no_better_than_surface(one, scored_pairs(80).right, None)
-    assert "there is no interval, as all are of one prompt" in warning and "+-" not in warning
+    assert "there is no interval, as there are fewer than 10 prompts" in warning
+    assert "+-" not in warning
     assert no_better_than_surface(one, scored_pairs(70).right, None) == []
 
 
@@ -100,7 +101,7 @@ def test_learnt_by_heart() -> None:
     assert "(0.985)" in warning and "(0.550)" in warning and "part by 43 points" in warning
     assert learnt_by_heart(0.75, scored_pairs(55)) == learnt_by_heart(0.5, scored_pairs(80)) == []
     assert learnt_by_heart(None, scored_pairs(55)) == []
-    # Four pairs, of which two are right: the interval is as wide as the gap.
+    # Too few to say.
     assert learnt_by_heart(0.95, scored_pairs(2, 4)) == []
 
 
