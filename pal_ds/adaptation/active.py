@@ -138,7 +138,7 @@ def against_random(
     curve: Sequence[CurvePoint],
     right: Float[np.ndarray, "k n"],
     random: Float[np.ndarray, "k n"],
-    standard_error: Callable[[np.ndarray], float],
+    standard_error: Callable[[np.ndarray], float] | None,
 ) -> StrategyFigures:
     """A strategy's curve beside that of random choices, on the same test pairs.
 
@@ -146,16 +146,19 @@ def against_random(
         curve: the strategy's own.
         right: correctness of each test pair at each k, mean over draws.
         random: the same of random choices.
-        standard_error: of a mean over test pairs, with those of a user or prompt together.
+        standard_error: of a mean over test pairs, with those of a user or prompt together; None gives no intervals.
     """
     differences: list[GainOverRandom] = []
     for point, own, other in zip(curve, right, random, strict=True):
-        mean, half = float((own - other).mean()), 1.96 * standard_error(own - other)
+        mean, interval = float((own - other).mean()), None
+        if standard_error is not None:
+            half = 1.96 * standard_error(own - other)
+            interval = [mean - half, mean + half]
         differences.append(
             {
                 "num_comparisons": point["num_comparisons"],
                 "difference": mean,
-                "difference_ci95": [mean - half, mean + half],
+                "difference_ci95": interval,
             }
         )
     counts = [point["num_comparisons"] for point in curve]
@@ -193,10 +196,13 @@ def strategy_lines(name: str, figures: StrategyFigures) -> list[str]:
     """Lines for people."""
     lines = [f"chosen by {name}:"]
     for point, gain in zip(figures["curve"], figures["against_random"], strict=True):
-        low, high = gain["difference_ci95"]
+        shown = "(too few users or prompts for an interval)"
+        if gain["difference_ci95"] is not None:
+            low, high = gain["difference_ci95"]
+            shown = f"[{100 * low:+.2f}, {100 * high:+.2f}]"
         lines.append(
             f"{point['num_comparisons']:4d} comparisons: accuracy {point['accuracy']:.4f}, "
-            f"{100 * gain['difference']:+.2f} points against random [{100 * low:+.2f}, {100 * high:+.2f}]"
+            f"{100 * gain['difference']:+.2f} points against random {shown}"
         )
     own, random = figures["comparisons_to_reach"], figures["random_comparisons_to_reach"]
     if random is not None:

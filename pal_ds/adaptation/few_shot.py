@@ -116,7 +116,13 @@ def evaluate_few_shot(
     if curves:
         figures["strategies"] = {
             name: against_random(
-                own.rows, own.right, curve.right, partial(_standard_error, curve=curve)
+                own.rows,
+                own.right,
+                curve.right,
+                # Of fewer users or prompts the spread says nothing.
+                None
+                if curve.num_clusters < MIN_CLUSTERS
+                else partial(_standard_error, curve=curve),
             )
             for name, own in curves.items()
         }

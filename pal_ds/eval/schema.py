@@ -215,8 +215,8 @@ class GainOverRandom(TypedDict):
 
     num_comparisons: int
     difference: float
-    difference_ci95: list[float]
-    """[low, high], paired by test pair, clustered by user or by prompt, whichever is wider."""
+    difference_ci95: list[float] | None
+    """[low, high], paired by test pair, clustered by user or by prompt, whichever is wider; null for fewer than ten."""
 
 
 class StrategyFigures(TypedDict):
