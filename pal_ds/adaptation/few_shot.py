@@ -37,7 +37,7 @@ from pal_ds.eval.metrics import (
 )
 from pal_ds.eval.results import write_figures
 from pal_ds.eval.sanity_checks import ScoredPairs, unseen_above_seen
-from pal_ds.eval.schema import CurvePoint, FewShotFigures, ScratchPoint
+from pal_ds.eval.schema import CurvePoint, FewShotFigures, ScratchPoint, StrategyFigures
 from pal_ds.inference.load_run import OpenRun, open_run, with_weights
 from pal_ds.inference.readers import own_margins, reader_of
 from pal_ds.runs.run_dir import RunDirectory
@@ -114,20 +114,20 @@ def evaluate_few_shot(
         "warnings": unseen_above_seen(seen, ScoredPairs(curve.right[-1], curve.prompts)),
     }
     if curves:
-        figures["strategies"] = {
-            name: against_random(
-                own.rows,
-                own.right,
-                curve.right,
-                # Of fewer users or prompts the spread says nothing.
-                None
-                if curve.num_clusters < MIN_CLUSTERS
-                else partial(_standard_error, curve=curve),
-            )
-            for name, own in curves.items()
-        }
+        figures["strategies"] = _beside_random(curves, curve)
     world.from_rank_zero(lambda: write_figures(opened.run, "few_shot", figures))
     return figures
+
+
+def _beside_random(curves: dict[str, Curve], random: Curve) -> dict[str, StrategyFigures]:
+    """Each strategy's curve beside that of random choices."""
+    error = partial(_standard_error, curve=random)
+    # Of fewer users or prompts the spread says nothing.
+    known = random.num_clusters >= MIN_CLUSTERS
+    return {
+        name: against_random(own.rows, own.right, random.right, error if known else None)
+        for name, own in curves.items()
+    }
 
 
 def few_shot_lines(figures: FewShotFigures) -> list[str]:
