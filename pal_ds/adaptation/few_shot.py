@@ -1,6 +1,6 @@
 """Few-shot curve: accuracy for new users after k comparisons, by which few-shot adaptation is judged."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -119,7 +119,7 @@ def evaluate_few_shot(
     return figures
 
 
-def _beside_random(curves: dict[str, Curve], random: Curve) -> dict[str, StrategyFigures]:
+def _beside_random(curves: Mapping[Strategy, Curve], random: Curve) -> dict[str, StrategyFigures]:
     """Each strategy's curve beside that of random choices."""
     error = partial(_standard_error, curve=random)
     # Of fewer users or prompts the spread says nothing.
