@@ -10,7 +10,13 @@ from pal_ds.data.parse import nearest
 from pal_ds.errors import UserError
 from pal_ds.io.yaml_files import flattened, parse_yaml
 
-_WAS_WRITTEN = {"data.max_length": 1024, "loss.ties": "half", "train.feature_dropout": 0.0}
+_WAS_WRITTEN = {
+    "data.max_length": 1024,
+    "head.init_args.prompt_dropout": 0.0,
+    "loss.ties": "half",
+    "train.feature_dropout": 0.0,
+    "users.prior": "none",
+}
 """What recipes of before have, or mean, at keys that are null by default now or were not there; where data were made,
 those say what holds."""
 
@@ -23,13 +29,17 @@ def changed_keys(old: str, new: str) -> list[str]:
     >>> changed_keys("wandb: {mode: online}", "wandb: {}")
     []
     """
-    before, after = flattened(yaml.safe_load(old)), flattened(yaml.safe_load(new))
-    for keys in (before, after):
-        keys |= {key: was for key, was in _WAS_WRITTEN.items() if keys.get(key) is None}
+    before, after = _keys_of(old), _keys_of(new)
     differing = (key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     # A section without a value counts as its keys do.
     free = KEYS_THAT_DO_NOT_ALTER_RESULTS
     return sorted(key for key in differing if not f"{key}.".startswith(free))
+
+
+def _keys_of(recipe: str) -> dict[str, object]:
+    """Dotted keys of a recipe with their values, those that earlier versions did not write included."""
+    keys = flattened(yaml.safe_load(recipe))
+    return keys | {key: was for key, was in _WAS_WRITTEN.items() if keys.get(key) is None}
 
 
 def refuse_unknown_keys(allowed: Iterable[str], recipe: str) -> None:
@@ -57,7 +67,7 @@ def refuse_changes(run_config_file: Path, new: str, allowed: list[str]) -> None:
         raise UserError(f"{error} Restore it, or start in another --run_dir.") from None
     refused = [key for key in changed_keys(old, new) if key not in allowed]
     if refused:
-        before, after = flattened(yaml.safe_load(old)), flattened(yaml.safe_load(new))
+        before, after = _keys_of(old), _keys_of(new)
         listing = "; ".join(f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in refused)
         raise UserError(
             f"{run_config_file}: this run was started with other values: {listing}. Restore them, pass "

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pal_ds.data.dataset_info import DatasetInfo
-from pal_ds.eval.metrics import MIN_CLUSTERS, clustered_standard_error
+from pal_ds.eval.metrics import clustered_standard_error
 
 SUSPICIOUS_ACCURACY = 0.95
 """People disagree with themselves more often than once in twenty."""
@@ -27,13 +27,13 @@ class ScoredPairs(NamedTuple):
 
     @property
     def half_width(self) -> float | None:
-        """Half of the 95% interval, clustered by prompt and not cut at 0 or 1; None where prompts are too few."""
+        """Half of the 95% interval, clustered by prompt and not cut at 0 or 1; None where all are of one prompt."""
         return clustered_half_width(self.right, self.prompts)
 
 
 def clustered_half_width(values: np.ndarray, prompts: np.ndarray) -> float | None:
-    """Half of the 95% interval of the mean of values [n], clustered by prompt [n]; None for too few prompts."""
-    if len(np.unique(prompts)) < MIN_CLUSTERS:
+    """Half of the 95% interval of the mean of values [n], clustered by prompt [n]; None where all are of one prompt."""
+    if len(prompts) == 0 or (prompts == prompts[0]).all():
         return None
     return 1.96 * clustered_standard_error(values, prompts)
 
@@ -124,7 +124,7 @@ def no_better_than_surface(
         half = clustered_half_width(difference, pairs.prompts)
         if difference.mean() <= (half or 0.0):
             least = (
-                f"; there is no interval, as there are fewer than {MIN_CLUSTERS} prompts"
+                "; there is no interval, as all are of one prompt"
                 if half is None
                 else f" by more than the interval of +-{half:.3f}"
             )

@@ -184,11 +184,6 @@ def log_size(state: Training, seconds: float) -> None:
 def check_before_loading(config: RunConfig, parts: Parts, data: PreparedData) -> None:
     """Raise UserError for a tracker that is not installed, or a budget of tokens where updates read none."""
     check_trackers(config)
-    if config.loss.ties == "drop" and not data.comparisons["label"][data.rows("train")].any():
-        raise UserError(
-            f"{data.path}: all comparisons of its train split are ties, which loss.ties: drop leaves out: nothing is "
-            "left to learn from. Set loss.ties to half, rao_kupper or davidson."
-        )
     reads_none = parts.needs_store or data.response_vectors is not None
     if config.train.micro_batch_tokens is not None and reads_none:
         raise UserError(

@@ -128,11 +128,16 @@ class Training:
 
 
 def plan_of(config: RunConfig, data: PreparedData) -> UpdatePlan:
-    """Return which comparisons form which update. Raises UserError where the train split is empty."""
+    """Return which comparisons form which update. Raises UserError where the train split has nothing to learn from."""
     rows, settings = data.rows("train"), config.train
     if len(rows) == 0:
         raise UserError(
             f"{data.path}: its train split is empty. Prepare with smaller dev and test fractions."
+        )
+    if config.loss.ties == "drop" and not data.comparisons["label"][rows].any():
+        raise UserError(
+            f"{data.path}: all comparisons of its train split are ties, which loss.ties: drop leaves out: nothing is "
+            "left to learn from. Set loss.ties to half, rao_kupper or davidson."
         )
     items = data.response_prompt[data.comparisons["a"][rows]]
     return UpdatePlan(

@@ -10,6 +10,7 @@ import yaml
 from transformers import AutoConfig
 
 from pal_ds.cli.main import main
+from pal_ds.config.changes import changed_keys
 from pal_ds.config.recipe import read_recipe, recipe_from_arguments
 from pal_ds.config.run_config import RunConfig
 from pal_ds.data.tables import PreparedData
@@ -275,3 +276,12 @@ def test_stage_three_alone_is_planned() -> None:
     config = recipe_from_arguments(layered("llama_8b_full", overrides=("--train.ds_config=zero1",)))
     with pytest.raises(UserError, match=r"zero1\.json: plans are made for ZeRO-3, this is stage 1"):
         plan_memory(config, model_config("llama_8b"), 8)
+
+
+def test_keys_that_earlier_versions_did_not_write() -> None:
+    """A run of before goes on; PAL-B's new default is a change, with the value that held then."""
+    old = "head: {class_path: PalB, init_args: {num_layers: 1}}"
+    same = "head: {class_path: PalB, init_args: {num_layers: 1, prompt_dropout: 0.0}}\nusers: {prior: none}"
+    assert changed_keys(old, same) == []
+    assert changed_keys(old, same.replace("0.0", "0.5")) == ["head.init_args.prompt_dropout"]
+    assert changed_keys(old, same.replace("none", "learnt")) == ["users.prior"]

@@ -83,7 +83,7 @@ def test_accuracy_in_training_is_of_the_end() -> None:
     assert training_accuracy(rows, 0) is None
 
 
-def test_pairs_of_few_prompts_have_no_interval() -> None:
+def test_pairs_of_one_prompt_have_no_interval() -> None:
     """Clustered by prompt that of one is 0, and any difference at all more than that."""
     one = ScoredPairs(scored_pairs(75).right, np.zeros(100))
     assert one.half_width is None
@@ -91,7 +91,7 @@ def test_pairs_of_few_prompts_have_no_interval() -> None:
         unseen_above_seen(scored_pairs(60), one) == unseen_above_seen(one, scored_pairs(90)) == []
     )
     (warning,) = no_better_than_surface(one, scored_pairs(80).right, None)
-    assert "there is no interval, as there are fewer than 10 prompts" in warning
+    assert "there is no interval, as all are of one prompt" in warning
     assert "+-" not in warning
     assert no_better_than_surface(one, scored_pairs(70).right, None) == []
 
@@ -101,8 +101,9 @@ def test_learnt_by_heart() -> None:
     assert "(0.985)" in warning and "(0.550)" in warning and "part by 43 points" in warning
     assert learnt_by_heart(0.75, scored_pairs(55)) == learnt_by_heart(0.5, scored_pairs(80)) == []
     assert learnt_by_heart(None, scored_pairs(55)) == []
-    # Too few to say.
+    # Four pairs, of which two are right: the interval is as wide as the gap. And of one prompt there is none.
     assert learnt_by_heart(0.95, scored_pairs(2, 4)) == []
+    assert learnt_by_heart(0.95, ScoredPairs(scored_pairs(50).right, np.zeros(100))) == []
 
 
 def test_collapsed_units() -> None:

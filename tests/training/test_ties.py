@@ -3,6 +3,8 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from pal_ds.data.parse import parse_record
 from pal_ds.data.prepare import DataConfig, prepare
 from pal_ds.data.sources import Jsonl
 from pal_ds.data.tables import (
+    COMPARISON_DTYPE,
     SOFT_COMPARISON_DTYPE,
     PreparedData,
     best_accuracy,
@@ -32,6 +35,7 @@ from pal_ds.inference.load_run import restore
 from pal_ds.losses import PairFacts, PreferenceLoss
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.tie_models import TieModel, tie_loss, win_loss
+from pal_ds.training.state import plan_of
 from tests.spawn import run_command
 
 THRESHOLD = 0.8
@@ -356,3 +360,12 @@ def test_adaptation_reads_ties(runs: dict[str, RunDirectory], tmp_path: Path) ->
 def test_models_of_ties_need_log_odds() -> None:
     with pytest.raises(UserError, match=r"loss\.ties: davidson needs margins in log-odds"):
         PreferenceLoss("hinge", ties="davidson")
+
+
+def test_ties_alone_cannot_be_dropped() -> None:
+    data: Any = SimpleNamespace(
+        path="data", rows=lambda _: np.arange(3), comparisons=np.zeros(3, COMPARISON_DTYPE)
+    )
+    config: Any = SimpleNamespace(loss=PreferenceLoss(ties="drop"), train=None)
+    with pytest.raises(UserError, match="all comparisons of its train split are ties"):
+        plan_of(config, data)
