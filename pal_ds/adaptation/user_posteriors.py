@@ -45,11 +45,6 @@ def why_no_posterior(head: Head, loss: PreferenceLoss) -> str | None:
     return None
 
 
-def has_posterior(head: Head, loss: PreferenceLoss) -> bool:
-    """True where users have a posterior, see `why_no_posterior`."""
-    return why_no_posterior(head, loss) is None
-
-
 def posterior_of_users(
     model: RewardModel,
     collator: Collator,
@@ -62,7 +57,7 @@ def posterior_of_users(
     """The posterior of every user of `pairs`; that of a user without comparisons is the prior.
 
     Args:
-        model: the run's model, for which `has_posterior` is true.
+        model: the run's model, for which `why_no_posterior` gives no reason.
         collator: reads the comparisons.
         pairs: what the users were fitted from.
         fitted: the logits that `fit_users` gave them, fp32.

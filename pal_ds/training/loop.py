@@ -193,7 +193,7 @@ def learn_prior_of_rows(state: Training) -> None:
     if prior is None or state.step % LEARN_EVERY:
         return
     phase.enter("learn the prior of users", state.step)
-    records = state.users.records_of(prior.sample())
+    records = state.users.records_of(prior.sampled)
     num_comparisons = len(state.plan.comparisons) * state.config.train.batch_pairs / state.step
     beta2 = state.config.users.betas[1]
     learnt = state.world.from_rank_zero(lambda: prior.estimate(records, num_comparisons, beta2))

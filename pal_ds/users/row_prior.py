@@ -7,6 +7,7 @@ gradients of the users in an update keeps the step's cost independent of the num
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -63,8 +64,12 @@ class RowPrior:
         share = self.share[rows.to(self.share.device)]
         return (logits - self.mean) @ self.precision * share[:, None]
 
-    def sample(self) -> Int[torch.Tensor, "m"]:
-        """Rows by which the prior is estimated: the same on every rank, and evenly over the table."""
+    @cached_property
+    def sampled(self) -> Int[torch.Tensor, "m"]:
+        """Rows by which the prior is estimated: the same on every rank, and evenly over the table.
+
+        On the host, and found once: only this looks at every row.
+        """
         rows = torch.nonzero(self.share.cpu()).flatten()
         if len(rows) <= MOST_USERS:
             return rows
@@ -80,7 +85,7 @@ class RowPrior:
         that of estimates that were shrunk, hence too small, and smaller each time.
 
         Args:
-            rows: of `sample`.
+            rows: those `sampled`.
             num_comparisons: N B / t, for N comparisons to train on, B of them in an update and t updates made.
             beta2: decay of the second moments.
         """

@@ -92,7 +92,7 @@ def test_a_prior_of_another_k_is_refused() -> None:
 def test_sample_is_of_users_with_comparisons() -> None:
     count = np.zeros(20_000, np.int64)
     count[::2] = 3
-    sample = RowPrior.fresh(2, count, "linear", 1.0, "cpu").sample()
+    sample = RowPrior.fresh(2, count, "linear", 1.0, "cpu").sampled
     assert len(sample) == 1024
     assert len(sample.unique()) == 1024
     assert not (sample % 2).any()

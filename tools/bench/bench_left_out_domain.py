@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import pal_ds
 from tools.bench.environment import describe_environment
+from tools.bench.frozen_encoder import frozen_encoder_keys
 
 DOMAINS = ("academy", "business", "entertainment", "literature", "normal")
 NUM_COMPARISONS = [2, 5, 10, 20, 50]
@@ -31,21 +32,13 @@ def recipe(arguments: argparse.Namespace, domain: str) -> dict[str, Any]:
     """Keys of a run that holds this domain out."""
     source = {"path": arguments.data, "new_users": [domain]}
     keys: dict[str, Any] = {
+        **frozen_encoder_keys(arguments.encoder, arguments.work),
         "data.path": f"{arguments.work}/data_{domain}",
         "data.source.class_path": "Dsp",
         "data.source.init_args": source,
-        "data.tokenizer": arguments.encoder,
-        "data.separator": " [SEP] ",
-        "data.max_length": 512,
         "data.split": "ordinal",
         "data.dev_fraction": 0.1,
         "data.test_fraction": 0.2,
-        "backbone.path": arguments.encoder,
-        "backbone.tuning": "frozen",
-        "backbone.cache": f"{arguments.work}/cache",
-        "train.ds_config": "zero3_cpu",
-        "train.batch_pairs": 128,
-        "train.micro_batch_pairs": 128,
         "train.epochs": 6,
         "optim.learning_rate": 1e-2,
         "head.class_path": "Lore",

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import pal_ds
 from tools.bench.environment import describe_environment
+from tools.bench.frozen_encoder import frozen_encoder_keys
 
 NUM_COMPARISONS = [2, 5, 10, 20, 50]
 NUM_WRITERS, NUM_SEEN, NUM_NEW = 5, 40, 10
@@ -71,19 +72,11 @@ def figures_of(arguments: argparse.Namespace, records: Path, method: str, seed: 
     name = f"{records.stem}_{method.replace(' ', '').replace(',', '_')}"
     own = METHODS[method]
     keys: dict[str, Any] = {
+        **frozen_encoder_keys(arguments.encoder, arguments.work),
         "data.path": f"{arguments.work}/{records.stem}",
         "data.source.class_path": "Jsonl",
         "data.source.init_args.path": str(records),
-        "data.tokenizer": arguments.encoder,
-        "data.separator": " [SEP] ",
-        "data.max_length": 512,
         "data.split": "field",
-        "backbone.path": arguments.encoder,
-        "backbone.tuning": "frozen",
-        "backbone.cache": f"{arguments.work}/cache",
-        "train.ds_config": "zero3_cpu",
-        "train.batch_pairs": 128,
-        "train.micro_batch_pairs": 128,
         "train.epochs": 30,
         "train.seed": seed,
         "optim.learning_rate": 1e-3,
