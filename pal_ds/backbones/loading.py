@@ -45,12 +45,20 @@ def load_transformer(
     options, reason = _options(config, precision, gpu=gpu, packed=packed)
     if not packed:
         logger.info("attention: %s (%s)", options["attn_implementation"], reason)
+    if config.num_layers is not None:
+        options["config"] = read_model_config(config)
+        logger.info(
+            "backbone.num_layers: the first %d layers are kept; transformers may list the others as unexpected",
+            config.num_layers,
+        )
     output = None
     with refusing_pickles(config.path):
         if language:
             model, output = with_language_head(config.path, **options)
         else:
             model = text_part(AutoModel.from_pretrained(config.path, **options))
+    if config.num_layers is not None and config.trust_remote_code:
+        _refuse_other_depth(model, config)
     drop_unused_modules(model)
     if config.tuning == "frozen":
         return model.requires_grad_(False).eval(), None
@@ -65,6 +73,16 @@ def load_transformer(
         model = add_adapters(model, config, seed)
         output = None if output is None else output.requires_grad_(False)
     return model, output
+
+
+def _refuse_other_depth(model: nn.Module, config: BackboneConfig) -> None:
+    """Raise UserError where modelling code of the model's own paid no heed to the number of layers."""
+    lists = (part for part in model.modules() if isinstance(part, nn.ModuleList))
+    if not any(len(part) == config.num_layers for part in lists):
+        raise UserError(
+            f"backbone.num_layers: the modelling code of {config.path} built no list of {config.num_layers} layers, so "
+            "it may have kept all. Leave the key out, or cut the model yourself."
+        )
 
 
 @contextlib.contextmanager

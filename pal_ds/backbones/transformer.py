@@ -105,12 +105,12 @@ class TransformerBackbone(nn.Module):
 
 
 def read_model_config(config: BackboneConfig, *, from_disk_only: bool = False) -> Any:
-    """The transformers config of `config.path`, of a model with other parts that of its text part.
+    """The transformers config of `config.path`, of a model with other parts that of its text part; `num_layers` in it.
 
     With `from_disk_only` the hub is not asked.
 
     Raises:
-        UserError: no path is given, or nothing that transformers can open lies there.
+        UserError: no path is given, nothing that transformers can open lies there, or it has fewer layers than asked.
     """
     if config.path is None:
         raise UserError("backbone: neither path nor architecture is given. Give one of them.")
@@ -132,7 +132,27 @@ def read_model_config(config: BackboneConfig, *, from_disk_only: bool = False) -
     refuse_unfit("backbone.path", whole, text, own_code=config.trust_remote_code)
     if text is not whole:
         text._commit_hash = getattr(whole, "_commit_hash", None)
+    if config.num_layers is not None:
+        if text is not whole:
+            raise UserError(
+                f"backbone.num_layers: {config.path} reads more than text, and is taken whole. Leave the key out."
+            )
+        _keep_layers(text, config.num_layers)
     return text
+
+
+def _keep_layers(model_config: Any, num_layers: int) -> None:
+    """Cut a transformers config to its first layers. Raises UserError where it has fewer."""
+    given = model_config.num_hidden_layers
+    if num_layers > given:
+        raise UserError(
+            f"backbone.num_layers: asks for {num_layers} layers, the model has {given}. Give at most that many."
+        )
+    for key, value in list(vars(model_config).items()):
+        # Lists with an entry per layer, as `layer_types`.
+        if isinstance(value, list) and len(value) == given:
+            setattr(model_config, key, value[:num_layers])
+    model_config.num_hidden_layers = num_layers
 
 
 def architecture_config(config: BackboneConfig, vocab_size: int) -> Any:

@@ -9,11 +9,11 @@ import torch
 import yaml
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
 
+from pal_ds.backbones.transformer import read_model_config
 from pal_ds.data.tokenise import truncation_side
 from pal_ds.errors import UserError
 from pal_ds.export.bundle_code import write_pal_code
@@ -45,8 +45,7 @@ def backbone_config(opened: OpenRun) -> PretrainedConfig:
             f"{opened.run.path}: its backbone brings code of its own (backbone.trust_remote_code), "
             "which an exported folder cannot carry. Score with `score --run_dir` instead."
         )
-    whole = AutoConfig.from_pretrained(str(backbone.path), trust_remote_code=False)
-    config = whole.get_text_config()
+    config = read_model_config(backbone)
     config._name_or_path = ""
     config.use_cache = False
     return config

@@ -174,6 +174,11 @@ def _describe_backbone(
         raise UserError(
             "backbone: give exactly one of path (weights to load) and architecture (random weights)."
         )
+    if backbone.num_layers is not None and backbone.architecture is not None:
+        raise UserError(
+            "backbone.num_layers: backbone.architecture says how many layers it has (num_hidden_layers). Leave "
+            "num_layers out."
+        )
     if model_config is not None:
         return backbone, model_config
     resolved = resolve_backbone_path(config, run)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
+from pal_ds.backbones.transformer import read_model_config
 from pal_ds.config.run_config import RunConfig
 from pal_ds.data.tables import PreparedData
 from pal_ds.data.vocabulary import refuse_other_tokenizer
@@ -62,6 +63,7 @@ def take_over(
     phase.enter("take over weights", patience=PATIENCE)
     origin = origin_for(config.train.init_from, data, **leave)
     parts = assemble(config, data, run, model_config=origin.model_config)
+    _refuse_other_depth(config, origin)
     head = parts.head
     tensors = _head_for(origin, head)
     users = None
@@ -116,6 +118,22 @@ def origin_for(
         tokens, rewritten = theirs["tokens"], origin.tokenizer_rewritten
         refuse_other_tokenizer(key, origin.tokenizer, tokens, data, rewritten=rewritten)
     return origin
+
+
+def _refuse_other_depth(config: RunConfig, origin: Origin) -> None:
+    """Raise UserError where a frozen backbone, read from its own folder, would keep other layers than the origin's."""
+    if origin.frozen_path is None:
+        return
+    backbone = replace(config.backbone, path=origin.frozen_path)
+    given, wanted = (
+        read_model_config(backbone).num_hidden_layers,
+        origin.model_config.num_hidden_layers,
+    )
+    if given != wanted:
+        raise UserError(
+            f"train.init_from {origin.path}: its head reads the states behind layer {wanted} of {origin.frozen_path}, "
+            f"this run's would read those behind layer {given}. Set backbone.num_layers to {wanted}."
+        )
 
 
 def _head_for(origin: Origin, head: Head) -> dict[str, Tensor] | None:
