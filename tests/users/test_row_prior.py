@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from pal_ds.users import RowPrior
+from pal_ds.users.row_prior import basis_of
 from pal_ds.users.rows import UserRows, width_of
 
 BETA2 = 0.999
@@ -13,7 +14,7 @@ BETA2 = 0.999
 @pytest.mark.parametrize("space", ["simplex", "affine", "linear"])
 def test_pull_is_the_gradient_of_the_penalty(space: str) -> None:
     draw = torch.Generator().manual_seed(0)
-    prior = RowPrior.fresh(3, np.array([1, 4, 0]), space, 0.5, "cpu")
+    prior = RowPrior.fresh(np.array([1, 4, 0]), basis_of(3, space), 0.5, "cpu")
     prior.mean = torch.randn(3, generator=draw)
     logits = torch.randn(5, 3, generator=draw, requires_grad=True)
     rows, count = torch.tensor([0, 1, 1, 2, 0]), torch.tensor([1.0, 4.0, 4.0, torch.inf, 1.0])
@@ -53,7 +54,7 @@ def test_em_finds_the_spread_of_users(variance: float) -> None:
     root = torch.tensor([[0.8, 0.0], [0.3, 0.4]])
     mean = torch.tensor([1.0, -0.5])
     truth = mean + torch.randn(4000, 2, generator=draw) @ root.T
-    prior = RowPrior.fresh(2, np.ones(4000), "linear", 1.0, "cpu")
+    prior = RowPrior.fresh(np.ones(4000), basis_of(2, "linear"), 1.0, "cpu")
     for _ in range(60):
         rows = shrunk_rows(truth, prior, variance, seed=2)
         learnt = prior.estimate(rows, 1.0, BETA2)
@@ -65,7 +66,7 @@ def test_em_finds_the_spread_of_users(variance: float) -> None:
 
 
 def test_users_who_are_alike_are_held_together() -> None:
-    prior = RowPrior.fresh(3, np.ones(500), "simplex", 1.0, "cpu")
+    prior = RowPrior.fresh(np.ones(500), basis_of(3, "simplex"), 1.0, "cpu")
     truth = torch.tensor([0.5, 0.0, -0.5]).expand(500, 3)
     for _ in range(200):
         learnt = prior.estimate(shrunk_rows(truth, prior, 1.0, seed=3), 1.0, BETA2)
@@ -78,13 +79,13 @@ def test_users_who_are_alike_are_held_together() -> None:
 
 
 def test_nothing_is_learnt_of_rows_that_nobody_trained() -> None:
-    prior = RowPrior.fresh(2, np.ones(5), "linear", 1.0, "cpu")
+    prior = RowPrior.fresh(np.ones(5), basis_of(2, "linear"), 1.0, "cpu")
     assert prior.estimate(UserRows(5, 2), 1.0, BETA2) is None
 
 
 def test_a_prior_of_another_k_is_refused() -> None:
-    prior = RowPrior.fresh(2, np.ones(5), "linear", 1.0, "cpu")
-    other = RowPrior.fresh(3, np.ones(5), "linear", 1.0, "cpu").state_dict()
+    prior = RowPrior.fresh(np.ones(5), basis_of(2, "linear"), 1.0, "cpu")
+    other = RowPrior.fresh(np.ones(5), basis_of(3, "linear"), 1.0, "cpu").state_dict()
     with pytest.raises(ValueError, match=r"of shape \(3, 3\), the table has 2 logits"):
         prior.load_state_dict(other)
 
@@ -92,7 +93,7 @@ def test_a_prior_of_another_k_is_refused() -> None:
 def test_sample_is_of_users_with_comparisons() -> None:
     count = np.zeros(20_000, np.int64)
     count[::2] = 3
-    sample = RowPrior.fresh(2, count, "linear", 1.0, "cpu").sampled
+    sample = RowPrior.fresh(count, basis_of(2, "linear"), 1.0, "cpu").sampled
     assert len(sample) == 1024
     assert len(sample.unique()) == 1024
     assert not (sample % 2).any()

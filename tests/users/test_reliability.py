@@ -1,0 +1,91 @@
+"""A reliability per user: careless users of a planted world are found out, and margins then know whom to believe."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pal_ds.data.prepare import DataConfig, prepare
+from pal_ds.data.sources import Jsonl
+from pal_ds.data.tables import PreparedData
+from pal_ds.distributed.world import World
+from pal_ds.eval.evaluate import evaluate_run
+from pal_ds.inference.load_run import restore
+from pal_ds.runs.run_dir import RunDirectory
+from tests.spawn import run_command
+
+ALONE = World(0, 1, torch.device("cpu"))
+TASTE = np.array([1.5, -1.0, 0.5, 0.0])
+NUM_USERS, NUM_PAIRS = 60, 24
+HEADS = {
+    "BradleyTerry": ["--head=BradleyTerry"],
+    "Lore": ["--head=Lore", "--head.num_prototypes=2", "--users.prior=learnt"],
+    "PalA": [
+        *("--head=PalA", "--head.num_prototypes=2", "--head.similarity=cosine"),
+        *("--head.num_layers=1", "--users.prior=learnt", "--optim.scale_learning_rate=0.2"),
+    ],
+}
+
+
+def is_careless(user: str) -> bool:
+    return int(user.removeprefix("u")) % 2 == 0
+
+
+def write_world(path: Path) -> Path:
+    """Pairs of vectors; every other user answers by a coin, the rest by one taste and hardly ever wrongly."""
+    generator = np.random.default_rng(0)
+    with open(path, "w") as stream:
+        for index in range(NUM_USERS * NUM_PAIRS):
+            pair = generator.normal(size=(2, 4)).round(4)
+            user = f"u{index % NUM_USERS}"
+            scale = 0.0 if is_careless(user) else 2.0
+            chance = 1 / (1 + np.exp(-scale * float((pair[1] - pair[0]) @ TASTE)))
+            y = 1 if generator.random() < chance else -1
+            row = {"user_id": user, "response_features": pair.tolist(), "y": y}
+            stream.write(json.dumps(row) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
+    folder = tmp_path_factory.mktemp("reliability")
+    source = Jsonl(path=str(write_world(folder / "pairs.jsonl")))
+    fractions = {"dev_fraction": 0.0, "test_fraction": 0.4, "unseen_user_fraction": 0.2}
+    return prepare(DataConfig(path=str(folder / "data"), source=source, **fractions), quiet=True)
+
+
+def trained(data: PreparedData, head: str, reliability: str, *more: str) -> RunDirectory:
+    folder = data.path.with_name(f"{head}_{reliability}")
+    run_command(
+        "train",
+        f"--run_dir={folder}",
+        f"--data.path={data.path}",
+        *HEADS[head],
+        f"--users.reliability={reliability}",
+        "--optim.learning_rate=0.05",
+        "--train.ds_config=zero3_cpu",
+        "--train.epochs=10",
+        "--train.batch_pairs=64",
+        "--train.micro_batch_pairs=64",
+        *more,
+    )
+    return RunDirectory(folder)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_careless_users_are_found_out(data: PreparedData, head: str) -> None:
+    plain, run = (trained(data, head, name) for name in ("none", "learnt"))
+    users = restore(run).users
+    careless = torch.tensor([is_careless(user) for user in users.ids])
+    r = users.reliability
+    assert r[careless].median() < r[~careless].median() - 0.5
+    print(r[careless].median(), r[~careless].median(), restore(run).manifest["users_prior"])
+    order = (r[careless][:, None] < r[~careless]).float().mean()
+    assert order > 0.9, f"{order} of the pairs of a careless and a careful user are in order"
+    assert not restore(plain).users.has_reliability
+    without, with_it = (evaluate_run(one, ALONE) for one in (plain, run))
+    print(head, without["accuracy"], with_it["accuracy"], without["brier"], with_it["brier"])
+    assert with_it["brier"] < without["brier"] - 0.01
+    assert with_it["accuracy"] > without["accuracy"] - 0.03
