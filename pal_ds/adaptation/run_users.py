@@ -1,6 +1,7 @@
 """The prior of `adapt` and `few_shot`: what the run's own users say of a new one."""
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -37,7 +38,15 @@ def prior_of(restored: OpenRun, world: World) -> UserPrior:
     Raises:
         UserError: such a run whose data have no comparisons of its users.
     """
+    return replace(_of_points(restored, world), reliability_variance=restored.reliability_variance)
+
+
+def _of_points(restored: OpenRun, world: World) -> UserPrior:
     head = restored.model.head
+    if "logits" not in head.needs:
+        # Nobody's logits are fitted, or read.
+        size = head.num_prototypes
+        return LogitPrior.gaussian(torch.zeros(size), torch.eye(size), head.space)
     if not head.residual_size:
         prior = LogitPrior.of(restored.users, head.space)
         if prior.num_components > 1:

@@ -118,7 +118,7 @@ class Stepper:
         if leaf is None or not self.users.has_reliability:
             return user_state(batch, leaf, update=update)
         logits = leaf[:, :-1] if self.needs_users else None
-        return user_state(batch, logits, update=update, reliability=leaf[:, -1])
+        return user_state(batch, logits, update=update, log_reliability=leaf[:, -1])
 
     def _fused_pair_loss(self, batch: Batch, scale: float) -> PairLoss | None:
         """The fused loss of this batch, on hardware where it pays."""

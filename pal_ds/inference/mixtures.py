@@ -40,14 +40,14 @@ def user_mixtures(head: Head, users: UserTable) -> Float[Tensor, "U+1 K"]:
     return torch.cat([mixtures, population_mixture(mixtures, generic_row_of(users.ids))])
 
 
-def user_reliability(users: UserTable) -> Float[Tensor, "U+1"] | None:
+def log_reliability_of(users: UserTable) -> Float[Tensor, "U+1"] | None:
     """r_u of each user, and as the last that of who is not in the table: the generic user's, else 0.
 
     None for a table without reliability.
     """
     if not users.has_reliability:
         return None
-    own, row = users.reliability, generic_row_of(users.ids)
+    own, row = users.log_reliability, generic_row_of(users.ids)
     return torch.cat([own, own[row : row + 1] if row >= 0 else own.new_zeros(1)])
 
 
@@ -78,7 +78,7 @@ class ScoredUsers(NamedTuple):
     collator: Collator
     mixtures: Float[Tensor, "u+1 K"] | None
     """The last is the population's. None where users are their groups."""
-    reliability: Float[Tensor, "u+1"] | None
+    log_reliability: Float[Tensor, "u+1"] | None
     """r_u, where the table has it; the last is 0, or the generic user's."""
 
 
@@ -98,16 +98,16 @@ def with_mixtures(source: MixtureSource, collator: Collator, rows: np.ndarray) -
     places[user_codes] = np.searchsorted(known, collator.user_rows(rows))
     places[user_codes[collator.user_rows(rows) < 0]] = -1
     numbered = replace(collator, table_rows=places)
-    reliability = None
+    log_reliability = None
     if users.has_reliability:
         own = _values_of(users, torch.from_numpy(known))[:, -1]
         generic = torch.tensor(
             [collator.generic_row] if collator.generic_row >= 0 else [], dtype=torch.int64
         )
         of_generic = _values_of(users, generic)[:, -1]
-        reliability = torch.cat([own, of_generic if len(generic) else own.new_zeros(1)])
+        log_reliability = torch.cat([own, of_generic if len(generic) else own.new_zeros(1)])
     if by_group:
-        return ScoredUsers(numbered, None, reliability)
+        return ScoredUsers(numbered, None, log_reliability)
     head.eval()
     mixtures = _mixtures_of(head, users, torch.from_numpy(known))
     if "context" in head.needs:
@@ -127,7 +127,7 @@ def with_mixtures(source: MixtureSource, collator: Collator, rows: np.ndarray) -
             if sums
             else population_mixture(mixtures)
         )
-    return ScoredUsers(numbered, torch.cat([mixtures, population]), reliability)
+    return ScoredUsers(numbered, torch.cat([mixtures, population]), log_reliability)
 
 
 def _mixtures_of(head: Head, users: TrainedUsers, rows: Tensor) -> Float[Tensor, "n K"]:

@@ -48,14 +48,14 @@ class Forwards:
         self,
         rows: np.ndarray,
         mixtures: Float[Tensor, "U+1 K"] | None,
-        reliability: Float[Tensor, "U+1"] | None = None,
+        log_reliability: Float[Tensor, "U+1"] | None = None,
     ) -> Float[np.ndarray, "n"]:
         """Margins (> 0 prefers response_2) of the comparisons `rows`, in their order, fp64, on every rank."""
 
         def read(batch: Batch, output: HeadOutput) -> Tensor:
             return decision_margin(output.margin, batch.window_end)[:, None]
 
-        margins = self._gathered(rows, (mixtures, reliability), read, 1)[:, 0]
+        margins = self._gathered(rows, (mixtures, log_reliability), read, 1)[:, 0]
         if self.world.is_rank_zero and (num_lost := int(np.isnan(margins).sum())):
             logger.warning(
                 "%d of %d pairs have scores that are no numbers; they count as wrong",
@@ -105,10 +105,10 @@ class Forwards:
                 share = ordered[places[world.rank]]
                 batch = collator(share, np.arange(len(share)), stand_in=int(rows[0]))
                 batch = batch.to(world.device)
-                points, reliability = (
+                points, log_reliability = (
                     None if part is None else part[batch.user_row] for part in of_users
                 )
-                user = user_state(batch, mixture=points, reliability=reliability)
+                user = user_state(batch, mixture=points, log_reliability=log_reliability)
                 output = self.forward(batch, user)
                 padded = torch.full((self.micro_batch_pairs, num_values), torch.nan)
                 padded = padded.to(world.device)

@@ -46,5 +46,5 @@ def _not_finite(state: Training) -> list[str]:
     held = users if isinstance(users, UserTable) else users.own
     parts["users"] = held.logits
     if held.has_reliability:
-        parts["users (reliability)"] = held.reliability
+        parts["users (reliability)"] = held.log_reliability
     return [name for name, values in parts.items() if not bool(torch.isfinite(values).all())]

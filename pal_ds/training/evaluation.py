@@ -115,4 +115,4 @@ def _margins(state: Training, collator: Collator, rows: np.ndarray) -> np.ndarra
         micro_batch_tokens=train.micro_batch_tokens,
         between_steps=lambda: state.watch.leave_if_requested(state.world),
     )
-    return forwards.margins(rows, scored.mixtures, scored.reliability)
+    return forwards.margins(rows, scored.mixtures, scored.log_reliability)

@@ -25,8 +25,8 @@ USER_FILES = ("users.safetensors", "users.arrow")
 """Names of a table's files."""
 _FORMAT = "pal_ds.users/1"
 _NAMES = ("step", "exp_avg", "exp_avg_sq", "logits")
-"""Tensors in the order of the file, int64 before fp32, so that each begins where its dtype asks for. `reliability` is
-behind them, in a table that has it."""
+"""Tensors in the order of the file, int64 before fp32, so that each begins where its dtype asks for; behind them, in a
+table that has it, `log_reliability`."""
 _INDEX = pa.schema([("id", pa.string()), ("row", pa.int64()), ("seen", pa.bool_())])
 _IDS_PER_BATCH = 2**20
 
@@ -75,7 +75,7 @@ def _shapes(
     """Shape of each tensor of a table, in the order of the file."""
     wide = num_users, num_prototypes + has_reliability
     shapes = ((num_users,), wide, wide, (num_users, num_prototypes))
-    own = {"reliability": (num_users,)} if has_reliability else {}
+    own = {"log_reliability": (num_users,)} if has_reliability else {}
     return dict(zip(_NAMES, shapes, strict=True)) | own
 
 
@@ -125,8 +125,8 @@ class StoredUsers:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise UserError(f"{self._path} is not a user table of format {_FORMAT}.")
-            self.has_reliability = "reliability" in set(file.keys())
-            names = (*_NAMES, "reliability") if self.has_reliability else _NAMES
+            self.has_reliability = "log_reliability" in set(file.keys())
+            names = (*_NAMES, "log_reliability") if self.has_reliability else _NAMES
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
         self.seed, self.num_prototypes = int(metadata["seed"]), shapes["logits"][1]
         # Read, not mapped: what takes the file's place must not change the ids in memory.
@@ -189,7 +189,7 @@ class StoredUsers:
 
 def check_shapes(shapes: dict[str, tuple[int, ...]], num_users: int, num_prototypes: int) -> None:
     """Raises UserError unless the tensors are those of so many users and prototypes."""
-    expected_of = _shapes(num_users, num_prototypes, "reliability" in shapes)
+    expected_of = _shapes(num_users, num_prototypes, "log_reliability" in shapes)
     expected_of["seen"] = expected_of["step"]
     for name, shape in shapes.items():
         expected = expected_of[name]

@@ -110,7 +110,8 @@ class RowPrior:
             return None
         basis, size = self.basis, self.basis.shape[1]
         step = rows.step[trained].cpu().double()[:, None]
-        square = rows.exp_avg_sq[trained].cpu().double() / (1 - beta2**step)
+        rest = 1 - torch.as_tensor(rows.beta2(beta2), dtype=torch.float64).cpu() ** step
+        square = rows.exp_avg_sq[trained].cpu().double() / rest
         # The moment is of gradients of a mean over B; of all that `step` updates held, n_u t B / N were the user's.
         information = num_comparisons * step * square
         of_logits = information[:, : len(basis)]
@@ -130,7 +131,7 @@ class RowPrior:
             "precision": (basis @ precision @ basis.T).float().tolist(),
         }
         if self.reliability_variance is not None:
-            own = rows.reliability[trained].cpu().double()
+            own = rows.log_reliability[trained].cpu().double()
             rest = 1 / (information[:, -1] + 1 / self.reliability_variance)
             learnt["reliability_variance"] = float((own.square() + rest).mean()) + SMALLEST_VARIANCE
         return learnt

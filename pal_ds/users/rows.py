@@ -14,6 +14,9 @@ BLOCK_ROWS = 2**16
 """Rows that are made, read or written at a time."""
 
 
+RELIABILITY_BETA2 = 0.9
+
+
 class UserRows:
     """`records` [U, 3V + 2] fp32: a user's V values, first and second moments, step count and `seen` side by side.
 
@@ -53,15 +56,28 @@ class UserRows:
     @property
     def tensors(self) -> tuple[str, ...]:
         """Names of the properties that a table on disk keeps."""
-        own = ("reliability",) if self.has_reliability else ()
+        own = ("log_reliability",) if self.has_reliability else ()
         return ("logits", *own, "exp_avg", "exp_avg_sq", "step", "seen")
+
+    def beta2(self, of_logits: float) -> float | Float[Tensor, "V"]:
+        """Decay of the second moment of each value.
+
+        That of reliability is short: it grows with the scale of margins, and the prior reads from it what a user's
+        comparisons tell at that scale now, not while the head was untrained.
+        """
+        if not self.has_reliability:
+            return of_logits
+        device = self.records.device
+        betas = torch.full((self.num_values,), of_logits, dtype=torch.float64, device=device)
+        betas[-1] = min(of_logits, RELIABILITY_BETA2)
+        return betas
 
     @property
     def logits(self) -> Float[Tensor, "U K"]:
         return self.records[:, : self.num_prototypes]
 
     @property
-    def reliability(self) -> Float[Tensor, "U"]:
+    def log_reliability(self) -> Float[Tensor, "U"]:
         """r of each user, whose margins are multiplied by exp(r); of a table that has it."""
         assert self.has_reliability, "this table holds no reliability"
         return self.records[:, self.num_prototypes]
@@ -112,7 +128,7 @@ class UserRows:
         if config.max_row_norm is not None:
             norm = torch.linalg.vector_norm(total, dim=-1, keepdim=True)
             total = total * (config.max_row_norm / norm).clamp(max=1.0)
-        beta1, beta2 = config.betas
+        beta1, beta2 = config.betas[0], self.beta2(config.betas[1])
         records = self.records.index_select(0, rows)
         # Contiguous: on strided parts torch may round otherwise.
         parts = records[:, : 3 * num].split(num, dim=1)

@@ -47,9 +47,9 @@ class UserTable:
         return self._rows.logits
 
     @property
-    def reliability(self) -> Float[Tensor, "U"]:
+    def log_reliability(self) -> Float[Tensor, "U"]:
         """r_u of every user; of a table that has it."""
-        return self._rows.reliability
+        return self._rows.log_reliability
 
     @property
     def exp_avg(self) -> Float[Tensor, "U V"]:
