@@ -36,7 +36,13 @@ class Users(NamedTuple):
     """r_u; None where the run's users have none."""
 
     def some(self, part: slice) -> "Users":
-        return Users(*(None if of_all is None else of_all[part] for of_all in self))
+        r = self.log_reliability
+        return Users(
+            self.ids[part],
+            self.point[part],
+            self.covariance[part],
+            None if r is None else r[part],
+        )
 
 
 class Chooser(NamedTuple):

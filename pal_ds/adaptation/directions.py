@@ -141,11 +141,11 @@ def terms_by_user(
         labels = Labels(
             facts.label[pair].double(), facts.required_margin[pair].double(), part.weight.T.double()
         )
-        between = _between(scores, rows, position), _between(residual, rows, position)
+        of_span, of_residual = (_between(each, rows, position) for each in (scores, residual))
         if comparisons.factor is not None:
             factor = comparisons.factor[part.users].double()[:, None, None]
-            between = tuple(factor * each for each in between)
-        yield Terms(part.users, *between, labels)
+            of_span, of_residual = factor * of_span, factor * of_residual
+        yield Terms(part.users, of_span, of_residual, labels)
 
 
 def _between(

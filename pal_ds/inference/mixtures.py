@@ -4,7 +4,7 @@ In a training the engine's forward makes the latter (its parameters may be parti
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -237,12 +237,34 @@ def _by_user(
     return context, length
 
 
+class UserLine(TypedDict):
+    """A user in a listing."""
+
+    user_id: str
+    mixture: list[float] | None
+    """As the head uses it in evaluation; None where the table tells nothing of users' points: the head knows them by
+    comparisons or groups."""
+    reliability: NotRequired[float]
+    """The factor of the user's margins, exp(r_u), where the run's users have one; rewards are not multiplied by it."""
+
+
+def user_lines(head: Head, users: UserTable) -> list[UserLine]:
+    """The users of a table that holds their points, in order."""
+    mixtures = user_mixtures(head, users)[:-1].tolist()
+    lines: list[UserLine] = [
+        {"user_id": user_id, "mixture": mixture}
+        for user_id, mixture in zip(users.ids, mixtures, strict=True)
+    ]
+    if users.has_reliability:
+        for line, factor in zip(lines, users.log_reliability.exp().tolist(), strict=True):
+            line["reliability"] = factor
+    return lines
+
+
 def list_users(
     run: RunDirectory, step: str = "latest", *, trust: bool = False, trust_code: bool = False
-) -> list[tuple[str, list[float] | None]]:
-    """(user id, mixture as the run's head uses it in evaluation) of every user of a checkpoint.
-
-    None for a head whose table tells nothing of its users: it knows them by comparisons or groups.
+) -> list[UserLine]:
+    """Every user of a checkpoint.
 
     Raises:
         UserError: the run or its data cannot be opened.
@@ -254,7 +276,7 @@ def list_users(
     finish_interrupted_removal(run)
     opened = open_run(run, step, trust=trust, trust_code=trust_code)
     head = trained_head(opened)
+    lines = user_lines(head, opened.users)
     if head.is_personal and "logits" not in head.needs:
-        return [(user_id, None) for user_id in opened.users.ids]
-    mixtures = user_mixtures(head, opened.users)[:-1]
-    return list(zip(opened.users.ids, mixtures.tolist(), strict=True))
+        lines = [{**line, "mixture": None} for line in lines]
+    return lines

@@ -1,7 +1,7 @@
 """Scores of comparisons at any world size: every pair is scored once, and every rank gets them all."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,16 +79,16 @@ class Forwards:
     def _gathered(
         self,
         rows: np.ndarray,
-        of_users: tuple[Tensor | None, Tensor | None],
+        of_users: Sequence[Tensor | None],
         read: Callable[[Batch, HeadOutput], Float[Tensor, "B c"]],
         num_values: int,
     ) -> Float[np.ndarray, "n c"]:
         """Collect the result of `read` for each comparison, in the order of `rows`.
 
-        `of_users` are mixtures and reliability.
+        `of_users` are mixtures and the log of reliability.
         """
         world, collator = self.world, self.collator
-        of_users = tuple(None if part is None else part.to(world.device) for part in of_users)
+        of_users = [None if part is None else part.to(world.device) for part in of_users]
         prompts = collator.data.response_prompt[collator.data.comparisons["a"][rows]]
         # Comparisons of one prompt side by side: a packed forward then computes it once for them.
         order = np.argsort(prompts, kind="stable")
