@@ -14,9 +14,11 @@ from pal_ds.distributed.world import World
 from pal_ds.eval.evaluate import evaluate_run
 from pal_ds.eval.results import split_request
 from pal_ds.inference.load_run import restore
+from pal_ds.inference.mixtures import list_users
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.users import UserTable
-from tests.spawn import run_command
+from tests.spawn import outcome_of, run_command
+from tests.tiny_run import TinyRun
 
 ALONE = World(0, 1, torch.device("cpu"))
 TASTE = np.array([1.5, -1.0, 0.5, 0.0])
@@ -29,6 +31,16 @@ HEADS = {
         *("--head.num_layers=1", "--users.prior=learnt"),
     ],
 }
+
+
+OTHERS = {
+    "PalB": ["--head=PalB", "--head.num_prototypes=2", "--head.num_layers=1"],
+    "Vpl": ["--head=Vpl", "--head.latent_dim=4", "--head.width=16"],
+    "PerDomain": ["--head=PerDomain", "--head.num_prototypes=1"],
+    "MeanVariance": ["--head=MeanVariance"],
+    "Categorical": ["--head=Categorical"],
+}
+"""Heads whose points are not in the table, whose margins are no differences of rewards, and the rest."""
 
 
 def is_careless(user: str) -> bool:
@@ -45,7 +57,9 @@ def write_world(path: Path) -> Path:
             scale = 0.0 if is_careless(user) else 2.0
             chance = 1 / (1 + np.exp(-scale * float((pair[1] - pair[0]) @ TASTE)))
             y = 1 if generator.random() < chance else -1
-            row = {"user_id": user, "response_features": pair.tolist(), "y": y}
+            row = {"user_id": user, "response_features": pair.tolist(), "y": y, "group": "all"}
+            # Each its own, as splits are by prompt; the taste is the same for all.
+            row["prompt_features"] = [1.0, *(0.01 * generator.normal(size=3)).tolist()]
             stream.write(json.dumps(row) + "\n")
     return path
 
@@ -70,7 +84,7 @@ def trained(data: PreparedData, head: str, reliability: str, *more: str) -> RunD
         "--train.epochs=16",
         "--train.batch_pairs=64",
         "--train.micro_batch_pairs=64",
-        *HEADS[head],
+        *(HEADS | OTHERS)[head],
         *more,
     )
     return RunDirectory(folder)
@@ -110,3 +124,49 @@ def test_new_users_have_theirs_fitted(data: PreparedData, head: str, tmp_path: P
     known = evaluate_run(RunDirectory(run), ALONE, request=request, users=tmp_path / "new")
     assert strangers["brier"] is not None and known["brier"] is not None
     assert known["pairs"] == strangers["pairs"] and known["brier"] < strangers["brier"]
+
+
+@pytest.mark.parametrize("head", OTHERS)
+def test_every_head_has_it(data: PreparedData, head: str, tmp_path: Path) -> None:
+    run = trained(data, head, "learnt")
+    users = restore(run).users
+    careless = torch.tensor([is_careless(user) for user in users.ids])
+    r = users.log_reliability
+    assert r[careless].mean() < r[~careless].mean() - 0.2
+    listed = list_users(run)
+    assert [line["user_id"] for line in listed] == list(users.ids)
+    assert [line.get("reliability") for line in listed] == pytest.approx(r.exp().tolist())
+    adapt = ["adapt", f"--run_dir={run.path}", f"--out={tmp_path / 'new'}"]
+    if head == "PerDomain":
+        ((code, words),) = outcome_of("pal_ds", *adapt)
+        assert code == 2 and "its head has no users to adapt" in words
+        return
+    run_command(*adapt)
+    known = evaluate_run(run, ALONE, request=split_request("unseen_test"), users=tmp_path / "new")
+    assert known["pairs"] and known["adapted_users"]
+
+
+def test_it_is_refused_where_margins_are_no_log_odds(data: PreparedData) -> None:
+    with pytest.raises(AssertionError, match=r"users\.reliability: learnt, and the loss is hinge"):
+        trained(data, "BradleyTerry", "learnt", "--loss.kind=hinge")
+
+
+def test_an_export_lists_it(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """Of a head that knows no users otherwise; its rewards are the same for everyone."""
+    words = ["--head=BradleyTerry", "--backbone.tuning=frozen", "--train.ds_config=zero3_cpu"]
+    run_command(
+        "train",
+        f"--run_dir={tmp_path / 'run'}",
+        f"--data.path={tiny_run.data}",
+        f"--backbone.path={tiny_run.base}",
+        "--users.reliability=learnt",
+        *words,
+    )
+    run_command("consolidate", tmp_path / "run", tmp_path / "out", "--with_users")
+    lines = map(json.loads, (tmp_path / "out" / "users.jsonl").read_text().splitlines())
+    users = restore(RunDirectory(tmp_path / "run")).users
+    factors = users.log_reliability.exp().tolist()
+    assert {line["user_id"]: line["reliability"] for line in lines} == pytest.approx(
+        dict(zip(users.ids, factors, strict=True))
+    )
+    assert min(factors) != 1.0
