@@ -86,7 +86,8 @@ def posterior_of_users(
                 of_chunk[some] = of_some.covariance
         covariance[users] = of_chunk.cpu()
         spread = _margin_std(chunk, statistics, coordinates.point(own), of_chunk)
-        margin_std[users] = spread.cpu()
+        factor = comparisons.factor
+        margin_std[users] = (spread if factor is None else factor * spread).cpu()
     return UserPosteriors(covariance, margin_std)
 
 

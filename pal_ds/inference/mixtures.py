@@ -278,5 +278,6 @@ def list_users(
     head = trained_head(opened)
     lines = user_lines(head, opened.users)
     if head.is_personal and "logits" not in head.needs:
-        lines = [{**line, "mixture": None} for line in lines]
+        for line in lines:
+            line["mixture"] = None
     return lines

@@ -41,9 +41,9 @@ class UsersConfig:
     """`learnt`: rows are pulled towards the mean of all, the more the fewer comparisons a user has and the less users
     differ (empirical Bayes); see `row_prior.py`. `none`: each row is fitted to its comparisons alone."""
     reliability: Literal["none", "learnt"] = "none"
-    """`learnt`: a user's margins are multiplied by exp(r) with a number r of the user's own, near 0 for careless users
-    and large for careful ones; r is normal around 0. Its standard deviation is learnt with `prior: learnt`, else 0.5.
-    Under the logistic loss, for every head."""
+    """`learnt`: a user's margins are multiplied by a factor exp(r) of the user's own, near 0 for careless users and
+    large for careful ones; r is normal around 0. Its standard deviation is learnt with `prior: learnt`, else 0.5. For
+    every head, under the logistic loss."""
     generic_fraction: float = 0.0
     """Probability that a comparison is also trained for the user `population`, who is what users of whom nothing is
     known get (arXiv 2402.05133); 0: they get the mean of all mixtures."""
