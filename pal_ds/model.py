@@ -17,8 +17,9 @@ def user_state(
     *,
     mixture: Float[Tensor, "B K"] | None = None,
     update: int | None = None,
+    log_reliability: Float[Tensor, "B"] | None = None,
 ) -> UserState:
-    """Return what a head may know of the users of a batch; `mixture` stands in for all of it."""
+    """Return what a model may know of the users of a batch; to a head, `mixture` stands in for all of it."""
     return UserState(
         logits=logits,
         gumbel=batch.gumbel,
@@ -28,6 +29,7 @@ def user_state(
         group=batch.group,
         normal=batch.normal,
         update=update,
+        log_reliability=log_reliability,
     )
 
 
@@ -58,6 +60,10 @@ class RewardModel(nn.Module):
     ) -> HeadOutput:
         """Score a batch; in training with `lm_weight`, the penalty has the preferred responses' language-model loss."""
         output = self._scored(batch, user, pair_loss)
+        if user.log_reliability is not None:
+            assert output.total is None, "a fused loss knows nothing of reliability"
+            factor = user.log_reliability.float().exp().unsqueeze(1)
+            output = output._replace(margin=output.margin * factor)
         if self.tie_threshold is None or not self.training:
             return output
         return output._replace(threshold=self.tie_threshold())

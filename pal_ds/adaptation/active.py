@@ -5,6 +5,7 @@ have it, the user is fitted again, and so on. A label is read once its compariso
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -86,7 +87,7 @@ class NewUsersPool(NamedTuple):
             num = min(max(1, num_chosen // SHARE_AT_ONCE), most - num_chosen)
             for begin, rows, chooser in blocks:
                 part = slice(begin, begin + USERS_PER_BLOCK)
-                some = Users(users.ids[part], users.point[part], users.covariance[part])
+                some = users.some(part)
                 own = owner[rows] == np.arange(begin, begin + len(some.ids))[:, None]
                 free = torch.from_numpy(own & (place[rows] > num_chosen))
                 size = min(num, len(rows))
@@ -126,12 +127,13 @@ class NewUsersPool(NamedTuple):
         model, collator, config = self.reader.model, self.reader.collator, self.restored.config
         pairs = UserPairs(self.rows[answered], self.owner[answered], self.num_users)
         prior, loss = LogitPrior.of(self.restored.users), config.loss
-        logits = fit_users(model, collator, pairs, loss=loss, prior=prior, solver=self.solver)
-        sure = posterior_of_users(model, collator, pairs, logits, loss=loss, prior=prior)
+        prior = replace(prior, reliability_variance=self.restored.reliability_variance)
+        fitted = fit_users(model, collator, pairs, loss=loss, prior=prior, solver=self.solver)
+        sure = posterior_of_users(model, collator, pairs, fitted, loss=loss, prior=prior)
         model.head.eval()
         with torch.no_grad():
-            point = model.head.mixture_weights(UserState(logits))
-        return Users(ids, point, sure.covariance)
+            point = model.head.mixture_weights(UserState(fitted.logits))
+        return Users(ids, point, sure.covariance, fitted.log_reliability)
 
 
 def against_random(

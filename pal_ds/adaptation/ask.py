@@ -133,7 +133,8 @@ def _users(restored: OpenRun, options: AskOptions) -> Users:
         )
     posterior = known_posterior(options.users, "ask")(ids)
     point = user_mixtures(head, table)[:-1][table.rows(ids)]
-    return Users(ids, point, posterior.covariance)
+    r = table.log_reliability[table.rows(ids)] if table.has_reliability else None
+    return Users(ids, point, posterior.covariance, r)
 
 
 class _Pool(NamedTuple):
@@ -206,6 +207,6 @@ def choices(chooser: Chooser, users: Users, pool: _Pool) -> Iterator[tuple[slice
         for begin in range(0, len(users.ids), size):
             phase.progress()
             part = slice(begin, begin + size)
-            some = Users(users.ids[part], users.point[part], users.covariance[part])
+            some = users.some(part)
             yield part, chooser.choose(some, torch.from_numpy(pool.available(part)))
             advance(len(some.ids))

@@ -27,6 +27,8 @@ class UserComparisons(NamedTuple):
     facts: PairFacts
     threshold: Float[Tensor, "1"] | None = None
     """The threshold of ties, where the loss has one."""
+    factor: Float[Tensor, "U"] | None = None
+    """Of each user's margins: the exponential of the log of reliability; None where that is 1."""
 
 
 class Block(NamedTuple):
@@ -41,6 +43,7 @@ class Block(NamedTuple):
     comparison: Int[Tensor, "N U"] | None
     """Index of the user's comparison that a term belongs to; None where that is evident."""
     label: Float[Tensor, "N U"]
+    """Times the factor of the user's margins."""
     required: Float[Tensor, "N U"]
     weight: Float[Tensor, "N U"]
 
@@ -100,7 +103,8 @@ def with_sure_labels(
     )
     index = statistics.response_index.repeat(2, 1)
     user = comparisons.user.repeat(2)
-    return statistics._replace(response_index=index), UserComparisons(user, both)
+    factor = comparisons.factor
+    return statistics._replace(response_index=index), UserComparisons(user, both, factor=factor)
 
 
 class PaddedTerms(NamedTuple):
@@ -159,7 +163,10 @@ def blocks(
         num_positions=num_positions,
         floats_per_term=num_prototypes * (2 + num_prototypes * own),
     ):
-        yield _block(statistics, comparisons.facts, *terms)
+        block = _block(statistics, comparisons.facts, *terms)
+        if comparisons.factor is not None:
+            block = block._replace(label=block.label * comparisons.factor[block.users])
+        yield block
 
 
 def _block(

@@ -32,6 +32,17 @@ class Users(NamedTuple):
     ids: list[str]
     point: Float[Tensor, "U K"]
     covariance: Float[Tensor, "U K K"]
+    log_reliability: Float[Tensor, "U"] | None = None
+    """r_u; None where the run's users have none."""
+
+    def some(self, part: slice) -> "Users":
+        r = self.log_reliability
+        return Users(
+            self.ids[part],
+            self.point[part],
+            self.covariance[part],
+            None if r is None else r[part],
+        )
 
 
 class Chooser(NamedTuple):
@@ -57,6 +68,10 @@ class Chooser(NamedTuple):
             sides, noise = self.scored.sides, self._noise(users)
             return choose_duels(shares, sides, noise, num=self.num, available=available)
         margin, slopes = margins_with_slopes(self.scored, users.point, axes)
+        if users.log_reliability is not None:
+            # What a careless user says tells little.
+            factor = users.log_reliability.exp()[:, None]
+            margin, slopes = factor * margin, factor.unsqueeze(2) * slopes
         return choose_by_gain(margin, slopes, self.num, GAINS[self.strategy], available)
 
     def _noise(self, users: Users) -> Float[Tensor, "U C"]:

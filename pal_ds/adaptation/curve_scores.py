@@ -36,7 +36,7 @@ def right_of_draws(
         pairs, loss = UserPairs(rows, owner, len(mixtures)), restored.config.loss
         logits = fit_users(
             reader.model, reader.collator, pairs, loss=loss, prior=prior, solver=pool.solver
-        )
+        ).logits
         fitted = np.unique(owner)
         restored.model.head.eval()
         mixtures[fitted] = restored.model.head.mixture_weights(UserState(logits[fitted]))

@@ -49,6 +49,8 @@ class DirectionPrior:
     residual_variance: float
     mean: Float[Tensor, "K+d"]
     """Logits of a user without comparisons, fp32."""
+    reliability_variance: float | None = None
+    """Of the log of users' reliability; None where they have none."""
 
 
 class Terms(NamedTuple):
@@ -139,9 +141,11 @@ def terms_by_user(
         labels = Labels(
             facts.label[pair].double(), facts.required_margin[pair].double(), part.weight.T.double()
         )
-        yield Terms(
-            part.users, _between(scores, rows, position), _between(residual, rows, position), labels
-        )
+        of_span, of_residual = (_between(each, rows, position) for each in (scores, residual))
+        if comparisons.factor is not None:
+            factor = comparisons.factor[part.users].double()[:, None, None]
+            of_span, of_residual = factor * of_span, factor * of_residual
+        yield Terms(part.users, of_span, of_residual, labels)
 
 
 def _between(

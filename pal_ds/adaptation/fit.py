@@ -3,7 +3,8 @@
 Each user's logits maximise the likelihood of the user's comparisons times the density of the run's own users
 (empirical Bayes, `prior.py`): with no comparison a user is the typical one, with few the clusters of users whom they
 fit are a guide, with many the prior fades; nothing is left to tune, and comparisons that can be separated send no logit
-to infinity. Who maximises it is the solver's choice: `newton.py` from statistics, `gradient.py` by gradients.
+to infinity. Who maximises it is the solver's choice: `newton.py` from statistics, `gradient.py` by gradients. Where the
+run's users have a reliability, points and reliability take turns (`reliability.py`).
 """
 
 import math
@@ -20,14 +21,15 @@ from pal_ds.adaptation.gradient import adam, losses_of, margins_of, reference_ad
 from pal_ds.adaptation.newton import solve
 from pal_ds.adaptation.objective import SHAPES
 from pal_ds.adaptation.prior import LogitPrior
+from pal_ds.adaptation.reliability import NUM_TURNS, most_likely_reliability
 from pal_ds.data.batch import Batch
 from pal_ds.data.collator import Collator
 from pal_ds.errors import UserError
-from pal_ds.heads.base import Features, Head
+from pal_ds.heads.base import Features, Head, UserState
 from pal_ds.heads.jaxtyping_fallback import Float, Int
 from pal_ds.inference.mixtures import encode_users
 from pal_ds.losses import PreferenceLoss
-from pal_ds.model import RewardModel
+from pal_ds.model import RewardModel, user_state
 
 PAIRS_PER_CHUNK = 2**15
 FLOATS_PER_CHUNK = 2**25
@@ -69,6 +71,15 @@ class UserPairs(NamedTuple):
     num_users: int
 
 
+class FittedUsers(NamedTuple):
+    """Users who were fitted."""
+
+    logits: Float[Tensor, "U K"]
+    """[U, K + d] with directions of their own."""
+    log_reliability: Float[Tensor, "U"] | None
+    """r_u; None where the run's users have none."""
+
+
 def fit_users(
     model: RewardModel,
     collator: Collator,
@@ -78,11 +89,11 @@ def fit_users(
     prior: UserPrior,
     solver: Solver = "auto",
     initial: Float[Tensor, "U K"] | None = None,
-) -> Float[Tensor, "U K"]:
-    """Fit the logits of all users of `pairs`; fp32 [U, K] on the CPU, or [U, K + d] with directions of their own.
+) -> FittedUsers:
+    """Fit all users of `pairs`; fp32, on the CPU.
 
     Users are independent of each other: they are fitted in chunks, and which share a chunk changes no result but
-    its rounding. One without comparisons gets the prior's mean.
+    its rounding. One without comparisons gets the prior's mean, and so do logits that a head does not read.
 
     The fit runs on the device of the model's head. `solver` `auto` takes `newton` where the head gives statistics and
     knows the loss, `adam` elsewhere; `initial` is where `reference` starts, the prior's mean where unset.
@@ -93,19 +104,26 @@ def fit_users(
     rows, user_index, num_users = pairs
     device = next(model.head.parameters()).device
     refuse_solver(solver, model.head, loss)
+    logits, log_reliability = prior.mean.repeat(num_users, 1), None
     if "context" in model.head.needs:
         if solver != "auto":
             raise UserError(
                 f"--solver {solver}: this run's head makes users' points from their comparisons; nothing is fitted. "
                 "Leave --solver out."
             )
-        return encode_users(model, collator, rows, user_index, num_users, device)
-    logits = prior.mean.repeat(num_users, 1)
+        logits = encode_users(model, collator, rows, user_index, num_users, device)
+    if prior.reliability_variance is not None:
+        log_reliability = torch.zeros(num_users)
+    elif "logits" not in model.head.needs:
+        return FittedUsers(logits, None)
     for users, chunk in chunks_of(model, collator, pairs):
-        begins = None if initial is None else initial[users].to(device)
+        starts = logits if initial is None or "logits" not in model.head.needs else initial
+        begins = starts[users].to(device)
         fitted = _fit_chunk(chunk, loss, prior, solver, begins)
-        logits[users] = fitted.cpu()
-    return logits
+        logits[users] = fitted.logits.cpu()
+        if log_reliability is not None and fitted.log_reliability is not None:
+            log_reliability[users] = fitted.log_reliability.cpu()
+    return FittedUsers(logits, log_reliability)
 
 
 def chunks_of(
@@ -187,16 +205,51 @@ class Chunk(NamedTuple):
     num_users: int
     threshold: Float[Tensor, "1"] | None
 
+    def comparisons(self, log_reliability: Float[Tensor, "U"] | None = None) -> UserComparisons:
+        """The comparisons, whose users have this reliability."""
+        factor = None if log_reliability is None else log_reliability.exp()
+        return UserComparisons(self.owner, self.batch.facts(), self.threshold, factor)
+
+    def margins(self, logits: Float[Tensor, "U K"]) -> Float[Tensor, "B T"]:
+        """Margins at these logits, before any factor; of a head without points, whatever the logits are."""
+        user = user_state(self.batch)
+        if self.head.has_points:
+            point = self.head.mixture_weights(UserState(logits))
+            user = UserState(mixture=point[self.owner])
+        return self.head(self.features, user).margin
+
 
 def _fit_chunk(
     chunk: Chunk,
     loss: PreferenceLoss,
     prior: UserPrior,
     solver: Solver,
-    initial: Float[Tensor, "U K"] | None,
+    begins: Float[Tensor, "U K"],
+) -> FittedUsers:
+    """Logits as they begin, where the head reads none."""
+    variance, reads_logits = prior.reliability_variance, "logits" in chunk.head.needs
+    logits, r = begins, None
+    for _ in range(1 if variance is None or not reads_logits else NUM_TURNS):
+        if reads_logits:
+            logits = _fit_points(chunk, chunk.comparisons(r), loss, prior, solver, begins)
+        if variance is not None:
+            with torch.no_grad():
+                margin = chunk.margins(logits)
+            r = most_likely_reliability(
+                margin, chunk.comparisons(), chunk.num_users, loss=loss, variance=variance
+            )
+    return FittedUsers(logits, r)
+
+
+def _fit_points(
+    chunk: Chunk,
+    comparisons: UserComparisons,
+    loss: PreferenceLoss,
+    prior: UserPrior,
+    solver: Solver,
+    begins: Float[Tensor, "U K"],
 ) -> Float[Tensor, "U K"]:
-    head, features, batch, owner, num_users, threshold = chunk
-    comparisons = UserComparisons(owner, batch.facts(), threshold)
+    head, features, _, owner, num_users, _ = chunk
     if isinstance(prior, DirectionPrior):
         with torch.no_grad():
             return fit_directions(head, features, comparisons, num_users, prior=prior, loss=loss)
@@ -207,6 +260,5 @@ def _fit_chunk(
         return solve(statistics, comparisons, num_users, prior, loss)
     losses = losses_of(margins_of(head, features, statistics, owner), loss, comparisons)
     if solver == "reference":
-        begins = prior.mean.repeat(num_users, 1) if initial is None else initial
         return reference_adamw(losses, owner, begins)
     return adam(losses, owner, num_users, prior, head.temperature)

@@ -104,7 +104,10 @@ def losses_of(margins: Margins, loss: PreferenceLoss, comparisons: UserCompariso
     facts = comparisons.facts
 
     def losses(logits: Float[Tensor, "S U K"], rows: Int[Tensor, "b"]) -> Float[Tensor, "S b"]:
-        margin = margins(logits, rows).flatten(0, 1)
+        margin = margins(logits, rows)
+        if comparisons.factor is not None:
+            margin = margin * comparisons.factor[comparisons.user[rows]].unsqueeze(-1)
+        margin = margin.flatten(0, 1)
         of_rows = PairFacts._make(
             None if part is None else part[rows].repeat(len(logits)) for part in facts
         )

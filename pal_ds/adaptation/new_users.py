@@ -114,6 +114,8 @@ class FittedShard(NamedTuple):
     covariance: Float[Tensor, "U c c"]
     """Covariance of each user's point (c is K), see `posterior.py`; c is 0 where nothing gives users a posterior."""
     margin_std: Float[Tensor, "U"]
+    log_reliability: Float[Tensor, "n"] = torch.zeros(0)
+    """r_u of each user; empty where the run's users have none."""
 
 
 class ShardFolder:

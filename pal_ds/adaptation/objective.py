@@ -129,7 +129,7 @@ class Objective:
         signed = block.label * _between(reward) - block.required
         value, slope, bend = self.shape(signed)
         gradient = (jacobian * (block.weight * slope * block.label)).sum(1)
-        weighed = jacobian * (block.weight * bend)
+        weighed = jacobian * (block.weight * bend * block.label.square())
         num_prototypes = len(mixture)
         curvature = gradient.new_empty(num_prototypes, *gradient.shape)
         for k in range(num_prototypes):

@@ -47,6 +47,8 @@ class LogitPrior:
     """Log density at the mean, up to a constant of all."""
     space: PointSpace = "simplex"
     """Where the logits' points lie."""
+    reliability_variance: float | None = None
+    """Of the log of users' reliability; None where they have none."""
 
     @staticmethod
     def gaussian(

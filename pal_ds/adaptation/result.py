@@ -33,6 +33,8 @@ class AdaptedUser(TypedDict):
     """The same share for the population's point, which the user got before; missing from fits of an earlier version."""
     mixture: list[float]
     """The user's point: K weights that sum to 1, or what else the head's users are."""
+    reliability: NotRequired[float]
+    """The factor of the user's margins, where the run's users have one."""
     margin_std: NotRequired[float | None]
     """Mean over these pairs of the standard deviation of the margin, in the margin's units: how sure the fit is."""
 
@@ -104,6 +106,9 @@ def figures_of_fit(restored: OpenRun, table: UserTable, shards: list[FittedShard
         )
     }
     _warn_of_worse(users)
+    if table.has_reliability:
+        for entry, factor in zip(users.values(), table.log_reliability.exp().tolist(), strict=True):
+            entry["reliability"] = factor
     if all(shard.covariance.shape[1] for shard in shards):
         margin_std = torch.cat([shard.margin_std for shard in shards]).tolist()
         for entry, std in zip(users.values(), margin_std, strict=True):

@@ -116,11 +116,13 @@ def _adapt(run: RunDirectory, out: Path, options: AdaptOptions) -> AdaptReport:
     split = options.split or SPLIT
     leave = {"trust": options.trust_checkpoint, "trust_code": options.trust_code}
     restored = restore(run, options.step, world.device, **leave)
-    if not restored.model.head.has_points:
+    head = restored.model.head
+    scores_by_user = restored.users.has_reliability and "group" not in head.needs
+    if not (head.has_points or scores_by_user):
         raise UserError(
             f"{run.path}: its head has no users to adapt: it scores alike for everyone, or for all of one group."
         )
-    refuse_solver(solver, restored.model.head, restored.config.loss)
+    refuse_solver(solver, head, restored.config.loss)
     with opened_pairs(restored, pairs, world, beside=out) as data:
         rows = data.rows(split) if pairs is None else np.arange(len(data.comparisons))
         if num_pairs is not None:
@@ -137,11 +139,10 @@ def _adapt(run: RunDirectory, out: Path, options: AdaptOptions) -> AdaptReport:
         if not options.posterior:
             inputs["posterior"] = False
         folder = ShardFolder(out, inputs)
-        fitted_to = restored.fitted_to(restored.model.head)
+        fitted_to = restored.fitted_to(head)
         if (made := fitted_before(out, folder, fitted_to)) is not None:
             return made
         folder.begin()
-        head = restored.model.head
         width = head.num_prototypes + head.residual_size
         table = UserTable(width, users.ids, restored.config.users, seed=seed)
         reason = why_no_posterior(head, restored.config.loss)
@@ -153,6 +154,8 @@ def _adapt(run: RunDirectory, out: Path, options: AdaptOptions) -> AdaptReport:
         fitting = Fitting(restored, data, users, table.logits, solver, world, sure)
         shards = fitting.all_shards(folder, positions)
     table.logits.copy_(torch.cat([shard.logits for shard in shards]))
+    if table.has_reliability:
+        table.log_reliability.copy_(torch.cat([shard.log_reliability for shard in shards]))
     table.seen.fill_(True)
     report: AdaptReport = {"inputs": folder.key, **figures_of_fit(restored, table, shards)}
     with new_files(out) as aside:
@@ -252,7 +255,7 @@ class Fitting:
         owner = collator.user_rows(rows)
         loss, device = self.restored.config.loss, self.world.device
         pairs = UserPairs(rows, owner, end - begin)
-        logits = fit_users(
+        fitted = fit_users(
             reader.model,
             collator,
             pairs,
@@ -263,23 +266,26 @@ class Fitting:
         )
         head = self.restored.model.head.eval()
         with torch.no_grad():
-            mixtures = head.mixture_weights(UserState(logits.to(device)))
+            mixtures = head.mixture_weights(UserState(fitted.logits.to(device)))
         num_pairs = pairs_per_chunk(head, collator, rows)
         forwards = Forwards(reader.model, collator, num_pairs, self.world)
         labels = preferences(self.data.comparisons[rows]).astype(float)
         points = mixtures, self._population.to(device).expand_as(mixtures)
         right, right_before = (correctness(forwards.margins(rows, p), labels) for p in points)
-        covariance, margin_std = logits.new_zeros(len(logits), 0, 0), logits.new_zeros(len(logits))
+        size = end - begin
+        covariance, margin_std = torch.zeros(size, 0, 0), torch.zeros(size)
         if self.has_posterior:
             assert isinstance(prior, LogitPrior), "directions of users' own have no posterior yet"
             covariance, margin_std = posterior_of_users(
-                reader.model, collator, pairs, logits, loss=loss, prior=prior
+                reader.model, collator, pairs, fitted, loss=loss, prior=prior
             )
+        r = fitted.log_reliability
         return FittedShard(
-            logits,
-            torch.from_numpy(np.bincount(owner, minlength=end - begin)),
-            torch.from_numpy(np.bincount(owner, weights=right, minlength=end - begin)),
-            torch.from_numpy(np.bincount(owner, weights=right_before, minlength=end - begin)),
+            fitted.logits,
+            torch.from_numpy(np.bincount(owner, minlength=size)),
+            torch.from_numpy(np.bincount(owner, weights=right, minlength=size)),
+            torch.from_numpy(np.bincount(owner, weights=right_before, minlength=size)),
             covariance,
             margin_std,
+            torch.zeros(0) if r is None else r,
         )

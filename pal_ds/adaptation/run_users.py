@@ -1,6 +1,7 @@
 """The prior of `adapt` and `few_shot`: what the run's own users say of a new one."""
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from pal_ds.adaptation.prior import LogitPrior
 from pal_ds.data.tables import PreparedData
 from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
+from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.inference.load_run import OpenRun
 from pal_ds.inference.mixtures import user_mixtures
 from pal_ds.inference.readers import Reader, reader_of
@@ -37,7 +39,15 @@ def prior_of(restored: OpenRun, world: World) -> UserPrior:
     Raises:
         UserError: such a run whose data have no comparisons of its users.
     """
+    return replace(_of_points(restored, world), reliability_variance=restored.reliability_variance)
+
+
+def _of_points(restored: OpenRun, world: World) -> UserPrior:
     head = restored.model.head
+    if "logits" not in head.needs:
+        # Nobody's logits are fitted, or read.
+        size = head.num_prototypes
+        return LogitPrior.gaussian(torch.zeros(size), torch.eye(size), head.space)
     if not head.residual_size:
         prior = LogitPrior.of(restored.users, head.space)
         if prior.num_components > 1:
@@ -70,8 +80,10 @@ def _learn(restored: OpenRun, world: World) -> DirectionPrior:
         )
     rows, draw, user_of_draw = _draws(data, rows)
     reader = reader_of(restored, data, rows, table_rows, world, encode_ahead=True)
-    terms = _terms(restored, reader, rows, draw)
     owner = torch.from_numpy(table_rows[user_of_draw])
+    users = restored.users
+    factor = users.log_reliability[owner].exp() if users.has_reliability else None
+    terms = _terms(restored, reader, rows, draw, factor)
     points = user_mixtures(head, restored.users)[:-1]
     if (generic := generic_row_of(restored.users.ids)) >= 0:
         # Nobody's taste, and in the way of nobody: those behind it move up.
@@ -104,8 +116,14 @@ def _draws(data: PreparedData, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return rows, draw, np.repeat(user, num_draws)
 
 
-def _terms(restored: OpenRun, reader: Reader, rows: np.ndarray, draw_of: np.ndarray) -> list[Terms]:
-    """Comparisons `rows` by draw, read in chunks of whole draws."""
+def _terms(
+    restored: OpenRun,
+    reader: Reader,
+    rows: np.ndarray,
+    draw_of: np.ndarray,
+    factor: Float[torch.Tensor, "n"] | None,
+) -> list[Terms]:
+    """Comparisons `rows` by draw, read in chunks of whole draws; `factor` is that of each draw's margins."""
     head, model = restored.model.head.eval(), reader.model
     order = np.argsort(draw_of, kind="stable")
     device = next(head.parameters()).device
@@ -121,7 +139,8 @@ def _terms(restored: OpenRun, reader: Reader, rows: np.ndarray, draw_of: np.ndar
         with torch.no_grad():
             features = model.backbone(batch)
             threshold = None if model.tie_threshold is None else model.tie_threshold()
-            comparisons = UserComparisons(owner, batch.facts(), threshold)
+            own_factor = None if factor is None else factor[begin : begin + per_chunk].to(device)
+            comparisons = UserComparisons(owner, batch.facts(), threshold, own_factor)
             parts = terms_by_user(head, features, comparisons, per_chunk, restored.config.loss)
             terms += [part._replace(users=part.users + begin) for part in parts]
     return terms

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pal_ds.adaptation.blocks import UserComparisons, blocks, with_sure_labels
-from pal_ds.adaptation.fit import Chunk, UserPairs, chunks_of
+from pal_ds.adaptation.fit import Chunk, FittedUsers, UserPairs, chunks_of
 from pal_ds.adaptation.gradient import losses_of, margins_of
 from pal_ds.adaptation.likelihoods import ByLosses, ByStatistics
 from pal_ds.adaptation.objective import shape_of
@@ -49,7 +49,7 @@ def posterior_of_users(
     model: RewardModel,
     collator: Collator,
     pairs: UserPairs,
-    fitted: Float[Tensor, "U K"],
+    fitted: FittedUsers,
     *,
     loss: PreferenceLoss,
     prior: LogitPrior,
@@ -60,7 +60,7 @@ def posterior_of_users(
         model: the run's model, for which `why_no_posterior` gives no reason.
         collator: reads the comparisons.
         pairs: what the users were fitted from.
-        fitted: the logits that `fit_users` gave them, fp32.
+        fitted: what `fit_users` gave them.
         loss: the run's loss.
         prior: the prior of the fit.
     """
@@ -71,13 +71,23 @@ def posterior_of_users(
     covariance = unknown.cpu().repeat(pairs.num_users, 1, 1)
     margin_std = torch.zeros(pairs.num_users)
     for users, chunk in chunks_of(model, collator, pairs):
-        own = fitted[users].to(device)
+        own, r = fitted.logits[users].to(device), fitted.log_reliability
+        comparisons = chunk.comparisons(None if r is None else r[users].to(device))
         with torch.no_grad():
             statistics = chunk.head.statistics(chunk.features)
-        of_chunk = _of_chunk(chunk, statistics, own, loss, prior, unknown)
+        if statistics is None:
+            of_chunk = _by_losses(chunk, comparisons, own, loss, prior)
+        else:
+            # Whose comparisons all count for nothing, such as ties that the loss drops, is as unknown as without them.
+            of_chunk = unknown.repeat(len(own), 1, 1)
+            for some, of_some in posteriors_by_statistics(
+                statistics, comparisons, own, prior, loss
+            ):
+                of_chunk[some] = of_some.covariance
         covariance[users] = of_chunk.cpu()
         spread = _margin_std(chunk, statistics, coordinates.point(own), of_chunk)
-        margin_std[users] = spread.cpu()
+        factor = comparisons.factor
+        margin_std[users] = (spread if factor is None else factor * spread).cpu()
     return UserPosteriors(covariance, margin_std)
 
 
@@ -93,25 +103,17 @@ class _Nothing:
         return fitted.new_zeros(*fitted.shape, fitted.shape[1])
 
 
-def _of_chunk(
+def _by_losses(
     chunk: Chunk,
-    statistics: MixtureStatistics | None,
+    comparisons: UserComparisons,
     fitted: Float[Tensor, "U K"],
     loss: PreferenceLoss,
     prior: LogitPrior,
-    unknown: Float[Tensor, "1 K K"],
 ) -> Float[Tensor, "U K K"]:
-    comparisons = UserComparisons(chunk.owner, chunk.batch.facts(), chunk.threshold)
-    if statistics is None:
-        margins = margins_of(chunk.head, chunk.features, None, chunk.owner)
-        likelihood = ByLosses(losses_of(margins, loss, comparisons), chunk.owner)
-        coordinates = Simplex(chunk.head.temperature)
-        return posterior_of(likelihood, fitted, prior, coordinates).covariance
-    # Whose comparisons all count for nothing, such as ties that the loss drops, is as unknown as without them.
-    covariance = unknown.repeat(len(fitted), 1, 1)
-    for users, posterior in posteriors_by_statistics(statistics, comparisons, fitted, prior, loss):
-        covariance[users] = posterior.covariance
-    return covariance
+    margins = margins_of(chunk.head, chunk.features, None, chunk.owner)
+    likelihood = ByLosses(losses_of(margins, loss, comparisons), chunk.owner)
+    coordinates = Simplex(chunk.head.temperature)
+    return posterior_of(likelihood, fitted, prior, coordinates).covariance
 
 
 @torch.no_grad()

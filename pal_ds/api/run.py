@@ -60,7 +60,8 @@ class Run:
         from pal_ds.inference.mixtures import list_users
 
         with for_people():
-            return dict(list_users(RunDirectory(self.path), str(self.step), **self.leave))
+            lines = list_users(RunDirectory(self.path), str(self.step), **self.leave)
+        return {line["user_id"]: line["mixture"] for line in lines}
 
     @property
     def leave(self) -> dict[str, bool]:

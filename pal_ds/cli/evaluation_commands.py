@@ -199,8 +199,8 @@ class Users:
             raise UserError("users: give exactly one of --list and --remove ID.")
         if options.list:
             trust, code = options.trust_checkpoint, options.trust_code
-            for user_id, mixture in list_users(run, trust=trust, trust_code=code):
-                print(json.dumps({"user_id": user_id, "mixture": mixture}))
+            for line in list_users(run, trust=trust, trust_code=code):
+                print(json.dumps(line))
             return
         done = forget_user(run, options.remove, trust=options.trust_checkpoint)
         print(

@@ -16,6 +16,7 @@ _WAS_WRITTEN = {
     "loss.ties": "half",
     "train.feature_dropout": 0.0,
     "users.prior": "none",
+    "users.reliability": "none",
 }
 """What recipes of before have, or mean, at keys that are null by default now or were not there; where data were made,
 those say what holds."""

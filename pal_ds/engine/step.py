@@ -17,7 +17,7 @@ from pal_ds.distributed.world import World
 from pal_ds.engine.guard import UpdateGuard
 from pal_ds.engine.optim import schedule_factor
 from pal_ds.engine.training_engine import TrainingEngine
-from pal_ds.heads.base import HeadOutput, PairLoss
+from pal_ds.heads.base import HeadOutput, PairLoss, UserState
 from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.kernels.fused_loss import FusedLoss
 from pal_ds.losses import PreferenceLoss, decision_margin
@@ -77,7 +77,8 @@ class Stepper:
         num_pairs = len(user_rows)
         loss_sum, correct = torch.zeros(2, device=self.world.device)
         leaves: list[Tensor] = []
-        at_hand = self.users.fetch(torch.from_numpy(user_rows)) if self.needs_users else None
+        reads_rows = self.needs_users or self.users.has_reliability
+        at_hand = self.users.fetch(torch.from_numpy(user_rows)) if reads_rows else None
         for index, batch in enumerate(batches):
             phase.enter("forward", update)
             # Dropout is a function of these: a resumed run needs no saved generator state.
@@ -87,7 +88,7 @@ class Stepper:
             leaf = None if at_hand is None else at_hand.leaf(batch.user_row)
             # ZeRO averages gradients over ranks, hence the factor world size.
             scale = self.world.world_size / num_pairs
-            user = user_state(batch, leaf, update=update)
+            user = self._user_state(batch, leaf, update)
             output = self.engine(batch, user, self._fused_pair_loss(batch, scale))
             total, scaled = self._losses(output, batch, scale)
             phase.enter("backward")
@@ -112,11 +113,19 @@ class Stepper:
         full_rate = self.optim.learning_rate * factor
         return UpdateStats(loss_sum, correct, num_made, full_rate, applied, grad_norm)
 
+    def _user_state(self, batch: Batch, leaf: Tensor | None, update: int) -> UserState:
+        """The users of a batch, from their values."""
+        if leaf is None or not self.users.has_reliability:
+            return user_state(batch, leaf, update=update)
+        logits = leaf[:, :-1] if self.needs_users else None
+        return user_state(batch, logits, update=update, log_reliability=leaf[:, -1])
+
     def _fused_pair_loss(self, batch: Batch, scale: float) -> PairLoss | None:
         """The fused loss of this batch, on hardware where it pays."""
         fused = FusedLoss.where_it_pays(self.loss, self.world.device)
-        # The kernels know sure labels alone.
-        if fused is None or batch.target is not None or self.loss.has_threshold:
+        # The kernels know sure labels alone, and one temperature for all.
+        is_plain = batch.target is None and not self.users.has_reliability
+        if fused is None or not is_plain or self.loss.has_threshold:
             return None
         facts = batch.facts(scale)
         return lambda placement: fused.compute(placement, facts)

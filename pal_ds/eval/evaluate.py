@@ -170,12 +170,13 @@ def evaluate_set(
         known = with_points(known, restored, data, world)
         calibration = _calibration(restored, world)
         reader = reader_of(restored, data, rows, known.table_rows(data), world)
-        margins = reader.forwards(world, "scoring").margins(rows, known.mixtures)
+        forwards = reader.forwards(world, "scoring")
+        margins = forwards.margins(rows, known.mixtures, known.log_reliability)
         refuse_no_numbers(margins, restored)
         figures = report_on(restored, known, reader, rows, margins, calibration, world)
         if known.encoded_rows is not None:
             other = with_points(known, restored, data, world, flipped=True)
-            turned = reader.forwards(world).margins(rows, other.mixtures)
+            turned = reader.forwards(world).margins(rows, other.mixtures, known.log_reliability)
             # Points of adapted users were made elsewhere, and stay as they are.
             could_turn = np.isin(reader.collator.user_rows(rows), known.encoded_rows)
             disputed = controversial(data.comparisons[rows])

@@ -23,7 +23,7 @@ from pal_ds.export.parity import Probe, exported_scores, probe_of, read_samples,
 from pal_ds.export.weights import DTYPES, Layout, Weights, parse_size, weights_of, write_weights
 from pal_ds.heads.base import Head
 from pal_ds.inference.load_run import OpenRun, load_model, open_run
-from pal_ds.inference.mixtures import user_mixtures
+from pal_ds.inference.mixtures import user_lines
 from pal_ds.io.files import new_folder, refuse_existing
 from pal_ds.remote_code.canonical_rows import CanonicalRows
 from pal_ds.remote_code.modeling_pal import PalForSequenceClassification
@@ -47,7 +47,7 @@ class ExportOptions:
     users_dir: Path | None = None
     """Users fitted by `adapt`, among whom `user` is looked up first."""
     with_users: bool = False
-    """Also write users.jsonl: the id and mixture of every user of the run."""
+    """Also write users.jsonl: id and mixture of every user of the run, and reliability where they have one."""
     dtype: str = "fp32"
     max_shard_size: str = "4GB"
     data_path: Path | None = None
@@ -134,7 +134,7 @@ def fill_folder(folder: Path, opened: OpenRun, options: ExportOptions) -> card.R
     configs.add_probe(folder, probe)
     name = None if stock is None else stock.__name__
     facts = card.describe(opened, audience, parity, dtype=options.dtype, stock=name)
-    if options.with_users and head.has_points:
+    if options.with_users and (head.has_points or opened.users.has_reliability):
         _write_users(folder, opened, head, options.users_dir)
     card.write_card(folder, facts)
     contents.write_facts(folder, facts)
@@ -238,11 +238,9 @@ def _write_users(folder: Path, opened: OpenRun, head: Head, adapted: Path | None
 
     The run's table holds no points of a head that makes them from comparisons.
     """
-    tables = [opened.users] if opened.parts.needs_users else []
+    tables = [opened.users] if opened.parts.needs_users or not head.is_personal else []
     tables += [] if adapted is None else [UserTable.load(adapted)]
-    mixtures: dict[str, list[float]] = {}
-    for table in tables:
-        mixtures |= dict(zip(table.ids, user_mixtures(head, table)[:-1].tolist(), strict=True))
+    lines = {line["user_id"]: line for table in tables for line in user_lines(head, table)}
     with open(folder / "users.jsonl", "w", encoding="utf-8") as stream:
-        for user_id, mixture in mixtures.items():
-            stream.write(json.dumps({"user_id": user_id, "mixture": mixture}) + "\n")
+        for line in lines.values():
+            stream.write(json.dumps(line) + "\n")

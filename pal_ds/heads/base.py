@@ -55,6 +55,8 @@ class UserState(NamedTuple):
     """Standard normal noise, keyed by (seed, update, comparison); given in training only."""
     update: int | None = None
     """Number of the update, for schedules; given in training only."""
+    log_reliability: Float[Tensor, "B"] | None = None
+    """r_u, fp32: the model multiplies margins by exp(r_u). No head reads it."""
 
 
 class HeadOutput(NamedTuple):

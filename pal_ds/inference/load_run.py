@@ -57,6 +57,12 @@ class OpenRun:
         assert self.loaded is not None, "this run was opened without its weights; use `restore`"
         return self.loaded
 
+    @property
+    def reliability_variance(self) -> float | None:
+        """Variance of the log of users' reliability under the run's prior; None where users have none."""
+        prior = self.manifest.get("users_prior")
+        return None if prior is None else prior.get("reliability_variance")
+
     def fitted_to(self, head: Head) -> FittedTo:
         """The record of users who are fitted to this run; `head` is its own, with the trained weights."""
         return {"run": self.run.path.resolve().name, "step": self.step, "head": head_hash(head)}

@@ -4,6 +4,7 @@ In a training the engine's forward makes the latter (its parameters may be parti
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -39,6 +40,17 @@ def user_mixtures(head: Head, users: UserTable) -> Float[Tensor, "U+1 K"]:
     return torch.cat([mixtures, population_mixture(mixtures, generic_row_of(users.ids))])
 
 
+def log_reliability_of(users: UserTable) -> Float[Tensor, "U+1"] | None:
+    """r_u of each user, and as the last that of who is not in the table: the generic user's, else 0.
+
+    None for a table without reliability.
+    """
+    if not users.has_reliability:
+        return None
+    own, row = users.log_reliability, generic_row_of(users.ids)
+    return torch.cat([own, own[row : row + 1] if row >= 0 else own.new_zeros(1)])
+
+
 def widened(points: Float[Tensor, "n K"], head: Head) -> Float[Tensor, "n K+d"]:
     """Return the users as points of K + `residual_size` numbers: who has no direction of their own has zeros there."""
     missing = head.num_prototypes + head.residual_size - points.shape[1]
@@ -60,20 +72,42 @@ class MixtureSource:
     """Comparisons that a forward of the training holds."""
 
 
-def with_mixtures(
-    source: MixtureSource, collator: Collator, rows: np.ndarray
-) -> tuple[Collator, Float[Tensor, "u+1 K"] | None]:
-    """Take the mixtures of the users whom the comparisons `rows` name, and a collator that numbers them as these rows.
+class ScoredUsers(NamedTuple):
+    """Users of some comparisons, and a collator that numbers them as these rows."""
 
-    The last mixture is the population's, taken over the table block by block where someone is unknown. None in place
-    of mixtures where users are their groups.
+    collator: Collator
+    mixtures: Float[Tensor, "u+1 K"] | None
+    """The last is the population's. None where users are their groups."""
+    log_reliability: Float[Tensor, "u+1"] | None
+    """r_u, where the table has it; the last is 0, or the generic user's."""
+
+
+def with_mixtures(source: MixtureSource, collator: Collator, rows: np.ndarray) -> ScoredUsers:
+    """Take the mixtures of the users whom the comparisons `rows` name.
+
+    That of the population is taken over the table block by block where someone is unknown.
     """
     forward, head, users, world = source.forward, source.head, source.users, source.world
-    if "group" in head.needs:
-        return collator, None
+    by_group = "group" in head.needs
+    if by_group and not users.has_reliability:
+        return ScoredUsers(collator, None, None)
     owners, first = np.unique(collator.user_rows(rows), return_index=True)
     user_codes = collator.data.comparisons["user"][rows]
     known, codes = owners[owners >= 0], user_codes[first][owners >= 0]
+    places = np.full(len(collator.data.users), -1, np.int64)
+    places[user_codes] = np.searchsorted(known, collator.user_rows(rows))
+    places[user_codes[collator.user_rows(rows) < 0]] = -1
+    numbered = replace(collator, table_rows=places)
+    log_reliability = None
+    if users.has_reliability:
+        own = _values_of(users, torch.from_numpy(known))[:, -1]
+        generic = torch.tensor(
+            [collator.generic_row] if collator.generic_row >= 0 else [], dtype=torch.int64
+        )
+        of_generic = _values_of(users, generic)[:, -1]
+        log_reliability = torch.cat([own, of_generic if len(generic) else own.new_zeros(1)])
+    if by_group:
+        return ScoredUsers(numbered, None, log_reliability)
     head.eval()
     mixtures = _mixtures_of(head, users, torch.from_numpy(known))
     if "context" in head.needs:
@@ -93,16 +127,16 @@ def with_mixtures(
             if sums
             else population_mixture(mixtures)
         )
-    places = np.full(len(collator.data.users), -1, np.int64)
-    places[user_codes] = np.searchsorted(known, collator.user_rows(rows))
-    places[user_codes[collator.user_rows(rows) < 0]] = -1
-    return replace(collator, table_rows=places), torch.cat([mixtures, population])
+    return ScoredUsers(numbered, torch.cat([mixtures, population]), log_reliability)
 
 
 def _mixtures_of(head: Head, users: TrainedUsers, rows: Tensor) -> Float[Tensor, "n K"]:
     with torch.no_grad():
-        logits = users.fetch(rows).leaf(rows.to(users.device)).detach()
-        return head.mixture_weights(UserState(logits))
+        return head.mixture_weights(UserState(_values_of(users, rows)[:, : head.num_prototypes]))
+
+
+def _values_of(users: TrainedUsers, rows: Tensor) -> Float[Tensor, "n V"]:
+    return users.fetch(rows).leaf(rows.to(users.device)).detach()
 
 
 def population_mixture(
@@ -203,12 +237,34 @@ def _by_user(
     return context, length
 
 
+class UserLine(TypedDict):
+    """A user in a listing."""
+
+    user_id: str
+    mixture: list[float] | None
+    """As the head uses it in evaluation; None where the table tells nothing of users' points: the head knows them by
+    comparisons or groups."""
+    reliability: NotRequired[float]
+    """The factor of the user's margins, exp(r_u), where the run's users have one; rewards are not multiplied by it."""
+
+
+def user_lines(head: Head, users: UserTable) -> list[UserLine]:
+    """The users of a table that holds their points, in order."""
+    mixtures = user_mixtures(head, users)[:-1].tolist()
+    lines: list[UserLine] = [
+        {"user_id": user_id, "mixture": mixture}
+        for user_id, mixture in zip(users.ids, mixtures, strict=True)
+    ]
+    if users.has_reliability:
+        for line, factor in zip(lines, users.log_reliability.exp().tolist(), strict=True):
+            line["reliability"] = factor
+    return lines
+
+
 def list_users(
     run: RunDirectory, step: str = "latest", *, trust: bool = False, trust_code: bool = False
-) -> list[tuple[str, list[float] | None]]:
-    """(user id, mixture as the run's head uses it in evaluation) of every user of a checkpoint.
-
-    None for a head whose table tells nothing of its users: it knows them by comparisons or groups.
+) -> list[UserLine]:
+    """Every user of a checkpoint.
 
     Raises:
         UserError: the run or its data cannot be opened.
@@ -220,7 +276,8 @@ def list_users(
     finish_interrupted_removal(run)
     opened = open_run(run, step, trust=trust, trust_code=trust_code)
     head = trained_head(opened)
+    lines = user_lines(head, opened.users)
     if head.is_personal and "logits" not in head.needs:
-        return [(user_id, None) for user_id in opened.users.ids]
-    mixtures = user_mixtures(head, opened.users)[:-1]
-    return list(zip(opened.users.ids, mixtures.tolist(), strict=True))
+        for line in lines:
+            line["mixture"] = None
+    return lines

@@ -17,7 +17,7 @@ from pal_ds.feature_cache.encode import encode_once
 from pal_ds.feature_cache.folders import restored_cache_folders
 from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.inference.load_run import OpenRun
-from pal_ds.inference.mixtures import encode_users, user_mixtures, widened
+from pal_ds.inference.mixtures import encode_users, log_reliability_of, user_mixtures, widened
 from pal_ds.inference.scoring import Forwards
 from pal_ds.model import RewardModel
 from pal_ds.users import UserTable
@@ -93,6 +93,9 @@ class KnownUsers:
     mixtures: Float[Tensor, "U+1 K"] | None
     """Mixtures by row; the last is the population of the run's own users. None where users are their groups."""
 
+    log_reliability: Float[Tensor, "U+1"] | None = None
+    """r_u by row, where the run's users have it; the last is of strangers."""
+
     encoded: Float[Tensor, "n K"] | None = None
     """Points that were made from comparisons, of the run's users who are asked for."""
     encoded_rows: np.ndarray | None = None
@@ -121,10 +124,13 @@ def known_users(restored: OpenRun, adapted: Path | None) -> KnownUsers:
                 f"--users {adapted}: this run's head asks for the group of a comparison, not for its user. Leave out "
                 "--users."
             )
-        return KnownUsers([restored.users.ids], None)
-    mixtures = user_mixtures(head, restored.users)
+        return KnownUsers([restored.users.ids], None, log_reliability_of(restored.users))
+    mixtures, log_reliability = (
+        user_mixtures(head, restored.users),
+        log_reliability_of(restored.users),
+    )
     if adapted is None:
-        return KnownUsers([restored.users.ids], mixtures)
+        return KnownUsers([restored.users.ids], mixtures, log_reliability)
     restored.refuse_other_table(adapted, head)
     table = UserTable.load(adapted)
     if table.num_prototypes not in head.point_sizes:
@@ -133,8 +139,13 @@ def known_users(restored: OpenRun, adapted: Path | None) -> KnownUsers:
             "Adapt the users to this run."
         )
     parts = [mixtures[:-1], user_mixtures(head, table)[:-1], mixtures[-1:]]
+    if log_reliability is not None:
+        of_table = table.log_reliability if table.has_reliability else torch.zeros(len(table))
+        log_reliability = torch.cat([log_reliability[:-1], of_table, log_reliability[-1:]])
     return KnownUsers(
-        [restored.users.ids, table.ids], torch.cat([widened(part, head) for part in parts])
+        [restored.users.ids, table.ids],
+        torch.cat([widened(part, head) for part in parts]),
+        log_reliability,
     )
 
 
@@ -190,4 +201,4 @@ def own_margins(restored: OpenRun, rows: np.ndarray, world: World) -> Float[np.n
     data = restored.data
     known = with_points(known_users(restored, None), restored, data, world)
     reader = reader_of(restored, data, rows, known.table_rows(data), world)
-    return reader.forwards(world).margins(rows, known.mixtures)
+    return reader.forwards(world).margins(rows, known.mixtures, known.log_reliability)

@@ -1,7 +1,7 @@
 """Scores of comparisons at any world size: every pair is scored once, and every rank gets them all."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +31,7 @@ class Forwards:
 
     Which pairs share a forward depends on the world size, so scores agree to rounding. A user whom the table does not
     hold (row -1) gets the last mixture, the population's. Without mixtures, users are what the batches say of them
-    (their group).
+    (their group). Margins are multiplied by the exponential of users' reliability, where it is given; rewards are not.
     """
 
     forward: Forward
@@ -45,14 +45,17 @@ class Forwards:
     between_steps: Callable[[], None] = lambda: None
 
     def margins(
-        self, rows: np.ndarray, mixtures: Float[Tensor, "U+1 K"] | None
+        self,
+        rows: np.ndarray,
+        mixtures: Float[Tensor, "U+1 K"] | None,
+        log_reliability: Float[Tensor, "U+1"] | None = None,
     ) -> Float[np.ndarray, "n"]:
         """Margins (> 0 prefers response_2) of the comparisons `rows`, in their order, fp64, on every rank."""
 
         def read(batch: Batch, output: HeadOutput) -> Tensor:
             return decision_margin(output.margin, batch.window_end)[:, None]
 
-        margins = self._gathered(rows, mixtures, read, 1)[:, 0]
+        margins = self._gathered(rows, (mixtures, log_reliability), read, 1)[:, 0]
         if self.world.is_rank_zero and (num_lost := int(np.isnan(margins).sum())):
             logger.warning(
                 "%d of %d pairs have scores that are no numbers; they count as wrong",
@@ -71,18 +74,21 @@ class Forwards:
             sides = [decision_margin(output.reward[:, side], ends) for side in (0, 1)]
             return torch.stack(sides, 1)
 
-        return self._gathered(rows, mixtures, read, 2)
+        return self._gathered(rows, (mixtures, None), read, 2)
 
     def _gathered(
         self,
         rows: np.ndarray,
-        mixtures: Float[Tensor, "U+1 K"] | None,
+        of_users: Sequence[Tensor | None],
         read: Callable[[Batch, HeadOutput], Float[Tensor, "B c"]],
         num_values: int,
     ) -> Float[np.ndarray, "n c"]:
-        """Collect the result of `read` for each comparison, in the order of `rows`."""
+        """Collect the result of `read` for each comparison, in the order of `rows`.
+
+        `of_users` are mixtures and the log of reliability.
+        """
         world, collator = self.world, self.collator
-        mixtures = None if mixtures is None else mixtures.to(world.device)
+        of_users = [None if part is None else part.to(world.device) for part in of_users]
         prompts = collator.data.response_prompt[collator.data.comparisons["a"][rows]]
         # Comparisons of one prompt side by side: a packed forward then computes it once for them.
         order = np.argsort(prompts, kind="stable")
@@ -99,8 +105,11 @@ class Forwards:
                 share = ordered[places[world.rank]]
                 batch = collator(share, np.arange(len(share)), stand_in=int(rows[0]))
                 batch = batch.to(world.device)
-                points = None if mixtures is None else mixtures[batch.user_row]
-                output = self.forward(batch, user_state(batch, mixture=points))
+                points, log_reliability = (
+                    None if part is None else part[batch.user_row] for part in of_users
+                )
+                user = user_state(batch, mixture=points, log_reliability=log_reliability)
+                output = self.forward(batch, user)
                 padded = torch.full((self.micro_batch_pairs, num_values), torch.nan)
                 padded = padded.to(world.device)
                 padded[: len(share)] = read(batch, output)[: len(share)]

@@ -106,6 +106,16 @@ def _refuse_without_marker(data: PreparedData) -> NoReturn:
     )
 
 
+def check_reliability(config: RunConfig) -> None:
+    """Raise UserError where users shall have a reliability and margins are no log-odds."""
+    kind = config.loss.kind
+    if config.users.has_reliability and kind != "logistic":
+        raise UserError(
+            f"users.reliability: learnt, and the loss is {kind}. A user's reliability is the temperature of log-odds, "
+            "and only margins of the logistic loss are that. Set loss.kind to logistic, or users.reliability to none."
+        )
+
+
 def check_language(
     config: RunConfig, model_config: "PretrainedConfig | None", encoding: str
 ) -> None:

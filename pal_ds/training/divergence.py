@@ -43,5 +43,8 @@ def _not_finite(state: Training) -> list[str]:
         if parameter.requires_grad
     }
     users = state.users
-    parts["users"] = users.logits if isinstance(users, UserTable) else users.own.logits
+    held = users if isinstance(users, UserTable) else users.own
+    parts["users"] = held.logits
+    if held.has_reliability:
+        parts["users (reliability)"] = held.log_reliability
     return [name for name, values in parts.items() if not bool(torch.isfinite(values).all())]

@@ -105,14 +105,14 @@ def _margins(state: Training, collator: Collator, rows: np.ndarray) -> np.ndarra
         own=state.collator,
         micro_batch_pairs=state.config.train.micro_batch_pairs,
     )
-    collator, mixtures = with_mixtures(source, collator, rows)
+    scored = with_mixtures(source, collator, rows)
     train = state.config.train
     forwards = Forwards(
         forward=state.engine,
-        collator=collator,
+        collator=scored.collator,
         micro_batch_pairs=train.micro_batch_pairs,
         world=state.world,
         micro_batch_tokens=train.micro_batch_tokens,
         between_steps=lambda: state.watch.leave_if_requested(state.world),
     )
-    return forwards.margins(rows, mixtures)
+    return forwards.margins(rows, scored.mixtures, scored.log_reliability)

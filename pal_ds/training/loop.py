@@ -190,7 +190,7 @@ def make_update(state: Training, stepper: Stepper, inputs: UpdateInputs) -> Upda
 def learn_prior_of_rows(state: Training) -> None:
     """Learn the prior of users' rows from the table anew, where that is due."""
     prior = state.prior
-    if prior is None or state.step % LEARN_EVERY:
+    if prior is None or state.config.users.prior == "none" or state.step % LEARN_EVERY:
         return
     phase.enter("learn the prior of users", state.step)
     records = state.users.records_of(prior.sampled)

@@ -23,6 +23,7 @@ from pal_ds.runs.run_dir import BestEvaluation, OriginFacts, RunDirectory
 from pal_ds.training.metrics_logger import MetricsLogger
 from pal_ds.users import RowPrior, Shard, TrainedUsers, trained_users
 from pal_ds.users.ids import POPULATION_USER, UserIds, generic_row_of
+from pal_ds.users.row_prior import basis_of, no_basis
 
 
 @dataclass(frozen=True)
@@ -178,9 +179,13 @@ def prior_of_rows(
     config: RunConfig, data: PreparedData, head: Head, table_rows: np.ndarray, device: torch.device
 ) -> RowPrior | None:
     """The prior of the table's rows before the first update; None where the recipe or the head has none."""
-    users = config.users
-    if users.prior == "none" or "logits" not in head.needs or head.num_prototypes == 1:
+    users, num_prototypes = config.users, head.num_prototypes
+    of_logits = users.prior != "none" and "logits" in head.needs and num_prototypes > 1
+    if not of_logits and not users.has_reliability:
         return None
     rows = table_rows[data.comparisons["user"][data.rows("train")]]
     count = np.bincount(rows[rows >= 0], minlength=len(ids_of_table(config, data)))
-    return RowPrior.fresh(head.num_prototypes, count, head.space, users.init_std, device)
+    basis = basis_of(num_prototypes, head.space) if of_logits else no_basis(num_prototypes)
+    return RowPrior.fresh(
+        count, basis, users.init_std, device, has_reliability=users.has_reliability
+    )

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 from pal_ds.errors import UserError
 
@@ -15,6 +15,8 @@ class RowPriorState(TypedDict):
 
     mean: list[float]
     precision: list[list[float]]
+    reliability_variance: NotRequired[float]
+    """Where users have a reliability."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,10 @@ class UsersConfig:
     prior: Literal["none", "learnt"] = "none"
     """`learnt`: rows are pulled towards the mean of all, the more the fewer comparisons a user has and the less users
     differ (empirical Bayes); see `row_prior.py`. `none`: each row is fitted to its comparisons alone."""
+    reliability: Literal["none", "learnt"] = "none"
+    """`learnt`: a user's margins are multiplied by a factor exp(r) of the user's own, near 0 for careless users and
+    large for careful ones; r is normal around 0. Its standard deviation is learnt with `prior: learnt`, else 0.5. For
+    every head, under the logistic loss."""
     generic_fraction: float = 0.0
     """Probability that a comparison is also trained for the user `population`, who is what users of whom nothing is
     known get (arXiv 2402.05133); 0: they get the mean of all mixtures."""
@@ -69,6 +75,11 @@ class UsersConfig:
             raise UserError(
                 f"users.shard_rows_above is {self.shard_rows_above}; it must be 0 or more, or unset."
             )
+
+    @property
+    def has_reliability(self) -> bool:
+        """True where a row holds a user's reliability behind the logits."""
+        return self.reliability == "learnt"
 
     def rows_replicated(self, bytes_per_row: int) -> int:
         """Most users whose table every rank holds whole."""

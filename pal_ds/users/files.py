@@ -1,4 +1,4 @@
-"""User tables on disk, written and read in blocks of rows: users.safetensors (logits, Adam state), users.arrow (ids).
+"""User tables on disk, written and read in blocks of rows: users.safetensors (values, Adam state), users.arrow (ids).
 
 The files are the same whether one rank held the table or many, and no more than a block is ever copied.
 """
@@ -24,8 +24,9 @@ from pal_ds.users.rows import UserRows, blocks
 USER_FILES = ("users.safetensors", "users.arrow")
 """Names of a table's files."""
 _FORMAT = "pal_ds.users/1"
-_DTYPES = {"step": "I64", "exp_avg": "F32", "exp_avg_sq": "F32", "logits": "F32"}
-"""Tensors in the order of the file; each begins where its dtype asks for."""
+_NAMES = ("step", "exp_avg", "exp_avg_sq", "logits")
+"""Tensors in the order of the file, int64 before fp32, so that each begins where its dtype asks for; behind them, in a
+table that has it, `log_reliability`."""
 _INDEX = pa.schema([("id", pa.string()), ("row", pa.int64()), ("seen", pa.bool_())])
 _IDS_PER_BATCH = 2**20
 
@@ -34,25 +35,28 @@ ReadBlock = Callable[[int, int], Float[Tensor, "n R"]]
 
 
 def write_users(
-    directory: Path | None, ids: UserIds, seed: int, num_prototypes: int, read_block: ReadBlock
+    directory: Path | None,
+    ids: UserIds,
+    seed: int,
+    rows: UserRows,
+    read_block: ReadBlock,
 ) -> None:
     """Writes both files, asking for each block once, in order; without a directory it only asks.
 
     A sharded table needs all its ranks to read a block, so each asks for all of them whatever happens to the one that
-    writes.
+    writes. `rows` are some of the table's.
     """
     pending = iter(blocks(len(ids)))
     try:
         if directory is None:
             return
         directory.mkdir(parents=True, exist_ok=True)
-        header, starts = _header(len(ids), num_prototypes, seed)
+        header, starts = _header(_shapes(len(ids), rows.num_prototypes, rows.has_reliability), seed)
         seen = np.zeros(len(ids), bool)
         with open(directory / USER_FILES[0], "wb") as stream:
             stream.write(header)
             for begin, end in pending:
-                block = UserRows(0, num_prototypes)
-                block.records = read_block(begin, end)
+                block = UserRows.of(read_block(begin, end), rows.num_prototypes)
                 seen[begin:end] = block.seen.bool().numpy()
                 for name, start in starts.items():
                     values = getattr(block, name)
@@ -65,18 +69,28 @@ def write_users(
             read_block(begin, end)
 
 
-def _header(num_users: int, num_prototypes: int, seed: int) -> tuple[bytes, dict[str, int]]:
+def _shapes(
+    num_users: int, num_prototypes: int, has_reliability: bool
+) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of a table, in the order of the file."""
+    wide = num_users, num_prototypes + has_reliability
+    shapes = ((num_users,), wide, wide, (num_users, num_prototypes))
+    own = {"log_reliability": (num_users,)} if has_reliability else {}
+    return dict(zip(_NAMES, shapes, strict=True)) | own
+
+
+def _header(shapes: dict[str, tuple[int, ...]], seed: int) -> tuple[bytes, dict[str, int]]:
     """The head of a safetensors file, and where each tensor begins in it."""
     fields: dict[str, dict[str, object]] = {"__metadata__": {"format": _FORMAT, "seed": str(seed)}}
     ends = [0]
-    for name, dtype in _DTYPES.items():
-        shape = (num_users,) if name == "step" else (num_users, num_prototypes)
+    for name, shape in shapes.items():
+        dtype = "I64" if name == "step" else "F32"
         ends.append(ends[-1] + int(np.prod(shape)) * (8 if dtype == "I64" else 4))
         fields[name] = {"dtype": dtype, "shape": shape, "data_offsets": ends[-2:]}
     text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     begin = 8 + len(text)
-    starts = {name: begin + end for name, end in zip(_DTYPES, ends, strict=False)}
+    starts = {name: begin + end for name, end in zip(shapes, ends, strict=False)}
     return len(text).to_bytes(8, "little") + text, starts
 
 
@@ -111,7 +125,9 @@ class StoredUsers:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise UserError(f"{self._path} is not a user table of format {_FORMAT}.")
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in _DTYPES}
+            self.has_reliability = "log_reliability" in set(file.keys())
+            names = (*_NAMES, "log_reliability") if self.has_reliability else _NAMES
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
         self.seed, self.num_prototypes = int(metadata["seed"]), shapes["logits"][1]
         # Read, not mapped: what takes the file's place must not change the ids in memory.
         with pa.OSFile(str(index_path)) as source, pa.ipc.open_file(source) as reader:
@@ -138,21 +154,31 @@ class StoredUsers:
             )
 
     def read(self, rows: UserRows, first: int = 0) -> UserRows:
-        """Fills `rows` with the stored ones from `first` on, reading only those. Raises UserError where K disagrees."""
+        """Fills `rows` with the stored ones from `first` on, reading only those.
+
+        Raises:
+            UserError: K disagrees, or one of the two has a reliability of users and the other not.
+        """
         shapes = {"logits": (len(self), self.num_prototypes)}
         check_shapes(shapes, len(self), rows.num_prototypes)
+        if self.has_reliability != rows.has_reliability:
+            raise UserError(
+                f"{self._path.parent}: its users have {'a' if self.has_reliability else 'no'} reliability, and "
+                f"users.reliability is {'learnt' if rows.has_reliability else 'none'} here. Set it to what it was."
+            )
         with self._reading(), safe_open(str(self._path), "pt") as file:
-            slices = {name: file.get_slice(name) for name in _DTYPES}
+            slices = {name: file.get_slice(name) for name in rows.tensors if name != "seen"}
             for begin, end in blocks(len(rows)):
                 for name, tensor in slices.items():
                     getattr(rows, name)[begin:end] = tensor[first + begin : first + end]
                 seen = torch.from_numpy(self._seen[first + begin : first + end].astype(np.int32))
                 rows.seen[begin:end] = seen
-                self._refuse_non_finite(rows.logits[begin:end], first + begin)
+                values = rows.records[begin:end, : rows.num_values]
+                self._refuse_non_finite(values, first + begin)
         return rows
 
-    def _refuse_non_finite(self, logits: Float[Tensor, "n K"], first: int) -> None:
-        bad = (~torch.isfinite(logits).all(1)).nonzero()
+    def _refuse_non_finite(self, values: Float[Tensor, "n V"], first: int) -> None:
+        bad = (~torch.isfinite(values).all(1)).nonzero()
         if len(bad):
             user = self.ids[first + int(bad[0])]
             raise UserError(
@@ -163,8 +189,10 @@ class StoredUsers:
 
 def check_shapes(shapes: dict[str, tuple[int, ...]], num_users: int, num_prototypes: int) -> None:
     """Raises UserError unless the tensors are those of so many users and prototypes."""
+    expected_of = _shapes(num_users, num_prototypes, "log_reliability" in shapes)
+    expected_of["seen"] = expected_of["step"]
     for name, shape in shapes.items():
-        expected = (num_users,) if name in ("step", "seen") else (num_users, num_prototypes)
+        expected = expected_of[name]
         if shape != expected:
             raise UserError(
                 f"users: {name} is {shape}, expected {expected} (users, prototypes): the table "

@@ -12,19 +12,30 @@ from pal_ds.users.ids import UserIds
 
 BLOCK_ROWS = 2**16
 """Rows that are made, read or written at a time."""
-TENSORS = ("logits", "exp_avg", "exp_avg_sq", "step", "seen")
+
+
+RELIABILITY_BETA2 = 0.9
 
 
 class UserRows:
-    """`records` [U, 3K + 2] fp32: a user's logits, first and second moments, step count and `seen` side by side.
+    """`records` [U, 3V + 2] fp32: a user's V values, first and second moments, step count and `seen` side by side.
 
+    The values are K logits and behind them, where the table has it, the log r of the user's reliability: V = K + 1.
     A row is one piece of memory because rows are met at random: apart, its parts would each be fetched from afar. The
     two counts are int32 in the same bits. The properties are views of all rows; writing to them writes the table.
     """
 
-    def __init__(self, num_rows: int, num_prototypes: int, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        num_rows: int,
+        num_prototypes: int,
+        device: torch.device | str = "cpu",
+        *,
+        has_reliability: bool = False,
+    ):
         self.num_prototypes = num_prototypes
-        self.records = torch.zeros(num_rows, width_of(num_prototypes), device=device)
+        width = width_of(num_prototypes, has_reliability=has_reliability)
+        self.records = torch.zeros(num_rows, width, device=device)
 
     @staticmethod
     def of(records: Float[Tensor, "U R"], num_prototypes: int) -> "UserRows":
@@ -34,16 +45,50 @@ class UserRows:
         return rows
 
     @property
+    def num_values(self) -> int:
+        """V."""
+        return self.records.shape[1] // 3
+
+    @property
+    def has_reliability(self) -> bool:
+        return self.num_values > self.num_prototypes
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the properties that a table on disk keeps."""
+        own = ("log_reliability",) if self.has_reliability else ()
+        return ("logits", *own, "exp_avg", "exp_avg_sq", "step", "seen")
+
+    def beta2(self, of_logits: float) -> float | Float[Tensor, "V"]:
+        """Decay of the second moment of each value.
+
+        That of reliability is short: it grows with the scale of margins, and the prior reads from it what a user's
+        comparisons tell at that scale now, not while the head was untrained.
+        """
+        if not self.has_reliability:
+            return of_logits
+        device = self.records.device
+        betas = torch.full((self.num_values,), of_logits, dtype=torch.float64, device=device)
+        betas[-1] = min(of_logits, RELIABILITY_BETA2)
+        return betas
+
+    @property
     def logits(self) -> Float[Tensor, "U K"]:
         return self.records[:, : self.num_prototypes]
 
     @property
-    def exp_avg(self) -> Float[Tensor, "U K"]:
-        return self.records[:, self.num_prototypes : 2 * self.num_prototypes]
+    def log_reliability(self) -> Float[Tensor, "U"]:
+        """r of each user, whose margins are multiplied by exp(r); of a table that has it."""
+        assert self.has_reliability, "this table holds no reliability"
+        return self.records[:, self.num_prototypes]
 
     @property
-    def exp_avg_sq(self) -> Float[Tensor, "U K"]:
-        return self.records[:, 2 * self.num_prototypes : 3 * self.num_prototypes]
+    def exp_avg(self) -> Float[Tensor, "U V"]:
+        return self.records[:, self.num_values : 2 * self.num_values]
+
+    @property
+    def exp_avg_sq(self) -> Float[Tensor, "U V"]:
+        return self.records[:, 2 * self.num_values : 3 * self.num_values]
 
     @property
     def step(self) -> Int[Tensor, "U"]:
@@ -56,15 +101,15 @@ class UserRows:
     def __len__(self) -> int:
         return len(self.records)
 
-    def logits_of(self, rows: Int[Tensor, "n"]) -> Float[Tensor, "n K"]:
+    def values_of(self, rows: Int[Tensor, "n"]) -> Float[Tensor, "n V"]:
         # Not `logits[rows]`: indexing goes column by column, each time through the whole memory; this goes row by row.
-        return self.records.index_select(0, rows)[:, : self.num_prototypes].contiguous()
+        return self.records.index_select(0, rows)[:, : self.num_values].contiguous()
 
     @torch.no_grad()
     def apply(
         self,
         rows: Int[Tensor, "n"],
-        gradients: Float[Tensor, "n K"],
+        gradients: Float[Tensor, "n V"],
         order: Int[Tensor, "n"] | None,
         learning_rate: float,
         config: UsersConfig,
@@ -77,16 +122,17 @@ class UserRows:
         Bias correction counts the user's own steps, as the per-user parameters of the reference do.
         Users not named stay as they are. Nothing waits for the device where `rows` lie on the host.
         """
-        device, k = self.records.device, self.num_prototypes
+        device, num = self.records.device, self.num_values
         rows, total = sum_by_row(rows, gradients, order)
         rows, total = rows.to(device), total.to(device)
         if config.max_row_norm is not None:
             norm = torch.linalg.vector_norm(total, dim=-1, keepdim=True)
             total = total * (config.max_row_norm / norm).clamp(max=1.0)
-        beta1, beta2 = config.betas
+        beta1, beta2 = config.betas[0], self.beta2(config.betas[1])
         records = self.records.index_select(0, rows)
         # Contiguous: on strided parts torch may round otherwise.
-        logits, exp_avg, exp_avg_sq = (x.contiguous() for x in records[:, : 3 * k].split(k, dim=1))
+        parts = records[:, : 3 * num].split(num, dim=1)
+        values, exp_avg, exp_avg_sq = (part.contiguous() for part in parts)
         counts = records.view(torch.int32)[:, -2:]
         step = counts[:, :1].double().add_(1)
         counts[:, :1] = step
@@ -96,13 +142,13 @@ class UserRows:
         correction1 = torch.pow(beta1, step).neg_().add_(1).float()
         correction2 = torch.pow(beta2, step).neg_().add_(1).float()
         size = (exp_avg_sq / correction2).sqrt_().add_(config.epsilon)
-        logits.sub_((exp_avg / correction1).mul_(learning_rate).div_(size))
-        self.records[rows] = torch.cat([logits, exp_avg, exp_avg_sq, records[:, 3 * k :]], dim=1)
+        values.sub_((exp_avg / correction1).mul_(learning_rate).div_(size))
+        self.records[rows] = torch.cat([values, exp_avg, exp_avg_sq, records[:, 3 * num :]], dim=1)
 
 
-def width_of(num_prototypes: int) -> int:
-    """Values of a record."""
-    return 3 * num_prototypes + 2
+def width_of(num_prototypes: int, *, has_reliability: bool = False) -> int:
+    """Numbers of a record."""
+    return 3 * (num_prototypes + has_reliability) + 2
 
 
 def blocks(num_rows: int) -> Iterator[tuple[int, int]]:
@@ -132,10 +178,16 @@ def sum_by_row(
 
 
 def fresh_rows(
-    seed: int, ids: UserIds, num_prototypes: int, std: float, device: torch.device | str = "cpu"
+    seed: int,
+    ids: UserIds,
+    num_prototypes: int,
+    std: float,
+    device: torch.device | str = "cpu",
+    *,
+    has_reliability: bool = False,
 ) -> UserRows:
-    """Rows of users who have learned nothing; their logits depend on (seed, id) alone."""
-    rows = UserRows(len(ids), num_prototypes, device)
+    """Rows of users who have learned nothing: logits by (seed, id) alone, spread by `std`; a reliability of 0."""
+    rows = UserRows(len(ids), num_prototypes, device, has_reliability=has_reliability)
     for begin, end in blocks(len(ids)):
         # Half a second per 100,000 users and core, of which hashing takes most.
         rows.logits[begin:end] = _fresh_logits(seed, ids[begin:end], num_prototypes, std)

@@ -37,15 +37,15 @@ class Shard:
 
 @dataclass(frozen=True)
 class FetchedRows:
-    """Logits of the distinct rows of an update."""
+    """Values of the distinct rows of an update."""
 
     rows: Int[Tensor, "m"]
     """Ascending."""
-    logits: Float[Tensor, "m K"]
+    values: Float[Tensor, "m V"]
 
-    def leaf(self, rows: Int[Tensor, "B"]) -> Float[Tensor, "B K"]:
+    def leaf(self, rows: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
         """Make the leaf tensor that gradients reach, as `UserTable.leaf` does, from rows that were fetched."""
-        return self.logits.index_select(0, torch.searchsorted(self.rows, rows)).requires_grad_()
+        return self.values.index_select(0, torch.searchsorted(self.rows, rows)).requires_grad_()
 
 
 class ShardedUserTable:
@@ -67,7 +67,18 @@ class ShardedUserTable:
             raise UserError(f"user {named(twice)} is given twice; list every user once.")
         self.begin, self.end = shard.bounds(len(ids))
         own = ids[self.begin : self.end]
-        self.own = fresh_rows(seed, own, num_prototypes, config.init_std, device)
+        self.own = fresh_rows(
+            seed,
+            own,
+            num_prototypes,
+            config.init_std,
+            device,
+            has_reliability=config.has_reliability,
+        )
+
+    @property
+    def has_reliability(self) -> bool:
+        return self.own.has_reliability
 
     @property
     def device(self) -> torch.device:
@@ -77,15 +88,15 @@ class ShardedUserTable:
         return len(self.ids)
 
     def fetch(self, rows: Int[Tensor, "n"]) -> FetchedRows:
-        """The logits of these rows on every rank, by one collective over the distinct ones."""
+        """The values of these rows on every rank, by one collective over the distinct ones."""
         # On the host, where the rows of an update are known: nobody waits for a device to count them.
         wanted = np.unique(rows.cpu().numpy())
         mine = np.flatnonzero((self.begin <= wanted) & (wanted < self.end))
         values = self._from_all(
             len(wanted),
             torch.from_numpy(mine),
-            lambda: self.own.logits_of(self._to_device(wanted[mine] - self.begin)),
-            self.num_prototypes,
+            lambda: self.own.values_of(self._to_device(wanted[mine] - self.begin)),
+            self.own.num_values,
         )
         return FetchedRows(self._to_device(wanted), values)
 
@@ -97,14 +108,14 @@ class ShardedUserTable:
             len(wanted),
             mine,
             lambda: self.own.records.index_select(0, (wanted[mine] - self.begin).to(self.device)),
-            width_of(self.num_prototypes),
+            self.own.records.shape[1],
         )
         return UserRows.of(records, self.num_prototypes)
 
     def apply(
         self,
         rows: Int[Tensor, "n"],
-        gradients: Float[Tensor, "n K"],
+        gradients: Float[Tensor, "n V"],
         order: Int[Tensor, "n"] | None,
         learning_rate: float,
     ) -> None:
@@ -122,12 +133,13 @@ class ShardedUserTable:
     def save(self, directory: Path | str | None) -> None:
         """Write what `UserTable.save` writes, in blocks from all ranks; the rank with a directory writes."""
         path = None if directory is None else Path(directory)
-        write_users(path, self.ids, self.seed, self.num_prototypes, self._block)
+        write_users(path, self.ids, self.seed, self.own, self._block)
 
     def restore(self, stored: StoredUsers) -> None:
-        """Replaces the table by a stored one, reading the slice of this rank. Raises UserError where K disagrees."""
+        """Replaces the table by a stored one, reading the slice of this rank. Raises UserError as `UserTable` does."""
         begin, end = self.shard.bounds(len(stored))
-        own = UserRows(end - begin, self.num_prototypes, self.device)
+        has = self.has_reliability
+        own = UserRows(end - begin, self.num_prototypes, self.device, has_reliability=has)
         self.own = stored.read(own, first=begin)
         self.ids, self.seed, self.begin, self.end = stored.ids, stored.seed, begin, end
 
@@ -137,7 +149,7 @@ class ShardedUserTable:
             end - begin,
             torch.arange(first - begin, last - begin),
             lambda: self.own.records[first - self.begin : last - self.begin],
-            width_of(self.num_prototypes),
+            self.own.records.shape[1],
         )
         return block.cpu()
 
@@ -167,7 +179,8 @@ def trained_users(
     shard: Shard,
 ) -> TrainedUsers:
     """A fresh table: whole on every rank while it is small enough for that, else in slices."""
-    limit = config.rows_replicated(4 * width_of(num_prototypes))
+    width = width_of(num_prototypes, has_reliability=config.has_reliability)
+    limit = config.rows_replicated(4 * width)
     if shard.count > 1 and len(ids) > limit:
         return ShardedUserTable(num_prototypes, ids, config, seed, device, shard)
     return UserTable(num_prototypes, ids, config, seed, device)

@@ -13,12 +13,13 @@ from pal_ds.heads.jaxtyping_fallback import Float, Int
 from pal_ds.users.config import UsersConfig
 from pal_ds.users.files import StoredUsers, check_shapes, write_users
 from pal_ds.users.ids import UserIds, named
-from pal_ds.users.rows import TENSORS, UserRows, fresh_rows
+from pal_ds.users.rows import UserRows, fresh_rows
 
 
 class UserTable:
-    """A table with one row per user: logits w and Adam moments [U, K] fp32, `step` and `seen` [U] int32.
+    """A table with one row per user: logits w [U, K] and Adam moments [U, V] fp32, `step` and `seen` [U] int32.
 
+    With `users.reliability` each row also holds r [U], whose exponential multiplies the user's margins; V counts both.
     `seen` (0 or 1) is whether the user has taken part in an update. A row is a place in these tensors
     and may change when another user is removed; the id is the name that lasts.
     """
@@ -36,20 +37,26 @@ class UserTable:
         self.config = UsersConfig() if config is None else config
         self.seed = seed
         self.ids = UserIds.of(())
-        self._rows = UserRows(0, num_prototypes, device)
+        has = self.config.has_reliability
+        self._rows = UserRows(0, num_prototypes, device, has_reliability=has)
         self.add(ids)
 
     @property
     def logits(self) -> Float[Tensor, "U K"]:
-        """w_u of every user, as a view; so are the four below."""
+        """w_u of every user, as a view; so are the five below."""
         return self._rows.logits
 
     @property
-    def exp_avg(self) -> Float[Tensor, "U K"]:
+    def log_reliability(self) -> Float[Tensor, "U"]:
+        """r_u of every user; of a table that has it."""
+        return self._rows.log_reliability
+
+    @property
+    def exp_avg(self) -> Float[Tensor, "U V"]:
         return self._rows.exp_avg
 
     @property
-    def exp_avg_sq(self) -> Float[Tensor, "U K"]:
+    def exp_avg_sq(self) -> Float[Tensor, "U V"]:
         return self._rows.exp_avg_sq
 
     @property
@@ -59,6 +66,10 @@ class UserTable:
     @property
     def seen(self) -> Int[Tensor, "U"]:
         return self._rows.seen
+
+    @property
+    def has_reliability(self) -> bool:
+        return self._rows.has_reliability
 
     @property
     def device(self) -> torch.device:
@@ -85,9 +96,9 @@ class UserTable:
         """Itself: all rows are at hand."""
         return self
 
-    def leaf(self, rows: Int[Tensor, "B"]) -> Float[Tensor, "B K"]:
-        """A copy of the rows' logits that gathers gradients: what enters the model."""
-        return self._rows.logits_of(rows).requires_grad_()
+    def leaf(self, rows: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
+        """A copy of the rows' logits, and reliability behind them, that gathers gradients: what enters the model."""
+        return self._rows.values_of(rows).requires_grad_()
 
     def records_of(self, rows: Int[Tensor, "n"]) -> UserRows:
         """A copy of these rows, moments and counts included."""
@@ -102,7 +113,7 @@ class UserTable:
     def apply(
         self,
         rows: Int[Tensor, "n"],
-        gradients: Float[Tensor, "n K"],
+        gradients: Float[Tensor, "n V"],
         order: Int[Tensor, "n"] | None,
         learning_rate: float,
     ) -> None:
@@ -120,7 +131,14 @@ class UserTable:
         if len(self) and (known := new.take(np.flatnonzero(self.ids.find(new) >= 0))):
             raise UserError(f"user {named(known)} is already in the table; remove it first.")
         old = self._rows.records
-        rows = fresh_rows(self.seed, new, self.num_prototypes, self.config.init_std, old.device)
+        rows = fresh_rows(
+            self.seed,
+            new,
+            self.num_prototypes,
+            self.config.init_std,
+            old.device,
+            has_reliability=self.has_reliability,
+        )
         if len(self):
             rows.records = torch.cat([old, rows.records])
         self.ids, self._rows = self.ids.joined(new), rows
@@ -137,20 +155,20 @@ class UserTable:
         dtypes = {"step": torch.int64, "seen": torch.bool}
         tensors = {
             name: getattr(self, name).to(dtypes.get(name, torch.float32), copy=True).contiguous()
-            for name in TENSORS
+            for name in self._rows.tensors
         }
         return {"ids": list(self.ids), "seed": self.seed, **tensors}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace the table. Raises UserError where K or the number of users disagree."""
-        ids = UserIds.of(state["ids"])
+        ids, names = UserIds.of(state["ids"]), self._rows.tensors
         check_shapes(
-            {name: tuple(state[name].shape) for name in TENSORS}, len(ids), self.num_prototypes
+            {name: tuple(state[name].shape) for name in names}, len(ids), self.num_prototypes
         )
         if ids.repeated():
             raise UserError("users: an id occurs twice in the stored table: its files are damaged.")
-        rows = UserRows(len(ids), self.num_prototypes, self.device)
-        for name in TENSORS:
+        rows = self._empty(len(ids))
+        for name in names:
             getattr(rows, name).copy_(state[name])
         self.ids, self.seed, self._rows = ids, int(state["seed"]), rows
 
@@ -163,14 +181,18 @@ class UserTable:
             directory=Path(directory),
             ids=self.ids,
             seed=self.seed,
-            num_prototypes=self.num_prototypes,
+            rows=self._rows,
             read_block=lambda begin, end: records[begin:end].cpu(),
         )
 
     def restore(self, stored: StoredUsers) -> None:
-        """Replaces the table by a stored one. Raises UserError where K disagrees."""
-        self._rows = stored.read(UserRows(len(stored), self.num_prototypes, self.device))
+        """Replaces the table by a stored one. Raises UserError where K or `users.reliability` disagree."""
+        self._rows = stored.read(self._empty(len(stored)))
         self.ids, self.seed = stored.ids, stored.seed
+
+    def _empty(self, num_rows: int) -> UserRows:
+        has = self.has_reliability
+        return UserRows(num_rows, self.num_prototypes, self.device, has_reliability=has)
 
     @classmethod
     def load(
@@ -181,6 +203,8 @@ class UserTable:
     ) -> "UserTable":
         """Read what `save` wrote. Raises UserError where files are missing, foreign or disagree."""
         stored = StoredUsers(directory)
+        if config is None and stored.has_reliability:
+            config = UsersConfig(reliability="learnt")
         table = cls(stored.num_prototypes, config=config, device=device)
         table.restore(stored)
         return table

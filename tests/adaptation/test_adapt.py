@@ -55,7 +55,7 @@ def fit(
     data, model = world
     prior = LogitPrior.gaussian(torch.zeros(3), 0.1 * torch.eye(3))
     pairs = UserPairs(rows, owners, num_users)
-    return fit_users(model, Collator(data), pairs, loss=PreferenceLoss(), prior=prior)
+    return fit_users(model, Collator(data), pairs, loss=PreferenceLoss(), prior=prior).logits
 
 
 def test_recovers_planted_mixtures(world: tuple[PreparedData, RewardModel]) -> None:
@@ -96,7 +96,7 @@ def test_newton_and_adam_minimise_the_same(
             loss=loss,
             prior=prior,
             solver=solver,
-        )
+        ).logits
         for solver in ("newton", "adam")
     )
     gap = objective(adam) - objective(newton)
@@ -142,7 +142,7 @@ def test_the_reference_optimiser_is_adamw_stopped_early(
         prior=prior,
         solver="reference",
         initial=begin,
-    )
+    ).logits
     for row, user in list(zip(rows, owners, strict=True))[:3]:
         batch = Collator(data)(rows[rows == row], np.zeros(1))
         logits = begin[user : user + 1].clone().requires_grad_()
@@ -188,7 +188,7 @@ def test_newton_is_refused_where_a_head_gives_no_statistics(
     options = {"loss": PreferenceLoss(), "prior": prior}
     with pytest.raises(UserError, match="--solver newton: this run's head gives no statistics"):
         fit_users(*arguments, **options, solver="newton")
-    assert fit_users(*arguments, **options).isfinite().all()
+    assert fit_users(*arguments, **options).logits.isfinite().all()
 
 
 def test_users_do_not_interact(world: tuple[PreparedData, RewardModel]) -> None:

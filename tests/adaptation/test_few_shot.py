@@ -22,6 +22,7 @@ from pal_ds.adaptation.few_shot import (
     few_shot_lines,
     is_monotone,
 )
+from pal_ds.adaptation.fit import FittedUsers
 from pal_ds.adaptation.new_users import FOLDER, ShardFolder, few_per_user
 from pal_ds.adaptation.result import read_report
 from pal_ds.adaptation.run import AdaptOptions, adapt_run
@@ -102,7 +103,7 @@ def test_everyone_is_fitted_from_their_own_pairs(
     assert len(strays(data)) >= 1 and len(owners) >= 3
     fit, calls = curve_scores.fit_users, []
 
-    def recording(*arguments: Any, **options: Any) -> torch.Tensor:
+    def recording(*arguments: Any, **options: Any) -> FittedUsers:
         calls.append(arguments)
         return fit(*arguments, **options)
 
@@ -167,7 +168,7 @@ def test_the_solver_is_the_persons_choice(
 ) -> None:
     fit, solvers = curve_scores.fit_users, []
 
-    def recording(*arguments: Any, solver: Any, **options: Any) -> torch.Tensor:
+    def recording(*arguments: Any, solver: Any, **options: Any) -> FittedUsers:
         solvers.append(solver)
         return fit(*arguments, solver=solver, **options)
 
@@ -384,7 +385,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Shards of a user or two, and how many users each call of `fit_users` was given."""
     fit, calls = adapt_run_module.fit_users, []
 
-    def recording(*arguments: Any, **options: Any) -> torch.Tensor:
+    def recording(*arguments: Any, **options: Any) -> FittedUsers:
         calls.append(arguments[2].num_users)
         return fit(*arguments, **options)
 

@@ -31,13 +31,13 @@ def recipe(
     mixture: str = "gumbel",
     prior: str = "learnt",
 ) -> RunConfig:
-    """Dropout in backbone and head, Gumbel noise and a prior, so that a state that was lost would show."""
+    """Dropout in backbone and head, Gumbel noise, reliability and a prior: a state that was lost would show."""
     return RunConfig(
         data=DataConfig(path=data, source=None),
         head=lambda hidden_size: PalA(
             hidden_size, num_prototypes=3, dropout=dropout, mixture=mixture
         ),
-        users=UsersConfig(prior=prior),
+        users=UsersConfig(prior=prior, reliability="learnt"),
         backbone=BackboneConfig(path=base, tuning=tuning, lora=LoraOptions(rank=4, dropout=0.1)),
         optim=OptimConfig(learning_rate=3e-3, backbone_learning_rate=1e-3),
         train=TrainConfig(

@@ -228,7 +228,8 @@ def test_a_context_is_no_row_of_the_table(
         ["score", f"--run_dir={place}/{name}_1", "--user=a", f"--input={place}/texts.jsonl"]
         for name in ("vpl", "per_domain")
     ]
-    assert dict(list_users(RunDirectory(place / "vpl_1"))) == dict.fromkeys("abcd")
+    listed = list_users(RunDirectory(place / "vpl_1"))
+    assert listed == [{"user_id": user, "mixture": None} for user in "abcd"]
     told = warm(f"{CASES}run_commands", place, lines)
     assert [part["code"] for part in told] == [2, 2]
     assert "Run `adapt`" in told[0]["said"] and "Give --group" in told[1]["said"]

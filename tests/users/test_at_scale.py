@@ -120,7 +120,7 @@ def test_a_writer_that_fails_still_asks_for_every_block(tmp_path, monkeypatch) -
         return table._rows.records[begin:end]
 
     with pytest.raises(OSError, match="No space"):
-        files.write_users(tmp_path, table.ids, 0, K, read)
+        files.write_users(tmp_path, table.ids, 0, table._rows, read)
     assert asked == [(0, 2), (2, 4), (4, 6)]
 
 
@@ -136,7 +136,7 @@ def test_evaluation_looks_up_the_users_it_meets_alone() -> None:
     everyone, world = user_mixtures(head, table), World(0, 1, torch.device("cpu"))
     for asked in (np.arange(5), np.array([0, 2])):
         source = MixtureSource(forward=head, head=head, users=table, world=world)
-        collator, mixtures = with_mixtures(source, Collator(data, table_rows=table_rows), asked)
+        collator, mixtures, _ = with_mixtures(source, Collator(data, table_rows=table_rows), asked)
         found = mixtures[collator.user_rows(asked)]
         wanted = everyone[table_rows[comparisons["user"][asked]]]
         assert torch.allclose(found, wanted, atol=1e-7)

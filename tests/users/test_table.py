@@ -222,3 +222,43 @@ def test_one_prototype_never_moves() -> None:
 def test_bad_settings_are_named(bad: dict) -> None:
     with pytest.raises(UserError, match=next(iter(bad))):
         UsersConfig(**bad)
+
+
+def test_reliability_lies_behind_the_logits(tmp_path) -> None:
+    """Logits start as without it, its own moments move it, and it comes back from the disk to the bit."""
+    table = a_table(reliability="learnt")
+    assert torch.equal(table.logits, a_table().logits) and not table.log_reliability.any()
+    rows = table.rows(IDS[:2])
+    assert table.leaf(rows).shape == (2, K + 1)
+    for number in range(12):
+        gradients = torch.randn(2, K + 1, generator=torch.Generator().manual_seed(number))
+        table.apply(rows, gradients, None, 0.05)
+        assert table.log_reliability[:2].all() and not table.log_reliability[2:].any()
+    plain, moved = a_table(), a_table(reliability="learnt")
+    one = torch.ones(2, K + 1)
+    plain.apply(rows, one[:, :K], None, 0.05)
+    moved.apply(rows, one, None, 0.05)
+    assert torch.equal(plain.logits, moved.logits), "logits move as they do without it"
+    table.save(tmp_path / "with")
+    for loaded in (
+        UserTable.load(tmp_path / "with", table.config),
+        UserTable.load(tmp_path / "with"),
+    ):
+        state = loaded.state_dict()
+        for name, tensor in table.state_dict().items():
+            assert (
+                torch.equal(tensor, state[name])
+                if isinstance(tensor, Tensor)
+                else tensor == state[name]
+            )
+    table.remove(IDS[0])
+    assert len(table.log_reliability) == len(IDS) - 1 and table.log_reliability[0]
+    with pytest.raises(
+        UserError, match=r"its users have a reliability, and users\.reliability is none"
+    ):
+        UserTable.load(tmp_path / "with", UsersConfig())
+    plain.save(tmp_path / "without")
+    with pytest.raises(
+        UserError, match=r"have no reliability, and users\.reliability is learnt here"
+    ):
+        UserTable.load(tmp_path / "without", table.config)

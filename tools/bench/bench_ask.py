@@ -61,7 +61,7 @@ def main() -> None:
             begin = time.perf_counter()
             for first in range(0, num_users, chooser.users_at_once):
                 part = slice(first, first + chooser.users_at_once)
-                some = Users(users.ids[part], users.point[part], users.covariance[part])
+                some = users.some(part)
                 chooser.choose(some, free.expand(len(some.ids), -1))
             seconds = time.perf_counter() - begin
             passed = "reached" if seconds <= FLOOR else "MISSED"

@@ -155,14 +155,14 @@ def measure_run(run: Path, num_draws: int) -> list[dict[str, float]]:
         drawn = [few_per_user(data, fit_rows, count, seed) for seed in range(num_draws)]
         users = [n * len(owners) + table_rows[user_of[part]] for n, part in enumerate(drawn)]
         pairs = UserPairs(np.concatenate(drawn), np.concatenate(users), num_draws * len(owners))
-        logits = fit_users(reader.model, reader.collator, pairs, loss=loss, prior=prior)
+        fitted = fit_users(reader.model, reader.collator, pairs, loss=loss, prior=prior)
         begin = time.process_time()
         sure = posterior_of_users(
-            reader.model, reader.collator, pairs, logits, loss=loss, prior=prior
+            reader.model, reader.collator, pairs, fitted, loss=loss, prior=prior
         )
         seconds = time.process_time() - begin
         model.head.eval()
-        point = model.head.mixture_weights(UserState(logits))
+        point = model.head.mixture_weights(UserState(fitted.logits))
         margin, slopes = margins_with_slopes(tests, point, axes_of(sure.covariance))
         own = torch.from_numpy(np.arange(len(point))[:, None] % len(owners) == owner)
         std = slopes.square().sum(1).sqrt()

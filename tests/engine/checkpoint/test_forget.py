@@ -263,7 +263,7 @@ def test_a_deleted_step_does_not_bring_the_user_back(run: RunDirectory) -> None:
 
 
 def test_list_shows_what_the_head_uses(trained: RunDirectory) -> None:
-    listed = dict(list_users(trained))
+    listed = {line["user_id"]: line["mixture"] for line in list_users(trained)}
     users = restore(trained).users
     expected = torch.softmax(users.logits / TEMPERATURE, -1)
     assert list(listed) == users.ids
@@ -275,4 +275,4 @@ def test_list_of_a_head_with_hard_evaluation(run: RunDirectory) -> None:
     config = run.config_file.read_text()
     assert "evaluation: soft" in config
     run.config_file.write_text(config.replace("evaluation: soft", "evaluation: hard"))
-    assert all(sorted(mixture) == [0.0, 0.0, 1.0] for _, mixture in list_users(run))
+    assert all(sorted(line["mixture"]) == [0.0, 0.0, 1.0] for line in list_users(run))
