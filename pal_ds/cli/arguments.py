@@ -170,17 +170,32 @@ def _config_options(arguments: list[str]) -> Iterator[tuple[int, str, str]]:
 
 
 def check_config_files(arguments: list[str]) -> None:
-    """Raises UserError, with file and line, for a `--config` that is missing, no YAML mapping, or has `config`."""
+    """Raises UserError, with file and line, for a `--config` that is missing, no YAML mapping, or has `config`.
+
+    For a suite, too, in a command that reads recipes.
+    """
+    folder = _shipped_folder(arguments)
     for path in config_files(arguments):
         if not path.is_file():
-            folder = _shipped_folder(arguments)
+            if folder is not None and Path(folder.parent, "suites", f"{path}.yaml").is_file():
+                raise UserError(_is_suite(path))
             shipped = sorted(file.stem for file in folder.glob("*.yaml")) if folder else []
             named = f" Shipped are {', '.join(shipped)}." if path.name == str(path) else ""
             raise UserError(f"--config {path}: no such file (looked from {Path.cwd()}).{named}")
-        if "config" in read_yaml(path):
+        keys = read_yaml(path)
+        if "methods" in keys and folder is not None and folder.name != "suites":
+            raise UserError(_is_suite(path))
+        if "config" in keys:
             raise UserError(
                 f"{path}: `config` is no key of a recipe. Give several files as --config A --config B."
             )
+
+
+def _is_suite(path: Path) -> str:
+    return (
+        f"--config {path}: this is a suite, of which `compare` alone makes recipes: `pal-ds compare --config {path} "
+        "--out OUT` prepares its data, and trains and evaluates its methods. Each run in OUT has a recipe, config.yaml."
+    )
 
 
 def _shipped_folder(arguments: list[str]) -> Path | None:

@@ -12,6 +12,7 @@ from pal_ds.io.yaml_files import flattened, parse_yaml
 
 _WAS_WRITTEN = {
     "data.max_length": 1024,
+    "data.source.init_args.known_by": "text",
     "head.init_args.prompt_dropout": 0.0,
     "loss.ties": "half",
     "train.feature_dropout": 0.0,

@@ -108,6 +108,9 @@ def _is_message(value: Any) -> bool:
 def _is_vector(value: object) -> bool:
     if not isinstance(value, tuple | list | np.ndarray) or not len(value):
         return False
+    if set(map(type, value)) == {float}:
+        # Long vectors: one pass in C.
+        value = np.asarray(value)
     if isinstance(value, np.ndarray):
         is_real = value.ndim == 1 and value.dtype.kind in "fiu"
         return is_real and bool((np.abs(value) <= LARGEST_FLOAT32).all())

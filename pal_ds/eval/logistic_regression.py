@@ -8,8 +8,8 @@ Newton's method (iteratively reweighted least squares) with a search along each 
 runs in the dual where n <= H (Rasmussen and Williams 2006, algorithm 3.1), in the primal elsewhere; fp64 throughout.
 Users lie along the first axis, padded to a size that depends on the user alone.
 
-The strength of each user is that with the lowest log-loss when each of the user's own pairs is left out in turn, by
-one step from the whole fit (Rad and Maleki 2020); nothing else decides it.
+The strength of each user is that with the lowest log-loss when each of the user's own pairs is left out in turn, with
+all that share a response with it, by one step from the whole fit (`left_out_pairs.py`); nothing else decides it.
 """
 
 from collections.abc import Iterator
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pal_ds.distributed import phase
+from pal_ds.eval.left_out_pairs import Covariances, Sharing, left_out_margins
 from pal_ds.heads.jaxtyping_fallback import Float, Int
 
 STRENGTHS = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
@@ -37,6 +38,8 @@ class OwnedPairs(NamedTuple):
 
     differences: Float[Tensor, "m H"]
     """Features of the preferred response less those of the other, of each distinct pair."""
+    responses: Int[np.ndarray, "m 2"]
+    """Numbers of the two responses of each distinct pair, at least 0: equal where they are the same response."""
     pair: Int[np.ndarray, "n"]
     """Row of `differences` of each comparison."""
     owner: Int[np.ndarray, "n"]
@@ -49,7 +52,8 @@ class Regressions(NamedTuple):
     coefficients: Float[Tensor, "n"]
     """fp64, at least 0."""
     left_out: Float[Tensor, "n"]
-    """Margin of each comparison by the regression on the user's other ones, approximately; fp64. 0 for an only one."""
+    """Margin of each comparison by the regression on the user's others that share no response with it, approximately;
+    fp64. 0 where there are none."""
     strength: Float[Tensor, "U"]
     """fp64; NaN for a user without comparisons."""
 
@@ -66,7 +70,8 @@ def fit_regressions(pairs: OwnedPairs, strengths: tuple[float, ...] = STRENGTHS)
         torch.zeros_like(coefficients),
         coefficients.new_full((pairs.num_users,), torch.nan),
     )
-    for users, places, is_pair in _batches(pairs):
+    sharing = Sharing.of(pairs.responses[pairs.pair], pairs.owner)
+    for users, places, is_pair, size in _batches(pairs, sharing):
         phase.progress()
         rows = torch.from_numpy(pairs.pair[places]).to(device)
         present = torch.from_numpy(is_pair).to(device)
@@ -74,7 +79,10 @@ def fit_regressions(pairs: OwnedPairs, strengths: tuple[float, ...] = STRENGTHS)
         # Of equal responses there is nothing to learn, and nothing to divide by.
         square = features.square().sum((1, 2)) / present.sum(1)
         square = torch.where(square > 0, square, 1.0)
-        fit = _best_fit(features / square.sqrt()[:, None, None], present, strengths)
+        shared = [
+            torch.from_numpy(part).to(device) for part in sharing.within(places, is_pair, size)
+        ]
+        fit = _best_fit(features / square.sqrt()[:, None, None], present, shared, strengths)
         where = torch.from_numpy(places[is_pair]).to(device)
         per_unit = fit.gradient / (fit.strength * square)[:, None]
         coefficients[where], left_out[where] = per_unit[present], fit.left_out[present]
@@ -104,20 +112,27 @@ def weights_of(
         yield begin, weights
 
 
-def _batches(pairs: OwnedPairs) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield users with comparisons [G], the places of these, padded [G, n], and which are no padding [G, n]."""
+def _batches(
+    pairs: OwnedPairs, sharing: Sharing
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, int]]:
+    """Yield users with comparisons [G], the places of these, padded [G, n], which are no padding [G, n], and g.
+
+    g is the most comparisons that are left out with one of them, padded.
+    """
     order = np.argsort(pairs.owner, kind="stable")
     counts = np.bincount(pairs.owner, minlength=pairs.num_users)
     first = np.cumsum(counts) - counts
     width = pairs.differences.shape[1]
-    sizes = np.asarray([_padded(count) for count in counts.tolist()])
-    for size in np.unique(sizes[counts > 0]).tolist():
-        users = np.flatnonzero((sizes == size) & (counts > 0))
-        group = max(1, FLOATS_PER_BATCH // (size * max(width, min(size, width))))
+    most = np.zeros(pairs.num_users, np.int64)
+    np.maximum.at(most, pairs.owner, sharing.counts)
+    sizes = np.asarray([[_padded(one) for one in each.tolist()] for each in (counts, most)]).T
+    for size, shared in np.unique(sizes[counts > 0], axis=0).tolist():
+        users = np.flatnonzero((sizes == (size, shared)).all(1) & (counts > 0))
+        group = max(1, FLOATS_PER_BATCH // (size * max(width, min(size, width), shared)))
         for part in np.split(users, range(group, len(users), group)):
             is_pair = np.arange(size) < counts[part][:, None]
             places = order[np.minimum(first[part][:, None] + np.arange(size), len(order) - 1)]
-            yield part, places, is_pair
+            yield part, places, is_pair, shared
 
 
 def _padded(count: int) -> int:
@@ -138,7 +153,10 @@ class _Fit(NamedTuple):
 
 
 def _best_fit(
-    features: Float[Tensor, "G n H"], present: Tensor, strengths: tuple[float, ...]
+    features: Float[Tensor, "G n H"],
+    present: Tensor,
+    shared: list[Tensor],
+    strengths: tuple[float, ...],
 ) -> _Fit:
     """The fit of each user at the strength of the lowest left-out loss."""
     best: _Fit | None = None
@@ -149,10 +167,10 @@ def _best_fit(
         step = _Primal(features, strength) if gram is None else _Dual(gram / strength)
         margins = _minimise(step, margins)
         gradient = torch.sigmoid(-margins)
-        variance = step.variances(gradient * (1 - gradient))
-        # The margin without the pair's own term of the likelihood: a step of Newton's back from the whole fit.
-        pull = gradient * variance / (1 - gradient * (1 - gradient) * variance).clamp(min=1e-12)
-        left_out = (margins - pull) * present
+        covariances = step.covariances(gradient * (1 - gradient))
+        left_out = present * left_out_margins(
+            margins, covariances, shared[0], shared[1], floats_per_part=FLOATS_PER_BATCH
+        )
         losses = torch.nn.functional.softplus(-left_out) * present
         fit = _Fit(
             gradient,
@@ -160,7 +178,7 @@ def _best_fit(
             losses.sum(1) / present.sum(1),
             margins.new_full((len(margins),), strength),
         )
-        # An only pair is left out to nothing: all strengths are equal but for rounding.
+        # Where all pairs are left out with one, nothing is left: all strengths are equal but for rounding.
         better = None if best is None else fit.loss < best.loss - 1e-9
         best = fit if best is None or better is None else _chosen(better, fit, best)
     assert best is not None, "there is at least one strength"
@@ -198,13 +216,15 @@ class _Dual:
         parameters = torch.sigmoid(-margins)
         return parameters, (self._kernel @ parameters[..., None])[..., 0]
 
-    def variances(self, curvature: Tensor) -> Tensor:
-        """Laplace's variance of each margin [G, n]."""
+    def covariances(self, curvature: Tensor) -> Covariances:
         root = curvature.sqrt()
         solved = torch.linalg.solve_triangular(
             self._factor(root), root[..., None] * self._kernel, upper=False
         )
-        return self._kernel.diagonal(dim1=1, dim2=2) - solved.square().sum(1)
+        whole = self._kernel - solved.mT @ solved
+        return lambda users, places: whole[
+            users[:, None, None], places[:, :, None], places[:, None, :]
+        ]
 
     def _factor(self, root: Tensor) -> Tensor:
         inner = root[:, :, None] * self._kernel * root[:, None, :]
@@ -233,11 +253,15 @@ class _Primal:
         parameters = (self._features.mT @ torch.sigmoid(-margins)[..., None])[..., 0]
         return parameters, (self._features @ parameters[..., None])[..., 0]
 
-    def variances(self, curvature: Tensor) -> Tensor:
-        solved = torch.linalg.solve_triangular(
-            self._factor(curvature), self._features.mT, upper=False
-        )
-        return solved.square().sum(1)
+    def covariances(self, curvature: Tensor) -> Covariances:
+        factor = self._factor(curvature)
+        solved = torch.linalg.solve_triangular(factor, self._features.mT, upper=False).mT
+
+        def of(users: Tensor, places: Tensor) -> Tensor:
+            chosen = solved[users[:, None], places]
+            return chosen @ chosen.mT
+
+        return of
 
     def _factor(self, curvature: Tensor) -> Tensor:
         inner = self._features.mT @ (curvature[..., None] * self._features)

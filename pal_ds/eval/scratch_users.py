@@ -44,7 +44,8 @@ def scratch_margins(
     fitted_rows, pair = np.unique(fit_rows[sure], return_inverse=True)
     labels = torch.from_numpy(table["label"][fitted_rows].astype(np.float32))
     signed = _differences(collator, fitted_rows) * labels[:, None]
-    owned = OwnedPairs(signed, pair, fit_owner[sure], num_users)
+    responses = np.stack([table[key][fitted_rows] for key in ("a", "b")], 1).astype(np.int64)
+    owned = OwnedPairs(signed, responses, pair, fit_owner[sure], num_users)
     fitted = fit_regressions(owned)
     scored_rows, scored = np.unique(test_rows, return_inverse=True)
     differences = _differences(collator, scored_rows)

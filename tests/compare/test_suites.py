@@ -206,3 +206,11 @@ def test_names(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         main(["compare", f"--out={tmp_path}", "--data.path=x"])
     assert "give --config SUITE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["dsp_five_users", "pal_ds/suites/dsp_five_users.yaml"])
+def test_a_suite_is_no_recipe(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["prepare", f"--config={ROOT / file if '/' in file else file}"])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "this is a suite" in said and "pal-ds compare --config" in said

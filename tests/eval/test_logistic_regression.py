@@ -1,4 +1,6 @@
-"""Regressions of many users against scipy's minimiser, pair by pair left out for real, and users who do not mix."""
+"""Regressions of many users against scipy's minimiser, comparisons left out for real, and users who do not mix."""
+
+from itertools import product
 
 import numpy as np
 import pytest
@@ -28,8 +30,11 @@ def owned(counts: tuple[int, ...] = COUNTS, seed: int = 0, scale: float = 1.0) -
     pair = draw.integers(0, 30, len(owner))
     right = draw.random(len(owner)) < expit(2 * (pool[pair] * taste[owner]).sum(1))
     differences = np.concatenate([pool, -pool])
+    # Of each pair of the pool the responses are its own.
+    responses = np.tile(np.arange(60).reshape(30, 2), (2, 1))
     return OwnedPairs(
         torch.from_numpy(scale * differences).float(),
+        responses,
         np.where(right, pair, pair + 30),
         owner,
         len(counts),
@@ -95,11 +100,53 @@ def test_left_out_margins_are_near_those_of_fits_without_the_pair() -> None:
             if count == 0:
                 continue
             features = features_of(pairs, user)
+            pair = pairs.pair[pairs.owner == user] % 30
             exact = [
-                features[i] @ reference(np.delete(features, i, 0), strength) for i in range(count)
+                features[i] @ reference(features[pair != pair[i]], strength) for i in range(count)
             ]
             near = fitted.left_out[torch.from_numpy(pairs.owner == user)].numpy()
             assert near == pytest.approx(np.asarray(exact), abs=bound * (1 + np.abs(exact).max()))
+
+
+def of_votes(num_users: int = 20, num_statements: int = 12, width: int = 24) -> OwnedPairs:
+    """Users who like or dislike statements by a coin, and compare each that they like with each that they do not."""
+    draw = np.random.default_rng(3)
+    statements = draw.standard_normal((num_statements, width))
+    responses, owner = [], []
+    for user in range(num_users):
+        likes = draw.permutation(num_statements) < num_statements // 2
+        for pair in product(np.flatnonzero(likes), np.flatnonzero(~likes)):
+            responses.append(pair)
+            owner.append(user)
+    liked, other = np.transpose(responses)
+    differences = torch.from_numpy(statements[liked] - statements[other]).float()
+    rows = np.arange(len(owner))
+    return OwnedPairs(differences, np.asarray(responses), rows, np.asarray(owner), num_users)
+
+
+def test_what_shares_a_response_is_left_out_with_a_pair() -> None:
+    pairs = of_votes(num_users=2, num_statements=7)
+    for strength, bound in ((3.0, 0.02), (0.3, 0.15)):
+        fitted = fit_regressions(pairs, (strength,))
+        for user in range(2):
+            features, responses = features_of(pairs, user), pairs.responses[pairs.owner == user]
+            exact = [
+                one @ reference(features[~np.isin(responses, both).any(1)], strength)
+                for one, both in zip(features, responses, strict=True)
+            ]
+            near = fitted.left_out[torch.from_numpy(pairs.owner == user)].numpy()
+            assert near == pytest.approx(np.asarray(exact), abs=bound * np.abs(exact).max())
+
+
+def test_a_taste_by_coin_is_not_taken_for_one() -> None:
+    """Pairs left out one by one are implied by others of the same responses: each user would take the weakest."""
+    pairs = of_votes()
+    alone = pairs._replace(responses=np.arange(2 * len(pairs.pair)).reshape(-1, 2))
+    assert (fit_regressions(alone).strength == logistic_regression.STRENGTHS[-1]).all()
+    strengths = fit_regressions(pairs).strength
+    # Half of the users seem to have a taste, by chance.
+    assert (strengths == logistic_regression.STRENGTHS[0]).double().mean() > 0.3
+    assert (strengths == logistic_regression.STRENGTHS[-1]).double().mean() < 0.1
 
 
 def test_the_strength_is_the_users_own_choice() -> None:
@@ -111,7 +158,8 @@ def test_the_strength_is_the_users_own_choice() -> None:
         mine = pairs.owner == user
         if count == 0:
             continue
-        alone = OwnedPairs(pairs.differences, pairs.pair[mine], np.zeros(count, np.int64), 1)
+        nobody_else = np.zeros(count, np.int64)
+        alone = OwnedPairs(pairs.differences, pairs.responses, pairs.pair[mine], nobody_else, 1)
         by_itself = fit_regressions(alone)
         index = torch.from_numpy(mine)
         assert by_itself.strength[0] == fitted.strength[user]

@@ -32,6 +32,10 @@ class Polis(Source):
         statements  a share of the statements, with all votes on them: the texts' side
     Passes are left out and counted, as statements without a text are.
 
+    A statement is known by its text, or by its number: then it is a vector of zeros with a one at its own place, and
+    a head learns of each statement from votes alone. That foretells votes on known statements better, as those who
+    like one of two similar texts need not like the other.
+
     Args:
         path: folder of a conversation, or of several.
         conversations: names of those to read, of several; none named: all of them.
@@ -39,6 +43,7 @@ class Polis(Source):
         dev_fraction: share of the votes, or of the statements, of the split `dev`.
         test_fraction: the same of `test`.
         pairs_per_participant: most comparisons of a participant in a split, drawn by (seed, participant, pair).
+        known_by: text or number; by number nothing is known of a held-out statement.
         seed: of what is held out and drawn.
     """
 
@@ -50,6 +55,7 @@ class Polis(Source):
     dev_fraction: float = 0.1
     test_fraction: float = 0.2
     pairs_per_participant: int = 100
+    known_by: Literal["text", "number"] = "text"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -59,6 +65,13 @@ class Polis(Source):
         if min(fractions) < 0 or sum(fractions) > 1:
             raise UserError(
                 f"polis: dev_fraction and test_fraction are {fractions}; both are 0 or more, 1 together"
+            )
+        if self.known_by not in ("text", "number"):
+            raise UserError(f"polis: known_by is '{self.known_by}'; it must be text or number")
+        if self.known_by == "number" and self.protocol == "statements":
+            raise UserError(
+                "polis: known_by: number knows nothing of a statement without votes, and protocol: statements holds "
+                "out all votes on a statement. Choose known_by: text, or protocol: votes."
             )
         if self.pairs_per_participant < 1:
             raise UserError(
@@ -74,6 +87,9 @@ class Polis(Source):
         files = [folder / name for folder in self._folders for name in (VOTES, STATEMENTS)]
         keys = ("protocol", "dev_fraction", "test_fraction", "pairs_per_participant", "seed")
         options = {key: getattr(self, key) for key in keys}
+        if self.known_by != "text":
+            # Data of before say nothing of it.
+            options["known_by"] = self.known_by
         return {"class": "Polis", "files": describe_files(check_files(files)), **options}
 
     @cached_property
@@ -96,35 +112,31 @@ class Polis(Source):
         return [folder for folder in folders if folder.name in (self.conversations or known)]
 
     def _rows(self) -> Iterator[tuple[str, Any]]:
-        """(place, (conversation, texts of its statements, row) or UserError) of each participant."""
-        for folder in self._folders:
-            texts = _texts_of(folder / STATEMENTS)
-            (file,) = check_files(folder / VOTES)
+        """(place, (conversation, row) or UserError) of each participant."""
+        for conversation in self._conversations:
+            (file,) = check_files(conversation.folder / VOTES)
             rows = CsvRows(file, ",")
             if "participant" not in rows.names:
                 raise UserError(f"{file}: has no column 'participant'; it is no {VOTES} of Polis")
             for where, row in rows:
-                yield where, row if isinstance(row, UserError) else (folder.name, texts, row)
+                yield where, row if isinstance(row, UserError) else (conversation, row)
+
+    @property
+    def _conversations(self) -> list["_Conversation"]:
+        """Those to read; places of statements go on from one to the next."""
+        conversations, texts = [], [_texts_of(folder / STATEMENTS) for folder in self._folders]
+        size, first = sum(map(len, texts)), 0
+        for folder, of_folder in zip(self._folders, texts, strict=True):
+            conversations.append(_Conversation(folder, of_folder, first, size))
+            first += len(of_folder)
+        return conversations
 
     def _comparisons(
-        self, where: str, voted: tuple[str, dict[str, str], dict[str, str | None]]
+        self, where: str, voted: tuple["_Conversation", dict[str, str | None]]
     ) -> Iterator[Record]:
-        conversation, texts, row = voted
-        user = f"{conversation}/{row['participant']}"
-        sides: dict[str, dict[str, list[str]]] = {
-            split: {AGREE: [], DISAGREE: []} for split in SPLITS
-        }
-        for statement, vote in row.items():
-            if not statement.isdigit() or vote is None:
-                continue
-            if vote not in (AGREE, DISAGREE, PASS):
-                raise UserError(
-                    f"{where}: the vote on statement {statement} is {vote!r}; it must be 1, -1 or 0"
-                )
-            if vote == PASS or statement not in texts:
-                self.dropped["pass" if vote == PASS else "no_text"] += 1
-                continue
-            sides[self._split_of(conversation, user, statement)][vote].append(statement)
+        conversation, row = voted
+        user = f"{conversation.name}/{row['participant']}"
+        sides = self._sides(where, conversation, user, row)
         for split, of_split in sides.items():
             pairs = [*product(of_split[AGREE], of_split[DISAGREE])]
             if len(pairs) > self.pairs_per_participant:
@@ -135,16 +147,33 @@ class Polis(Source):
             for liked, other in pairs[: self.pairs_per_participant]:
                 # In the order of their numbers: the place of a response says nothing.
                 is_first = int(liked) < int(other)
-                responses = (
-                    (texts[liked], texts[other]) if is_first else (texts[other], texts[liked])
-                )
+                both = (liked, other) if is_first else (other, liked)
                 yield Record(
                     user_id=user,
                     label=-1 if is_first else 1,
-                    prompt=" ".join(conversation.replace(".", " ").replace("-", " ").split()),
-                    responses=responses,
                     split=split,
+                    **conversation.shown(both, self.known_by),
                 )
+
+    def _sides(
+        self, where: str, conversation: "_Conversation", user: str, row: dict[str, str | None]
+    ) -> dict[str, dict[str, list[str]]]:
+        """Statements by split and vote. Raises UserError for a vote of another kind."""
+        sides: dict[str, dict[str, list[str]]] = {
+            split: {AGREE: [], DISAGREE: []} for split in SPLITS
+        }
+        for statement, vote in row.items():
+            if not statement.isdigit() or vote is None:
+                continue
+            if vote not in (AGREE, DISAGREE, PASS):
+                raise UserError(
+                    f"{where}: the vote on statement {statement} is {vote!r}; it must be 1, -1 or 0"
+                )
+            if vote == PASS or statement not in conversation.texts:
+                self.dropped["pass" if vote == PASS else "no_text"] += 1
+                continue
+            sides[self._split_of(conversation.name, user, statement)][vote].append(statement)
+        return sides
 
     def _split_of(self, conversation: str, user: str, statement: str) -> str:
         whose = user if self.protocol == "votes" else conversation
@@ -152,6 +181,42 @@ class Polis(Source):
         return SPLITS[
             (place >= self.test_fraction) + (place >= self.test_fraction + self.dev_fraction)
         ]
+
+
+@dataclass(frozen=True)
+class _Conversation:
+    """A conversation's statements, and how records show them."""
+
+    folder: Path
+    texts: dict[str, str]
+    """Text of each statement by its number."""
+    first: int
+    """Place of its first statement among those of all conversations."""
+    size: int
+    """Number of statements of all conversations."""
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    def shown(self, statements: tuple[str, str], known_by: Literal["text", "number"]) -> dict:
+        """Fields of a record of two statements: prompt and responses, as texts or as vectors."""
+        if known_by == "text":
+            prompt = " ".join(self.name.replace(".", " ").replace("-", " ").split())
+            return {"prompt": prompt, "responses": tuple(self.texts[each] for each in statements)}
+        places = (self._place[each] for each in statements)
+        vectors = tuple(self._ones(place, place + 1) for place in places)
+        prompt = self._ones(self.first, self.first + len(self.texts))
+        return {"prompt_features": prompt, "response_features": vectors}
+
+    @cached_property
+    def _place(self) -> dict[str, int]:
+        in_order = sorted(self.texts, key=lambda number: (len(number), number))
+        return {number: self.first + place for place, number in enumerate(in_order)}
+
+    def _ones(self, begin: int, end: int) -> tuple[float, ...]:
+        """1 from `begin` up to `end`, and 0 elsewhere."""
+        return (0.0,) * begin + (1.0,) * (end - begin) + (0.0,) * (self.size - end)
 
 
 def _texts_of(path: Path) -> dict[str, str]:

@@ -118,6 +118,30 @@ def test_votes(tmp_path: Path) -> None:
     assert len([*few.records()]) == 1 and few.dropped["beyond_pairs_per_participant"] == 1
 
 
+def test_statements_known_by_number(tmp_path: Path) -> None:
+    """The same comparisons as by text: a statement is one at its place among those of all conversations."""
+    write_conversation(tmp_path / "rain", {"7": "-1,1"}, 2)
+    write_conversation(tmp_path / "tea", {"7": "1,-1,0,1,,"}, 6)
+    sources = [
+        Polis(str(tmp_path), dev_fraction=0, test_fraction=0, known_by=known_by)
+        for known_by in ("text", "number")
+    ]
+    by_text, by_number = ([*source.records()] for source in sources)
+    assert len(by_number) == 3
+    for text, number in zip(by_text, by_number, strict=True):
+        assert (text.user_id, text.label, text.split) == (
+            number.user_id,
+            number.label,
+            number.split,
+        )
+    vectors = [np.asarray(record.response_features) for record in by_number]
+    assert [pair.argmax(1).tolist() for pair in vectors] == [[0, 1], [2, 3], [3, 5]]
+    assert all(pair.shape == (2, 8) and pair.sum() == 2 for pair in vectors)
+    prompts = {record.prompt_features for record in by_number}
+    assert prompts == {(1.0,) * 2 + (0.0,) * 6, (0.0,) * 2 + (1.0,) * 6}
+    assert "known_by" not in sources[0].describe() and sources[1].describe()["known_by"] == "number"
+
+
 @pytest.mark.parametrize("protocol", ["votes", "statements"])
 def test_what_is_held_out_is_not_trained_on(tmp_path: Path, protocol: str) -> None:
     draw = np.random.default_rng(0)
@@ -155,6 +179,8 @@ def test_a_split_by_record_needs_one(tmp_path: Path) -> None:
         ({"protocol": "people"}, "must be votes or statements"),
         ({"test_fraction": 0.95}, "1 together"),
         ({"pairs_per_participant": 0}, "must be 1 or more"),
+        ({"known_by": "heart"}, "must be text or number"),
+        ({"known_by": "number", "protocol": "statements"}, "Choose known_by: text, or protocol"),
     ],
 )
 def test_impossible_protocols(tmp_path: Path, keys: dict, reason: str) -> None:
