@@ -271,7 +271,7 @@ def test_the_files_work_copied_flat_without_jaxtyping(tmp_path, monkeypatch) -> 
         file = Path(inspect.getfile(head_class)).stem
         module = importlib.import_module(f"flat_export.{file}")
         base = importlib.import_module("flat_export.base")
-        copy, original = getattr(module, name)(H), head_class(H)
+        copy, original = getattr(module, name)(H).eval(), head_class(H).eval()
         copy.load_state_dict(original.state_dict())
         user = _user(original)
         reward = copy.reward(base.Features(*_features()), base.UserState(*user))
