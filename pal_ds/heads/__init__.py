@@ -23,6 +23,7 @@ HEADS: dict[str, type[Head]] = {
         Vpl,
         Spl,
         Mrm,
+        Vrf,
         MeanVariance,
         Categorical,
         PerDomain,

@@ -175,7 +175,7 @@ class _TwinEncoder(nn.Module):
         rejected: Float[Tensor, "B N H"],
         length: Int[Tensor, "B"],
     ) -> _Base:
-        """Of the first `length` comparisons; zeros, as the prior has them, where there are none."""
+        """Distributions and steers of the first `length` comparisons; zeros where there are none, as the prior has."""
         there = torch.arange(preferred.shape[1], device=length.device) < length.unsqueeze(-1)
         dtype = self.query.weight.dtype
         first, second = self.code(preferred.to(dtype)), self.code(rejected.to(dtype))
