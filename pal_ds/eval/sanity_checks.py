@@ -99,7 +99,8 @@ def no_unit_in_use(active_units: float | None) -> list[str]:
         return []
     return [
         "no latent unit varies over users, so all of them get the same rewards: the head has collapsed to one taste. "
-        "Lower its kl_weight, train for longer, or take symmetry: odd and reward_form: bilinear"
+        "Train for longer or at a higher rate, lower its kl_weight, raise swap_guidance where it has one, or take "
+        "symmetry: odd and reward_form: bilinear"
     ]
 
 

@@ -5,14 +5,29 @@ from .bradley_terry import BradleyTerry
 from .categorical import Categorical
 from .lore import Lore
 from .mean_variance import MeanVariance
+from .mrm import Mrm
 from .pal_a import PalA
 from .pal_b import PalB
 from .per_domain import PerDomain
+from .spl import Spl
 from .vpl import Vpl
+from .vrf import Vrf
 
 HEADS: dict[str, type[Head]] = {
     head.__name__: head
-    for head in (PalA, PalB, BradleyTerry, Lore, Vpl, MeanVariance, Categorical, PerDomain)
+    for head in (
+        PalA,
+        PalB,
+        BradleyTerry,
+        Lore,
+        Vpl,
+        Spl,
+        Mrm,
+        Vrf,
+        MeanVariance,
+        Categorical,
+        PerDomain,
+    )
 }
 
 __all__ = [
@@ -24,9 +39,12 @@ __all__ = [
     "HeadOutput",
     "Lore",
     "MeanVariance",
+    "Mrm",
     "PalA",
     "PalB",
     "PerDomain",
+    "Spl",
     "UserState",
     "Vpl",
+    "Vrf",
 ]

@@ -61,11 +61,28 @@ class ContextEncoder(nn.Module):
         there: Bool[Tensor, "B N"],
     ) -> tuple[Float[Tensor, "B L"], Float[Tensor, "B L"]]:
         h = self.pair(torch.cat([first, second], dim=-1).to(self.query.weight.dtype))
-        weight = (self.query(h) @ self.key(h).mT).float() / math.sqrt(h.shape[-1])
-        # Finite, so that a user without any comparison has no NaN in the gradient either.
-        weight = weight.masked_fill(~there.unsqueeze(1), torch.finfo(torch.float32).min)
-        seen = torch.softmax(weight, dim=-1) @ self.value(h).float()
-        count = there.sum(1, keepdim=True).clamp(min=1)
-        mean = (seen * there.unsqueeze(-1)).sum(1) / count
+        mean = attend(h, there, (self.query, self.key, self.value))
         mu, logvar = self.moments(mean.to(h.dtype)).float().chunk(2, dim=-1)
         return mu, logvar
+
+
+def attend(
+    h: Float[Tensor, "B N L"],
+    there: Bool[Tensor, "B N"],
+    maps: tuple[nn.Module, nn.Module, nn.Module],
+) -> Float[Tensor, "B L"]:
+    """mean_n softmax(Q h K h^T / sqrt(L)) V h over the N that are there, fp32; 0 where none is. Maps are Q, K, V."""
+    query, key, value = maps
+    weight = (query(h) @ key(h).mT).float() / math.sqrt(h.shape[-1])
+    # Finite, so that a user without any comparison has no NaN in the gradient either.
+    weight = weight.masked_fill(~there.unsqueeze(1), torch.finfo(torch.float32).min)
+    seen = torch.softmax(weight, dim=-1) @ value(h).float()
+    return mean_of_those_there(seen, there)
+
+
+def mean_of_those_there(
+    values: Float[Tensor, "B N L"], there: Bool[Tensor, "B N"]
+) -> Float[Tensor, "B L"]:
+    """Mean over the N that are there; 0 where none is."""
+    count = there.sum(1, keepdim=True).clamp(min=1)
+    return (values * there.unsqueeze(-1)).sum(1) / count

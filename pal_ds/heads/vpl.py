@@ -16,11 +16,9 @@ from .checks import check_choice, check_not_negative, check_positive
 from .context_encoder import ContextEncoder, ContextSymmetry
 from .geometry import take
 from .jaxtyping_fallback import Float
+from .latent_user import KlSchedule, context_ends, given_point, kl_share, reads_points
 
 RewardForm = Literal["bilinear", "mlp"]
-KlSchedule = Literal["constant", "linear", "cosine"]
-COSINE_BASE = 0.1
-"""Start value of the cyclic cosine, as published."""
 
 
 @final
@@ -93,32 +91,31 @@ class Vpl(Head):
 
     def mixture_weights(self, user: UserState) -> Float[Tensor, "B K"]:
         """The point given, or kept in a table in place of logits."""
-        given = user.mixture if user.mixture is not None else user.logits
-        if given is None:
-            raise ValueError("this head needs a user: pass a point, or a context to `encode`.")
-        return given.float()
+        return given_point(user)
 
     def encode(self, features: Features, user: UserState) -> Float[Tensor, "B K"]:
         """mu of each context, fp32; 0 for an empty one."""
-        return self.encoder(*self._pairs(features, user))[0]
+        return self.encoder(*context_ends(features, user))[0]
 
     def reward(self, features: Features, user: UserState) -> Float[Tensor, "B r T"]:
         """Compute rewards for the given points, or for those of the given contexts; fp32."""
-        given = user.mixture is not None or user.logits is not None
-        point = self.mixture_weights(user) if given else self.encode(features, user)
+        known = reads_points(user)
+        point = given_point(user) if known else self.encode(features, user)
         return self._reward(features, point)
 
     def compare(self, features: Features, user: UserState) -> HeadOutput:
         """Compare as `Head.compare` does; with a context also the divergence as the penalty and mu as the point."""
         if user.context is None or user.mixture is not None:
             return super().compare(features, user)
-        pairs = self._pairs(features, user)
+        pairs = context_ends(features, user)
         mu, logvar = self.encoder(*pairs)
         noise = user.normal if self.training else None
         z = mu if noise is None else mu + torch.exp(logvar / 2) * noise.float()
         reward = self._reward(features, z)
         divergence = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(-1)
-        penalty = self.kl_weight * self._kl_share(user.update) * divergence
+        penalty = (
+            self.kl_weight * kl_share(self.kl_schedule, self.kl_period, user.update) * divergence
+        )
         if self.swap_guidance:
             penalty = penalty + self.swap_guidance * self._swap_guide(pairs, mu, logvar)
         return HeadOutput(reward, reward[:, 1] - reward[:, 0], penalty, None, mu)
@@ -134,26 +131,6 @@ class Vpl(Head):
         mapped = take(self.of_response(response).float(), index)
         latent = self.of_latent(point.to(response.dtype)).float()
         return self.rest((mapped + latent[:, None, None]).to(response.dtype))[..., 0].float()
-
-    def _pairs(self, features: Features, user: UserState) -> tuple[Tensor, Tensor, Tensor]:
-        """(preferred [B, N, H], rejected, how many of the N count [B]), at the end of each response."""
-        if user.context is None or user.context_length is None:
-            raise ValueError("Vpl reads other comparisons of the user: the user state has none.")
-        ends = features.response[:, -1]
-        return (
-            take(ends, user.context[..., 0]),
-            take(ends, user.context[..., 1]),
-            user.context_length,
-        )
-
-    def _kl_share(self, update: int | None) -> float:
-        """s(t); 1 outside training."""
-        if update is None or self.kl_schedule == "constant":
-            return 1.0
-        if self.kl_schedule == "linear":
-            return min(1.0, update / self.kl_period)
-        turn = update % self.kl_period / self.kl_period
-        return COSINE_BASE + (1 - COSINE_BASE) * (1 + math.cos(math.pi * (turn - 1))) / 2
 
     def _swap_guide(
         self, pairs: tuple[Tensor, Tensor, Tensor], mu: Tensor, logvar: Tensor

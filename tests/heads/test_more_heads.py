@@ -1,12 +1,14 @@
 """The heads beyond PAL against fp64 loops written from their formulas: rewards, margins, penalties and gradients."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
 from pal_ds.heads import Categorical, Features, Head, Lore, MeanVariance, PerDomain, UserState, Vpl
+from pal_ds.heads.latent_user import kl_share
 from pal_ds.losses import PreferenceLoss
 
 H, T, NUM_PAIRS, L = 5, 3, 4, 3
@@ -192,10 +194,10 @@ def test_vpl(symmetry: str, reward_form: str) -> None:
 
 def test_schedules_of_the_divergence() -> None:
     """By the number of the update, hence the same after a resume and however an update is split."""
-    linear, cosine = (Vpl(H, kl_schedule=s, kl_period=10) for s in ("linear", "cosine"))
-    assert [linear._kl_share(u) for u in (0, 5, 10, 99)] == [0, 0.5, 1, 1]
-    assert [round(cosine._kl_share(u), 6) for u in (0, 5, 10, 15)] == [0.1, 0.55, 0.1, 0.55]
-    assert linear._kl_share(None) == cosine._kl_share(None) == Vpl(H)._kl_share(0) == 1
+    linear, cosine = (partial(kl_share, schedule, 10) for schedule in ("linear", "cosine"))
+    assert [linear(u) for u in (0, 5, 10, 99)] == [0, 0.5, 1, 1]
+    assert [round(cosine(u), 6) for u in (0, 5, 10, 15)] == [0.1, 0.55, 0.1, 0.55]
+    assert linear(None) == cosine(None) == kl_share("constant", 10, 0) == 1
 
 
 def test_a_context_has_no_order_and_turns_around_when_swapped() -> None:

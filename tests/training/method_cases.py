@@ -29,6 +29,12 @@ METHODS: dict[str, dict[str, Any]] = {
         },
         "users": {"generic_fraction": 0.5},
     },
+    "spl": {"head": {"class_path": "Spl"}},
+    "mrm": {"head": {"class_path": "Mrm", "init_args": {"num_prototypes": 3}}},
+    "vrf": {
+        "head": {"class_path": "Vrf", "init_args": {"latent_dim": 4, "width": 32}},
+        "optim": {"learning_rate": 3e-2, "epsilon": 1e-4},
+    },
     "lore": {
         "head": {"class_path": "Lore", "init_args": {"num_prototypes": 3}},
         "users": {"generic_fraction": 0.5},

@@ -29,7 +29,8 @@ from tests.warm import WarmParent
 
 CASES = "tests.training.method_cases:"
 ALONE = World(0, 1, torch.device("cpu"))
-PERSONAL = ("vpl", "lore", "per_domain")
+ENCODED = ("vpl", "spl", "mrm", "vrf")
+PERSONAL = (*ENCODED, "lore", "per_domain")
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def test_evaluation_finds_what_training_found(
     )
 
 
-@pytest.mark.parametrize("method", ["vpl", "lore"])
+@pytest.mark.parametrize("method", [*ENCODED, "lore"])
 def test_new_users_join_from_comparisons(
     warm: WarmParent, trained: dict[str, Any], place: Path, method: str
 ) -> None:
@@ -167,19 +168,20 @@ def test_a_group_has_a_model_of_its_own(
         choose_audience(lore, UserTable(3, ["a"]), group="brief")
 
 
+@pytest.mark.parametrize("method", ENCODED)
 def test_contexts_are_flipped_of_users_who_have_them(
-    trained: dict[str, Any], place: Path, tmp_path: Path
+    trained: dict[str, Any], place: Path, tmp_path: Path, method: str
 ) -> None:
     """Whoever else is scored beside them: an adapted user's point is not made again."""
-    UserTable(8, ["x", "y"]).save(tmp_path / "users")
+    run = RunDirectory(place / f"{method}_1")
+    width = restore(run).model.head.num_prototypes
+    UserTable(width, ["x", "y"]).save(tmp_path / "users")
     own, new = ((place / f"{name}.jsonl").read_text() for name in ("pairs", "new"))
     found = {}
     for name, text, users in (("own", own, None), ("both", own + new, tmp_path / "users")):
         file = tmp_path / f"{name}.jsonl"
         file.write_text(text)
-        found[name] = evaluate_run(
-            RunDirectory(place / "vpl_1"), ALONE, users=users, request=file_request(file)
-        )
+        found[name] = evaluate_run(run, ALONE, users=users, request=file_request(file))
     assert found["both"]["pairs"] == found["own"]["pairs"] + 16
     assert found["both"]["context_flip"]["all"] == found["own"]["context_flip"]["all"] > 0.5
 
