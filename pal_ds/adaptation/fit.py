@@ -119,7 +119,7 @@ def fit_users(
     for users, chunk in chunks_of(model, collator, pairs):
         starts = logits if initial is None or "logits" not in model.head.needs else initial
         begins = starts[users].to(device)
-        fitted = _fit_chunk(chunk, loss, prior, solver, begins)
+        fitted = fit_chunk(chunk, loss, prior, solver, begins)
         logits[users] = fitted.logits.cpu()
         if log_reliability is not None and fitted.log_reliability is not None:
             log_reliability[users] = fitted.log_reliability.cpu()
@@ -219,14 +219,14 @@ class Chunk(NamedTuple):
         return self.head(self.features, user).margin
 
 
-def _fit_chunk(
+def fit_chunk(
     chunk: Chunk,
     loss: PreferenceLoss,
     prior: UserPrior,
     solver: Solver,
     begins: Float[Tensor, "U K"],
 ) -> FittedUsers:
-    """Logits as they begin, where the head reads none."""
+    """Fit the users of a chunk, on its device; their logits as they begin, where the head reads none."""
     variance, reads_logits = prior.reliability_variance, "logits" in chunk.head.needs
     logits, r = begins, None
     for _ in range(1 if variance is None or not reads_logits else NUM_TURNS):

@@ -30,7 +30,7 @@ from pal_ds.users.ids import POPULATION_USER, named
 logger = logging.getLogger(__name__)
 
 FOLDER = "fitting"
-_VERSION = 2
+_VERSION = 3
 PAIRS_PER_SHARD = 2**14
 """Number of pairs that are lost at most when a fit is cut off."""
 POSITIONS_PER_SHARD = 2**18
@@ -114,6 +114,10 @@ class FittedShard(NamedTuple):
     covariance: Float[Tensor, "U c c"]
     """Covariance of each user's point (c is K), see `posterior.py`; c is 0 where nothing gives users a posterior."""
     margin_std: Float[Tensor, "U"]
+    margin_std_before: Float[Tensor, "U"]
+    """See `user_posteriors.UserPosteriors`; 0 where nothing gives users one."""
+    num_right_left_out: Float[Tensor, "n"]
+    """Pairs that fits without them explain, see `left_out.py`; empty where none were made."""
     log_reliability: Float[Tensor, "n"] = torch.zeros(0)
     """r_u of each user; empty where the run's users have none."""
 

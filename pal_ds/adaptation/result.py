@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NotRequired, TypedDict, cast
 
@@ -23,6 +24,26 @@ REPORT = "report.json"
 """The last file that is written."""
 
 
+AT_BORDER = 0.99
+"""Weight of one prototype from which on a user lies at the border of the simplex."""
+UNMOVED = 0.9
+"""Share of the margins' standard deviation that is left, from which on comparisons said next to nothing of a user."""
+_WORSE = (
+    "%d of %d users are served worse by their fit than by the population's point, on their own pairs, or on those "
+    "left out of the fit in turn (%s; `accuracy_before` and `accuracy_left_out` in the report): their pairs contradict "
+    "each other or are too few, or they are unlike all of the run's users, whom mixtures do not reach (head.mixture "
+    "signed or free does)"
+)
+_AT_BORDER = (
+    "%d of %d users are one prototype and nothing else (%s): more of that is out of a mixture's reach. Weights of any "
+    "sign (head.mixture signed or free) are not held there"
+)
+_UNMOVED = (
+    "%d of %d users are known hardly better than before (%s; `margin_std` and `margin_std_before` in the report): "
+    "their comparisons say next to nothing of them. `pal-ds ask` chooses some that do"
+)
+
+
 class AdaptedUser(TypedDict):
     """A user's entry in OUT/report.json."""
 
@@ -31,12 +52,16 @@ class AdaptedUser(TypedDict):
     """Share of the pairs that the fit explains; optimistic, since it was fitted to them."""
     accuracy_before: NotRequired[float]
     """The same share for the population's point, which the user got before; missing from fits of an earlier version."""
+    accuracy_left_out: NotRequired[float]
+    """The same share for fits to the user's other pairs, see `left_out.py`; missing where none were made."""
     mixture: list[float]
     """The user's point: K weights that sum to 1, or what else the head's users are."""
     reliability: NotRequired[float]
     """The factor of the user's margins, where the run's users have one."""
     margin_std: NotRequired[float | None]
     """Mean over these pairs of the standard deviation of the margin, in the margin's units: how sure the fit is."""
+    margin_std_before: NotRequired[float | None]
+    """The same before any comparison."""
 
 
 class AdaptFigures(TypedDict):
@@ -105,14 +130,15 @@ def figures_of_fit(restored: OpenRun, table: UserTable, shards: list[FittedShard
             table.ids, num_pairs.tolist(), accuracy, before.tolist(), mixtures, strict=True
         )
     }
-    _warn_of_worse(users)
     if table.has_reliability:
         for entry, factor in zip(users.values(), table.log_reliability.exp().tolist(), strict=True):
             entry["reliability"] = factor
     if all(shard.covariance.shape[1] for shard in shards):
-        margin_std = torch.cat([shard.margin_std for shard in shards]).tolist()
-        for entry, std in zip(users.values(), margin_std, strict=True):
-            entry["margin_std"] = std if math.isfinite(std) else None
+        _add_posterior(users, shards)
+    left_out = torch.cat([shard.num_right_left_out for shard in shards]).tolist()
+    for entry, right in zip(users.values(), left_out, strict=False):
+        entry["accuracy_left_out"] = right / entry["pairs"]
+    warn_of_fits(users)
     total = int(num_pairs.sum())
     return {
         "step": restored.step,
@@ -122,19 +148,29 @@ def figures_of_fit(restored: OpenRun, table: UserTable, shards: list[FittedShard
     }
 
 
-def _warn_of_worse(users: dict[str, AdaptedUser]) -> None:
-    """Warn of users whose own comparisons the fit explains less well than what they got before it."""
-    worse = [
-        name
-        for name, entry in users.items()
-        if entry["accuracy_on_these_pairs"] < entry.get("accuracy_before", 0.0)
-    ]
-    if worse:
-        logger.warning(
-            "%d of %d users are served worse by their fit than by the population's point, on the very pairs that they "
-            "were fitted to (%s; `accuracy_before` in the report): their pairs contradict each other, or they are "
-            "unlike all of the run's users, whom mixtures do not reach (head.mixture signed or free does)",
-            len(worse),
-            len(users),
-            named(worse),
-        )
+def _add_posterior(users: dict[str, AdaptedUser], shards: list[FittedShard]) -> None:
+    """Say of each user how sure the fit is, and how sure one was before it."""
+    columns = (
+        torch.cat([getattr(shard, name) for shard in shards]).tolist()
+        for name in ("margin_std", "margin_std_before")
+    )
+    for entry, std, before in zip(users.values(), *columns, strict=True):
+        entry["margin_std"] = std if math.isfinite(std) else None
+        entry["margin_std_before"] = before if math.isfinite(before) else None
+
+
+def warn_of_fits(users: Mapping[str, AdaptedUser]) -> None:
+    """Warn of users whom the fit serves worse than what they got before, at the border, or of whom it knows no more."""
+    worse, at_border, unmoved = [], [], []
+    for name, entry in users.items():
+        shown = entry.get("accuracy_left_out", entry["accuracy_on_these_pairs"])
+        if min(shown, entry["accuracy_on_these_pairs"]) < entry.get("accuracy_before", 0.0):
+            worse.append(name)
+        if len(entry["mixture"]) > 1 and max(entry["mixture"]) > AT_BORDER:
+            at_border.append(name)
+        before, after = entry.get("margin_std_before"), entry.get("margin_std")
+        if before and after and after > UNMOVED * before:
+            unmoved.append(name)
+    for names, text in ((worse, _WORSE), (at_border, _AT_BORDER), (unmoved, _UNMOVED)):
+        if names:
+            logger.warning(text, len(names), len(users), named(names))

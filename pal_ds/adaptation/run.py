@@ -18,6 +18,7 @@ from pal_ds.adaptation.fit import (
     pairs_per_chunk,
     refuse_solver,
 )
+from pal_ds.adaptation.left_out import right_where_left_out
 from pal_ds.adaptation.new_users import (
     FittedShard,
     NewUsers,
@@ -35,7 +36,11 @@ from pal_ds.adaptation.result import (
     refuse_foreign,
 )
 from pal_ds.adaptation.run_users import prior_of
-from pal_ds.adaptation.user_posteriors import posterior_of_users, why_no_posterior
+from pal_ds.adaptation.user_posteriors import (
+    UserPosteriors,
+    posterior_of_users,
+    why_no_posterior,
+)
 from pal_ds.data.sources.base import Source
 from pal_ds.data.tables import PreparedData, preferences
 from pal_ds.distributed.world import World
@@ -80,7 +85,7 @@ class AdaptOptions:
     seed: int = 0
     solver: Solver = "auto"
     posterior: bool = True
-    """Write the posterior of each user's point, where comparisons have a likelihood."""
+    """Write the posterior of each user's point, where there is one, and what fits explain of pairs left out."""
     trust_checkpoint: bool = False
     """Read runs of another owner."""
     trust_code: bool = False
@@ -151,7 +156,8 @@ def _adapt(run: RunDirectory, out: Path, options: AdaptOptions) -> AdaptReport:
                 "how sure the fit is of each user is not written (`score --std`, `ask`): %s", reason
             )
         sure = options.posterior and reason is None
-        fitting = Fitting(restored, data, users, table.logits, solver, world, sure)
+        left_out = options.posterior and "context" not in head.needs
+        fitting = Fitting(restored, data, users, table.logits, solver, world, sure, left_out)
         shards = fitting.all_shards(folder, positions)
     table.logits.copy_(torch.cat([shard.logits for shard in shards]))
     if table.has_reliability:
@@ -197,6 +203,7 @@ class Fitting:
     solver: Solver
     world: World
     has_posterior: bool
+    wants_left_out: bool
 
     def all_shards(self, folder: ShardFolder, positions: np.ndarray) -> list[FittedShard]:
         """Every shard: read where an earlier start left it, else fitted and written."""
@@ -255,10 +262,9 @@ class Fitting:
         owner = collator.user_rows(rows)
         loss, device = self.restored.config.loss, self.world.device
         pairs = UserPairs(rows, owner, end - begin)
+        where = reader.model, collator, pairs
         fitted = fit_users(
-            reader.model,
-            collator,
-            pairs,
+            *where,
             loss=loss,
             prior=prior,
             solver=self.solver,
@@ -273,19 +279,20 @@ class Fitting:
         points = mixtures, self._population.to(device).expand_as(mixtures)
         right, right_before = (correctness(forwards.margins(rows, p), labels) for p in points)
         size = end - begin
-        covariance, margin_std = torch.zeros(size, 0, 0), torch.zeros(size)
+        sure = UserPosteriors(torch.zeros(size, 0, 0), *torch.zeros(2, size))
         if self.has_posterior:
             assert isinstance(prior, LogitPrior), "directions of users' own have no posterior yet"
-            covariance, margin_std = posterior_of_users(
-                reader.model, collator, pairs, fitted, loss=loss, prior=prior
-            )
+            sure = posterior_of_users(*where, fitted, loss=loss, prior=prior)
+        left_out = np.zeros(0)
+        if self.wants_left_out:
+            left_out = right_where_left_out(*where, loss=loss, prior=prior, solver=self.solver)
         r = fitted.log_reliability
         return FittedShard(
             fitted.logits,
             torch.from_numpy(np.bincount(owner, minlength=size)),
             torch.from_numpy(np.bincount(owner, weights=right, minlength=size)),
             torch.from_numpy(np.bincount(owner, weights=right_before, minlength=size)),
-            covariance,
-            margin_std,
+            *sure,
+            torch.from_numpy(left_out),
             torch.zeros(0) if r is None else r,
         )

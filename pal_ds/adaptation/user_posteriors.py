@@ -10,7 +10,13 @@ from pal_ds.adaptation.fit import Chunk, FittedUsers, UserPairs, chunks_of
 from pal_ds.adaptation.gradient import losses_of, margins_of
 from pal_ds.adaptation.likelihoods import ByLosses, ByStatistics
 from pal_ds.adaptation.objective import shape_of
-from pal_ds.adaptation.posterior import Posterior, Simplex, posterior_of, users_at_once
+from pal_ds.adaptation.posterior import (
+    Coordinates,
+    Posterior,
+    Simplex,
+    posterior_of,
+    users_at_once,
+)
 from pal_ds.adaptation.prior import LogitPrior
 from pal_ds.data.collator import Collator
 from pal_ds.distributed import phase
@@ -29,6 +35,8 @@ class UserPosteriors(NamedTuple):
     """See `posterior.Posterior`."""
     margin_std: Float[Tensor, "U"]
     """Mean standard deviation of the margins of a user's own comparisons; 0 for one without."""
+    margin_std_before: Float[Tensor, "U"]
+    """The same under the prior, for somebody of whom nothing is known."""
 
 
 def why_no_posterior(head: Head, loss: PreferenceLoss) -> str | None:
@@ -69,7 +77,7 @@ def posterior_of_users(
     coordinates = Simplex(model.head.temperature)
     unknown = posterior_of(_Nothing(), prior.mean[None], prior, coordinates).covariance
     covariance = unknown.cpu().repeat(pairs.num_users, 1, 1)
-    margin_std = torch.zeros(pairs.num_users)
+    margin_std, std_before = torch.zeros(2, pairs.num_users)
     for users, chunk in chunks_of(model, collator, pairs):
         own, r = fitted.logits[users].to(device), fitted.log_reliability
         comparisons = chunk.comparisons(None if r is None else r[users].to(device))
@@ -85,10 +93,11 @@ def posterior_of_users(
             ):
                 of_chunk[some] = of_some.covariance
         covariance[users] = of_chunk.cpu()
-        spread = _margin_std(chunk, statistics, coordinates.point(own), of_chunk)
-        factor = comparisons.factor
-        margin_std[users] = (spread if factor is None else factor * spread).cpu()
-    return UserPosteriors(covariance, margin_std)
+        typical = prior.mean.expand_as(own), unknown.expand_as(of_chunk)
+        for place, of_whom in ((margin_std, (own, of_chunk)), (std_before, typical)):
+            std = _margin_std(chunk, statistics, comparisons, *of_whom, coordinates)
+            place[users] = std.cpu()
+    return UserPosteriors(covariance, margin_std, std_before)
 
 
 class _Nothing:
@@ -145,11 +154,13 @@ def posteriors_by_statistics(
 def _margin_std(
     chunk: Chunk,
     statistics: MixtureStatistics | None,
-    point: Float[Tensor, "U K"],
+    comparisons: UserComparisons,
+    fitted: Float[Tensor, "U K"],
     covariance: Float[Tensor, "U K K"],
+    coordinates: Coordinates,
 ) -> Float[Tensor, "U"]:
     """Mean over a user's comparisons of the standard deviation of the margin that decides each."""
-    owner, end = chunk.owner, chunk.batch.window_end
+    owner, end, point = chunk.owner, chunk.batch.window_end, coordinates.point(fitted)
 
     def margin(points: Float[Tensor, "U K"]) -> Float[Tensor, "B"]:
         if statistics is None:
@@ -163,4 +174,5 @@ def _margin_std(
         up, down = (margin(point + reach * axis) for reach in (REACH, -REACH))
         variance += ((up - down) / (2 * REACH)).square()
     total = variance.sqrt().new_zeros(len(point)).index_add(0, owner, variance.sqrt())
-    return total / torch.bincount(owner, minlength=len(point))
+    mean = total / torch.bincount(owner, minlength=len(point))
+    return mean if comparisons.factor is None else comparisons.factor * mean

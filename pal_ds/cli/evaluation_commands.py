@@ -165,7 +165,11 @@ class Adapt:
         add("--num_pairs", type=int, help="comparisons to keep per user; unset keeps all")
         add("--seed", type=int, default=0, help="of the draw of comparisons")
         add("--solver", **SOLVER)
-        add("--no_posterior", action="store_true", help="leave out how sure each user's fit is")
+        add(
+            "--no_posterior",
+            action="store_true",
+            help="skip how sure each fit is, and how well it does on pairs left out",
+        )
         add("--out", type=str, required=True, help="directory for the user table and its report")
 
     @staticmethod

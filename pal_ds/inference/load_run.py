@@ -35,6 +35,7 @@ from pal_ds.modeling.build import Parts, assemble, base_weights_of, load_backbon
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.tie_models import TieThreshold
 from pal_ds.users import UserTable
+from pal_ds.users.row_prior import RELIABILITY_STD
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,10 @@ class OpenRun:
     @property
     def reliability_variance(self) -> float | None:
         """Variance of the log of users' reliability under the run's prior; None where users have none."""
-        prior = self.manifest.get("users_prior")
-        return None if prior is None else prior.get("reliability_variance")
+        if not self.users.has_reliability:
+            return None
+        fixed, learnt = RELIABILITY_STD**2, self.manifest.get("users_prior")
+        return fixed if learnt is None else learnt.get("reliability_variance", fixed)
 
     def fitted_to(self, head: Head) -> FittedTo:
         """The record of users who are fitted to this run; `head` is its own, with the trained weights."""

@@ -98,14 +98,7 @@ def with_mixtures(source: MixtureSource, collator: Collator, rows: np.ndarray) -
     places[user_codes] = np.searchsorted(known, collator.user_rows(rows))
     places[user_codes[collator.user_rows(rows) < 0]] = -1
     numbered = replace(collator, table_rows=places)
-    log_reliability = None
-    if users.has_reliability:
-        own = _values_of(users, torch.from_numpy(known))[:, -1]
-        generic = torch.tensor(
-            [collator.generic_row] if collator.generic_row >= 0 else [], dtype=torch.int64
-        )
-        of_generic = _values_of(users, generic)[:, -1]
-        log_reliability = torch.cat([own, of_generic if len(generic) else own.new_zeros(1)])
+    log_reliability = _log_reliability_of_rows(users, known, collator.generic_row)
     if by_group:
         return ScoredUsers(numbered, None, log_reliability)
     head.eval()
@@ -133,6 +126,18 @@ def with_mixtures(source: MixtureSource, collator: Collator, rows: np.ndarray) -
 def _mixtures_of(head: Head, users: TrainedUsers, rows: Tensor) -> Float[Tensor, "n K"]:
     with torch.no_grad():
         return head.mixture_weights(UserState(_values_of(users, rows)[:, : head.num_prototypes]))
+
+
+def _log_reliability_of_rows(
+    users: TrainedUsers, rows: np.ndarray, generic_row: int
+) -> Float[Tensor, "n+1"] | None:
+    """r_u of these rows, and as the last that of a stranger."""
+    if not users.has_reliability:
+        return None
+    own = _values_of(users, torch.from_numpy(rows))[:, -1]
+    if generic_row < 0:
+        return torch.cat([own, own.new_zeros(1)])
+    return torch.cat([own, _values_of(users, torch.tensor([generic_row]))[:, -1]])
 
 
 def _values_of(users: TrainedUsers, rows: Tensor) -> Float[Tensor, "n V"]:

@@ -190,7 +190,7 @@ def make_update(state: Training, stepper: Stepper, inputs: UpdateInputs) -> Upda
 def learn_prior_of_rows(state: Training) -> None:
     """Learn the prior of users' rows from the table anew, where that is due."""
     prior = state.prior
-    if prior is None or state.config.users.prior == "none" or state.step % LEARN_EVERY:
+    if prior is None or not state.learns_prior or state.step % LEARN_EVERY:
         return
     phase.enter("learn the prior of users", state.step)
     records = state.users.records_of(prior.sampled)
@@ -263,7 +263,7 @@ def save(state: Training) -> None:
         "base_weights": state.base_weights,
         "init_from": state.origin,
         "guard": state.guard.state_dict(),
-        "users_prior": None if state.prior is None else state.prior.state_dict(),
+        "users_prior": state.learnt_prior,
         "owes_evaluation": state.owes_evaluation,
         "save_seconds": state.watch.save_seconds,
         "unlogged": list(state.metrics.unlogged()),

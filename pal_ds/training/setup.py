@@ -279,7 +279,7 @@ def resume(state: Training, *, trust: bool) -> None:
 
 def restore_prior(state: Training, stored: RowPriorState | None) -> None:
     """Take over the prior of the table's rows from a checkpoint; one that an earlier version wrote has none."""
-    if state.prior is None or state.config.users.prior == "none":
+    if state.prior is None or not state.learns_prior:
         return
     if stored is None:
         logger.warning(

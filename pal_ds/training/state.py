@@ -21,7 +21,7 @@ from pal_ds.heads.base import Head
 from pal_ds.modeling.build import Parts, RunContext
 from pal_ds.runs.run_dir import BestEvaluation, OriginFacts, RunDirectory
 from pal_ds.training.metrics_logger import MetricsLogger
-from pal_ds.users import RowPrior, Shard, TrainedUsers, trained_users
+from pal_ds.users import RowPrior, RowPriorState, Shard, TrainedUsers, trained_users
 from pal_ds.users.ids import POPULATION_USER, UserIds, generic_row_of
 from pal_ds.users.row_prior import basis_of, no_basis
 
@@ -84,6 +84,16 @@ class Training:
     @property
     def num_updates(self) -> int:
         return self.config.train.epochs * self.plan.updates_per_epoch
+
+    @property
+    def learns_prior(self) -> bool:
+        """True where the prior of rows is learnt; one of reliability alone may be fixed."""
+        return self.config.users.prior == "learnt"
+
+    @property
+    def learnt_prior(self) -> RowPriorState | None:
+        """The prior that a resumed run goes on with; None where it has none, or a fixed one."""
+        return self.prior.state_dict() if self.prior is not None and self.learns_prior else None
 
     def due(self, every: int, step: int | None = None) -> bool:
         """Return True where `step` (the update just made) closes an interval of `every` updates; 0 means an epoch."""

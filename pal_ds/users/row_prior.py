@@ -110,8 +110,8 @@ class RowPrior:
             return None
         basis, size = self.basis, self.basis.shape[1]
         step = rows.step[trained].cpu().double()[:, None]
-        rest = 1 - torch.as_tensor(rows.beta2(beta2), dtype=torch.float64).cpu() ** step
-        square = rows.exp_avg_sq[trained].cpu().double() / rest
+        decay = torch.as_tensor(rows.beta2(beta2), dtype=torch.float64).cpu()
+        square = rows.exp_avg_sq[trained].cpu().double() / (1 - decay**step)
         # The moment is of gradients of a mean over B; of all that `step` updates held, n_u t B / N were the user's.
         information = num_comparisons * step * square
         of_logits = information[:, : len(basis)]
@@ -132,8 +132,9 @@ class RowPrior:
         }
         if self.reliability_variance is not None:
             own = rows.log_reliability[trained].cpu().double()
-            rest = 1 / (information[:, -1] + 1 / self.reliability_variance)
-            learnt["reliability_variance"] = float((own.square() + rest).mean()) + SMALLEST_VARIANCE
+            unsure = 1 / (information[:, -1] + 1 / self.reliability_variance)
+            mean_square = float((own.square() + unsure).mean())
+            learnt["reliability_variance"] = mean_square + SMALLEST_VARIANCE
         return learnt
 
     def state_dict(self) -> RowPriorState:

@@ -13,8 +13,8 @@ from pal_ds.users.ids import UserIds
 BLOCK_ROWS = 2**16
 """Rows that are made, read or written at a time."""
 
-
 RELIABILITY_BETA2 = 0.9
+"""Decay of the second moment of reliability, see `UserRows.beta2`."""
 
 
 class UserRows:

@@ -1,5 +1,7 @@
 """New users: planted tastes come back from a few comparisons, and what is fitted together does not interact."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from pal_ds.adaptation import gradient, result
 from pal_ds.adaptation.blocks import UserComparisons
 from pal_ds.adaptation.fit import UserPairs, fit_users
 from pal_ds.adaptation.gradient import margins_of
+from pal_ds.adaptation.left_out import right_where_left_out
 from pal_ds.adaptation.new_users import few_per_user
 from pal_ds.adaptation.prior import LogitPrior
 from pal_ds.backbones.given import GivenStates
@@ -247,16 +250,70 @@ def test_the_prior_is_centred_on_the_generic_user() -> None:
     torch.testing.assert_close(LogitPrior.of(alone).mean, prior.mean)
 
 
-def test_users_whom_the_fit_serves_worse_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    entry: result.AdaptedUser = {
+def test_users_whom_a_fit_fails_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    """Ten planted failures, and one user with whom all is well."""
+    fine: result.AdaptedUser = {
         "pairs": 8,
-        "accuracy_on_these_pairs": 0.5,
-        "accuracy_before": 0.75,
-        "mixture": [1.0],
+        "accuracy_on_these_pairs": 0.8,
+        "accuracy_before": 0.7,
+        "accuracy_left_out": 0.75,
+        "mixture": [0.5, 0.3, 0.2],
+        "margin_std": 0.4,
+        "margin_std_before": 1.0,
     }
-    better: result.AdaptedUser = {**entry, "accuracy_before": 0.25}
-    result._warn_of_worse({"ann": entry, "bob": better, "eve": entry})
-    assert "2 of 3 users are served worse" in caplog.text and "('ann', 'eve';" in caplog.text
+    changes: dict[str, dict[str, Any]] = {
+        "worse 1": {"accuracy_on_these_pairs": 0.5, "accuracy_left_out": 0.75},
+        "worse 2": {"accuracy_before": 0.9},
+        "left out 1": {"accuracy_left_out": 0.6},
+        "left out 2": {"accuracy_left_out": 0.0},
+        "border 1": {"mixture": [0.995, 0.005, 0.0]},
+        "border 2": {"mixture": [0.0, 0.0, 1.0]},
+        "unmoved 1": {"margin_std": 0.95},
+        "unmoved 2": {"margin_std": 1.2},
+        "both 1": {"accuracy_left_out": 0.3, "margin_std": 1.0},
+        "both 2": {"accuracy_before": 1.0, "mixture": [1.0, 0.0, 0.0]},
+    }
+    for name, changed in changes.items():
+        caplog.clear()
+        failed: Any = {**fine, **changed}
+        result.warn_of_fits({"ann": fine, name: failed})
+        said = [record.getMessage() for record in caplog.records]
+        assert len(said) == (2 if name.startswith("both") else 1)
+        assert all("1 of 2 users" in one and f"({name!r}" in one for one in said)
     caplog.clear()
-    result._warn_of_worse({"bob": better})
+    result.warn_of_fits({"ann": fine})
     assert not caplog.text
+    del fine["accuracy_left_out"], fine["margin_std_before"]  # fits without a posterior
+    result.warn_of_fits({"ann": fine, "bob": {**fine, "accuracy_before": 0.9}})
+    assert "1 of 2 users are served worse" in caplog.text
+
+
+def test_what_is_left_out_is_that_of_fits_without_it(
+    world: tuple[PreparedData, RewardModel],
+) -> None:
+    """Six comparisons of each of 20 users in five parts, against users of their own who lack one part."""
+    data, model = world
+    collator = Collator(data)
+    table = data.comparisons
+    rows = np.concatenate([np.flatnonzero(table["user"] == user)[:6] for user in range(20)])
+    owners = np.repeat(np.arange(20), 6)
+    assert (np.diff(data.response_prompt[table["a"][rows]].reshape(20, 6)) != 0).all()
+    prior = LogitPrior.gaussian(torch.zeros(3), 0.3 * torch.eye(3))
+    loss = PreferenceLoss()
+    mixed = np.random.default_rng(0).permutation(120)  # a caller may give them in any order
+    pairs = UserPairs(rows[mixed], owners[mixed], 20)
+    right = right_where_left_out(model, collator, pairs, loss=loss, prior=prior, solver="auto")
+    part = np.tile([0, 1, 2, 3, 4, 0], 20)
+    others = (part[:, None] != part) & (owners[:, None] == owners)
+    apart = UserPairs(
+        np.concatenate([rows[some] for some in others]),
+        np.repeat(np.arange(120), others.sum(1)),
+        120,
+    )
+    logits = fit_users(model, collator, apart, loss=loss, prior=prior).logits
+    batch = collator(rows, np.arange(120))
+    user = UserState(None, None, torch.softmax(logits / model.head.temperature, 1))
+    margins = model(batch, user).margin[:, -1].detach().numpy()
+    exact = np.bincount(owners, margins * batch.label.numpy() > 0, 20)
+    np.testing.assert_array_equal(right, exact)
+    assert right.sum() < 120

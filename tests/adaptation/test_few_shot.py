@@ -527,7 +527,9 @@ def test_many_users_are_reported_in_a_table_beside(
         "pairs",
         "accuracy_on_these_pairs",
         "accuracy_before",
+        "accuracy_left_out",
         "mixture",
+        "margin_std_before",
         "margin_std",
     }
     # The shards of a job array are put together whatever form their reports have.

@@ -10,7 +10,7 @@ from scipy.optimize import minimize, minimize_scalar
 
 from pal_ds.adaptation import reliability
 from pal_ds.adaptation.blocks import UserComparisons
-from pal_ds.adaptation.fit import Chunk, _fit_chunk
+from pal_ds.adaptation.fit import Chunk, fit_chunk
 from pal_ds.adaptation.prior import LogitPrior
 from pal_ds.adaptation.reliability import most_likely_reliability
 from pal_ds.heads import Lore, PalA
@@ -103,7 +103,7 @@ def test_points_and_reliability_together(kind: str, monkeypatch: pytest.MonkeyPa
         return total + prior.penalty(logits, zeros) + r.square() / (2 * VARIANCE)
 
     def fitted() -> torch.Tensor:
-        found = _fit_chunk(chunk, loss, prior, "auto", prior.mean.repeat(NUM_USERS, 1))
+        found = fit_chunk(chunk, loss, prior, "auto", prior.mean.repeat(NUM_USERS, 1))
         assert found.log_reliability is not None
         with torch.no_grad():
             return objective(found.logits, found.log_reliability)

@@ -72,7 +72,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
     return prepare(DataConfig(path=str(folder / "data"), source=source, **fractions), quiet=True)
 
 
-def trained(data: PreparedData, head: str, reliability: str, *more: str) -> RunDirectory:
+def trained(data: PreparedData, head: str, reliability: str, epochs: int = 16) -> RunDirectory:
     folder = data.path.with_name(f"{head}_{reliability}")
     run_command(
         "train",
@@ -81,11 +81,10 @@ def trained(data: PreparedData, head: str, reliability: str, *more: str) -> RunD
         f"--users.reliability={reliability}",
         "--optim.learning_rate=0.05",
         "--train.ds_config=zero3_cpu",
-        "--train.epochs=16",
+        f"--train.epochs={epochs}",
         "--train.batch_pairs=64",
         "--train.micro_batch_pairs=64",
         *(HEADS | OTHERS)[head],
-        *more,
     )
     return RunDirectory(folder)
 
@@ -128,7 +127,7 @@ def test_new_users_have_theirs_fitted(data: PreparedData, head: str, tmp_path: P
 
 @pytest.mark.parametrize("head", OTHERS)
 def test_every_head_has_it(data: PreparedData, head: str, tmp_path: Path) -> None:
-    run = trained(data, head, "learnt")
+    run = trained(data, head, "learnt", epochs=6)
     users = restore(run).users
     careless = torch.tensor([is_careless(user) for user in users.ids])
     r = users.log_reliability
@@ -146,9 +145,12 @@ def test_every_head_has_it(data: PreparedData, head: str, tmp_path: Path) -> Non
     assert known["pairs"] and known["adapted_users"]
 
 
-def test_it_is_refused_where_margins_are_no_log_odds(data: PreparedData) -> None:
-    with pytest.raises(AssertionError, match=r"users\.reliability: learnt, and the loss is hinge"):
-        trained(data, "BradleyTerry", "learnt", "--loss.kind=hinge")
+def test_it_is_refused_where_margins_are_no_log_odds(data: PreparedData, tmp_path: Path) -> None:
+    words = [f"--run_dir={tmp_path}", f"--data.path={data.path}", "--head=BradleyTerry"]
+    ((code, said),) = outcome_of(
+        "pal_ds", "train", *words, "--users.reliability=learnt", "--loss.kind=hinge"
+    )
+    assert code == 2 and "users.reliability: learnt, and the loss is hinge" in said
 
 
 def test_an_export_lists_it(tiny_run: TinyRun, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def losses_of_topic(arguments: argparse.Namespace, topics: list[str], place: int
         keys |= dict(pair.split("=", 1) for pair in arguments.set)
         name = f"{topic}_{way}_{arguments.head}_{arguments.seed}"
         run = pal_ds.train({}, f"{arguments.work}/runs/{name}", **keys)
-        losses.append(pal_ds.evaluate(run, "test")["ties"]["log_loss"])
+        losses.append(pal_ds.evaluate(run, split="test")["ties"]["log_loss"])
     return losses
 
 
