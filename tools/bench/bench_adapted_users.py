@@ -27,8 +27,8 @@ LEVEL = 0.05
 def figures_of(run: str, split: str, num_pairs: int | None) -> dict[str, float]:
     """Fit the run's new users in a folder that is removed again, and count."""
     with tempfile.TemporaryDirectory() as folder:
-        users = pal_ds.adapt(run, None, f"{folder}/users", split=split, num_pairs=num_pairs)
-        report = json.loads((Path(users.folder) / "report.json").read_text())
+        out = f"{folder}/users"
+        report = pal_ds.adapt(run, None, out, split=split, num_pairs=num_pairs).report
     entries = [entry for entry in report["users"].values() if "accuracy_left_out" in entry]
     if not entries:
         raise SystemExit(f"{run}: its head fits no users")
@@ -37,7 +37,7 @@ def figures_of(run: str, split: str, num_pairs: int | None) -> dict[str, float]:
         for key in ("accuracy_before", "accuracy_left_out", "pairs")
     )
     lost = np.rint((before - after) * pairs)
-    # At least so many pairs differ; more would make a loss less unlikely, so this counts too many users rather than few.
+    # At least so many pairs differ. More would make a loss likelier by chance: this counts too many rather than few.
     beyond_chance = (lost > 0) & (binom.sf(lost - 1, np.abs(lost), 0.5) < LEVEL)
     return {
         "users": len(entries),
