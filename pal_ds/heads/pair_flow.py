@@ -59,10 +59,10 @@ class _MaskedLinear(nn.Linear):
         super().__init__(num_in, num_out, bias=False)
         self.own = own
 
-    def forward(self, x: Float[Tensor, "B n"]) -> Float[Tensor, "B m"]:
-        (num_out, num_in), device = self.weight.shape, x.device
+    def forward(self, input: Float[Tensor, "B n"]) -> Float[Tensor, "B m"]:
+        (num_out, num_in), device = self.weight.shape, input.device
         num_units = min(num_in, num_out)
         unit_out = torch.arange(num_out, device=device) // (num_out // num_units)
         unit_in = torch.arange(num_in, device=device) // (num_in // num_units)
         before = unit_in < unit_out.unsqueeze(1) + self.own
-        return nn.functional.linear(x, self.weight.float() * before)
+        return nn.functional.linear(input, self.weight.float() * before)

@@ -98,7 +98,8 @@ class Spl(Head):
             check_not_negative(name, value)
         self.num_prototypes = latent_dim
         self.num_context, self.num_context_scored = num_context, num_context_scored
-        self.kl_weight, self.kl_schedule, self.kl_period = kl_weight, kl_schedule, kl_period
+        self.kl_weight, self.kl_period = kl_weight, kl_period
+        self.kl_schedule: KlSchedule = kl_schedule
         self.free_nats, self.swap_guidance = free_nats, swap_guidance
         self.is_guided = symmetry == "guided" and swap_guidance > 0
         self.encoder = _TwinEncoder(hidden_size, width, latent_dim, is_odd=symmetry == "odd")

@@ -76,7 +76,8 @@ class Vpl(Head):
         check_not_negative("swap_guidance", swap_guidance)
         self.num_prototypes = latent_dim
         self.num_context, self.num_context_scored = num_context, num_context_scored
-        self.kl_weight, self.kl_schedule, self.kl_period = kl_weight, kl_schedule, kl_period
+        self.kl_weight, self.kl_period = kl_weight, kl_period
+        self.kl_schedule: KlSchedule = kl_schedule
         self.swap_guidance = swap_guidance
         self.encoder = ContextEncoder(hidden_size, width, latent_dim, symmetry)
         self.reward_form = reward_form
