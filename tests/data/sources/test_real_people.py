@@ -141,7 +141,7 @@ def test_statements_known_by_number(tmp_path: Path) -> None:
     assert prompts == {(1.0,) * 2 + (0.0,) * 6, (0.0,) * 2 + (1.0,) * 6}
     # Data that were prepared before there was a choice are those by text.
     told = [str(settings_of(DataConfig(path="data", source=source))) for source in sources]
-    assert ["known_by" in of_source for of_source in told] == [False, True]
+    assert ["'known_by'" in of_source for of_source in told] == [False, True]
 
 
 @pytest.mark.parametrize("protocol", ["votes", "statements"])
