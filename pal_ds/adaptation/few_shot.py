@@ -36,7 +36,7 @@ from pal_ds.eval.metrics import (
     mean_figures,
 )
 from pal_ds.eval.results import write_figures
-from pal_ds.eval.sanity_checks import ScoredPairs, unseen_above_seen
+from pal_ds.eval.sanity_checks import ONE_PROMPT, ScoredPairs, unseen_above_seen
 from pal_ds.eval.schema import CurvePoint, FewShotFigures, ScratchPoint, StrategyFigures
 from pal_ds.inference.load_run import OpenRun, open_run, with_weights
 from pal_ds.inference.readers import own_margins, reader_of
@@ -58,9 +58,15 @@ class Curve(NamedTuple):
     """The same draws and test pairs by each user's own regression, see `eval/scratch_users.py`."""
 
     @property
+    def clusterings(self) -> list[np.ndarray]:
+        """Users and prompts, whose pairs stand or fall together; of one prompt alone, users alone. int64 [n] each."""
+        has_prompts = len(np.unique(self.prompts)) > 1
+        return [self.users, self.prompts] if has_prompts else [self.users]
+
+    @property
     def num_clusters(self) -> int:
-        """Number of prompts, whose pairs stand or fall together."""
-        return len(np.unique(self.prompts))
+        """Number of prompts, or of users where there is one prompt."""
+        return len(np.unique(self.clusterings[-1]))
 
 
 def evaluate_few_shot(
@@ -113,6 +119,8 @@ def evaluate_few_shot(
         "length_baseline_accuracy": length_baseline(restored.data, test_rows),
         "warnings": unseen_above_seen(seen, ScoredPairs(curve.right[-1], curve.prompts)),
     }
+    if len(curve.clusterings) == 1:
+        figures["warnings"].append(ONE_PROMPT)
     if curves:
         figures["strategies"] = _beside_random(curves, curve)
     world.from_rank_zero(lambda: write_figures(opened.run, "few_shot", figures))
@@ -177,10 +185,7 @@ def is_monotone(curve: Curve) -> bool:
 
 def _standard_error(values: np.ndarray, curve: Curve) -> float:
     """Compute the standard error of a mean over test pairs, clustered by user or by prompt, whichever is wider."""
-    return max(
-        clustered_standard_error(values, curve.users),
-        clustered_standard_error(values, curve.prompts),
-    )
+    return max(clustered_standard_error(values, clusters) for clusters in curve.clusterings)
 
 
 def few_shot_curve(
@@ -197,7 +202,7 @@ def few_shot_curve(
     {"num_comparisons", "mean_comparisons", "accuracy", "accuracy_ci95", "accuracy_by_seed", "users", "test_pairs",
     "bayes_accuracy"?}; each seed is one draw of the k pairs, of which a user may have fewer (see the mean). The
     interval is over users, prompts and draws: of the mean over draws per test pair, clustered by user or by prompt,
-    whichever is wider.
+    whichever is wider; by user where all are of one prompt.
 
     Raises:
         UserError: no unseen user of the data can be fitted and tested.

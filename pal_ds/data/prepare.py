@@ -39,6 +39,8 @@ PROGRESS_EVERY = 1000
 DEFAULT_MAX_LENGTH = 1024
 """Tokens of prompt + response where nobody says."""
 _LATER_KEYS = {"truncation_side": "left", "max_bad_rows": MAX_BAD_ROWS}
+_LATER_SOURCE_KEYS = (("known_by", "text"),)
+"""Arguments of sources, with the value that held before they were there."""
 _COUNTS = ("dropped", "bad_rows")
 """What a source counts while it is read; no argument of its own."""
 
@@ -162,7 +164,11 @@ def settings_of(config: DataConfig, read_source: bool = True) -> dict:
     assert source is not None, "prepare() opens what is there when no source is given"
     described = {
         "class": type(source).__name__,
-        "init": {key: v for key, v in vars(source).items() if key[0] != "_" and key not in _COUNTS},
+        "init": {
+            key: value
+            for key, value in vars(source).items()
+            if key[0] != "_" and key not in _COUNTS and (key, value) not in _LATER_SOURCE_KEYS
+        },
         "data": description_of(source) if read_source else None,
     }
     return json.loads(json.dumps({**own, "source": described}, default=str, sort_keys=True))

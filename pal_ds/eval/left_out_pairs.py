@@ -18,7 +18,7 @@ Covariances = Callable[[Int[Tensor, "c"], Int[Tensor, "c g"]], Float[Tensor, "c 
 
 
 class Sharing(NamedTuple):
-    """Of each comparison, those of the same user with which it shares a response, itself among them; by comparison."""
+    """For each comparison, the comparisons of its user that share a response with it, itself among them."""
 
     comparison: Int[np.ndarray, "s"]
     first: Int[np.ndarray, "n+1"]

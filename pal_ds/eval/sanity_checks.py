@@ -14,6 +14,10 @@ LAST_PART_OF_EPOCH = 0.25
 LARGEST_GAP = 0.2
 """Of accuracies in training and on held-out pairs: beyond it most of what was learnt holds for the former alone."""
 
+ONE_PROMPT = (
+    "all test pairs are of one prompt: intervals are over users, and say nothing of other prompts"
+)
+
 
 class ScoredPairs(NamedTuple):
     """Pairs as they were scored: `metrics.correctness` [n], and the prompt of each [n]."""

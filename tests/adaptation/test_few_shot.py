@@ -317,6 +317,18 @@ def test_interval_is_over_users_and_draws() -> None:
     assert row["accuracy_ci95"] == pytest.approx([0.5 - half, 0.5 + half])
 
 
+def test_of_one_prompt_the_interval_is_over_users() -> None:
+    """Forty users of a pair each, half of them right: by the only prompt there would be no spread, or no interval."""
+    table = np.zeros(40, COMPARISON_DTYPE)
+    table["user"], table["probability"] = range(40), np.nan
+    data: Any = SimpleNamespace(comparisons=table, response_prompt=np.zeros(1, np.int64))
+    right = np.repeat([1.0, 0.0], 20)[None, None]
+    curve = few_shot._curve(data, np.arange(40), right, [(2, 0)], [np.arange(40)])
+    half = 1.96 * 0.5 / np.sqrt(39)
+    assert curve.rows[0]["accuracy_ci95"] == pytest.approx([0.5 - half, 0.5 + half])
+    assert curve.num_clusters == 40
+
+
 def test_split_of_strangers_has_every_key(runs: dict[str, RunDirectory]) -> None:
     """All users of unseen_test are unknown to the run: the top level is an empty set."""
     run = runs["PalA"]

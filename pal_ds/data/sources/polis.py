@@ -123,7 +123,7 @@ class Polis(Source):
 
     @property
     def _conversations(self) -> list["_Conversation"]:
-        """Those to read; places of statements go on from one to the next."""
+        """Conversations to read; places of statements go on from one to the next."""
         conversations, texts = [], [_texts_of(folder / STATEMENTS) for folder in self._folders]
         size, first = sum(map(len, texts)), 0
         for folder, of_folder in zip(self._folders, texts, strict=True):
