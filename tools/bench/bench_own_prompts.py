@@ -1,7 +1,7 @@
 """Annotators who each have prompts of their own, as real ones do: does a head learn tastes, or whose prompt is whose?
 
     python tools/bench/bench_own_prompts.py --data domain_specific_preference.json --encoder FOLDER --work DIR
-        [--seeds 1 2 3] [--num_draws 20] [--shared] [--set KEY=VALUE ...] [--out FILE]
+        [--seeds 2 3 4] [--num_draws 20] [--shared] [--set KEY=VALUE ...] [--out FILE]
 
 Of DSP's 500 queries the last 100 are for tests. 50 annotators, ten who prefer each of the five writers' answers to the
 other four: 40 of them have eight queries each that nobody else has (`--shared`: of all 400, whoever has them, too), ten
@@ -78,6 +78,9 @@ def figures_of(arguments: argparse.Namespace, records: Path, method: str, seed: 
         "data.source.init_args.path": str(records),
         "data.split": "field",
         "train.epochs": 30,
+        # Chosen with the annotators of seed 1: of six layers and the last, and of dropout 0, 0.5, 0.65 and 0.8.
+        "backbone.num_layers": 3,
+        "train.feature_dropout": 0.5,
         "train.seed": seed,
         "optim.learning_rate": 1e-3,
     }
@@ -99,7 +102,7 @@ def main() -> None:
     parser.add_argument("--encoder", required=True)
     parser.add_argument("--work", required=True)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[2, 3, 4])
     parser.add_argument("--num_draws", type=int, default=20)
     parser.add_argument("--shared", action="store_true")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
