@@ -28,11 +28,14 @@ AT_BORDER = 0.99
 """Weight of one prototype from which on a user lies at the border of the simplex."""
 UNMOVED = 0.9
 """Share of the margins' standard deviation that is left, from which on comparisons said next to nothing of a user."""
+_BEYOND_MIXTURES = (
+    ", or they are unlike all of the run's users, whom mixtures do not reach (head.mixture signed or free "
+    "does)"
+)
 _WORSE = (
     "%d of %d users are served worse by their fit than by the population's point, on their own pairs, or on those "
-    "left out of the fit in turn (%s; `accuracy_before` and `accuracy_left_out` in the report): their pairs contradict "
-    "each other or are too few, or they are unlike all of the run's users, whom mixtures do not reach (head.mixture "
-    "signed or free does)"
+    "left out of the fit in turn (%s; `accuracy_before`, `accuracy_left_out` in the report): their pairs contradict "
+    "each other or are too few"
 )
 _AT_BORDER = (
     "%d of %d users are one prototype and nothing else (%s): more of that is out of a mixture's reach. Weights of any "
@@ -114,7 +117,8 @@ def fitted_before(out: Path, folder: ShardFolder, fitted_to: FittedTo) -> AdaptR
 
 def figures_of_fit(restored: OpenRun, table: UserTable, shards: list[FittedShard]) -> AdaptFigures:
     """Report who was fitted from how many pairs, and how well the fit explains them (optimistic, named as such)."""
-    mixtures = user_mixtures(restored.model.head, table)[:-1].tolist()
+    head = restored.model.head
+    mixtures = user_mixtures(head, table)[:-1].tolist()
     num_pairs = torch.cat([shard.num_pairs for shard in shards])
     num_right = torch.cat([shard.num_right for shard in shards])
     accuracy = (num_right / num_pairs).tolist()
@@ -138,7 +142,7 @@ def figures_of_fit(restored: OpenRun, table: UserTable, shards: list[FittedShard
     left_out = torch.cat([shard.num_right_left_out for shard in shards]).tolist()
     for entry, right in zip(users.values(), left_out, strict=False):
         entry["accuracy_left_out"] = right / entry["pairs"]
-    warn_of_fits(users)
+    warn_of_fits(users, on_simplex=head.on_simplex and "logits" in head.needs)
     total = int(num_pairs.sum())
     return {
         "step": restored.step,
@@ -159,18 +163,22 @@ def _add_posterior(users: dict[str, AdaptedUser], shards: list[FittedShard]) -> 
         entry["margin_std_before"] = before if math.isfinite(before) else None
 
 
-def warn_of_fits(users: Mapping[str, AdaptedUser]) -> None:
-    """Warn of users whom the fit serves worse than what they got before, at the border, or of whom it knows no more."""
+def warn_of_fits(users: Mapping[str, AdaptedUser], *, on_simplex: bool) -> None:
+    """Warn of users whom the fit serves worse than what they got before, at the border, or of whom it knows no more.
+
+    `on_simplex`: their points are mixtures, which have a border.
+    """
     worse, at_border, unmoved = [], [], []
     for name, entry in users.items():
         shown = entry.get("accuracy_left_out", entry["accuracy_on_these_pairs"])
         if min(shown, entry["accuracy_on_these_pairs"]) < entry.get("accuracy_before", 0.0):
             worse.append(name)
-        if len(entry["mixture"]) > 1 and max(entry["mixture"]) > AT_BORDER:
+        if on_simplex and len(entry["mixture"]) > 1 and max(entry["mixture"]) > AT_BORDER:
             at_border.append(name)
         before, after = entry.get("margin_std_before"), entry.get("margin_std")
         if before and after and after > UNMOVED * before:
             unmoved.append(name)
-    for names, text in ((worse, _WORSE), (at_border, _AT_BORDER), (unmoved, _UNMOVED)):
+    worse_text = _WORSE + (_BEYOND_MIXTURES if on_simplex else "")
+    for names, text in ((worse, worse_text), (at_border, _AT_BORDER), (unmoved, _UNMOVED)):
         if names:
             logger.warning(text, len(names), len(users), named(names))

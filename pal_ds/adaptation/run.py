@@ -25,7 +25,7 @@ from pal_ds.adaptation.new_users import (
     ShardFolder,
     few_per_user,
     num_positions,
-    warn_of_names,
+    warn_of_pairs,
 )
 from pal_ds.adaptation.prior import LogitPrior
 from pal_ds.adaptation.result import (
@@ -139,7 +139,7 @@ def _adapt(run: RunDirectory, out: Path, options: AdaptOptions) -> AdaptReport:
             )
         positions = num_positions(restored, data)
         users = NewUsers.of(data, rows, positions)
-        warn_of_names(users.ids, restored, pairs)
+        warn_of_pairs(users.ids, restored, pairs, data.info["dropped"])
         inputs = _inputs(restored, data, users, solver, seed, world)
         if not options.posterior:
             inputs["posterior"] = False

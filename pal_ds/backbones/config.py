@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pal_ds.errors import UserError
 from pal_ds.io.files import expand_home
 
 Pooling = Literal["last", "mean", "max"]
@@ -64,9 +65,9 @@ class BackboneConfig:
     """Folder where a frozen backbone's states outlive the run (`pal-ds embed` fills it); null keeps them in memory."""
 
     def __post_init__(self) -> None:
-        """Take `~` for the home folder. Raises ValueError for fewer than one layer."""
+        """Take `~` for the home folder. Raises UserError for fewer than one layer."""
         expand_home(self, "path", "cache")
         if self.num_layers is not None and self.num_layers < 1:
-            raise ValueError(
-                f"num_layers is {self.num_layers}; it must be at least 1, or null for all."
+            raise UserError(
+                f"backbone.num_layers is {self.num_layers}; it must be at least 1, or null for all."
             )

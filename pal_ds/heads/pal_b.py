@@ -7,7 +7,7 @@ With f the response projector, g_1..g_K the prompt projectors and s_u the user's
 from typing import Any, ClassVar, Literal, final, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base import Features, Head, Placement, UserState
 from .checks import check_choice, check_positive
@@ -69,14 +69,13 @@ class PalB(Head):
                 f"prompt_dropout is {prompt_dropout}; it must be at least 0 and below 1."
             )
         dim = hidden_size if dim is None else dim
-        shape: dict[str, Any] = {
-            "input_size": hidden_size,
-            "output_size": dim,
-            "residual": residual,
-        }
+        shape: dict[str, Any] = {"input_size": hidden_size, "output_size": dim}
         shape |= {"num_layers": num_layers, "activation": activation, "dropout": dropout}
+        shape |= {"residual": residual}
         self.num_prototypes = num_prototypes
-        self.prompt_position, self.prompt_dropout = prompt_position, prompt_dropout
+        self.prompt_position = prompt_position
+        # A module, as fits of new users turn those off, in training mode otherwise: they see every prompt.
+        self.prompt_dropout = nn.Dropout(prompt_dropout)
         if prompt_position == "aligned":
             self.needs = self.needs | {"prompt_tokens"}
         self.response_projector = Projector(**shape)
@@ -141,9 +140,9 @@ class PalB(Head):
                 "prompt: give the last token only, or set prompt_position to 'aligned'."
             )
         prompt = features.prompt
-        if self.training and self.prompt_dropout:
+        if self.prompt_dropout.training and self.prompt_dropout.p:
             # All positions of a prompt or none; not rescaled, as a bias alone is what an unseen prompt leaves.
-            seen = torch.rand(len(prompt), 1, 1, device=prompt.device) >= self.prompt_dropout
+            seen = torch.rand(len(prompt), 1, 1, device=prompt.device) >= self.prompt_dropout.p
             prompt = prompt * seen
         return self.prompt_projectors(prompt).float(), features.prompt_index
 

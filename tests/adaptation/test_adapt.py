@@ -14,12 +14,13 @@ from pal_ds.adaptation.left_out import right_where_left_out
 from pal_ds.adaptation.new_users import few_per_user
 from pal_ds.adaptation.prior import LogitPrior
 from pal_ds.backbones.given import GivenStates
+from pal_ds.data.batch import Batch
 from pal_ds.data.collator import Collator
 from pal_ds.data.prepare import DataConfig, prepare
 from pal_ds.data.sources import VectorWorld
 from pal_ds.data.tables import PreparedData
 from pal_ds.errors import UserError
-from pal_ds.heads import Features, PalA, UserState
+from pal_ds.heads import Features, PalA, PalB, UserState
 from pal_ds.heads.pal_a import Similarity
 from pal_ds.losses import PairFacts, PreferenceLoss, TokenWeighting
 from pal_ds.model import RewardModel
@@ -276,15 +277,17 @@ def test_users_whom_a_fit_fails_are_named(caplog: pytest.LogCaptureFixture) -> N
     for name, changed in changes.items():
         caplog.clear()
         failed: Any = {**fine, **changed}
-        result.warn_of_fits({"ann": fine, name: failed})
+        result.warn_of_fits({"ann": fine, name: failed}, on_simplex=True)
         said = [record.getMessage() for record in caplog.records]
         assert len(said) == (2 if name.startswith("both") else 1)
         assert all("1 of 2 users" in one and f"({name!r}" in one for one in said)
     caplog.clear()
-    result.warn_of_fits({"ann": fine})
+    result.warn_of_fits({"ann": fine}, on_simplex=True)
+    # Points of any sign have no border.
+    result.warn_of_fits({"ann": {**fine, "mixture": [-1.0, 2.0]}}, on_simplex=False)
     assert not caplog.text
     del fine["accuracy_left_out"], fine["margin_std_before"]  # fits without a posterior
-    result.warn_of_fits({"ann": fine, "bob": {**fine, "accuracy_before": 0.9}})
+    result.warn_of_fits({"ann": fine, "bob": {**fine, "accuracy_before": 0.9}}, on_simplex=True)
     assert "1 of 2 users are served worse" in caplog.text
 
 
@@ -317,3 +320,28 @@ def test_what_is_left_out_is_that_of_fits_without_it(
     exact = np.bincount(owners, margins * batch.label.numpy() > 0, 20)
     np.testing.assert_array_equal(right, exact)
     assert right.sum() < 120
+
+
+class OwnPrompts(GivenStates):
+    """Each response stands for its prompt, too."""
+
+    def forward(self, batch: Batch) -> Features:
+        features = super().forward(batch)
+        shown = batch.response_index
+        return features._replace(prompt=features.response, prompt_index=shown)
+
+
+def test_a_fit_sees_every_prompt(world: tuple[PreparedData, RewardModel]) -> None:
+    """`prompt_dropout` hides prompts in training alone: with it fits are those without it, to the bit."""
+    data, _ = world
+    rows = np.arange(20)
+    fitted = []
+    for dropout in (0.5, 0.5, 0.0):
+        torch.manual_seed(0)
+        head = PalB(data.response_vectors.shape[1], 3, num_layers=1, prompt_dropout=dropout)
+        model = RewardModel(OwnPrompts(), head)
+        prior = LogitPrior.gaussian(torch.zeros(3), 0.1 * torch.eye(3))
+        pairs = UserPairs(rows, rows % 4, 4)
+        loss = PreferenceLoss()
+        fitted.append(fit_users(model, Collator(data), pairs, loss=loss, prior=prior).logits)
+    assert torch.equal(fitted[0], fitted[1]) and torch.equal(fitted[0], fitted[2])

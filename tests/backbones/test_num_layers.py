@@ -103,5 +103,5 @@ def test_what_cannot_be_is_refused(place: Path, keys: dict[str, Any], reason: st
 
 
 def test_fewer_than_one_is_refused() -> None:
-    with pytest.raises(ValueError, match="num_layers is 0"):
+    with pytest.raises(UserError, match=r"backbone\.num_layers is 0"):
         BackboneConfig(num_layers=0)

@@ -161,15 +161,24 @@ def _head_for(origin: Origin, head: Head) -> dict[str, Tensor] | None:
 def _table(
     config: RunConfig, data: PreparedData, head: Head, origin: Origin
 ) -> tuple[UserTable, int] | None:
-    """Return (table of the new run's seen users, how many have the origin's logits); None for a head without users."""
-    if "logits" not in head.needs:
+    """Return (table of the new run's seen users, how many have the origin's values); None for a head without users."""
+    if "logits" not in head.needs and not config.users.has_reliability:
         return None
-    theirs, logits = origin.users(head)
+    theirs, logits, log_reliability = origin.users(head)
     ids = ids_of_table(config, data)
     table = UserTable(head.num_prototypes, ids, config.users, config.train.seed)
     origin_rows = theirs.find(ids)
     rows = np.flatnonzero(origin_rows >= 0)
-    table.logits[torch.from_numpy(rows)] = logits[torch.from_numpy(origin_rows[rows])].float()
+    own, of_origin = torch.from_numpy(rows), torch.from_numpy(origin_rows[rows])
+    table.logits[own] = logits[of_origin].float()
+    if table.has_reliability:
+        if log_reliability is None:
+            logger.warning(
+                "train.init_from %s: says nothing of users' reliability, which starts afresh",
+                origin.path,
+            )
+        else:
+            table.log_reliability[own] = log_reliability[of_origin].float()
     return table, len(rows)
 
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import safe_open
@@ -25,10 +25,20 @@ from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.inference.load_run import OpenRun, open_run, trained_head
 from pal_ds.io.boundary import reading
 from pal_ds.runs.run_dir import OriginSource, RunDirectory
+from pal_ds.users import UserTable
 from pal_ds.users.ids import UserIds
 
 STOCK_HEAD = "score.weight"
 """Name of a stock class's only tensor beyond the backbone."""
+
+
+class OriginUsers(NamedTuple):
+    """Users that a run may start with."""
+
+    ids: UserIds
+    logits: Float[Tensor, "U K"]
+    log_reliability: Float[Tensor, "U"] | None = None
+    """None where they have none, or the origin does not say."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +63,8 @@ class Origin:
     head: str
     """Class name of the head."""
     head_tensors: dict[str, Tensor]
-    users: Callable[[Head], tuple[UserIds, Float[Tensor, "U K"]]]
-    """Ids and logits, for a head of this very class and these tensors."""
+    users: Callable[[Head], "OriginUsers"]
+    """Its users, for a head of this very class and these tensors."""
 
 
 def logits_of(head: Head, mixtures: Float[Tensor, "U K"]) -> Float[Tensor, "U K"] | None:
@@ -118,7 +128,7 @@ def _of_run(path: Path, *, trust: bool, trust_code: bool) -> Origin:
         output_layer=None if weights is None else _output_layer(opened, model_config),
         head=type(opened.parts.head).__name__,
         head_tensors=dict(trained_head(opened).state_dict()),
-        users=lambda _: (opened.users.ids, opened.users.logits),
+        users=lambda _: _users_of_run(opened.users),
     )
 
 
@@ -239,12 +249,19 @@ def _of_export(path: Path, facts: dict[str, Any]) -> Origin:
     )
 
 
-def _users(path: Path, head: Head) -> tuple[UserIds, Float[Tensor, "U K"]]:
+def _users_of_run(users: UserTable) -> OriginUsers:
+    own = users.log_reliability if users.has_reliability else None
+    return OriginUsers(users.ids, users.logits, own)
+
+
+def _users(path: Path, head: Head) -> OriginUsers:
     """Return the users of `--with_users`, whose mixtures the folder holds; nobody where it or the head has none."""
-    nobody = UserIds.of(()), torch.empty(0, head.num_prototypes)
+    nobody = OriginUsers(UserIds.of(()), torch.empty(0, head.num_prototypes))
     file = path / "users.jsonl"
     if not file.is_file():
         return nobody
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     logits = logits_of(head, torch.tensor([line["mixture"] for line in lines]))
-    return nobody if logits is None else (UserIds.of([line["user_id"] for line in lines]), logits)
+    if logits is None:
+        return nobody
+    return OriginUsers(UserIds.of([line["user_id"] for line in lines]), logits)

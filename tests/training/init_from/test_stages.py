@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,14 +26,16 @@ from pal_ds.engine.checkpoint.shard_reader import ShardedCheckpoint
 from pal_ds.errors import UserError
 from pal_ds.eval.figures import figures_of
 from pal_ds.export import ExportOptions, export
+from pal_ds.heads import PalA
 from pal_ds.inference.load_run import restore
 from pal_ds.inference.mixtures import user_mixtures
 from pal_ds.inference.scoring import Forwards
 from pal_ds.modeling.build import assemble
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.training.evaluation import open_eval_sets
-from pal_ds.training.init_from.copy import load_taken_over, take_over
-from pal_ds.training.state import seen_users
+from pal_ds.training.init_from.copy import _table, load_taken_over, take_over
+from pal_ds.training.init_from.origin import OriginUsers
+from pal_ds.training.state import ids_of_table, seen_users
 from pal_ds.users import UserTable
 from pal_ds.users.ids import UserIds
 from tests.near import margin_bound, room
@@ -309,3 +312,23 @@ def test_the_generic_user_keeps_a_row_where_users_are_taken_over(
     table, _, generic_row = seen_users(config, data, head, World(0, 1, torch.device("cpu")))
     load_taken_over(config, run, head, table)
     assert table.ids[generic_row] == "population"
+
+
+def test_reliability_of_users_whom_both_know_is_taken_over(
+    stages: Stages, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = PreparedData.open(stages.data)
+    config = recipe(str(stages.data), "pal", "full", None, str(stages.base))
+    config = replace(config, users=replace(config.users, reliability="learnt"))
+    ids = ids_of_table(config, data)
+    known = OriginUsers(UserIds.of(ids[1:]), torch.ones(len(ids) - 1, 3), torch.tensor([0.5, -1.0]))
+    for log_reliability in (known.log_reliability, None):
+        users = known._replace(log_reliability=log_reliability)
+        origin: Any = SimpleNamespace(path="a run", users=lambda _, users=users: users)
+        taken = _table(config, data, PalA(32, 3), origin)
+        assert taken is not None
+        table, num_known = taken
+        assert num_known == len(ids) - 1
+        expected = [0.0] * len(ids) if log_reliability is None else [0.0, 0.5, -1.0]
+        assert table.log_reliability.tolist() == expected
+    assert "a run: says nothing of users' reliability, which starts afresh" in caplog.text
