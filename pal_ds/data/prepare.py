@@ -180,7 +180,7 @@ def _reuse(path: Path, config: DataConfig, quiet: bool) -> PreparedData:
     if changed:
         raise UserError(
             f"data.path: {path} was prepared with other settings "
-            f"({', '.join('data.' + key for key in changed)}); name another folder, or replace it: "
+            f"({', '.join('data.' + one for one in changed)}); name another folder, or replace it: "
             "`pal-ds prepare --prepare_again` with this recipe (runs that were trained on it read it no more)"
         )
     if not (quiet or is_quiet()):
@@ -211,12 +211,14 @@ def _changed_from(path: Path, config: DataConfig) -> tuple[list[str], str]:
 
 
 def _changed_keys(old: dict, new: dict, prefix: str = "") -> Iterator[str]:
+    """Name each key that differs, with both values where they are short."""
     for key in {*old, *new}:
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
             yield from _changed_keys(before, after, f"{prefix}{key}.")
         elif before != after or (key in old) != (key in new):
-            yield prefix + key
+            short = all(isinstance(value, int | float | None) for value in (before, after))
+            yield prefix + key + (f": {before} then, {after} now" if short else "")
 
 
 def _encoder(config: DataConfig, source: Source, quiet: bool) -> TextEncoder | None:

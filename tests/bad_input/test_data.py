@@ -101,7 +101,7 @@ def test_prepared_data_of_other_settings_or_of_someone_else(
 ):
     said = refused(*place.train("--data.max_length=32", run=tmp_path / "new"))
     assert (
-        f"{place.data} was prepared with other settings (data.max_length); name another folder"
+        f"{place.data} was prepared with other settings (data.max_length: 64 then, 32 now); name another folder"
         in said
     )
     (tmp_path / "mine.txt").write_text("mine")

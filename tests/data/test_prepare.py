@@ -290,7 +290,9 @@ def test_reuse_and_refusal_to_overwrite(write_lines, tmp_path):
     first = prepare(config, quiet=True)
     assert prepare(config, quiet=True).hash == first.hash
     assert prepare(DataConfig(path=str(tmp_path / "D")), quiet=True).hash == first.hash
-    with pytest.raises(UserError, match=r"other settings \(data.max_length\); name another"):
+    with pytest.raises(
+        UserError, match=r"other settings \(data.max_length: 1024 then, 99 now\); name another"
+    ):
         prepare(replace(config, max_length=99), quiet=True)
     write_lines(rows(31))
     with pytest.raises(UserError, match=r"data\.source\.data\.files"):
