@@ -24,11 +24,13 @@ def right_where_left_out(
     loss: PreferenceLoss,
     prior: UserPrior,
     solver: Solver,
+    initial: Float[Tensor, "U K"],
 ) -> Float[np.ndarray, "U"]:
     """How many of each user's comparisons a fit to the user's others explains, fp64; a tie counts half.
 
     Each user is fitted anew without each part of the comparisons. Those on one prompt are left out together, where a
-    user has more than one prompt: they often share a response, and then one implies another.
+    user has more than one prompt: they often share a response, and then one implies another. `prior`, `solver` and
+    `initial` are those of the fit whose figure this is.
     """
     rows, owner, num_users = pairs
     parts = _parts(collator.data.response_prompt[collator.data.comparisons["a"][rows]], owner)
@@ -38,7 +40,7 @@ def right_where_left_out(
     for users, chunk in chunks_of(model, collator, pairs):
         end = begin + len(chunk.owner)
         part = torch.from_numpy(parts[by_user[begin:end]]).to(chunk.owner.device)
-        starts = prior.mean.to(chunk.owner.device).expand(len(users), -1)
+        starts = initial[users].to(chunk.owner.device)
         margins = _margins_where_left_out(chunk, part, loss, prior, solver, starts)
         label = chunk.batch.label.cpu().numpy().astype(float)
         chosen = correctness(margins.cpu().numpy(), label)

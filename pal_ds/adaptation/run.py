@@ -263,13 +263,8 @@ class Fitting:
         loss, device = self.restored.config.loss, self.world.device
         pairs = UserPairs(rows, owner, end - begin)
         where = reader.model, collator, pairs
-        fitted = fit_users(
-            *where,
-            loss=loss,
-            prior=prior,
-            solver=self.solver,
-            initial=self.fresh[begin:end],
-        )
+        solver, initial = self.solver, self.fresh[begin:end]
+        fitted = fit_users(*where, loss=loss, prior=prior, solver=solver, initial=initial)
         head = self.restored.model.head.eval()
         with torch.no_grad():
             mixtures = head.mixture_weights(UserState(fitted.logits.to(device)))
@@ -285,7 +280,9 @@ class Fitting:
             sure = posterior_of_users(*where, fitted, loss=loss, prior=prior)
         left_out = np.zeros(0)
         if self.wants_left_out:
-            left_out = right_where_left_out(*where, loss=loss, prior=prior, solver=self.solver)
+            left_out = right_where_left_out(
+                *where, loss=loss, prior=prior, solver=solver, initial=initial
+            )
         r = fitted.log_reliability
         return FittedShard(
             fitted.logits,

@@ -26,13 +26,7 @@ class ContextEncoder(nn.Module):
         super().__init__()
         check_choice("symmetry", symmetry, get_args(ContextSymmetry))
         self.symmetry = symmetry
-        self.pair = nn.Sequential(
-            nn.Linear(2 * hidden_size, width),
-            nn.LeakyReLU(0.2),
-            nn.Linear(width, width),
-            nn.LeakyReLU(0.2),
-            nn.Linear(width, latent_dim),
-        )
+        self.pair = three_layers(2 * hidden_size, width, latent_dim)
         self.query = nn.Linear(latent_dim, latent_dim)
         # A key's bias would add the same to all weights of a row.
         self.key = nn.Linear(latent_dim, latent_dim, bias=False)
@@ -64,6 +58,17 @@ class ContextEncoder(nn.Module):
         mean = attend(h, there, (self.query, self.key, self.value))
         mu, logvar = self.moments(mean.to(h.dtype)).float().chunk(2, dim=-1)
         return mu, logvar
+
+
+def three_layers(input_size: int, width: int, output_size: int) -> nn.Sequential:
+    """The MLP that makes a code of a comparison, or of a response: two hidden layers with leaky ReLU of slope 0.2."""
+    return nn.Sequential(
+        nn.Linear(input_size, width),
+        nn.LeakyReLU(0.2),
+        nn.Linear(width, width),
+        nn.LeakyReLU(0.2),
+        nn.Linear(width, output_size),
+    )
 
 
 def attend(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .base import Features, Head, HeadOutput, UserState
 from .checks import check_choice, check_not_negative, check_positive
-from .context_encoder import attend, mean_of_those_there
+from .context_encoder import attend, mean_of_those_there, three_layers
 from .geometry import take
 from .jaxtyping_fallback import Float, Int
 from .latent_user import KlSchedule, context_ends, given_point, kl_share, reads_points
@@ -156,13 +156,7 @@ class _TwinEncoder(nn.Module):
     def __init__(self, hidden_size: int, width: int, latent_dim: int, *, is_odd: bool) -> None:
         super().__init__()
         self.is_odd, self.code_dim = is_odd, (latent_dim + 1) // 2
-        self.code = nn.Sequential(
-            nn.Linear(hidden_size, width),
-            nn.LeakyReLU(0.2),
-            nn.Linear(width, width),
-            nn.LeakyReLU(0.2),
-            nn.Linear(width, self.code_dim),
-        )
+        self.code = three_layers(hidden_size, width, self.code_dim)
         pair = 2 * self.code_dim
         self.query = nn.Linear(pair, pair)
         # A key's bias would add the same to all weights of a row.

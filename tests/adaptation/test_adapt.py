@@ -305,7 +305,10 @@ def test_what_is_left_out_is_that_of_fits_without_it(
     loss = PreferenceLoss()
     mixed = np.random.default_rng(0).permutation(120)  # a caller may give them in any order
     pairs = UserPairs(rows[mixed], owners[mixed], 20)
-    right = right_where_left_out(model, collator, pairs, loss=loss, prior=prior, solver="auto")
+    initial = torch.zeros(20, 3)
+    right = right_where_left_out(
+        model, collator, pairs, loss=loss, prior=prior, solver="auto", initial=initial
+    )
     part = np.tile([0, 1, 2, 3, 4, 0], 20)
     others = (part[:, None] != part) & (owners[:, None] == owners)
     apart = UserPairs(
