@@ -98,6 +98,8 @@ _NUMBERS_OF_TEXTS = {
     **{re.escape(os.strerror(n)): n for n in _REMEDIES if n not in _UNSAID},
 }
 """What libraries say (numpy, torch, gloo, safetensors, tokenizers, the loader of modules) that raise no number."""
+_MAX_SHOWN_CHARACTERS = 300
+"""So much of a library's own words goes into a message."""
 
 
 def _number_of(error: BaseException) -> int | None:
@@ -122,9 +124,11 @@ def storage_error(error: BaseException, path: Path | str | None = None) -> Stora
     where = getattr(error, "filename", None) or path or (number not in _OF_PROCESS and "a file")
     # What is written aside is known by the name that it was to get.
     named = f"{re.sub(TEMPORARY, '', str(where))}: cannot be written or read" if where else None
-    return StorageError(
-        f"{named or 'this process cannot go on'}: {os.strerror(number)}. {_REMEDIES[number]}, and start again."
-    )
+    message = f"{named or 'this process cannot go on'}: {os.strerror(number)}. {_REMEDIES[number]}, and start again."
+    if not isinstance(error, OSError | MemoryError):
+        # The number is a guess from a library's words: whoever looks for the cause needs them.
+        message += f" ({type(error).__name__}: {' '.join(str(error).split())[:_MAX_SHOWN_CHARACTERS]})"
+    return StorageError(message)
 
 
 def without_stop(said: object) -> str:

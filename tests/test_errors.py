@@ -85,7 +85,10 @@ def test_one_line_and_a_code(
             ImportError("lib.so: failed to map segment from shared object"),
             "x/y: .* allocate memory",
         ),
-        (RuntimeError("can't start new thread"), "x/y: .* allocate memory"),
+        (
+            RuntimeError("can't start new thread"),
+            r"x/y: .* allocate memory.*again. \(RuntimeError: can't start new thread\)$",
+        ),
         (MemoryError(), "x/y: .* allocate memory"),
         (OSError(errno.ENOSPC, "", "x/y.tmp-a_host-12/z.npy"), "^x/y/z.npy: .*No space left"),
     ],

@@ -61,7 +61,7 @@ def names_in(folder: Path) -> set[str]:
 
 def check(name: str, code: int, said: str, left: set[str]) -> None:
     assert code == 4, f"{name}: {code}\n{said}"
-    assert "Traceback" not in said and said.count("error: ") == 1, f"{name}\n{said}"
+    assert "Traceback" not in said and said.count("pal-ds: error: ") == 1, f"{name}\n{said}"
     # A cache says what it is of before it holds anything; data may be whole before they cannot be opened.
     allowed = ("cache",) if "data/dataset.json" not in left else ("cache", "data")
     assert not [path for path in left if not path.startswith(allowed)], f"{name}: {left}"
