@@ -127,7 +127,9 @@ def storage_error(error: BaseException, path: Path | str | None = None) -> Stora
     message = f"{named or 'this process cannot go on'}: {os.strerror(number)}. {_REMEDIES[number]}, and start again."
     if not isinstance(error, OSError | MemoryError):
         # The number is a guess from a library's words: whoever looks for the cause needs them.
-        message += f" ({type(error).__name__}: {' '.join(str(error).split())[:_MAX_SHOWN_CHARACTERS]})"
+        message += (
+            f" ({type(error).__name__}: {' '.join(str(error).split())[:_MAX_SHOWN_CHARACTERS]})"
+        )
     return StorageError(message)
 
 

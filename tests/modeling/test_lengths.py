@@ -35,7 +35,9 @@ def test_a_length_that_is_too_long_is_refused_before_anything_is_made(tmp_path: 
 
 def test_other_settings_are_refused_and_prepared_again_where_asked(tmp_path: Path) -> None:
     before = prepare(recipe(tmp_path, max_length=40))
-    with pytest.raises(UserError, match=r"other settings \(data.max_length: 40 then, 48 now\).*--prepare_again"):
+    with pytest.raises(
+        UserError, match=r"other settings \(data.max_length: 40 then, 48 now\).*--prepare_again"
+    ):
         prepare(recipe(tmp_path))
     assert PreparedData.open(before.path).hash == before.hash
     after = prepare(recipe(tmp_path), again=True)
