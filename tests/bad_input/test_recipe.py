@@ -53,7 +53,7 @@ BERT = {
         (["--users.learning_rate=0"], "users.learning_rate is 0.0; it must be above 0"),
         (["--loss.kind=hing"], "loss.kind: it must be one of 'logistic', 'hinge'"),
         (["--data.max_length=0"], "data.max_length is 0; it must be at least 1"),
-        (["--data.max_length=40"], "data.max_length)"),
+        (["--data.max_length=40"], "data was prepared with other settings (data.max_length:"),
         (["--train.ds_config=zero9"], "zero9.json. Give a path to a DeepSpeed JSON or one of: z"),
     ],
 )
