@@ -44,11 +44,18 @@ def test_shipped_suites_resolve(name: str) -> None:
 
 def test_the_seeds_experiments_are_there() -> None:
     wanted = {"dsp_five_users", "dsp_four_domains", "persona_groups", "pets", "tldr", "prism"}
-    wanted |= {"ultrafeedback_p2", "ultrafeedback_p4", "pick_a_pic", "community_alignment"}
+    wanted |= {
+        "ultrafeedback_p2",
+        "ultrafeedback_p4",
+        "pick_a_pic",
+        "community_alignment",
+        "hh_users_alike",
+    }
     of_people = {"ukp_leave_one_topic_out", "polis_held_out_votes", "polis_held_out_statements"}
     assert wanted | of_people == set(SHIPPED)
+    others = ("per-group", "Bradley-Terry", "PAL-B", "LoRe")
     curves = [f"{kind}K={k}" for kind in ("", "hard-") for k in range(1, 9)]
-    assert [*read("persona_groups").settings.methods] == [*curves, "per-group"]
+    assert [*read("persona_groups").settings.methods] == [*curves, *others]
 
 
 def test_each_topic_is_left_out_once() -> None:
