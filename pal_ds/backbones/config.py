@@ -6,8 +6,8 @@ from typing import Any, Literal
 from pal_ds.errors import UserError
 from pal_ds.io.files import expand_home
 
-Pooling = Literal["last", "mean", "max"]
-"""Pooling to one state for a text: that of its last token, or the mean or largest entry over all of them."""
+Pooling = Literal["last", "mean", "max", "mean_max"]
+"""Pooling to one state for a text: that of its last token, the mean or largest entry over all, or both of these."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +52,11 @@ class BackboneConfig:
     encoding: Literal["auto", "joint", "separate"] = "auto"
     """joint: the response after its prompt in one pass; separate: each alone. auto: joint, except where an encoder
     meets a head that reads the prompt."""
-    pooling: Literal["auto", "last", "eos", "mean", "max"] = "auto"
+    pooling: Literal["auto", "last", "eos", "mean", "max", "mean_max"] = "auto"
     """The one state that stands for a text. last: that of its last token, the end token that `prepare` appends (with
     data.special_tokens: false the response's own last token). eos: the same, and refused where no end token is
-    appended. mean, max: over all tokens of prompt and response, and for the prompt over its own. auto: last for
-    decoders, mean for encoders, which know mean and max alone."""
+    appended. mean, max: over all tokens of prompt and response, and for the prompt over its own. mean_max: both, side
+    by side, so the head reads twice the width. auto: last for decoders, mean for encoders, which know no last."""
     trust_remote_code: bool = False
     """Allow code from the model's folder or hub page to run."""
     encode_batch_texts: int = 32

@@ -96,6 +96,8 @@ def pooled_states(
 ) -> tuple[Float[Tensor, "R 1 H"], Float[Tensor, "P 1 H"] | None, Int[Tensor, "P"] | None]:
     """Read states as `packed_states` does, for encoders: one state for each text, pooled in fp32."""
     assert batch.packing is not None and batch.response_positions is not None
+    if pooling == "mean_max":
+        return _side_by_side(pooled_states, hidden, batch)
     lengths = batch.packing.sequence_start.diff()
     # In the order of tokens on every device; the lengths are right by construction, and checking them would wait.
     pooled = torch.segment_reduce(hidden.float(), pooling, lengths=lengths, unsafe=True)
@@ -116,6 +118,8 @@ def pooled_pairs(
     """
     packing = batch.packing
     assert packing is not None
+    if pooling == "mean_max":
+        return _side_by_side(pooled_pairs, hidden, batch)
     lengths, num_prompts = packing.sequence_start.diff(), packing.num_prompts
     kind, nothing = ("max", -torch.inf) if pooling == "max" else ("sum", 0.0)
     parts = torch.segment_reduce(
@@ -136,6 +140,18 @@ def pooled_pairs(
     # Where a response leaves no room for a prompt, its own first token stands in.
     prompts = torch.where(lengths[:num_prompts, None] > 0, prompts, hidden[rows].float())
     return response, prompts.to(hidden.dtype)[:, None], torch.ones_like(rows)
+
+
+def _side_by_side(
+    read: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]], hidden: Tensor, batch: Batch
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Means and largest entries of `read`, one of the two functions above, in states of twice the width."""
+    mean, prompt_mean, prompt_length = read(hidden, batch, "mean")
+    largest, prompt_largest, _ = read(hidden, batch, "max")
+    response = torch.cat([mean, largest], dim=-1)
+    if prompt_mean is None or prompt_largest is None:
+        return response, None, None
+    return response, torch.cat([prompt_mean, prompt_largest], dim=-1), prompt_length
 
 
 def packed_hidden(

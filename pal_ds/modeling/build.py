@@ -99,18 +99,20 @@ def assemble(
     encoder = packed = False
     backbone = None
     if data.info["kind"] == "vectors":
-        hidden_size = int(data.info["vector_size"])
+        state_size = int(data.info["vector_size"])
+        pooling = pooling_of(config.backbone.pooling, encoder, data)
     else:
-        from pal_ds.remote_code.encoding import hidden_size_of, is_encoder
+        from pal_ds.remote_code.encoding import is_encoder, state_size_of
 
         backbone, model_config = _describe_backbone(config, data, run, model_config)
-        hidden_size, encoder = hidden_size_of(model_config), is_encoder(model_config)
+        encoder = is_encoder(model_config)
+        pooling = pooling_of(config.backbone.pooling, encoder, data)
+        state_size = state_size_of(model_config, pooling)
         check_sizes(model_config, data)
         packed = is_packed(config.backbone, model_config)
-    weighting, head = config.loss.token_weighting, _head_of(config, hidden_size)
+    weighting, head = config.loss.token_weighting, _head_of(config, state_size)
     with_prompt = "prompt" in head.needs
     encoding = encoding_of(config.backbone.encoding, encoder, with_prompt)
-    pooling = pooling_of(config.backbone.pooling, encoder, data)
     if weighting != "last" and (pooling != "last" or backbone is None):
         reason = "vector data have one vector per response"
         if backbone is not None:

@@ -32,12 +32,12 @@ def pooling_of(wanted: str, encoder: bool, data: PreparedData) -> Pooling:
     """Resolve `backbone.pooling`. Raises UserError for a last token that an encoder or the data have not."""
     if wanted == "auto":
         return "mean" if encoder else "last"
-    if wanted == "mean" or wanted == "max":
+    if wanted == "mean" or wanted == "max" or wanted == "mean_max":
         return wanted
     if encoder:
         raise UserError(
             f"backbone.pooling: {wanted}, and the last token of an encoder stands for nothing more than any other. Set "
-            "it to mean (or auto) or max."
+            "it to mean (or auto), max or mean_max."
         )
     if wanted == "eos" and data.info["kind"] == "tokens" and not data.info["tokens"]["end_ids"]:
         raise UserError(

@@ -12,7 +12,7 @@ from pal_ds.config.run_config import RunConfig
 from pal_ds.engine.ds_config import load_ds_config, offloads_optimizer, zero_stage
 from pal_ds.errors import UserError
 from pal_ds.modeling.lengths import length_of_texts, num_positions
-from pal_ds.remote_code.encoding import drop_unused_modules, hidden_size_of
+from pal_ds.remote_code.encoding import drop_unused_modules, state_size_of
 
 MASTER_AND_MOMENTS = 12
 """Bytes of a trained parameter's fp32 master and Adam's two moments."""
@@ -83,7 +83,7 @@ def _on_meta(config: RunConfig, model_config: PretrainedConfig) -> nn.Module:
         drop_unused_modules(backbone)
         if config.backbone.tuning == "lora":
             backbone = add_adapters(backbone, config.backbone, 0)
-        head = config.head(hidden_size_of(model_config))
+        head = config.head(state_size_of(model_config, config.backbone.pooling))
     if config.backbone.tuning == "frozen":
         backbone.requires_grad_(False)
     return nn.ModuleList([backbone, head])

@@ -15,6 +15,11 @@ def hidden_size_of(config) -> int:
     return getattr(config, "word_embed_proj_dim", None) or config.hidden_size
 
 
+def state_size_of(config, pooling: str) -> int:
+    """Width of the state that stands for a text: mean_max holds two of the last hidden state's width, side by side."""
+    return hidden_size_of(config) * (2 if pooling == "mean_max" else 1)
+
+
 def drop_unused_modules(model: nn.Module) -> None:
     """Removes BERT's pooler, which no score reads: under ZeRO-3 every parameter must take part in every step."""
     if getattr(model, "pooler", None) is not None:
@@ -40,9 +45,10 @@ def read_states(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Responses [R, T, H], prompts [P, C, H] and valid prompt positions [P] of hidden states [N, S, H].
 
-    `pooling` is last, mean or max. `last` reads responses at `response_positions` [R, T], and prompts at their last
-    token or, with `prompt_tokens`, at every token from the row's start. The others pool each row over all its tokens,
-    those of a prompt in it too, and a prompt over its own: T = C = 1. Positions come from lengths, never from pad ids.
+    `pooling` is last, mean, max or mean_max (states of 2H then). `last` reads responses at `response_positions` [R, T],
+    and prompts at their last token or, with `prompt_tokens`, at every token from the row's start. The others pool each
+    row over all its tokens, those of a prompt in it too, and a prompt over its own: T = C = 1. Positions come from
+    lengths, never from pad ids.
     """
     num_responses = response_positions.shape[0]
     if pooling != "last":
@@ -62,7 +68,12 @@ def read_states(
 
 
 def pool(hidden: Tensor, inside: Tensor, pooling: str) -> Tensor:
-    """Mean (taken in fp32) or largest entry [N, 1, H] of states [N, S, H] over the tokens where `inside` [N, S]."""
+    """Mean (taken in fp32) or largest entry [N, 1, H] of states [N, S, H] over the tokens where `inside` [N, S].
+
+    mean_max: both, [N, 1, 2H].
+    """
+    if pooling == "mean_max":
+        return torch.cat([pool(hidden, inside, kind) for kind in ("mean", "max")], dim=-1)
     if pooling == "max":
         return hidden.masked_fill(~inside[:, :, None], -torch.inf).amax(1, keepdim=True)
     weight = inside.to(torch.float32)[:, :, None]

@@ -13,7 +13,13 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 
 from .canonical import canonical_ids, find_prompt_length, num_leading, truncated
 from .deviation import RewardOutput, standard_deviation
-from .encoding import drop_unused_modules, hidden_size_of, hidden_states, read_states
+from .encoding import (
+    drop_unused_modules,
+    hidden_size_of,
+    hidden_states,
+    read_states,
+    state_size_of,
+)
 from .exported_head import Features, UserState, build_head
 from .rows import Text, pad_right, spread, token_mask
 from .simplex import check_point
@@ -54,7 +60,7 @@ class PalRewardConfig(PretrainedConfig):
             head: {"name", "init"}: the head's class and its constructor's arguments.
             mixture: the user's point: of the simplex over the head's prototypes, for most heads.
             encoding: `joint` (the response after its prompt in one pass) or `separate`.
-            pooling: a score reads a row's last token, or the mean or largest entry over the row.
+            pooling: a score reads a row's last token, or the mean or largest entry over the row, or both of these.
             prefix_ids, end_ids: special tokens around every text.
             kwargs: `end_variants`, all that may stand for the end; `probe`: check_probe; `posterior`: see `forward`.
             marker_ids, user_marker_ids: tokens that open a response, and a user's message.
@@ -112,7 +118,8 @@ class PalForSequenceClassification(WholeWeights, PreTrainedModel):
         self.backbone = AutoModel.from_config(config.text_config)
         drop_unused_modules(self.backbone)
         head: dict = config.head or {}
-        self.head = build_head(head["name"], hidden_size_of(config.text_config), head["init"])
+        state_size = state_size_of(config.text_config, config.pooling)
+        self.head = build_head(head["name"], state_size, head["init"])
         self.reads_prompt = "prompt" in self.head.needs
         if self.head.is_personal:
             sizes, on_simplex = self.head.point_sizes, self.head.on_simplex

@@ -284,12 +284,13 @@ def one_by_one(backbone: TransformerBackbone, collator: Collator, pooling: str) 
             ids = torch.from_numpy(ids.astype(np.int64))[None]
             hidden = backbone.model(input_ids=ids, attention_mask=torch.ones_like(ids))
             hidden = hidden.last_hidden_state[0].double()
-            states.append(hidden.mean(0) if pooling == "mean" else hidden.amax(0))
+            kinds = {"mean": hidden.mean(0), "max": hidden.amax(0)}
+            states.append(torch.cat([kinds[kind] for kind in pooling.split("_")]))
     return torch.stack(states)
 
 
 @pytest.mark.parametrize("encoding", ["joint", "separate"])
-@pytest.mark.parametrize("pooling", ["mean", "max"])
+@pytest.mark.parametrize("pooling", ["mean", "max", "mean_max"])
 @pytest.mark.parametrize("max_length", [80, 60])
 def test_pooled_decoders(data: PreparedData, pooling: Any, encoding: Any, max_length: int) -> None:
     """Over prompt and response, and a prompt over its own, whatever the layout and however much was cut."""
@@ -308,7 +309,7 @@ def test_pooled_decoders(data: PreparedData, pooling: Any, encoding: Any, max_le
     assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
-@pytest.mark.parametrize("pooling", ["mean", "max"])
+@pytest.mark.parametrize("pooling", ["mean", "max", "mean_max"])
 def test_pooled_without_room_for_a_prompt(data: PreparedData, pooling: Any) -> None:
     longest = int(data.responses.lengths.max())
     tokens = {**data.info["tokens"], "max_length": longest}

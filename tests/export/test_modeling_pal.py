@@ -219,7 +219,7 @@ def test_texts_cut_in_front_of_the_marker(head: str) -> None:
             scores(model, [[*range(3, 20)]])
 
 
-@pytest.mark.parametrize("pooling", ["mean", "max"])
+@pytest.mark.parametrize("pooling", ["mean", "max", "mean_max"])
 @pytest.mark.parametrize("encoding", ["joint", "separate"])
 def test_pooled_scores_do_not_depend_on_padding(pooling: str, encoding: str) -> None:
     model = make("PalB", pooling=pooling, encoding=encoding)
