@@ -96,7 +96,7 @@ def _matrix() -> list[Case]:
     matrix = [Case(*case, stage=index % 4) for index, case in enumerate(cases)]
     return [
         *matrix,
-        Case("llama", "pal_b", "full", 3, "max", "right"),
+        Case("llama", "pal_b", "full", 3, "mean_max", "right"),
         Case("llama", "bt", "lora", 2, "mean", "right"),
         Case("gpt2", "bt", "full", 1, "mean", "left"),
         Case("gpt2", "bt", "full", 0, "eos", "right"),
