@@ -4,7 +4,7 @@ from typing import cast
 
 import numpy as np
 
-from pal_ds.data.tables import PreparedData, best_accuracy, preferences
+from pal_ds.data.tables import PreparedData, best_accuracy, preferences, targets
 from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
 from pal_ds.eval import sanity_checks
@@ -128,8 +128,10 @@ def report_on(
     """
     data, (temperature, three_way), of_ties = reader.collator.data, calibration, {}
     if data.num_ties:
-        labels = data.comparisons["label"][rows].astype(float)
-        of_ties = {"ties": tie_figures(margins / temperature, labels, three_way)}
+        labelled = data.comparisons[rows]
+        labels, shares = labelled["label"].astype(float), targets(labelled)
+        made = tie_figures(margins / temperature, labels, three_way, shares=shares)
+        of_ties = {"ties": made}
     rows, margins = without_ties(data, rows, margins)
     table = data.comparisons[rows]
     is_known = reader.collator.user_rows(rows) >= 0
