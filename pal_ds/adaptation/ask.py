@@ -99,7 +99,7 @@ def ask_run(run: RunDirectory, out: Path, options: AskOptions) -> AskResult:
         codes = data.comparisons[rows]["a"], data.comparisons[rows]["b"]
         for side, code in enumerate(codes):
             prompts[scored.sides[:, side]] = torch.from_numpy(data.response_prompt[code])
-    num_of = pool.num_asked(options.num)
+    num_of = pool.num_for_each(options.num)
     largest = 0.0
     most = int(num_of.max())
     chooser = Chooser(options.strategy, most, options.seed, scored, Prompts.of(prompts))
@@ -198,7 +198,7 @@ class _Pool(NamedTuple):
         place = np.arange(len(self.user_ids))[part, None]
         return (self.owner == -1) | (self.owner == place)
 
-    def num_asked(self, num: int) -> Int[np.ndarray, "u"]:
+    def num_for_each(self, num: int) -> Int[np.ndarray, "u"]:
         """How many candidates each user is asked: `num`, or all there are for them, with a warning; int64."""
         counts = np.bincount(self.owner[self.owner >= 0], minlength=len(self.user_ids))
         counts = counts + (self.owner == -1).sum()

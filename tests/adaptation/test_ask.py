@@ -227,6 +227,17 @@ def test_the_bar_ends_with_the_last_users(
     assert bars == [[2, 2, 6]]
 
 
+def test_a_run_on_vectors_scores_no_texts(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = write_lines(tmp_path / "texts.jsonl", [{"prompt": "a", "response": "b"}])
+    with pytest.raises(SystemExit) as end:
+        main(words("score", place, f"--input={texts}", f"--output={tmp_path / 'scores.jsonl'}"))
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "was trained on vectors, so it reads no texts" in said
+    assert "to score texts, train on texts" in said
+
+
 def test_in_memory(place: Path, tmp_path: Path) -> None:
     pool = read_lines(place / "pool.jsonl")
     lines = api.ask(place / "run", pool, place / "users", tmp_path / "out.jsonl", num=2)
