@@ -21,7 +21,7 @@ from pal_ds.distributed import phase
 from pal_ds.distributed.world import World
 from pal_ds.errors import UserError, writing
 from pal_ds.eval.evaluate import opened_pairs
-from pal_ds.heads.jaxtyping_fallback import Bool
+from pal_ds.heads.jaxtyping_fallback import Bool, Int
 from pal_ds.inference.load_run import OpenRun, restore
 from pal_ds.inference.mixtures import user_mixtures
 from pal_ds.inference.posterior_file import known_posterior
@@ -35,6 +35,9 @@ from pal_ds.users.ids import POPULATION_USER
 
 logger = logging.getLogger(__name__)
 
+_NAMED = 5
+"""Users whom a warning names."""
+
 
 @dataclass(frozen=True)
 class AskOptions:
@@ -45,7 +48,7 @@ class AskOptions:
     users: Path
     """Folder that `adapt` wrote."""
     num: int = 10
-    """Comparisons for each user."""
+    """Comparisons for each user; of who has fewer candidates, all."""
     strategy: Strategy = "bald"
     only: tuple[str, ...] = ()
     """Ids of the users to ask; none for all of the folder."""
@@ -70,7 +73,7 @@ def ask_run(run: RunDirectory, out: Path, options: AskOptions) -> AskResult:
 
     Raises:
         UserError: a strategy or number that is none; users without a posterior, or who are not in the folder;
-            candidates that cannot be read, or fewer than `num` for a user.
+            candidates that cannot be read, or none for any user. A user with fewer than `num` is asked them all.
     """
     if options.strategy not in STRATEGIES:
         raise UserError(f"--strategy {options.strategy}: must be one of {', '.join(STRATEGIES)}.")
@@ -96,16 +99,23 @@ def ask_run(run: RunDirectory, out: Path, options: AskOptions) -> AskResult:
         codes = data.comparisons[rows]["a"], data.comparisons[rows]["b"]
         for side, code in enumerate(codes):
             prompts[scored.sides[:, side]] = torch.from_numpy(data.response_prompt[code])
-    pool.refuse_too_few(options.num)
+    num_of = pool.num_for_each(options.num)
     largest = 0.0
-    chooser = Chooser(options.strategy, options.num, options.seed, scored, Prompts.of(prompts))
+    most = int(num_of.max())
+    chooser = Chooser(options.strategy, most, options.seed, scored, Prompts.of(prompts))
     with writing(out), replacing(out) as aside, open(aside, "w", encoding="utf-8") as stream:
         for part, choice in choices(chooser, users, pool):
-            largest = max(largest, float(choice.gain.max()))
-            for user, places, gains in zip(
-                users.ids[part], choice.candidate.tolist(), choice.gain.tolist(), strict=True
+            for user, count, places, gains in zip(
+                users.ids[part],
+                num_of[part].tolist(),
+                choice.candidate.tolist(),
+                choice.gain.tolist(),
+                strict=True,
             ):
-                for rank, (place, gain) in enumerate(zip(places, gains, strict=True), start=1):
+                # Behind those that this user may be asked stand some that are others'.
+                own = list(zip(places, gains, strict=True))[:count]
+                for rank, (place, gain) in enumerate(own, start=1):
+                    largest = max(largest, gain)
                     line = {**pool.questions[place], "user_id": user, "gain": gain, "rank": rank}
                     stream.write(json.dumps(line, ensure_ascii=False) + "\n")
     if options.strategy in ("bald", "d_optimal") and largest <= 0:
@@ -188,23 +198,30 @@ class _Pool(NamedTuple):
         place = np.arange(len(self.user_ids))[part, None]
         return (self.owner == -1) | (self.owner == place)
 
-    def refuse_too_few(self, num: int) -> None:
-        """Raise UserError where some user has fewer candidates than are to be asked."""
+    def num_for_each(self, num: int) -> Int[np.ndarray, "u"]:
+        """How many candidates each user is asked: `num`, or all there are for them, with a warning; int64."""
         counts = np.bincount(self.owner[self.owner >= 0], minlength=len(self.user_ids))
         counts = counts + (self.owner == -1).sum()
-        fewest = int(counts.argmin())
-        if counts[fewest] < num:
-            raise UserError(
-                f"--num {num}: there are {counts[fewest]} different candidates for user {self.user_ids[fewest]!r}. "
-                "Give more candidates, or a smaller --num."
+        few = np.flatnonzero(counts < num)
+        if len(few):
+            named = ", ".join(f"{self.user_ids[u]!r} {counts[u]}" for u in few[:_NAMED])
+            more = f", and {len(few) - _NAMED} more users" if len(few) > _NAMED else ""
+            logger.warning(
+                "--num %d: fewer different candidates for %s%s. They are asked what there is; give more candidates, or "
+                "a smaller --num",
+                num,
+                named,
+                more,
             )
+        return np.minimum(counts, num)
 
 
 def choices(chooser: Chooser, users: Users, pool: _Pool) -> Iterator[tuple[slice, Choice]]:
     """The choice for all users, some at a time."""
     size = chooser.users_at_once
-    with progress_bar("asking", len(users.ids), shown=True, unit="users") as advance:
-        for begin in range(0, len(users.ids), size):
+    steps = range(0, len(users.ids), size)
+    with progress_bar("asking", len(steps), shown=True, unit="users") as advance:
+        for begin in steps:
             phase.progress()
             part = slice(begin, begin + size)
             some = users.some(part)

@@ -84,7 +84,10 @@ def choose_by_gain(
     gain_of: Gain,
     available: Bool[Tensor, "U C"],
 ) -> Choice:
-    """The candidates of largest gain, one after the other; of equals the first. `num` or more must be available."""
+    """The candidates of largest gain, one after the other; of equals the first.
+
+    Of a user with fewer than `num` available the last are any, with gains of -inf.
+    """
     num_users, num_axes, _ = slopes.shape
     everyone = torch.arange(num_users, device=margin.device)
     shrunk = torch.eye(num_axes, device=margin.device).repeat(num_users, 1, 1)

@@ -129,7 +129,7 @@ def ask(
             not read.
         users: new users that `adapt` fitted.
         out: JSON Lines to write.
-        num: comparisons for each user.
+        num: comparisons for each user, or all of who has fewer candidates, with a warning.
         strategy: `d_optimal` and `bald` ask for what tells most of the user's point, `thompson` for what tells which
             response is best.
         seed: of `random` and `thompson`.
@@ -138,7 +138,7 @@ def ask(
         The lines of `out`: each candidate with `user_id`, `gain` and `rank`; `y` is to be added.
 
     Raises:
-        UserError: candidates that cannot be read, or fewer than `num`; users without a posterior.
+        UserError: candidates that cannot be read, or none for any of the users; users without a posterior.
     """
     from pal_ds.adaptation.ask import AskOptions, ask_run
     from pal_ds.data.sources import Jsonl

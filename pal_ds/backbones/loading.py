@@ -48,11 +48,12 @@ def load_transformer(
     if config.num_layers is not None:
         options["config"] = read_model_config(config)
         logger.info(
-            "backbone.num_layers: the first %d layers are kept; transformers may list the others as unexpected",
+            "backbone.num_layers: the first %d layers are kept, and weights of the others are not read",
             config.num_layers,
         )
     output = None
-    with refusing_pickles(config.path):
+    expected = contextlib.nullcontext() if config.num_layers is None else _hiding_unread_weights()
+    with refusing_pickles(config.path), expected:
         if language:
             model, output = with_language_head(config.path, **options)
         else:
@@ -83,6 +84,33 @@ def _refuse_other_depth(model: nn.Module, config: BackboneConfig) -> None:
             f"backbone.num_layers: the modelling code of {config.path} built no list of {config.num_layers} layers, so "
             "it may have kept all. Leave the key out, or cut the model yourself."
         )
+
+
+_REPORTERS = ("transformers.modeling_utils", "transformers.utils.loading_report")
+"""Loggers that list the weights of a file for which a model has no place; which of them, its version decides."""
+_MATTERS = ("MISSING", "MISMATCH", "CONVERSION")
+
+
+def _is_worth_telling(record: logging.LogRecord) -> bool:
+    """Return False for a message that lists weights of a file which the model has no place for, and nothing else."""
+    text = record.getMessage()
+    if "LOAD REPORT" in text:
+        return any(word in text for word in _MATTERS)
+    # The form of transformers 4.
+    return "were not used when initializing" not in text
+
+
+@contextlib.contextmanager
+def _hiding_unread_weights() -> Iterator[None]:
+    """Keep transformers from listing weights that the model has no place for; what it misses is still told."""
+    loggers = [logging.getLogger(name) for name in _REPORTERS]
+    for reporter in loggers:
+        reporter.addFilter(_is_worth_telling)
+    try:
+        yield
+    finally:
+        for reporter in loggers:
+            reporter.removeFilter(_is_worth_telling)
 
 
 @contextlib.contextmanager

@@ -56,6 +56,6 @@ class Ask:
             options_of(AskOptions, options, **more),
         )
         print(
-            f"{options.num} of {result.num_candidates} candidates for each of {result.num_users} users "
+            f"up to {options.num} of {result.num_candidates} candidates for each of {result.num_users} users "
             f"-> {options.out}"
         )

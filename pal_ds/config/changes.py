@@ -9,6 +9,7 @@ from pal_ds.config.run_config import KEYS_THAT_DO_NOT_ALTER_RESULTS, RunConfig
 from pal_ds.data.parse import nearest
 from pal_ds.errors import UserError
 from pal_ds.io.yaml_files import flattened, parse_yaml
+from pal_ds.tie_models import WITH_THRESHOLD
 
 _WAS_WRITTEN = {
     "data.max_length": 1024,
@@ -61,17 +62,34 @@ def refuse_unknown_keys(allowed: Iterable[str], recipe: str) -> None:
 
 
 def refuse_changes(run_config_file: Path, new: str, allowed: list[str]) -> None:
-    """Raise UserError, naming the keys, where a resumed run would not be the run that was started."""
+    """Raise UserError, naming the keys, where a resumed run would not be the run that was started.
+
+    Keys that decide which values a checkpoint holds are refused though they are `allowed`.
+    """
     old = run_config_file.read_text()
     try:
         parse_yaml(old, str(run_config_file))
     except UserError as error:
         raise UserError(f"{error} Restore it, or start in another --run_dir.") from None
-    refused = [key for key in changed_keys(old, new) if key not in allowed]
+    before, after = _keys_of(old), _keys_of(new)
+
+    def is_fixed(key: str) -> bool:
+        return key == "users.reliability" or (
+            key == "loss.ties"
+            and (before.get(key) in WITH_THRESHOLD) != (after.get(key) in WITH_THRESHOLD)
+        )
+
+    changed = changed_keys(old, new)
+    refused = [key for key in changed if key not in allowed or is_fixed(key)]
     if refused:
-        before, after = _keys_of(old), _keys_of(new)
         listing = "; ".join(f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in refused)
+        fixed = [key for key in refused if is_fixed(key)]
+        others = ",".join(key for key in refused if key not in fixed)
+        remedy = f"Restore them, pass --allow_change {others}, or"
+        if fixed:
+            rest = f", pass --allow_change {others} for the rest" if others else ""
+            remedy = f"Restore {', '.join(fixed)}, which decides what a checkpoint holds{rest}, or"
         raise UserError(
-            f"{run_config_file}: this run was started with other values: {listing}. Restore them, pass "
-            f"--allow_change {','.join(refused)}, or start in another --run_dir."
+            f"{run_config_file}: this run was started with other values: {listing}. {remedy} start in another "
+            "--run_dir."
         )

@@ -109,6 +109,11 @@ class Batch(NamedTuple):
     answers: Answers | None = None
     """The tokens of preferred responses, where the loss asks how likely they are."""
 
+    @property
+    def preferred(self) -> Int[Tensor, "B"]:
+        """+1 where response_2 is preferred, -1 where response_1, 0 where neither: a tie or a soft label of one half."""
+        return self.label if self.target is None else self.label * (self.target != 0.5)
+
     def facts(self, factor: float = 1.0) -> PairFacts:
         """Return what a loss reads of the comparisons, their weights times `factor`."""
         window = self.window_start, self.window_end

@@ -56,7 +56,10 @@ def is_number(value: object) -> bool:
 
 
 def _is_name(value: object) -> bool:
-    return isinstance(value, str | int) and not isinstance(value, bool) and value != ""
+    """Return whether a JSON value names somebody; white space alone would be a user whom nobody can find again."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_true_or_false(value: object) -> bool:
@@ -66,7 +69,7 @@ def _is_true_or_false(value: object) -> bool:
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "user_id": (
         _is_name,
-        f"give a non-empty text (or leave the key out for the one user '{POPULATION_USER}')",
+        f"give a text that is not blank (or leave the key out for the one user '{POPULATION_USER}')",
     ),
     "y": (
         lambda value: not isinstance(value, bool) and value in (-1, 0, 1),
@@ -76,7 +79,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: is_number(value) and 0 <= value <= LARGEST_FLOAT32,
         f"it must be a finite number between 0 and {LARGEST_FLOAT32:g}",
     ),
-    "group": (_is_name, "give a non-empty text or leave the key out"),
+    "group": (_is_name, "give a text that is not blank, or leave the key out"),
     "split": (
         lambda value: value in SPLIT_FIELD_NAMES,
         f"it must be one of {', '.join(SPLIT_FIELD_NAMES)}",

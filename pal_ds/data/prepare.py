@@ -60,8 +60,8 @@ class DataConfig:
     vocab_size: int = 2048
     """Number of tokens of a tokenizer trained here."""
     max_length: int | None = None
-    """Tokens of prompt + response; the prompt alone is truncated. Unset: 1024, or as many as the backbone has positions
-    for where these are fewer."""
+    """Tokens of prompt + response; the prompt alone is truncated. Unset: that of the data behind
+    `train.init_from`, else 1024, or as many as the backbone has positions for where these are fewer."""
     truncation_side: Literal["left", "right"] = "left"
     """End of a long prompt that goes: its beginning, or what stands just in front of the response marker, which
     stays. The response and its end token are never cut."""

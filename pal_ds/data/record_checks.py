@@ -18,7 +18,7 @@ def fault_of(record: Record) -> str | None:
 
     >>> fault_of(Record("mia", 1, responses=("a", "b")))
     >>> fault_of(Record(7, 1, responses=("a", "b")))
-    'user_id is 7; it must be a text that is not empty'
+    'user_id is 7; it must be a text that is not blank'
     """
     return next(_faults(record), None)
 
@@ -27,8 +27,8 @@ def _faults(record: Record) -> Iterator[str]:
     for name in ("user_id", "group"):
         value = getattr(record, name)
         is_unsaid = value is None and name == "group"
-        if not is_unsaid and not (isinstance(value, str) and value):
-            yield f"{name} is {value!r:.80}; it must be a text that is not empty"
+        if not is_unsaid and not (isinstance(value, str) and value.strip()):
+            yield f"{name} is {value!r:.80}; it must be a text that is not blank"
     if not _is_number(record.label) or record.label not in (-1, 0, 1):
         yield f"label is {record.label!r:.80}; it must be -1, 1, or 0 for a tie"
     yield from _faults_of_contents(record)

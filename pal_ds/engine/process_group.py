@@ -7,6 +7,7 @@ until it removes it; all others wait for as long as the file exists.
 
 import contextlib
 import datetime
+import io
 import logging
 import os
 import socket
@@ -149,10 +150,22 @@ def _join(store: torch_dist.Store, timeout: datetime.timedelta) -> World:
         torch_dist.init_process_group(
             backend, timeout=timeout, store=store, rank=rank, world_size=world_size
         )
-        with operators_have_a_place():
+        with operators_have_a_place(), prints_as_log_lines():
             deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
         control = torch_dist.new_group(backend="gloo", timeout=timeout)
     return World(rank, world_size, device, control)
+
+
+@contextlib.contextmanager
+def prints_as_log_lines() -> Iterator[None]:
+    """Log what the block prints, once it is over: standard output is for results, and `--quiet` for neither."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            yield
+    finally:
+        for line in said.getvalue().splitlines():
+            logger.info("%s", line)
 
 
 @contextlib.contextmanager

@@ -96,7 +96,7 @@ class Stepper:
             if leaf is not None:
                 leaves.append(leaf)
             with torch.no_grad():
-                decision = decision_margin(output.margin, batch.window_end) * batch.label
+                decision = decision_margin(output.margin, batch.window_end) * batch.preferred
                 right = (decision > 0).float() + 0.5 * (decision == 0).float()
                 correct = correct + (right * batch.weight).sum()
                 loss_sum = loss_sum + total.detach()

@@ -15,7 +15,7 @@ from pal_ds.data.build import build_tables
 from pal_ds.data.reading import records_of
 from pal_ds.data.records import Record
 from pal_ds.data.sources import Source, source_of_file
-from pal_ds.data.tables import PreparedData, preferences
+from pal_ds.data.tables import PreparedData, preferences, targets
 from pal_ds.data.tokenise import TextEncoder
 from pal_ds.data.verification import verify_content
 from pal_ds.distributed.agreement import installation_facts, refuse_disagreement
@@ -212,7 +212,8 @@ def _calibration(restored: OpenRun, world: World) -> tuple[float, ThreeWay | Non
     margins, labels = own_margins(restored, rows, world), data.comparisons["label"][rows]
     sure = preferences(data.comparisons[rows]) != 0
     temperature = dev_temperature(margins[sure], labels[sure].astype(float), loss.kind)
-    return temperature, fit_threshold(margins / temperature, labels.astype(float))
+    shares = targets(data.comparisons[rows])
+    return temperature, fit_threshold(margins / temperature, labels.astype(float), shares=shares)
 
 
 def _num_seen_prompts(trained_on: PreparedData, data: PreparedData) -> int:

@@ -4,7 +4,7 @@ from typing import cast
 
 import numpy as np
 
-from pal_ds.data.tables import PreparedData, best_accuracy, preferences
+from pal_ds.data.tables import PreparedData, best_accuracy, preferences, targets
 from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
 from pal_ds.eval import sanity_checks
@@ -22,6 +22,7 @@ from pal_ds.eval.tie_figures import ThreeWay, tie_figures
 from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.inference.load_run import OpenRun
 from pal_ds.inference.readers import KnownUsers, Reader
+from pal_ds.users.ids import UserIds
 
 NUM_MARGIN_BINS = 30
 
@@ -128,8 +129,10 @@ def report_on(
     """
     data, (temperature, three_way), of_ties = reader.collator.data, calibration, {}
     if data.num_ties:
-        labels = data.comparisons["label"][rows].astype(float)
-        of_ties = {"ties": tie_figures(margins / temperature, labels, three_way)}
+        labelled = data.comparisons[rows]
+        labels, shares = labelled["label"].astype(float), targets(labelled)
+        made = tie_figures(margins / temperature, labels, three_way, shares=shares)
+        of_ties = {"ties": made}
     rows, margins = without_ties(data, rows, margins)
     table = data.comparisons[rows]
     is_known = reader.collator.user_rows(rows) >= 0
@@ -138,8 +141,12 @@ def report_on(
         figures_of(data, rows[who], margins[who], temperature, format_baseline)
         for who in (is_known, ~is_known)
     )
-    seen, unseen = (scored_pairs(data, rows[who], margins[who]) for who in (is_known, ~is_known))
-    subject, chosen = (seen, is_known) if is_known.any() else (unseen, ~is_known)
+    is_removed = ~is_known & _was_removed(restored, data)[table["user"]]
+    seen, others, unseen = (
+        scored_pairs(data, rows[who], margins[who])
+        for who in (is_known, ~is_known, ~is_known & ~is_removed)
+    )
+    subject, chosen = (seen, is_known) if is_known.any() else (others, ~is_known)
     baselines = (
         None if baseline is None else correctness(baseline, table["label"].astype(float))[chosen]
         for baseline in _baseline_margins(data, table, format_baseline)
@@ -155,6 +162,7 @@ def report_on(
         diagnostics = diagnose_latent(known.encoded)
         collapsed = sanity_checks.no_unit_in_use(diagnostics["active_units"])
     warnings = sanity_checks.unseen_above_seen(seen, unseen)
+    warnings += sanity_checks.of_removed_users(int(is_removed.sum()))
     if held_out:
         warnings += sanity_checks.both_nearly_perfect(trained, subject, restored.data.info)
         warnings += sanity_checks.learnt_by_heart(trained, seen)
@@ -162,6 +170,13 @@ def report_on(
     warnings += [*sanity_checks.without_a_number(margins), *collapsed]
     of_run = {"train_accuracy": trained, "diagnostics": diagnostics, "warnings": warnings}
     return cast(EvaluationFigures, {**figures, "unknown_users": unknown, **of_ties, **of_run})
+
+
+def _was_removed(restored: OpenRun, data: PreparedData) -> np.ndarray:
+    """True for users of `data` on whom the run was trained, and whom its table does not hold now; bool [users]."""
+    rows = UserIds.of(restored.data.users).find(data.users)
+    was_trained = (rows >= 0) & restored.data.user_seen[rows]
+    return was_trained & (restored.users.ids.find(data.users) < 0) & (len(restored.users.ids) > 0)
 
 
 def refuse_no_numbers(scores: np.ndarray, restored: OpenRun) -> None:

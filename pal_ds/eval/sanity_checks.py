@@ -14,6 +14,9 @@ LAST_PART_OF_EPOCH = 0.25
 LARGEST_GAP = 0.2
 """Of accuracies in training and on held-out pairs: beyond it most of what was learnt holds for the former alone."""
 
+FEWEST_PROMPTS = 30
+"""Of fewer held-out prompts chance alone may part accuracies by LARGEST_GAP, with 30 two standard deviations."""
+
 ONE_PROMPT = (
     "all test pairs are of one prompt: intervals are over users, and say nothing of other prompts"
 )
@@ -60,6 +63,14 @@ def unseen_above_seen(seen: ScoredPairs, unseen: ScoredPairs) -> list[str]:
     ]
 
 
+def of_removed_users(num_pairs: int) -> list[str]:
+    """A warning where comparisons are of users who were removed from the run: they are no strangers to its weights."""
+    return [
+        f"{num_pairs} comparisons are of users who were removed from the run: they count among users not in the run, "
+        "but the model was trained on comparisons of theirs, so these figures are not those of unseen users"
+    ][: num_pairs > 0]
+
+
 def both_nearly_perfect(
     train_accuracy: float | None, held_out: ScoredPairs, info: DatasetInfo
 ) -> list[str]:
@@ -78,8 +89,11 @@ def both_nearly_perfect(
 
 
 def learnt_by_heart(train_accuracy: float | None, held_out: ScoredPairs) -> list[str]:
-    """A warning where the accuracy in training is far above that of held-out pairs, and by more than its interval."""
-    if train_accuracy is None or len(held_out.right) == 0:
+    """A warning where the accuracy in training is far above that of held-out pairs, and by more than its interval.
+
+    Of fewer than FEWEST_PROMPTS prompts it says nothing.
+    """
+    if train_accuracy is None or len(np.unique(held_out.prompts)) < FEWEST_PROMPTS:
         return []
     gap, half = train_accuracy - held_out.accuracy, held_out.half_width
     if half is None or gap <= max(LARGEST_GAP, half):

@@ -49,7 +49,8 @@ class TieFigures(TypedDict):
     """All comparisons, ties among them; those of the other figures are without."""
     ties: int
     log_loss: float | None
-    """Mean of -log of the probability of what each user said: one response, the other, or neither."""
+    """Mean of -log of the probability of what each user said: one response, the other, or neither; of a soft label the
+    mean of both responses' by their shares."""
     model: str | None
     threshold: float | None
     learnt: bool | None

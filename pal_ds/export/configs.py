@@ -37,8 +37,8 @@ def backbone_config(opened: OpenRun) -> PretrainedConfig:
     backbone = opened.parts.backbone
     if backbone is None:
         raise UserError(
-            f"{opened.run.path}: was trained on vector records; there is no text model to export. "
-            "Score vectors with `evaluate`."
+            f"{opened.run.path}: was trained on vectors, so it reads no texts: it can neither score nor export. "
+            "`evaluate --data FILE` measures it on comparisons of vectors; to score texts, train on texts."
         )
     if backbone.trust_remote_code:
         raise UserError(
@@ -63,10 +63,11 @@ def pal_config(opened: OpenRun, mixture: list[float] | None) -> PalRewardConfig:
             "head.prompt_position: aligned compares positions of a pair, so one text has no score "
             "of its own. Train with prompt_position: last to export."
         )
+    inner = backbone_config(opened)
     tokens, parts = opened.data.info["tokens"], opened.parts
     more: dict[str, Any] = {key: tokens[key] for key in ("end_variants",) if key in tokens}
     return PalRewardConfig(
-        text_config=backbone_config(opened),
+        text_config=inner,
         head={"name": head_name(type(parts.head)), "init": head_arguments(opened)},
         mixture=mixture,
         encoding=parts.collator.encoding,

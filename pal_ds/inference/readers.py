@@ -91,7 +91,8 @@ class KnownUsers:
     ids: list[UserIds]
     """Ids of each table, whose rows follow each other in `mixtures`; the last table that holds a user decides."""
     mixtures: Float[Tensor, "U+1 K"] | None
-    """Mixtures by row; the last is the population of the run's own users. None where users are their groups."""
+    """Mixtures by row; the last is that of strangers: the user `population` of the adapted table where it has one, else
+    the population of the run's own users. None where users are their groups."""
 
     log_reliability: Float[Tensor, "U+1"] | None = None
     """r_u by row, where the run's users have it; the last is of strangers."""
@@ -138,10 +139,16 @@ def known_users(restored: OpenRun, adapted: Path | None) -> KnownUsers:
             f"--users {adapted}: {table.num_prototypes} prototypes, the run has {head.num_prototypes}. "
             "Adapt the users to this run."
         )
-    parts = [mixtures[:-1], user_mixtures(head, table)[:-1], mixtures[-1:]]
+    adapted_mixtures = user_mixtures(head, table)
+    # Whoever fitted a user of that name said what strangers are like.
+    has_generic = generic_row_of(table.ids) >= 0
+    stranger = adapted_mixtures if has_generic else mixtures
+    parts = [mixtures[:-1], adapted_mixtures[:-1], stranger[-1:]]
     if log_reliability is not None:
-        of_table = table.log_reliability if table.has_reliability else torch.zeros(len(table))
-        log_reliability = torch.cat([log_reliability[:-1], of_table, log_reliability[-1:]])
+        of_table = log_reliability_of(table)
+        of_table = torch.zeros(len(table) + 1) if of_table is None else of_table
+        stranger = of_table if has_generic else log_reliability
+        log_reliability = torch.cat([log_reliability[:-1], of_table[:-1], stranger[-1:]])
     return KnownUsers(
         [restored.users.ids, table.ids],
         torch.cat([widened(part, head) for part in parts]),

@@ -1,6 +1,7 @@
 """Length of texts against the positions of the backbone, known before anything is prepared."""
 
 import copy
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,10 @@ from typing import TYPE_CHECKING
 
 from pal_ds.config.run_config import RunConfig
 from pal_ds.data.prepare import DEFAULT_MAX_LENGTH, DataConfig
+from pal_ds.data.tables import read_info
 from pal_ds.errors import UserError
+from pal_ds.io.boundary import reading
+from pal_ds.io.yaml_files import flattened, read_yaml
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -48,20 +52,42 @@ def _usable_positions(model_config: "PretrainedConfig") -> int:
 def data_to_prepare(config: RunConfig) -> DataConfig:
     """Return the recipe's `data` with the length of texts that its backbone reads.
 
-    Where the backbone's config is not at hand, the length is left as it is: `train` compares it with the data.
+    Where `train.init_from` is set and no length given, it is that of the origin's data. Where the backbone's config is
+    not at hand, the length is left as it is: `train` compares it with the data.
 
     Raises:
-        UserError: `data.max_length` is more than the backbone has positions for, or the backbone can be none.
+        UserError: `data.max_length` is more than the backbone has positions for, or the backbone can be none; the
+            origin does not tell its length of texts.
     """
     data = config.data
     if data.source is None:
         return data
+    if data.max_length is None and config.train.init_from is not None:
+        data = replace(data, max_length=length_of_origin(Path(config.train.init_from)))
     positions = _positions_of_backbone(config)
     if positions is None:
         return data
     if data.max_length is not None:
         check_length(data.max_length, positions)
     return replace(data, max_length=length_of_texts(data, positions))
+
+
+def length_of_origin(origin: Path) -> int | None:
+    """Return the `max_length` of the data behind a run directory, or behind an exported folder.
+
+    None where they are vectors, or where the folder is neither: `open_origin` tells of that.
+
+    Raises:
+        UserError: the run's recipe or data, or the folder's export.json, cannot be read.
+    """
+    recipe, facts = origin / "config.yaml", origin / "export.json"
+    if recipe.is_file():
+        tokens = read_info(Path(str(flattened(read_yaml(recipe)).get("data.path"))))["tokens"]
+        return tokens["max_length"] if tokens else None
+    if not facts.is_file():
+        return None
+    with reading(facts, "listing of an exported folder", "Copy the folder again, or export again."):
+        return int(json.loads(facts.read_bytes())["tokens"]["max_length"])
 
 
 def length_of_texts(data: DataConfig, positions: int | None) -> int:

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import logging
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +15,15 @@ from pal_ds.errors import UserError, mendable
 from pal_ds.heads.base import Features, Head, HeadOutput, UserState
 from pal_ds.losses import MarginLoss
 
+logger = logging.getLogger(__name__)
+
 NEEDS = ("prompt", "prompt_tokens", "logits", "gumbel", "context", "group", "normal")
 """What a head may ask for."""
 _NUM_PAIRS, _NUM_CONTEXT = 3, 2
 _RESPONSES, _PROMPTS = [[0, 1], [2, 3], [1, 3]], [[0, 0], [1, 1], [0, 1]]
 _TOLERANCE = 1e-3
+_FAR = 1e6
+"""A margin that no sound training comes to."""
 _PACKAGE = Path(__file__).parents[1]
 
 
@@ -31,11 +36,12 @@ def is_own(value: object) -> bool:
 def naming_place(what: str, cls: type | None) -> Iterator[None]:
     """Raise UserError for what somebody's own code raises in the block, with the place in the file of `cls`.
 
-    Where no class is known, what pal_ds raises itself goes on as it is.
+    `sys.exit()` in such code is told as well: it would end the program without a word. Where no class is known, what
+    pal_ds raises itself goes on as it is.
     """
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if mendable(error) is not None:
             raise
         frames = traceback.extract_tb(error.__traceback__)
@@ -87,6 +93,35 @@ def try_loss(loss: MarginLoss | None) -> None:
     _check_tensor(values, margins.shape, f"{name} returns", "one loss for each margin")
     if not values.requires_grad:
         raise UserError(f"{name} gives a loss without a gradient in the margins. Mend it.")
+
+
+def warn_of_no_bound(loss: MarginLoss | None) -> None:
+    """Warn of an own loss that goes on falling as margins grow, either way: training follows it without an end."""
+    if loss is None or not is_own(loss):
+        return
+    name = f"loss.shape: {type(loss).__module__}.{type(loss).__qualname__}"
+    with naming_place(f"{name}, on large margins,", type(loss)), torch.no_grad():
+        near, far = (
+            torch.as_tensor(loss(reach * torch.tensor([[-1.0], [1.0]]))).flatten()
+            for reach in (_FAR / 1000, _FAR)
+        )
+    # A factor of a thousand lowers even the negative logarithm by 7. NaN is no fall, -inf is one.
+    falls = (far == -torch.inf) | ((far < 0) & (near - far > 1))
+    if bool(falls.any()):
+        sign = "-" if bool(falls[0]) else ""
+        place = int(falls.long().argmax())
+        logger.warning(
+            "%s has no lower bound that shows: it is %.3g at a margin of %s%g, and %.3g at %s%g. "
+            "Training makes such margins grow for ever and ends on a loss that says nothing; give it a bound, as "
+            "softplus has",
+            name,
+            float(near[place]),
+            sign,
+            _FAR / 1000,
+            float(far[place]),
+            sign,
+            _FAR,
+        )
 
 
 def _check_attributes(head: Head, name: str) -> None:

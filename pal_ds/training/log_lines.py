@@ -14,7 +14,7 @@ from rich.console import Console
 
 from pal_ds.config.consent import import_paths
 from pal_ds.distributed.world import World
-from pal_ds.eval.sanity_checks import LARGEST_GAP, parted, training_accuracy
+from pal_ds.eval.sanity_checks import FEWEST_PROMPTS, LARGEST_GAP, parted, training_accuracy
 from pal_ds.runs.run_dir import BestEvaluation, MetricsRow, RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -92,8 +92,13 @@ def log_end(run: RunDirectory, best: BestEvaluation | None, num_skipped: int = 0
     )
 
 
-def warn_of_gap(run: RunDirectory, best: BestEvaluation | None) -> None:
-    """Warn where the best accuracy on dev is far below that in training at the end. Rank 0 calls it."""
+def warn_of_gap(run: RunDirectory, best: BestEvaluation | None, num_prompts: int) -> None:
+    """Warn where the best accuracy on dev is far below that in training at the end. Rank 0 calls it.
+
+    `num_prompts` are dev's; of few of them the difference may be chance, and nothing is said.
+    """
+    if num_prompts < FEWEST_PROMPTS:
+        return
     metrics = run.read_metrics()
     trained = training_accuracy(metrics, max((row["step"] for row in metrics), default=0))
     if best is None or trained is None:

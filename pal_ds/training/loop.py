@@ -4,6 +4,8 @@ import datetime
 import functools
 import logging
 
+import numpy as np
+
 from pal_ds.config.changes import changed_keys
 from pal_ds.config.recipe import record_recipe
 from pal_ds.data.collator import Collator
@@ -152,7 +154,8 @@ def run_updates(state: Training) -> None:
         write_status(state, "finished")
         if state.world.is_rank_zero:
             log_end(state.run, state.best, state.guard.num_skipped)
-            warn_of_gap(state.run, state.best)
+            dev = state.data.comparisons["a"][state.data.rows("dev")]
+            warn_of_gap(state.run, state.best, len(np.unique(state.data.response_prompt[dev])))
     else:
         write_status(state, "stopped", stop or "stop_after")
 

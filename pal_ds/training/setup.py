@@ -42,6 +42,7 @@ from pal_ds.heads.projector import has_inert_dropout
 from pal_ds.io.boundary import reading
 from pal_ds.model import RewardModel
 from pal_ds.modeling.build import Parts, RunContext, base_weights_of, load_backbone
+from pal_ds.modeling.own_classes import warn_of_no_bound
 from pal_ds.runs.run_dir import BestEvaluation
 from pal_ds.tie_models import TieThreshold, threshold_of_share
 from pal_ds.training.evaluation import EvalSet, open_eval_sets
@@ -184,6 +185,7 @@ def log_size(state: Training, seconds: float) -> None:
 def check_before_loading(config: RunConfig, parts: Parts, data: PreparedData) -> None:
     """Raise UserError for a tracker that is not installed, or a budget of tokens where updates read none."""
     check_trackers(config)
+    warn_of_no_bound(config.loss.shape)
     reads_none = parts.needs_store or data.response_vectors is not None
     if config.train.micro_batch_tokens is not None and reads_none:
         raise UserError(

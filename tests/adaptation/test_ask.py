@@ -1,7 +1,9 @@
 """`ask` on a trained run: the most telling candidates, once each, the same again, and lines that can be answered."""
 
+import contextlib
 import json
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +183,59 @@ def test_lists_answers_and_pools_of_ones_own(place: Path, tmp_path: Path, caplog
             assert sorted(features) == sorted(expected)
     assert "1 candidates are for users who are not asked (stranger)" in caplog.text
     assert "1 candidates are there more than once" in caplog.text
+
+
+@pytest.mark.parametrize("strategy", ["random", "d_optimal", "bald", "thompson"])
+def test_who_has_too_few_is_asked_what_there_is(
+    place: Path, tmp_path: Path, caplog: Any, strategy: str
+) -> None:
+    draw = np.random.default_rng(7)
+    owners = ["new 1"] * 3 + ["new 2"]
+    pool = write_lines(
+        tmp_path / "pool.jsonl", [{**vectors(draw), "user_id": owner} for owner in owners]
+    )
+    options = [f"--candidates={pool}", "--num=3", f"--strategy={strategy}"]
+    users = by_user(ask(place, tmp_path / "out.jsonl", *options))
+    assert {user: [line["rank"] for line in own] for user, own in users.items()} == {
+        "new 1": [1, 2, 3],
+        "new 2": [1],
+    }
+    own = read_lines(pool)[3]["response_features"]
+    assert users["new 2"][0]["response_features"] == own
+    assert all(np.isfinite(line["gain"]) for lines in users.values() for line in lines)
+    assert "--num 3: fewer different candidates for 'new 0' 0, 'new 2' 1, 'new 3' 0" in caplog.text
+
+
+def test_the_bar_ends_with_the_last_users(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bars: list[list[int]] = []
+
+    @contextlib.contextmanager
+    def counted(label: str, total: int, **_: object) -> Iterator[Callable[..., None]]:
+        bars.append([total, 0, 0])
+
+        def advance(num_units: int = 0, **_: object) -> None:
+            bars[-1][1:] = bars[-1][1] + 1, bars[-1][2] + num_units
+
+        yield advance
+
+    monkeypatch.setattr("pal_ds.adaptation.ask.progress_bar", counted)
+    # Four users at a time.
+    monkeypatch.setattr("pal_ds.adaptation.chooser.FLOATS_AT_ONCE", 4 * 2 * NUM_CANDIDATES * 32)
+    ask(place, tmp_path / "out.jsonl", "--num=1")
+    assert bars == [[2, 2, 6]]
+
+
+def test_a_run_on_vectors_scores_no_texts(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = write_lines(tmp_path / "texts.jsonl", [{"prompt": "a", "response": "b"}])
+    with pytest.raises(SystemExit) as end:
+        main(words("score", place, f"--input={texts}", f"--output={tmp_path / 'scores.jsonl'}"))
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "was trained on vectors, so it reads no texts" in said
+    assert "to score texts, train on texts" in said
 
 
 def test_in_memory(place: Path, tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """`backbone.num_layers`: the first layers alone, in training, in a cache, in an export, and for a run that goes on."""
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pal_ds.backbones.config import BackboneConfig
 from pal_ds.backbones.loading import load_transformer
@@ -49,6 +51,21 @@ def test_states_are_those_behind_the_last_layer_kept(
         assert torch.equal(cut(rows).last_hidden_state, expected)
     assert cut.config.num_hidden_layers == 1
     assert not torch.allclose(expected, whole(rows).last_hidden_state, atol=1e-3)
+
+
+def test_layers_that_are_left_out_are_not_listed_and_what_is_missing_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    materialise_architecture(BackboneConfig(architecture=LLAMA), 64, 0, tmp_path)
+    # transformers' own handler writes to standard error, and hands nothing on.
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    loaded(tmp_path, 1)
+    assert not [record for record in caplog.records if record.name.startswith("transformers")]
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    save_file({n: t for n, t in tensors.items() if n != "norm.weight"}, file, {"format": "pt"})
+    loaded(tmp_path, 1)
+    assert "norm.weight" in caplog.text
 
 
 @pytest.fixture(scope="module")

@@ -39,8 +39,6 @@ def words(place: Place, users: Path, pool: Path, *options: str) -> list[object]:
 
 
 def test_numbers_users_and_places(place: Place, refused: Refused, users: Path, pool: Path) -> None:
-    said = refused(*words(place, users, pool, "--num=2"))
-    assert "--num 2: there are 1 different candidates for user 'u0'. Give more candidates" in said
     assert "--num is 0; it must be at least 1" in refused(*words(place, users, pool, "--num=0"))
     said = refused(*words(place, users, pool, "--user=nobody"))
     assert f"--user nobody: not among the 3 users of {users}. Fit this user with" in said

@@ -31,7 +31,10 @@ def lines(*rows: dict) -> str:
         (lines({**TRIPLE, "y": 2}), "raw.jsonl:1: 'y' is 2; it must be -1 (response_1 is prefer"),
         (lines({**TRIPLE, "y": "1"}), "raw.jsonl:1: 'y' is '1'; it must be -1"),
         (lines(GOOD, {**GOOD, "chosen": " "}), "raw.jsonl:2: 'chosen' is empty; every response"),
-        (lines({**GOOD, "user_id": ""}), "raw.jsonl:1: 'user_id' is ''; give a non-empty text"),
+        (
+            lines({**GOOD, "user_id": ""}),
+            "raw.jsonl:1: 'user_id' is ''; give a text that is not blank",
+        ),
         (lines({**GOOD, "prompt": 5}), "raw.jsonl:1: 'prompt' is int; it must be text or a list"),
         (lines({**GOOD, "rejected": "yes"}), "every comparison was dropped (identical 1)"),
     ],

@@ -16,7 +16,7 @@ NO_TEXT = [{"role": "assistant"}]
 PAIR = ((1.0, 2.0), (3.0, 4.0))
 FAULTS = [
     *({"label": value} for value in (2, 0.5, float("nan"), "1", True, None)),
-    *({"user_id": value} for value in (5, None, "")),
+    *({"user_id": value} for value in (5, None, "", " ", "\u3000\n")),
     *({"responses": value} for value in (None, ("a",), ("a", "b", "c"), "ab", (1, 2), (None, "b"))),
     *({"responses": ("a", value)} for value in ([], NO_TEXT, [{"content": "x"}], ["x"])),
     *({"prompt": value} for value in (5, {"role": "user", "content": "x"}, [])),
@@ -26,7 +26,7 @@ FAULTS = [
     {"soft": True, "probability": 0.3, "label": 1},
     {"soft": True, "probability": 0.3, "label": 0},
     {"label": 0, "margin": 1.0},
-    *({"group": value} for value in (5, "")),
+    *({"group": value} for value in (5, "", " ")),
     {"seen": "no"},
     {"controversial": "x"},
     *({"tools": value} for value in ("x", ["x"])),

@@ -103,6 +103,13 @@ def test_learnt_by_heart() -> None:
     assert learnt_by_heart(None, scored_pairs(55)) == []
     # Four pairs, of which two are right: the interval is as wide as the gap. And of one prompt there is none.
     assert learnt_by_heart(0.95, scored_pairs(2, 4)) == []
+    # All wrong leaves no interval, and is chance where there are few.
+    assert (
+        learnt_by_heart(0.95, scored_pairs(0, 4))
+        == learnt_by_heart(0.95, scored_pairs(0, 29))
+        == []
+    )
+    assert learnt_by_heart(0.95, scored_pairs(0, 30))
     assert learnt_by_heart(0.95, ScoredPairs(scored_pairs(50).right, np.zeros(100))) == []
 
 

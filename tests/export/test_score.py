@@ -111,7 +111,11 @@ def test_messages_are_texts_too(runs: Path, capsys, tmp_path) -> None:
         ({"prompt": "a", "response": "b", "group_id": 3}, "it is 'group' that is. Rename it"),
         ({"prompt": "a", "response": "b", "mixture": [1]}, "it is --mixture of the command, or"),
         ({"prompt": "a", "response": "b", "Response ": "c"}, "it is 'response' that is. Rename"),
-        ({"prompt": "a", "response": "b", "user_id": 0.5}, "'user_id' is 0.5; give a non-empty"),
+        ({"prompt": "a", "response": "b", "user_id": 0.5}, "'user_id' is 0.5; give a text that"),
+        (
+            {"prompt": "a", "response": "b", "user_id": " "},
+            "'user_id' is ' '; give a text that is not",
+        ),
         (
             {"prompt": "a", "response": "b", "user_id": "nobody"},
             "in.jsonl:2: unknown user 'nobody'",

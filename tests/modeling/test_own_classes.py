@@ -1,6 +1,7 @@
 """Breaches of the contract of heads and losses by somebody's own are told in words, before weights are read."""
 
 import functools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pal_ds.errors import UserError
 from pal_ds.heads import HEADS
 from pal_ds.heads.base import Features, Head, UserState
 from pal_ds.losses import MarginLoss
-from pal_ds.modeling.own_classes import try_head, try_loss
+from pal_ds.modeling.own_classes import try_head, try_loss, warn_of_no_bound
 from tests.tiny_run import TinyRun
 
 H, T = 8, 3
@@ -174,6 +175,33 @@ def test_losses_that_break_the_contract(spoil: Any, words: str) -> None:
     with pytest.raises(UserError, match=f"loss.shape: {__name__}.Shape.*{words}"):
         try_loss(Shape(spoil))
     try_loss(Shape(lambda v: v))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "place"),
+    [
+        (lambda v: v, None),
+        (lambda v: 0.5 * v.square() - 3, None),
+        (lambda v: -torch.exp(-v), None),
+        (lambda v: -v, "at a margin of -1000, and -1e+06 at -1e+06"),
+        (lambda v: -torch.log1p(v), "at a margin of -1000, and -13.8 at -1e+06"),
+        (lambda v: torch.log(v), "-inf at a margin of 1000, and -inf at 1e+06"),
+    ],
+)
+def test_a_loss_without_a_lower_bound_is_warned_of(
+    spoil: Any, place: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_of_no_bound(Shape(spoil))
+    assert ("has no lower bound" in caplog.text) == (place is not None)
+    assert (place or "") in caplog.text
+
+
+def test_an_exit_in_a_head_of_ones_own_is_told() -> None:
+    def leaving(_: Tensor) -> Tensor:
+        sys.exit(3)
+
+    with pytest.raises(UserError, match=r"raised SystemExit \(3\) at .*test_own_classes.py:\d+"):
+        try_head(Sound(H, leaving), H, T)
 
 
 class Unmade(Sound):

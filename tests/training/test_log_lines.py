@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pal_ds.distributed.world import World
-from pal_ds.runs.run_dir import RunDirectory
+from pal_ds.runs.run_dir import BestEvaluation, RunDirectory
 from pal_ds.training.log_lines import ProgressLines, log_end, warn_of_gap
 
 ROW: dict[str, Any] = {
@@ -103,8 +103,9 @@ def test_a_gap_of_train_and_dev_is_warned_of(
     run = RunDirectory(tmp_path)
     lines = [{**ROW, "accuracy": accuracy, "epoch": 1.0, "step": 1} for accuracy in (0.98, 0.96)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for accuracy in (0.8, 0.55):
-        warn_of_gap(run, {"step": 1, "dev_accuracy": accuracy, "temperature": 1.0})
-    warn_of_gap(run, None)
+    for accuracy, num_prompts in ((0.8, 30), (0.55, 30), (0.3, 29)):
+        best: BestEvaluation = {"step": 1, "dev_accuracy": accuracy, "temperature": 1.0}
+        warn_of_gap(run, best, num_prompts)
+    warn_of_gap(run, None, 30)
     (message,) = caplog.messages
     assert "accuracy in training (0.970) and on dev (0.550) part by 42 points" in message

@@ -12,6 +12,7 @@ import torch
 
 from pal_ds.adaptation.blocks import UserComparisons, with_sure_labels
 from pal_ds.adaptation.objective import shape_of
+from pal_ds.data.collator import Collator
 from pal_ds.data.draws import preferred_first
 from pal_ds.data.parse import parse_record
 from pal_ds.data.prepare import DataConfig, prepare
@@ -29,7 +30,7 @@ from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
 from pal_ds.eval.evaluate import evaluate_run
 from pal_ds.eval.metrics import controversial
-from pal_ds.eval.tie_figures import ThreeWay, fit_threshold, three_way_losses
+from pal_ds.eval.tie_figures import ThreeWay, fit_threshold, three_way_losses, tie_figures
 from pal_ds.heads.sufficient_statistics import MixtureStatistics
 from pal_ds.inference.load_run import restore
 from pal_ds.losses import PairFacts, PreferenceLoss
@@ -311,6 +312,39 @@ def test_a_threshold_is_fitted(data: PreparedData) -> None:
         ]
         assert losses == pytest.approx(np.asarray(want), abs=1e-9)
     assert fit_threshold(margins, np.ones_like(margins)) is None
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_soft_label_is_not_sure(model: TieModel) -> None:
+    margins, labels = np.array([0.7, -1.2, 0.4, np.inf]), np.array([1.0, -1.0, 0.0, 1.0])
+    shares = np.array([0.75, 0.5, 0.5, 1.0], np.float32)
+    three_way = ThreeWay(model, THRESHOLD, True)
+    want = []
+    for margin, label, share in zip(margins[:3], labels, shares, strict=False):
+        first, neither, second = chances(margin, THRESHOLD, model)
+        of_sides = share * math.log(second) + (1 - share) * math.log(first)
+        want.append(-math.log(neither) if label == 0 else -of_sides)
+    got = three_way_losses(margins, labels, three_way, shares=shares)
+    assert got.tolist() == pytest.approx([*want, 0.0], rel=1e-6)
+    figures = tie_figures(margins[:3], labels[:3], three_way, shares=shares[:3])
+    assert figures["log_loss"] == pytest.approx(sum(want) / 3, rel=1e-6)
+    # Of labels one half each way nothing sure is left: more of them are near 0 than of sure ones.
+    found = fit_threshold(margins[:3], labels[:3], model, shares=shares[:3])
+    assert found is not None and found != fit_threshold(margins[:3], labels[:3], model)
+
+
+def test_training_counts_a_soft_half_as_neither(tmp_path: Path) -> None:
+    lines = [
+        {"user_id": "u", "response_features": [[1.0, k], [0.0, 1.0]], "probability": 0.5}
+        for k in range(8)
+    ]
+    file = tmp_path / "raw.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = DataConfig(path=str(tmp_path / "data"), source=Jsonl(str(file)))
+    data = prepare(config, quiet=True)
+    batch = Collator(data)(np.arange(8), np.arange(8))
+    assert batch.label.tolist() == [1] * 8
+    assert batch.preferred.tolist() == [0] * 8
 
 
 def test_adaptation_reads_ties(runs: dict[str, RunDirectory], tmp_path: Path) -> None:

@@ -104,7 +104,12 @@ BAD = [
         "'prompt' differs from the messages that both responses begin with",
     ),
     ({**GOOD, "usr_id": "x"}, r"unknown key 'usr_id' \(did you mean 'user_id'\?\).*extra_keys"),
-    ({**GOOD, "user_id": ""}, "'user_id' is ''; give a non-empty text"),
+    ({**GOOD, "user_id": ""}, "'user_id' is ''; give a text that is not blank"),
+    (
+        {**GOOD, "user_id": " \t"},
+        r"'user_id' is ' \\t'; give a text that is not blank .*leave the key",
+    ),
+    ({**GOOD, "group": " "}, "'group' is ' '; give a text that is not blank, or leave the key out"),
     ({**GOOD, "margin": -1}, "'margin' is -1; it must be a finite number between 0 and 3"),
     ({**GOOD, "margin": 1e39}, "'margin' is 1e.39; it must be a finite number between 0 and"),
     ('{"chosen": "a", "rejected": "b", "margin": NaN}', "'margin' is nan"),

@@ -31,6 +31,7 @@ from pal_ds.inference.load_run import restore
 from pal_ds.inference.mixtures import user_mixtures
 from pal_ds.inference.scoring import Forwards
 from pal_ds.modeling.build import assemble
+from pal_ds.modeling.lengths import data_to_prepare
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.training.evaluation import open_eval_sets
 from pal_ds.training.init_from.copy import _table, load_taken_over, take_over
@@ -258,6 +259,18 @@ def test_refusals_name_what_differs(stages: Stages, tmp_path: Path) -> None:
         stages.out / "adapted", stages.other, tmp_path / "taken"
     )
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("origin", ["adapted", "adapted.out"])
+def test_the_length_of_texts_is_the_origins_unless_it_is_given(
+    stages: Stages, tmp_path: Path, origin: str
+) -> None:
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 8)
+    config = recipe(str(stages.other), "pal", "full", str(stages.out / origin), None)
+    config = replace(config, data=replace(config.data, source=Jsonl(str(pairs)), max_length=None))
+    assert data_to_prepare(config).max_length == 64
+    given = replace(config, data=replace(config.data, max_length=48))
+    assert data_to_prepare(given).max_length == 48
 
 
 def test_a_damaged_export_is_named(stages: Stages, tmp_path: Path) -> None:
