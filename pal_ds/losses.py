@@ -121,12 +121,13 @@ class PreferenceLoss:
         required_margin: Float[Tensor, "B"] | None = None,
         *,
         target: Float[Tensor, "B"] | None = None,
-        threshold: Float[Tensor, "1"] | None = None,
+        threshold: Float[Tensor, "1"] | Float[Tensor, "B 1"] | None = None,
     ) -> Float[Tensor, "B"]:
         """sum_t weight_t * loss(label * margin_t - required_margin), fp32.
 
         With `target`, the share of the preference that response_2 has, the loss of a comparison is the mean of both
-        labels' by their shares; a tie has the loss that `ties` says, under the given `threshold`.
+        labels' by their shares; a tie has the loss that `ties` says, under the given
+        `threshold`, one for all or one of each comparison.
 
         label is -1 or +1; the window is [start, end). required_margin is how far apart the
         preferred response must be to satisfy the annotation (0 where unset). Positions outside the
@@ -157,7 +158,7 @@ class PreferenceLoss:
         label: Int[Tensor, "B one"],
         needed: Float[Tensor, "B one"] | None,
         target: Float[Tensor, "B"] | None,
-        threshold: Float[Tensor, "1"] | None,
+        threshold: Float[Tensor, "1"] | Float[Tensor, "B 1"] | None,
     ) -> Float[Tensor, "B T"]:
         """The loss at each position of comparisons that may be ties, or have soft labels."""
         second, first = (margin, -margin) if needed is None else (margin - needed, -margin - needed)

@@ -66,7 +66,10 @@ class RewardModel(nn.Module):
             output = output._replace(margin=output.margin * factor)
         if self.tie_threshold is None or not self.training:
             return output
-        return output._replace(threshold=self.tie_threshold())
+        threshold = self.tie_threshold()
+        if user.log_tie_threshold is not None:
+            threshold = threshold * user.log_tie_threshold.float().exp().unsqueeze(1)
+        return output._replace(threshold=threshold)
 
     def _scored(self, batch: Batch, user: UserState, pair_loss: PairLoss | None) -> HeadOutput:
         if not (self.lm_weight and self.training):

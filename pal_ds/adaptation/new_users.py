@@ -183,13 +183,17 @@ def _hash_of(shard: FittedShard) -> bytes:
 def warn_of_pairs(
     ids: list[str], restored: OpenRun, pairs: Path | Source | None, dropped: Mapping[str, int]
 ) -> None:
-    """Warn of users whom the run has, too, and of comparisons from `pairs` that were dropped or name nobody."""
+    """Warn of users whom the run has, too, of what is not fitted, and of `pairs` that were dropped or name nobody."""
     if pairs is not None and dropped:
         logger.warning(
             "%s: %d pairs say nothing of a user and are left out (%s), and so is who has no others",
             pairs,
             sum(dropped.values()),
             ", ".join(f"{reason} {count}" for reason, count in dropped.items()),
+        )
+    if "tie_threshold" in restored.users.scalars:
+        logger.warning(
+            "users.tie_threshold: a new user's own threshold of ties is not fitted: new users get the run's"
         )
     known = sorted(user for user in ids if user in restored.users)
     if known:

@@ -19,6 +19,7 @@ _WAS_WRITTEN = {
     "train.feature_dropout": 0.0,
     "users.prior": "none",
     "users.reliability": "none",
+    "users.tie_threshold": "none",
 }
 """What recipes of before have, or mean, at keys that are null by default now or were not there; where data were made,
 those say what holds."""

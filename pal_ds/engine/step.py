@@ -77,7 +77,7 @@ class Stepper:
         num_pairs = len(user_rows)
         loss_sum, correct = torch.zeros(2, device=self.world.device)
         leaves: list[Tensor] = []
-        reads_rows = self.needs_users or self.users.has_reliability
+        reads_rows = self.needs_users or bool(self.users.scalars)
         at_hand = self.users.fetch(torch.from_numpy(user_rows)) if reads_rows else None
         for index, batch in enumerate(batches):
             phase.enter("forward", update)
@@ -115,10 +115,12 @@ class Stepper:
 
     def _user_state(self, batch: Batch, leaf: Tensor | None, update: int) -> UserState:
         """The users of a batch, from their values."""
-        if leaf is None or not self.users.has_reliability:
-            return user_state(batch, leaf, update=update)
-        logits = leaf[:, :-1] if self.needs_users else None
-        return user_state(batch, logits, update=update, log_reliability=leaf[:, -1])
+        if leaf is None:
+            return user_state(batch, update=update)
+        users = self.users
+        logits = leaf[:, : users.num_prototypes] if self.needs_users else None
+        of_scalars = {f"log_{name}": leaf[:, users.place_of(name)] for name in users.scalars}
+        return user_state(batch, logits, update=update)._replace(**of_scalars)
 
     def _fused_pair_loss(self, batch: Batch, scale: float) -> PairLoss | None:
         """The fused loss of this batch, on hardware where it pays."""

@@ -17,7 +17,13 @@ from pal_ds.eval.metrics import (
     evaluation_figures,
     fit_temperature,
 )
-from pal_ds.eval.schema import EvaluationFigures, MarginHistogram, PairFigures, PromptCounts
+from pal_ds.eval.schema import (
+    EvaluationFigures,
+    MarginHistogram,
+    PairFigures,
+    PromptCounts,
+    TieFigures,
+)
 from pal_ds.eval.tie_figures import ThreeWay, tie_figures
 from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.inference.load_run import OpenRun
@@ -127,12 +133,8 @@ def report_on(
 
     Where the set holds both users that the run knows and strangers, warnings hold the former against baselines.
     """
-    data, (temperature, three_way), of_ties = reader.collator.data, calibration, {}
-    if data.num_ties:
-        labelled = data.comparisons[rows]
-        labels, shares = labelled["label"].astype(float), targets(labelled)
-        made = tie_figures(margins / temperature, labels, three_way, shares=shares)
-        of_ties = {"ties": made}
+    data, (temperature, three_way) = reader.collator.data, calibration
+    of_ties = _of_ties(known, reader, rows, margins / temperature, three_way)
     rows, margins = without_ties(data, rows, margins)
     table = data.comparisons[rows]
     is_known = reader.collator.user_rows(rows) >= 0
@@ -170,6 +172,26 @@ def report_on(
     warnings += [*sanity_checks.without_a_number(margins), *collapsed]
     of_run = {"train_accuracy": trained, "diagnostics": diagnostics, "warnings": warnings}
     return cast(EvaluationFigures, {**figures, "unknown_users": unknown, **of_ties, **of_run})
+
+
+def _of_ties(
+    known: KnownUsers,
+    reader: Reader,
+    rows: np.ndarray,
+    log_odds: np.ndarray,
+    three_way: ThreeWay | None,
+) -> dict[str, TieFigures]:
+    """Figures of ties under "ties", by each user's own threshold where users have one; none for data without ties."""
+    data = reader.collator.data
+    if not data.num_ties:
+        return {}
+    table, factor = data.comparisons[rows], None
+    if known.log_tie_threshold is not None:
+        # A stranger's row is -1, and the last entry a stranger's.
+        factor = known.log_tie_threshold.double().cpu().numpy()[reader.collator.user_rows(rows)]
+    labels, shares = table["label"].astype(float), targets(table)
+    made = tie_figures(log_odds, labels, three_way, shares=shares, log_factor=factor)
+    return {"ties": made}
 
 
 def _was_removed(restored: OpenRun, data: PreparedData) -> np.ndarray:

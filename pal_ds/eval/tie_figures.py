@@ -26,6 +26,7 @@ def three_way_losses(
     three_way: ThreeWay,
     *,
     shares: Float[np.ndarray, "n"] | None = None,
+    log_factor: Float[np.ndarray, "n"] | None = None,
 ) -> Float[np.ndarray, "n"]:
     """-log of the probability of what each user said, fp64.
 
@@ -35,9 +36,13 @@ def three_way_losses(
         three_way: model of ties.
         shares: share of the preference that response_2 has (`tables.targets`), for soft labels: the loss of these is
             the mean of both responses' by their shares, as in training. Unset: every label is sure.
+        log_factor: its exponential multiplies the threshold of each pair's user. Unset: all have the run's.
     """
     shares = (labels + 1) / 2 if shares is None else np.asarray(shares, np.float64)
-    lead, model, threshold = torch.from_numpy(margins).double(), *three_way[:2]
+    lead, model = torch.from_numpy(margins).double(), three_way.model
+    threshold = torch.full_like(lead, three_way.threshold)
+    if log_factor is not None:
+        threshold = threshold * torch.from_numpy(log_factor).exp()
     up, down = (win_loss(side, threshold, model).numpy() for side in (lead, -lead))
     # A margin that is infinite makes one of the two infinite, and a sure label does not look at it.
     of_second, of_first = (
@@ -78,8 +83,12 @@ def tie_figures(
     three_way: ThreeWay | None,
     *,
     shares: Float[np.ndarray, "n"] | None = None,
+    log_factor: Float[np.ndarray, "n"] | None = None,
 ) -> TieFigures:
-    """How many of these pairs are ties, and the mean of `three_way_losses`, whose arguments these are, over them."""
+    """How many of these pairs are ties, and the mean of `three_way_losses`, whose arguments these are, over them.
+
+    The threshold among the figures is the run's.
+    """
     figures: TieFigures = {
         "pairs": len(labels),
         "ties": int((labels == 0).sum()),
@@ -90,7 +99,9 @@ def tie_figures(
     }
     if three_way is None or len(labels) == 0:
         return figures
-    loss = float(three_way_losses(margins, labels, three_way, shares=shares).mean())
+    loss = float(
+        three_way_losses(margins, labels, three_way, shares=shares, log_factor=log_factor).mean()
+    )
     of_model = {"model": three_way.model, "threshold": three_way.threshold}
     figures.update(
         log_loss=loss if np.isfinite(loss) else None, learnt=three_way.learnt, **of_model

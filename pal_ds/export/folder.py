@@ -47,7 +47,7 @@ class ExportOptions:
     users_dir: Path | None = None
     """Users fitted by `adapt`, among whom `user` is looked up first."""
     with_users: bool = False
-    """Also write users.jsonl: id and mixture of every user of the run, and reliability where they have one."""
+    """Also write users.jsonl: id, mixture and scalars (reliability, tie_threshold) of every user of the run."""
     dtype: str = "fp32"
     max_shard_size: str = "4GB"
     data_path: Path | None = None
@@ -134,7 +134,7 @@ def fill_folder(folder: Path, opened: OpenRun, options: ExportOptions) -> card.R
     configs.add_probe(folder, probe)
     name = None if stock is None else stock.__name__
     facts = card.describe(opened, audience, parity, dtype=options.dtype, stock=name)
-    if options.with_users and (head.has_points or opened.users.has_reliability):
+    if options.with_users and (head.has_points or opened.users.scalars):
         _write_users(folder, opened, head, options.users_dir)
     card.write_card(folder, facts)
     contents.write_facts(folder, facts)

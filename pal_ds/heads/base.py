@@ -57,6 +57,8 @@ class UserState(NamedTuple):
     """Number of the update, for schedules; given in training only."""
     log_reliability: Float[Tensor, "B"] | None = None
     """r_u, fp32: the model multiplies margins by exp(r_u). No head reads it."""
+    log_tie_threshold: Float[Tensor, "B"] | None = None
+    """q_u, fp32: the model multiplies the threshold of ties by exp(q_u). No head reads it."""
 
 
 class HeadOutput(NamedTuple):
@@ -71,8 +73,9 @@ class HeadOutput(NamedTuple):
     """The weighted sum of losses where a fused pair loss made it; reward and margin then carry no gradients."""
     point: Float[Tensor, "B K"] | None = None
     """Each user's point where the head made it from the context, without noise."""
-    threshold: Float[Tensor, "1"] | None = None
-    """The threshold of ties, which the model adds in training where the loss has one."""
+    threshold: Float[Tensor, "1"] | Float[Tensor, "B 1"] | None = None
+    """The threshold of ties, which the model adds in training where the loss has one; of each comparison's user where
+    users have their own."""
 
 
 class Placement(NamedTuple):

@@ -35,7 +35,7 @@ from pal_ds.modeling.build import Parts, assemble, base_weights_of, load_backbon
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.tie_models import TieThreshold
 from pal_ds.users import UserTable
-from pal_ds.users.row_prior import RELIABILITY_STD
+from pal_ds.users.row_prior import SCALAR_STD
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class OpenRun:
         """Variance of the log of users' reliability under the run's prior; None where users have none."""
         if not self.users.has_reliability:
             return None
-        fixed, learnt = RELIABILITY_STD**2, self.manifest.get("users_prior")
+        fixed, learnt = SCALAR_STD**2, self.manifest.get("users_prior")
         return fixed if learnt is None else learnt.get("reliability_variance", fixed)
 
     def fitted_to(self, head: Head) -> FittedTo:

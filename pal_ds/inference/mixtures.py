@@ -23,6 +23,7 @@ from pal_ds.inference.scoring import Forward
 from pal_ds.model import RewardModel, user_state
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.users import TrainedUsers, UserTable
+from pal_ds.users.config import Scalar
 from pal_ds.users.ids import UserIds, generic_row_of
 from pal_ds.users.rows import blocks
 
@@ -40,14 +41,14 @@ def user_mixtures(head: Head, users: UserTable) -> Float[Tensor, "U+1 K"]:
     return torch.cat([mixtures, population_mixture(mixtures, generic_row_of(users.ids))])
 
 
-def log_reliability_of(users: UserTable) -> Float[Tensor, "U+1"] | None:
-    """r_u of each user, and as the last that of who is not in the table: the generic user's, else 0.
+def log_scalar_of(users: UserTable, name: Scalar) -> Float[Tensor, "U+1"] | None:
+    """The logarithm of a scalar of each user, and as the last that of who is not in the table.
 
-    None for a table without reliability.
+    The latter is the generic user's, else 0. None for a table without it.
     """
-    if not users.has_reliability:
+    if name not in users.scalars:
         return None
-    own, row = users.log_reliability, generic_row_of(users.ids)
+    own, row = getattr(users, f"log_{name}"), generic_row_of(users.ids)
     return torch.cat([own, own[row : row + 1] if row >= 0 else own.new_zeros(1)])
 
 
@@ -134,10 +135,11 @@ def _log_reliability_of_rows(
     """r_u of these rows, and as the last that of a stranger."""
     if not users.has_reliability:
         return None
-    own = _values_of(users, torch.from_numpy(rows))[:, -1]
+    place = users.place_of("reliability")
+    own = _values_of(users, torch.from_numpy(rows))[:, place]
     if generic_row < 0:
         return torch.cat([own, own.new_zeros(1)])
-    return torch.cat([own, _values_of(users, torch.tensor([generic_row]))[:, -1]])
+    return torch.cat([own, _values_of(users, torch.tensor([generic_row]))[:, place]])
 
 
 def _values_of(users: TrainedUsers, rows: Tensor) -> Float[Tensor, "n V"]:
@@ -251,6 +253,8 @@ class UserLine(TypedDict):
     comparisons or groups."""
     reliability: NotRequired[float]
     """The factor of the user's margins, exp(r_u), where the run's users have one; rewards are not multiplied by it."""
+    tie_threshold: NotRequired[float]
+    """The factor of the run's threshold of ties for this user, exp(q_u), where the run's users have one."""
 
 
 def user_lines(head: Head, users: UserTable) -> list[UserLine]:
@@ -260,9 +264,10 @@ def user_lines(head: Head, users: UserTable) -> list[UserLine]:
         {"user_id": user_id, "mixture": mixture}
         for user_id, mixture in zip(users.ids, mixtures, strict=True)
     ]
-    if users.has_reliability:
-        for line, factor in zip(lines, users.log_reliability.exp().tolist(), strict=True):
-            line["reliability"] = factor
+    for name in users.scalars:
+        factors = getattr(users, f"log_{name}").exp().tolist()
+        for line, factor in zip(lines, factors, strict=True):
+            line[name] = factor
     return lines
 
 

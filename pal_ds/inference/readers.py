@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +18,11 @@ from pal_ds.feature_cache.encode import encode_once
 from pal_ds.feature_cache.folders import restored_cache_folders
 from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.inference.load_run import OpenRun
-from pal_ds.inference.mixtures import encode_users, log_reliability_of, user_mixtures, widened
+from pal_ds.inference.mixtures import encode_users, log_scalar_of, user_mixtures, widened
 from pal_ds.inference.scoring import Forwards
 from pal_ds.model import RewardModel
 from pal_ds.users import UserTable
+from pal_ds.users.config import SCALARS
 from pal_ds.users.ids import UserIds, generic_row_of
 
 
@@ -97,6 +99,9 @@ class KnownUsers:
     log_reliability: Float[Tensor, "U+1"] | None = None
     """r_u by row, where the run's users have it; the last is of strangers."""
 
+    log_tie_threshold: Float[Tensor, "U+1"] | None = None
+    """q_u by row, likewise."""
+
     encoded: Float[Tensor, "n K"] | None = None
     """Points that were made from comparisons, of the run's users who are asked for."""
     encoded_rows: np.ndarray | None = None
@@ -119,19 +124,19 @@ class KnownUsers:
 def known_users(restored: OpenRun, adapted: Path | None) -> KnownUsers:
     """The users of a run and of an adapted table. Raises UserError where the tables do not fit together."""
     head = restored.model.head
+    of_scalars: dict[str, Any] = {
+        f"log_{name}": log_scalar_of(restored.users, name) for name in SCALARS
+    }
     if "group" in head.needs:
         if adapted is not None:
             raise UserError(
                 f"--users {adapted}: this run's head asks for the group of a comparison, not for its user. Leave out "
                 "--users."
             )
-        return KnownUsers([restored.users.ids], None, log_reliability_of(restored.users))
-    mixtures, log_reliability = (
-        user_mixtures(head, restored.users),
-        log_reliability_of(restored.users),
-    )
+        return KnownUsers([restored.users.ids], None, **of_scalars)
+    mixtures = user_mixtures(head, restored.users)
     if adapted is None:
-        return KnownUsers([restored.users.ids], mixtures, log_reliability)
+        return KnownUsers([restored.users.ids], mixtures, **of_scalars)
     restored.refuse_other_table(adapted, head)
     table = UserTable.load(adapted)
     if table.num_prototypes not in head.point_sizes:
@@ -144,15 +149,17 @@ def known_users(restored: OpenRun, adapted: Path | None) -> KnownUsers:
     has_generic = generic_row_of(table.ids) >= 0
     stranger = adapted_mixtures if has_generic else mixtures
     parts = [mixtures[:-1], adapted_mixtures[:-1], stranger[-1:]]
-    if log_reliability is not None:
-        of_table = log_reliability_of(table)
+    for name in restored.users.scalars:
+        column = f"log_{name}"
+        of_run, of_table = of_scalars[column], log_scalar_of(table, name)
+        assert of_run is not None, f"the run's users have {name}"
         of_table = torch.zeros(len(table) + 1) if of_table is None else of_table
-        stranger = of_table if has_generic else log_reliability
-        log_reliability = torch.cat([log_reliability[:-1], of_table[:-1], stranger[-1:]])
+        of_stranger = of_table if has_generic else of_run
+        of_scalars[column] = torch.cat([of_run[:-1], of_table[:-1], of_stranger[-1:]])
     return KnownUsers(
         [restored.users.ids, table.ids],
         torch.cat([widened(part, head) for part in parts]),
-        log_reliability,
+        **of_scalars,
     )
 
 

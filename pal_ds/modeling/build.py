@@ -24,7 +24,7 @@ from pal_ds.heads.base import Head
 from pal_ds.modeling.combination_checks import (
     check_head,
     check_language,
-    check_reliability,
+    check_scalars,
     check_sizes,
     encoding_of,
     is_packed,
@@ -122,7 +122,7 @@ def assemble(
             f"loss.token_weighting: {weighting} needs a score per response token; {reason}. Set it to last."
         )
     check_head(data, head)
-    check_reliability(config)
+    check_scalars(config)
     check_language(config, model_config, encoding)
     collator = Collator(
         data,

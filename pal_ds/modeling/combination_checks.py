@@ -106,13 +106,18 @@ def _refuse_without_marker(data: PreparedData) -> NoReturn:
     )
 
 
-def check_reliability(config: RunConfig) -> None:
-    """Raise UserError where users shall have a reliability and margins are no log-odds."""
+def check_scalars(config: RunConfig) -> None:
+    """Raise UserError where users shall have a reliability and margins are no log-odds, or a threshold no tie has."""
     kind = config.loss.kind
     if config.users.has_reliability and kind != "logistic":
         raise UserError(
             f"users.reliability: learnt, and the loss is {kind}. A user's reliability is the temperature of log-odds, "
             "and only margins of the logistic loss are that. Set loss.kind to logistic, or users.reliability to none."
+        )
+    if "tie_threshold" in config.users.scalars and not config.loss.has_threshold:
+        raise UserError(
+            f"users.tie_threshold: learnt, and loss.ties is {config.loss.ties}, which has no threshold. Set "
+            "loss.ties to davidson or rao_kupper, or users.tie_threshold to none."
         )
 
 

@@ -13,13 +13,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 
 from .canonical import canonical_ids, find_prompt_length, num_leading, truncated
 from .deviation import RewardOutput, standard_deviation
-from .encoding import (
-    drop_unused_modules,
-    hidden_size_of,
-    hidden_states,
-    read_states,
-    state_size_of,
-)
+from .encoding import drop_unused_modules, hidden_states, read_states, state_size_of
 from .exported_head import Features, UserState, build_head
 from .rows import Text, pad_right, spread, token_mask
 from .simplex import check_point
@@ -90,7 +84,7 @@ class PalRewardConfig(PretrainedConfig):
         self.reward_mean = reward_mean
         self.reward_std = reward_std
         if text_config is not None:
-            kwargs.setdefault("hidden_size", hidden_size_of(text_config))
+            kwargs.setdefault("hidden_size", state_size_of(text_config, "last"))
         if kwargs.get("id2label") is None:
             kwargs["num_labels"] = 1
         super().__init__(**kwargs)

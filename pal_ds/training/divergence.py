@@ -45,6 +45,6 @@ def _not_finite(state: Training) -> list[str]:
     users = state.users
     held = users if isinstance(users, UserTable) else users.own
     parts["users"] = held.logits
-    if held.has_reliability:
-        parts["users (reliability)"] = held.log_reliability
+    for name in held.scalars:
+        parts[f"users ({name})"] = getattr(held, f"log_{name}")
     return [name for name, values in parts.items() if not bool(torch.isfinite(values).all())]

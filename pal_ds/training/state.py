@@ -87,7 +87,7 @@ class Training:
 
     @property
     def learns_prior(self) -> bool:
-        """True where the prior of rows is learnt; one of reliability alone may be fixed."""
+        """True where the prior of rows is learnt; one of scalars alone may be fixed."""
         return self.config.users.prior == "learnt"
 
     @property
@@ -191,11 +191,9 @@ def prior_of_rows(
     """The prior of the table's rows before the first update; None where the recipe or the head has none."""
     users, num_prototypes = config.users, head.num_prototypes
     of_logits = users.prior != "none" and "logits" in head.needs and num_prototypes > 1
-    if not of_logits and not users.has_reliability:
+    if not of_logits and not users.scalars:
         return None
     rows = table_rows[data.comparisons["user"][data.rows("train")]]
     count = np.bincount(rows[rows >= 0], minlength=len(ids_of_table(config, data)))
     basis = basis_of(num_prototypes, head.space) if of_logits else no_basis(num_prototypes)
-    return RowPrior.fresh(
-        count, basis, users.init_std, device, has_reliability=users.has_reliability
-    )
+    return RowPrior.fresh(count, basis, users.init_std, device, scalars=users.scalars)

@@ -2,10 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NotRequired, TypedDict
+from typing import Literal, NotRequired, TypedDict, get_args
 
 from pal_ds.errors import UserError
 
+Scalar = Literal["reliability", "tie_threshold"]
+SCALARS: tuple[Scalar, ...] = get_args(Scalar)
+"""Positive numbers that a user may have beside a point, each by a key of this part. A row of the table holds the
+logarithm, `log_NAME`, behind the logits, in this order."""
 BYTES_REPLICATED = 2**31
 """A table of up to so many bytes is held whole by every rank, unless the recipe says how many rows may be."""
 
@@ -17,6 +21,8 @@ class RowPriorState(TypedDict):
     precision: list[list[float]]
     reliability_variance: NotRequired[float]
     """Where users have a reliability."""
+    tie_threshold_variance: NotRequired[float]
+    """Where users have a threshold of ties of their own."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,10 @@ class UsersConfig:
     """`learnt`: a user's margins are multiplied by a factor exp(r) of the user's own, near 0 for careless users and
     large for careful ones; r is normal around 0. Its standard deviation is learnt with `prior: learnt`, else 0.5. For
     every head, under the logistic loss."""
+    tie_threshold: Literal["none", "learnt"] = "none"
+    """`learnt`: the run's threshold of ties is multiplied by a factor exp(q) of the user's own, above 1 for users who
+    are often undecided; q is normal around 0, with a standard deviation as of `reliability`. For every head, where
+    `loss.ties` has a threshold. `adapt` does not fit it: a new user has the factor 1."""
     generic_fraction: float = 0.0
     """Probability that a comparison is also trained for the user `population`, who is what users of whom nothing is
     known get (arXiv 2402.05133); 0: they get the mean of all mixtures."""
@@ -77,9 +87,14 @@ class UsersConfig:
             )
 
     @property
+    def scalars(self) -> tuple[Scalar, ...]:
+        """Names of `SCALARS` that a row holds behind the logits."""
+        return tuple(name for name in SCALARS if getattr(self, name) == "learnt")
+
+    @property
     def has_reliability(self) -> bool:
-        """True where a row holds a user's reliability behind the logits."""
-        return self.reliability == "learnt"
+        """True where users have a reliability."""
+        return "reliability" in self.scalars
 
     def rows_replicated(self, bytes_per_row: int) -> int:
         """Most users whose table every rank holds whole."""

@@ -4,7 +4,7 @@ The files are the same whether one rank held the table or many, and no more than
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from pal_ds.errors import UserError
 from pal_ds.heads.jaxtyping_fallback import Float
 from pal_ds.io.arrow import values_of
 from pal_ds.io.boundary import reading
+from pal_ds.users.config import SCALARS, Scalar
 from pal_ds.users.ids import UserIds
 from pal_ds.users.rows import UserRows, blocks
 
@@ -26,7 +27,7 @@ USER_FILES = ("users.safetensors", "users.arrow")
 _FORMAT = "pal_ds.users/1"
 _NAMES = ("step", "exp_avg", "exp_avg_sq", "logits")
 """Tensors in the order of the file, int64 before fp32, so that each begins where its dtype asks for; behind them, in a
-table that has it, `log_reliability`."""
+table that has any, the logarithms of users' scalars."""
 _INDEX = pa.schema([("id", pa.string()), ("row", pa.int64()), ("seen", pa.bool_())])
 _IDS_PER_BATCH = 2**20
 
@@ -51,12 +52,12 @@ def write_users(
         if directory is None:
             return
         directory.mkdir(parents=True, exist_ok=True)
-        header, starts = _header(_shapes(len(ids), rows.num_prototypes, rows.has_reliability), seed)
+        header, starts = _header(_shapes(len(ids), rows.num_prototypes, rows.scalars), seed)
         seen = np.zeros(len(ids), bool)
         with open(directory / USER_FILES[0], "wb") as stream:
             stream.write(header)
             for begin, end in pending:
-                block = UserRows.of(read_block(begin, end), rows.num_prototypes)
+                block = rows.of(read_block(begin, end))
                 seen[begin:end] = block.seen.bool().numpy()
                 for name, start in starts.items():
                     values = getattr(block, name)
@@ -70,12 +71,12 @@ def write_users(
 
 
 def _shapes(
-    num_users: int, num_prototypes: int, has_reliability: bool
+    num_users: int, num_prototypes: int, scalars: tuple[Scalar, ...]
 ) -> dict[str, tuple[int, ...]]:
     """Shape of each tensor of a table, in the order of the file."""
-    wide = num_users, num_prototypes + has_reliability
+    wide = num_users, num_prototypes + len(scalars)
     shapes = ((num_users,), wide, wide, (num_users, num_prototypes))
-    own = {"log_reliability": (num_users,)} if has_reliability else {}
+    own = {f"log_{name}": (num_users,) for name in scalars}
     return dict(zip(_NAMES, shapes, strict=True)) | own
 
 
@@ -125,8 +126,8 @@ class StoredUsers:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise UserError(f"{self._path} is not a user table of format {_FORMAT}.")
-            self.has_reliability = "log_reliability" in set(file.keys())
-            names = (*_NAMES, "log_reliability") if self.has_reliability else _NAMES
+            self.scalars = _scalars_in(set(file.keys()))
+            names = (*_NAMES, *(f"log_{name}" for name in self.scalars))
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
         self.seed, self.num_prototypes = int(metadata["seed"]), shapes["logits"][1]
         # Read, not mapped: what takes the file's place must not change the ids in memory.
@@ -157,15 +158,17 @@ class StoredUsers:
         """Fills `rows` with the stored ones from `first` on, reading only those.
 
         Raises:
-            UserError: K disagrees, or one of the two has a reliability of users and the other not.
+            UserError: K disagrees, or one of the two has a scalar of users that the other has not.
         """
         shapes = {"logits": (len(self), self.num_prototypes)}
         check_shapes(shapes, len(self), rows.num_prototypes)
-        if self.has_reliability != rows.has_reliability:
-            raise UserError(
-                f"{self._path.parent}: its users have {'a' if self.has_reliability else 'no'} reliability, and "
-                f"users.reliability is {'learnt' if rows.has_reliability else 'none'} here. Set it to what it was."
-            )
+        for name in SCALARS:
+            stored, here = name in self.scalars, name in rows.scalars
+            if stored != here:
+                raise UserError(
+                    f"{self._path.parent}: its users have {'a' if stored else 'no'} {name.replace('_', ' ')}, and "
+                    f"users.{name} is {'learnt' if here else 'none'} here. Set it to what it was."
+                )
         with self._reading(), safe_open(str(self._path), "pt") as file:
             slices = {name: file.get_slice(name) for name in rows.tensors if name != "seen"}
             for begin, end in blocks(len(rows)):
@@ -187,9 +190,14 @@ class StoredUsers:
             )
 
 
+def _scalars_in(names: Collection[str]) -> tuple[Scalar, ...]:
+    """Scalars whose logarithms are among these tensors."""
+    return tuple(scalar for scalar in SCALARS if f"log_{scalar}" in names)
+
+
 def check_shapes(shapes: dict[str, tuple[int, ...]], num_users: int, num_prototypes: int) -> None:
     """Raises UserError unless the tensors are those of so many users and prototypes."""
-    expected_of = _shapes(num_users, num_prototypes, "log_reliability" in shapes)
+    expected_of = _shapes(num_users, num_prototypes, _scalars_in(shapes.keys()))
     expected_of["seen"] = expected_of["step"]
     for name, shape in shapes.items():
         expected = expected_of[name]

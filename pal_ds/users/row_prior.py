@@ -7,34 +7,36 @@ gradients of the users in an update keeps the step's cost independent of the num
 
 With `users.reliability` the margins of user u are multiplied by exp(r_u), a temperature of each user as in crowd
 Bradley-Terry (Chen et al., WSDM 2013), and r_u^2 / (2 n_u sigma^2) is added. The mean stays 0: the scale of all users
-is the head's matter, and a user of whom nothing is known has r = 0.
+is the head's matter, and a user of whom nothing is known has r = 0. The log of a user's factor of the threshold of ties
+(`users.tie_threshold`) is pulled alike, towards the threshold of the run.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import cast
 
 import numpy as np
 import torch
 
 from pal_ds.heads.jaxtyping_fallback import Float, Int
 from pal_ds.heads.sufficient_statistics import PointSpace
-from pal_ds.users.config import RowPriorState
+from pal_ds.users.config import RowPriorState, Scalar
 from pal_ds.users.rows import UserRows
 
 LEARN_EVERY = 10
 """Updates between two estimates of the prior, each of which is a step of EM: the rows themselves move in between."""
 MOST_USERS = 1024
 """Users by whom it is estimated, where there are more."""
-RELIABILITY_STD = 0.5
-"""Standard deviation of the log of reliability at the start, and where none is learnt: factors of 0.37 to 2.7 for 95 in
-100 users."""
+SCALAR_STD = 0.5
+"""Standard deviation of the logarithm of each scalar at the start, and where none is learnt: factors of 0.37 to 2.7 for
+95 in 100 users."""
 SMALLEST_VARIANCE = 1e-4
 """Users who are alike to the last digit have a prior with an inverse all the same."""
 
 
 @dataclass
 class RowPrior:
-    """N(mean, precision^-1) over logits; where a shift of all K moves no point, over centred ones. And that of r."""
+    """N(mean, precision^-1) over logits; where a shift of all K moves no point, over centred ones. And scalars'."""
 
     mean: Float[torch.Tensor, "K"]
     """mu, fp32."""
@@ -44,8 +46,8 @@ class RowPrior:
     """1 / n_u of each row of the table; 0 for a row without comparisons of its own, which nothing pulls."""
     basis: Float[torch.Tensor, "K D"]
     """The directions of logits that have a prior, fp64 on the host; see `basis_of`."""
-    reliability_variance: float | None = None
-    """sigma^2; None where users have no reliability."""
+    variances: dict[Scalar, float] = field(default_factory=dict)
+    """sigma^2 of the logarithm of each scalar that users have, in the order of the columns."""
 
     @staticmethod
     def fresh(
@@ -54,7 +56,7 @@ class RowPrior:
         std: float,
         device: torch.device | str,
         *,
-        has_reliability: bool = False,
+        scalars: tuple[Scalar, ...] = (),
     ) -> "RowPrior":
         """The prior that rows are drawn from at the start: N(0, std^2), and N(0, 1) where they all start at 0.
 
@@ -64,8 +66,8 @@ class RowPrior:
         counts = torch.from_numpy(num_comparisons.astype(np.float32))
         share = torch.where(counts > 0, 1 / counts.clamp(min=1), 0.0)
         zeros = torch.zeros(len(basis), device=device)
-        variance = RELIABILITY_STD**2 if has_reliability else None
-        return RowPrior(zeros, precision.to(device), share.to(device), basis, variance)
+        variances = dict.fromkeys(scalars, SCALAR_STD**2)
+        return RowPrior(zeros, precision.to(device), share.to(device), basis, variances)
 
     def pull(
         self, values: Float[torch.Tensor, "n V"], rows: Int[torch.Tensor, "n"]
@@ -75,10 +77,11 @@ class RowPrior:
         `values` are those of the comparison's user, as `UserTable.leaf` has them.
         """
         share = self.share[rows.to(self.share.device)]
-        pull = (values[:, : len(self.mean)] - self.mean) @ self.precision * share[:, None]
-        if self.reliability_variance is None:
-            return pull
-        return torch.cat([pull, values[:, -1:] / self.reliability_variance * share[:, None]], 1)
+        size = len(self.mean)
+        pulls = [(values[:, :size] - self.mean) @ self.precision * share[:, None]]
+        for place, variance in enumerate(self.variances.values(), size):
+            pulls.append(values[:, place : place + 1] / variance * share[:, None])
+        return torch.cat(pulls, 1)
 
     @cached_property
     def sampled(self) -> Int[torch.Tensor, "m"]:
@@ -130,22 +133,21 @@ class RowPrior:
             "mean": (basis @ mean).float().tolist(),
             "precision": (basis @ precision @ basis.T).float().tolist(),
         }
-        if self.reliability_variance is not None:
-            own = rows.log_reliability[trained].cpu().double()
-            unsure = 1 / (information[:, -1] + 1 / self.reliability_variance)
-            mean_square = float((own.square() + unsure).mean())
-            learnt["reliability_variance"] = mean_square + SMALLEST_VARIANCE
-        return learnt
+        variances = {}
+        for name, variance in self.variances.items():
+            place = rows.place_of(name)
+            own = rows.records[trained, place].cpu().double()
+            unsure = 1 / (information[:, place] + 1 / variance)
+            variances[name] = float((own.square() + unsure).mean()) + SMALLEST_VARIANCE
+        return _with_variances(learnt, variances)
 
     def state_dict(self) -> RowPriorState:
         """Mean, precision and variance; the rest follows from the data."""
         state: RowPriorState = {"mean": self.mean.tolist(), "precision": self.precision.tolist()}
-        if self.reliability_variance is not None:
-            state["reliability_variance"] = self.reliability_variance
-        return state
+        return _with_variances(state, self.variances)
 
     def load_state_dict(self, state: RowPriorState) -> None:
-        """Take over what `state_dict` gave. Raises ValueError where it is of another K, or lacks the variance of r."""
+        """Take what `state_dict` gave. Raises ValueError where it is of another K, or lacks a scalar's variance."""
         device = self.mean.device
         mean = torch.tensor(state["mean"], dtype=torch.float32)
         precision = torch.tensor(state["precision"], dtype=torch.float32)
@@ -153,11 +155,19 @@ class RowPrior:
             raise ValueError(
                 f"the stored prior of users is of shape {tuple(precision.shape)}, the table has {len(self.mean)} logits"
             )
-        if self.reliability_variance is not None:
-            if "reliability_variance" not in state:
-                raise ValueError("the stored prior of users has no variance of their reliability")
-            self.reliability_variance = state["reliability_variance"]
+        for name in self.variances:
+            if f"{name}_variance" not in state:
+                of_what = name.replace("_", " ")
+                raise ValueError(f"the stored prior of users has no variance of their {of_what}")
+        stored = cast(dict[str, float], state)
+        self.variances = {name: stored[f"{name}_variance"] for name in self.variances}
         self.mean, self.precision = mean.to(device), precision.to(device)
+
+
+def _with_variances(state: RowPriorState, variances: dict[Scalar, float]) -> RowPriorState:
+    """The state with the variances of scalars under their names."""
+    named = {f"{name}_variance": variance for name, variance in variances.items()}
+    return cast(RowPriorState, {**state, **named})
 
 
 def no_basis(num_prototypes: int) -> Float[torch.Tensor, "K 0"]:

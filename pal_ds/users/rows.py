@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pal_ds.heads.jaxtyping_fallback import Float, Int
-from pal_ds.users.config import UsersConfig
+from pal_ds.users.config import Scalar, UsersConfig
 from pal_ds.users.ids import UserIds
 
 BLOCK_ROWS = 2**16
@@ -20,7 +20,7 @@ RELIABILITY_BETA2 = 0.9
 class UserRows:
     """`records` [U, 3V + 2] fp32: a user's V values, first and second moments, step count and `seen` side by side.
 
-    The values are K logits and behind them, where the table has it, the log r of the user's reliability: V = K + 1.
+    The values are K logits and behind them, where the table has them, the logarithms of `scalars`, in their order.
     A row is one piece of memory because rows are met at random: apart, its parts would each be fetched from afar. The
     two counts are int32 in the same bits. The properties are views of all rows; writing to them writes the table.
     """
@@ -31,16 +31,15 @@ class UserRows:
         num_prototypes: int,
         device: torch.device | str = "cpu",
         *,
-        has_reliability: bool = False,
+        scalars: tuple[Scalar, ...] = (),
     ):
-        self.num_prototypes = num_prototypes
-        width = width_of(num_prototypes, has_reliability=has_reliability)
+        self.num_prototypes, self.scalars = num_prototypes, scalars
+        width = width_of(num_prototypes, len(scalars))
         self.records = torch.zeros(num_rows, width, device=device)
 
-    @staticmethod
-    def of(records: Float[Tensor, "U R"], num_prototypes: int) -> "UserRows":
-        """Rows that are these records."""
-        rows = UserRows(0, num_prototypes, records.device)
+    def of(self, records: Float[Tensor, "U R"]) -> "UserRows":
+        """Rows with the values of these, that are the given records."""
+        rows = UserRows(0, self.num_prototypes, records.device, scalars=self.scalars)
         rows.records = records
         return rows
 
@@ -50,13 +49,9 @@ class UserRows:
         return self.records.shape[1] // 3
 
     @property
-    def has_reliability(self) -> bool:
-        return self.num_values > self.num_prototypes
-
-    @property
     def tensors(self) -> tuple[str, ...]:
         """Names of the properties that a table on disk keeps."""
-        own = ("log_reliability",) if self.has_reliability else ()
+        own = (f"log_{name}" for name in self.scalars)
         return ("logits", *own, "exp_avg", "exp_avg_sq", "step", "seen")
 
     def beta2(self, of_logits: float) -> float | Float[Tensor, "V"]:
@@ -65,22 +60,31 @@ class UserRows:
         That of reliability is short: it grows with the scale of margins, and the prior reads from it what a user's
         comparisons tell at that scale now, not while the head was untrained.
         """
-        if not self.has_reliability:
+        if "reliability" not in self.scalars:
             return of_logits
         device = self.records.device
         betas = torch.full((self.num_values,), of_logits, dtype=torch.float64, device=device)
-        betas[-1] = min(of_logits, RELIABILITY_BETA2)
+        betas[self.place_of("reliability")] = min(of_logits, RELIABILITY_BETA2)
         return betas
 
     @property
     def logits(self) -> Float[Tensor, "U K"]:
         return self.records[:, : self.num_prototypes]
 
+    def place_of(self, name: Scalar) -> int:
+        """Place of the logarithm of a scalar among the V values; of a table that has it."""
+        assert name in self.scalars, f"this table holds no {name}"
+        return self.num_prototypes + self.scalars.index(name)
+
     @property
     def log_reliability(self) -> Float[Tensor, "U"]:
         """r of each user, whose margins are multiplied by exp(r); of a table that has it."""
-        assert self.has_reliability, "this table holds no reliability"
-        return self.records[:, self.num_prototypes]
+        return self.records[:, self.place_of("reliability")]
+
+    @property
+    def log_tie_threshold(self) -> Float[Tensor, "U"]:
+        """q of each user, whose threshold of ties is the run's times exp(q); of a table that has it."""
+        return self.records[:, self.place_of("tie_threshold")]
 
     @property
     def exp_avg(self) -> Float[Tensor, "U V"]:
@@ -146,9 +150,9 @@ class UserRows:
         self.records[rows] = torch.cat([values, exp_avg, exp_avg_sq, records[:, 3 * num :]], dim=1)
 
 
-def width_of(num_prototypes: int, *, has_reliability: bool = False) -> int:
+def width_of(num_prototypes: int, num_scalars: int = 0) -> int:
     """Numbers of a record."""
-    return 3 * (num_prototypes + has_reliability) + 2
+    return 3 * (num_prototypes + num_scalars) + 2
 
 
 def blocks(num_rows: int) -> Iterator[tuple[int, int]]:
@@ -184,10 +188,10 @@ def fresh_rows(
     std: float,
     device: torch.device | str = "cpu",
     *,
-    has_reliability: bool = False,
+    scalars: tuple[Scalar, ...] = (),
 ) -> UserRows:
-    """Rows of users who have learned nothing: logits by (seed, id) alone, spread by `std`; a reliability of 0."""
-    rows = UserRows(len(ids), num_prototypes, device, has_reliability=has_reliability)
+    """Rows of users who have learned nothing: logits by (seed, id) alone, spread by `std`; scalars of 1."""
+    rows = UserRows(len(ids), num_prototypes, device, scalars=scalars)
     for begin, end in blocks(len(ids)):
         # Half a second per 100,000 users and core, of which hashing takes most.
         rows.logits[begin:end] = _fresh_logits(seed, ids[begin:end], num_prototypes, std)

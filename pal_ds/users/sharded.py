@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pal_ds.errors import UserError
 from pal_ds.heads.jaxtyping_fallback import Float, Int
-from pal_ds.users.config import UsersConfig
+from pal_ds.users.config import Scalar, UsersConfig
 from pal_ds.users.files import StoredUsers, write_users
 from pal_ds.users.ids import UserIds, named
 from pal_ds.users.rows import UserRows, fresh_rows, width_of
@@ -73,12 +73,20 @@ class ShardedUserTable:
             num_prototypes,
             config.init_std,
             device,
-            has_reliability=config.has_reliability,
+            scalars=config.scalars,
         )
 
     @property
+    def scalars(self) -> tuple[Scalar, ...]:
+        return self.own.scalars
+
+    @property
     def has_reliability(self) -> bool:
-        return self.own.has_reliability
+        return "reliability" in self.scalars
+
+    def place_of(self, name: Scalar) -> int:
+        """Place of a scalar's logarithm among the V values of a row, as `UserTable.place_of`."""
+        return self.own.place_of(name)
 
     @property
     def device(self) -> torch.device:
@@ -110,7 +118,7 @@ class ShardedUserTable:
             lambda: self.own.records.index_select(0, (wanted[mine] - self.begin).to(self.device)),
             self.own.records.shape[1],
         )
-        return UserRows.of(records, self.num_prototypes)
+        return self.own.of(records)
 
     def apply(
         self,
@@ -138,8 +146,7 @@ class ShardedUserTable:
     def restore(self, stored: StoredUsers) -> None:
         """Replaces the table by a stored one, reading the slice of this rank. Raises UserError as `UserTable` does."""
         begin, end = self.shard.bounds(len(stored))
-        has = self.has_reliability
-        own = UserRows(end - begin, self.num_prototypes, self.device, has_reliability=has)
+        own = UserRows(end - begin, self.num_prototypes, self.device, scalars=self.scalars)
         self.own = stored.read(own, first=begin)
         self.ids, self.seed, self.begin, self.end = stored.ids, stored.seed, begin, end
 
@@ -179,7 +186,7 @@ def trained_users(
     shard: Shard,
 ) -> TrainedUsers:
     """A fresh table: whole on every rank while it is small enough for that, else in slices."""
-    width = width_of(num_prototypes, has_reliability=config.has_reliability)
+    width = width_of(num_prototypes, len(config.scalars))
     limit = config.rows_replicated(4 * width)
     if shard.count > 1 and len(ids) > limit:
         return ShardedUserTable(num_prototypes, ids, config, seed, device, shard)

@@ -1,6 +1,7 @@
 """The table that one process holds whole: who is in it, their rows, and what a step and a checkpoint ask of them."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from pal_ds.errors import UserError
 from pal_ds.heads.jaxtyping_fallback import Float, Int
-from pal_ds.users.config import UsersConfig
+from pal_ds.users.config import Scalar, UsersConfig
 from pal_ds.users.files import StoredUsers, check_shapes, write_users
 from pal_ds.users.ids import UserIds, named
 from pal_ds.users.rows import UserRows, fresh_rows
@@ -19,7 +20,8 @@ from pal_ds.users.rows import UserRows, fresh_rows
 class UserTable:
     """A table with one row per user: logits w [U, K] and Adam moments [U, V] fp32, `step` and `seen` [U] int32.
 
-    With `users.reliability` each row also holds r [U], whose exponential multiplies the user's margins; V counts both.
+    With `users.reliability` each row also holds r [U], whose exponential multiplies the user's margins, and with
+    `users.tie_threshold` q [U], whose exponential multiplies the threshold of ties; V counts all of these.
     `seen` (0 or 1) is whether the user has taken part in an update. A row is a place in these tensors
     and may change when another user is removed; the id is the name that lasts.
     """
@@ -37,19 +39,23 @@ class UserTable:
         self.config = UsersConfig() if config is None else config
         self.seed = seed
         self.ids = UserIds.of(())
-        has = self.config.has_reliability
-        self._rows = UserRows(0, num_prototypes, device, has_reliability=has)
+        self._rows = UserRows(0, num_prototypes, device, scalars=self.config.scalars)
         self.add(ids)
 
     @property
     def logits(self) -> Float[Tensor, "U K"]:
-        """w_u of every user, as a view; so are the five below."""
+        """w_u of every user, as a view; so are the six below."""
         return self._rows.logits
 
     @property
     def log_reliability(self) -> Float[Tensor, "U"]:
         """r_u of every user; of a table that has it."""
         return self._rows.log_reliability
+
+    @property
+    def log_tie_threshold(self) -> Float[Tensor, "U"]:
+        """q_u of every user; of a table that has it."""
+        return self._rows.log_tie_threshold
 
     @property
     def exp_avg(self) -> Float[Tensor, "U V"]:
@@ -68,8 +74,17 @@ class UserTable:
         return self._rows.seen
 
     @property
+    def scalars(self) -> tuple[Scalar, ...]:
+        """Names of the scalars that the table has, in the order of their columns."""
+        return self._rows.scalars
+
+    @property
     def has_reliability(self) -> bool:
-        return self._rows.has_reliability
+        return "reliability" in self.scalars
+
+    def place_of(self, name: Scalar) -> int:
+        """Place of a scalar's logarithm among the V values of a row; of a table that has it."""
+        return self._rows.place_of(name)
 
     @property
     def device(self) -> torch.device:
@@ -97,14 +112,12 @@ class UserTable:
         return self
 
     def leaf(self, rows: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
-        """A copy of the rows' logits, and reliability behind them, that gathers gradients: what enters the model."""
+        """A copy of the rows' logits, and scalars behind them, that gathers gradients: what enters the model."""
         return self._rows.values_of(rows).requires_grad_()
 
     def records_of(self, rows: Int[Tensor, "n"]) -> UserRows:
         """A copy of these rows, moments and counts included."""
-        return UserRows.of(
-            self._rows.records.index_select(0, rows.to(self.device)), self.num_prototypes
-        )
+        return self._rows.of(self._rows.records.index_select(0, rows.to(self.device)))
 
     def mixtures(self, temperature: float = 1.0) -> Float[Tensor, "U K"]:
         """softmax(w_u / temperature) of every user, fp32."""
@@ -137,7 +150,7 @@ class UserTable:
             self.num_prototypes,
             self.config.init_std,
             old.device,
-            has_reliability=self.has_reliability,
+            scalars=self.scalars,
         )
         if len(self):
             rows.records = torch.cat([old, rows.records])
@@ -186,13 +199,12 @@ class UserTable:
         )
 
     def restore(self, stored: StoredUsers) -> None:
-        """Replaces the table by a stored one. Raises UserError where K or `users.reliability` disagree."""
+        """Replaces the table by a stored one. Raises UserError where K or the scalars of users disagree."""
         self._rows = stored.read(self._empty(len(stored)))
         self.ids, self.seed = stored.ids, stored.seed
 
     def _empty(self, num_rows: int) -> UserRows:
-        has = self.has_reliability
-        return UserRows(num_rows, self.num_prototypes, self.device, has_reliability=has)
+        return UserRows(num_rows, self.num_prototypes, self.device, scalars=self.scalars)
 
     @classmethod
     def load(
@@ -203,8 +215,8 @@ class UserTable:
     ) -> "UserTable":
         """Read what `save` wrote. Raises UserError where files are missing, foreign or disagree."""
         stored = StoredUsers(directory)
-        if config is None and stored.has_reliability:
-            config = UsersConfig(reliability="learnt")
+        if config is None:
+            config = replace(UsersConfig(), **dict.fromkeys(stored.scalars, "learnt"))
         table = cls(stored.num_prototypes, config=config, device=device)
         table.restore(stored)
         return table

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pal_ds.users import RowPrior
-from pal_ds.users.row_prior import RELIABILITY_STD, basis_of, no_basis
+from pal_ds.users.row_prior import SCALAR_STD, basis_of, no_basis
 from pal_ds.users.rows import RELIABILITY_BETA2, UserRows, width_of
 
 BETA2 = 0.999
@@ -31,11 +31,11 @@ def test_pull_is_the_gradient_of_the_penalty(space: str) -> None:
 
 
 def test_reliability_has_a_pull_of_its_own() -> None:
-    prior = RowPrior.fresh(np.array([1, 4]), no_basis(3), 0.5, "cpu", has_reliability=True)
+    prior = RowPrior.fresh(np.array([1, 4]), no_basis(3), 0.5, "cpu", scalars=("reliability",))
     values, rows = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)), torch.arange(2)
     pull = prior.pull(values, rows)
     assert not pull[:, :3].any(), "logits without a prior"
-    wanted = values[:, 3] / RELIABILITY_STD**2 / torch.tensor([1.0, 4.0])
+    wanted = values[:, 3] / SCALAR_STD**2 / torch.tensor([1.0, 4.0])
     assert torch.allclose(pull[:, 3], wanted)
 
 
@@ -45,18 +45,19 @@ def test_em_finds_the_spread_of_reliability(variance: float) -> None:
     draw = torch.Generator().manual_seed(4)
     truth = variance**0.5 * torch.randn(6000, generator=draw)
     looks = truth + 0.5**0.5 * torch.randn(6000, generator=draw)
-    prior = RowPrior.fresh(np.ones(6000), no_basis(1), 1.0, "cpu", has_reliability=True)
+    prior = RowPrior.fresh(np.ones(6000), no_basis(1), 1.0, "cpu", scalars=("reliability",))
     for _ in range(60):
-        rows = UserRows(6000, 1, has_reliability=True)
-        assert prior.reliability_variance is not None
-        rows.log_reliability.copy_(looks / (1 + 0.5 / prior.reliability_variance))
+        rows = UserRows(6000, 1, scalars=("reliability",))
+        rows.log_reliability.copy_(looks / (1 + 0.5 / prior.variances["reliability"]))
         rows.step.fill_(10)
         rows.exp_avg_sq[:, 1] = (1 - RELIABILITY_BETA2**10) / 0.5 / 10
         learnt = prior.estimate(rows, 1.0, BETA2)
         assert learnt is not None
         prior.load_state_dict(learnt)
     # The standard error is a hundredth, or three.
-    assert prior.reliability_variance == pytest.approx(variance, abs=0.02 if variance < 1 else 0.08)
+    assert prior.variances["reliability"] == pytest.approx(
+        variance, abs=0.02 if variance < 1 else 0.08
+    )
     with pytest.raises(ValueError, match="no variance of their reliability"):
         prior.load_state_dict({"mean": [0.0], "precision": [[0.0]]})
 

@@ -4,7 +4,7 @@
         [--every 2] [--seed 1] [--head BradleyTerry] [--set KEY=VALUE ...] [--out FILE]
 
 Every second topic is left out in turn; the two after it are dev. Shown is the three-way log-loss (first, second, equal)
-of all test comparisons, a mean over topics, for each value of `loss.ties`, and its difference from `drop` with the 95%
+of all test comparisons, a mean over topics, for each way of `WAYS`, and its difference from `drop` with the 95%
 interval over topics. `half` and `drop` learn no threshold; Davidson's is fitted on dev for both, so that what differs
 is the margins. FOLDER holds all-MiniLM-L6-v2, whose first three layers are read; DIR keeps states and runs.
 """
@@ -25,7 +25,14 @@ from pal_ds.compare.intervals import half_width
 from tools.bench.environment import describe_environment
 from tools.bench.frozen_encoder import frozen_encoder_keys
 
-WAYS = ("drop", "half", "davidson", "rao_kupper")
+WAYS = {
+    "drop": {"loss.ties": "drop"},
+    "half": {"loss.ties": "half"},
+    "davidson": {"loss.ties": "davidson"},
+    "rao_kupper": {"loss.ties": "rao_kupper"},
+    "per user": {"loss.ties": "davidson", "users.tie_threshold": "learnt", "users.prior": "learnt"},
+}
+"""Keys of each way; `per user` has Davidson's threshold for each user, under a prior whose spread is learnt."""
 
 
 def losses_of_topic(arguments: argparse.Namespace, topics: list[str], place: int) -> list[float]:
@@ -33,7 +40,7 @@ def losses_of_topic(arguments: argparse.Namespace, topics: list[str], place: int
     topic, *dev = (topics[(place + shift) % len(topics)] for shift in range(3))
     source = {"path": arguments.data, "arguments": arguments.arguments}
     losses = []
-    for way in WAYS:
+    for way, of_way in WAYS.items():
         keys: dict[str, Any] = {
             **frozen_encoder_keys(arguments.encoder, arguments.work),
             "backbone.num_layers": 3,
@@ -46,10 +53,10 @@ def losses_of_topic(arguments: argparse.Namespace, topics: list[str], place: int
             "train.feature_dropout": 0.5,
             "train.seed": arguments.seed,
             "optim.learning_rate": 3e-3,
-            "loss.ties": way,
+            **of_way,
         }
         keys |= dict(pair.split("=", 1) for pair in arguments.set)
-        name = f"{topic}_{way}_{arguments.head}_{arguments.seed}"
+        name = f"{topic}_{way.replace(' ', '_')}_{arguments.head}_{arguments.seed}"
         run = pal_ds.train({}, f"{arguments.work}/runs/{name}", **keys)
         losses.append(pal_ds.evaluate(run, split="test")["ties"]["log_loss"])
     return losses

@@ -162,23 +162,25 @@ def _table(
     config: RunConfig, data: PreparedData, head: Head, origin: Origin
 ) -> tuple[UserTable, int] | None:
     """Return (table of the new run's seen users, how many have the origin's values); None for a head without users."""
-    if "logits" not in head.needs and not config.users.has_reliability:
+    if "logits" not in head.needs and not config.users.scalars:
         return None
-    theirs, logits, log_reliability = origin.users(head)
+    known = origin.users(head)
     ids = ids_of_table(config, data)
     table = UserTable(head.num_prototypes, ids, config.users, config.train.seed)
-    origin_rows = theirs.find(ids)
+    origin_rows = known.ids.find(ids)
     rows = np.flatnonzero(origin_rows >= 0)
     own, of_origin = torch.from_numpy(rows), torch.from_numpy(origin_rows[rows])
-    table.logits[own] = logits[of_origin].float()
-    if table.has_reliability:
-        if log_reliability is None:
+    table.logits[own] = known.logits[of_origin].float()
+    for name in table.scalars:
+        of_known = getattr(known, f"log_{name}")
+        if of_known is None:
             logger.warning(
-                "train.init_from %s: says nothing of users' reliability, which starts afresh",
+                "train.init_from %s: says nothing of users' %s, which starts afresh",
                 origin.path,
+                name.replace("_", " "),
             )
         else:
-            table.log_reliability[own] = log_reliability[of_origin].float()
+            getattr(table, f"log_{name}")[own] = of_known[of_origin].float()
     return table, len(rows)
 
 

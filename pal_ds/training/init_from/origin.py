@@ -39,6 +39,8 @@ class OriginUsers(NamedTuple):
     logits: Float[Tensor, "U K"]
     log_reliability: Float[Tensor, "U"] | None = None
     """None where they have none, or the origin does not say."""
+    log_tie_threshold: Float[Tensor, "U"] | None = None
+    """None as above."""
 
 
 @dataclass(frozen=True)
@@ -250,8 +252,8 @@ def _of_export(path: Path, facts: dict[str, Any]) -> Origin:
 
 
 def _users_of_run(users: UserTable) -> OriginUsers:
-    own = users.log_reliability if users.has_reliability else None
-    return OriginUsers(users.ids, users.logits, own)
+    of_scalars = {f"log_{name}": getattr(users, f"log_{name}") for name in users.scalars}
+    return OriginUsers(users.ids, users.logits, **of_scalars)
 
 
 def _users(path: Path, head: Head) -> OriginUsers:
