@@ -1,6 +1,7 @@
 """Commands that meet a limit of the machine, forked for test_limits: what they say and how they end."""
 
 import contextlib
+import importlib
 import os
 import resource
 import signal
@@ -48,6 +49,8 @@ def under_limit(words: list[str], limit: str, spare: int) -> tuple[int, str]:
         for name in LAUNCHER_VARIABLES:
             os.environ.pop(name)
         if limit:
+            # Python may lose a MemoryError amid an import (SystemError: error return without exception set).
+            importlib.import_module("pal_ds.eval.report")
             LIMITS[limit](spare)
         work()
 

@@ -67,11 +67,10 @@ def test_dropout_that_does_nothing_is_told(caplog: pytest.LogCaptureFixture) -> 
     assert not has_inert_dropout(PalA(H, num_layers=1))
     assert has_inert_dropout(PalB(H, num_layers=1, dropout=0.2))
     parts = namedtuple("Parts", ["head", "needs_store"])(PalA(H, num_layers=1, dropout=0.2), True)
-    config = namedtuple("Config", ["train", "wandb", "trackers"])
+    config = namedtuple("Config", ["train", "loss", "wandb", "trackers"])
     with caplog.at_level(logging.WARNING):
         run = RunConfig.__dataclass_fields__
-        given = config(
-            TrainConfig(), run["wandb"].default_factory(), run["trackers"].default_factory()
-        )
+        others = (run[name].default_factory() for name in ("loss", "wandb", "trackers"))
+        given = config(TrainConfig(), *others)
         check_before_loading(cast(Any, given), cast(Any, parts), cast(Any, None))
     assert "num_layers: 1 has none" in caplog.text
