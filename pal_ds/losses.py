@@ -126,8 +126,8 @@ class PreferenceLoss:
         """sum_t weight_t * loss(label * margin_t - required_margin), fp32.
 
         With `target`, the share of the preference that response_2 has, the loss of a comparison is the mean of both
-        labels' by their shares; a tie has the loss that `ties` says, under the given
-        `threshold`, one for all or one of each comparison.
+        labels' by their shares; a tie has the loss that `ties` says, under the given `threshold`: one for all, or one
+        for each comparison.
 
         label is -1 or +1; the window is [start, end). required_margin is how far apart the
         preferred response must be to satisfy the annotation (0 where unset). Positions outside the

@@ -10,6 +10,7 @@ from pal_ds.data.parse import nearest
 from pal_ds.errors import UserError
 from pal_ds.io.yaml_files import flattened, parse_yaml
 from pal_ds.tie_models import WITH_THRESHOLD
+from pal_ds.users.config import SCALARS
 
 _WAS_WRITTEN = {
     "data.max_length": 1024,
@@ -75,7 +76,7 @@ def refuse_changes(run_config_file: Path, new: str, allowed: list[str]) -> None:
     before, after = _keys_of(old), _keys_of(new)
 
     def is_fixed(key: str) -> bool:
-        return key == "users.reliability" or (
+        return key in {f"users.{name}" for name in SCALARS} or (
             key == "loss.ties"
             and (before.get(key) in WITH_THRESHOLD) != (after.get(key) in WITH_THRESHOLD)
         )

@@ -7,23 +7,32 @@ import pytest
 from pal_ds.config.changes import refuse_changes
 from pal_ds.errors import UserError
 
-OLD = "users: {reliability: none}\nloss: {ties: half}\ntrain: {seed: 0}\n"
+OLD = "users: {reliability: none, tie_threshold: none}\nloss: {ties: half}\ntrain: {seed: 0}\n"
 
 
 @pytest.mark.parametrize(
     ("new", "allowed", "said"),
     [
         (
-            OLD.replace("none", "learnt"),
+            OLD.replace("reliability: none", "reliability: learnt"),
             [],
             "reliability: 'none' -> 'learnt'. Restore users.reliability, which decides what a checkpoint holds, or "
             "start in",
         ),
-        (OLD.replace("none", "learnt"), ["users.reliability"], "Restore users.reliability, which"),
         (
-            OLD.replace("none", "learnt").replace("seed: 0", "seed: 1"),
+            OLD.replace("reliability: none", "reliability: learnt"),
+            ["users.reliability"],
+            "Restore users.reliability, which",
+        ),
+        (
+            OLD.replace("reliability: none", "reliability: learnt").replace("seed: 0", "seed: 1"),
             [],
             "holds, pass --allow_change train.seed for the rest, or start in",
+        ),
+        (
+            OLD.replace("tie_threshold: none", "tie_threshold: learnt"),
+            ["users.tie_threshold"],
+            "Restore users.tie_threshold, which decides",
         ),
         (OLD.replace("half", "davidson"), ["loss.ties"], "Restore loss.ties, which decides"),
         (OLD.replace("half", "drop"), [], "Restore them, pass --allow_change loss.ties, or start"),

@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from pal_ds.data.prepare import DataConfig, prepare
-from pal_ds.data.sources import Jsonl
 from pal_ds.data.tables import PreparedData
 from pal_ds.distributed.world import World
 from pal_ds.eval.evaluate import evaluate_run
@@ -19,6 +17,8 @@ from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.users import UserTable
 from tests.spawn import outcome_of, run_command
 from tests.tiny_run import TinyRun
+from tests.users import planted
+from tests.users.planted import prepared
 
 ALONE = World(0, 1, torch.device("cpu"))
 TASTE = np.array([1.5, -1.0, 0.5, 0.0])
@@ -67,26 +67,12 @@ def write_world(path: Path) -> Path:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
     folder = tmp_path_factory.mktemp("reliability")
-    source = Jsonl(path=str(write_world(folder / "pairs.jsonl")))
-    fractions = {"dev_fraction": 0.0, "test_fraction": 0.4, "unseen_user_fraction": 0.2}
-    return prepare(DataConfig(path=str(folder / "data"), source=source, **fractions), quiet=True)
+    return prepared(write_world(folder / "pairs.jsonl"))
 
 
 def trained(data: PreparedData, head: str, reliability: str, epochs: int = 16) -> RunDirectory:
-    folder = data.path.with_name(f"{head}_{reliability}")
-    run_command(
-        "train",
-        f"--run_dir={folder}",
-        f"--data.path={data.path}",
-        f"--users.reliability={reliability}",
-        "--optim.learning_rate=0.05",
-        "--train.ds_config=zero3_cpu",
-        f"--train.epochs={epochs}",
-        "--train.batch_pairs=64",
-        "--train.micro_batch_pairs=64",
-        *(HEADS | OTHERS)[head],
-    )
-    return RunDirectory(folder)
+    words = [f"--users.reliability={reliability}", *(HEADS | OTHERS)[head]]
+    return planted.trained(data, f"{head}_{reliability}", *words, epochs=epochs)
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -10,8 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from pal_ds.data.prepare import DataConfig, prepare
-from pal_ds.data.sources import Jsonl
 from pal_ds.data.tables import PreparedData
 from pal_ds.distributed.world import World
 from pal_ds.errors import UserError
@@ -25,7 +23,9 @@ from pal_ds.model import RewardModel
 from pal_ds.runs.run_dir import RunDirectory
 from pal_ds.tie_models import TieThreshold
 from pal_ds.users import UsersConfig, UserTable
-from tests.spawn import outcome_of, run_command
+from tests.spawn import outcome_of
+from tests.users import planted
+from tests.users.planted import prepared
 
 ALONE = World(0, 1, torch.device("cpu"))
 TASTE = np.array([1.5, -1.0, 0.5, 0.0])
@@ -90,31 +90,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
             y = int(generator.choice([-1, 0, 1], p=np.array(weights) / sum(weights)))
             row = {"user_id": user, "response_features": pair.tolist(), "y": y}
             stream.write(json.dumps(row) + "\n")
-    config = DataConfig(
-        path=str(folder / "data"),
-        source=Jsonl(path=str(folder / "pairs.jsonl")),
-        dev_fraction=0.0,
-        test_fraction=0.4,
-        unseen_user_fraction=0.2,
-    )
-    return prepare(config, quiet=True)
+    return prepared(folder / "pairs.jsonl")
 
 
 def trained(data: PreparedData, name: str, *words: str, epochs: int = 16) -> RunDirectory:
-    folder = data.path.with_name(name)
-    run_command(
-        "train",
-        f"--run_dir={folder}",
-        f"--data.path={data.path}",
-        "--loss.ties=davidson",
-        "--optim.learning_rate=0.05",
-        "--train.ds_config=zero3_cpu",
-        f"--train.epochs={epochs}",
-        "--train.batch_pairs=64",
-        "--train.micro_batch_pairs=64",
-        *words,
-    )
-    return RunDirectory(folder)
+    return planted.trained(data, name, "--loss.ties=davidson", *words, epochs=epochs)
 
 
 def test_undecided_users_are_found_out(data: PreparedData) -> None:
