@@ -67,9 +67,11 @@ def figures_of(
 def _held_out(run: str, users: str, *, split: str, flagged: dict[str, bool]) -> dict[str, float]:
     """Return the figures of a split that no fit has seen; `flagged` says who does worse on pairs left out."""
     without, adapted = (
-        pal_ds.evaluate(run, split=split, users=table, name=f"{split}_of_adapted_users")["users"]
+        pal_ds.evaluate(run, split=split, users=table, name=f"{split}_of_adapted_users")
         for table in (None, users)
     )
+    # Whom the run does not know are strangers to it until the folder names them.
+    without, adapted = without["unknown_users"]["users"], adapted["users"]
     names = [name for name in flagged if name in adapted]
     before, after, pairs = (
         np.array([side[name][key] for name in names])
